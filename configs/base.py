@@ -1,0 +1,69 @@
+"""Every shared field and its default. A config starts from here and sets what differs.
+
+A method's own fields (`config.weight.period`, ...) are the fields of its class and join once its
+`name` is known; their defaults stand in its file.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  """The default architecture, trained densely."""
+  return ConfigDict(
+    {
+      'seed': 0,
+      'data': {
+        'source': 'stdlib',  # stdlib: the Python standard library's own source | files: `path`
+        'path': '',  # glob of local text files, for source='files'
+        'split': (0.9, 0.05, 0.05),  # train, validation, test, for source='files'
+        'tokenizer': 'bytes',  # bytes | chars
+        'context': 128,  # tokens a sequence
+        'batch': 32,  # sequences an optimizer step
+      },
+      'model': {
+        'layers': 4,
+        'width': 256,
+        'hidden': 1024,  # of the MLP
+        'heads': 4,
+        'kv_heads': 4,  # fewer than heads: grouped-query attention
+        'norm': 'rmsnorm',  # rmsnorm | layernorm
+        'positions': 'rotary',  # rotary | learned
+        'init': 'fan_in',  # fan_in | gpt2
+        'tied': False,  # the head shares the embedding
+        'bias': False,
+        'dropout': 0.0,
+        'dtype': 'float32',  # of the computation; losses and norms stay in float32
+        'param_dtype': 'float32',
+        'remat': False,  # recompute activations in the backward pass
+      },
+      'weight': {
+        'name': 'none',
+        'sparsity': 0.0,  # over all prunable weights together
+        'budget': 'uniform',  # uniform | er | erk | a map such as 'attention=0.5,mlp=0.9'
+        'dense': ('embed', 'head', 'norm', 'bias'),  # path expressions of what is never pruned
+      },
+      'activation': {'name': 'relu2', 'layers': ':', 'otherwise': 'relu2'},
+      'attention': {'name': 'full', 'layers': ':', 'otherwise': 'full'},
+      'mlp': {'name': 'dense', 'layers': ':', 'otherwise': 'dense'},
+      'depth': {'name': 'every', 'layers': ':', 'otherwise': 'every'},
+      'optimizer': {
+        'name': 'adamw',
+        'learning_rate': 2e-3,
+        'schedule': 'cosine',  # cosine | linear | constant, after the warm-up
+        'warmup': 0.05,  # fraction of the steps
+        'final': 0.1,  # fraction of the rate at the last step
+        'momentum': 0.9,  # b1 of the Adam family and Lion
+        'b2': 0.99,
+        'weight_decay': 0.1,  # decoupled; matrices only
+        'clip': 1.0,  # global gradient norm, 0 = off
+        'ema': 0.0,  # decay of the parameters' moving average used for evaluation, 0 = off
+      },
+      'train': {
+        'steps': 1000,
+        'accumulation': 1,  # microbatches an optimizer step; divides the batch
+        'log_every': 20,
+        'eval_every': 250,
+        'checkpoint_every': 500,
+      },
+    }
+  )

@@ -1,0 +1,101 @@
+"""One target sparsity shared out over the leaves. Runs on the host, in float64.
+
+uniform   every leaf at the target.
+er, erk   Erdős–Rényi (SET, Mocanu et al. 2018; kernel form RigL, Evci et al. 2020): density in
+          proportion to (in + out) / (in * out), so that small and narrow leaves stay denser. The two
+          are the same on matrices, which is all that a transformer has; both names are in use.
+a map     `'attention=0.5,mlp=0.9'`: path expressions with their own sparsity, the first match wins,
+          the other leaves take the target.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_lm.core import tree
+from sparse_lm.core.errors import UserError, unknown
+
+BUDGETS = ('uniform', 'er', 'erk')
+
+
+def solve(shapes: dict[str, tuple[int, ...]], sparsity: float, budget: str) -> dict[str, float]:
+  """Density for each path. Raises UserError for an unknown budget or one that cannot be met."""
+  if not 0 <= sparsity < 1:
+    raise UserError(f'weight.sparsity={sparsity} is outside [0, 1)')
+  if '=' in budget:
+    return _mapped(shapes, sparsity, budget)
+  if budget == 'uniform':
+    return dict.fromkeys(shapes, 1 - sparsity)
+  if budget in ('er', 'erk'):
+    return _erdos_renyi(shapes, 1 - sparsity)
+  raise unknown('weight.budget', budget, [*BUDGETS, 'a map such as attention=0.5,mlp=0.9'])
+
+
+def _erdos_renyi(shapes: dict[str, tuple[int, ...]], density: float) -> dict[str, float]:
+  """Leaves whose share would exceed 1 stay dense, and the rest shares what is left, until none does."""
+  sizes = {path: math.prod(shape) for path, shape in shapes.items()}
+  raw = {path: sum(shape[-2:]) / math.prod(shape[-2:]) for path, shape in shapes.items()}
+  dense: set[str] = set()
+  while True:
+    free = [path for path in shapes if path not in dense]
+    budget = density * sum(sizes.values()) - sum(sizes[path] for path in dense)
+    scale = budget / sum(raw[path] * sizes[path] for path in free) if free else 0.0
+    full = {path for path in free if scale * raw[path] > 1}
+    if not full:
+      return {path: 1.0 if path in dense else scale * raw[path] for path in shapes}
+    dense |= full
+
+
+def _mapped(shapes: dict[str, tuple[int, ...]], sparsity: float, budget: str) -> dict[str, float]:
+  densities = dict.fromkeys(shapes, 1 - sparsity)
+  claimed: set[str] = set()
+  for entry in budget.split(','):
+    expression, _, value = entry.strip().rpartition('=')
+    try:
+      share = float(value)
+    except ValueError:
+      share = math.nan
+    if not 0 <= share < 1:
+      raise UserError(f'weight.budget entry {entry.strip()!r}: sparsity is to be a number in [0, 1)')
+    found = [path for path in shapes if tree.matches((expression,), path)]
+    if not found:
+      raise UserError(
+        f'weight.budget entry {entry.strip()!r} matches no prunable parameter; there are: '
+        + ', '.join(shapes)
+      )
+    densities |= {path: 1 - share for path in found if path not in claimed}
+    claimed.update(found)
+  return densities
+
+
+def targets(params: tree.Tree, sparsity: float, budget: str, dense: tuple[str, ...]) -> tree.Tree:
+  """A tree like `params` with a float32 density a prunable leaf, `None` for the declared dense ones.
+
+  Args:
+    params: arrays or shape structs.
+    sparsity: over all prunable weights together, in [0, 1).
+    budget: see the module.
+    dense: path expressions of what stays dense whatever the budget says.
+
+  Raises:
+    UserError: nothing is left to prune, or `solve` refuses.
+  """
+  shapes = {
+    path: leaf.shape
+    for path, leaf in tree.named(params).items()
+    if leaf.ndim >= 1 and not tree.matches(dense, path)
+  }
+  if not shapes:
+    raise UserError(f'weight.dense={tuple(dense)} leaves nothing to prune')
+  densities = solve(shapes, sparsity, budget)
+
+  def exact(path: str, leaf) -> jax.Array | None:
+    if path not in densities:
+      return None
+    # A whole count per matrix, so that rounding size * density in float32 gives it back.
+    size = math.prod(leaf.shape[-2:])
+    return jnp.float32(max(1, np.round(size * densities[path])) / size)
+
+  return tree.map_named(exact, params)

@@ -1,0 +1,137 @@
+"""Config files, method defaults and command-line overrides, in that order of precedence.
+
+A config is a Python file with `get_config()` that returns an `ml_collections.ConfigDict`. Which keys
+a slot has depends on the method that it names, so names are overridden first, the method's defaults
+are merged next and the other overrides come last; `config_flags` cannot do this in one pass.
+"""
+
+import ast
+import importlib.util
+import json
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sparse_lm.core import slots
+from sparse_lm.core.errors import UserError, unknown
+
+
+def load(path: str, overrides: dict[str, Any] | None = None) -> ConfigDict:
+  """The locked config of a file.
+
+  Args:
+    path: of the Python file.
+    overrides: values by dotted name (`{'weight.sparsity': 0.9}`); strings are parsed to the type of
+      the value that they replace.
+
+  Raises:
+    UserError: the file, a field or a method does not exist, or a value has another type.
+  """
+  config = _read(path)
+  overrides = dict(overrides or {})
+  for slot in slots.SLOTS:
+    name = overrides.pop(f'{slot}.name', config[slot].name)
+    _merge_defaults(config[slot], slot, name, path)
+  for field, value in overrides.items():
+    _override(config, field, value)
+  return config.lock()
+
+
+def overrides_from_args(arguments: list[str]) -> dict[str, str]:
+  """`['--config.a.b=c', ...]` as `{'a.b': 'c'}`. Raises UserError for anything else."""
+  overrides = {}
+  for argument in arguments:
+    field, equals, value = argument.removeprefix('--config.').partition('=')
+    if not argument.startswith('--config.') or not equals:
+      raise UserError(f'unknown argument {argument!r}: overrides read --config.field=value')
+    overrides[field] = value
+  return overrides
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+  """Plain JSON values (tuples become lists)."""
+  return json.loads(config.to_json())
+
+
+def from_json(values: dict[str, Any]) -> ConfigDict:
+  """The inverse of `to_json`."""
+
+  def plain(value: Any) -> Any:
+    if isinstance(value, list):
+      return tuple(plain(item) for item in value)
+    return {k: plain(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+  return ConfigDict(plain(values)).lock()
+
+
+def flat(values: Any, prefix: str = '') -> dict[str, Any]:
+  """`{'weight': {'name': 'set'}}` as `{'weight.name': 'set'}`."""
+  out = {}
+  for key, value in values.items():
+    nested = isinstance(value, dict | ConfigDict)
+    out |= flat(value, f'{prefix}{key}.') if nested else {prefix + key: value}
+  return out
+
+
+def _read(path: str) -> ConfigDict:
+  file = pathlib.Path(path)
+  if not file.is_file():
+    folder = file.parent if file.parent.is_dir() else pathlib.Path('configs')
+    raise unknown('config file', path, [str(f) for f in folder.glob('*.py') if f.stem != '__init__'])
+  spec = importlib.util.spec_from_file_location(f'config_{file.stem}', file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not hasattr(module, 'get_config'):
+    raise UserError(f'config file {path} defines no get_config()')
+  return module.get_config()
+
+
+def _merge_defaults(config: ConfigDict, slot: str, name: str, path: str) -> None:
+  config.name = name
+  defaults = slots.defaults(slot, name)
+  shared = set(config) & (set(slots.SHARED) | {'sparsity', 'budget', 'dense'})
+  for key in set(config) - shared - set(defaults):
+    raise unknown(f'field of method {name!r} in {path}: config.{slot}', key, [*defaults, *shared])
+  with config.unlocked():
+    for key, value in defaults.items():
+      config[key] = config.get(key, value)
+
+
+def _override(config: ConfigDict, field: str, value: Any) -> None:
+  *parents, last = field.split('.')
+  node = config
+  for depth, key in enumerate([*parents, last]):
+    if not isinstance(node, ConfigDict) or key not in node:
+      known = flat(config)
+      if depth == 0 or not isinstance(node, ConfigDict):
+        raise unknown('config field', field, known)
+      prefix = '.'.join(parents[:depth])
+      raise unknown('config field', field, [f'{prefix}.{k}' for k in node])
+    node = node[key] if depth < len(parents) else node
+  if isinstance(node[last], ConfigDict):
+    raise UserError(f'config.{field} is a group of fields; valid: {", ".join(flat(node[last]))}')
+  node[last] = _convert(field, value, node[last])
+
+
+def _convert(field: str, value: Any, default: Any) -> Any:
+  """`value` in the type of `default`; an int passes for a float, a single value for a tuple."""
+  if isinstance(value, str) and not isinstance(default, str):
+    text = {'true': 'True', 'false': 'False'}.get(value.lower(), value)
+    try:
+      value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+      raise _wrong_type(field, value, default) from None
+  if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if isinstance(default, tuple) and isinstance(value, list):
+    return tuple(value)
+  if type(value) is not type(default):
+    raise _wrong_type(field, value, default)
+  return value
+
+
+def _wrong_type(field: str, value: Any, default: Any) -> UserError:
+  return UserError(
+    f'config.{field}={value!r} is not of type {type(default).__name__}, such as {default!r}'
+  )

@@ -1,0 +1,32 @@
+"""Bad input gets one clear line and exit code 2, before any long work starts."""
+
+import difflib
+import functools
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+  """What the user can mend: the message names the field, the value and what would be valid."""
+
+
+def unknown(what: str, name: object, valid: Iterable[str]) -> UserError:
+  """A `UserError` for a name that is not among `valid`, with the nearest match suggested."""
+  valid = sorted(valid)
+  near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
+  hint = f'did you mean {near[0]!r}? ' if near else ''
+  return UserError(f'unknown {what} {name!r}: {hint}valid: {", ".join(valid)}')
+
+
+def one_line(main: Callable[[], None]) -> Callable[[], None]:
+  """Wraps an entry point: a `UserError` becomes one line on stderr and exit code 2."""
+
+  @functools.wraps(main)
+  def wrapped() -> None:
+    try:
+      main()
+    except UserError as error:
+      print(f'error: {error}', file=sys.stderr)
+      sys.exit(2)
+
+  return wrapped

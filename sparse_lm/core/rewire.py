@@ -1,0 +1,99 @@
+"""Drop-and-grow: the step that SET and RigL share, and a base class for methods made of it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from sparse_lm.core import schedule, tree
+from sparse_lm.core.pattern import by_slice
+from sparse_lm.core.random_start import path_key, random_start
+from sparse_lm.core.select import topk_mask
+from sparse_lm.core.sparse import Array, Change, Sparse, Tree, WeightMethod, apply_masks
+
+
+def drop_and_grow(
+  mask: Array, weights: Array, growth: Array, fraction: Array, noise: Array
+) -> Array:
+  """Drops the smallest connections and grows as many elsewhere (SET 2018; RigL 2020, section 3).
+
+  Args:
+    mask: bool `[..., in, out]`; the count of each trailing matrix stays what it is.
+    weights: their magnitudes rank the drop.
+    growth: scores of the positions to grow, among all that are not kept: a connection just dropped
+      may return.
+    fraction: scalar in [0, 1], the share of a matrix's active connections that is dropped.
+    noise: uniform [0, 1) like `mask`; a 1e-5 part of it breaks ties of the drop.
+
+  Returns:
+    The new mask.
+  """
+
+  def matrix(mask: Array, weights: Array, growth: Array, noise: Array) -> Array:
+    active = jnp.sum(mask, dtype=jnp.int32)
+    drops = jnp.floor(fraction * active).astype(jnp.int32)
+    keep = topk_mask(jnp.where(mask, jnp.abs(weights) + 1e-5 * noise, -1.0), active - drops)
+    return keep | topk_mask(jnp.where(keep, -jnp.inf, growth), drops)
+
+  return by_slice(matrix, mask, weights, growth, noise)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewiring(WeightMethod):
+  """Random masks that drop and grow now and then; a subclass says where to grow.
+
+  Attributes:
+    period: steps between two updates.
+    end: no update from this fraction of the run on.
+    drop_fraction: share of the active connections that the first update drops.
+    pattern: which sets of weights may be kept.
+    rescale: of the initial weights, see `core/random_start.py`.
+  """
+
+  period: int = 100
+  end: float = 0.75
+  drop_fraction: float = 0.3
+  pattern: str = 'unstructured'
+  rescale: str = 'unit'
+
+  def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
+    """Random masks at their targets. Raises UserError for an unknown pattern or rescaling."""
+    return random_start(key, params, target, self.pattern, self.rescale)
+
+  def due(self, step: int) -> bool:
+    """Every `period` steps, neither at step 0 nor from `end` on."""
+    return 0 < step < self._last and step % self.period == 0
+
+  def growth(self, weights: Array, signals: dict[str, Array], key: Array) -> Array:
+    """Scores of one leaf's positions; `signals` holds that leaf of each signal in `needs`."""
+    raise NotImplementedError(type(self).__name__)
+
+  def fraction(self, step: Array) -> Array:
+    """Share of the active connections to drop at `step`."""
+    raise NotImplementedError(type(self).__name__)
+
+  def update(
+    self, trainable: Tree, sparse: Sparse, signals: dict[str, Tree], step: Array, key: Array
+  ) -> Change:
+    """Rewires every leaf; what stayed keeps its value, what is born starts at zero."""
+    params = trainable['params']
+
+    def rewired(path: str, w: Array, mask: Array | None, *leaf_signals: Array) -> Array | None:
+      if mask is None:
+        return None
+      key_drop, key_grow = jax.random.split(path_key(key, path))
+      growth = self.growth(w, dict(zip(self.needs, leaf_signals)), key_grow)
+      noise = jax.random.uniform(key_drop, w.shape)
+      return drop_and_grow(mask, w, growth, self.fraction(step), noise)
+
+    masks = tree.map_named(rewired, params, sparse.masks, *(signals[n] for n in self.needs))
+    changed = tree.where_sparse(
+      lambda w, old, new: old != new, params, sparse.masks, masks, dense=lambda w: None
+    )
+    return Change(
+      trainable | {'params': apply_masks(params, masks)}, sparse.replace(masks=masks), changed
+    )
+
+  @property
+  def _last(self) -> int:
+    return round(self.end * self.total_steps)

@@ -1,0 +1,32 @@
+"""When connections change, and how dense they are to be by then.
+
+`step` is the number of optimizer steps completed before the present one. `due` runs on the host and
+picks between two compiled steps; the others are traced.
+"""
+
+import jax.numpy as jnp
+
+
+def span(start: float, end: float, total_steps: int) -> tuple[int, int]:
+  """First and last step of a span given as fractions of the run."""
+  return round(start * total_steps), round(end * total_steps)
+
+
+def due(step: int, first: int, last: int, period: int) -> bool:
+  """Every `period` steps from `first` to `last`, and at `last` itself."""
+  return first <= step <= last and ((step - first) % period == 0 or step == last)
+
+
+def cubic_density(step, first: int, last: int, final):
+  """Density 1 until `first`, `final` from `last`, cubic between (Zhu & Gupta 2017, equation 1).
+
+  `final` is a density; the sparsity 1 - density is `(1 - final) (1 - (1 - progress)^3)`.
+  """
+  progress = jnp.clip((step - first) / max(last - first, 1), 0.0, 1.0)
+  return 1.0 - (1.0 - final) * (1.0 - (1.0 - progress) ** 3)
+
+
+def cosine_fraction(step, last: int, initial: float):
+  """`initial` at step 0, zero from `last`, half a cosine between (RigL 2020, section 3)."""
+  progress = jnp.clip(step / max(last, 1), 0.0, 1.0)
+  return initial / 2 * (1.0 + jnp.cos(jnp.pi * progress))

@@ -1,0 +1,73 @@
+"""Exact selection without sorting.
+
+The k-th largest of N values is found by bisection on their bits: a float's bit pattern, read as an
+integer, orders like the float, so 32 compare-and-count passes fix the threshold bit by bit. `k` may
+be traced, and a pass is one fused reduction where a sort shuffles memory N log N times.
+"""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def ordered_bits(values: Array) -> Array:
+  """int32 keys that order like the float32 `values` (-0.0 counts as 0.0)."""
+  bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32) + 0.0, jnp.int32)
+  return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def count(flags: Array) -> Array:
+  """Number of True in `flags`, int32.
+
+  Columns are summed in float32 first, exact below 2**24 rows: XLA:CPU vectorises that sum and not
+  the integer one.
+  """
+  if flags.ndim < 2:
+    return jnp.sum(flags, dtype=jnp.int32)
+  return jnp.sum(jnp.sum(flags, axis=0, dtype=jnp.float32).astype(jnp.int32))
+
+
+def kth_largest(keys: Array, k: Array) -> Array:
+  """The largest int32 `t` for which at least `k` of `keys` are >= `t` (the k-th largest key)."""
+  lowest = jnp.where(count(keys >= 0) >= k, 0, jnp.iinfo(jnp.int32).min).astype(jnp.int32)
+
+  def set_bit(i: Array, threshold: Array) -> Array:
+    candidate = threshold + (jnp.int32(1) << (30 - i))
+    return jnp.where(count(keys >= candidate) >= k, candidate, threshold)
+
+  return jax.lax.fori_loop(0, 31, set_bit, lowest)
+
+
+def _first(flags: Array, need: Array) -> Array:
+  """The first `need` True entries of `flags` in flat order, by bisection on the flat index."""
+  index = jnp.arange(flags.size, dtype=jnp.int32).reshape(flags.shape)
+  bits = flags.size.bit_length()
+
+  def set_bit(i: Array, cut: Array) -> Array:
+    candidate = cut + (jnp.int32(1) << (bits - 1 - i))
+    return jnp.where(count(flags & (index < candidate)) <= need, candidate, cut)
+
+  return flags & (index < jax.lax.fori_loop(0, bits, set_bit, jnp.int32(0)))
+
+
+def topk_mask(scores: Array, k: Array | int) -> Array:
+  """Exactly `k` True where `scores` is largest over the whole array; ties go to the lower flat index.
+
+  Args:
+    scores: float, any shape, without NaN; taken as float32.
+    k: scalar int32 in [0, scores.size], may be traced.
+
+  Returns:
+    bool, the shape of `scores`.
+  """
+  keys = ordered_bits(scores)
+  k = jnp.asarray(k, jnp.int32)
+  threshold = kth_largest(keys, k)
+  at_least = keys >= threshold
+
+  def break_ties() -> Array:
+    above = keys > threshold
+    return above | _first(keys == threshold, k - count(above))
+
+  return jax.lax.cond(count(at_least) == k, lambda: at_least, break_ties)

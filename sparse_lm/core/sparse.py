@@ -1,0 +1,130 @@
+"""What every weight method shares: the state and the protocol.
+
+A weight method decides which connections exist. It is a frozen dataclass in a file of its own under
+`methods/weight/`; a field with a default is a config key, `total_steps` is what the trainer supplies.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from sparse_lm.core import tree
+from sparse_lm.core.select import count
+
+Array = jax.Array
+Tree = Any
+
+
+class Sparse(struct.PyTreeNode):
+  """Which connections exist.
+
+  Attributes:
+    masks: like the parameters, bool, `None` = dense.
+    target: like the parameters, the final density as float32 scalars, `None` = never pruned.
+    extra: whatever else a method keeps from step to step.
+  """
+
+  masks: Tree
+  target: Tree
+  extra: Tree = None
+
+
+class Change(struct.PyTreeNode):
+  """What an update of the connections did; `changed` (bool, or `None` = dense) was born or dropped."""
+
+  trainable: Tree
+  sparse: Sparse
+  changed: Tree
+
+
+def apply_masks(params: Tree, masks: Tree) -> Tree:
+  """Parameters with exact zeros outside the masks."""
+  return tree.where_sparse(
+    lambda w, m: jnp.where(m, w, jnp.zeros_like(w)), params, masks, dense=lambda w: w
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightMethod:
+  """The protocol, with the behaviour of a fixed mask.
+
+  `trainable` is `{'params': model parameters, 'learned': the method's own}`. All but `due` and
+  `dense_gradient` are pure functions that run inside jit.
+
+  Attributes:
+    total_steps: optimizer steps of the whole run.
+    needs: signals that `update` reads: 'grads', the dense gradient at the effective parameters.
+    exact_density: whether the target is met to the weight.
+    replaces_step: whether the optimizer rests in a step that updates the connections.
+    masked: whether any weight is ever dropped.
+    keeps_dense: whether dropped weights live on as dense weights (straight-through methods).
+  """
+
+  total_steps: int
+  needs: ClassVar[tuple[str, ...]] = ()
+  exact_density: ClassVar[bool] = True
+  replaces_step: ClassVar[bool] = False
+  masked: ClassVar[bool] = True
+  keeps_dense: ClassVar[bool] = False
+
+  def check(self) -> None:
+    """Raises UserError where a field is out of its range (`total_steps` is checked by the trainer)."""
+
+  def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
+    """The trainable tree and the sparse state at step 0."""
+    raise NotImplementedError(type(self).__name__)
+
+  def effective(
+    self, trainable: Tree, sparse: Sparse, mode: str, step: Array, key: Array | None
+  ) -> tuple[Tree, Array]:
+    """The parameters that the model sees, and the fraction of prunable weights it runs (float32)."""
+    return apply_masks(trainable['params'], sparse.masks), mean_density(
+      trainable['params'], sparse.masks
+    )
+
+  def constrain(self, trainable: Tree, sparse: Sparse) -> Tree:
+    """Re-masks after an optimizer update: moments, decay and EMA would wake dead weights."""
+    if self.keeps_dense:
+      return trainable
+    return trainable | {'params': apply_masks(trainable['params'], sparse.masks)}
+
+  def due(self, step: int) -> bool:
+    """Whether `update` runs in this step (on the host)."""
+    return False
+
+  def update(
+    self, trainable: Tree, sparse: Sparse, signals: dict[str, Tree], step: Array, key: Array
+  ) -> Change:
+    """Changes the connections."""
+    raise NotImplementedError(type(self).__name__)
+
+  def density(self, target: float, step: int) -> float:
+    """Density that a leaf with this final density has at `step`, for the cost ledger (on the host)."""
+    return target
+
+  def dense_gradient(self, step: int) -> bool:
+    """Whether this step needs the gradient of dropped weights too, for the cost ledger (on the host)."""
+    return 'grads' in self.needs and self.due(step)
+
+  def finalize(self, trainable: Tree, sparse: Sparse, step: Array) -> tuple[Tree, Tree]:
+    """The parameters and masks that are packed, reported and fine-tuned."""
+    return apply_masks(trainable['params'], sparse.masks), sparse.masks
+
+
+def mean_density(params: Tree, masks: Tree) -> Array:
+  """Kept over all weights of the masked leaves; 1 where nothing is masked."""
+  pairs = jax.tree.leaves(
+    tree.where_sparse(
+      lambda w, m: jnp.stack([count(m).astype(jnp.float32), jnp.float32(m.size)]),
+      params,
+      masks,
+      dense=lambda w: None,
+    )
+  )
+  if not pairs:
+    return jnp.float32(1)
+  kept_weights, all_weights = sum(pairs)
+  return kept_weights / all_weights

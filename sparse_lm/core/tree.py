@@ -1,0 +1,43 @@
+"""Names of leaves and maps over trees in which `None` means dense.
+
+Parameters lead every map: `jax.tree.map(f, params, masks)` hands `None` to `f` where a leaf is
+dense, because a tree prefix stops at the parameters' leaves.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+Tree = Any
+
+
+def path_name(path: tuple) -> str:
+  """`'block_0/mlp/up/kernel'` for a key path of `jax.tree_util`."""
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def named(tree: Tree) -> dict[str, Any]:
+  """Every leaf of `tree` (without `None`s) by its path."""
+  return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def map_named(f: Callable, tree: Tree, *rest: Tree) -> Tree:
+  """`jax.tree.map` whose function is handed the leaf's path first."""
+  return jax.tree_util.tree_map_with_path(lambda path, *x: f(path_name(path), *x), tree, *rest)
+
+
+def matches(expressions: tuple[str, ...], path: str) -> bool:
+  """Whether one of the regular expressions is found anywhere in `path`."""
+  return any(re.search(expression, path) for expression in expressions)
+
+
+def where_sparse(f: Callable, params: Tree, masks: Tree, *rest: Tree, dense: Callable) -> Tree:
+  """`f(param, mask, *rest)` on the leaves that have a mask, `dense(param)` on the others."""
+  return jax.tree.map(
+    lambda param, mask, *x: dense(param) if mask is None else f(param, mask, *x),
+    params,
+    masks,
+    *rest,
+  )

@@ -1,0 +1,165 @@
+"""Where the text comes from: the embedded default corpus or the reader's own local files.
+
+Nothing is ever downloaded. A corpus is three splits of UTF-8 bytes and a card that says what they
+are, with content hashes, so that two numbers can be known to come from the same data.
+"""
+
+import dataclasses
+import glob
+import hashlib
+import math
+import os
+import pathlib
+import platform
+import sysconfig
+from typing import Any
+
+from sparse_lm.core.errors import UserError, unknown
+
+SPLITS = ('train', 'validation', 'test')
+SEPARATOR = b'\0'  # stands between documents; no document contains it
+
+_HELD_OUT_BYTES = 100_000  # of the standard library, for validation and again for test
+_LARGEST_HELD_OUT_FILE = 50_000  # one file must not be most of a held-out split
+# Test suites, what is installed beside the library, and files that differ from machine to machine.
+# `encodings` is some hundred near copies of one table: held out, they would measure memory.
+_LEFT_OUT = {'test', 'tests', 'idle_test', 'encodings', '__pycache__'}
+_LEFT_OUT |= {'site-packages', 'dist-packages'}
+_LEFT_OUT_PREFIXES = ('test_', '_sysconfigdata', 'sitecustomize', 'usercustomize')
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """`splits`: 'train', 'validation' and 'test' as UTF-8 bytes; `card`: their JSON-able origin."""
+
+  splits: dict[str, bytes]
+  card: dict[str, Any]
+
+
+def load(config: Any) -> Corpus:
+  """The corpus that `config.source`, `config.path` and `config.split` name.
+
+  Raises `UserError` for an unknown source, for 'files' without a path, and as `files` does.
+  """
+  if config.source == 'stdlib':
+    return stdlib()
+  if config.source == 'files':
+    return files(config.path, tuple(config.split))
+  raise unknown('data.source', config.source, ('files', 'stdlib'))
+
+
+def stdlib() -> Corpus:
+  """The source text of the running Python's standard library: about 11 MB on every machine.
+
+  Whole files are held out. The hash of a file's relative path decides, so the split depends neither
+  on where Python lives nor on the order in which the file system lists it; it does depend on the
+  Python version, which the card records.
+  """
+  documents = _python_files(pathlib.Path(sysconfig.get_path('stdlib')))
+  if not documents:
+    raise UserError(
+      "data.source 'stdlib': this Python has no .py files of its own; "
+      "valid: data.source='files' with data.path naming local text"
+    )
+  members: dict[str, list[bytes]] = {name: [] for name in SPLITS}
+  held_out = dict.fromkeys(('validation', 'test'), 0)
+  for path in sorted(documents, key=lambda path: hashlib.sha256(path.encode()).digest()):
+    text = documents[path]
+    room = [name for name, size in held_out.items() if size < _HELD_OUT_BYTES]
+    if room and len(text) <= _LARGEST_HELD_OUT_FILE:
+      held_out[room[0]] += len(text)
+      members[room[0]].append(text)
+    else:
+      members['train'].append(text)
+  origin = {'source': 'stdlib', 'python': platform.python_version(), 'files': len(documents)}
+  return _corpus(members, origin)
+
+
+def files(path_glob: str, split: tuple[float, float, float] = (0.9, 0.05, 0.05)) -> Corpus:
+  """Local UTF-8 text files (`~` and `**` are expanded), each cut by position at the same fractions.
+
+  The cuts count characters, as nanoGPT and TFDS cut tiny shakespeare, and every file is in every
+  split, so a mixture is validated in its own proportions.
+
+  Raises `UserError` where `split` is not three fractions of a whole, where nothing matches, where a
+  file is empty or not UTF-8 text, and where a split with a fraction above 0 would stay empty.
+  """
+  _check_fractions(split)
+  if not path_glob:
+    raise UserError("data.source 'files' needs data.path: a text file or a glob such as ~/text/*")
+  pattern = os.path.expanduser(path_glob)
+  paths = [path for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
+  if not paths:
+    raise UserError(f'data.path {path_glob!r} matches no file; valid: a text file or a glob (**)')
+  members: dict[str, list[bytes]] = {name: [] for name in SPLITS}
+  for path in paths:
+    text = _read_text(path)
+    # 0.7 + 0.1 is a hair below 0.8: the small term keeps exact cuts from losing a character.
+    first = int(len(text) * split[0] + 1e-6)
+    second = int(len(text) * (split[0] + split[1]) + 1e-6)
+    for name, part in zip(SPLITS, (text[:first], text[first:second], text[second:])):
+      if part:
+        members[name].append(part.encode())
+  for name, fraction in zip(SPLITS, split):
+    if fraction and not members[name]:
+      raise UserError(
+        f'data.path {path_glob!r} is too short for data.split {split}: {name} is empty'
+      )
+  return _corpus(
+    members, {'source': 'files', 'path': path_glob, 'split': list(split), 'files': len(paths)}
+  )
+
+
+def _python_files(root: pathlib.Path) -> dict[str, bytes]:
+  """{path relative to `root`, with forward slashes: text} of the non-empty UTF-8 .py files."""
+
+  def kept(name: str) -> bool:
+    return name not in _LEFT_OUT and not name.startswith(_LEFT_OUT_PREFIXES)
+
+  documents = {}
+  for folder, subfolders, names in os.walk(root):
+    subfolders[:] = filter(kept, subfolders)  # in place, so that the walk does not enter the rest
+    for name in filter(kept, names):
+      path = pathlib.Path(folder, name)
+      if path.suffix == '.py' and not path.is_symlink():
+        documents[path.relative_to(root).as_posix()] = path.read_bytes()
+  return {path: text for path, text in documents.items() if text and not _why_not_text(text)}
+
+
+def _why_not_text(data: bytes) -> str:
+  """What keeps `data` from being a document of a corpus; empty where nothing does."""
+  try:
+    data.decode()
+  except UnicodeDecodeError as error:
+    return f'is not UTF-8 (byte {error.start})'
+  return 'holds zero bytes, so it is not text' if SEPARATOR in data else ''
+
+
+def _read_text(path: str) -> str:
+  data = pathlib.Path(path).read_bytes()
+  if fault := _why_not_text(data) or ('' if data else 'is empty'):
+    raise UserError(f'data.path: {path!r} {fault}; valid: non-empty UTF-8 text files')
+  return data.decode()
+
+
+def _check_fractions(split: tuple[float, ...]) -> None:
+  if not (
+    len(split) == 3
+    and all(fraction >= 0 for fraction in split)
+    and math.isclose(sum(split), 1, abs_tol=1e-9)
+    and split[0] > 0
+    and split[1] > 0
+  ):
+    raise UserError(
+      f'data.split {split!r}: valid: three fractions (train, validation, test) that sum to 1, '
+      'the first two above 0, such as (0.9, 0.05, 0.05)'
+    )
+
+
+def _corpus(members: dict[str, list[bytes]], origin: dict[str, Any]) -> Corpus:
+  splits = {name: SEPARATOR.join(members[name]) for name in SPLITS}
+  digests = {name: hashlib.sha256(text).hexdigest() for name, text in splits.items()}
+  # The hash of the three hashes: unlike that of the joined text, it also fixes where the cuts are.
+  digests['all'] = hashlib.sha256(''.join(digests[name] for name in SPLITS).encode()).hexdigest()
+  sizes = {name: len(text) for name, text in splits.items()}
+  return Corpus(splits, {**origin, 'bytes': sizes, 'sha256': digests})

@@ -1,0 +1,51 @@
+"""Tokens and positions into vectors, and vectors into logits."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sparse_lm.core import cost
+from sparse_lm.layers.init import INITS
+from sparse_lm.layers.linear import Linear
+from sparse_lm.layers.spec import Spec
+
+
+class Embed(nn.Module):
+  """Token embedding, learned positions if `spec` wants them, and the head."""
+
+  spec: Spec
+
+  def setup(self) -> None:
+    spec = self.spec
+    # A tied table is the head too, so it starts as small as one.
+    init = INITS['gpt2' if spec.tied else spec.init]('embed', spec.layers)
+    self.tokens = self.param('tokens', init, (spec.vocab, spec.width), spec.stored)
+    if spec.positions == 'learned':
+      init = INITS['gpt2']('embed', spec.layers)
+      self.positions = self.param('positions', init, (spec.context, spec.width), spec.stored)
+    if not spec.tied:
+      self.head = Linear(spec, spec.vocab, role='head')
+
+  def __call__(self, tokens_BxL: jax.Array, positions_BxL: jax.Array) -> jax.Array:
+    """int32 `[B, L]` to `[B, L, D]`."""
+    x_BxLxD = self.tokens[tokens_BxL]
+    if self.spec.positions == 'learned':
+      x_BxLxD = x_BxLxD + self.positions[positions_BxL]
+    return x_BxLxD.astype(self.spec.compute)
+
+  def logits(self, x_BxLxD: jax.Array) -> jax.Array:
+    """`[B, L, D]` to float32 logits `[B, L, V]`."""
+    if not self.spec.tied:
+      return self.head(x_BxLxD).astype(jnp.float32)
+    cost.note(self.path, 'linear', 2 * x_BxLxD.size * self.spec.vocab, kernel='tokens')
+    return (x_BxLxD @ self.tokens.astype(self.spec.compute).T).astype(jnp.float32)
+
+
+def rotate(x_BxLxHxK: jax.Array, positions_BxL: jax.Array) -> jax.Array:
+  """Rotary positions (Su et al. 2021): pairs `(x[k], x[k + K/2])` turned by position / 10000^(2k/K)."""
+  half = x_BxLxHxK.shape[-1] // 2
+  frequency = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle = positions_BxL[:, :, None, None].astype(jnp.float32) * frequency
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  a, b = jnp.split(x_BxLxHxK.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxLxHxK.dtype)

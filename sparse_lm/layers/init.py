@@ -1,0 +1,29 @@
+"""Initialisation as a named choice: one function per role that a matrix plays.
+
+fan_in  normal, std 1/sqrt(in), and a further 1/sqrt(2 * layers) where the output joins the residual
+        stream; the head starts at zero, so that the first loss is ln(vocab).
+gpt2    normal, std 0.02, residual outputs 0.02/sqrt(2 * layers) (Radford et al. 2019; nanoGPT).
+"""
+
+from collections.abc import Callable
+
+import jax
+
+Init = Callable[..., jax.Array]
+ROLES = ('embed', 'in', 'residual', 'head')
+
+
+def _fan_in(role: str, layers: int) -> Init:
+  if role == 'embed':
+    return jax.nn.initializers.normal(1.0)
+  if role == 'head':
+    return jax.nn.initializers.zeros
+  scale = 1.0 if role == 'in' else 1.0 / (2 * layers)
+  return jax.nn.initializers.variance_scaling(scale, 'fan_in', 'normal')
+
+
+def _gpt2(role: str, layers: int) -> Init:
+  return jax.nn.initializers.normal(0.02 / (2 * layers) ** 0.5 if role == 'residual' else 0.02)
+
+
+INITS: dict[str, Callable[[str, int], Init]] = {'fan_in': _fan_in, 'gpt2': _gpt2}

@@ -1,0 +1,54 @@
+"""The one matrix multiplication with parameters."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sparse_lm.core import cost
+from sparse_lm.layers.init import INITS
+from sparse_lm.layers.spec import Spec
+
+
+class Linear(nn.Module):
+  """`x @ kernel (+ bias)`, kernel `[in, features]` in `spec.param_dtype`, output in `spec.dtype`.
+
+  Attributes:
+    features: outputs (heads folded in).
+    role: of the kernel for its initialisation, see `layers/init.py`.
+  """
+
+  spec: Spec
+  features: int
+  role: str = 'in'
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """`[..., in]` to `[..., features]`."""
+    spec = self.spec
+    init = INITS[spec.init](self.role, spec.layers)
+    kernel = self.param('kernel', init, (x.shape[-1], self.features), spec.stored)
+    cost.note(self.path, 'linear', 2 * x.size * self.features, kernel='kernel')
+    y = x.astype(spec.compute) @ kernel.astype(spec.compute)
+    if spec.bias:
+      bias = self.param('bias', nn.initializers.zeros, (self.features,), spec.stored)
+      y = y + bias.astype(spec.compute)
+    return y
+
+
+class Norm(nn.Module):
+  """RMSNorm or LayerNorm over the last axis, as `spec.norm` says; statistics in float32."""
+
+  spec: Spec
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """`[..., D]` to `[..., D]` in `spec.dtype`."""
+    spec = self.spec
+    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],), spec.stored)
+    y = x.astype(jnp.float32)
+    if spec.norm == 'layernorm':
+      y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-5) * scale
+    if spec.norm == 'layernorm' and spec.bias:
+      y = y + self.param('bias', nn.initializers.zeros, (x.shape[-1],), spec.stored)
+    return y.astype(spec.compute)

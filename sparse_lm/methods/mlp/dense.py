@@ -1,0 +1,27 @@
+"""The plain two-matrix MLP."""
+
+from collections.abc import Callable
+
+import jax
+from flax import linen as nn
+
+from sparse_lm.layers.linear import Linear
+from sparse_lm.layers.spec import Spec
+
+
+class Dense(nn.Module):
+  """`down(activation(up(x)))` (Vaswani et al. 2017).
+
+  Attributes:
+    activation: makes the activation slot's module.
+  """
+
+  spec: Spec
+  activation: Callable[[], nn.Module]
+
+  @nn.compact
+  def __call__(self, x_BxLxD: jax.Array, mode: str) -> jax.Array:
+    """`[B, L, D]` to `[B, L, D]`."""
+    h_BxLxF = Linear(self.spec, self.spec.hidden, name='up')(x_BxLxD)
+    h_BxLxF = self.activation()(h_BxLxF, mode)
+    return Linear(self.spec, self.spec.width, role='residual', name='down')(h_BxLxF)

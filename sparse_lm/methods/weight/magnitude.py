@@ -1,0 +1,73 @@
+"""Gradual magnitude pruning."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from sparse_lm.core import schedule, tree
+from sparse_lm.core.pattern import pattern
+from sparse_lm.core.sparse import Array, Change, Sparse, Tree, WeightMethod, apply_masks
+
+
+@dataclasses.dataclass(frozen=True)
+class Magnitude(WeightMethod):
+  """Starts dense and drops the smallest weights along a cubic ramp.
+
+  Reference: "To prune, or not to prune" (Zhu and Gupta 2017), equation 1. A dropped weight is zero
+  and does not return, because no dense copy is kept: later masks are subsets of earlier ones.
+
+  Attributes:
+    start, end: of the ramp, as fractions of the run.
+    period: steps between two updates.
+    pattern: which sets of weights may be kept.
+  """
+
+  start: float = 0.25
+  end: float = 0.75
+  period: int = 100
+  pattern: str = 'unstructured'
+
+  def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
+    """Full masks. Raises UserError for an unknown pattern."""
+    pattern(self.pattern)
+    masks = tree.where_sparse(
+      lambda w, density: jnp.ones(w.shape, bool), params, target, dense=lambda w: None
+    )
+    return {'params': params, 'learned': {}}, Sparse(masks, target)
+
+  def due(self, step: int) -> bool:
+    """Every `period` steps along the ramp, and at its end."""
+    return schedule.due(step, *self._span, self.period)
+
+  def update(
+    self, trainable: Tree, sparse: Sparse, signals: dict[str, Tree], step: Array, key: Array
+  ) -> Change:
+    """Keeps the largest magnitudes, as many as the ramp allows at `step`."""
+    choose = pattern(self.pattern)
+    masks = jax.tree.map(
+      lambda w, m, final: None
+      if m is None
+      else choose(
+        # Dropped weights rank last even among the exact zeros of living ones.
+        jnp.where(m, jnp.abs(w), -1.0), schedule.cubic_density(step, *self._span, final)
+      ),
+      trainable['params'], sparse.masks, sparse.target,
+    )
+    changed = tree.where_sparse(
+      lambda w, old, new: old != new, trainable['params'], sparse.masks, masks, dense=lambda w: None
+    )
+    pruned = apply_masks(trainable['params'], masks)
+    return Change(trainable | {'params': pruned}, sparse.replace(masks=masks), changed)
+
+  def density(self, target: float, step: int) -> float:
+    """The ramp as the updates follow it."""
+    first, last = self._span
+    if step <= first:
+      return 1.0
+    updated = last if step > last else first + (step - 1 - first) // self.period * self.period
+    return float(schedule.cubic_density(updated, first, last, target))
+
+  @property
+  def _span(self) -> tuple[int, int]:
+    return schedule.span(self.start, self.end, self.total_steps)

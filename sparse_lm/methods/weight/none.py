@@ -1,0 +1,20 @@
+"""No weight sparsity: the dense twin."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+
+from sparse_lm.core.sparse import Array, Sparse, Tree, WeightMethod
+
+
+@dataclasses.dataclass(frozen=True)
+class NoSparsity(WeightMethod):
+  """Every weight exists."""
+
+  masked: ClassVar[bool] = False
+
+  def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
+    """No masks and no targets, whatever the config asks for."""
+    nothing = jax.tree.map(lambda w: None, params)
+    return {'params': params, 'learned': {}}, Sparse(nothing, nothing)

@@ -1,0 +1,32 @@
+"""RigL: grow where the dense gradient is largest."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+
+from sparse_lm.core import schedule
+from sparse_lm.core.rewire import Rewiring
+from sparse_lm.core.sparse import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class RigL(Rewiring):
+  """Drops the smallest connections and grows those with the largest gradient; the share decays.
+
+  Reference: "Rigging the Lottery" (Evci et al. 2020), algorithm 1. The gradient is the dense one at
+  the masked weights, averaged over the step's microbatches. As there, the optimizer rests in a step
+  that rewires, a dropped connection may be grown again (and keeps its value), and born ones start
+  at zero with zeroed moments.
+  """
+
+  needs: ClassVar[tuple[str, ...]] = ('grads',)
+  replaces_step: ClassVar[bool] = True
+
+  def growth(self, weights: Array, signals: dict[str, Array], key: Array) -> Array:
+    """Magnitude of the dense gradient."""
+    return jnp.abs(signals['grads'])
+
+  def fraction(self, step: Array) -> Array:
+    """`drop_fraction`, brought to zero at `end` along half a cosine."""
+    return schedule.cosine_fraction(step, self._last, self.drop_fraction)

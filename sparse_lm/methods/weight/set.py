@@ -1,0 +1,28 @@
+"""Sparse evolutionary training."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from sparse_lm.core.rewire import Rewiring
+from sparse_lm.core.sparse import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class SET(Rewiring):
+  """Drops a fixed share of the smallest connections and grows as many at random.
+
+  Reference: Mocanu et al. 2018 (Nature Communications), algorithm 1.
+
+  Differs from the paper: the drop is by magnitude, where the paper drops the weights closest to zero
+  of either sign separately; updates stop at `end` (0.75 of the run), as RigL's do.
+  """
+
+  def growth(self, weights: Array, signals: dict[str, Array], key: Array) -> Array:
+    """Uniform random scores."""
+    return jax.random.uniform(key, weights.shape)
+
+  def fraction(self, step: Array) -> Array:
+    """Always `drop_fraction`."""
+    return jnp.float32(self.drop_fraction)

@@ -1,0 +1,26 @@
+"""Random connections, drawn once."""
+
+import dataclasses
+
+from sparse_lm.core.random_start import random_start
+from sparse_lm.core.sparse import Array, Sparse, Tree, WeightMethod
+
+
+@dataclasses.dataclass(frozen=True)
+class Static(WeightMethod):
+  """Draws random masks at step 0 and trains what they leave.
+
+  Reference: the static baseline of RigL (Evci et al. 2020), initialised for its smaller fan-in as in
+  "Gradient Flow in Sparse Neural Networks" (Evci et al. 2022).
+
+  Attributes:
+    pattern: which sets of weights may be kept.
+    rescale: 'none' | 'layer' | 'unit', see `core/random_start.py`.
+  """
+
+  pattern: str = 'unstructured'
+  rescale: str = 'unit'
+
+  def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
+    """Random masks at their targets. Raises UserError for an unknown pattern or rescaling."""
+    return random_start(key, params, target, self.pattern, self.rescale)

@@ -1,0 +1,69 @@
+"""Top-k magnitudes in every forward pass, gradients straight through."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from sparse_lm.core import schedule, tree
+from sparse_lm.core.estimator import straight_through
+from sparse_lm.core.pattern import pattern
+from sparse_lm.core.sparse import Array, Sparse, Tree, WeightMethod, apply_masks, mean_density
+
+
+@dataclasses.dataclass(frozen=True)
+class STE(WeightMethod):
+  """Runs the largest magnitudes of dense weights, chosen anew in every step.
+
+  Reference: jaxpruner's `magnitude_ste` (Lee et al. 2023), its best sparse T5; the straight-through
+  estimator is Bengio et al. 2013. All weights receive the gradient taken at the masked ones, so
+  training keeps dense weights and a dense backward pass; only the result is sparse.
+
+  Attributes:
+    start, end: of a cubic ramp from dense, as fractions of the run; equal at 0 asks for the final
+      sparsity from the first step.
+    pattern: which sets of weights may be kept.
+  """
+
+  start: float = 0.0
+  end: float = 0.0
+  pattern: str = 'unstructured'
+  keeps_dense: ClassVar[bool] = True
+
+  def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
+    """No stored masks. Raises UserError for an unknown pattern."""
+    pattern(self.pattern)
+    return {'params': params, 'learned': {}}, Sparse(jax.tree.map(lambda w: None, params), target)
+
+  def effective(
+    self, trainable: Tree, sparse: Sparse, mode: str, step: Array, key: Array | None
+  ) -> tuple[Tree, Array]:
+    """The largest magnitudes; the gradient reaches all weights."""
+    params, masks = trainable['params'], self._masks(trainable['params'], sparse, step)
+    seen = tree.where_sparse(straight_through, params, masks, dense=lambda w: w)
+    return seen, mean_density(params, masks)
+
+  def density(self, target: float, step: int) -> float:
+    """The ramp."""
+    return float(schedule.cubic_density(step, *self._span, target))
+
+  def dense_gradient(self, step: int) -> bool:
+    """Always: dropped weights learn too."""
+    return True
+
+  def finalize(self, trainable: Tree, sparse: Sparse, step: Array) -> tuple[Tree, Tree]:
+    """The masks that `effective` chooses at `step`."""
+    masks = self._masks(trainable['params'], sparse, step)
+    return apply_masks(trainable['params'], masks), masks
+
+  def _masks(self, params: Tree, sparse: Sparse, step: Array) -> Tree:
+    choose = pattern(self.pattern)
+    return tree.where_sparse(
+      lambda w, final: choose(jnp.abs(w), schedule.cubic_density(step, *self._span, final)),
+      jax.lax.stop_gradient(params), sparse.target, dense=lambda w: None,
+    )
+
+  @property
+  def _span(self) -> tuple[int, int]:
+    return schedule.span(self.start, self.end, self.total_steps)

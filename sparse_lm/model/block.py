@@ -1,0 +1,69 @@
+"""One layer: attention, then the MLP."""
+
+from collections.abc import Callable
+
+import jax
+from flax import linen as nn
+
+from sparse_lm.layers.embed import rotate
+from sparse_lm.layers.linear import Linear, Norm
+from sparse_lm.layers.spec import Spec
+
+
+class Attention(nn.Module):
+  """Projections around an attention method.
+
+  Attributes:
+    inner: makes the attention slot's module.
+  """
+
+  spec: Spec
+  inner: Callable[[], nn.Module]
+
+  @nn.compact
+  def __call__(
+    self, x_BxLxD: jax.Array, positions_BxL: jax.Array, valid_BxL: jax.Array, mode: str
+  ) -> jax.Array:
+    """`[B, L, D]` to `[B, L, D]`."""
+    spec = self.spec
+    b, l, _ = x_BxLxD.shape
+
+    def heads(name: str, count: int) -> jax.Array:
+      y = Linear(spec, count * spec.head_dim, name=name)(x_BxLxD)
+      return y.reshape(b, l, count, spec.head_dim)
+
+    q_BxLxHxK = heads('query', spec.heads)
+    k_BxLxGxK = heads('key', spec.kv_heads)
+    v_BxLxGxK = heads('value', spec.kv_heads)
+    if spec.positions == 'rotary':
+      q_BxLxHxK, k_BxLxGxK = (rotate(a, positions_BxL) for a in (q_BxLxHxK, k_BxLxGxK))
+    out_BxLxHxK = self.inner()(
+      x_BxLxD, q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, positions_BxL, positions_BxL, valid_BxL, mode
+    )
+    return Linear(spec, spec.width, role='residual', name='out')(out_BxLxHxK.reshape(b, l, -1))
+
+
+class Block(nn.Module):
+  """Pre-norm attention and MLP; returns what they add to the residual stream.
+
+  Attributes:
+    attention: makes the attention slot's module.
+    mlp: makes the MLP slot's module.
+  """
+
+  spec: Spec
+  attention: Callable[[], nn.Module]
+  mlp: Callable[[], nn.Module]
+
+  @nn.compact
+  def __call__(
+    self, x_BxLxD: jax.Array, positions_BxL: jax.Array, valid_BxL: jax.Array, mode: str
+  ) -> jax.Array:
+    """`[B, L, D]` to the addend `[B, L, D]`."""
+    spec = self.spec
+    dropout = nn.Dropout(spec.dropout, deterministic=mode != 'train')
+    attention = Attention(spec, self.attention, name='attention')
+    a_BxLxD = attention(Norm(spec, name='norm_1')(x_BxLxD), positions_BxL, valid_BxL, mode)
+    a_BxLxD = dropout(a_BxLxD)
+    m_BxLxD = self.mlp()(Norm(spec, name='norm_2')(x_BxLxD + a_BxLxD), mode)
+    return a_BxLxD + dropout(m_BxLxD)

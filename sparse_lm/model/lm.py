@@ -1,0 +1,100 @@
+"""The language model, assembled from slots."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sparse_lm.core import cost
+from sparse_lm.core.slots import Choice
+from sparse_lm.layers.embed import Embed
+from sparse_lm.layers.linear import Norm
+from sparse_lm.layers.spec import Spec
+from sparse_lm.model.block import Block
+
+LAYER_SLOTS = ('activation', 'attention', 'mlp', 'depth')
+
+
+class LM(nn.Module):
+  """Decoder-only transformer whose activation, attention, MLP and depth are slots.
+
+  Methods may sow auxiliary losses (already weighted) into `losses` and observations into `stats`,
+  and keep variables of their own in any other collection.
+
+  Attributes:
+    choices: one `Choice` for each of `LAYER_SLOTS`, in that order.
+  """
+
+  spec: Spec
+  choices: tuple[Choice, ...]
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens_BxL: jax.Array,
+    mode: str = 'eval',
+    positions_BxL: jax.Array | None = None,
+    valid_BxL: jax.Array | None = None,
+  ) -> jax.Array:
+    """Logits for each next token.
+
+    Args:
+      tokens_BxL: int32.
+      mode: 'train' (random draws, dropout) or 'eval'.
+      positions_BxL: int32, by default 0, 1, 2, ...
+      valid_BxL: bool, whether a token may be read; by default all.
+
+    Returns:
+      float32 `[B, L, V]`.
+    """
+    spec = self.spec
+    if positions_BxL is None:
+      positions_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
+    if valid_BxL is None:
+      valid_BxL = jnp.ones(tokens_BxL.shape, bool)
+    embed = Embed(spec, name='embed')
+    x_BxLxD = embed(tokens_BxL, positions_BxL)
+    x_BxLxD = nn.Dropout(spec.dropout, deterministic=mode != 'train')(x_BxLxD)
+    block_type = nn.remat(Block, static_argnums=(4,)) if spec.remat else Block
+    for layer in range(spec.layers):
+      made = self._layer(layer)
+      block = block_type(spec, made['attention'], made['mlp'], name=f'block_{layer}')
+      depth = made['depth'](name=f'depth_{layer}')
+      x_BxLxD = depth(block, x_BxLxD, positions_BxL, valid_BxL, mode)
+    return embed.logits(Norm(spec, name='norm')(x_BxLxD))
+
+  def _layer(self, layer: int) -> dict[str, Any]:
+    """Makers of one layer's modules. A module is made where it is called, so that it lives there."""
+    made: dict[str, Any] = {}
+    for choice in self.choices:
+      supplied = {'spec': self.spec, 'activation': made.get('activation'), 'name': choice.slot}
+      made[choice.slot] = functools.partial(choice.build, layer, self.spec.layers, **supplied)
+    return made
+
+
+def from_config(config: Any, vocab: int) -> LM:
+  """The model that a config describes. Raises UserError where it describes none."""
+  spec = Spec.from_config(config.model, vocab, config.data.context)
+  choices = tuple(Choice.from_config(slot, config[slot]) for slot in LAYER_SLOTS)
+  for choice in choices:
+    choice.chosen_layers(spec.layers)
+  return LM(spec, choices)
+
+
+def shapes(model: LM) -> Any:
+  """All variables as shape structs, without computing any."""
+  tokens = jnp.zeros((1, model.spec.context), jnp.int32)
+  return jax.eval_shape(functools.partial(model.init, mode='eval'), jax.random.key(0), tokens)
+
+
+def ledger(model: LM, length: int) -> cost.Ledger:
+  """FLOPs per token of every matmul of a forward pass over `length` tokens, from a trace alone."""
+  variables = shapes(model)
+  tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+  with cost.recording() as notes:
+    jax.eval_shape(lambda v, t: model.apply(v, t, mode='eval', mutable=True), variables, tokens)
+  return {
+    path: cost.Matmul(m.kind, m.flops / length, m.kernel) for path, m in notes.items()
+  }

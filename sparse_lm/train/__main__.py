@@ -1,0 +1,34 @@
+"""`python -m sparse_lm.train --config=configs/x.py --workdir=... [--config.a.b=c ...]`."""
+
+import argparse
+
+from sparse_lm.core import config as configs
+from sparse_lm.core.errors import one_line
+
+
+@one_line
+def main() -> None:
+  """Trains a config in a workdir, or continues there, and prints its result."""
+  parser = argparse.ArgumentParser(prog='python -m sparse_lm.train', allow_abbrev=False)
+  parser.add_argument('--config', required=True, help='a config file, such as configs/tiny.py')
+  parser.add_argument('--workdir', required=True, help='folder of the run; running again continues')
+  arguments, rest = parser.parse_known_args()
+  config = configs.load(arguments.config, configs.overrides_from_args(rest))
+
+  # After the config, so that a mistyped field is answered at once.
+  from sparse_lm.core import runtime
+
+  runtime.prepare()
+  from sparse_lm.train.loop import train
+
+  metrics = train(config, arguments.workdir)['metrics']
+  print(
+    f'{arguments.workdir}: validation loss {metrics["val_loss"]:.4f} nats per token, '
+    f'{metrics["val_bits_per_byte"]:.4f} bits per byte after {metrics["steps"]} steps; '
+    f'{metrics["sparsity_prunable"]:.1%} of the prunable weights dropped, '
+    f'{metrics["train_step_ms"]:.1f} ms a step'
+  )
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,207 @@
+"""The training loop."""
+
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from sparse_lm.core import rng
+from sparse_lm.core import config as configs
+from sparse_lm.core.errors import UserError
+from sparse_lm.core.sparse import Tree
+from sparse_lm.train import cost, observe
+from sparse_lm.train.checkpoint import Checkpoints
+from sparse_lm.train.setup import Setup, setup
+from sparse_lm.train.state import TrainState
+from sparse_lm.train.workdir import Workdir, environment
+
+
+def train(config: ConfigDict, workdir: str, progress: bool = True) -> dict[str, Any]:
+  """Trains what `config` describes, or continues it, and returns the contents of result.json.
+
+  Args:
+    config: from `core.config.load`.
+    workdir: folder of the run; one that holds a finished run is not trained again.
+    progress: whether to show a bar on stderr.
+
+  Raises:
+    UserError: bad input, before anything is written; or a loss that is no longer finite, with the
+      last good checkpoint named.
+    SystemExit: SIGTERM or Ctrl-C, after the state has been saved.
+  """
+  run = setup(config)
+  folder = Workdir(workdir, config, run.data.card)
+  if finished := folder.result(config.train.steps):
+    return finished
+  checkpoints = Checkpoints(folder.path)
+  try:
+    return _Loop(run, folder, checkpoints, progress).run()
+  finally:
+    checkpoints.close()
+    folder.close()
+
+
+def evaluate(run: Setup, params: Tree, model_state: Tree, split: str = 'validation') -> float:
+  """Nats per token over the whole split."""
+  nats = tokens = 0.0
+  for batch, weight in run.data.eval_batches(split):
+    nats += float(run.program.eval_step(params, model_state, batch, weight))
+    tokens += float(weight.sum())
+  return nats / tokens
+
+
+class _Stop:
+  """Notes SIGTERM and Ctrl-C while a run is under way, so that it can save first."""
+
+  def __init__(self) -> None:
+    self.signum: int | None = None
+
+  def __enter__(self) -> '_Stop':
+    self._old = {}
+    if threading.current_thread() is threading.main_thread():
+      for signum in (signal.SIGTERM, signal.SIGINT):
+        self._old[signum] = signal.signal(signum, self._note)
+    return self
+
+  def _note(self, signum: int, frame: Any) -> None:
+    self.signum = signum
+
+  def __exit__(self, *_: Any) -> None:
+    for signum, handler in self._old.items():
+      signal.signal(signum, handler)
+
+
+class _Loop:
+  """One run from where it stands to its last step."""
+
+  def __init__(
+    self, run: Setup, folder: Workdir, checkpoints: Checkpoints, progress: bool
+  ) -> None:
+    self.setup, self.folder, self.checkpoints = run, folder, checkpoints
+    self.config, self.program = run.config, run.program
+    self.progress = progress
+    self.pending: list[tuple[int, dict[str, jax.Array]]] = []
+    self.step_seconds: list[float] = []
+    self.clock = time.perf_counter()
+
+  def run(self) -> dict[str, Any]:
+    """Trains, logs, evaluates and saves."""
+    state, batches = self._start()
+    params, masks = self.program.finalize(state)
+    self.masks = masks
+    first, steps = int(state.step), self.config.train.steps
+    with _Stop() as stop, self._bar(first, steps) as bar:
+      for step in range(first, steps):
+        state, metrics = self.program.step(step)(state, next(batches))
+        done = step + 1
+        self.pending.append((done, metrics))
+        bar.update()
+        if done % self.config.train.log_every == 0 or done == steps:
+          self._log(bar)
+        if done % self.config.train.eval_every == 0 and done < steps:
+          self._evaluate(state, done)
+        if stop.signum or done % self.config.train.checkpoint_every == 0 or done == steps:
+          self._save(state, batches)
+        if stop.signum:
+          self._leave(stop.signum, done)
+    return self._finish(state)
+
+  def _start(self) -> tuple[TrainState, Iterator[np.ndarray]]:
+    """The state and the data where the newest checkpoint left them, or at step 0."""
+    state = self.program.init(self.config.seed, self.setup.target)
+    batches = self.setup.data.train_iterator(rng.data_seed(self.config.seed))
+    restored = self.checkpoints.restore(state, batches)
+    if restored is None:
+      # Step 0 is a good checkpoint too: a run that diverges has somewhere to go back to.
+      self.folder.resume_metrics(0)
+      return state, batches
+    if int(restored.step) > self.config.train.steps:
+      raise UserError(
+        f'config.train.steps={self.config.train.steps} is below the {int(restored.step)} steps '
+        f'that workdir {self.folder.path} has done'
+      )
+    self.folder.resume_metrics(int(restored.step))
+    return restored, batches
+
+  def _bar(self, first: int, steps: int) -> tqdm:
+    return tqdm(
+      total=steps, initial=first, disable=not self.progress, unit='step',
+      desc=self.folder.path.name[-40:], dynamic_ncols=True, file=sys.stderr,
+    )
+
+  def _log(self, bar: tqdm) -> None:
+    """Fetches the steps since the last call, refuses what is not finite, and logs the newest."""
+    fetched = [(step, jax.device_get(metrics)) for step, metrics in self.pending]
+    self.pending = []
+    if not fetched:
+      return
+    for step, metrics in fetched:
+      if not math.isfinite(metrics['loss']):
+        self._diverged(step, float(metrics['loss']))
+    now = time.perf_counter()
+    seconds, self.clock = (now - self.clock) / len(fetched), now
+    self.step_seconds.append(seconds)
+    step, newest = fetched[-1]
+    values = {name: float(value) for name, value in newest.items()}
+    values['loss'] = float(np.mean([metrics['loss'] for _, metrics in fetched]))
+    tokens = self.config.data.batch * self.config.data.context
+    values['tokens_per_second'] = tokens / seconds
+    self.folder.log(step, values)
+    bar.set_postfix_str(f'loss {values["loss"]:.3f}, {tokens / seconds:,.0f} tokens/s')
+
+  def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
+    """Validation loss, and what the connections did since the last evaluation."""
+    params, masks = self.program.finalize(state)
+    loss = evaluate(self.setup, params, state.model_state)
+    ratio = self.setup.data.card['bytes_per_token']['validation']
+    values = {'val_loss': loss, 'val_bits_per_byte': loss / math.log(2) / ratio}
+    self.folder.log(step, values | observe.connections(masks, self.masks))
+    self.masks = masks
+    self.clock = time.perf_counter()
+    return values
+
+  def _save(self, state: TrainState, batches: Any) -> None:
+    """Never saves a state whose loss was not seen to be finite."""
+    for step, metrics in self.pending:
+      if not math.isfinite(metrics['loss']):
+        self._diverged(step, float(metrics['loss']))
+    self.checkpoints.save(state, batches)
+    self.clock = time.perf_counter()
+
+  def _diverged(self, step: int, loss: float) -> None:
+    steps = self.checkpoints.steps()
+    good = f'checkpoint {steps[-1]} in {self.checkpoints.path}' if steps else 'none yet'
+    raise UserError(
+      f'loss is {loss} at step {step}; nothing was saved from it; last good: {good}; try a lower '
+      f'config.optimizer.learning_rate than {self.config.optimizer.learning_rate}'
+    )
+
+  def _leave(self, signum: int, step: int) -> None:
+    print(f'\nstopped at step {step}, saved; the same command continues', file=sys.stderr)
+    raise SystemExit(128 + signum)
+
+  def _finish(self, state: TrainState) -> dict[str, Any]:
+    evaluated = self._evaluate(state, int(state.step))
+    # The first interval compiles.
+    seconds = np.median(self.step_seconds[1:] or self.step_seconds or [math.nan])
+    result = {
+      'config': configs.to_json(self.config),
+      'env': environment(),
+      'data': self.setup.data.card,
+      'metrics': {
+        'steps': int(state.step),
+        **evaluated,
+        **cost.report(self.program, self.setup.target, self.masks),
+        'train_step_ms': 1e3 * float(seconds),
+      },
+    }
+    self.folder.write_result(result)
+    return result

@@ -1,0 +1,121 @@
+"""Optimizers and learning-rate schedules by name."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from sparse_lm.core.errors import UserError, unknown
+from sparse_lm.core.schedule import span
+from sparse_lm.core.sparse import Tree
+
+SCHEDULES = ('cosine', 'linear', 'constant')
+
+
+def _matrices(params: Tree) -> Tree:
+  return jax.tree.map(lambda p: p.ndim >= 2, params)
+
+
+def _adam_like(make: Callable) -> Callable:
+  return lambda rate, c: make(
+    rate, b1=c.momentum, b2=c.b2, weight_decay=c.weight_decay, mask=_matrices
+  )
+
+
+def _with_decay(direction: Callable[['Optimizer'], optax.GradientTransformation]) -> Callable:
+  """Decoupled decay and the rate around a direction that has neither."""
+  return lambda rate, c: optax.chain(
+    direction(c),
+    optax.add_decayed_weights(c.weight_decay, mask=_matrices),
+    optax.scale_by_learning_rate(rate),
+  )
+
+
+# Each of these is tested: the moments of changed weights are zeroed through it, and dead weights
+# stay dead under it.
+TESTED: dict[str, Callable] = {
+  'adamw': _adam_like(optax.adamw),
+  'nadamw': _adam_like(optax.nadamw),
+  'lion': _adam_like(optax.lion),
+  'sgd': _with_decay(lambda c: optax.trace(c.momentum)),
+  'nesterov': _with_decay(lambda c: optax.trace(c.momentum, nesterov=True)),
+  'rmsprop': _with_decay(lambda c: optax.scale_by_rms(c.b2)),
+  'radam': _with_decay(lambda c: optax.scale_by_radam(c.momentum, c.b2)),
+  'adabelief': _with_decay(lambda c: optax.scale_by_belief(c.momentum, c.b2)),
+}
+# State that is not shaped like the parameters, or updates that mix weights: dense models only.
+DENSE_ONLY: dict[str, Callable] = {
+  'adafactor': lambda rate, c: optax.adafactor(rate, weight_decay_rate=c.weight_decay or None),
+  'sm3': _with_decay(lambda c: optax.scale_by_sm3(c.momentum)),
+  'muon': lambda rate, c: optax.contrib.muon(rate, weight_decay=c.weight_decay),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """`config.optimizer` for a run of `steps` optimizer steps; see `configs/base.py` for the fields."""
+
+  name: str
+  learning_rate: float
+  schedule: str
+  warmup: float
+  final: float
+  momentum: float
+  b2: float
+  weight_decay: float
+  clip: float
+  ema: float
+  steps: int
+
+  @classmethod
+  def from_config(cls, config: Any, masked: bool) -> 'Optimizer':
+    """Raises UserError for a bad field, or for an optimizer untested with masks if `masked`."""
+    optimizer = cls(**config.optimizer, steps=config.train.steps)
+    optimizer._check(masked)
+    return optimizer
+
+  def _check(self, masked: bool) -> None:
+    if self.name not in {**TESTED, **DENSE_ONLY}:
+      raise unknown('config.optimizer.name', self.name, {**TESTED, **DENSE_ONLY})
+    if masked and self.name not in TESTED:
+      raise UserError(
+        f'config.optimizer.name={self.name!r} is not tested with masks; valid: {", ".join(TESTED)}'
+      )
+    if self.schedule not in SCHEDULES:
+      raise unknown('config.optimizer.schedule', self.schedule, SCHEDULES)
+    for field in ('warmup', 'final', 'ema', 'momentum', 'b2'):
+      if not 0 <= getattr(self, field) <= 1:
+        raise UserError(f'config.optimizer.{field}={getattr(self, field)} is outside [0, 1]')
+    for field in ('learning_rate', 'weight_decay', 'clip'):
+      if not getattr(self, field) >= 0:
+        raise UserError(f'config.optimizer.{field}={getattr(self, field)} is below 0')
+
+  def rate(self) -> optax.Schedule:
+    """Linear warm-up, then the schedule down to `final` of the rate at the last step."""
+    warmup = span(self.warmup, 1.0, self.steps)[0]
+    left, lowest = max(self.steps - warmup, 1), self.final * self.learning_rate
+    after = {
+      'cosine': optax.cosine_decay_schedule(self.learning_rate, left, self.final),
+      'linear': optax.linear_schedule(self.learning_rate, lowest, left),
+      'constant': optax.constant_schedule(self.learning_rate),
+    }[self.schedule]
+    # The first step takes a share too: a rate of zero would waste it.
+    ramp = optax.linear_schedule(self.learning_rate / max(warmup, 1), self.learning_rate, warmup)
+    return optax.join_schedules([ramp, after], [warmup]) if warmup else after
+
+  def transform(self) -> optax.GradientTransformation:
+    """Clipping and the optimizer."""
+    make = {**TESTED, **DENSE_ONLY}[self.name]
+    clip = optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()
+    return optax.chain(clip, make(self.rate(), self))
+
+
+def zero_moments(tx: optax.GradientTransformation, opt_state: Tree, changed: Tree) -> Tree:
+  """Zeroes the moments of `changed` weights (bool, `None` = dense), whatever optimizer holds them."""
+
+  def zero(moment: jax.Array, flag: jax.Array | None) -> jax.Array:
+    return moment if flag is None else jax.numpy.where(flag, 0, moment)
+
+  return optax.tree_map_params(tx, zero, opt_state, changed, is_leaf=lambda x: x is None)

@@ -1,0 +1,89 @@
+"""From a config to everything that a run needs, with every check made before any long work."""
+
+import dataclasses
+import functools
+import json
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from sparse_lm.core import budget, slots
+from sparse_lm.core import config as configs
+from sparse_lm.core.errors import UserError
+from sparse_lm.core.sparse import Tree
+from sparse_lm.data.pipeline import Data
+from sparse_lm.data.pipeline import load as load_data
+from sparse_lm.model import lm
+from sparse_lm.train.optim import Optimizer
+from sparse_lm.train.step import Program, shared
+
+WEIGHT_SHARED = ('name', 'sparsity', 'budget', 'dense')
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """A checked config.
+
+  Attributes:
+    data: tokens and pipelines.
+    program: the model, method and optimizer, with their compiled steps.
+    target: final density of each prunable leaf, `None` = dense.
+  """
+
+  config: ConfigDict
+  data: Data
+  program: Program
+  target: Tree
+
+
+def setup(config: ConfigDict) -> Setup:
+  """Checks a config and builds what it describes. Raises UserError in one line."""
+  _check_counts(config)
+  program, target = build(config, vocab_of(config))
+  return Setup(config, _data(json.dumps(configs.to_json(config.data))), program, target)
+
+
+def build(config: ConfigDict, vocab: int) -> tuple[Program, Tree]:
+  """The program and target densities for a vocabulary of that size, without reading the corpus' text."""
+  model = lm.from_config(config, vocab)
+  fields = {k: v for k, v in config.weight.items() if k not in WEIGHT_SHARED}
+  method = slots.method('weight', config.weight.name)(total_steps=config.train.steps, **fields)
+  masked = method.masked
+  optimizer = Optimizer.from_config(config, masked)
+  target = budget.targets(
+    lm.shapes(model)['params'], config.weight.sparsity, config.weight.budget, config.weight.dense
+  )
+  if not masked:
+    if config.weight.sparsity:
+      raise UserError(
+        f'config.weight.sparsity={config.weight.sparsity} needs a method; config.weight.name='
+        f'{config.weight.name!r} prunes nothing; valid: {", ".join(slots.names("weight"))}'
+      )
+    target = jax.tree.map(lambda _: None, target)
+  method.check()
+  return shared(Program(model, method, optimizer, config.train.accumulation)), target
+
+
+def vocab_of(config: ConfigDict) -> int:
+  """Size of the vocabulary that the config's tokenizer has on its corpus."""
+  return _data(json.dumps(configs.to_json(config.data))).tokenizer.vocab_size
+
+
+@functools.lru_cache(maxsize=4)
+def _data(config: str) -> Data:
+  """Cached, because the runs of a study share a corpus."""
+  return load_data(configs.from_json(json.loads(config)))
+
+
+def _check_counts(config: ConfigDict) -> None:
+  for field in ('steps', 'accumulation', 'log_every', 'eval_every', 'checkpoint_every'):
+    if config.train[field] < 1:
+      raise UserError(f'config.train.{field}={config.train[field]} is to be 1 or more')
+  if config.seed < 0:
+    raise UserError(f'config.seed={config.seed} is to be 0 or more')
+  if config.data.batch % config.train.accumulation:
+    raise UserError(
+      f"config.train.accumulation={config.train.accumulation} doesn't divide "
+      f'config.data.batch={config.data.batch}'
+    )

@@ -1,0 +1,61 @@
+"""What a run is at a step."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from sparse_lm.core import rng
+from sparse_lm.core.sparse import Sparse, Tree
+
+
+class TrainState(struct.PyTreeNode):
+  """Everything that a step reads and writes.
+
+  Attributes:
+    step: int32, optimizer steps completed.
+    trainable: `{'params': of the model, 'learned': of the weight method}`.
+    sparse: masks, targets and what else the weight method keeps.
+    opt_state: of the optimizer, over `trainable`.
+    ema: moving average of `trainable`, or `None`.
+    model_state: Flax collections that are not parameters (running thresholds, balance biases).
+    key: of the run's draws; a step folds its number in.
+  """
+
+  step: jax.Array
+  trainable: Tree
+  sparse: Sparse
+  opt_state: Tree
+  ema: Tree
+  model_state: Tree
+  key: jax.Array
+
+  @property
+  def evaluated(self) -> Tree:
+    """The trainable tree that evaluation and export use."""
+    return self.trainable if self.ema is None else self.ema
+
+
+SOWN = ('losses', 'stats')  # written anew in every forward pass, never state
+
+
+def collections(variables: dict[str, Any]) -> dict[str, Any]:
+  """The collections of `variables` that live from step to step, besides the parameters."""
+  return {name: value for name, value in variables.items() if name not in ('params', *SOWN)}
+
+
+def create(program: Any, seed: int, target: Tree) -> TrainState:
+  """The state at step 0 (see `step.Program`); pure, so that it is jitted as a whole."""
+  tokens = jnp.zeros((1, program.model.spec.context), jnp.int32)
+  variables = program.model.init(rng.stream(seed, 'init'), tokens, mode='eval')
+  trainable, sparse = program.method.init(rng.stream(seed, 'masks'), variables['params'], target)
+  return TrainState(
+    step=jnp.int32(0),
+    trainable=trainable,
+    sparse=sparse,
+    opt_state=program.tx.init(trainable),
+    ema=trainable if program.optimizer.ema else None,
+    model_state=collections(variables),
+    key=rng.stream(seed, 'steps'),
+  )

@@ -1,0 +1,166 @@
+"""The compiled steps of a run.
+
+`effective` runs through `jax.vjp` and the loss is differentiated at the *effective* parameters. That
+gradient is the dense one that growth and saliency need; pulled back through `effective` it is what
+the optimizer gets (masked, straight-through or soft, by the method's own rule). One backward pass,
+and no branch on a method.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparse_lm.core import tree
+from sparse_lm.core.sparse import Tree, WeightMethod
+from sparse_lm.model.lm import LM
+from sparse_lm.train import state as states
+from sparse_lm.train.optim import Optimizer, zero_moments
+from sparse_lm.train.state import TrainState
+
+Array = jax.Array
+Metrics = dict[str, Array]
+
+
+def token_losses(logits_BxLxV: Array, targets_BxL: Array) -> Array:
+  """Cross-entropy of each token in nats, float32 `[B, L]`."""
+  return optax.softmax_cross_entropy_with_integer_labels(logits_BxLxV, targets_BxL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """What is compiled. Two runs that differ in seed or sparsity alone share one, and its executables.
+
+  Attributes:
+    accumulation: microbatches of a step.
+  """
+
+  model: LM
+  method: WeightMethod
+  optimizer: Optimizer
+  accumulation: int = 1
+
+  @functools.cached_property
+  def tx(self) -> optax.GradientTransformation:
+    """The optimizer's transformation."""
+    return self.optimizer.transform()
+
+  @functools.cached_property
+  def init(self) -> Any:
+    """`(seed, target) -> TrainState`."""
+    return jax.jit(lambda seed, target: states.create(self, seed, target))
+
+  @functools.cached_property
+  def train_step(self) -> Any:
+    """`(state, tokens_BxL+1) -> (state, metrics)`; the state is donated."""
+    return jax.jit(functools.partial(self._train, rewire=False), donate_argnums=0)
+
+  @functools.cached_property
+  def rewire_step(self) -> Any:
+    """The same for the steps in which the method's `update` is due: selection stays out of the rest."""
+    return jax.jit(functools.partial(self._train, rewire=True), donate_argnums=0)
+
+  @functools.cached_property
+  def eval_step(self) -> Any:
+    """`(params, model_state, tokens_BxL+1, weight_BxL) -> summed nats (float32)`."""
+    return jax.jit(self._eval)
+
+  @functools.cached_property
+  def finalize(self) -> Any:
+    """`state -> (params, masks)` as evaluated, reported and exported."""
+    return jax.jit(lambda s: self.method.finalize(s.evaluated, s.sparse, s.step))
+
+  def step(self, step: int) -> Any:
+    """The compiled step for optimizer step `step`."""
+    return self.rewire_step if self.method.due(step) else self.train_step
+
+  def _eval(self, params: Tree, model_state: Tree, tokens_BxL1: Array, weight_BxL: Array) -> Array:
+    logits, _ = self.model.apply(
+      {'params': params, **model_state}, tokens_BxL1[:, :-1], mode='eval', mutable=states.SOWN
+    )
+    return jnp.sum(token_losses(logits, tokens_BxL1[:, 1:]) * weight_BxL)
+
+  def _loss(
+    self, params: Tree, model_state: Tree, tokens_BxL1: Array, key: Array
+  ) -> tuple[Array, tuple[Tree, Metrics]]:
+    """Mean nats per token plus what modules sowed into `losses`."""
+    logits, variables = self.model.apply(
+      {'params': params, **model_state}, tokens_BxL1[:, :-1], mode='train',
+      rngs={'dropout': key, 'gates': jax.random.fold_in(key, 1)},
+      mutable=[*states.SOWN, *model_state],
+    )
+    nats = jnp.mean(token_losses(logits, tokens_BxL1[:, 1:]))
+    auxiliary = sum(jax.tree.leaves(variables.get('losses', {})), jnp.float32(0))
+    metrics = {'loss': nats, 'auxiliary': auxiliary} | {
+      path: jnp.mean(value) for path, value in tree.named(variables.get('stats', {})).items()
+    }
+    return nats + auxiliary, (states.collections(variables), metrics)
+
+  def _gradients(
+    self, params: Tree, model_state: Tree, tokens_BxL1: Array, key: Array
+  ) -> tuple[Tree, Tree, Metrics]:
+    """Gradient at `params`, averaged over the microbatches."""
+    gradient = jax.grad(self._loss, has_aux=True)
+    if self.accumulation == 1:
+      grads, (model_state, metrics) = gradient(params, model_state, tokens_BxL1, key)
+      return grads, model_state, metrics
+
+    def microbatch(carry: tuple[Tree, Tree], x: tuple[Array, Array]):
+      total, model_state = carry
+      grads, (model_state, metrics) = gradient(params, model_state, *x)
+      return (jax.tree.map(jnp.add, total, grads), model_state), metrics
+
+    batches = tokens_BxL1.reshape(self.accumulation, -1, tokens_BxL1.shape[1])
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    (total, model_state), metrics = jax.lax.scan(
+      microbatch, (zeros, model_state), (batches, jax.random.split(key, self.accumulation))
+    )
+    mean = jax.tree.map(lambda g: g / self.accumulation, total)
+    return mean, model_state, jax.tree.map(jnp.mean, metrics)
+
+  def _train(
+    self, state: TrainState, tokens_BxL1: Array, *, rewire: bool
+  ) -> tuple[TrainState, Metrics]:
+    method, step = self.method, state.step
+    key_mask, key_model, key_update = jax.random.split(jax.random.fold_in(state.key, step), 3)
+    (params, cost), pull_back = jax.vjp(
+      lambda t: method.effective(t, state.sparse, 'train', step, key_mask), state.trainable
+    )
+    grads, model_state, metrics = self._gradients(
+      params, state.model_state, tokens_BxL1, key_model
+    )
+    (trainable_grads,) = pull_back((grads, jnp.zeros_like(cost)))
+    metrics |= {'density': cost, 'gradient_norm': optax.global_norm(trainable_grads)}
+
+    trainable, sparse, opt_state = state.trainable, state.sparse, state.opt_state
+    if not (rewire and method.replaces_step):
+      updates, opt_state = self.tx.update(trainable_grads, opt_state, trainable)
+      trainable = method.constrain(optax.apply_updates(trainable, updates), sparse)
+    if rewire:
+      change = method.update(trainable, sparse, {'grads': grads}, step, key_update)
+      trainable, sparse = change.trainable, change.sparse
+      unmoved = jax.tree.map(lambda x: None, trainable)
+      changed = unmoved | {'params': change.changed}
+      opt_state = zero_moments(self.tx, opt_state, changed)
+    return (
+      state.replace(
+        step=step + 1, trainable=trainable, sparse=sparse, opt_state=opt_state,
+        ema=self._average(state.ema, trainable, sparse), model_state=model_state,
+      ),
+      metrics,
+    )
+
+  def _average(self, ema: Tree, trainable: Tree, sparse: Any) -> Tree:
+    if ema is None:
+      return None
+    mixed = optax.incremental_update(trainable, ema, 1 - self.optimizer.ema)
+    return self.method.constrain(mixed, sparse)
+
+
+@functools.lru_cache(maxsize=16)
+def shared(program: Program) -> Program:
+  """The one program equal to `program`, with what it has compiled so far."""
+  return program
