@@ -6,7 +6,7 @@ from flax import linen as nn
 
 from sparse_lm.core import cost
 from sparse_lm.layers.init import INITS
-from sparse_lm.layers.linear import Linear
+from sparse_lm.layers.linear import Linear, matmul
 from sparse_lm.layers.spec import Spec
 
 
@@ -38,7 +38,7 @@ class Embed(nn.Module):
     if not self.spec.tied:
       return self.head(x_BxLxD).astype(jnp.float32)
     cost.note(self.path, 'linear', 2 * x_BxLxD.size * self.spec.vocab, kernel='tokens')
-    return (x_BxLxD @ self.tokens.astype(self.spec.compute).T).astype(jnp.float32)
+    return matmul(x_BxLxD, self.tokens.astype(self.spec.compute).T).astype(jnp.float32)
 
 
 def rotate(x_BxLxHxK: jax.Array, positions_BxL: jax.Array) -> jax.Array:

@@ -1,0 +1,144 @@
+"""A study's `runs.jsonl`: one JSON line per finished run, read, grouped by labels and by seed.
+
+A line holds at least `run` (its id), `labels` (what the run is, without its seed), `seed` and
+`metrics` (numbers by name, each in its own unit).
+"""
+
+import json
+import math
+import pathlib
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from sparse_lm.core.errors import UserError, unknown
+
+Line = dict[str, Any]
+Key = tuple[Any, ...]
+NEEDED = ('run', 'labels', 'seed', 'metrics')
+
+
+def read(paths: Iterable[str | pathlib.Path]) -> list[Line]:
+  """The lines of all files in order; a later line of the same run replaces the earlier one.
+
+  Half a line, left by a process that was killed while writing, is left out and named on stderr.
+
+  Raises:
+    UserError: a file is missing, holds no line, or holds JSON that is not a run's.
+  """
+  found: dict[tuple[str | None, str], Line] = {}
+  for path in map(pathlib.Path, paths):
+    lines = _read_file(path)
+    if not lines:
+      raise UserError(f'{path} holds no finished run; valid: the runs.jsonl of a study that ran')
+    found |= {(line.get('study'), line['run']): line for line in lines}
+  return list(found.values())
+
+
+def _read_file(path: pathlib.Path) -> list[Line]:
+  if not path.is_file():
+    raise UserError(f'no results file {path}; valid: the runs.jsonl of a study that ran')
+  lines = []
+  for number, text in enumerate(path.read_bytes().split(b'\n'), start=1):
+    if not text.strip():
+      continue
+    try:
+      line = json.loads(text)
+    except ValueError:
+      # Also in the middle: the next process to append starts a new line behind the half one.
+      print(f'{path}:{number}: half a line, left out', file=sys.stderr)
+      continue
+    missing = [key for key in NEEDED if not isinstance(line, dict) or key not in line]
+    if missing:
+      raise UserError(f'{path}:{number} is not a run\'s line: it lacks {", ".join(missing)}')
+    lines.append(line)
+  return lines
+
+
+def label_names(lines: Iterable[Line]) -> list[str]:
+  """Every label in order of first appearance."""
+  return list(dict.fromkeys(name for line in lines for name in line['labels']))
+
+
+def metric_names(lines: Iterable[Line]) -> list[str]:
+  """Every metric in order of first appearance."""
+  return list(dict.fromkeys(name for line in lines for name in line['metrics']))
+
+
+def group(lines: Sequence[Line], names: Sequence[str]) -> dict[Key, list[Line]]:
+  """The lines by their values of the labels `names`, in order of first appearance.
+
+  A label that a line does not have counts as `None`. What remains within a group are seeds.
+
+  Raises:
+    UserError: no line has a label of that name, or a group holds runs that differ in another label
+      or share a seed, so that a mean over it would not be one over seeds.
+  """
+  known = label_names(lines)
+  for name in names:
+    if name not in known:
+      raise unknown('label', name, known)
+  groups: dict[Key, list[Line]] = {}
+  for line in lines:
+    groups.setdefault(tuple(line['labels'].get(name) for name in names), []).append(line)
+  for key, members in groups.items():
+    _check_one_row(dict(zip(names, key)), members)
+  return groups
+
+
+def _check_one_row(row: Mapping[str, Any], members: Sequence[Line]) -> None:
+  first = members[0]['labels']
+  for name in label_names(members):
+    if other := [m for m in members if m['labels'].get(name) != first.get(name)]:
+      values = f'{first.get(name)!r} and {other[0]["labels"].get(name)!r}'
+      raise UserError(f'the row {row} holds runs of {name} {values}; add label {name!r} to the rows')
+  runs: dict[int, str] = {}
+  for member in members:
+    if member['seed'] in runs:
+      both = f'{runs[member["seed"]]} and {member["run"]}'
+      raise UserError(f'the row {row} holds two runs of seed {member["seed"]}: {both}')
+    runs[member['seed']] = member['run']
+
+
+def matches(line: Line, labels: Mapping[str, Any]) -> bool:
+  """Whether a line has all of `labels`."""
+  return all(line['labels'].get(name) == value for name, value in labels.items())
+
+
+def by_seed(lines: Iterable[Line], metric: str) -> dict[int, float]:
+  """A metric by seed, of the lines that have it.
+
+  What is not finite stays: a run that diverged must not vanish from a mean.
+
+  Raises:
+    UserError: a value is not a number.
+  """
+  values = {}
+  for line in lines:
+    value = line['metrics'].get(metric)
+    if value is None:
+      continue
+    if not isinstance(value, int | float):
+      raise UserError(f'metric {metric!r} of run {line["run"]} is {value!r}, not a number')
+    values[line['seed']] = float(value)
+  return values
+
+
+def mean_std(values: Sequence[float]) -> tuple[float, float]:
+  """Mean and sample standard deviation (n - 1); nan where there are too few values for it."""
+  n = len(values)
+  if n == 0:
+    return math.nan, math.nan
+  mean = math.fsum(values) / n if all(map(math.isfinite, values)) else sum(values) / n
+  if n == 1:
+    return mean, math.nan
+  if max(values) == min(values):
+    return values[0], 0.0  # exactly: a rounding error would pass for a spread
+  return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
+
+
+def check_metric(lines: Iterable[Line], metric: str) -> None:
+  """Raises UserError, with the nearest name, for a metric that no line has."""
+  known = metric_names(lines)
+  if metric not in known:
+    raise unknown('metric', metric, known)

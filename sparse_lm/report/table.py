@@ -1,0 +1,261 @@
+"""Tables over seeds, as Markdown, CSV and LaTeX (booktabs): mean ± std and paired differences.
+
+There is no column of speed-ups over the baseline. Times are shown as measured: that a masked run
+would be faster once packed is not for a table to say.
+"""
+
+import dataclasses
+import math
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+from tabulate import tabulate
+
+from sparse_lm.core.errors import UserError
+from sparse_lm.report import lines as results
+
+TIMES = ('s', 'ms', 'µs', 'tokens/s')
+ABSENT = '—'
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+  """One metric of a table.
+
+  Attributes:
+    metric: its name in the lines.
+    title: heading; '' = the metric's name.
+    format: of a number, such as '.3f' or ',.0f'.
+    unit: after `scale` has been applied, for the heading.
+    scale: what a metric is multiplied by before it is printed; numbers in CSV and in frames stay in
+      the metric's own unit.
+    paired: whether a second column gives the difference from the baseline, seed by seed. Refused
+      for times (ValueError): a difference of times is a claim of speed.
+  """
+
+  metric: str
+  title: str = ''
+  format: str = '.4g'
+  unit: str = ''
+  scale: float = 1.0
+  paired: bool = False
+
+  def __post_init__(self) -> None:
+    if self.paired and self.unit in TIMES:
+      raise ValueError(f'{self.metric} is a time: it is shown as measured, not as a difference')
+
+  @property
+  def heading(self) -> str:
+    """Title and unit."""
+    return (self.title or self.metric) + (f' ({self.unit})' if self.unit else '')
+
+  def text(self, mean: float, std: float, sign: str = '') -> str:
+    """`mean ± std` as printed; the spread only where there is one."""
+    if math.isnan(std) or std == 0:
+      return f'{mean * self.scale:{sign}{self.format}}'
+    return f'{mean * self.scale:{sign}{self.format}} ± {std * self.scale:{self.format}}'
+
+
+# What `sparse_lm.train` measures, ready to print.
+COLUMNS = (
+  Column('val_loss', 'validation loss', '.4f', 'nats/token', paired=True),
+  Column('val_bits_per_byte', 'validation', '.4f', 'bits/byte', paired=True),
+  Column('sparsity_prunable', 'sparsity of prunable', '.1f', '%', 100),
+  Column('sparsity_total', 'sparsity of all', '.1f', '%', 100),
+  Column('params', 'parameters', ',.0f'),
+  Column('nonzero_params', 'nonzero parameters', ',.0f'),
+  Column('flops_forward_ratio', 'forward FLOPs / dense', '.3f'),
+  Column('flops_training_ratio', 'training FLOPs / dense', '.3f'),
+  Column('stored_bytes', 'stored', ',.1f', 'kB', 1e-3),
+  Column('train_step_ms', 'training step', '.1f', 'ms'),
+)
+
+
+def column(metric: str) -> Column:
+  """The known column of a metric, or a plain one."""
+  return next((known for known in COLUMNS if known.metric == metric), Column(metric))
+
+
+def summarise(
+  lines: Sequence[results.Line],
+  rows: Sequence[str],
+  columns: Sequence[Column],
+  baseline: Mapping[str, Any] | None = None,
+) -> pd.DataFrame:
+  """One row for each group of labels, in order of first appearance.
+
+  Args:
+    lines: of a study, in the order that its rows are to have.
+    rows: labels whose values make a row; together they tell all runs but seeds apart.
+    columns: metrics in order.
+    baseline: labels of the row(s) that paired columns are compared with. Of several, a row is
+      compared with the one that shares its values of the other labels (its own corpus, say).
+
+  Returns:
+    Columns `rows`, `seeds` (their number), and for each metric, in its own unit, `<metric>_mean`,
+    `_std` (sample; nan for one seed) and `_n`; where paired `<metric>_delta_mean`, `_delta_std` and
+    `_delta_n`, over the seeds that row and baseline share. How to print it is in its `attrs`.
+
+  Raises:
+    UserError: an unknown label or metric, a baseline that no run matches, or a row that mixes runs.
+  """
+  for name in (c.metric for c in columns):
+    results.check_metric(lines, name)
+  groups = results.group(lines, rows)
+  bases = {
+    key: members for key, members in groups.items() if results.matches(members[0], baseline or {})
+  }
+  if baseline and not bases:
+    raise UserError(f'no run has the labels of the baseline {dict(baseline)}')
+  records = []
+  for key, members in groups.items():
+    record = {**dict(zip(rows, key)), 'seeds': len(members)}
+    base = _base_of(key, bases) if baseline else None
+    for c in columns:
+      record |= _numbers(c.metric, members, base if c.paired and baseline else None)
+    records.append(record)
+  frame = pd.DataFrame(records)
+  # As objects, or a label that some runs lack would turn the others' integers into floats.
+  frame = frame.assign(
+    **{name: pd.Series([r[name] for r in records], dtype=object) for name in rows}
+  )
+  frame.attrs = {
+    'rows': list(rows),
+    'columns': list(columns),
+    'baseline': dict(baseline or {}),
+    'seeds': sorted({line['seed'] for line in lines}),
+  }
+  return frame
+
+
+def _base_of(key: results.Key, bases: Mapping[results.Key, list]) -> list[results.Line]:
+  """The baseline's lines for a row; none for a row that is a baseline, or has none."""
+  if key in bases:
+    return []
+  varying = [i for i, values in enumerate(zip(*bases)) if len(set(values)) > 1]
+  return next((bases[b] for b in bases if all(b[i] == key[i] for i in varying)), [])
+
+
+def _numbers(
+  metric: str, members: Sequence[results.Line], base: Sequence[results.Line] | None
+) -> dict[str, float]:
+  own = results.by_seed(members, metric)
+  mean, std = results.mean_std(list(own.values()))
+  numbers = {f'{metric}_mean': mean, f'{metric}_std': std, f'{metric}_n': len(own)}
+  if base is not None:
+    other = results.by_seed(base, metric)
+    differences = [own[seed] - other[seed] for seed in own if seed in other]
+    mean, std = results.mean_std(differences)
+    numbers |= {f'{metric}_delta_mean': mean, f'{metric}_delta_std': std}
+    numbers[f'{metric}_delta_n'] = len(differences)
+  return numbers
+
+
+def text(frame: pd.DataFrame) -> pd.DataFrame:
+  """A summary as it is printed: strings under headings."""
+  printed = {name: [_label(value) for value in frame[name]] for name in frame.attrs['rows']}
+  printed['seeds'] = [str(n) for n in frame['seeds']]
+  for c in frame.attrs['columns']:
+    printed[c.heading] = _cells(frame, c, c.metric)
+    if f'{c.metric}_delta_n' in frame and c.paired:
+      printed[f'Δ {c.heading}'] = _cells(frame, c, f'{c.metric}_delta', sign='+')
+  return pd.DataFrame(printed)
+
+
+def _cells(frame: pd.DataFrame, c: Column, name: str, sign: str = '') -> list[str]:
+  numbers = zip(frame[f'{name}_mean'], frame[f'{name}_std'], frame[f'{name}_n'])
+  return [c.text(mean, std, sign) if n else ABSENT for mean, std, n in numbers]
+
+
+def _label(value: Any) -> str:
+  if value is None:
+    return ABSENT
+  return f'{value:g}' if isinstance(value, float) else str(value)
+
+
+def notes(frame: pd.DataFrame) -> str:
+  """What a reader must know of the numbers: seeds, spread, and what differences are from."""
+  seeds = ', '.join(map(str, frame.attrs['seeds']))
+  parts = [f'Mean ± sample standard deviation over seeds {seeds}; no ± where there is no spread.']
+  if any(name.endswith('_delta_n') for name in frame.columns):
+    labels = ', '.join(f'{k} {_label(v)}' for k, v in frame.attrs['baseline'].items())
+    parts.append(f'Δ: difference from {labels}, paired seed by seed.')
+  return ' '.join(parts)
+
+
+def markdown(frame: pd.DataFrame, caption: str, command: str) -> str:
+  """The caption, the table and its notes, with the command that reproduces them."""
+  printed = text(frame).map(_pipes).rename(columns=_pipes)
+  align = ['left'] * len(frame.attrs['rows'])
+  align += ['right'] * (printed.shape[1] - len(align))
+  body = tabulate(
+    printed, headers='keys', tablefmt='pipe', showindex=False, disable_numparse=True, colalign=align
+  )
+  return f'**{caption}**\n\n{body}\n\n{notes(frame)} Reproduce: `{command}`\n'
+
+
+def csv(frame: pd.DataFrame) -> str:
+  """Means, standard deviations and counts in columns of their own, each in the metric's unit."""
+  return frame.to_csv(index=False, lineterminator='\n')
+
+
+def latex(frame: pd.DataFrame, caption: str, command: str, label: str) -> str:
+  r"""A `table` float for a document that uses booktabs; `\label{tab:<label>}`."""
+  printed = text(frame).map(_tex).rename(columns=_tex)
+  width = len(frame.attrs['rows'])
+  # Two hyphens would become a dash.
+  verbatim = _tex(command).replace('--', '-{}-')
+  return printed.style.hide(axis='index').to_latex(
+    hrules=True,
+    column_format='l' * width + 'r' * (printed.shape[1] - width),
+    caption=f'{_tex(caption)}. {_tex(notes(frame))} Reproduce: \\texttt{{{verbatim}}}',
+    label=f'tab:{label}',
+    position='t',
+    position_float='centering',
+  )
+
+
+def write(frame: pd.DataFrame, folder: str | pathlib.Path, caption: str, command: str) -> str:
+  """Writes `table.md`, `table.csv` and `table.tex` in `folder` and returns the Markdown.
+
+  Args:
+    frame: from `summarise`.
+    folder: made where it is missing; its name becomes the LaTeX label.
+    caption: one line, without a full stop.
+    command: what reproduces the table.
+  """
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  contents = {
+    'table.md': markdown(frame, caption, command),
+    'table.csv': csv(frame),
+    'table.tex': latex(frame, caption, command, folder.name),
+  }
+  for name, content in contents.items():
+    # Shards of a study may write at the same time; a reader never sees half a file.
+    temporary = folder / f'{name}.{os.getpid()}.tmp'
+    temporary.write_text(content, encoding='utf-8')
+    os.replace(temporary, folder / name)
+  return contents['table.md']
+
+
+def _pipes(value: str) -> str:
+  return value.replace('|', r'\|')
+
+
+_TEX = str.maketrans(
+  {c: f'\\{c}' for c in '%_&#${}'}
+  | {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}'}
+  | {'<': r'\textless{}', '>': r'\textgreater{}', '|': r'\textbar{}'}
+  | {'±': r'$\pm$', 'Δ': r'$\Delta$', '×': r'$\times$', 'µ': r'$\mu$', '≤': r'$\le$'}
+  | {'≥': r'$\ge$', '—': '---', '–': '--'}
+)
+
+
+def _tex(value: str) -> str:
+  """Text that LaTeX prints as it stands; a leading minus becomes a real one."""
+  return re.sub(r'^-(?=[\d.])', '$-$', value.translate(_TEX))
