@@ -1,5 +1,8 @@
 """Smoke."""
+
 from configs import base
+
+
 def get_config():
   config = base.get_config()
   config.data.update({'context': 64, 'batch': 16})

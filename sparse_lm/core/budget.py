@@ -23,14 +23,14 @@ BUDGETS = ('uniform', 'er', 'erk')
 def solve(shapes: dict[str, tuple[int, ...]], sparsity: float, budget: str) -> dict[str, float]:
   """Density for each path. Raises UserError for an unknown budget or one that cannot be met."""
   if not 0 <= sparsity < 1:
-    raise UserError(f'weight.sparsity={sparsity} is outside [0, 1)')
+    raise UserError(f'config.weight.sparsity={sparsity} is outside [0, 1)')
   if '=' in budget:
     return _mapped(shapes, sparsity, budget)
   if budget == 'uniform':
     return dict.fromkeys(shapes, 1 - sparsity)
   if budget in ('er', 'erk'):
     return _erdos_renyi(shapes, 1 - sparsity)
-  raise unknown('weight.budget', budget, [*BUDGETS, 'a map such as attention=0.5,mlp=0.9'])
+  raise unknown('config.weight.budget', budget, [*BUDGETS, 'a map such as attention=0.5,mlp=0.9'])
 
 
 def _erdos_renyi(shapes: dict[str, tuple[int, ...]], density: float) -> dict[str, float]:
@@ -58,11 +58,13 @@ def _mapped(shapes: dict[str, tuple[int, ...]], sparsity: float, budget: str) ->
     except ValueError:
       share = math.nan
     if not 0 <= share < 1:
-      raise UserError(f'weight.budget entry {entry.strip()!r}: sparsity is to be a number in [0, 1)')
+      raise UserError(
+        f'config.weight.budget entry {entry.strip()!r}: sparsity is to be a number in [0, 1)'
+      )
     found = [path for path in shapes if tree.matches((expression,), path)]
     if not found:
       raise UserError(
-        f'weight.budget entry {entry.strip()!r} matches no prunable parameter; there are: '
+        f'config.weight.budget entry {entry.strip()!r} matches no prunable parameter; there are: '
         + ', '.join(shapes)
       )
     densities |= {path: 1 - share for path in found if path not in claimed}
@@ -88,7 +90,7 @@ def targets(params: tree.Tree, sparsity: float, budget: str, dense: tuple[str, .
     if leaf.ndim >= 1 and not tree.matches(dense, path)
   }
   if not shapes:
-    raise UserError(f'weight.dense={tuple(dense)} leaves nothing to prune')
+    raise UserError(f'config.weight.dense={tuple(dense)} leaves nothing to prune')
   densities = solve(shapes, sparsity, budget)
 
   def exact(path: str, leaf) -> jax.Array | None:

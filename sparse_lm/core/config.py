@@ -5,6 +5,7 @@ a slot has depends on the method that it names, so names are overridden first, t
 are merged next and the other overrides come last; `config_flags` cannot do this in one pass.
 """
 
+import argparse
 import ast
 import importlib.util
 import json
@@ -36,6 +37,16 @@ def load(path: str, overrides: dict[str, Any] | None = None) -> ConfigDict:
   for field, value in overrides.items():
     _override(config, field, value)
   return config.lock()
+
+
+def from_command_line(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, ConfigDict]:
+  """Parses `--config=FILE`, `--config.field=value` and what else `parser` knows.
+
+  Raises UserError for any other argument, and what `load` raises.
+  """
+  parser.add_argument('--config', required=True, help='a config file, such as configs/tiny.py')
+  arguments, rest = parser.parse_known_args()
+  return arguments, load(arguments.config, overrides_from_args(rest))
 
 
 def overrides_from_args(arguments: list[str]) -> dict[str, str]:
@@ -78,7 +89,9 @@ def _read(path: str) -> ConfigDict:
   file = pathlib.Path(path)
   if not file.is_file():
     folder = file.parent if file.parent.is_dir() else pathlib.Path('configs')
-    raise unknown('config file', path, [str(f) for f in folder.glob('*.py') if f.stem != '__init__'])
+    raise unknown(
+      'config file', path, [str(f) for f in folder.glob('*.py') if f.stem != '__init__']
+    )
   spec = importlib.util.spec_from_file_location(f'config_{file.stem}', file)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
@@ -103,11 +116,9 @@ def _override(config: ConfigDict, field: str, value: Any) -> None:
   node = config
   for depth, key in enumerate([*parents, last]):
     if not isinstance(node, ConfigDict) or key not in node:
-      known = flat(config)
-      if depth == 0 or not isinstance(node, ConfigDict):
-        raise unknown('config field', field, known)
-      prefix = '.'.join(parents[:depth])
-      raise unknown('config field', field, [f'{prefix}.{k}' for k in node])
+      group = '.'.join(parents[:depth]) if isinstance(node, ConfigDict) else ''
+      known = [f'config.{path}' for path in flat(config) if path.startswith(group)]
+      raise unknown('field', f'config.{field}', known)
     node = node[key] if depth < len(parents) else node
   if isinstance(node[last], ConfigDict):
     raise UserError(f'config.{field} is a group of fields; valid: {", ".join(flat(node[last]))}')

@@ -18,6 +18,12 @@ def unknown(what: str, name: object, valid: Iterable[str]) -> UserError:
   return UserError(f'unknown {what} {name!r}: {hint}valid: {", ".join(valid)}')
 
 
+def require(condition: bool, field: str, value: object, valid: str) -> None:
+  """Raises a `UserError` that says what would be valid, unless `condition`."""
+  if not condition:
+    raise UserError(f'{field}={value!r} is not valid; valid: {valid}')
+
+
 def one_line(main: Callable[[], None]) -> Callable[[], None]:
   """Wraps an entry point: a `UserError` becomes one line on stderr and exit code 2."""
 

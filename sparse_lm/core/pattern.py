@@ -38,5 +38,5 @@ PATTERNS: dict[str, Callable[[Array, Array], Array]] = {'unstructured': unstruct
 def pattern(name: str) -> Callable[[Array, Array], Array]:
   """The pattern of that name. Raises UserError, naming the valid ones."""
   if name not in PATTERNS:
-    raise unknown('weight.pattern', name, PATTERNS)
+    raise unknown('config.weight.pattern', name, PATTERNS)
   return PATTERNS[name]

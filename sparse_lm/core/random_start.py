@@ -26,12 +26,8 @@ def random_start(
     rescale: 'none'; 'layer' divides a kernel by sqrt(density); 'unit' divides each output's column
       by the square root of its own density (both from RigL's initialisers; Evci et al. 2020, 2022).
 
-  Raises:
-    UserError: an unknown pattern or rescaling.
   """
   choose = pattern(pattern_name)
-  if rescale not in RESCALES:
-    raise unknown('weight.rescale', rescale, RESCALES)
 
   def draw(path: str, w: Array, density: Array | None) -> Array | None:
     if density is None:
@@ -44,6 +40,13 @@ def random_start(
       lambda w, m, d: _rescaled(w, m, d, rescale), params, masks, target, dense=lambda w: w
     )
   return {'params': apply_masks(params, masks), 'learned': {}}, Sparse(masks, target)
+
+
+def check(pattern_name: str, rescale: str) -> None:
+  """Raises UserError for an unknown pattern or rescaling."""
+  pattern(pattern_name)
+  if rescale not in RESCALES:
+    raise unknown('config.weight.rescale', rescale, RESCALES)
 
 
 def path_key(key: Array, path: str) -> Array:

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from sparse_lm.core import schedule, tree
+from sparse_lm.core.errors import require
 from sparse_lm.core.pattern import by_slice
-from sparse_lm.core.random_start import path_key, random_start
+from sparse_lm.core.random_start import check, path_key, random_start
 from sparse_lm.core.select import topk_mask
 from sparse_lm.core.sparse import Array, Change, Sparse, Tree, WeightMethod, apply_masks
 
@@ -56,8 +57,16 @@ class Rewiring(WeightMethod):
   pattern: str = 'unstructured'
   rescale: str = 'unit'
 
+  def check(self) -> None:
+    """Raises UserError for an unknown pattern or rescaling, or a bad schedule."""
+    check(self.pattern, self.rescale)
+    schedule.check(0.0, self.end, self.period)
+    require(
+      0 <= self.drop_fraction <= 1, 'config.weight.drop_fraction', self.drop_fraction, 'in [0, 1]'
+    )
+
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
-    """Random masks at their targets. Raises UserError for an unknown pattern or rescaling."""
+    """Random masks at their targets."""
     return random_start(key, params, target, self.pattern, self.rescale)
 
   def due(self, step: int) -> bool:

@@ -6,10 +6,19 @@ picks between two compiled steps; the others are traced.
 
 import jax.numpy as jnp
 
+from sparse_lm.core.errors import require
+
 
 def span(start: float, end: float, total_steps: int) -> tuple[int, int]:
   """First and last step of a span given as fractions of the run."""
   return round(start * total_steps), round(end * total_steps)
+
+
+def check(start: float, end: float, period: int) -> None:
+  """Raises UserError unless 0 <= start <= end <= 1 and the period is at least a step."""
+  require(0 <= start <= 1, 'config.weight.start', start, 'a fraction of the run in [0, 1]')
+  require(start <= end <= 1, 'config.weight.end', end, f'a fraction of the run in [{start}, 1]')
+  require(period >= 1, 'config.weight.period', period, '1 step or more')
 
 
 def due(step: int, first: int, last: int, period: int) -> bool:

@@ -71,7 +71,7 @@ class WeightMethod:
   keeps_dense: ClassVar[bool] = False
 
   def check(self) -> None:
-    """Raises UserError where a field is out of its range (`total_steps` is checked by the trainer)."""
+    """Raises UserError where a field is out of its range; runs before anything is compiled."""
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
     """The trainable tree and the sparse state at step 0."""

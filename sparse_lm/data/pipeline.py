@@ -133,11 +133,11 @@ def load(config: Any) -> Data:
 def _check_window(tokens: np.ndarray, context: int, batch: int) -> None:
   for name, value in (('context', context), ('batch', batch)):
     if value < 1:
-      raise UserError(f'data.{name} {value}: valid: 1 or more')
+      raise UserError(f'config.data.{name} {value}: valid: 1 or more')
   if len(tokens) < context + 1:
     raise UserError(
-      f'data.context {context} needs {context + 1} training tokens, there are {len(tokens)}; '
-      f'valid: data.context up to {max(len(tokens) - 1, 0)}, or more text'
+      f'config.data.context {context} needs {context + 1} training tokens, there are {len(tokens)}; '
+      f'valid: config.data.context up to {max(len(tokens) - 1, 0)}, or more text'
     )
 
 
@@ -145,5 +145,5 @@ def _check_prediction(tokens: np.ndarray, split: str) -> None:
   if len(tokens) < 2:
     raise UserError(
       f'the {split} split has {len(tokens)} tokens, which leaves nothing to predict; '
-      'valid: a larger share for it in data.split, or more text'
+      'valid: a larger share for it in config.data.split, or more text'
     )

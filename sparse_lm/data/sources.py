@@ -45,7 +45,7 @@ def load(config: Any) -> Corpus:
     return stdlib()
   if config.source == 'files':
     return files(config.path, tuple(config.split))
-  raise unknown('data.source', config.source, ('files', 'stdlib'))
+  raise unknown('config.data.source', config.source, ('files', 'stdlib'))
 
 
 def stdlib() -> Corpus:
@@ -58,8 +58,8 @@ def stdlib() -> Corpus:
   documents = _python_files(pathlib.Path(sysconfig.get_path('stdlib')))
   if not documents:
     raise UserError(
-      "data.source 'stdlib': this Python has no .py files of its own; "
-      "valid: data.source='files' with data.path naming local text"
+      "config.data.source 'stdlib': this Python has no .py files of its own; "
+      "valid: config.data.source='files' with config.data.path naming local text"
     )
   members: dict[str, list[bytes]] = {name: [] for name in SPLITS}
   held_out = dict.fromkeys(('validation', 'test'), 0)
@@ -86,11 +86,15 @@ def files(path_glob: str, split: tuple[float, float, float] = (0.9, 0.05, 0.05))
   """
   _check_fractions(split)
   if not path_glob:
-    raise UserError("data.source 'files' needs data.path: a text file or a glob such as ~/text/*")
+    raise UserError(
+      "config.data.source 'files' needs config.data.path: a text file or a glob such as ~/text/*"
+    )
   pattern = os.path.expanduser(path_glob)
   paths = [path for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
   if not paths:
-    raise UserError(f'data.path {path_glob!r} matches no file; valid: a text file or a glob (**)')
+    raise UserError(
+      f'config.data.path {path_glob!r} matches no file; valid: a text file or a glob (**)'
+    )
   members: dict[str, list[bytes]] = {name: [] for name in SPLITS}
   for path in paths:
     text = _read_text(path)
@@ -103,7 +107,7 @@ def files(path_glob: str, split: tuple[float, float, float] = (0.9, 0.05, 0.05))
   for name, fraction in zip(SPLITS, split):
     if fraction and not members[name]:
       raise UserError(
-        f'data.path {path_glob!r} is too short for data.split {split}: {name} is empty'
+        f'config.data.path {path_glob!r} is too short for config.data.split {split}: {name} is empty'
       )
   return _corpus(
     members, {'source': 'files', 'path': path_glob, 'split': list(split), 'files': len(paths)}
@@ -138,7 +142,7 @@ def _why_not_text(data: bytes) -> str:
 def _read_text(path: str) -> str:
   data = pathlib.Path(path).read_bytes()
   if fault := _why_not_text(data) or ('' if data else 'is empty'):
-    raise UserError(f'data.path: {path!r} {fault}; valid: non-empty UTF-8 text files')
+    raise UserError(f'config.data.path: {path!r} {fault}; valid: non-empty UTF-8 text files')
   return data.decode()
 
 
@@ -151,7 +155,7 @@ def _check_fractions(split: tuple[float, ...]) -> None:
     and split[1] > 0
   ):
     raise UserError(
-      f'data.split {split!r}: valid: three fractions (train, validation, test) that sum to 1, '
+      f'config.data.split {split!r}: valid: three fractions (train, validation, test) that sum to 1, '
       'the first two above 0, such as (0.9, 0.05, 0.05)'
     )
 

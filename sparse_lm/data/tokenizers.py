@@ -63,8 +63,8 @@ class Chars(_Json):
   def __post_init__(self) -> None:
     if not 0 < len(self.chars) <= _LARGEST_VOCABULARY:
       raise UserError(
-        f"data.tokenizer 'chars' found {len(self.chars)} different characters; "
-        f"valid: 1 to {_LARGEST_VOCABULARY}, or data.tokenizer='bytes'"
+        f"config.data.tokenizer 'chars' found {len(self.chars)} different characters; "
+        f"valid: 1 to {_LARGEST_VOCABULARY}, or config.data.tokenizer='bytes'"
       )
 
   @property
@@ -81,8 +81,8 @@ class Chars(_Json):
     if (ids == _UNSEEN).any():
       first = chr(codes[np.argmax(ids == _UNSEEN)])
       raise UserError(
-        f"data.tokenizer 'chars' has no token for {first!r} (U+{ord(first):04X}); "
-        f"valid: the {self.vocab_size} characters of its corpus, or data.tokenizer='bytes'"
+        f"config.data.tokenizer 'chars' has no token for {first!r} (U+{ord(first):04X}); "
+        f"valid: the {self.vocab_size} characters of its corpus, or config.data.tokenizer='bytes'"
       )
     return ids.astype(np.uint8 if self.vocab_size <= 256 else np.uint16)
 
@@ -113,7 +113,7 @@ def build(name: str, corpus: Corpus) -> Tokenizer:
     return Bytes()
   if name == 'chars':
     return Chars(''.join(sorted(set().union(*map(_utf8, corpus.splits.values())))))
-  raise unknown('data.tokenizer', name, NAMES)
+  raise unknown('config.data.tokenizer', name, NAMES)
 
 
 def from_json(saved: dict[str, Any]) -> Tokenizer:
@@ -130,8 +130,8 @@ def _utf8(text: bytes) -> str:
     return text.decode()
   except UnicodeDecodeError as error:
     raise UserError(
-      f"data.tokenizer 'chars' needs UTF-8 text, which byte {error.start} is not; "
-      "valid: UTF-8, or data.tokenizer='bytes'"
+      f"config.data.tokenizer 'chars' needs UTF-8 text, which byte {error.start} is not; "
+      "valid: UTF-8, or config.data.tokenizer='bytes'"
     ) from error
 
 

@@ -95,6 +95,4 @@ def ledger(model: LM, length: int) -> cost.Ledger:
   tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
   with cost.recording() as notes:
     jax.eval_shape(lambda v, t: model.apply(v, t, mode='eval', mutable=True), variables, tokens)
-  return {
-    path: cost.Matmul(m.kind, m.flops / length, m.kernel) for path, m in notes.items()
-  }
+  return {path: cost.Matmul(m.kind, m.flops / length, m.kernel) for path, m in notes.items()}

@@ -1,4 +1,4 @@
-"""A study's `runs.jsonl`: one JSON line per finished run, read, grouped by labels and by seed.
+"""A study's `runs.jsonl`: one JSON line per finished run, written, read and grouped.
 
 A line holds at least `run` (its id), `labels` (what the run is, without its seed), `seed` and
 `metrics` (numbers by name, each in its own unit).
@@ -6,6 +6,7 @@ A line holds at least `run` (its id), `labels` (what the run is, without its see
 
 import json
 import math
+import os
 import pathlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -50,9 +51,25 @@ def _read_file(path: pathlib.Path) -> list[Line]:
       continue
     missing = [key for key in NEEDED if not isinstance(line, dict) or key not in line]
     if missing:
-      raise UserError(f'{path}:{number} is not a run\'s line: it lacks {", ".join(missing)}')
+      raise UserError(f"{path}:{number} is not a run's line: it lacks {', '.join(missing)}")
     lines.append(line)
   return lines
+
+
+def append(path: pathlib.Path, line: Line) -> None:
+  """Adds a line in one write, so that the lines of several processes never mix."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  content = json.dumps(line).encode() + b'\n'
+  descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+  try:
+    size = os.fstat(descriptor).st_size
+    if size and os.pread(descriptor, 1, size - 1) != b'\n':
+      content = b'\n' + content  # behind half a line, of a process that was killed
+    if os.write(descriptor, content) != len(content):
+      raise OSError(f'{path}: could not write a whole line')
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
 
 
 def label_names(lines: Iterable[Line]) -> list[str]:
@@ -91,7 +108,7 @@ def _check_one_row(row: Mapping[str, Any], members: Sequence[Line]) -> None:
   for name in label_names(members):
     if other := [m for m in members if m['labels'].get(name) != first.get(name)]:
       values = f'{first.get(name)!r} and {other[0]["labels"].get(name)!r}'
-      raise UserError(f'the row {row} holds runs of {name} {values}; add label {name!r} to the rows')
+      raise UserError(f'the row {row} holds runs of {name} {values}; add {name!r} to the rows')
   runs: dict[int, str] = {}
   for member in members:
     if member['seed'] in runs:

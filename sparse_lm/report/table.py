@@ -1,4 +1,4 @@
-"""Tables over seeds, as Markdown, CSV and LaTeX (booktabs): mean ± std and paired differences.
+"""Tables over seeds: mean ± std of metrics, and paired differences from a baseline.
 
 There is no column of speed-ups over the baseline. Times are shown as measured: that a masked run
 would be faster once packed is not for a table to say.
@@ -8,18 +8,16 @@ import dataclasses
 import math
 import os
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
-from tabulate import tabulate
 
 from sparse_lm.core.errors import UserError
+from sparse_lm.report import formats
 from sparse_lm.report import lines as results
 
 TIMES = ('s', 'ms', 'µs', 'tokens/s')
-ABSENT = '—'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +62,12 @@ class Column:
 COLUMNS = (
   Column('val_loss', 'validation loss', '.4f', 'nats/token', paired=True),
   Column('val_bits_per_byte', 'validation', '.4f', 'bits/byte', paired=True),
-  Column('sparsity_prunable', 'sparsity of prunable', '.1f', '%', 100),
-  Column('sparsity_total', 'sparsity of all', '.1f', '%', 100),
+  Column('sparsity_prunable', 'prunable sparsity', '.1f', '%', 100),
+  Column('sparsity_total', 'total sparsity', '.1f', '%', 100),
   Column('params', 'parameters', ',.0f'),
   Column('nonzero_params', 'nonzero parameters', ',.0f'),
-  Column('flops_forward_ratio', 'forward FLOPs / dense', '.3f'),
-  Column('flops_training_ratio', 'training FLOPs / dense', '.3f'),
+  Column('flops_forward_ratio', 'forward FLOPs', '.3f', '× dense'),
+  Column('flops_training_ratio', 'training FLOPs', '.3f', '× dense'),
   Column('stored_bytes', 'stored', ',.1f', 'kB', 1e-3),
   Column('train_step_ms', 'training step', '.1f', 'ms'),
 )
@@ -102,9 +100,12 @@ def summarise(
 
   Raises:
     UserError: an unknown label or metric, a baseline that no run matches, or a row that mixes runs.
+    ValueError: two columns have one heading.
   """
-  for name in (c.metric for c in columns):
-    results.check_metric(lines, name)
+  for c in columns:
+    results.check_metric(lines, c.metric)
+  if len({c.heading for c in columns}) < len(columns):
+    raise ValueError(f'two columns of one heading: {[c.heading for c in columns]}')
   groups = results.group(lines, rows)
   bases = {
     key: members for key, members in groups.items() if results.matches(members[0], baseline or {})
@@ -155,70 +156,6 @@ def _numbers(
   return numbers
 
 
-def text(frame: pd.DataFrame) -> pd.DataFrame:
-  """A summary as it is printed: strings under headings."""
-  printed = {name: [_label(value) for value in frame[name]] for name in frame.attrs['rows']}
-  printed['seeds'] = [str(n) for n in frame['seeds']]
-  for c in frame.attrs['columns']:
-    printed[c.heading] = _cells(frame, c, c.metric)
-    if f'{c.metric}_delta_n' in frame and c.paired:
-      printed[f'Δ {c.heading}'] = _cells(frame, c, f'{c.metric}_delta', sign='+')
-  return pd.DataFrame(printed)
-
-
-def _cells(frame: pd.DataFrame, c: Column, name: str, sign: str = '') -> list[str]:
-  numbers = zip(frame[f'{name}_mean'], frame[f'{name}_std'], frame[f'{name}_n'])
-  return [c.text(mean, std, sign) if n else ABSENT for mean, std, n in numbers]
-
-
-def _label(value: Any) -> str:
-  if value is None:
-    return ABSENT
-  return f'{value:g}' if isinstance(value, float) else str(value)
-
-
-def notes(frame: pd.DataFrame) -> str:
-  """What a reader must know of the numbers: seeds, spread, and what differences are from."""
-  seeds = ', '.join(map(str, frame.attrs['seeds']))
-  parts = [f'Mean ± sample standard deviation over seeds {seeds}; no ± where there is no spread.']
-  if any(name.endswith('_delta_n') for name in frame.columns):
-    labels = ', '.join(f'{k} {_label(v)}' for k, v in frame.attrs['baseline'].items())
-    parts.append(f'Δ: difference from {labels}, paired seed by seed.')
-  return ' '.join(parts)
-
-
-def markdown(frame: pd.DataFrame, caption: str, command: str) -> str:
-  """The caption, the table and its notes, with the command that reproduces them."""
-  printed = text(frame).map(_pipes).rename(columns=_pipes)
-  align = ['left'] * len(frame.attrs['rows'])
-  align += ['right'] * (printed.shape[1] - len(align))
-  body = tabulate(
-    printed, headers='keys', tablefmt='pipe', showindex=False, disable_numparse=True, colalign=align
-  )
-  return f'**{caption}**\n\n{body}\n\n{notes(frame)} Reproduce: `{command}`\n'
-
-
-def csv(frame: pd.DataFrame) -> str:
-  """Means, standard deviations and counts in columns of their own, each in the metric's unit."""
-  return frame.to_csv(index=False, lineterminator='\n')
-
-
-def latex(frame: pd.DataFrame, caption: str, command: str, label: str) -> str:
-  r"""A `table` float for a document that uses booktabs; `\label{tab:<label>}`."""
-  printed = text(frame).map(_tex).rename(columns=_tex)
-  width = len(frame.attrs['rows'])
-  # Two hyphens would become a dash.
-  verbatim = _tex(command).replace('--', '-{}-')
-  return printed.style.hide(axis='index').to_latex(
-    hrules=True,
-    column_format='l' * width + 'r' * (printed.shape[1] - width),
-    caption=f'{_tex(caption)}. {_tex(notes(frame))} Reproduce: \\texttt{{{verbatim}}}',
-    label=f'tab:{label}',
-    position='t',
-    position_float='centering',
-  )
-
-
 def write(frame: pd.DataFrame, folder: str | pathlib.Path, caption: str, command: str) -> str:
   """Writes `table.md`, `table.csv` and `table.tex` in `folder` and returns the Markdown.
 
@@ -231,9 +168,9 @@ def write(frame: pd.DataFrame, folder: str | pathlib.Path, caption: str, command
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   contents = {
-    'table.md': markdown(frame, caption, command),
-    'table.csv': csv(frame),
-    'table.tex': latex(frame, caption, command, folder.name),
+    'table.md': formats.markdown(frame, caption, command),
+    'table.csv': formats.csv(frame),
+    'table.tex': formats.latex(frame, caption, command, folder.name),
   }
   for name, content in contents.items():
     # Shards of a study may write at the same time; a reader never sees half a file.
@@ -241,21 +178,3 @@ def write(frame: pd.DataFrame, folder: str | pathlib.Path, caption: str, command
     temporary.write_text(content, encoding='utf-8')
     os.replace(temporary, folder / name)
   return contents['table.md']
-
-
-def _pipes(value: str) -> str:
-  return value.replace('|', r'\|')
-
-
-_TEX = str.maketrans(
-  {c: f'\\{c}' for c in '%_&#${}'}
-  | {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}'}
-  | {'<': r'\textless{}', '>': r'\textgreater{}', '|': r'\textbar{}'}
-  | {'±': r'$\pm$', 'Δ': r'$\Delta$', '×': r'$\times$', 'µ': r'$\mu$', '≤': r'$\le$'}
-  | {'≥': r'$\ge$', '—': '---', '–': '--'}
-)
-
-
-def _tex(value: str) -> str:
-  """Text that LaTeX prints as it stands; a leading minus becomes a real one."""
-  return re.sub(r'^-(?=[\d.])', '$-$', value.translate(_TEX))

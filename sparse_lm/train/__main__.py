@@ -3,24 +3,18 @@
 import argparse
 
 from sparse_lm.core import config as configs
+from sparse_lm.core import runtime
 from sparse_lm.core.errors import one_line
+from sparse_lm.train.loop import train
 
 
 @one_line
 def main() -> None:
   """Trains a config in a workdir, or continues there, and prints its result."""
   parser = argparse.ArgumentParser(prog='python -m sparse_lm.train', allow_abbrev=False)
-  parser.add_argument('--config', required=True, help='a config file, such as configs/tiny.py')
   parser.add_argument('--workdir', required=True, help='folder of the run; running again continues')
-  arguments, rest = parser.parse_known_args()
-  config = configs.load(arguments.config, configs.overrides_from_args(rest))
-
-  # After the config, so that a mistyped field is answered at once.
-  from sparse_lm.core import runtime
-
+  arguments, config = configs.from_command_line(parser)
   runtime.prepare()
-  from sparse_lm.train.loop import train
-
   metrics = train(config, arguments.workdir)['metrics']
   print(
     f'{arguments.workdir}: validation loss {metrics["val_loss"]:.4f} nats per token, '

@@ -1,5 +1,6 @@
 """Checkpoints: parameters, sparse state, optimizer, the rest of the state and data, item by item."""
 
+import itertools
 import pathlib
 import sys
 import zlib
@@ -32,7 +33,7 @@ def _items(state: TrainState) -> dict[str, Tree]:
 def _leaves(item: Tree) -> dict[str, Any]:
   """Arrays by path; `None`s and empty nodes are the template's business. Orbax refuses an empty
   item, hence the schema number in each."""
-  return {'schema': np.int32(SCHEMA), **tree.named(item)}
+  return {'schema': np.asarray(SCHEMA, np.int32), **tree.named(item)}
 
 
 def _digest(leaves: dict[str, Any]) -> int:
@@ -41,6 +42,23 @@ def _digest(leaves: dict[str, Any]) -> int:
   for path in sorted(leaves):
     crc = zlib.crc32(np.ascontiguousarray(leaves[path]).tobytes(), zlib.crc32(path.encode(), crc))
   return crc
+
+
+def _first_line(error: Exception) -> str:
+  lines = str(error).strip().splitlines()
+  return lines[0][:160] if lines else repr(error)
+
+
+def _free(path: pathlib.Path) -> pathlib.Path:
+  """`path`, or `path.1`, `path.2`, ... where that exists."""
+  names = (path.with_name(f'{path.name}.{i}') if i else path for i in itertools.count())
+  return next(name for name in names if not name.exists())
+
+
+def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
+  """What to restore, on this process' first device wherever it was saved."""
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
 
 
 class Checkpoints:
@@ -73,29 +91,40 @@ class Checkpoints:
   def restore(self, template: TrainState, data: Any = None, items=ITEMS) -> TrainState | None:
     """The newest intact checkpoint in the shape of `template`, `None` where there is none at all.
 
-    A corrupt one is named on stderr and moved aside, to `corrupt-<step>`. With `data` (a grain
-    iterator) its position is set too. `items` that are not named stay the template's.
+    Args:
+      template: arrays or shape structs; `items` that are not named stay as they are there.
+      data: a grain iterator whose position is set too.
 
     Raises:
       UserError: there are checkpoints and all are corrupt.
     """
-    steps = self.steps()
+    steps, faults = self.steps(), []
     for step in reversed(steps):
       try:
-        return self._restore(step, template, data, items)
+        state = self._restore(step, template, data, items)
       # Storage reports damage by many types; whatever the cause, an older one may be whole.
       except Exception as error:
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else repr(error)
-        print(f'checkpoint {step} in {self.path} is corrupt: {reason}', file=sys.stderr)
-        self._set_aside(step)
-        older = self.steps()
-        print(f'using checkpoint {older[-1]}' if older else 'no other is left', file=sys.stderr)
-    if steps:
+        faults.append(f'checkpoint {step} ({_first_line(error)})')
+        continue
+      if faults:
+        print(f'corrupt: {"; ".join(faults)}; using checkpoint {step}', file=sys.stderr)
+      return state
+    if faults:
       raise UserError(
-        f'every checkpoint in {self.path} is corrupt ({", ".join(map(str, steps))}); valid: a copy '
-        'of one of them, or a new workdir'
+        f'{self.path} has no intact checkpoint: {"; ".join(faults)}; valid: a copy of one of them, '
+        'or a new workdir'
       )
     return None
+
+  def set_aside_after(self, step: int) -> None:
+    """Moves checkpoints newer than `step`, the newest intact one, to `corrupt-<step>`: training on
+    from an older one will write theirs anew."""
+    newer = [other for other in self.steps() if other > step]
+    if newer:
+      self._manager.close()
+      for other in newer:
+        (self.path / str(other)).rename(_free(self.path.parent / f'corrupt-{other}'))
+      self._manager = self._open()
 
   def close(self) -> None:
     """Waits for the files."""
@@ -107,14 +136,13 @@ class Checkpoints:
     )
     return ocp.CheckpointManager(self.path, options=options)
 
-  def _set_aside(self, step: int) -> None:
-    self._manager.close()
-    (self.path / str(step)).rename(self.path.parent / f'corrupt-{step}')
-    self._manager = self._open()
-
   def _restore(self, step: int, template: TrainState, data: Any, names: tuple) -> TrainState:
     meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
-    wanted = {name: _leaves(item) for name, item in _items(template).items() if name in names}
+    wanted = {
+      name: jax.tree.map(_struct, _leaves(item))
+      for name, item in _items(template).items()
+      if name in names
+    }
     found = self._manager.restore(
       step,
       args=ocp.args.Composite(

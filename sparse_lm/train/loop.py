@@ -13,8 +13,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from sparse_lm.core import rng
 from sparse_lm.core import config as configs
+from sparse_lm.core import rng
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.sparse import Tree
 from sparse_lm.train import cost, observe
@@ -38,7 +38,7 @@ def train(config: ConfigDict, workdir: str, progress: bool = True) -> dict[str, 
     SystemExit: SIGTERM or Ctrl-C, after the state has been saved.
   """
   run = setup(config)
-  folder = Workdir(workdir, config, run.data.card)
+  folder = Workdir(workdir, config, run.data)
   if finished := folder.result(config.train.steps):
     return finished
   checkpoints = Checkpoints(folder.path)
@@ -82,9 +82,7 @@ class _Stop:
 class _Loop:
   """One run from where it stands to its last step."""
 
-  def __init__(
-    self, run: Setup, folder: Workdir, checkpoints: Checkpoints, progress: bool
-  ) -> None:
+  def __init__(self, run: Setup, folder: Workdir, checkpoints: Checkpoints, progress: bool) -> None:
     self.setup, self.folder, self.checkpoints = run, folder, checkpoints
     self.config, self.program = run.config, run.program
     self.progress = progress
@@ -95,8 +93,7 @@ class _Loop:
   def run(self) -> dict[str, Any]:
     """Trains, logs, evaluates and saves."""
     state, batches = self._start()
-    params, masks = self.program.finalize(state)
-    self.masks = masks
+    _, self.masks = self.program.finalize(state)
     first, steps = int(state.step), self.config.train.steps
     with _Stop() as stop, self._bar(first, steps) as bar:
       for step in range(first, steps):
@@ -120,7 +117,6 @@ class _Loop:
     batches = self.setup.data.train_iterator(rng.data_seed(self.config.seed))
     restored = self.checkpoints.restore(state, batches)
     if restored is None:
-      # Step 0 is a good checkpoint too: a run that diverges has somewhere to go back to.
       self.folder.resume_metrics(0)
       return state, batches
     if int(restored.step) > self.config.train.steps:
@@ -128,13 +124,19 @@ class _Loop:
         f'config.train.steps={self.config.train.steps} is below the {int(restored.step)} steps '
         f'that workdir {self.folder.path} has done'
       )
+    self.checkpoints.set_aside_after(int(restored.step))
     self.folder.resume_metrics(int(restored.step))
     return restored, batches
 
   def _bar(self, first: int, steps: int) -> tqdm:
     return tqdm(
-      total=steps, initial=first, disable=not self.progress, unit='step',
-      desc=self.folder.path.name[-40:], dynamic_ncols=True, file=sys.stderr,
+      total=steps,
+      initial=first,
+      disable=not self.progress,
+      unit='step',
+      desc=self.folder.path.name[-40:],
+      dynamic_ncols=True,
+      file=sys.stderr,
     )
 
   def _log(self, bar: tqdm) -> None:

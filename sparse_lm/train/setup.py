@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-from typing import Any
 
 import jax
 from ml_collections import ConfigDict

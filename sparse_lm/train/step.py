@@ -88,7 +88,9 @@ class Program:
   ) -> tuple[Array, tuple[Tree, Metrics]]:
     """Mean nats per token plus what modules sowed into `losses`."""
     logits, variables = self.model.apply(
-      {'params': params, **model_state}, tokens_BxL1[:, :-1], mode='train',
+      {'params': params, **model_state},
+      tokens_BxL1[:, :-1],
+      mode='train',
       rngs={'dropout': key, 'gates': jax.random.fold_in(key, 1)},
       mutable=[*states.SOWN, *model_state],
     )
@@ -129,9 +131,7 @@ class Program:
     (params, cost), pull_back = jax.vjp(
       lambda t: method.effective(t, state.sparse, 'train', step, key_mask), state.trainable
     )
-    grads, model_state, metrics = self._gradients(
-      params, state.model_state, tokens_BxL1, key_model
-    )
+    grads, model_state, metrics = self._gradients(params, state.model_state, tokens_BxL1, key_model)
     (trainable_grads,) = pull_back((grads, jnp.zeros_like(cost)))
     metrics |= {'density': cost, 'gradient_norm': optax.global_norm(trainable_grads)}
 
@@ -147,8 +147,12 @@ class Program:
       opt_state = zero_moments(self.tx, opt_state, changed)
     return (
       state.replace(
-        step=step + 1, trainable=trainable, sparse=sparse, opt_state=opt_state,
-        ema=self._average(state.ema, trainable, sparse), model_state=model_state,
+        step=step + 1,
+        trainable=trainable,
+        sparse=sparse,
+        opt_state=opt_state,
+        ema=self._average(state.ema, trainable, sparse),
+        model_state=model_state,
       ),
       metrics,
     )

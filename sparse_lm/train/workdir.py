@@ -1,4 +1,8 @@
-"""The folder of a run: config.json, env.json, data.json, metrics.jsonl, events, result.json."""
+"""The folder of a run.
+
+config.json, env.json, data.json, tokenizer.json, metrics.jsonl, TensorBoard events, checkpoints and,
+once it has finished, result.json.
+"""
 
 import importlib.metadata
 import json
@@ -14,6 +18,7 @@ from tensorboardX import SummaryWriter
 
 from sparse_lm.core import config as configs
 from sparse_lm.core.errors import UserError
+from sparse_lm.data.pipeline import Data
 
 # What may differ when a run is continued: its length, and what it writes on the way.
 FREE = ('train.steps', 'train.log_every', 'train.eval_every', 'train.checkpoint_every')
@@ -46,15 +51,16 @@ class Workdir:
   Raises UserError where the folder holds a run with another config or another corpus.
   """
 
-  def __init__(self, path: str, config: ConfigDict, data_card: dict[str, Any]) -> None:
+  def __init__(self, path: str, config: ConfigDict, data: Data) -> None:
     self.path = pathlib.Path(path)
     if self.path.exists() and not self.path.is_dir():
-      raise UserError(f'workdir {path} is a file; valid: a new or a run\'s folder')
-    self._compare(config, data_card)
+      raise UserError(f"workdir {path} is a file; valid: a new folder, or a run's")
+    self._compare(config, data.card)
     self.path.mkdir(parents=True, exist_ok=True)
     write_json(self.path / 'config.json', configs.to_json(config))
     write_json(self.path / 'env.json', environment())
-    write_json(self.path / 'data.json', data_card)
+    write_json(self.path / 'data.json', data.card)
+    write_json(self.path / 'tokenizer.json', data.tokenizer.to_json())
     self._events: SummaryWriter | None = None
 
   def result(self, steps: int) -> dict[str, Any] | None:
@@ -96,7 +102,8 @@ class Workdir:
       return
     old = configs.flat(json.loads(file.read_text()))
     new = configs.flat(configs.to_json(config))
-    for field in sorted({*old, *new} - set(FREE)):
+    # Names first: another method explains why its fields differ too.
+    for field in sorted({*old, *new} - set(FREE), key=lambda f: (not f.endswith('name'), f)):
       if old.get(field) != new.get(field):
         raise UserError(
           f'workdir {self.path} holds a run with config.{field}={old.get(field)!r}, not '

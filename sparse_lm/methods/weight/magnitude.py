@@ -28,9 +28,13 @@ class Magnitude(WeightMethod):
   period: int = 100
   pattern: str = 'unstructured'
 
-  def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
-    """Full masks. Raises UserError for an unknown pattern."""
+  def check(self) -> None:
+    """Raises UserError for an unknown pattern or a bad schedule."""
     pattern(self.pattern)
+    schedule.check(self.start, self.end, self.period)
+
+  def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
+    """Full masks."""
     masks = tree.where_sparse(
       lambda w, density: jnp.ones(w.shape, bool), params, target, dense=lambda w: None
     )
@@ -46,13 +50,18 @@ class Magnitude(WeightMethod):
     """Keeps the largest magnitudes, as many as the ramp allows at `step`."""
     choose = pattern(self.pattern)
     masks = jax.tree.map(
-      lambda w, m, final: None
-      if m is None
-      else choose(
-        # Dropped weights rank last even among the exact zeros of living ones.
-        jnp.where(m, jnp.abs(w), -1.0), schedule.cubic_density(step, *self._span, final)
+      lambda w, m, final: (
+        None
+        if m is None
+        else choose(
+          # Dropped weights rank last even among the exact zeros of living ones.
+          jnp.where(m, jnp.abs(w), -1.0),
+          schedule.cubic_density(step, *self._span, final),
+        )
       ),
-      trainable['params'], sparse.masks, sparse.target,
+      trainable['params'],
+      sparse.masks,
+      sparse.target,
     )
     changed = tree.where_sparse(
       lambda w, old, new: old != new, trainable['params'], sparse.masks, masks, dense=lambda w: None

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from sparse_lm.core.random_start import random_start
+from sparse_lm.core.random_start import check, random_start
 from sparse_lm.core.sparse import Array, Sparse, Tree, WeightMethod
 
 
@@ -21,6 +21,10 @@ class Static(WeightMethod):
   pattern: str = 'unstructured'
   rescale: str = 'unit'
 
+  def check(self) -> None:
+    """Raises UserError for an unknown pattern or rescaling."""
+    check(self.pattern, self.rescale)
+
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
-    """Random masks at their targets. Raises UserError for an unknown pattern or rescaling."""
+    """Random masks at their targets."""
     return random_start(key, params, target, self.pattern, self.rescale)

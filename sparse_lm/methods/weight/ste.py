@@ -31,9 +31,13 @@ class STE(WeightMethod):
   pattern: str = 'unstructured'
   keeps_dense: ClassVar[bool] = True
 
-  def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
-    """No stored masks. Raises UserError for an unknown pattern."""
+  def check(self) -> None:
+    """Raises UserError for an unknown pattern or a bad ramp."""
     pattern(self.pattern)
+    schedule.check(self.start, self.end, period=1)
+
+  def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
+    """No stored masks."""
     return {'params': params, 'learned': {}}, Sparse(jax.tree.map(lambda w: None, params), target)
 
   def effective(
@@ -61,7 +65,9 @@ class STE(WeightMethod):
     choose = pattern(self.pattern)
     return tree.where_sparse(
       lambda w, final: choose(jnp.abs(w), schedule.cubic_density(step, *self._span, final)),
-      jax.lax.stop_gradient(params), sparse.target, dense=lambda w: None,
+      jax.lax.stop_gradient(params),
+      sparse.target,
+      dense=lambda w: None,
     )
 
   @property

@@ -1,0 +1,215 @@
+"""`python -m experiments.run NAME`: trains what a study still lacks, then prints its table.
+
+A study is a module `experiments/<name>.py` with
+  its question as docstring,
+  `runs() -> list[Run]` (see `sweep`), in the order that its table is to have,
+  `report(lines, folder) -> str`, which writes tables and figures and returns Markdown to print,
+  and, where a run is more than training, `execute(run, workdir) -> dict` with the `metrics` and,
+  as far as there are any, the `config`, `env` and `data` of the run's line.
+"""
+
+import argparse
+import ast
+import dataclasses
+import importlib
+import importlib.util
+import pathlib
+import pkgutil
+import shlex
+import sys
+import types
+from typing import Any
+
+from tqdm import tqdm
+
+import experiments
+from experiments.sweep import Run
+from sparse_lm.core.errors import UserError, one_line, unknown
+from sparse_lm.report import lines as results
+
+
+def studies() -> dict[str, str]:
+  """Every study and the first line of its docstring, read without importing it."""
+  found = {}
+  for module in pkgutil.iter_modules(experiments.__path__):
+    source = importlib.util.find_spec(f'experiments.{module.name}').origin
+    tree = ast.parse(pathlib.Path(source).read_text(encoding='utf-8'))
+    if any(isinstance(node, ast.FunctionDef) and node.name == 'runs' for node in tree.body):
+      found[module.name] = (ast.get_docstring(tree) or '').partition('\n')[0]
+  return found
+
+
+@dataclasses.dataclass
+class Study:
+  """A study's module and the folder of its results.
+
+  Attributes:
+    name: of the module.
+    module: with `runs`, `report` and perhaps `execute`.
+    folder: `<results>/<name>`: `runs.jsonl`, tables, figures, `runs/<run id>`.
+    runs: by id, in the study's order.
+  """
+
+  name: str
+  module: types.ModuleType
+  folder: pathlib.Path
+  runs: dict[str, Run]
+
+  @classmethod
+  def load(cls, name: str, results_folder: str | pathlib.Path = 'results') -> 'Study':
+    """Raises UserError for a name that is no study's, or a study that plans one run twice."""
+    if name not in studies():
+      raise unknown('study', name, studies())
+    module = importlib.import_module(f'experiments.{name}')
+    runs: dict[str, Run] = {}
+    for run in module.runs():
+      if run.id(name) in runs:
+        raise UserError(f'study {name} plans the run {run.id(name)} twice')
+      runs[run.id(name)] = run
+    return cls(name, module, pathlib.Path(results_folder) / name, runs)
+
+  @property
+  def file(self) -> pathlib.Path:
+    """Of the lines."""
+    return self.folder / 'runs.jsonl'
+
+  def finished(self) -> dict[str, results.Line]:
+    """The lines by run id, in the study's order; lines of runs that it no longer plans are left."""
+    if not self.file.exists() or not self.file.stat().st_size:
+      return {}
+    lines = {line['run']: line for line in results.read([self.file])}
+    return {run_id: lines[run_id] for run_id in self.runs if run_id in lines}
+
+  def shard(self, index: int = 0, num_shards: int = 1) -> dict[str, Run]:
+    """Every `num_shards`-th run from the `index`-th on. Raises UserError for a bad index."""
+    if num_shards < 1 or not 0 <= index < num_shards:
+      raise UserError(
+        f'no shard --index={index} of --num_shards={num_shards}; valid: 0 <= index < num_shards'
+      )
+    # Of all runs, not of the missing ones: those change while other shards work.
+    return dict(list(self.runs.items())[index::num_shards])
+
+  def workdir(self, run_id: str) -> pathlib.Path:
+    """Of a run."""
+    return self.folder / 'runs' / run_id
+
+  def command(self, run_id: str) -> str:
+    """What reproduces a run in a shell."""
+    run = self.runs[run_id]
+    if not hasattr(self.module, 'execute'):
+      return run.command(self.workdir(run_id))
+    root = shlex.join([f'--results={self.folder.parent}'])
+    return f'python -m experiments.run {self.name} {root}  # {run_id}: {run.arguments}'
+
+  def train(self, runs: dict[str, Run]) -> None:
+    """Runs what has no line yet and appends its line.
+
+    Raises:
+      UserError: a config is wrong, before the first run starts; or a run failed (the lines of the
+        finished ones are kept).
+    """
+    finished = self.finished()
+    missing = {run_id: run for run_id, run in runs.items() if run_id not in finished}
+    seeds = {run_id: _load(run).seed for run_id, run in missing.items()}
+    execute = getattr(self.module, 'execute', _train)
+    bar = tqdm(
+      total=len(runs),
+      initial=len(runs) - len(missing),
+      disable=not missing,
+      unit='run',
+      dynamic_ncols=True,
+      file=sys.stderr,
+    )
+    with bar:
+      for run_id, run in missing.items():
+        bar.set_description(run_id)
+        try:
+          result = execute(run, self.workdir(run_id))
+        except UserError as error:
+          raise UserError(f'run {run_id}: {error}') from error
+        head = {'study': self.name, 'run': run_id, 'labels': run.labels, 'seed': seeds[run_id]}
+        results.append(
+          self.file, head | {'command': self.command(run_id)} | _checked(run_id, result)
+        )
+        bar.update()
+
+  def report(self) -> str:
+    """Tables and figures of what has finished, and how much of the study that is."""
+    finished = self.finished()
+    lacking = len(self.runs) - len(finished)
+    note = f'{lacking} of {len(self.runs)} runs are missing'
+    if not finished:
+      return f'{note}: no table yet'
+    try:
+      shown = self.module.report(list(finished.values()), self.folder)
+    except UserError as error:
+      if not lacking:
+        raise
+      return f'{note}: no table yet ({error})'  # such as a baseline that another shard trains
+    return f'{shown}\n{note}: the table is of the others\n' if lacking else shown
+
+
+def _checked(run_id: str, result: dict[str, Any]) -> dict[str, Any]:
+  if not result.get('metrics'):
+    raise ValueError(f'execute returned no metrics for run {run_id}')
+  return result
+
+
+def _load(run: Run) -> Any:
+  """The run's config, which validates it. Imported here: `--list` needs no JAX."""
+  from sparse_lm.core import config
+
+  return config.load(run.config, run.overrides)
+
+
+def _train(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
+  """Trains or continues a run and returns its result.json. Imported here, as in `_load`."""
+  from sparse_lm.core import runtime
+
+  runtime.prepare()
+  from sparse_lm.train.loop import train
+
+  return train(_load(run), str(workdir))
+
+
+@one_line
+def main() -> None:
+  """Lists studies, lists what one lacks, or runs it and prints its table."""
+  arguments = _arguments()
+  if arguments.list:
+    for name, question in studies().items():
+      print(f'{name}: {question}')
+    return
+  study = Study.load(arguments.name, arguments.results)
+  runs = study.shard(arguments.index, arguments.num_shards)
+  if arguments.dry_run:
+    finished = study.finished()
+    print(f'# {len(runs.keys() & finished)} of {len(runs)} runs are finished; missing:')
+    for run_id in runs:
+      if run_id not in finished:
+        print(study.command(run_id))
+    return
+  try:
+    study.train(runs)
+  except KeyboardInterrupt:
+    print('stopped; the same command continues', file=sys.stderr)
+    sys.exit(130)
+  print(study.report())
+
+
+def _arguments() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(prog='python -m experiments.run', allow_abbrev=False)
+  parser.add_argument('name', nargs='?', help='a study')
+  parser.add_argument('--results', default='results', help="folder of all studies' results")
+  parser.add_argument('--list', action='store_true', help='list the studies')
+  parser.add_argument('--dry_run', action='store_true', help='print what is missing')
+  parser.add_argument('--index', type=int, default=0, help='of this shard')
+  parser.add_argument('--num_shards', type=int, default=1, help='processes that share the study')
+  arguments = parser.parse_args()
+  if not arguments.name and not arguments.list:
+    parser.error('name a study, or ask for --list')
+  return arguments
+
+
+if __name__ == '__main__':
+  main()

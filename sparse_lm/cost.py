@@ -1,0 +1,59 @@
+"""`python -m sparse_lm.cost --config=configs/x.py [--config.a.b=c ...]`: the ledger, without training."""
+
+import argparse
+from typing import Any
+
+from tabulate import tabulate
+
+from sparse_lm.core import config as configs
+from sparse_lm.core import tree
+from sparse_lm.core.errors import one_line
+from sparse_lm.core.sparse import Tree
+from sparse_lm.model import lm
+from sparse_lm.train import cost
+from sparse_lm.train.setup import build, vocab_of
+from sparse_lm.train.step import Program
+
+
+def matmuls(program: Program, target: Tree) -> str:
+  """A Markdown table of every matmul: forward FLOPs per token and the density of its kernel."""
+  densities = {path: float(density) for path, density in tree.named(target).items()}
+  rows = [
+    (path, m.flops, densities.get(m.kernel, 1.0), m.flops * densities.get(m.kernel, 1.0))
+    for path, m in lm.ledger(program.model, program.model.spec.context).items()
+  ]
+  header = ('matmul', 'FLOPs per token', 'density', 'at that density')
+  return tabulate(rows, header, tablefmt='github', floatfmt=('', ',.0f', '.4f', ',.0f'))
+
+
+def summary(report: dict[str, Any]) -> str:
+  """A Markdown table of the totals, the dense twin beside them."""
+  dense_flops = report['flops_forward'] / report['flops_forward_ratio']
+  rows = [
+    ('parameters', f'{report["nonzero_params"]:,}', f'{report["params"]:,}'),
+    ('sparsity over prunable weights', f'{report["sparsity_prunable"]:.2%}', '0 %'),
+    ('sparsity over all weights', f'{report["sparsity_total"]:.2%}', '0 %'),
+    (
+      'stored bytes, mask bits included',
+      f'{report["stored_bytes"]:,}',
+      f'{report["dense_bytes"]:,}',
+    ),
+    ('forward FLOPs per token', f'{report["flops_forward"]:,.0f}', f'{dense_flops:,.0f}'),
+    ('... over the dense twin', f'{report["flops_forward_ratio"]:.4f}', '1'),
+    ('training FLOPs per token', f'{report["flops_training"]:,.0f}', f'{3 * dense_flops:,.0f}'),
+    ('... over the dense twin', f'{report["flops_training_ratio"]:.4f}', '1'),
+  ]
+  return tabulate(rows, ('', 'this config', 'dense twin'), tablefmt='github', disable_numparse=True)
+
+
+@one_line
+def main() -> None:
+  """Prints what a config costs in theory."""
+  parser = argparse.ArgumentParser(prog='python -m sparse_lm.cost', allow_abbrev=False)
+  _, config = configs.from_command_line(parser)
+  program, target = build(config, vocab_of(config))
+  print(matmuls(program, target), summary(cost.report(program, target)), sep='\n\n')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,76 @@
+"""A trained run as a plain Python object."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparse_lm.core import config as configs
+from sparse_lm.core.errors import UserError
+from sparse_lm.core.sparse import Tree
+from sparse_lm.data import tokenizers
+from sparse_lm.train import cost
+from sparse_lm.train.checkpoint import Checkpoints
+from sparse_lm.train.setup import build
+from sparse_lm.train.step import Program
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """The model of a workdir's newest intact checkpoint.
+
+  Attributes:
+    params: with exact zeros where a weight was dropped.
+    masks: like `params`, bool, `None` = dense.
+    model_state: the model's other collections.
+    step: optimizer steps completed.
+  """
+
+  program: Program
+  tokenizer: tokenizers.Tokenizer
+  target: Tree
+  params: Tree
+  masks: Tree
+  model_state: Tree
+  step: int
+
+  @functools.cached_property
+  def _apply(self) -> Any:
+    variables = {'params': self.params, **self.model_state}
+    return jax.jit(lambda tokens: self.program.model.apply(variables, tokens, mode='eval'))
+
+  def logits(self, tokens_BxL: np.ndarray) -> jax.Array:
+    """float32 `[B, L, V]` for int32 `[B, L]`."""
+    return self._apply(tokens_BxL)
+
+  def costs(self) -> dict[str, Any]:
+    """Sizes and FLOPs beside the dense twin's, see `train/cost.py`."""
+    return cost.report(self.program, self.target, self.masks)
+
+
+def load(workdir: str) -> Trained:
+  """Loads a workdir, without its optimizer.
+
+  Raises:
+    UserError: the folder holds no run, or no intact checkpoint.
+  """
+  folder = pathlib.Path(workdir)
+  if not (folder / 'config.json').exists():
+    raise UserError(f'workdir {workdir} holds no run (no config.json)')
+  config = configs.from_json(json.loads((folder / 'config.json').read_text()))
+  tokenizer = tokenizers.from_json(json.loads((folder / 'tokenizer.json').read_text()))
+  program, target = build(config, tokenizer.vocab_size)
+  template = jax.eval_shape(program.init, config.seed, target)
+  checkpoints = Checkpoints(folder)
+  try:
+    state = checkpoints.restore(template, items=('params', 'sparse', 'model'))
+  finally:
+    checkpoints.close()
+  if state is None:
+    raise UserError(f'workdir {workdir} has no checkpoint yet')
+  params, masks = program.finalize(state.replace(opt_state=None))
+  return Trained(program, tokenizer, target, params, masks, state.model_state, int(state.step))

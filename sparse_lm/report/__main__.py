@@ -1,0 +1,94 @@
+"""`python -m sparse_lm.report results/x/runs.jsonl --rows=method --columns=val_loss`."""
+
+import argparse
+import pathlib
+import shlex
+import sys
+from typing import Any
+
+from sparse_lm.core.errors import UserError, one_line, unknown
+from sparse_lm.report import formats, plot, table
+from sparse_lm.report import lines as results
+
+
+@one_line
+def main() -> None:
+  """Prints a table of finished runs and draws a figure where one is asked for."""
+  arguments = _arguments()
+  lines = results.read(arguments.files)
+  baseline = _baseline(lines, arguments.baseline)
+  rows = _names(arguments.rows) or results.label_names(lines)
+  present = results.metric_names(lines)
+  columns = (
+    _names(arguments.columns) or [c.metric for c in table.COLUMNS if c.metric in present] or present
+  )
+  frame = table.summarise(lines, rows, [table.column(name) for name in columns], baseline)
+  if arguments.figure:
+    _draw(arguments, lines, baseline)
+  print(_formatted(frame, arguments.format, lines))
+
+
+def _arguments() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(prog='python -m sparse_lm.report', allow_abbrev=False)
+  parser.add_argument('files', nargs='+', help='runs.jsonl of one or more studies')
+  parser.add_argument('--rows', default='', help='labels that make a row; default: all')
+  parser.add_argument('--columns', default='', help='metrics; default: the best known')
+  parser.add_argument(
+    '--baseline', default='', help='label=value[,...] of the rows to compare with'
+  )
+  parser.add_argument('--format', choices=('markdown', 'csv', 'latex'), default='markdown')
+  parser.add_argument('--figure', help='a .png; a .pdf is written beside it')
+  parser.add_argument('--x', help='of the figure: a label or metric')
+  parser.add_argument('--y', help='of the figure: a metric')
+  parser.add_argument('--series', help='of the figure: the label with a curve for each value')
+  arguments = parser.parse_args()
+  if arguments.figure and not (arguments.x and arguments.y and arguments.series):
+    parser.error('--figure needs --x, --y and --series')
+  return arguments
+
+
+def _formatted(frame: Any, kind: str, lines: list[results.Line]) -> str:
+  if kind == 'csv':
+    return formats.csv(frame).rstrip()
+  studies = list(dict.fromkeys(line.get('study', 'runs') for line in lines))
+  caption = ', '.join(studies)
+  command = shlex.join(['python', '-m', 'sparse_lm.report', *sys.argv[1:]])
+  if kind == 'latex':
+    return formats.latex(frame, caption, command, '-'.join(studies)).rstrip()
+  return formats.markdown(frame, caption, command).rstrip()
+
+
+def _draw(
+  arguments: argparse.Namespace, lines: list[results.Line], baseline: dict[str, Any] | None
+) -> None:
+  path = pathlib.Path(arguments.figure)
+  if path.suffix not in ('.png', '.pdf'):
+    raise UserError(f'--figure={path} ends in neither .png nor .pdf, which are what is written')
+  figure = plot.curves(lines, arguments.x, arguments.y, arguments.series, baseline)
+  for written in plot.save(figure, path.parent, path.stem):
+    print(f'wrote {written}', file=sys.stderr)
+
+
+def _names(text: str) -> list[str]:
+  return [name.strip() for name in text.split(',') if name.strip()]
+
+
+def _baseline(lines: list[results.Line], text: str) -> dict[str, Any] | None:
+  """`method=dense,sparsity=0` with the values as the lines have them."""
+  labels: dict[str, Any] = {}
+  for item in _names(text):
+    name, equals, value = item.partition('=')
+    if not equals:
+      raise UserError(f'--baseline={text} does not read label=value[,label=value ...]')
+    if name not in results.label_names(lines):
+      raise unknown('label', name, results.label_names(lines))
+    found = (line['labels'].get(name) for line in lines)
+    values = {formats.label_text(value): value for value in found}
+    if value not in values:
+      raise unknown(f'value of label {name!r}:', value, values)
+    labels[name] = values[value]
+  return labels or None
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,171 @@
+"""Figures over seeds: a metric against a label or another metric, one line for each series.
+
+Figures are made without pyplot, so nothing is shared between them and no display is needed; in a
+notebook `%matplotlib inline` shows one that a cell returns.
+"""
+
+import math
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sparse_lm.core.errors import UserError, unknown
+from sparse_lm.report import lines as results
+from sparse_lm.report.formats import label_text
+from sparse_lm.report.table import Column, column
+
+# Okabe and Ito's colours, which stay distinct under the common forms of colour blindness; the
+# markers stay distinct in black and white.
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
+MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X')
+LINES = ('-', '--', ':')  # for another round of colours
+BASELINES = ('--', ':', '-.')
+STYLE = {
+  'font.size': 10,
+  'axes.spines.top': False,
+  'axes.spines.right': False,
+  'axes.grid': True,
+  'axes.axisbelow': True,
+  'axes.edgecolor': '#444444',
+  'grid.color': '#e4e4e4',
+  'grid.linewidth': 0.7,
+  'legend.frameon': False,
+  'pdf.fonttype': 42,  # fonts that journals accept and editors can edit
+}
+
+
+class _Point(NamedTuple):
+  x: float
+  x_std: float
+  y: float
+  y_std: float
+
+
+def curves(
+  lines: Sequence[results.Line],
+  x: str | Column,
+  y: str | Column,
+  series: str,
+  baseline: Mapping[str, Any] | None = None,
+) -> Figure:
+  """`y` over `x`: mean over seeds, with the sample standard deviation as error bars.
+
+  Args:
+    lines: of a study; series are drawn in order of first appearance.
+    x: a label with numbers, or a metric. A `Column` gives the axis its title, unit and scale.
+    y: a metric.
+    series: the label with one curve for each value.
+    baseline: labels of the row(s) drawn as horizontal lines with a ± std band instead.
+
+  Raises:
+    UserError: an unknown label or metric, an `x` that is no number, no run with the baseline's
+      labels, or a point that mixes runs that differ in more than their seed.
+  """
+  x, y = (column(axis) if isinstance(axis, str) else axis for axis in (x, y))
+  results.check_metric(lines, y.metric)
+  dense = [line for line in lines if baseline and results.matches(line, baseline)]
+  if baseline and not dense:
+    raise UserError(f'no run has the labels of the baseline {dict(baseline)}')
+  rest = [line for line in lines if not (baseline and results.matches(line, baseline))]
+  with matplotlib.rc_context(STYLE):
+    figure = Figure(figsize=(6.4, 3.6), layout='constrained')
+    axes = figure.add_subplot()
+    for index, (name, points) in enumerate(_series(rest, x, y, series).items()):
+      _draw_series(axes, index, name, points)
+    _draw_baselines(axes, dense, y, baseline or {})
+    axes.set(xlabel=x.heading, ylabel=y.heading)
+    figure.legend(loc='outside right center', title=series, alignment='left')
+  return figure
+
+
+def save(figure: Figure, folder: str | pathlib.Path, name: str) -> list[pathlib.Path]:
+  """Writes `<name>.png` (160 dpi) and `<name>.pdf` in `folder`, made where it is missing."""
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  written = []
+  # Without a date the same numbers give the same file.
+  for kind, metadata in (('png', {}), ('pdf', {'CreationDate': None})):
+    temporary = folder / f'{name}.{os.getpid()}.tmp'
+    with matplotlib.rc_context(STYLE):
+      figure.savefig(temporary, format=kind, dpi=160, metadata=metadata)
+    written.append(folder / f'{name}.{kind}')
+    os.replace(temporary, written[-1])
+  return written
+
+
+def _series(
+  lines: Sequence[results.Line], x: Column, y: Column, series: str
+) -> dict[str, list[_Point]]:
+  """The points of each series, from left to right."""
+  labels = results.label_names(lines)
+  by_label = x.metric in labels
+  if not by_label and x.metric not in results.metric_names(lines):
+    raise unknown('label or metric', x.metric, [*labels, *results.metric_names(lines)])
+  # On a metric's axis every setting is a point of its own.
+  names = [series, x.metric] if by_label else [series, *(n for n in labels if n != series)]
+  curves: dict[str, list[_Point]] = {}
+  for key, members in results.group(lines, names).items():
+    name = label_text(key[0])
+    position = _label_position(key[1], x, name) if by_label else _mean_std(members, x)
+    point = _Point(*position, *_mean_std(members, y))
+    curves.setdefault(name, []).append(point)
+  return {name: sorted(points) for name, points in curves.items()}
+
+
+def _label_position(value: Any, x: Column, name: str) -> tuple[float, float]:
+  if isinstance(value, bool) or not isinstance(value, int | float):
+    raise UserError(
+      f'label {x.metric!r} of series {name} is {value!r}, not a number; draw it as the baseline, '
+      'or leave it out'
+    )
+  return value * x.scale, math.nan
+
+
+def _mean_std(members: Sequence[results.Line], axis: Column) -> tuple[float, float]:
+  mean, std = results.mean_std(list(results.by_seed(members, axis.metric).values()))
+  return mean * axis.scale, std * axis.scale
+
+
+def _draw_series(axes: Axes, index: int, name: str, points: Sequence[_Point]) -> None:
+  x, x_std, y, y_std = zip(*points)
+  axes.errorbar(
+    x,
+    y,
+    yerr=y_std if any(std > 0 for std in y_std) else None,
+    xerr=x_std if any(std > 0 for std in x_std) else None,
+    label=name,
+    color=COLOURS[index % len(COLOURS)],
+    marker=MARKERS[index % len(MARKERS)],
+    linestyle=LINES[index // len(COLOURS) % len(LINES)],
+    linewidth=1.6,
+    markersize=5.5,
+    markeredgecolor='white',
+    markeredgewidth=0.6,
+    elinewidth=1.1,
+    capsize=2.5,
+  )
+
+
+def _draw_baselines(
+  axes: Axes, lines: Sequence[results.Line], y: Column, baseline: Mapping[str, Any]
+) -> None:
+  """A line for each dense twin, named by the baseline's labels and what tells the twins apart."""
+  labels = results.label_names(lines)
+  groups = results.group(lines, labels)
+  shown = [
+    i for i, label in enumerate(labels) if label in baseline or len({key[i] for key in groups}) > 1
+  ]
+  for index, (key, members) in enumerate(groups.items()):
+    mean, std = _mean_std(members, y)
+    style = {'color': '#555555', 'zorder': 1}
+    name = ' '.join(label_text(key[i]) for i in shown)
+    axes.axhline(
+      mean, linestyle=BASELINES[index % len(BASELINES)], linewidth=1.4, label=name, **style
+    )
+    if not math.isnan(std):
+      axes.axhspan(mean - std, mean + std, alpha=0.15, linewidth=0, **style)
