@@ -75,10 +75,9 @@ class Study:
 
   def finished(self) -> dict[str, results.Line]:
     """The lines by run id, in the study's order; lines of runs that it no longer plans are left."""
-    if not self.file.exists() or not self.file.stat().st_size:
-      return {}
-    lines = {line['run']: line for line in results.read([self.file])}
-    return {run_id: lines[run_id] for run_id in self.runs if run_id in lines}
+    lines = results.read_file(self.file) if self.file.exists() else []
+    by_id = {line['run']: line for line in lines}
+    return {run_id: by_id[run_id] for run_id in self.runs if run_id in by_id}
 
   def shard(self, index: int = 0, num_shards: int = 1) -> dict[str, Run]:
     """Every `num_shards`-th run from the `index`-th on. Raises UserError for a bad index."""
@@ -123,6 +122,7 @@ class Study:
     with bar:
       for run_id, run in missing.items():
         bar.set_description(run_id)
+        self.workdir(run_id).mkdir(parents=True, exist_ok=True)
         try:
           result = execute(run, self.workdir(run_id))
         except UserError as error:

@@ -43,6 +43,8 @@ def notes(frame: pd.DataFrame) -> str:
   if any(name.endswith('_delta_n') for name in frame.columns):
     labels = ', '.join(f'{k} {label_text(v)}' for k, v in frame.attrs['baseline'].items())
     parts.append(f'Δ: difference from {labels}, paired seed by seed.')
+  if any(c.is_time for c in frame.attrs['columns']):
+    parts.append('Times are as measured and, unless a run is packed, no claim of speed.')
   return ' '.join(parts)
 
 

@@ -29,14 +29,15 @@ def read(paths: Iterable[str | pathlib.Path]) -> list[Line]:
   """
   found: dict[tuple[str | None, str], Line] = {}
   for path in map(pathlib.Path, paths):
-    lines = _read_file(path)
+    lines = read_file(path)
     if not lines:
       raise UserError(f'{path} holds no finished run; valid: the runs.jsonl of a study that ran')
     found |= {(line.get('study'), line['run']): line for line in lines}
   return list(found.values())
 
 
-def _read_file(path: pathlib.Path) -> list[Line]:
+def read_file(path: pathlib.Path) -> list[Line]:
+  """The lines of one file, perhaps none; a run that was repeated has several."""
   if not path.is_file():
     raise UserError(f'no results file {path}; valid: the runs.jsonl of a study that ran')
   lines = []
@@ -149,7 +150,7 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
   mean = math.fsum(values) / n if all(map(math.isfinite, values)) else sum(values) / n
   if n == 1:
     return mean, math.nan
-  if max(values) == min(values):
+  if all(value == values[0] for value in values):
     return values[0], 0.0  # exactly: a rounding error would pass for a spread
   return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
 

@@ -43,8 +43,13 @@ class Column:
   paired: bool = False
 
   def __post_init__(self) -> None:
-    if self.paired and self.unit in TIMES:
+    if self.paired and self.is_time:
       raise ValueError(f'{self.metric} is a time: it is shown as measured, not as a difference')
+
+  @property
+  def is_time(self) -> bool:
+    """Whether it was measured with a clock."""
+    return self.unit in TIMES
 
   @property
   def heading(self) -> str:

@@ -106,6 +106,14 @@ def test_no_difference_of_times():
   assert not table.column('train_step_ms').paired
 
 
+def test_times_carry_their_caveat(lines, frame):
+  rows = ['method', 'sparsity']
+  timed = table.summarise(lines, rows, [table.column('train_step_ms')], {'method': 'dense'})
+  assert 'no claim of speed' in formats.notes(timed)
+  assert 'no claim of speed' not in formats.notes(frame)
+  assert not any('delta' in name for name in timed)
+
+
 def test_printed_cells(frame):
   printed = formats.text(frame)
   assert list(printed) == [

@@ -1,0 +1,97 @@
+"""What the tests share: a small corpus, small configs, a way to stop a run, and outside data."""
+
+import os
+import pathlib
+import random
+import signal
+
+# Before JAX is imported, and for subprocesses too: these tests compile far longer than they compute.
+# Set it to 0 to test the very executables that users run.
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+
+import pytest
+
+from sparse_lm.core import config as configs
+from sparse_lm.train.loop import train
+from sparse_lm.train.step import Program
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+SMALL = {
+  'data.source': 'files',
+  'data.tokenizer': 'chars',
+  'data.context': 16,
+  'data.batch': 4,
+  'model.layers': 1,
+  'model.width': 16,
+  'model.hidden': 32,
+  'model.heads': 2,
+  'model.kv_heads': 2,
+  'train.steps': 12,
+  'train.log_every': 1,
+  'train.eval_every': 100,
+  'train.checkpoint_every': 100,
+}
+
+
+@pytest.fixture(scope='session', autouse=True)
+def own_cache(tmp_path_factory):
+  """Entry points cache compiled programs under the user's cache folder: not the real one here."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
+    yield
+
+
+@pytest.fixture(scope='session')
+def text_file(tmp_path_factory):
+  """Some 8000 characters of words in random order."""
+  draw = random.Random(0)
+  words = 'the of and river stone tree cat dog runs over under a\n blue quick lazy'.split(' ')
+  path = tmp_path_factory.mktemp('corpus') / 'text.txt'
+  path.write_text(' '.join(draw.choices(words, k=1700)))
+  return path
+
+
+@pytest.fixture(scope='session')
+def tiny_config(text_file):
+  """`tiny_config(weight__name='rigl', ...)`: configs/tiny.py, shrunk; `__` stands for a dot."""
+
+  def load(config='configs/tiny.py', **overrides):
+    given = {name.replace('__', '.'): value for name, value in overrides.items()}
+    return configs.load(str(ROOT / config), {**SMALL, 'data.path': str(text_file), **given})
+
+  return load
+
+
+@pytest.fixture
+def train_until(monkeypatch):
+  """`train_until(config, workdir, step)` trains until SIGTERM arrives during that step."""
+
+  def run(config, workdir, step):
+    compiled = Program.step
+
+    def signalled(program, number):
+      if number + 1 == step:
+        signal.raise_signal(signal.SIGTERM)
+      return compiled(program, number)
+
+    with monkeypatch.context() as patch:
+      patch.setattr(Program, 'step', signalled)
+      with pytest.raises(SystemExit) as stopped:
+        train(config, str(workdir), progress=False)
+    assert stopped.value.code == 128 + signal.SIGTERM
+
+  return run
+
+
+@pytest.fixture
+def shared_data():
+  """`shared_data('brown')`: a path under ../shared/data; skips, saying what is missing, if none."""
+
+  def find(name):
+    path = ROOT.parent / 'shared' / 'data' / name
+    if not path.exists():
+      pytest.skip(f'{name} is missing: place it at ../shared/data/{name}, beside the repository')
+    return path
+
+  return find

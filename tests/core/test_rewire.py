@@ -1,0 +1,162 @@
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparse_lm.core import slots
+from sparse_lm.core.rewire import drop_and_grow
+from sparse_lm.core.sparse import Sparse
+
+JITTED = jax.jit(drop_and_grow)
+RIGL, SET = slots.method('weight', 'rigl'), slots.method('weight', 'set')
+FRACTIONS = [0.0, 0.125, 0.25, 0.5, 1.0]  # exact in float32, so that the floor is unambiguous
+
+
+def oracle(mask, weights, growth, fraction):
+  """One matrix, by sorting. Weights are apart by more than the 1e-5 of noise."""
+  flat, active = mask.ravel(), int(mask.sum())
+  drops = math.floor(fraction * active)
+  alive = np.flatnonzero(flat)
+  by_magnitude = alive[np.argsort(-np.abs(weights.ravel()[alive]), kind='stable')]
+  new = np.zeros(flat.size, bool)
+  new[by_magnitude[: active - drops]] = True
+  free = np.flatnonzero(~new)
+  new[free[np.argsort(-growth.ravel()[free], kind='stable')][:drops]] = True
+  return new.reshape(mask.shape)
+
+
+def random_case(seed, shape, density):
+  rng = np.random.default_rng(seed)
+  mask = rng.random(shape) < density
+  spread = rng.permutation(math.prod(shape)).reshape(shape) + 1.0
+  weights = (spread * 0.01 * rng.choice([-1, 1], shape) * mask).astype(np.float32)
+  growth = np.abs(rng.standard_normal(shape)).astype(np.float32)
+  return mask, weights, growth, rng.random(shape).astype(np.float32)
+
+
+@given(
+  st.integers(0, 2**31),
+  st.sampled_from([(6, 9), (20, 3), (12,)]),
+  st.sampled_from([0.05, 0.3, 0.7, 1.0]),
+  st.sampled_from(FRACTIONS),
+)
+@settings(deadline=None, max_examples=80)
+def test_equals_sorting(seed, shape, density, fraction):
+  mask, weights, growth, noise = random_case(seed, shape, density)
+  new = np.asarray(JITTED(mask, weights, growth, np.float32(fraction), noise))
+  np.testing.assert_array_equal(new, oracle(mask, weights, growth, fraction))
+  assert new.sum() == mask.sum()
+  assert (new & ~mask).sum() <= fraction * mask.sum()
+
+
+@pytest.mark.parametrize('fraction', FRACTIONS)
+def test_every_expert_rewires_alone_and_keeps_its_own_count(fraction):
+  mask, weights, growth, noise = random_case(3, (4, 6, 9), 0.3)
+  mask[1] = False  # even one without connections
+  weights = weights * mask
+  new = np.asarray(JITTED(mask, weights, growth, np.float32(fraction), noise))
+  for slice_new, *rest in zip(new, mask, weights, growth):
+    np.testing.assert_array_equal(slice_new, oracle(*rest, fraction))
+
+
+def test_a_dropped_connection_may_be_grown_again():
+  mask = np.array([[True, True, False, False]])
+  weights = np.array([[5.0, 0.1, 0.0, 0.0]], np.float32)
+  growth = np.array([[0.0, 9.0, 1.0, 2.0]], np.float32)
+  noise = np.zeros((1, 4), np.float32)
+  assert drop_and_grow(mask, weights, growth, 0.5, noise).tolist() == mask.tolist()
+
+
+def test_growth_never_picks_what_is_kept_even_where_all_gradients_are_zero():
+  mask, weights, _, noise = random_case(0, (6, 9), 0.5)
+  new = np.asarray(JITTED(mask, weights, np.zeros((6, 9), np.float32), np.float32(0.5), noise))
+  assert new.sum() == mask.sum()
+
+
+def test_noise_breaks_ties_of_the_drop():
+  mask = np.array([[True, True, True, True, False, False]])
+  noise = np.array([[0.1, 0.9, 0.5, 0.7, 0.0, 0.0]], np.float32)
+  growth = np.array([[0, 0, 0, 0, 1, 1]], np.float32)
+  new = drop_and_grow(mask, mask.astype(np.float32), growth, 0.5, noise)
+  assert new.tolist() == [[False, True, False, True, True, True]]
+
+
+def one_leaf(mask, weights):
+  masks, target = {'w': jnp.asarray(mask), 'b': None}, {'w': jnp.float32(0.5), 'b': None}
+  params = {'w': jnp.asarray(weights), 'b': jnp.ones(3)}
+  return {'params': params, 'learned': {}}, Sparse(masks, target)
+
+
+def test_rigl_grows_where_the_gradient_of_a_linear_layer_is_largest():
+  rng = np.random.default_rng(0)
+  x, goal = rng.standard_normal((32, 10)), rng.standard_normal((32, 8))
+  mask, weights, _, _ = random_case(1, (10, 8), 0.4)
+  # Loss 1/2 |X W - goal|^2: the gradient of W, live or not, is X^T (X W - goal).
+  gradient = x.T @ (x @ weights - goal)
+  trainable, sparse = one_leaf(mask, weights)
+  method = RIGL(total_steps=1000, drop_fraction=0.5, end=0.75)
+  signals = {'grads': {'w': jnp.asarray(gradient, jnp.float32), 'b': jnp.ones(3)}}
+  change = method.update(trainable, sparse, signals, jnp.int32(250), jax.random.key(0))
+  new = np.asarray(change.sparse.masks['w'])
+  fraction = 0.5 / 2 * (1 + math.cos(math.pi * 250 / 750))  # equation 1 of RigL
+  np.testing.assert_array_equal(new, oracle(mask, weights, np.abs(gradient), fraction))
+
+  params = change.trainable['params']
+  np.testing.assert_array_equal(params['w'], weights * new)  # born ones start at zero
+  np.testing.assert_array_equal(change.changed['w'], mask != new)
+  assert change.changed['b'] is None and change.sparse.masks['b'] is None
+  np.testing.assert_array_equal(params['b'], np.ones(3))
+
+
+def test_set_grows_at_random():
+  mask, weights, _, _ = random_case(2, (40, 50), 0.3)
+  trainable, sparse = one_leaf(mask, weights)
+  method = SET(total_steps=100, drop_fraction=0.5)
+  drops = math.floor(0.5 * mask.sum())
+  update = jax.jit(lambda seed: method.update(trainable, sparse, {}, 10, jax.random.key(seed)))
+  kept = np.abs(weights) >= np.sort(np.abs(weights[mask]))[drops]
+  grown = np.zeros((40, 50))
+  for seed in range(60):
+    new = np.asarray(update(seed).sparse.masks['w'])
+    assert new.sum() == mask.sum()
+    assert not (kept & ~new).any()  # what is not dropped stays
+    grown += new & ~mask
+  # Positions that were never active are grown equally often: a binomial, whose variance is known.
+  free = ~mask
+  share = drops / (mask.size - mask.sum() + drops)
+  counts = grown[free]
+  assert counts.mean() == pytest.approx(60 * share, rel=0.02)
+  assert counts.var() == pytest.approx(60 * share * (1 - share), rel=0.15)
+
+
+def test_set_drops_the_same_share_at_every_step():
+  method = SET(total_steps=100, drop_fraction=0.25)
+  assert [float(method.fraction(jnp.int32(s))) for s in (0, 10, 74)] == [0.25] * 3
+
+
+@pytest.mark.parametrize('step', [0, 100, 375, 700, 750])
+def test_rigl_drop_fraction_is_half_a_cosine_to_its_end(step):
+  method = RIGL(total_steps=1000, drop_fraction=0.3, end=0.75)
+  expected = 0.15 * (1 + math.cos(math.pi * step / 750))
+  assert float(method.fraction(jnp.int32(step))) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize('cls', [RIGL, SET])
+def test_updates_are_due_every_period_but_not_at_the_start_nor_from_the_end_on(cls):
+  method = cls(total_steps=100, period=10, end=0.75)
+  assert [s for s in range(110) if method.due(s)] == [10, 20, 30, 40, 50, 60, 70]
+  assert [s for s in range(110) if dataclasses.replace(method, end=0.7).due(s)][-1] == 60
+
+
+def test_two_leaves_of_one_shape_rewire_differently():
+  mask, weights, _, _ = random_case(4, (20, 20), 0.3)
+  params = {name: jnp.asarray(weights) for name in ('a', 'b')}
+  sparse = Sparse(dict.fromkeys(params, jnp.asarray(mask)), dict.fromkeys(params, jnp.float32(0.3)))
+  trainable = {'params': params, 'learned': {}}
+  change = SET(total_steps=100).update(trainable, sparse, {}, jnp.int32(10), jax.random.key(0))
+  assert (change.sparse.masks['a'] != change.sparse.masks['b']).any()

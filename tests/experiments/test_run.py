@@ -1,0 +1,250 @@
+import json
+import shlex
+import subprocess
+import sys
+import types
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import experiments
+from experiments import run as runner
+from experiments.sweep import Run
+
+STUDY = '''"""Does it run?
+
+More on it.
+"""
+import json
+import pathlib
+
+from experiments.sweep import Run, grid, product
+from sparse_lm.core.errors import UserError
+
+HERE = pathlib.Path(__file__).parent
+
+
+def runs():
+  sweep = product(grid('weight.name', ['none', 'static']), grid('seed', [0, 1]))
+  return [Run('configs/tiny.py', o, {'method': o['weight.name']}) for o in sweep]
+
+
+def execute(run, workdir):
+  with (HERE / 'executed').open('a') as file:
+    print(run.labels['method'], run.overrides['seed'], workdir.name, file=file)
+  fail = HERE / f'fail_{run.labels["method"]}{run.overrides["seed"]}'
+  if fail.exists():
+    exec(fail.read_text())
+  return {'metrics': {'loss': 1.5 + run.overrides['seed']}, 'config': {'seed': 7}, 'env': {'v': 1}}
+
+
+def report(lines, folder):
+  if not any(line['labels']['method'] == 'none' for line in lines):
+    raise UserError('no baseline')
+  return 'TABLE ' + ' '.join(f'{x["labels"]["method"]}{x["seed"]}={x["metrics"]["loss"]}' for x in lines)
+'''
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+  """A folder with one study, `fake`, that stands in for `experiments/`."""
+  path = tmp_path / 'studies'
+  path.mkdir()
+  (path / 'fake.py').write_text(STUDY)
+  (path / 'sweep.py').write_text('"""Not a study."""\n')
+  monkeypatch.setattr(experiments, '__path__', [str(path)])
+  yield path
+  sys.modules.pop('experiments.fake', None)
+  vars(experiments).pop('fake', None)
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+  def call(*arguments):
+    arguments = [*arguments, f'--results={tmp_path / "results"}']
+    monkeypatch.setattr(sys, 'argv', ['run', *arguments])
+    try:
+      runner.main()
+      code = 0
+    except SystemExit as stop:
+      code = stop.code
+    out, err = capsys.readouterr()
+    return types.SimpleNamespace(code=code, out=out, err=err)
+
+  return call
+
+
+def executed(folder):
+  file = folder / 'executed'
+  return (
+    [' '.join(row.split()[:2]) for row in file.read_text().splitlines()] if file.exists() else []
+  )
+
+
+def written(tmp_path):
+  return [
+    json.loads(row) for row in (tmp_path / 'results/fake/runs.jsonl').read_text().splitlines()
+  ]
+
+
+def test_trains_everything_writes_lines_and_prints_the_table(folder, call, tmp_path):
+  done = call('fake')
+  assert done.code == 0
+  assert done.out == 'TABLE none0=1.5 none1=2.5 static0=1.5 static1=2.5\n'
+  lines = written(tmp_path)
+  assert [(x['labels'], x['seed']) for x in lines] == [
+    ({'method': m}, s) for m in ('none', 'static') for s in (0, 1)
+  ]
+  assert lines[3]['study'] == 'fake' and lines[3]['metrics'] == {'loss': 2.5}
+  assert lines[3]['config'] == {'seed': 7} and lines[3]['env'] == {'v': 1}
+  assert lines[3]['run'].startswith('static-seed1-') and lines[3]['run'] in lines[3]['command']
+  assert '--config.weight.name=static' in lines[3]['command']
+  assert (tmp_path / 'results/fake/runs' / lines[3]['run']).is_dir()
+  assert '4/4' in done.err and 'static-seed1' in done.err
+
+
+def test_a_second_call_trains_and_validates_nothing(folder, call, monkeypatch):
+  first = call('fake')
+
+  def refuse(run):
+    raise AssertionError('a config was loaded')
+
+  monkeypatch.setattr(runner, '_load', refuse)
+  assert call('fake').out == first.out
+  assert len(executed(folder)) == 4
+
+
+def test_a_lost_line_is_made_again_in_the_studys_order(folder, call, tmp_path):
+  first = call('fake')
+  file = tmp_path / 'results/fake/runs.jsonl'
+  rows = file.read_text().splitlines(keepends=True)
+  file.write_text(''.join(rows[1:3]) + rows[3][:40])
+  assert call('fake').out == first.out
+  assert executed(folder)[4:] == ['none 0', 'static 1']
+  file.write_text(rows[0][:40])
+  assert call('fake').out == first.out
+
+
+def test_lines_of_runs_no_longer_planned_are_left_out(folder, call, tmp_path):
+  first = call('fake')
+  file = tmp_path / 'results/fake/runs.jsonl'
+  file.write_text(file.read_text() + json.dumps(written(tmp_path)[0] | {'run': 'old'}) + '\n')
+  assert call('fake').out == first.out
+
+
+def test_shards_share_the_work_and_say_what_is_missing(folder, call, tmp_path):
+  one = call('fake', '--index=1', '--num_shards=2')
+  assert executed(folder) == ['none 1', 'static 1']
+  assert (
+    one.out.startswith('TABLE none1=2.5 static1=2.5\n') and '2 of 4 runs are missing' in one.out
+  )
+  assert call('fake', '--index=0', '--num_shards=2').out.startswith('TABLE none0')
+  assert len(written(tmp_path)) == len(executed(folder)) == 4
+
+
+def test_a_shard_without_the_baseline_still_succeeds(folder, call):
+  done = call('fake', '--index=3', '--num_shards=4')
+  assert done.code == 0
+  assert '3 of 4 runs are missing' in done.out and 'no baseline' in done.out
+
+
+@given(st.integers(0, 12), st.integers(1, 15))
+def test_shards_partition_the_runs(count, num_shards):
+  runs = {str(i): Run('c', {'seed': i}, {}) for i in range(count)}
+  study = runner.Study('s', types.ModuleType('s'), None, runs)
+  shards = [study.shard(index, num_shards) for index in range(num_shards)]
+  ids = [run_id for shard in shards for run_id in shard]
+  assert sorted(ids) == sorted(runs) and len(ids) == len(set(ids))
+  assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+def test_dry_run_prints_what_is_missing_and_runs_nothing(folder, call):
+  fresh = call('fake', '--dry_run')
+  assert fresh.out.startswith('# 0 of 4 runs are finished') and executed(folder) == []
+  call('fake', '--index=0', '--num_shards=2')
+  half = call('fake', '--dry_run')
+  header, *commands = half.out.splitlines()
+  assert header.startswith('# 2 of 4') and len(commands) == 2
+  assert all('--config.seed=1' in command for command in commands)
+
+
+def test_a_training_study_prints_the_training_commands(folder, call, tmp_path):
+  (folder / 'fake.py').write_text(STUDY.replace('def execute', 'def not_execute'))
+  words = shlex.split(call('fake', '--dry_run').out.splitlines()[1])
+  assert words[:3] == ['python', '-m', 'sparse_lm.train']
+  assert words[-1].startswith(f'--workdir={tmp_path}/results/fake/runs/none-seed0-')
+
+
+def test_training_is_the_default(folder, call, monkeypatch, tmp_path):
+  (folder / 'fake.py').write_text(STUDY.replace('def execute', 'def not_execute'))
+  monkeypatch.setattr(runner, '_train', lambda run, workdir: {'metrics': {'loss': 9.0}})
+  assert call('fake').out.startswith('TABLE none0=9.0')
+
+
+@pytest.mark.parametrize(
+  ('stop', 'code', 'err'),
+  [
+    ("raise UserError('loss is nan')", 2, 'error: run static-seed0-'),
+    ('raise SystemExit(143)', 143, ''),
+    ('raise KeyboardInterrupt', 130, 'continues'),
+  ],
+)
+def test_a_run_that_stops_leaves_no_line_and_keeps_the_others(
+  folder, call, tmp_path, stop, code, err
+):
+  (folder / 'fail_static0').write_text(stop)
+  done = call('fake')
+  assert done.code == code and err in done.err and 'TABLE' not in done.out
+  assert [x['seed'] for x in written(tmp_path)] == [0, 1]
+  (folder / 'fail_static0').unlink()
+  assert call('fake').code == 0
+  assert executed(folder)[2:] == ['static 0', 'static 0', 'static 1']
+
+
+def test_a_wrong_config_stops_everything_before_the_first_run(folder, call):
+  (folder / 'fake.py').write_text(STUDY.replace("'static']", "'statc']"))
+  done = call('fake')
+  assert done.code == 2 and "did you mean 'static'" in done.err and executed(folder) == []
+
+
+def test_a_run_planned_twice_is_refused(folder, call):
+  (folder / 'fake.py').write_text(STUDY.replace('[0, 1]', '[1, 1]'))
+  done = call('fake')
+  assert done.code == 2 and 'twice' in done.err and executed(folder) == []
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'hint'),
+  [
+    (['fak'], "did you mean 'fake'"),
+    (['sweep'], 'valid: fake'),
+    (['fake', '--index=2', '--num_shards=2'], '--index=2'),
+    (['fake', '--index=-1'], '--index=-1'),
+    (['fake', '--num_shards=0'], '--num_shards=0'),
+  ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(folder, call, arguments, hint):
+  done = call(*arguments)
+  assert (done.code, done.out) == (2, '')
+  assert hint in done.err and done.err.count('\n') == 1 and done.err.startswith('error: ')
+  assert executed(folder) == []
+
+
+@pytest.mark.parametrize('arguments', [[], ['fake', '--dry'], ['fake', '--index=x']])
+def test_bad_flags_exit_with_2(folder, call, arguments):
+  assert call(*arguments).code == 2 and executed(folder) == []
+
+
+def test_list_names_studies_with_their_questions(folder, call):
+  (folder / 'broken_import.py').write_text('"""Another."""\nimport nowhere\ndef runs(): ...\n')
+  assert call('--list').out == 'broken_import: Another.\nfake: Does it run?\n'
+
+
+def test_list_is_instant():
+  code = (
+    'import sys; sys.argv = ["run", "--list"]; from experiments import run; run.main(); '
+    'sys.exit(" ".join({"jax", "pandas", "matplotlib"} & set(sys.modules)) or 0)'
+  )
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
