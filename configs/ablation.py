@@ -1,4 +1,10 @@
-"""draft"""
+"""The model of the first study: small enough for dozens of runs in minutes on a laptop.
+
+Command:  python -m sparse_lm.train --config=configs/ablation.py --workdir=results/ablation
+          python -m experiments.run sparsity_vs_accuracy
+Time:     TIME_ONE alone on 2 CPU cores.
+Expected: METRIC nats per byte on the standard library's source.
+"""
 
 from ml_collections import ConfigDict
 
@@ -6,10 +12,10 @@ from configs import base
 
 
 def get_config() -> ConfigDict:
-  """A model small enough for dozens of runs in minutes on a laptop."""
+  """2 layers of width 64, 500 steps of 512 bytes."""
   config = base.get_config()
-  config.data.update({'context': 64, 'batch': 16})
+  config.data.update({'context': 64, 'batch': 8})
   config.model.update({'layers': 2, 'width': 64, 'hidden': 256, 'heads': 2, 'kv_heads': 2})
-  config.optimizer.update({'learning_rate': 1e-2})
-  config.train.update({'steps': 300, 'log_every': 50, 'eval_every': 300, 'checkpoint_every': 300})
+  config.optimizer.update({'learning_rate': 6e-3, 'b2': 0.95, 'weight_decay': 0.3})
+  config.train.update({'steps': 500, 'log_every': 50, 'eval_every': 500, 'checkpoint_every': 500})
   return config

@@ -1,4 +1,12 @@
-"""draft"""
+"""nanoGPT's CPU setting with this project's default architecture, on tiny Shakespeare.
+
+Command:  python -m sparse_lm.train --config=configs/shakespeare_char.py --workdir=results/shakespeare
+          --config.data.path=<folder>/tiny_shakespeare.txt
+Time:     TIME_shakespeare_char on 2 CPU cores.
+Expected: validation loss METRIC_shakespeare_char nats per character over the whole split at the last step, where
+          nanoGPT's architecture reaches METRIC_shakespeare_char_nanogpt (configs/shakespeare_char_nanogpt.py).
+Data:     the text of char-rnn (1,115,394 bytes, 65 symbols), split 90/10 as nanoGPT does.
+"""
 
 from ml_collections import ConfigDict
 
@@ -6,7 +14,7 @@ from configs import base
 
 
 def get_config() -> ConfigDict:
-  """This project's default architecture at nanoGPT's CPU size."""
+  """4 layers, 4 heads, width 128, context 64, batch 12, 2000 steps, no dropout."""
   config = base.get_config()
   config.data.update(
     {
@@ -19,6 +27,6 @@ def get_config() -> ConfigDict:
     }
   )
   config.model.update({'layers': 4, 'width': 128, 'hidden': 512, 'heads': 4, 'kv_heads': 4})
-  config.optimizer.update({'learning_rate': 3e-3})
+  config.optimizer.update({'learning_rate': 2e-3})
   config.train.update({'steps': 2000, 'log_every': 50, 'eval_every': 500, 'checkpoint_every': 1000})
   return config

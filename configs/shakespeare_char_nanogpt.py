@@ -1,4 +1,12 @@
-"""draft"""
+"""nanoGPT's CPU setting with nanoGPT's architecture: the yardstick of configs/shakespeare_char.py.
+
+Command:  python -m sparse_lm.train --config=configs/shakespeare_char_nanogpt.py --workdir=results/nanogpt
+          --config.data.path=<folder>/tiny_shakespeare.txt
+Time:     TIME_shakespeare_char_nanogpt on 2 CPU cores.
+Expected: validation loss METRIC_shakespeare_char_nanogpt nats per character over the whole split at the last step.
+          nanoGPT's README prints 1.88, its best checkpoint on 20 random batches.
+Source:   github.com/karpathy/nanoGPT, config/train_shakespeare_char.py with its CPU overrides.
+"""
 
 from ml_collections import ConfigDict
 
@@ -6,7 +14,7 @@ from configs import shakespeare_char
 
 
 def get_config() -> ConfigDict:
-  """nanoGPT's architecture and optimizer settings."""
+  """LayerNorm, learned positions, erf GELU, tied head, std-0.02 initialisation, rate 1e-3."""
   config = shakespeare_char.get_config()
   config.model.update({'norm': 'layernorm', 'positions': 'learned', 'init': 'gpt2', 'tied': True})
   config.activation.update({'name': 'gelu', 'otherwise': 'gelu'})

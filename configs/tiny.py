@@ -1,11 +1,20 @@
-"""Smoke."""
+"""The default architecture at a size that trains in half a minute: try things here.
+
+Command:  python -m sparse_lm.train --config=configs/tiny.py --workdir=results/tiny
+Time:     TIME_tiny on 2 CPU cores, compilation included.
+Expected: validation loss METRIC_tiny nats per byte on the standard library's source.
+"""
+
+from ml_collections import ConfigDict
 
 from configs import base
 
 
-def get_config():
+def get_config() -> ConfigDict:
+  """2 layers of width 128, 500 steps of 1024 bytes."""
   config = base.get_config()
   config.data.update({'context': 64, 'batch': 16})
   config.model.update({'layers': 2, 'width': 128, 'hidden': 512})
-  config.train.update({'steps': 200, 'eval_every': 100, 'checkpoint_every': 100})
+  config.optimizer.update({'learning_rate': 5e-3, 'b2': 0.95})
+  config.train.update({'steps': 500, 'eval_every': 250, 'checkpoint_every': 250})
   return config

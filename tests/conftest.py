@@ -46,7 +46,23 @@ def own_cache(tmp_path_factory):
 def text_file(tmp_path_factory):
   """Some 8000 characters of words in random order."""
   draw = random.Random(0)
-  words = 'the of and river stone tree cat dog runs over under a\n blue quick lazy'.split(' ')
+  words = [
+    'the',
+    'of',
+    'and',
+    'river',
+    'stone',
+    'tree',
+    'cat',
+    'dog',
+    'runs',
+    'over',
+    'under',
+    'a\n',
+    'blue',
+    'quick',
+    'lazy',
+  ]
   path = tmp_path_factory.mktemp('corpus') / 'text.txt'
   path.write_text(' '.join(draw.choices(words, k=1700)))
   return path

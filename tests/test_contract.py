@@ -12,18 +12,18 @@ from sparse_lm.core import rng, slots, tree
 from sparse_lm.model import lm
 from sparse_lm.train.checkpoint import Checkpoints
 from sparse_lm.train.setup import setup
+from sparse_lm.train.step import Program
 
-WEIGHT = slots.names('weight')
-LAYER = [(slot, name) for slot in lm.LAYER_SLOTS for name in slots.names(slot)]
+LAYERS = pytest.mark.parametrize(
+  ('slot', 'name'), [(slot, name) for slot in lm.LAYER_SLOTS for name in slots.names(slot)]
+)
+WEIGHTS = pytest.mark.parametrize('name', slots.names('weight'))
 STEPS, SPARSITY = 12, 0.8
 
 
 def test_every_slot_has_methods():
   # An empty folder would leave the tests below without cases, and they would pass.
   assert all(slots.names(slot) for slot in slots.SLOTS)
-
-
-# --- Slots of the model -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope='module')
@@ -34,53 +34,77 @@ def model_of(tiny_config):
   def build(slot, name):
     model = lm.from_config(tiny_config(**{f'{slot}.name': name}), vocab=11)
     tokens = jax.random.randint(jax.random.key(0), (2, 16), 0, 11)
-    variables = jax.jit(model.init)(jax.random.key(1), tokens)
-    # The head starts at zero, and equal logits would hide any leak.
-    leaves, structure = jax.tree.flatten(variables['params'])
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    noisy = [w + 0.3 * jax.random.normal(key, w.shape) for key, w in zip(keys, leaves)]
-    return model, {**variables, 'params': structure.unflatten(noisy)}, tokens
+    return model, random_variables(model), tokens
 
   return build
 
 
-def forward(model, mode, variables, tokens, valid=None):
-  draws = {'dropout': jax.random.key(3), 'gates': jax.random.key(4)}
-  others = [name for name in variables if name != 'params']
-  sown = ['losses', 'stats', *others]
-  logits, _ = model.apply(
-    variables, tokens, mode=mode, valid_BxL=valid, rngs=draws, mutable=sown
-  )
+@functools.cache
+def random_variables(model):
+  # The head starts at zero, and equal logits would hide any leak.
+  variables = lm.shapes(model)
+  leaves, structure = jax.tree.flatten(variables['params'])
+  draw = np.random.default_rng(0).normal
+  params = [draw(0.5 * (leaf.ndim == 1), 0.3, leaf.shape).astype(np.float32) for leaf in leaves]
+  tokens = jnp.zeros((1, 16), jnp.int32)
+  others = {name for name in variables if name not in ('params', 'losses', 'stats')}
+  drawn = model.init(jax.random.key(1), tokens) if others else {}
+  return {**{name: drawn[name] for name in others}, 'params': structure.unflatten(params)}
+
+
+ALL = np.ones((2, 16), bool)  # every token is valid
+
+
+@functools.cache
+def forward(model, mode):
+  """`(variables, tokens, valid) -> logits`. Cached: most methods are somewhere the default."""
+
+  def logits(variables, tokens, valid):
+    draws = {'dropout': jax.random.key(3), 'gates': jax.random.key(4)}
+    mutable = ['losses', 'stats', *(name for name in variables if name != 'params')]
+    return model.apply(variables, tokens, mode=mode, valid_BxL=valid, rngs=draws, mutable=mutable)[
+      0
+    ]
+
   return logits
 
 
-@pytest.mark.parametrize(('slot', 'name'), LAYER)
+@functools.cache
+def compiled(model, mode):
+  return jax.jit(forward(model, mode))
+
+
+@LAYERS
 def test_loss_and_gradients_are_finite(slot, name, model_of):
   model, variables, tokens = model_of(slot, name)
-
-  def loss(params):
-    logits = forward(model, 'train', {**variables, 'params': params}, tokens)
-    return -jnp.mean(jax.nn.log_softmax(logits[:, :-1])[..., 0])
-
-  value, grads = jax.jit(jax.value_and_grad(loss))(variables['params'])
+  value, grads = gradients(model)(variables, tokens)
   assert np.isfinite(value) and all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
   # What the slot's method computes must reach the loss: no parameter is left without a gradient.
   assert not [path for path, g in tree.named(grads).items() if not np.abs(g).any()]
 
 
+@functools.cache
+def gradients(model):
+  def loss(params, variables, tokens):
+    logits = forward(model, 'train')({**variables, 'params': params}, tokens, ALL)
+    return -jnp.mean(jax.nn.log_softmax(logits[:, :-1])[..., 0])
+
+  return jax.jit(lambda v, tokens: jax.value_and_grad(loss)(v['params'], v, tokens))
+
+
 @pytest.mark.parametrize('mode', ['train', 'eval'])
-@pytest.mark.parametrize(('slot', 'name'), LAYER)
+@LAYERS
 def test_model_without_jit_equals_jit_and_keeps_to_the_past(slot, name, mode, model_of):
   model, variables, tokens = model_of(slot, name)
-  run = jax.jit(functools.partial(forward, model, mode))
-  logits = run(variables, tokens)
+  run = compiled(model, mode)
+  logits = run(variables, tokens, ALL)
   assert logits.shape == (2, 16, 11) and logits.dtype == jnp.float32
-  assert_allclose(forward(model, mode, variables, tokens), logits, rtol=1e-4, atol=1e-4)
+  assert_allclose(forward(model, mode)(variables, tokens, ALL), logits, rtol=1e-4, atol=1e-4)
   if not declares_causal(slots.method(slot, name), mode):
     return
   for cut in (1, 8, 15):
     # A hard router's leak has zero gradient, so tokens are substituted instead.
-    other = run(variables, tokens.at[:, cut:].set((tokens[:, cut:] + 1) % 11))
+    other = run(variables, tokens.at[:, cut:].set((tokens[:, cut:] + 1) % 11), ALL)
     assert_allclose(other[:, :cut], logits[:, :cut], rtol=1e-6, atol=1e-6)
     assert (np.abs(other[:, cut] - logits[:, cut]) > 1e-3).any(axis=-1).all()
 
@@ -91,26 +115,25 @@ def declares_causal(cls, mode):
   return causal.get(mode, True) if isinstance(causal, dict) else causal
 
 
-@pytest.mark.parametrize(('slot', 'name'), LAYER)
+@LAYERS
 def test_a_token_that_is_not_valid_is_not_read(slot, name, model_of):
   model, variables, tokens = model_of(slot, name)
-  run = jax.jit(functools.partial(forward, model, 'eval'))
-  valid = jnp.ones(tokens.shape, bool).at[:, 5].set(False)
+  run = compiled(model, 'eval')
+  valid = ALL & (np.arange(16) != 5)
   changed = tokens.at[:, 5].set((tokens[:, 5] + 1) % 11)
-  others = np.arange(16) != 5
   before, after = run(variables, tokens, valid), run(variables, changed, valid)
+  others = np.arange(16) != 5
   assert_allclose(after[:, others], before[:, others], rtol=1e-6, atol=1e-6)
-  assert np.abs(run(variables, changed)[:, 6:] - run(variables, tokens)[:, 6:]).max() > 1e-3
+  # The same substitution shows where the token is valid, so that the lines above could have failed.
+  seen = run(variables, changed, ALL) - run(variables, tokens, ALL)
+  assert np.abs(seen[:, 6:]).max() > 1e-3
 
 
-@pytest.mark.parametrize(('slot', 'name'), LAYER)
+@LAYERS
 def test_method_may_be_named_for_some_layers(slot, name, tiny_config):
   choice = {f'{slot}.name': name, f'{slot}.layers': '1::2'}
   model = lm.from_config(tiny_config(model__layers=2, **choice), vocab=11)
   assert lm.ledger(model, 16)
-
-
-# --- Weight methods -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope='module')
@@ -120,6 +143,8 @@ def trained(tiny_config):
   @functools.cache
   def run(name, sparsity):
     own = {'weight.period': 4} if 'period' in slots.defaults('weight', name) else {}
+    # Three masked leaves of two shapes: selection is what takes long to compile.
+    own['weight.dense'] = ('embed', 'norm', 'query', 'key', 'value')
     prepared = setup(
       tiny_config(weight__name=name, weight__sparsity=sparsity, optimizer__ema=0.9, **own)
     )
@@ -141,7 +166,7 @@ def sparsity_for(name):
   return SPARSITY if slots.method('weight', name).masked else 0.0
 
 
-@pytest.mark.parametrize('name', WEIGHT)
+@WEIGHTS
 def test_target_is_met_exactly_at_the_end(name, trained):
   run, states, _ = trained(name, sparsity_for(name))
   params, masks = run.program.finalize(states[-1])
@@ -150,12 +175,12 @@ def test_target_is_met_exactly_at_the_end(name, trained):
     if slots.method('weight', name).exact_density:
       assert masks[path].sum() == round(float(density) * masks[path].size), path
     assert not np.asarray(params[path])[~np.asarray(masks[path])].any()
-  # 2048 weights in six matrices of 256 or 512: 51.2 and 102.4 are kept as 51 and 102.
+  # Matrices of 256, 512 and 512 weights: a fifth is 51.2 and 102.4, kept as 51 and 102.
   if slots.method('weight', name).exact_density and slots.method('weight', name).masked:
-    assert sum(int(mask.sum()) for mask in masks.values()) == 4 * 51 + 2 * 102
+    assert sum(int(mask.sum()) for mask in masks.values()) == 51 + 2 * 102
 
 
-@pytest.mark.parametrize('name', WEIGHT)
+@WEIGHTS
 def test_dropped_weights_are_zero_after_every_step(name, trained):
   run, states, _ = trained(name, sparsity_for(name))
   dropped_ever = 0
@@ -172,7 +197,7 @@ def test_dropped_weights_are_zero_after_every_step(name, trained):
     assert dropped_ever
 
 
-@pytest.mark.parametrize('name', WEIGHT)
+@WEIGHTS
 def test_sparsity_zero_equals_dense(name, trained):
   run, states, losses = trained(name, 0.0)
   _, dense_states, dense_losses = trained('none', 0.0)
@@ -188,7 +213,7 @@ def test_sparsity_zero_equals_dense(name, trained):
   )
 
 
-@pytest.mark.parametrize('name', WEIGHT)
+@WEIGHTS
 def test_sweep_shares_one_executable(name, trained):
   one, _, _ = trained(name, 0.0)
   other, _, losses = trained(name, sparsity_for(name))
@@ -201,12 +226,20 @@ def test_sweep_shares_one_executable(name, trained):
   assert one.program.rewire_step._cache_size() == any(map(one.program.method.due, range(STEPS)))
 
 
-@pytest.mark.parametrize('name', WEIGHT)
-def test_steps_without_jit_equal_jit(name, trained):
+@WEIGHTS
+def test_steps_without_jit_equal_jit(name, trained, monkeypatch):
   run, states, _ = trained(name, sparsity_for(name))
+  gradients = jax.jit(trained('none', 0.0)[0].program._gradients)  # every method's model
+
+  def with_jit(_, *arguments):
+    with jax.disable_jit(False):
+      return gradients(*arguments)
+
   due = [step for step in range(STEPS) if run.program.method.due(step)]
   batches = run.data.train_iterator(rng.data_seed(0))
   tokens = [next(batches) for _ in range(STEPS)]
+  # The model is tested above, and takes long to run operation by operation.
+  monkeypatch.setattr(Program, '_gradients', with_jit)
   # Late steps: the head has left zero by then, so every gradient counts.
   for step in {due[-1] if due else STEPS - 1, STEPS - 1}:
     with jax.disable_jit():
@@ -217,15 +250,14 @@ def test_steps_without_jit_equal_jit(name, trained):
     jax.tree.map(close, state.ema, states[step + 1].ema)
 
 
-@pytest.mark.parametrize('name', WEIGHT)
+@WEIGHTS
 def test_save_and_restore_round_trip(name, trained, tmp_path):
   run, states, _ = trained(name, sparsity_for(name))
   checkpoints = Checkpoints(tmp_path)
   checkpoints.save(states[-1], run.data.train_iterator(0))
-  template = run.program.init(1, run.target)
-  restored = checkpoints.restore(template)
+  restored = checkpoints.restore(run.program.init(1, run.target))
   checkpoints.close()
   # The run's key is not stored: it follows from the seed, which the template has.
-  want = states[-1].replace(key=template.key)
+  restored, want = restored.replace(key=None), states[-1].replace(key=None)
   assert jax.tree.structure(restored) == jax.tree.structure(want)
   jax.tree.map(assert_array_equal, restored, want)

@@ -160,7 +160,9 @@ def test_a_method_compared_by_name_is_caught(source):
 
 
 def test_what_is_allowed_is_not_caught():
-  allowed = 'from sparse_lm.core import tree\nfrom sparse_lm.layers.linear import Linear\nimport jax'
+  allowed = (
+    'from sparse_lm.core import tree\nfrom sparse_lm.layers.linear import Linear\nimport jax'
+  )
   assert not list(import_faults(allowed, 'sparse_lm/methods/mlp/x.py'))
   assert not list(comparison_faults("rescale != 'none'", 'sparse_lm/core/x.py'))
   assert not list(comparison_faults("name == 'rigl'", 'sparse_lm/methods/weight/rigl.py'))

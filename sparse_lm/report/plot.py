@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from sparse_lm.core.errors import UserError, unknown
 from sparse_lm.report import lines as results
@@ -77,9 +78,42 @@ def curves(
     axes = figure.add_subplot()
     for index, (name, points) in enumerate(_series(rest, x, y, series).items()):
       _draw_series(axes, index, name, points)
-    _draw_baselines(axes, dense, y, baseline or {})
+    _draw_baselines(axes, dense, y, series)
     axes.set(xlabel=x.heading, ylabel=y.heading)
     figure.legend(loc='outside right center', title=series, alignment='left')
+  return figure
+
+
+def bars(
+  lines: Sequence[results.Line], label: str, width: Column, low: str, high: str, group: str
+) -> Figure:
+  """A horizontal bar for each value of `label`, coloured by `group`, with a marked 1.
+
+  Args:
+    width: the metric that a bar shows.
+    low, high: metrics of the ends of its error bar (quartiles, say).
+  """
+  groups = list(dict.fromkeys(line['labels'][group] for line in lines))
+  with matplotlib.rc_context(STYLE):
+    figure = Figure(figsize=(6.4, 0.8 + 0.32 * len(lines)), layout='constrained')
+    axes = figure.add_subplot()
+    for place, line in enumerate(lines):
+      value, *ends = (line['metrics'][metric] for metric in (width.metric, low, high))
+      axes.barh(
+        place,
+        value,
+        xerr=[[value - ends[0]], [ends[1] - value]],
+        color=COLOURS[groups.index(line['labels'][group])],
+        height=0.65,
+        capsize=2.5,
+      )
+      axes.text(ends[1] + 0.02, place, f'{value:.2f}', va='center')
+    axes.axvline(1.0, color='#555555', linestyle='--', linewidth=1.2)
+    axes.set_yticks(range(len(lines)), [label_text(line['labels'][label]) for line in lines])
+    axes.invert_yaxis()
+    axes.set(xlabel=width.heading)
+    handles = [Patch(color=COLOURS[i], label=label_text(name)) for i, name in enumerate(groups)]
+    figure.legend(handles=handles, loc='outside lower center', title=group, ncols=len(groups))
   return figure
 
 
@@ -152,13 +186,16 @@ def _draw_series(axes: Axes, index: int, name: str, points: Sequence[_Point]) ->
 
 
 def _draw_baselines(
-  axes: Axes, lines: Sequence[results.Line], y: Column, baseline: Mapping[str, Any]
+  axes: Axes,
+  lines: Sequence[results.Line],
+  y: Column,
+  series: str,
 ) -> None:
-  """A line for each dense twin, named by the baseline's labels and what tells the twins apart."""
+  """A line for each dense twin, named like a series and by what else tells the twins apart."""
   labels = results.label_names(lines)
   groups = results.group(lines, labels)
   shown = [
-    i for i, label in enumerate(labels) if label in baseline or len({key[i] for key in groups}) > 1
+    i for i, label in enumerate(labels) if label == series or len({key[i] for key in groups}) > 1
   ]
   for index, (key, members) in enumerate(groups.items()):
     mean, std = _mean_std(members, y)

@@ -71,8 +71,9 @@ COLUMNS = (
   Column('sparsity_total', 'total sparsity', '.1f', '%', 100),
   Column('params', 'parameters', ',.0f'),
   Column('nonzero_params', 'nonzero parameters', ',.0f'),
-  Column('flops_forward_ratio', 'forward FLOPs', '.3f', '× dense'),
-  Column('flops_training_ratio', 'training FLOPs', '.3f', '× dense'),
+  Column('flops_forward', 'forward', ',.0f', 'kFLOP/token', 1e-3),
+  Column('flops_forward_ratio', 'forward FLOPs', '.3f', '× own dense twin'),
+  Column('flops_training_ratio', 'training FLOPs', '.3f', '× own dense twin'),
   Column('stored_bytes', 'stored', ',.1f', 'kB', 1e-3),
   Column('train_step_ms', 'training step', '.1f', 'ms'),
 )

@@ -56,12 +56,12 @@ class Program:
   @functools.cached_property
   def train_step(self) -> Any:
     """`(state, tokens_BxL+1) -> (state, metrics)`; the state is donated."""
-    return jax.jit(functools.partial(self._train, rewire=False), donate_argnums=0)
+    return jax.jit(functools.partial(self.transition, rewire=False), donate_argnums=0)
 
   @functools.cached_property
   def rewire_step(self) -> Any:
     """The same for the steps in which the method's `update` is due: selection stays out of the rest."""
-    return jax.jit(functools.partial(self._train, rewire=True), donate_argnums=0)
+    return jax.jit(functools.partial(self.transition, rewire=True), donate_argnums=0)
 
   @functools.cached_property
   def eval_step(self) -> Any:
@@ -123,9 +123,10 @@ class Program:
     mean = jax.tree.map(lambda g: g / self.accumulation, total)
     return mean, model_state, jax.tree.map(jnp.mean, metrics)
 
-  def _train(
+  def transition(
     self, state: TrainState, tokens_BxL1: Array, *, rewire: bool
   ) -> tuple[TrainState, Metrics]:
+    """One optimizer step, uncompiled; with `rewire` the method's `update` follows it or replaces it."""
     method, step = self.method, state.step
     key_mask, key_model, key_update = jax.random.split(jax.random.fold_in(state.key, step), 3)
     (params, cost), pull_back = jax.vjp(

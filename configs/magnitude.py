@@ -1,0 +1,18 @@
+"""Gradual magnitude pruning on the tiny model.
+
+Command:  python -m sparse_lm.train --config=configs/magnitude.py --workdir=results/magnitude
+Time:     TIME_magnitude on 2 CPU cores, compilation included.
+Expected: validation loss METRIC_magnitude nats per byte (the dense tiny model: METRIC_tiny).
+Paper:    Zhu and Gupta 2017.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import tiny
+
+
+def get_config() -> ConfigDict:
+  """90 % of the weights outside embedding and head dropped."""
+  config = tiny.get_config()
+  config.weight.update({'name': 'magnitude', 'sparsity': 0.9, 'period': 10})
+  return config

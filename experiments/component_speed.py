@@ -1,0 +1,97 @@
+"""Do mask selection and the input pipeline stay out of a training step's way?
+
+Selecting 10 % of a 768 x 3072 matrix without sorting, in turns with `jnp.sort`; and the tokens per
+second of the input pipeline, in turns with a training step that consumes them.
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.sweep import Run
+from sparse_lm.core import config as configs
+from sparse_lm.core import runtime
+from sparse_lm.core.select import topk_mask
+from sparse_lm.data.pipeline import train_iterator
+from sparse_lm.evals import speed
+from sparse_lm.report import lines as results
+from sparse_lm.report import table
+from sparse_lm.train.setup import build
+from sparse_lm.train.workdir import environment
+
+CONFIG = 'configs/base.py'
+VOCAB = 256
+REPEATS = 15
+SHAPE = (768, 3072)
+BATCHES = 50  # of the pipeline to a turn: one is too short to time
+
+
+def runs() -> list[Run]:
+  """One run a component."""
+  return [
+    Run(CONFIG, {}, {'component': 'mask update of 768 x 3072', 'reference': 'jnp.sort'}),
+    Run(CONFIG, {}, {'component': 'input pipeline, per batch', 'reference': 'training step'}),
+  ]
+
+
+def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
+  """Times a component against its reference."""
+  runtime.prepare()
+  config = configs.load(run.config, run.overrides)
+  measure = _selection if run.labels['reference'] == 'jnp.sort' else _pipeline
+  seconds = measure(config)
+  metrics = {
+    'ms': 1e3 * float(np.median(seconds['component'])),
+    'reference_ms': 1e3 * float(np.median(seconds['reference'])),
+    **speed.ratio(seconds['reference'], seconds['component']),
+  }
+  return {'metrics': metrics, 'config': configs.to_json(config), 'env': environment()}
+
+
+def _selection(config: Any) -> dict[str, np.ndarray]:
+  scores = jnp.abs(jax.random.normal(jax.random.key(0), SHAPE))
+  k = jnp.int32(scores.size // 10)
+
+  def by_sorting(scores: jax.Array, k: jax.Array) -> jax.Array:
+    return scores >= jnp.sort(scores.ravel())[scores.size - k]
+
+  select, sort = jax.jit(topk_mask), jax.jit(by_sorting)
+  calls = {'component': lambda: select(scores, k), 'reference': lambda: sort(scores, k)}
+  return speed.interleaved(calls, REPEATS, 'mask update')
+
+
+def _pipeline(config: Any) -> dict[str, np.ndarray]:
+  tokens = np.random.default_rng(0).integers(0, VOCAB, 10_000_000).astype(np.uint8)
+  batches = train_iterator(tokens, context=config.data.context, batch=config.data.batch, seed=0)
+  program, target = build(config, VOCAB)
+  state, batch = program.init(0, target), next(batches)
+
+  def step() -> Any:
+    nonlocal state
+    state, metrics = program.train_step(state, batch)
+    return metrics
+
+  calls = {'component': lambda: [next(batches) for _ in range(BATCHES)], 'reference': step}
+  seconds = speed.interleaved(calls, REPEATS, 'input pipeline')
+  return seconds | {'component': seconds['component'] / BATCHES}
+
+
+def report(lines: list[results.Line], folder: pathlib.Path) -> str:
+  """The table; the ratio is how many times faster the component is than its reference."""
+  columns = [
+    table.Column('ms', 'component', '.2f', 'ms'),
+    table.Column('reference_ms', 'reference', '.1f', 'ms'),
+    table.Column('ratio', 'reference / component', '.1f'),
+    table.Column('ratio_low', 'lower quartile', '.1f'),
+    table.Column('ratio_high', 'upper quartile', '.1f'),
+  ]
+  frame = table.summarise(lines, ['component', 'reference'], columns)
+  env = lines[0]['env']
+  caption = (
+    f'Parts of a training step, in turns with what they are measured by; {env["cpu"]}, '
+    f'{env["cores"]} cores, {env["device"]}, jax {env["jax"]}; medians of {REPEATS} turns'
+  )
+  return table.write(frame, folder, caption, 'python -m experiments.run component_speed')

@@ -1,0 +1,131 @@
+"""What does a training step cost, beside a plain Flax twin, the machine's peak and dense training?
+
+Every row is timed in turns with its reference in one process (4 layers, width 256, context 128,
+batch 32): ratios are medians over the turns, with quartiles. A method's step is the average over an
+update period, updates included. Steps run masked: what sparsity saves once packed is not shown here.
+"""
+
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import plain_twin
+from experiments.sweep import Run
+from sparse_lm.core import config as configs
+from sparse_lm.core import runtime
+from sparse_lm.evals import speed
+from sparse_lm.model import lm
+from sparse_lm.report import lines as results
+from sparse_lm.report import plot, table
+from sparse_lm.train.setup import build
+from sparse_lm.train.workdir import environment
+
+CONFIG = 'configs/base.py'
+VOCAB = 256
+REPEATS = 12
+TWIN, DENSE = 'plain Flax twin', 'default model'
+SPARSITY = 0.9
+GELU = {'activation.name': 'gelu', 'activation.otherwise': 'gelu'}
+
+
+def runs() -> list[Run]:
+  """The dense rows against the twin, then each weight method against the default model."""
+  dense = [
+    Run(CONFIG, GELU, {'step': 'default model with erf GELU', 'reference': TWIN}),
+    Run(CONFIG, {}, {'step': DENSE, 'reference': TWIN}),
+  ]
+  sparse = [
+    Run(
+      CONFIG, {'weight.name': name, 'weight.sparsity': SPARSITY}, {'step': name, 'reference': DENSE}
+    )
+    for name in ('static', 'magnitude', 'set', 'rigl', 'ste')
+  ]
+  return dense + sparse
+
+
+class _Stepper:
+  """A compiled step that carries its state from call to call."""
+
+  def __init__(self, step: Callable, state: Any, tokens: np.ndarray) -> None:
+    self.compiled = jax.jit(step, donate_argnums=0).lower(state, tokens).compile()
+    self.state, self.tokens = state, tokens
+
+  def __call__(self) -> Any:
+    self.state, metrics = self.compiled(self.state, self.tokens)
+    return self.state, metrics
+
+
+def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
+  """Times one row against its reference."""
+  runtime.prepare()
+  config = configs.load(run.config, run.overrides)
+  program, target = build(config, VOCAB)
+  shape = (config.data.batch, config.data.context + 1)
+  tokens = np.random.default_rng(0).integers(0, VOCAB, shape).astype(np.int32)
+  make = functools.partial(program.init, 0, target)
+  calls = {'step': _Stepper(functools.partial(program.transition, rewire=False), make(), tokens)}
+  updates = _updates_per_step(program.method, program.optimizer.steps)
+  if updates:
+    calls['update'] = _Stepper(functools.partial(program.transition, rewire=True), make(), tokens)
+  calls['reference'] = _reference(run.labels['reference'], program, tokens)
+  calls['peak'], peak_flops = speed.matmul()
+  seconds = speed.interleaved(calls, REPEATS, run.labels['step'])
+  average = seconds['step']
+  if updates:
+    average = (1 - updates) * average + updates * seconds['update']
+  flops = 3 * sum(m.flops for m in lm.ledger(program.model, config.data.context).values())
+  peak = peak_flops / np.median(seconds['peak'])
+  metrics = {
+    'step_ms': 1e3 * float(np.median(average)),
+    'reference_ms': 1e3 * float(np.median(seconds['reference'])),
+    **speed.ratio(average, seconds['reference']),
+    'fraction_of_peak': float(flops * tokens[:, 1:].size / np.median(average) / peak),
+    'peak_gflops': float(peak / 1e9),
+    'peak_memory': speed.peak_memory(calls['step'].compiled),
+    'reference_memory': speed.peak_memory(calls['reference'].compiled),
+  }
+  return {'metrics': metrics, 'config': configs.to_json(config), 'env': environment()}
+
+
+def _updates_per_step(method: Any, steps: int) -> float:
+  """Share of the steps that update the connections, in the middle of the run."""
+  middle = range(steps // 2 - 50, steps // 2 + 50)
+  return sum(method.due(step) for step in middle) / len(middle)
+
+
+def _reference(name: str, program: Any, tokens: np.ndarray) -> _Stepper:
+  if name == TWIN:
+    state = plain_twin.create(program.model.spec, program.tx, seed=0)
+    return _Stepper(plain_twin.train_step, state, tokens)
+  dense, target = build(configs.load(CONFIG), VOCAB)
+  return _Stepper(functools.partial(dense.transition, rewire=False), dense.init(0, target), tokens)
+
+
+def report(lines: list[results.Line], folder: pathlib.Path) -> str:
+  """The table and a bar chart of the ratios."""
+  columns = [
+    table.Column('step_ms', 'step', '.0f', 'ms'),
+    table.Column('reference_ms', 'reference', '.0f', 'ms'),
+    table.Column('ratio', 'step / reference', '.3f'),
+    table.Column('ratio_low', 'lower quartile', '.3f'),
+    table.Column('ratio_high', 'upper quartile', '.3f'),
+    table.Column('fraction_of_peak', 'dense FLOPs / matmul peak', '.2f'),
+    table.Column('peak_gflops', 'matmul peak', '.0f', 'GFLOP/s'),
+    table.Column('peak_memory', 'peak memory', ',.0f', 'MB', 1e-6),
+    table.Column('reference_memory', "reference's", ',.0f', 'MB', 1e-6),
+  ]
+  frame = table.summarise(lines, ['step', 'reference'], columns)
+  env = lines[0]['env']
+  caption = (
+    f'Training step, float32, 4 layers, width 256, context 128, batch 32, methods at {SPARSITY:.0%} '
+    f'sparsity; {env["cpu"]}, {env["cores"]} cores, {env["device"]}, jax {env["jax"]}; medians of '
+    f'{REPEATS} turns'
+  )
+  ratio = table.Column('ratio', 'step time / reference')
+  figure = plot.bars(lines, 'step', ratio, 'ratio_low', 'ratio_high', 'reference')
+  plot.save(figure, folder, 'train_step_speed')
+  return table.write(frame, folder, caption, 'python -m experiments.run train_step_speed')

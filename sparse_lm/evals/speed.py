@@ -1,0 +1,46 @@
+"""Timing that survives a noisy machine: candidates take turns in one process, ratios turn by turn."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+
+def interleaved(
+  calls: dict[str, Callable[[], Any]], repeats: int, name: str = '', warmup: int = 2
+) -> dict[str, np.ndarray]:
+  """Seconds of each call, `[repeats]`, in turns; each waits for its arrays."""
+  seconds: dict[str, list[float]] = {name: [] for name in calls}
+  for turn in tqdm(range(warmup + repeats), desc=name, unit='turn', leave=False):
+    for label, call in calls.items():
+      start = time.perf_counter()
+      jax.block_until_ready(call())
+      if turn >= warmup:
+        seconds[label].append(time.perf_counter() - start)
+  return {label: np.array(values) for label, values in seconds.items()}
+
+
+def ratio(seconds: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+  """Median and quartiles of `seconds / reference`, turn by turn."""
+  low, median, high = np.percentile(seconds / reference, (25, 50, 75))
+  return {'ratio': float(median), 'ratio_low': float(low), 'ratio_high': float(high)}
+
+
+def matmul(size: int = 2048) -> tuple[Callable[[], jax.Array], float]:
+  """A float32 square matmul and its FLOPs: what this machine's library reaches at best."""
+  a = jax.random.normal(jax.random.key(0), (size, size), jnp.float32)
+  multiply = jax.jit(jnp.matmul)
+  return (lambda: multiply(a, a)), 2.0 * size**3
+
+
+def peak_memory(compiled: Any) -> int | None:
+  """Bytes that a compiled step holds at once, by XLA's own account: arguments, results and scratch."""
+  memory = compiled.memory_analysis()
+  if memory is None:
+    return None
+  sizes = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
+  return int(sum(sizes) - memory.alias_size_in_bytes)

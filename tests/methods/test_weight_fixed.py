@@ -1,0 +1,71 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_lm.core import slots
+
+TARGET = {'w': jnp.float32(0.25), 'b': None}
+
+
+def started(name):
+  method = slots.method('weight', name)(total_steps=100)
+  params = {'w': jax.random.normal(jax.random.key(0), (16, 20)), 'b': jnp.ones(3)}
+  return method, params, *method.init(jax.random.key(1), params, TARGET)
+
+
+@pytest.mark.parametrize('name', ['static', 'set', 'rigl'])
+def test_random_starts_hold_their_density_from_step_0(name):
+  method, _, trainable, sparse = started(name)
+  assert sparse.masks['w'].sum() == 80 and sparse.masks['b'] is None
+  assert not trainable['params']['w'][~sparse.masks['w']].any()
+  assert {method.density(0.25, step) for step in (0, 50, 99)} == {0.25}
+  params, cost = method.effective(trainable, sparse, 'train', 0, None)
+  np.testing.assert_array_equal(params['w'], trainable['params']['w'])
+  assert float(cost) == 0.25
+
+
+@pytest.mark.parametrize('name', ['static', 'set', 'rigl'])
+def test_the_optimizer_wakes_no_dead_weight(name):
+  method, _, trainable, sparse = started(name)
+  moved = {'params': jax.tree.map(lambda w: w + 1, trainable['params']), 'learned': {}}
+  params = method.constrain(moved, sparse)['params']
+  np.testing.assert_array_equal(params['w'], moved['params']['w'] * sparse.masks['w'])
+  np.testing.assert_array_equal(params['b'], [2, 2, 2])
+
+
+@pytest.mark.parametrize('name', ['static', 'set', 'rigl', 'magnitude'])
+def test_the_gradient_is_masked(name):
+  method, _, trainable, sparse = started(name)
+  mask = jnp.ones((16, 20), bool).at[:, ::2].set(False)
+  sparse = sparse.replace(masks={'w': mask, 'b': None})
+  trainable = trainable | {'params': trainable['params'] | {'w': jnp.ones((16, 20))}}
+  gradient = jax.grad(
+    lambda t: jnp.sum(method.effective(t, sparse, 'train', 0, None)[0]['w'] * 3.0)
+  )(trainable)
+  np.testing.assert_array_equal(gradient['params']['w'], 3.0 * mask)
+
+
+def test_static_masks_never_change():
+  method = started('static')[0]
+  assert not any(method.due(step) for step in range(200))
+
+
+def test_no_sparsity_leaves_everything_as_it_is():
+  method, params, trainable, sparse = started('none')
+  assert trainable['params'] is params and jax.tree.leaves(sparse) == []
+  seen, cost = method.effective(trainable, sparse, 'train', 0, None)
+  np.testing.assert_array_equal(seen['w'], params['w'])
+  assert float(cost) == 1.0 and not method.due(0)
+  final, masks = method.finalize(trainable, sparse, 0)
+  np.testing.assert_array_equal(final['w'], params['w'])
+  assert jax.tree.leaves(masks) == []
+
+
+def test_only_rigl_asks_for_the_dense_gradient_and_only_when_it_rewires():
+  rigl = slots.method('weight', 'rigl')(total_steps=1000, period=100)
+  assert [s for s in range(1000) if rigl.dense_gradient(s)] == [100, 200, 300, 400, 500, 600, 700]
+  assert rigl.replaces_step and rigl.needs == ('grads',)
+  for name in ('static', 'set', 'magnitude', 'none'):
+    method = slots.method('weight', name)(total_steps=1000)
+    assert not any(method.dense_gradient(step) for step in range(1000))

@@ -1,0 +1,42 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_lm.core import slots
+
+STE = slots.method('weight', 'ste')
+
+
+def started(final=0.2, **fields):
+  method = STE(total_steps=100, **fields)
+  w = jax.random.normal(jax.random.key(0), (20, 25))
+  trainable, sparse = method.init(jax.random.key(1), {'w': w}, {'w': jnp.float32(final)})
+  return method, trainable, sparse
+
+
+@pytest.mark.parametrize('step', [0, 1, 99, 100])
+def test_without_a_ramp_the_final_sparsity_holds_from_the_first_step(step):
+  method, trainable, sparse = started()
+  seen, cost = method.effective(trainable, sparse, 'train', jnp.int32(step), None)
+  assert int((seen['w'] != 0).sum()) == 100
+  assert float(cost) == pytest.approx(0.2)
+  assert method.density(0.2, step) == pytest.approx(0.2)
+
+
+def test_a_ramp_is_followed_in_every_step():
+  method, trainable, sparse = started(start=0.1, end=0.6)
+  for step in (0, 10, 11, 35, 59, 60, 90):
+    progress = min(max((step - 10) / 50, 0), 1)
+    density = 1 - 0.8 * (1 - (1 - progress) ** 3)
+    seen, cost = method.effective(trainable, sparse, 'train', jnp.int32(step), None)
+    assert int((seen['w'] != 0).sum()) == round(500 * density)
+    assert float(cost) == pytest.approx(round(500 * density) / 500)
+    assert method.density(0.2, step) == pytest.approx(density, abs=1e-6)
+
+
+def test_dropped_weights_live_on():
+  method, trainable, sparse = started()
+  kept = method.constrain(trainable, sparse)['params']['w']
+  np.testing.assert_array_equal(kept, trainable['params']['w'])
+  assert method.keeps_dense and method.dense_gradient(5) and not method.due(5)
