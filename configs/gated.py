@@ -15,6 +15,6 @@ def get_config() -> ConfigDict:
   """Three matrices of 341 units in place of two of 512."""
   config = tiny.get_config()
   config.model.hidden = 341
-  config.mlp.update({'name': 'gated', 'otherwise': 'gated'})
-  config.activation.update({'name': 'silu', 'otherwise': 'silu'})
+  config.mlp.name = 'gated'
+  config.activation.name = 'silu'
   return config

@@ -17,6 +17,6 @@ def get_config() -> ConfigDict:
   """LayerNorm, learned positions, erf GELU, tied head, std-0.02 initialisation, rate 1e-3."""
   config = shakespeare_char.get_config()
   config.model.update({'norm': 'layernorm', 'positions': 'learned', 'init': 'gpt2', 'tied': True})
-  config.activation.update({'name': 'gelu', 'otherwise': 'gelu'})
+  config.activation.name = 'gelu'
   config.optimizer.update({'learning_rate': 1e-3})
   return config

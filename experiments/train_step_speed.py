@@ -29,7 +29,7 @@ VOCAB = 256
 REPEATS = 12
 TWIN, DENSE = 'plain Flax twin', 'default model'
 SPARSITY = 0.9
-GELU = {'activation.name': 'gelu', 'activation.otherwise': 'gelu'}
+GELU = {'activation.name': 'gelu'}
 
 
 def runs() -> list[Run]:

@@ -103,9 +103,10 @@ def _read(path: str) -> ConfigDict:
 def _merge_defaults(config: ConfigDict, slot: str, name: str, path: str) -> None:
   config.name = name
   defaults = slots.defaults(slot, name)
-  shared = set(config) & (set(slots.SHARED) | {'sparsity', 'budget', 'dense'})
-  for key in set(config) - shared - set(defaults):
-    raise unknown(f'field of method {name!r} in {path}: config.{slot}', key, [*defaults, *shared])
+  for key in slots.fields(slot, config):
+    if key not in defaults:
+      valid = [*defaults, *slots.SHARED[slot]]
+      raise unknown(f'field of method {name!r} in {path}: config.{slot}', key, valid)
   with config.unlocked():
     for key, value in defaults.items():
       config[key] = config.get(key, value)

@@ -14,7 +14,9 @@ from typing import Any
 from sparse_lm.core.errors import UserError, unknown
 
 SLOTS = ('weight', 'activation', 'attention', 'mlp', 'depth')
-SHARED = ('name', 'layers', 'otherwise')  # keys of every layer slot, besides its method's own
+# The keys of a slot's config besides its method's own.
+_LAYER_KEYS = ('name', 'layers', 'otherwise')
+SHARED = dict.fromkeys(SLOTS, _LAYER_KEYS) | {'weight': ('name', 'sparsity', 'budget', 'dense')}
 
 
 def names(slot: str) -> list[str]:
@@ -49,6 +51,11 @@ def defaults(slot: str, name: str) -> dict[str, Any]:
   }
 
 
+def fields(slot: str, config: Any) -> dict[str, Any]:
+  """The part of `config.<slot>` that belongs to its method."""
+  return {key: value for key, value in config.items() if key not in SHARED[slot]}
+
+
 @dataclasses.dataclass(frozen=True)
 class Choice:
   """A layer slot's part of a config, hashable: which method runs in which layers.
@@ -70,8 +77,8 @@ class Choice:
   @classmethod
   def from_config(cls, slot: str, config: Any) -> 'Choice':
     """Reads `config.<slot>`."""
-    fields = tuple(sorted((k, v) for k, v in config.items() if k not in SHARED))
-    return cls(slot, config.name, fields, config.layers, config.otherwise)
+    own = tuple(sorted(fields(slot, config).items()))
+    return cls(slot, config.name, own, config.layers, config.otherwise)
 
   def chosen(self, layer: int, count: int) -> bool:
     """Whether `layer` of `count` is among `layers`."""

@@ -87,7 +87,7 @@ class _Loop:
     self.config, self.program = run.config, run.program
     self.progress = progress
     self.pending: list[tuple[int, dict[str, jax.Array]]] = []
-    self.step_seconds: list[float] = []
+    self.fetched: list[dict[str, float]] = []  # since the last line of the log
     self.clock = time.perf_counter()
 
   def run(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class _Loop:
         self.pending.append((done, metrics))
         bar.update()
         if done % self.config.train.log_every == 0 or done == steps:
-          self._log(bar)
+          self._log(bar, done)
         if done % self.config.train.eval_every == 0 and done < steps:
           self._evaluate(state, done)
         if stop.signum or done % self.config.train.checkpoint_every == 0 or done == steps:
@@ -139,30 +139,31 @@ class _Loop:
       file=sys.stderr,
     )
 
-  def _log(self, bar: tqdm) -> None:
-    """Fetches the steps since the last call, refuses what is not finite, and logs the newest."""
-    fetched = [(step, jax.device_get(metrics)) for step, metrics in self.pending]
+  def _fetch(self) -> None:
+    """Brings the steps since the last call to the host and refuses what is not finite."""
+    for step, metrics in self.pending:
+      fetched = {name: float(value) for name, value in jax.device_get(metrics).items()}
+      for name in ('loss', 'gradient_norm'):
+        self._check_finite(name, fetched[name], step)
+      self.fetched.append(fetched)
     self.pending = []
-    if not fetched:
-      return
-    for step, metrics in fetched:
-      if not math.isfinite(metrics['loss']):
-        self._diverged(step, float(metrics['loss']))
+
+  def _log(self, bar: tqdm, step: int) -> None:
+    """Logs the newest step, with the mean loss and the speed since the last call."""
+    self._fetch()
     now = time.perf_counter()
-    seconds, self.clock = (now - self.clock) / len(fetched), now
-    self.step_seconds.append(seconds)
-    step, newest = fetched[-1]
-    values = {name: float(value) for name, value in newest.items()}
-    values['loss'] = float(np.mean([metrics['loss'] for _, metrics in fetched]))
-    tokens = self.config.data.batch * self.config.data.context
-    values['tokens_per_second'] = tokens / seconds
-    self.folder.log(step, values)
-    bar.set_postfix_str(f'loss {values["loss"]:.3f}, {tokens / seconds:,.0f} tokens/s')
+    seconds, self.clock = (now - self.clock) / len(self.fetched), now
+    speed = self.config.data.batch * self.config.data.context / seconds
+    loss = float(np.mean([metrics['loss'] for metrics in self.fetched]))
+    self.folder.log(step, self.fetched[-1] | {'loss': loss, 'tokens_per_second': speed})
+    self.fetched = []
+    bar.set_postfix_str(f'loss {loss:.3f}, {speed:,.0f} tokens/s')
 
   def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
     """Validation loss, and what the connections did since the last evaluation."""
     params, masks = self.program.finalize(state)
     loss = evaluate(self.setup, params, state.model_state)
+    self._check_finite('validation loss', loss, step)
     ratio = self.setup.data.card['bytes_per_token']['validation']
     values = {'val_loss': loss, 'val_bits_per_byte': loss / math.log(2) / ratio}
     self.folder.log(step, values | observe.connections(masks, self.masks))
@@ -171,18 +172,18 @@ class _Loop:
     return values
 
   def _save(self, state: TrainState, batches: Any) -> None:
-    """Never saves a state whose loss was not seen to be finite."""
-    for step, metrics in self.pending:
-      if not math.isfinite(metrics['loss']):
-        self._diverged(step, float(metrics['loss']))
+    """Never saves a state whose losses were not seen to be finite."""
+    self._fetch()
     self.checkpoints.save(state, batches)
     self.clock = time.perf_counter()
 
-  def _diverged(self, step: int, loss: float) -> None:
+  def _check_finite(self, name: str, value: float, step: int) -> None:
+    if math.isfinite(value):
+      return
     steps = self.checkpoints.steps()
     good = f'checkpoint {steps[-1]} in {self.checkpoints.path}' if steps else 'none yet'
     raise UserError(
-      f'loss is {loss} at step {step}; nothing was saved from it; last good: {good}; try a lower '
+      f'{name} is {value} at step {step}; nothing was saved from it; last good: {good}; try a lower '
       f'config.optimizer.learning_rate than {self.config.optimizer.learning_rate}'
     )
 
@@ -192,8 +193,9 @@ class _Loop:
 
   def _finish(self, state: TrainState) -> dict[str, Any]:
     evaluated = self._evaluate(state, int(state.step))
+    speeds = self.folder.logged('tokens_per_second')
     # The first interval compiles.
-    seconds = np.median(self.step_seconds[1:] or self.step_seconds or [math.nan])
+    speed = float(np.median(speeds[1:] or speeds))
     result = {
       'config': configs.to_json(self.config),
       'env': environment(),
@@ -202,7 +204,7 @@ class _Loop:
         'steps': int(state.step),
         **evaluated,
         **cost.report(self.program, self.setup.target, self.masks),
-        'train_step_ms': 1e3 * float(seconds),
+        'train_step_ms': 1e3 * self.config.data.batch * self.config.data.context / speed,
       },
     }
     self.folder.write_result(result)

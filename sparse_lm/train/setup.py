@@ -17,8 +17,6 @@ from sparse_lm.model import lm
 from sparse_lm.train.optim import Optimizer
 from sparse_lm.train.step import Program, shared
 
-WEIGHT_SHARED = ('name', 'sparsity', 'budget', 'dense')
-
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
@@ -46,21 +44,20 @@ def setup(config: ConfigDict) -> Setup:
 def build(config: ConfigDict, vocab: int) -> tuple[Program, Tree]:
   """The program and target densities for a vocabulary of that size, without reading the corpus' text."""
   model = lm.from_config(config, vocab)
-  fields = {k: v for k, v in config.weight.items() if k not in WEIGHT_SHARED}
+  fields = slots.fields('weight', config.weight)
   method = slots.method('weight', config.weight.name)(total_steps=config.train.steps, **fields)
-  masked = method.masked
-  optimizer = Optimizer.from_config(config, masked)
+  method.check()
+  optimizer = Optimizer.from_config(config, method.masked)
   target = budget.targets(
     lm.shapes(model)['params'], config.weight.sparsity, config.weight.budget, config.weight.dense
   )
-  if not masked:
+  if not method.masked:
     if config.weight.sparsity:
       raise UserError(
         f'config.weight.sparsity={config.weight.sparsity} needs a method; config.weight.name='
         f'{config.weight.name!r} prunes nothing; valid: {", ".join(slots.names("weight"))}'
       )
     target = jax.tree.map(lambda _: None, target)
-  method.check()
   return shared(Program(model, method, optimizer, config.train.accumulation)), target
 
 

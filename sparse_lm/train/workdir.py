@@ -91,6 +91,11 @@ class Workdir:
     for name, value in values.items():
       self._events.add_scalar(name, value, step)
 
+  def logged(self, name: str) -> list[float]:
+    """All values of one number in metrics.jsonl, oldest first."""
+    lines = map(json.loads, (self.path / 'metrics.jsonl').read_text().splitlines())
+    return [line[name] for line in lines if name in line]
+
   def close(self) -> None:
     """Writes out the events."""
     if self._events is not None:

@@ -13,7 +13,8 @@ def start(rescale, density, params=None, seed=0):
   if params is None:
     params = {'w': jax.random.normal(jax.random.key(7), (FAN_IN, FAN_OUT)) / FAN_IN**0.5}
   target = jax.tree.map(lambda _: jnp.float32(density), params)
-  trainable, sparse = random_start(jax.random.key(seed), params, target, 'unstructured', rescale)
+  draw = jax.jit(random_start, static_argnums=(3, 4))
+  trainable, sparse = draw(jax.random.key(seed), params, target, 'unstructured', rescale)
   return params, trainable['params'], sparse.masks
 
 

@@ -136,32 +136,40 @@ def config_file(tmp_path):
   return str(file)
 
 
+def applied(model, mode):
+  written = ['losses', 'stats', 'router']
+  return jax.jit(lambda v, tokens: model.apply(v, tokens, mode=mode, mutable=written))
+
+
 def test_a_new_method_is_one_file_and_one_config(new_method, tmp_path):
   assert new_method in slots.names('mlp')
   config = configs.load(config_file(tmp_path), {'mlp.scale': '3'})
   assert config.mlp.scale == 3.0
   model = lm.from_config(config, vocab=11)
   tokens = jnp.arange(8)[None] % 11
-  variables = model.init(jax.random.key(0), tokens)
+  variables = jax.jit(model.init)(jax.random.key(0), tokens)
   # The dense MLP of layer 0 keeps no such variable.
   assert variables['router'] == {'block_1': {'mlp': {'mean': 0.0}}}
 
   kept = {name: variables[name] for name in ('params', 'router')}
   kept['params']['embed']['head']['kernel'] = jax.random.normal(jax.random.key(1), (8, 11))
-  logits, after = model.apply(kept, tokens, mode='train', mutable=['losses', 'stats', 'router'])
+  logits, after = applied(model, 'train')(kept, tokens)
   assert logits.shape == (1, 8, 11) and np.isfinite(logits).all()
   mean = float(after['router']['block_1']['mlp']['mean'])
   assert mean > 0
   (loss,) = after['losses']['block_1']['mlp']['balance']
   assert float(loss) > 0 and 'active' in after['stats']['block_1']['mlp']
   # Evaluation reads the variable and does not move it.
-  _, later = model.apply(kept | {'router': after['router']}, tokens, mutable=['router', 'losses'])
+  _, later = applied(model, 'eval')(kept | {'router': after['router']}, tokens)
   assert float(later['router']['block_1']['mlp']['mean']) == mean
 
-  # The config key reaches the module: with no scale at all the MLP adds nothing.
-  silent = configs.load(config_file(tmp_path), {'mlp.scale': '0', 'mlp.layers': ':'})
-  other = lm.from_config(silent, vocab=11).apply(kept, tokens, mutable=['losses', 'router'])[0]
-  assert np.abs(other - logits).max() > 1e-3
+  # The config key reaches the module: a scale of zero is a `down` of zeros.
+  silent = lm.from_config(configs.load(config_file(tmp_path), {'mlp.scale': '0'}), vocab=11)
+  found = applied(silent, 'eval')(kept, tokens)[0]
+  down = kept['params']['block_1']['mlp']['down']
+  down['kernel'] = jnp.zeros_like(down['kernel'])
+  np.testing.assert_allclose(found, applied(model, 'eval')(kept, tokens)[0], atol=1e-6)
+  assert np.abs(found - logits).max() > 1e-3
 
 
 def test_a_new_method_is_in_the_ledger_and_the_trainers_loss(new_method, tmp_path):

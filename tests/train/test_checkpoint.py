@@ -1,0 +1,234 @@
+"""Damaged checkpoints: an older intact one is used, said aloud, and nothing is lost."""
+
+import json
+import pathlib
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from sparse_lm.core import rng
+from sparse_lm.core.errors import UserError
+from sparse_lm.inference.load import load
+from sparse_lm.train.checkpoint import Checkpoints
+from sparse_lm.train.loop import train
+from sparse_lm.train.setup import setup
+
+ITEMS = {'params', 'sparse', 'optimizer', 'model', 'data', 'meta'}
+BIG = 1000  # bytes: arrays and their descriptions, not the markers of a finished write
+
+
+@pytest.fixture(scope='module')
+def config(tiny_config):
+  return tiny_config(
+    weight__name='static',
+    weight__sparsity=0.8,
+    optimizer__ema=0.9,
+    train__steps=6,
+    train__checkpoint_every=2,
+  )
+
+
+@pytest.fixture(scope='module')
+def whole(config, tmp_path_factory):
+  """A workdir with checkpoints 2, 4 and 6."""
+  workdir = tmp_path_factory.mktemp('run')
+  train(config, str(workdir), progress=False)
+  return workdir
+
+
+@pytest.fixture
+def workdir(whole, tmp_path):
+  """A copy to damage."""
+  return pathlib.Path(shutil.copytree(whole, tmp_path / 'run'))
+
+
+@pytest.fixture(scope='module')
+def restored(config):
+  """`restored(workdir)`: the state on the host without its key, and the next batch of data."""
+  run = setup(config)
+  template = run.program.init(0, run.target)
+
+  def restore(workdir):
+    batches = run.data.train_iterator(rng.data_seed(config.seed))
+    checkpoints = Checkpoints(pathlib.Path(workdir))
+    try:
+      state = checkpoints.restore(template, batches)
+    finally:
+      checkpoints.close()
+    return jax.device_get(state.replace(key=None)), next(batches)
+
+  return restore
+
+
+@pytest.fixture(scope='module')
+def intact(whole, restored, tmp_path_factory):
+  """What restoring gives from step 4 and from step 6."""
+  older = shutil.copytree(whole, tmp_path_factory.mktemp('older') / 'run')
+  shutil.rmtree(older / 'checkpoints' / '6')
+  return {4: restored(older), 6: restored(whole)}
+
+
+def truncate(path):
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 0x01
+  path.write_bytes(content)
+
+
+def remove(path):
+  path.unlink()
+
+
+def files(folder):
+  return {f.relative_to(folder): f.read_bytes() for f in folder.rglob('*') if f.is_file()}
+
+
+def same(a, b):
+  assert int(a[0].step) == int(b[0].step)
+  assert jax.tree.structure(a[0]) == jax.tree.structure(b[0])
+  jax.tree.map(assert_array_equal, a[0], b[0])
+  assert_array_equal(a[1], b[1])
+
+
+def test_items_are_separate(whole, intact):
+  newest = whole / 'checkpoints' / '6'
+  assert {path.name for path in newest.iterdir() if path.is_dir()} == ITEMS
+  assert sorted(int(p.name) for p in (whole / 'checkpoints').iterdir()) == [2, 4, 6]
+  # Masks are bits of their own, never inferred from zeros.
+  assert all(m.dtype == bool for m in jax.tree.leaves(intact[6][0].sparse.masks))
+
+
+def test_the_two_checkpoints_differ(intact):
+  # Otherwise no test here could tell which one was used.
+  assert intact[4][0].step == 4 and intact[6][0].step == 6
+  assert not np.array_equal(intact[4][1], intact[6][1])
+
+
+def rewind(path):
+  """A digit of a number, in what is text: still well-formed, and wrong."""
+  path.write_bytes(re.sub(rb'[1-9](?=\D*$)', b'3', path.read_bytes()))
+
+
+@pytest.mark.parametrize(('damage', 'every'), [(flip, 1), (truncate, 2), (remove, 3)])
+def test_one_damaged_file_never_gives_a_wrong_state(
+  damage, every, workdir, restored, intact, capfd
+):
+  """Whatever file is hit: the newest state if it is whole for all that, or the older one, aloud."""
+  newest, wrong = workdir / 'checkpoints' / '6', []
+  for path in sorted(f for f in newest.rglob('*') if f.is_file())[::every]:
+    content = path.read_bytes()
+    damage(path)
+    damaged = files(workdir)
+    capfd.readouterr()
+    got = restored(workdir)
+    said = capfd.readouterr().err
+    step = int(got[0].step)
+    name = str(path.relative_to(newest))
+    try:
+      same(got, intact[step])
+      if step == 4:
+        assert 'corrupt: checkpoint 6' in said and 'using checkpoint 4' in said
+        assert 'Traceback' not in said
+      assert files(workdir) == damaged, 'restoring changed files'
+    except (AssertionError, KeyError) as error:
+      wrong.append(f'{name} ({len(content)} bytes), step {step}: {str(error).strip()[:80]!r}')
+    path.write_bytes(content)
+  assert not wrong, '\n'.join(wrong)
+
+
+@pytest.mark.parametrize('name', ['data', 'meta'])
+def test_a_wrong_number_in_a_small_file_is_noticed(name, workdir, restored, intact):
+  # 6 becomes 3 in the position of the data, a digit changes in the last digest.
+  (path,) = (f for f in (workdir / 'checkpoints' / '6' / name).iterdir() if f.name[0] in 'pm')
+  before = path.read_bytes()
+  rewind(path)
+  assert path.read_bytes() != before
+  got = restored(workdir)
+  same(got, intact[int(got[0].step)])
+
+
+@pytest.mark.parametrize('damage', [truncate, flip, remove])
+@pytest.mark.parametrize('item', ['params', 'sparse', 'optimizer'])
+def test_all_big_files_of_an_item_damaged(item, damage, workdir, restored, intact, capfd):
+  paths = [f for f in (workdir / 'checkpoints' / '6' / item).rglob('*') if f.is_file()]
+  paths = [f for f in paths if f.stat().st_size > BIG]
+  assert paths
+  for path in paths:
+    damage(path)
+  same(restored(workdir), intact[4])
+  assert capfd.readouterr().err.count('checkpoint 6') == 1
+
+
+@pytest.mark.parametrize('item', sorted(ITEMS))
+def test_missing_item_falls_back(item, workdir, restored, intact, capfd):
+  shutil.rmtree(workdir / 'checkpoints' / '6' / item)
+  same(restored(workdir), intact[4])
+  assert 'using checkpoint 4' in capfd.readouterr().err
+
+
+def test_two_damaged_fall_back_to_the_third(workdir, restored, capfd):
+  for step in (4, 6):
+    for path in (workdir / 'checkpoints' / str(step) / 'params').rglob('*'):
+      if path.is_file():
+        truncate(path)
+  assert int(restored(workdir)[0].step) == 2
+  said = capfd.readouterr().err
+  assert 'checkpoint 4' in said and 'checkpoint 6' in said and 'using checkpoint 2' in said
+
+
+def test_training_on_sets_the_damaged_one_aside(config, whole, workdir, restored, intact, capfd):
+  damaged_path = workdir / 'checkpoints' / '6'
+  for path in (damaged_path / 'params').rglob('*'):
+    if path.is_file() and path.stat().st_size > BIG:
+      flip(path)
+  damaged = files(damaged_path)
+  (workdir / 'result.json').unlink()
+  result = train(config, str(workdir), progress=False)
+  assert files(workdir / 'corrupt-6') == damaged
+  want = json.loads((whole / 'result.json').read_text())['metrics']
+  assert result['metrics']['val_loss'] == want['val_loss']
+  same(restored(workdir), intact[6])
+
+
+def test_all_damaged_is_refused_and_touches_nothing(config, workdir, restored):
+  for path in (workdir / 'checkpoints').rglob('*'):
+    if path.is_file() and path.stat().st_size > BIG:
+      flip(path)
+  (workdir / 'result.json').unlink()
+  before = files(workdir)
+  with pytest.raises(UserError) as refused:
+    restored(workdir)
+  with pytest.raises(UserError):
+    train(config, str(workdir), progress=False)
+  line = str(refused.value)
+  assert 'no intact checkpoint' in line and '\n' not in line
+  assert all(f'checkpoint {step} (' in line for step in (2, 4, 6))
+  left_out = {pathlib.Path('env.json')}  # of the process that tried
+  after = files(workdir)
+  assert {k: v for k, v in after.items() if k not in left_out} == {
+    k: v for k, v in before.items() if k not in left_out
+  }
+
+
+def test_no_checkpoint_at_all_is_none(config, tmp_path):
+  run = setup(config)
+  checkpoints = Checkpoints(tmp_path)
+  assert checkpoints.restore(run.program.init(0, run.target)) is None
+  checkpoints.close()
+
+
+def test_parameters_load_without_the_optimizer(workdir, whole):
+  for step in (2, 4, 6):
+    shutil.rmtree(workdir / 'checkpoints' / str(step) / 'optimizer')
+    shutil.rmtree(workdir / 'checkpoints' / str(step) / 'data')
+  trained, want = load(str(workdir)), load(str(whole))
+  assert trained.step == want.step == 6
+  jax.tree.map(assert_array_equal, trained.params, want.params)
+  jax.tree.map(assert_array_equal, trained.masks, want.masks)

@@ -1,0 +1,217 @@
+"""A run that was stopped and continued is the run that was not."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from sparse_lm.core import rng
+from sparse_lm.core.errors import UserError
+from sparse_lm.train import setup as setups
+from sparse_lm.train.checkpoint import Checkpoints
+from sparse_lm.train.loop import train
+from sparse_lm.train.setup import setup
+from sparse_lm.train.step import Program
+from sparse_lm.train.workdir import FREE
+
+STEPS, CUT = 20, 10
+
+
+@pytest.fixture(scope='module')
+def rigl(tiny_config):
+  """Updates at 3, 6, 9 and 12: on both sides of the cut. Dropout draws from the run's own key."""
+  return tiny_config(
+    weight__name='rigl',
+    weight__sparsity=0.8,
+    weight__period=3,
+    weight__dense=('embed', 'norm', 'head', 'attention'),
+    model__dropout=0.1,
+    optimizer__ema=0.9,
+    train__steps=STEPS,
+    train__checkpoint_every=7,
+    train__eval_every=5,
+  )
+
+
+@pytest.fixture(scope='module')
+def whole(rigl, tmp_path_factory):
+  """The workdir of a run without interruption, and its result."""
+  workdir = tmp_path_factory.mktemp('whole')
+  return workdir, train(rigl, str(workdir), progress=False)
+
+
+@pytest.fixture
+def finished(whole, tmp_path):
+  """A copy that a test may spoil."""
+  return pathlib.Path(shutil.copytree(whole[0], tmp_path / 'copy'))
+
+
+def last_state(config, workdir):
+  """The newest checkpoint's state on the host, and the two batches that would have come next."""
+  run = setup(config)
+  batches = run.data.train_iterator(rng.data_seed(config.seed))
+  checkpoints = Checkpoints(pathlib.Path(workdir))
+  state = checkpoints.restore(run.program.init(0, run.target), batches)
+  checkpoints.close()
+  return jax.device_get(state.replace(key=None)), [next(batches), next(batches)]
+
+
+def metrics(workdir):
+  lines = (pathlib.Path(workdir) / 'metrics.jsonl').read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def comparable(lines):
+  """Without times, and without flips: they are counted since the last evaluation of the process."""
+  return [
+    {k: v for k, v in line.items() if k != 'tokens_per_second' and not k.startswith('flips/')}
+    for line in lines
+  ]
+
+
+class Killed(Exception):
+  """What stops a run without a chance to save."""
+
+
+@pytest.mark.parametrize('how', ['signal', 'kill'])
+def test_continued_run_is_bit_exact(how, rigl, whole, tmp_path, train_until, monkeypatch):
+  if how == 'signal':
+    train_until(rigl, tmp_path, CUT)
+    assert last_state(rigl, tmp_path)[0].step == CUT
+  else:  # the last checkpoint is of step 7, and steps 8 to 10 are done again
+    compiled = Program.step
+
+    def kill(program, step):
+      if step == CUT:
+        raise Killed
+      return compiled(program, step)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+      patch.setattr(Program, 'step', kill)
+      train(rigl, str(tmp_path), progress=False)
+    assert last_state(rigl, tmp_path)[0].step == 7
+    assert metrics(tmp_path)[-1]['step'] == CUT
+    with (tmp_path / 'metrics.jsonl').open('a') as file:
+      file.write('{"step": 11, "lo')  # it was writing a line
+  result = train(rigl, str(tmp_path), progress=False)
+
+  workdir, want = whole
+  state, batches = last_state(rigl, tmp_path)
+  other, other_batches = last_state(rigl, workdir)
+  assert int(state.step) == STEPS
+  assert jax.tree.structure(state) == jax.tree.structure(other)
+  jax.tree.map(assert_array_equal, state, other)
+  assert_array_equal(batches, other_batches)
+  timeless = [{**r['metrics'], 'train_step_ms': 0} for r in (result, want)]
+  assert timeless[0] == timeless[1]
+  # Each step once, with the same numbers.
+  assert comparable(metrics(tmp_path)) == comparable(metrics(workdir))
+  logged = [line['step'] for line in metrics(tmp_path) if 'loss' in line]
+  assert logged == list(range(1, STEPS + 1))
+  assert [line['step'] for line in metrics(tmp_path) if 'val_loss' in line] == [5, 10, 15, 20]
+
+
+def test_masks_moved_on_both_sides_of_the_cut(rigl, whole):
+  # Otherwise the test above would compare masks that nothing had changed.
+  flips = {
+    line['step']: max(v for k, v in line.items() if k.startswith('flips/'))
+    for line in metrics(whole[0])
+    if 'val_loss' in line
+  }
+  assert flips[5] > 0 and flips[10] > 0 and flips[15] > 0 and flips[20] == 0
+  due = [step for step in range(STEPS) if setup(rigl).program.method.due(step)]
+  assert due == [3, 6, 9, 12]
+
+
+def test_stopped_at_the_last_step_it_only_finishes(rigl, whole, tmp_path, train_until):
+  train_until(rigl, tmp_path, STEPS)
+  result = train(rigl, str(tmp_path), progress=False)
+  assert result['metrics']['val_loss'] == whole[1]['metrics']['val_loss']
+  # JSON has no NaN: a reader other than Python's would refuse the file.
+  text = (tmp_path / 'result.json').read_text()
+  json.loads(text, parse_constant=lambda name: pytest.fail(f'result.json holds {name}'))
+
+
+def test_finished_run_returns_at_once(rigl, whole, finished, monkeypatch):
+  def fail(*_):
+    raise AssertionError('a finished run was trained')
+
+  monkeypatch.setattr(Program, 'step', fail)
+  monkeypatch.setattr(Checkpoints, 'restore', fail)
+  before = {f: f.read_bytes() for f in finished.rglob('*') if f.is_file()}
+  assert train(rigl, str(finished), progress=False) == json.loads(
+    (whole[0] / 'result.json').read_text()
+  )
+  assert {f: f.read_bytes() for f in finished.rglob('*') if f.is_file()} == before
+
+
+def test_result_lost_before_it_was_written_logs_no_step_twice(rigl, whole, finished):
+  (finished / 'result.json').unlink()
+  result = train(rigl, str(finished), progress=False)
+  assert result['metrics']['val_loss'] == whole[1]['metrics']['val_loss']
+  assert comparable(metrics(finished)) == comparable(metrics(whole[0]))
+
+
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [
+    ('optimizer.learning_rate', 1e-4),
+    ('seed', 1),
+    ('weight.sparsity', 0.5),
+    ('weight.name', 'set'),
+    ('data.batch', 8),
+    ('train.accumulation', 2),
+  ],
+)
+def test_changed_config_is_refused(field, value, rigl, finished, tiny_config):
+  changed = rigl.copy_and_resolve_references()
+  group = changed
+  for part in field.split('.')[:-1]:
+    group = group[part]
+  group[field.split('.')[-1]] = value
+  before = {f: f.read_bytes() for f in finished.rglob('*') if f.is_file()}
+  with pytest.raises(UserError) as refused:
+    train(changed, str(finished), progress=False)
+  line = str(refused.value)
+  assert f'config.{field}=' in line and repr(value) in line and '\n' not in line
+  assert {f: f.read_bytes() for f in finished.rglob('*') if f.is_file()} == before
+
+
+def test_free_fields_may_change(rigl, whole, finished):
+  changed = rigl.copy_and_resolve_references()
+  values = {'steps': STEPS + 2, 'log_every': 2, 'eval_every': 3, 'checkpoint_every': 50}
+  assert {f'train.{name}' for name in values} == set(FREE)
+  changed.train.update(values)
+  result = train(changed, str(finished), progress=False)
+  assert result['metrics']['steps'] == STEPS + 2
+  steps = [line['step'] for line in metrics(finished) if 'loss' in line]
+  assert steps == [*range(1, STEPS + 1), STEPS + 2]
+  assert np.isfinite(result['metrics']['val_loss'])
+
+
+def test_fewer_steps_than_done_are_refused_and_change_nothing(rigl, finished):
+  changed = rigl.copy_and_resolve_references()
+  changed.train.steps = STEPS - 5
+  before = {f: f.read_bytes() for f in finished.rglob('*') if f.is_file()}
+  with pytest.raises(UserError, match='config.train.steps=15'):
+    train(changed, str(finished), progress=False)
+  assert {f: f.read_bytes() for f in finished.rglob('*') if f.is_file()} == before
+
+
+def test_changed_corpus_is_refused(rigl, finished, text_file):
+  text = text_file.read_text()
+  before = {f: f.read_bytes() for f in finished.rglob('*') if f.is_file()}
+  try:
+    text_file.write_text(text.replace('river', 'mouse'))
+    setups._data.cache_clear()  # another process would read the file anew
+    with pytest.raises(UserError) as refused:
+      train(rigl, str(finished), progress=False)
+  finally:
+    text_file.write_text(text)
+    setups._data.cache_clear()
+  assert 'other text' in str(refused.value) and '\n' not in str(refused.value)
+  assert {f: f.read_bytes() for f in finished.rglob('*') if f.is_file()} == before
