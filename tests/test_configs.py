@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from sparse_lm.core import config as configs
+from sparse_lm.core import slots
 from sparse_lm.train.setup import setup
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -31,6 +32,8 @@ def shrunk(name, text_file):
   path = str(ROOT / 'configs' / f'{name}.py')
   full = configs.flat(configs.load(path))
   sizes = {field: min(full[field], most) for field, most in LARGEST.items()}
+  if all(full[f'{slot}.layers'] == ':' for slot in slots.SLOTS if slot != 'weight'):
+    sizes['model.layers'] = 1
   sizes['model.kv_heads'] = max(1, full['model.kv_heads'] * 2 // full['model.heads'])
   sizes['train.accumulation'] = min(full['train.accumulation'], 2)
   sizes |= {'data.source': 'files', 'data.path': str(text_file)}

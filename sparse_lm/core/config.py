@@ -9,6 +9,7 @@ import argparse
 import ast
 import importlib.util
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -107,9 +108,9 @@ def _merge_defaults(config: ConfigDict, slot: str, name: str, path: str) -> None
     if key not in defaults:
       valid = [*defaults, *slots.SHARED[slot]]
       raise unknown(f'field of method {name!r} in {path}: config.{slot}', key, valid)
-  with config.unlocked():
+  with config.unlocked(), config.ignore_type():
     for key, value in defaults.items():
-      config[key] = config.get(key, value)
+      config[key] = _convert(f'{slot}.{key}', config.get(key, value), value)
 
 
 def _override(config: ConfigDict, field: str, value: Any) -> None:
@@ -127,7 +128,7 @@ def _override(config: ConfigDict, field: str, value: Any) -> None:
 
 
 def _convert(field: str, value: Any, default: Any) -> Any:
-  """`value` in the type of `default`; an int passes for a float, a single value for a tuple."""
+  """`value` in the type of `default`: an int passes for a float, a list for a tuple."""
   if isinstance(value, str) and not isinstance(default, str):
     text = {'true': 'True', 'false': 'False'}.get(value.lower(), value)
     try:
@@ -135,11 +136,13 @@ def _convert(field: str, value: Any, default: Any) -> Any:
     except (ValueError, SyntaxError):
       raise _wrong_type(field, value, default) from None
   if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
-  if isinstance(default, tuple) and isinstance(value, list):
-    return tuple(value)
+    value = float(value)
+  if isinstance(default, tuple) and isinstance(value, list | tuple):
+    value = tuple(_convert(field, item, default[0]) if default else item for item in value)
   if type(value) is not type(default):
     raise _wrong_type(field, value, default)
+  if isinstance(value, float) and not math.isfinite(value):
+    raise UserError(f'config.{field}={value} is not finite')
   return value
 
 

@@ -10,8 +10,9 @@ from sparse_lm.core.errors import require
 
 
 def span(start: float, end: float, total_steps: int) -> tuple[int, int]:
-  """First and last step of a span given as fractions of the run."""
-  return round(start * total_steps), round(end * total_steps)
+  """First and last step of a span given as fractions of the run; both are steps that it has."""
+  first, last = (min(round(share * total_steps), total_steps - 1) for share in (start, end))
+  return first, last
 
 
 def check(start: float, end: float, period: int) -> None:
@@ -32,6 +33,7 @@ def cubic_density(step, first: int, last: int, final):
   `final` is a density; the sparsity 1 - density is `(1 - final) (1 - (1 - progress)^3)`.
   """
   progress = jnp.clip((step - first) / max(last - first, 1), 0.0, 1.0)
+  progress = jnp.where(step >= last, 1.0, progress)  # a span of one step has no way to go
   return 1.0 - (1.0 - final) * (1.0 - (1.0 - progress) ** 3)
 
 

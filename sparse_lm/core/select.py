@@ -13,8 +13,9 @@ Array = jax.Array
 
 def ordered_bits(values: Array) -> Array:
   """int32 keys that order like the float32 `values` (-0.0 counts as 0.0)."""
-  bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32) + 0.0, jnp.int32)
-  return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+  bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
+  keys = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+  return jnp.where(keys == -1, 0, keys)
 
 
 def count(flags: Array) -> Array:

@@ -76,7 +76,9 @@ class Choice:
 
   @classmethod
   def from_config(cls, slot: str, config: Any) -> 'Choice':
-    """Reads `config.<slot>`."""
+    """Reads `config.<slot>`. Raises UserError for an unknown `otherwise`."""
+    if config.otherwise not in names(slot):
+      raise unknown(f'config.{slot}.otherwise', config.otherwise, names(slot))
     own = tuple(sorted(fields(slot, config).items()))
     return cls(slot, config.name, own, config.layers, config.otherwise)
 

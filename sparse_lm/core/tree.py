@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from sparse_lm.core.errors import UserError
+
 Tree = Any
 
 
@@ -29,8 +31,14 @@ def map_named(f: Callable, tree: Tree, *rest: Tree) -> Tree:
 
 
 def matches(expressions: tuple[str, ...], path: str) -> bool:
-  """Whether one of the regular expressions is found anywhere in `path`."""
-  return any(re.search(expression, path) for expression in expressions)
+  """Whether one of the regular expressions is found anywhere in `path`.
+
+  Raises UserError for one that is no regular expression.
+  """
+  try:
+    return any(re.search(expression, path) for expression in expressions)
+  except re.error as error:
+    raise UserError(f'path expression {error.pattern!r} is not regular: {error}') from None
 
 
 def where_sparse(f: Callable, params: Tree, masks: Tree, *rest: Tree, dense: Callable) -> Tree:

@@ -14,6 +14,7 @@ from sparse_lm.layers.linear import Norm
 from sparse_lm.layers.spec import Spec
 from sparse_lm.model.block import Block
 
+MODES = ('train', 'eval')
 LAYER_SLOTS = ('activation', 'attention', 'mlp', 'depth')
 
 
@@ -49,6 +50,8 @@ class LM(nn.Module):
     Returns:
       float32 `[B, L, V]`.
     """
+    if mode not in MODES:
+      raise ValueError(f'mode {mode!r} is none of {MODES}')
     spec = self.spec
     if positions_BxL is None:
       positions_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)

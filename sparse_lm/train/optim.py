@@ -8,7 +8,6 @@ import jax
 import optax
 
 from sparse_lm.core.errors import UserError, unknown
-from sparse_lm.core.schedule import span
 from sparse_lm.core.sparse import Tree
 
 SCHEDULES = ('cosine', 'linear', 'constant')
@@ -94,7 +93,7 @@ class Optimizer:
 
   def rate(self) -> optax.Schedule:
     """Linear warm-up, then the schedule down to `final` of the rate at the last step."""
-    warmup = span(self.warmup, 1.0, self.steps)[0]
+    warmup = round(self.warmup * self.steps)
     left, lowest = max(self.steps - warmup, 1), self.final * self.learning_rate
     after = {
       'cosine': optax.cosine_decay_schedule(self.learning_rate, left, self.final),

@@ -12,8 +12,8 @@ from sparse_lm.core.errors import UserError
 
 @pytest.mark.parametrize('start, end, steps, expected', [
   (0.25, 0.75, 1000, (250, 750)),
-  (0.0, 1.0, 7, (0, 7)),
-  (0.1, 0.9, 3, (0, 3)),
+  (0.0, 1.0, 7, (0, 6)),  # the last step that a run of 7 has
+  (0.1, 0.9, 3, (0, 2)),
 ])  # fmt: skip
 def test_span_rounds_to_steps(start, end, steps, expected):
   assert schedule.span(start, end, steps) == expected

@@ -114,12 +114,14 @@ def test_eval_predicts_every_token_exactly_once(size, context, batch):
 
 
 def test_short_corpora_are_refused_at_the_call():
-  with pytest.raises(UserError, match=r'data\.context 7 needs 8 training tokens, there are 5;.* 4'):
+  with pytest.raises(
+    UserError, match=r'config\.data\.context 7 needs 8 training tokens, there are 5;.* 4'
+  ):
     stream(tokens=5)
   with pytest.raises(UserError, match=r'data\.batch 0'):
     stream(batch=0)
   for size in (0, 1):
-    with pytest.raises(UserError, match=rf'the test split has {size} tokens.*data\.split'):
+    with pytest.raises(UserError, match=rf'the test split has {size} tokens.*config\.data\.split'):
       pipeline.eval_batches(np.zeros(size, np.uint8), context=4, batch=2, split='test')
 
 
@@ -163,7 +165,7 @@ def test_load_without_a_test_split(tmp_path):
 
 
 def test_load_refuses_too_little_text_before_training(tmp_path):
-  with pytest.raises(UserError, match=r'data\.context 4 needs 5'):
+  with pytest.raises(UserError, match=r'config\.data\.context 4 needs 5'):
     pipeline.load(config(tmp_path, 'abcdefgh'))
   with pytest.raises(UserError, match='the validation split has 1 tokens'):
     pipeline.load(config(tmp_path, 'abcdefghij', split=(0.8, 0.1, 0.1)))

@@ -90,7 +90,7 @@ def test_stdlib_split_ignores_location_and_listing_order(tmp_path, monkeypatch):
 
 def test_stdlib_without_source_files(tmp_path, monkeypatch):
   monkeypatch.setattr(sources.sysconfig, 'get_path', lambda _: str(tmp_path))
-  with pytest.raises(UserError, match=r"data\.source='files' with data\.path"):
+  with pytest.raises(UserError, match=r"config\.data\.source='files' with config\.data\.path"):
     sources.stdlib()
 
 
@@ -133,7 +133,7 @@ def test_files_expands_the_home_folder(tmp_path, monkeypatch):
 )
 def test_bad_split(tmp_path, split):
   (tmp_path / 'a').write_text('x' * 100)
-  with pytest.raises(UserError, match=r'data\.split .*three fractions') as error:
+  with pytest.raises(UserError, match=r'config\.data\.split .*three fractions') as error:
     sources.files(str(tmp_path / 'a'), split)
   assert str(split) in str(error.value) and '\n' not in str(error.value)
 
@@ -144,18 +144,18 @@ def test_bad_split(tmp_path, split):
     (b'', 'is empty'),
     (b'abc\xff', r'is not UTF-8 \(byte 3\)'),
     ('utf-16'.encode('utf-16-le'), 'zero bytes'),
-    (b'abc', r'too short for data\.split'),
+    (b'abc', r'too short for config\.data\.split'),
   ],
 )
 def test_bad_file(tmp_path, content, said):
   (tmp_path / 'a.txt').write_bytes(content)
   with pytest.raises(UserError, match=said) as error:
     sources.files(str(tmp_path / '*.txt'))
-  assert str(error.value).startswith('data.path') and '\n' not in str(error.value)
+  assert str(error.value).startswith('config.data.path') and '\n' not in str(error.value)
 
 
 def test_no_match(tmp_path):
-  with pytest.raises(UserError, match=r"data\.path '.*nothing.*' matches no file"):
+  with pytest.raises(UserError, match=r"config\.data\.path '.*nothing.*' matches no file"):
     sources.files(str(tmp_path / 'nothing*'))
 
 
@@ -164,10 +164,12 @@ def test_load(tmp_path):
   config = SimpleNamespace(source='files', path=str(tmp_path / 'a.txt'), split=[0.8, 0.1, 0.1])
   assert len(sources.load(config).splits['train']) == 80
   config.path = ''
-  with pytest.raises(UserError, match=r'needs data\.path'):
+  with pytest.raises(UserError, match=r'needs config\.data\.path'):
     sources.load(config)
   config.source = 'stdlb'
-  with pytest.raises(UserError, match=r"unknown data\.source 'stdlb': did you mean 'stdlib'"):
+  with pytest.raises(
+    UserError, match=r"unknown config\.data\.source 'stdlb': did you mean 'stdlib'"
+  ):
     sources.load(config)
 
 

@@ -74,7 +74,7 @@ def test_digest_tells_vocabularies_apart():
 
 
 def test_errors():
-  with pytest.raises(UserError, match=r"data\.tokenizer 'char': did you mean 'chars'"):
+  with pytest.raises(UserError, match=r"config\.data\.tokenizer 'char': did you mean 'chars'"):
     tokenizers.build('char', corpus('a'))
   with pytest.raises(UserError, match="unknown tokenizer 'bpe'"):
     tokenizers.from_json({'name': 'bpe'})

@@ -183,12 +183,12 @@ def test_two_damaged_fall_back_to_the_third(workdir, restored, capfd):
   assert 'checkpoint 4' in said and 'checkpoint 6' in said and 'using checkpoint 2' in said
 
 
-def test_training_on_sets_the_damaged_one_aside(config, whole, workdir, restored, intact, capfd):
-  damaged_path = workdir / 'checkpoints' / '6'
-  for path in (damaged_path / 'params').rglob('*'):
+def test_training_on_sets_the_damaged_one_aside(config, whole, workdir, restored, intact):
+  newest = workdir / 'checkpoints' / '6'
+  for path in (newest / 'params').rglob('*'):
     if path.is_file() and path.stat().st_size > BIG:
       flip(path)
-  damaged = files(damaged_path)
+  damaged = files(newest)
   (workdir / 'result.json').unlink()
   result = train(config, str(workdir), progress=False)
   assert files(workdir / 'corrupt-6') == damaged

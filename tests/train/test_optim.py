@@ -1,7 +1,6 @@
 """Optimizers under changing masks, their schedules, decay and averages."""
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -128,7 +127,10 @@ def test_dead_weights_stay_dead(name, method):
 def moments(state):
   """Every tree in the optimizer's state that mirrors the parameters, found by its structure."""
   like = jax.tree.structure(state.trainable)
-  is_moment = lambda node: jax.tree.structure(node) == like
+
+  def is_moment(node):
+    return jax.tree.structure(node) == like
+
   return [m for m in jax.tree.leaves(state.opt_state, is_leaf=is_moment) if is_moment(m)]
 
 
@@ -238,25 +240,6 @@ def test_ema_follows_its_recursion():
   assert state.evaluated is state.ema
   params, _ = program.finalize(state)
   assert_allclose(params['up'], average['up'], rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize(
-  ('field', 'value', 'valid'),
-  [
-    ('name', 'adamv', 'adamw'),
-    ('schedule', 'cosin', 'cosine'),
-    ('warmup', 1.5, '[0, 1]'),
-    ('ema', -0.1, '[0, 1]'),
-    ('b2', math.nan, '[0, 1]'),
-    ('learning_rate', -1.0, 'below 0'),
-    ('clip', math.nan, 'below 0'),
-  ],
-)
-def test_bad_field_is_refused_by_name(field, value, valid, tiny_config):
-  config = tiny_config(**{f'optimizer__{field}': value})
-  with pytest.raises(UserError, match=f'config.optimizer.{field}') as refused:
-    build(config, 20)
-  assert valid in str(refused.value)
 
 
 def test_rate_reaches_the_update():

@@ -197,7 +197,7 @@ def test_fewer_steps_than_done_are_refused_and_change_nothing(rigl, finished):
   changed = rigl.copy_and_resolve_references()
   changed.train.steps = STEPS - 5
   before = {f: f.read_bytes() for f in finished.rglob('*') if f.is_file()}
-  with pytest.raises(UserError, match='config.train.steps=15'):
+  with pytest.raises(UserError, match=r'config\.train\.steps=15'):
     train(changed, str(finished), progress=False)
   assert {f: f.read_bytes() for f in finished.rglob('*') if f.is_file()} == before
 

@@ -93,7 +93,10 @@ def test_optimizer_gets_the_masked_gradient(rigl):
 def traces(state):
   """Momentum: the trees in the optimizer's state that mirror the parameters."""
   like = jax.tree.structure(state.trainable)
-  same = lambda node: jax.tree.structure(node) == like
+
+  def same(node):
+    return jax.tree.structure(node) == like
+
   return [t['params'] for t in jax.tree.leaves(state.opt_state, is_leaf=same) if same(t)]
 
 
