@@ -21,15 +21,13 @@ WEIGHTS = pytest.mark.parametrize('name', slots.names('weight'))
 STEPS = 12
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture
 def model_of(tiny_config):
   """`model_of(slot, name) -> (model, variables, tokens)`, with every parameter drawn at random."""
 
-  @functools.cache
   def build(slot, name):
     model = lm.from_config(tiny_config(**{f'{slot}.name': name}), vocab=11)
-    tokens = jax.random.randint(jax.random.key(0), (2, 16), 0, 11)
-    return model, random_variables(model), tokens
+    return model, random_variables(model), jax.random.randint(jax.random.key(0), (2, 16), 0, 11)
 
   return build
 
@@ -90,19 +88,14 @@ def test_model_without_jit_equals_jit_and_keeps_to_the_past(slot, name, mode, mo
   logits = run(variables, tokens, ALL)
   assert logits.shape == (2, 16, 11) and logits.dtype == jnp.float32
   assert_allclose(forward(model, mode)(variables, tokens, ALL), logits, rtol=1e-4, atol=1e-4)
-  if not declares_causal(slots.method(slot, name), mode):
+  causal = getattr(slots.method(slot, name), 'causal', True)  # or declared mode by mode
+  if not (causal.get(mode, True) if isinstance(causal, dict) else causal):
     return
   for cut in (1, 8, 15):
     # A hard router's leak has zero gradient, so tokens are substituted instead.
     other = run(variables, tokens.at[:, cut:].set((tokens[:, cut:] + 1) % 11), ALL)
     assert_allclose(other[:, :cut], logits[:, :cut], rtol=1e-6, atol=1e-6)
     assert (np.abs(other[:, cut] - logits[:, cut]) > 1e-3).any(axis=-1).all()
-
-
-def declares_causal(cls, mode):
-  """Causal unless the class says otherwise, for all modes or (a mapping) for some."""
-  causal = getattr(cls, 'causal', True)
-  return causal.get(mode, True) if isinstance(causal, dict) else causal
 
 
 @LAYERS
@@ -160,13 +153,11 @@ def test_target_is_met_exactly_at_the_end(name, trained):
   run, states, _ = trained(name, sparsity_for(name))
   params, masks = run.program.finalize(states[-1])
   masks, params = tree.named(masks), tree.named(params)
-  for path, density in tree.named(run.target).items():
-    if slots.method('weight', name).exact_density:
-      assert masks[path].sum() == round(float(density) * masks[path].size), path
-    assert not np.asarray(params[path])[~np.asarray(masks[path])].any()
+  for path, mask in masks.items():
+    assert not np.asarray(params[path])[~np.asarray(mask)].any()
   # Matrices of 256, 512 and 512 weights: a fifth is 51.2 and 102.4, kept as 51 and 102.
   if slots.method('weight', name).exact_density and slots.method('weight', name).masked:
-    assert sum(int(mask.sum()) for mask in masks.values()) == 51 + 2 * 102
+    assert sorted(int(mask.sum()) for mask in masks.values()) == [51, 102, 102]
 
 
 @WEIGHTS
@@ -203,11 +194,9 @@ def test_sparsity_zero_equals_dense(name, trained):
 @WEIGHTS
 def test_sweep_shares_one_executable(name, trained):
   one, _, _ = trained(name, 0.0)
-  other, _, losses = trained(name, sparsity_for(name))
+  other, _, _ = trained(name, sparsity_for(name))
   assert one.program is other.program
-  state = one.program.init(7, other.target)
-  _, metrics = one.program.train_step(state, next(one.data.train_iterator(7)))
-  assert float(metrics['loss']) > 0 and losses
+  one.program.train_step(one.program.init(7, other.target), next(one.data.train_iterator(7)))
   assert one.program.init._cache_size() == 1
   assert one.program.train_step._cache_size() == 1
   assert one.program.rewire_step._cache_size() == any(map(one.program.method.due, range(STEPS)))

@@ -16,7 +16,7 @@ from sparse_lm.train.loop import evaluate, train
 from sparse_lm.train.setup import setup
 
 
-@pytest.fixture(scope='module', params=['rigl', 'ste'])
+@pytest.fixture(scope='module', params=['static', 'ste'])
 def run(request, tiny_config, tmp_path_factory):
   """A finished run with averaged parameters: its config, workdir and result."""
   fields = {
@@ -26,8 +26,6 @@ def run(request, tiny_config, tmp_path_factory):
     'optimizer__ema': 0.5,
     'train__steps': 8,
   }
-  if request.param == 'rigl':
-    fields['weight__period'] = 2
   config = tiny_config(**fields)
   workdir = tmp_path_factory.mktemp('run')
   return config, workdir, train(config, str(workdir), progress=False)

@@ -116,13 +116,13 @@ def rewind(path):
   path.write_bytes(re.sub(rb'[1-9](?=\D*$)', b'3', path.read_bytes()))
 
 
-@pytest.mark.parametrize(('damage', 'every'), [(flip, 1), (truncate, 2), (remove, 3)])
+@pytest.mark.parametrize(('damage', 'first'), [(flip, 0), (truncate, 1), (remove, 2)])
 def test_one_damaged_file_never_gives_a_wrong_state(
-  damage, every, workdir, restored, intact, capfd
+  damage, first, workdir, restored, intact, capfd
 ):
   """Whatever file is hit: the newest state if it is whole for all that, or the older one, aloud."""
   newest, wrong = workdir / 'checkpoints' / '6', []
-  for path in sorted(f for f in newest.rglob('*') if f.is_file())[::every]:
+  for path in sorted(f for f in newest.rglob('*') if f.is_file())[first::2]:
     content = path.read_bytes()
     damage(path)
     damaged = files(workdir)

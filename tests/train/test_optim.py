@@ -121,7 +121,6 @@ def test_dead_weights_stay_dead(name, method):
         for leaf in ('up', 'head'):
           assert not np.asarray(held['params'][leaf])[before[leaf] != masks[leaf]].any()
   assert changes and (~masks['up']).sum() == 58  # 0.6 of 96 weights
-  assert jax.tree.reduce(lambda a, b: a and bool(np.isfinite(b).all()), state.trainable, True)
 
 
 def moments(state):
@@ -151,7 +150,7 @@ def test_zero_moments_zeroes_the_changed_entries_alone(name):
   for old, new in zip(before, after):
     if np.shape(old) == (5, 7):
       found += 1
-      assert np.asarray(old).all(), 'a moment that is zero already would prove nothing'
+      assert np.asarray(old).all()  # one that is zero already would prove nothing
       assert_array_equal(new, np.where(flags, 0, old))
     else:
       assert_array_equal(new, old)
@@ -237,7 +236,6 @@ def test_ema_follows_its_recursion():
       if masks[leaf] is not None:  # what died is gone from the average too
         average[leaf] = average[leaf] * masks[leaf]
       assert_allclose(state.ema['params'][leaf], average[leaf], rtol=1e-5, atol=1e-7)
-  assert state.evaluated is state.ema
   params, _ = program.finalize(state)
   assert_allclose(params['up'], average['up'], rtol=1e-5, atol=1e-7)
 
