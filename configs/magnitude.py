@@ -1,8 +1,8 @@
 """Gradual magnitude pruning on the tiny model.
 
 Command:  python -m sparse_lm.train --config=configs/magnitude.py --workdir=results/magnitude
-Time:     TIME_magnitude on 2 CPU cores, compilation included.
-Expected: validation loss METRIC_magnitude nats per byte (the dense tiny model: METRIC_tiny).
+Time:     34 s on 2 CPU cores, compilation included.
+Expected: validation loss 1.988 nats per byte (the dense tiny model: 1.893).
 Paper:    Zhu and Gupta 2017.
 """
 

@@ -1,8 +1,8 @@
 """RigL on the tiny model.
 
 Command:  python -m sparse_lm.train --config=configs/rigl.py --workdir=results/rigl
-Time:     TIME_rigl on 2 CPU cores, compilation included.
-Expected: validation loss METRIC_rigl nats per byte (the dense tiny model: METRIC_tiny).
+Time:     39 s on 2 CPU cores, compilation included.
+Expected: validation loss 1.903 nats per byte (the dense tiny model: 1.893).
 Paper:    Evci et al. 2020.
 """
 

@@ -2,9 +2,9 @@
 
 Command:  python -m sparse_lm.train --config=configs/shakespeare_char.py --workdir=results/shakespeare
           --config.data.path=<folder>/tiny_shakespeare.txt
-Time:     TIME_shakespeare_char on 2 CPU cores.
-Expected: validation loss METRIC_shakespeare_char nats per character over the whole split at the last step, where
-          nanoGPT's architecture reaches METRIC_shakespeare_char_nanogpt (configs/shakespeare_char_nanogpt.py).
+Time:     2.5 minutes (63 ms a step) on 2 CPU cores.
+Expected: validation loss 1.667 nats per character over the whole split at the last step, where
+          nanoGPT's architecture reaches 1.889 (configs/shakespeare_char_nanogpt.py).
 Data:     the text of char-rnn (1,115,394 bytes, 65 symbols), split 90/10 as nanoGPT does.
 """
 

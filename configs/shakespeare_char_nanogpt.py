@@ -1,9 +1,9 @@
 """nanoGPT's CPU setting with nanoGPT's architecture: the yardstick of configs/shakespeare_char.py.
 
-Command:  python -m sparse_lm.train --config=configs/shakespeare_char_nanogpt.py --workdir=results/nanogpt
+Command:  python -m sparse_lm.train --config=configs/shakespeare_char_nanogpt.py --workdir=results/nano
           --config.data.path=<folder>/tiny_shakespeare.txt
-Time:     TIME_shakespeare_char_nanogpt on 2 CPU cores.
-Expected: validation loss METRIC_shakespeare_char_nanogpt nats per character over the whole split at the last step.
+Time:     2.5 minutes (61 ms a step) on 2 CPU cores.
+Expected: validation loss 1.889 nats per character over the whole split at the last step.
           nanoGPT's README prints 1.88, its best checkpoint on 20 random batches.
 Source:   github.com/karpathy/nanoGPT, config/train_shakespeare_char.py with its CPU overrides.
 """

@@ -1,8 +1,8 @@
 """Random connections, drawn once, on the tiny model.
 
 Command:  python -m sparse_lm.train --config=configs/static.py --workdir=results/static
-Time:     TIME_static on 2 CPU cores, compilation included.
-Expected: validation loss METRIC_static nats per byte (the dense tiny model: METRIC_tiny).
+Time:     35 s on 2 CPU cores, compilation included.
+Expected: validation loss 1.905 nats per byte (the dense tiny model: 1.893).
 Paper:    static baseline of RigL (Evci et al. 2020); rescaling Evci et al. 2022.
 """
 

@@ -9,6 +9,7 @@ import signal
 # Set it to 0 to test the very executables that users run.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 
+import jax
 import pytest
 
 from sparse_lm.core import config as configs
@@ -35,10 +36,16 @@ SMALL = {
 
 
 @pytest.fixture(scope='session', autouse=True)
-def own_cache(tmp_path_factory):
-  """Entry points cache compiled programs under the user's cache folder: not the real one here."""
+def compiled_programs(request):
+  """Compiled programs stay in pytest's cache folder: a second run of the tests starts from them.
+
+  Entry points, which keep theirs in the user's cache folder, are led to the same place.
+  """
+  folder = request.config.cache.mkdir('compiled')
   with pytest.MonkeyPatch.context() as patch:
-    patch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
+    patch.setenv('XDG_CACHE_HOME', str(folder))
+    jax.config.update('jax_compilation_cache_dir', str(folder / 'tests'))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
     yield
 
 

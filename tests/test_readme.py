@@ -11,7 +11,9 @@ README = (ROOT / 'README.md').read_text(encoding='utf-8')
 
 
 def test_the_worked_example_is_one_file_that_trains(tmp_path, monkeypatch, tiny_config):
-  (example,) = re.findall(r'```python\n# sparse_lm/methods/weight/fading.py\n(.*?)```', README, re.S)
+  (example,) = re.findall(
+    r'```python\n# sparse_lm/methods/weight/fading.py\n(.*?)```', README, re.S
+  )
   (tmp_path / 'fading.py').write_text(example)
   folders = [*sparse_lm.methods.weight.__path__, str(tmp_path)]
   monkeypatch.setattr(sparse_lm.methods.weight, '__path__', folders)

@@ -61,7 +61,7 @@ def _mapped(shapes: dict[str, tuple[int, ...]], sparsity: float, budget: str) ->
       raise UserError(
         f'config.weight.budget entry {entry.strip()!r}: sparsity is to be a number in [0, 1)'
       )
-    found = [path for path in shapes if tree.matches((expression,), path)]
+    found = [path for path in shapes if tree.matches((expression,), path, 'config.weight.budget')]
     if not found:
       raise UserError(
         f'config.weight.budget entry {entry.strip()!r} matches no prunable parameter; there are: '
@@ -87,7 +87,7 @@ def targets(params: tree.Tree, sparsity: float, budget: str, dense: tuple[str, .
   shapes = {
     path: leaf.shape
     for path, leaf in tree.named(params).items()
-    if leaf.ndim >= 1 and not tree.matches(dense, path)
+    if leaf.ndim >= 1 and not tree.matches(dense, path, 'config.weight.dense')
   }
   if not shapes:
     raise UserError(f'config.weight.dense={tuple(dense)} leaves nothing to prune')

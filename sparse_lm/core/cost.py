@@ -77,7 +77,9 @@ def training_flops(
   total = 0.0
   seen: dict[tuple[float, ...], float] = {}
   for step in range(steps):
-    at = {path: float(density(final, step)) for path, final in target.items()}
+    # Once for each target: leaves of a uniform budget share theirs.
+    densities = {final: float(density(final, step)) for final in set(target.values())}
+    at = {path: densities[final] for path, final in target.items()}
     sparse = seen.setdefault(tuple(at.values()), forward_flops(ledger, at))
     total += 2 * sparse + (dense if dense_gradient(step) else sparse)
   return total / steps

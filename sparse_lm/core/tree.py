@@ -30,15 +30,15 @@ def map_named(f: Callable, tree: Tree, *rest: Tree) -> Tree:
   return jax.tree_util.tree_map_with_path(lambda path, *x: f(path_name(path), *x), tree, *rest)
 
 
-def matches(expressions: tuple[str, ...], path: str) -> bool:
+def matches(expressions: tuple[str, ...], path: str, field: str) -> bool:
   """Whether one of the regular expressions is found anywhere in `path`.
 
-  Raises UserError for one that is no regular expression.
+  Raises UserError, naming `field`, for one that is no regular expression.
   """
   try:
     return any(re.search(expression, path) for expression in expressions)
   except re.error as error:
-    raise UserError(f'path expression {error.pattern!r} is not regular: {error}') from None
+    raise UserError(f'{field}: {error.pattern!r} is no path expression: {error}') from None
 
 
 def where_sparse(f: Callable, params: Tree, masks: Tree, *rest: Tree, dense: Callable) -> Tree:

@@ -65,6 +65,8 @@ def load(workdir: str) -> Trained:
   tokenizer = tokenizers.from_json(json.loads((folder / 'tokenizer.json').read_text()))
   program, target = build(config, tokenizer.vocab_size)
   template = jax.eval_shape(program.init, config.seed, target)
+  if not (folder / 'checkpoints').is_dir():
+    raise UserError(f'workdir {workdir} has no checkpoint yet')
   checkpoints = Checkpoints(folder)
   try:
     state = checkpoints.restore(template, items=('params', 'sparse', 'model'))

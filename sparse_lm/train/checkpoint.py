@@ -1,6 +1,7 @@
 """Checkpoints: parameters, sparse state, optimizer, the rest of the state and data, item by item."""
 
 import itertools
+import json
 import pathlib
 import sys
 import zlib
@@ -61,6 +62,11 @@ def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
 
 
+def _position(data: Any) -> int:
+  """CRC of a grain iterator's state."""
+  return zlib.crc32(json.dumps(data.get_state(), sort_keys=True).encode())
+
+
 class Checkpoints:
   """The checkpoints of a workdir; the newest three are kept."""
 
@@ -79,6 +85,7 @@ class Checkpoints:
       return
     items = {name: jax.device_get(_leaves(item)) for name, item in _items(state).items()}
     digests = {name: _digest(leaves) for name, leaves in items.items()}
+    digests['data'] = _position(data)
     self._manager.save(
       step,
       args=ocp.args.Composite(
@@ -155,6 +162,8 @@ class Checkpoints:
     if data is not None:
       position = grain.checkpoint.CheckpointRestore(data)
       self._manager.restore(step, args=ocp.args.Composite(data=position))
+      if _position(data) != meta['digests']['data']:
+        raise ValueError("the data's position does not match its digest")
     restored = _items(template) | {
       name: tree.map_named(lambda path, _, name=name: found[name][path], _items(template)[name])
       for name in wanted

@@ -41,6 +41,7 @@ def train(config: ConfigDict, workdir: str, progress: bool = True) -> dict[str, 
   folder = Workdir(workdir, config, run.data)
   if finished := folder.result(config.train.steps):
     return finished
+  folder.open()
   checkpoints = Checkpoints(folder.path)
   try:
     return _Loop(run, folder, checkpoints, progress).run()
@@ -101,7 +102,7 @@ class _Loop:
         done = step + 1
         self.pending.append((done, metrics))
         bar.update()
-        if done % self.config.train.log_every == 0 or done == steps:
+        if stop.signum or done % self.config.train.log_every == 0 or done == steps:
           self._log(bar, done)
         if done % self.config.train.eval_every == 0 and done < steps:
           self._evaluate(state, done)
@@ -119,11 +120,6 @@ class _Loop:
     if restored is None:
       self.folder.resume_metrics(0)
       return state, batches
-    if int(restored.step) > self.config.train.steps:
-      raise UserError(
-        f'config.train.steps={self.config.train.steps} is below the {int(restored.step)} steps '
-        f'that workdir {self.folder.path} has done'
-      )
     self.checkpoints.set_aside_after(int(restored.step))
     self.folder.resume_metrics(int(restored.step))
     return restored, batches
@@ -195,7 +191,7 @@ class _Loop:
     evaluated = self._evaluate(state, int(state.step))
     speeds = self.folder.logged('tokens_per_second')
     # The first interval compiles.
-    speed = float(np.median(speeds[1:] or speeds))
+    speed = float(np.median(speeds[1:] or speeds or [math.nan]))
     result = {
       'config': configs.to_json(self.config),
       'env': environment(),

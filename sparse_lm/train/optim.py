@@ -1,10 +1,12 @@
 """Optimizers and learning-rate schedules by name."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from sparse_lm.core.errors import UserError, unknown
@@ -46,7 +48,7 @@ TESTED: dict[str, Callable] = {
 }
 # State that is not shaped like the parameters, or updates that mix weights: dense models only.
 DENSE_ONLY: dict[str, Callable] = {
-  'adafactor': lambda rate, c: optax.adafactor(rate, weight_decay_rate=c.weight_decay or None),
+  'adafactor': _with_decay(lambda c: optax.scale_by_factored_rms()),
   'sm3': _with_decay(lambda c: optax.scale_by_sm3(c.momentum)),
   'muon': lambda rate, c: optax.contrib.muon(rate, weight_decay=c.weight_decay),
 }
@@ -91,8 +93,11 @@ class Optimizer:
       if not getattr(self, field) >= 0:
         raise UserError(f'config.optimizer.{field}={getattr(self, field)} is below 0')
 
+    if not math.isfinite(np.float32(self.learning_rate)):
+      raise UserError(f'config.optimizer.learning_rate={self.learning_rate} overflows float32')
+
   def rate(self) -> optax.Schedule:
-    """Linear warm-up, then the schedule down to `final` of the rate at the last step."""
+    """Linear warm-up, then the schedule down to `final` of the rate at the end."""
     warmup = round(self.warmup * self.steps)
     left, lowest = max(self.steps - warmup, 1), self.final * self.learning_rate
     after = {

@@ -76,8 +76,8 @@ def _check_counts(config: ConfigDict) -> None:
   for field in ('steps', 'accumulation', 'log_every', 'eval_every', 'checkpoint_every'):
     if config.train[field] < 1:
       raise UserError(f'config.train.{field}={config.train[field]} is to be 1 or more')
-  if config.seed < 0:
-    raise UserError(f'config.seed={config.seed} is to be 0 or more')
+  if not 0 <= config.seed < 2**31:
+    raise UserError(f'config.seed={config.seed} is outside [0, 2^31)')
   if config.data.batch % config.train.accumulation:
     raise UserError(
       f"config.train.accumulation={config.train.accumulation} doesn't divide "

@@ -48,20 +48,26 @@ def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
 class Workdir:
   """A run's folder, opened for the run that it belongs to.
 
-  Raises UserError where the folder holds a run with another config or another corpus.
+  Raises UserError where the folder holds a run with another config or another corpus, or has done
+  more steps than the config asks for. Nothing is written before `open`.
   """
 
   def __init__(self, path: str, config: ConfigDict, data: Data) -> None:
     self.path = pathlib.Path(path)
-    if self.path.exists() and not self.path.is_dir():
-      raise UserError(f"workdir {path} is a file; valid: a new folder, or a run's")
-    self._compare(config, data.card)
-    self.path.mkdir(parents=True, exist_ok=True)
-    write_json(self.path / 'config.json', configs.to_json(config))
-    write_json(self.path / 'env.json', environment())
-    write_json(self.path / 'data.json', data.card)
-    write_json(self.path / 'tokenizer.json', data.tokenizer.to_json())
+    self.config, self.data = config, data
+    for part in (self.path, *self.path.parents):
+      if part.exists() and not part.is_dir():
+        raise UserError(f"workdir {path}: {part} is a file; valid: a new folder, or a run's")
+    self._compare()
     self._events: SummaryWriter | None = None
+
+  def open(self) -> None:
+    """Makes the folder and writes what describes the run."""
+    self.path.mkdir(parents=True, exist_ok=True)
+    write_json(self.path / 'config.json', configs.to_json(self.config))
+    write_json(self.path / 'env.json', environment())
+    write_json(self.path / 'data.json', self.data.card)
+    write_json(self.path / 'tokenizer.json', self.data.tokenizer.to_json())
 
   def result(self, steps: int) -> dict[str, Any] | None:
     """`result.json` of the run if it has finished `steps` steps."""
@@ -74,10 +80,10 @@ class Workdir:
     write_json(self.path / 'result.json', values)
 
   def resume_metrics(self, step: int) -> None:
-    """Drops what was logged after `step`, which will be logged again."""
+    """Drops what continuing from `step` logs again: later lines, and the final evaluation."""
     file = self.path / 'metrics.jsonl'
     if file.exists():
-      kept = [line for line in file.read_text().splitlines() if _logged_step(line) <= step]
+      kept = [line for line in file.read_text().splitlines() if not self._logs_again(line, step)]
       temporary = file.with_name(file.name + '.tmp')
       temporary.write_text(''.join(f'{line}\n' for line in kept))
       os.replace(temporary, file)
@@ -101,12 +107,20 @@ class Workdir:
     if self._events is not None:
       self._events.close()
 
-  def _compare(self, config: ConfigDict, data_card: dict[str, Any]) -> None:
+  def _logs_again(self, line: str, step: int) -> bool:
+    try:
+      values = json.loads(line)
+    except json.JSONDecodeError:
+      return True  # half a line, of a run that was killed
+    final = step == self.config.train.steps == values['step'] and 'val_loss' in values
+    return values['step'] > step or final
+
+  def _compare(self) -> None:
     file = self.path / 'config.json'
     if not file.exists():
       return
     old = configs.flat(json.loads(file.read_text()))
-    new = configs.flat(configs.to_json(config))
+    new = configs.flat(configs.to_json(self.config))
     # Names first: another method explains why its fields differ too.
     for field in sorted({*old, *new} - set(FREE), key=lambda f: (not f.endswith('name'), f)):
       if old.get(field) != new.get(field):
@@ -115,18 +129,18 @@ class Workdir:
           f'{new.get(field)!r}; valid: that value, or another workdir'
         )
     card = self.path / 'data.json'
-    if card.exists() and json.loads(card.read_text())['sha256'] != data_card['sha256']:
+    if card.exists() and json.loads(card.read_text())['sha256'] != self.data.card['sha256']:
       raise UserError(
         f'workdir {self.path} holds a run on other text (its sha256 in data.json differs); valid: '
         'the same text, or another workdir'
       )
-
-
-def _logged_step(line: str) -> float:
-  try:
-    return json.loads(line)['step']
-  except (json.JSONDecodeError, KeyError):
-    return float('inf')  # half a line, of a run that was killed
+    names = [folder.name for folder in self.path.glob('checkpoints/*')]
+    done = max((int(name) for name in names if name.isdigit()), default=0)
+    if done > self.config.train.steps:
+      raise UserError(
+        f'config.train.steps={self.config.train.steps} is below the {done} steps that workdir '
+        f'{self.path} has done; valid: {done} or more'
+      )
 
 
 def _git_revision() -> str:

@@ -113,7 +113,9 @@ def test_the_two_checkpoints_differ(intact):
 
 def rewind(path):
   """A digit of a number, in what is text: still well-formed, and wrong."""
-  path.write_bytes(re.sub(rb'[1-9](?=\D*$)', b'3', path.read_bytes()))
+  path.write_bytes(
+    re.sub(rb'[0-9](?=\D*$)', lambda m: b'4' if m[0] == b'3' else b'3', path.read_bytes())
+  )
 
 
 @pytest.mark.parametrize(('damage', 'first'), [(flip, 0), (truncate, 1), (remove, 2)])

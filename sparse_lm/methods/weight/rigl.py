@@ -16,8 +16,8 @@ class RigL(Rewiring):
 
   Reference: "Rigging the Lottery" (Evci et al. 2020), algorithm 1. The gradient is the dense one at
   the masked weights, averaged over the step's microbatches. As there, the optimizer rests in a step
-  that rewires, a dropped connection may be grown again (and keeps its value), and born ones start
-  at zero with zeroed moments.
+  that rewires (and so does its count, by which the rate decays), a dropped connection may be grown
+  again and keeps its value, and born ones start at zero with zeroed moments.
   """
 
   needs: ClassVar[tuple[str, ...]] = ('grads',)
