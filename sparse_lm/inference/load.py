@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
 from typing import Any
 
@@ -17,6 +16,7 @@ from sparse_lm.train import cost
 from sparse_lm.train.checkpoint import Checkpoints
 from sparse_lm.train.setup import build
 from sparse_lm.train.step import Program
+from sparse_lm.train.workdir import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +61,8 @@ def load(workdir: str) -> Trained:
   folder = pathlib.Path(workdir)
   if not (folder / 'config.json').exists():
     raise UserError(f'workdir {workdir} holds no run (no config.json)')
-  config = configs.from_json(json.loads((folder / 'config.json').read_text()))
-  tokenizer = tokenizers.from_json(json.loads((folder / 'tokenizer.json').read_text()))
+  config = configs.from_json(read_json(folder / 'config.json'))
+  tokenizer = tokenizers.from_json(read_json(folder / 'tokenizer.json'))
   program, target = build(config, tokenizer.vocab_size)
   template = jax.eval_shape(program.init, config.seed, target)
   if not (folder / 'checkpoints').is_dir():

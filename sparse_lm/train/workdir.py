@@ -45,6 +45,14 @@ def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
   os.replace(temporary, path)
 
 
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Raises UserError where the file is no longer JSON."""
+  try:
+    return json.loads(path.read_text())
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise UserError(f'{path} is damaged ({error}); valid: a copy of it, or a new workdir') from None
+
+
 class Workdir:
   """A run's folder, opened for the run that it belongs to.
 
@@ -72,7 +80,7 @@ class Workdir:
   def result(self, steps: int) -> dict[str, Any] | None:
     """`result.json` of the run if it has finished `steps` steps."""
     file = self.path / 'result.json'
-    result = json.loads(file.read_text()) if file.exists() else None
+    result = read_json(file) if file.exists() else None
     return result if result and result['metrics']['steps'] == steps else None
 
   def write_result(self, values: dict[str, Any]) -> None:
@@ -119,7 +127,7 @@ class Workdir:
     file = self.path / 'config.json'
     if not file.exists():
       return
-    old = configs.flat(json.loads(file.read_text()))
+    old = configs.flat(read_json(file))
     new = configs.flat(configs.to_json(self.config))
     # Names first: another method explains why its fields differ too.
     for field in sorted({*old, *new} - set(FREE), key=lambda f: (not f.endswith('name'), f)):
@@ -129,7 +137,7 @@ class Workdir:
           f'{new.get(field)!r}; valid: that value, or another workdir'
         )
     card = self.path / 'data.json'
-    if card.exists() and json.loads(card.read_text())['sha256'] != self.data.card['sha256']:
+    if card.exists() and read_json(card)['sha256'] != self.data.card['sha256']:
       raise UserError(
         f'workdir {self.path} holds a run on other text (its sha256 in data.json differs); valid: '
         'the same text, or another workdir'

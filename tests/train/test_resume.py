@@ -217,3 +217,10 @@ def test_changed_corpus_is_refused(rigl, finished, text_file):
     setups._data.cache_clear()
   assert 'other text' in str(refused.value) and '\n' not in str(refused.value)
   assert {f: f.read_bytes() for f in finished.rglob('*') if f.is_file()} == before
+
+
+def test_a_damaged_config_file_is_one_line(tiny_config, tmp_path):
+  (tmp_path / 'config.json').write_text('{"seed": ')
+  with pytest.raises(UserError, match=r'config\.json is damaged'):
+    train(tiny_config(), str(tmp_path), progress=False)
+  assert (tmp_path / 'config.json').read_text() == '{"seed": '
