@@ -11,7 +11,7 @@ from sparse_lm.core.errors import one_line
 from sparse_lm.core.sparse import Tree
 from sparse_lm.model import lm
 from sparse_lm.train import cost
-from sparse_lm.train.setup import build, vocab_of
+from sparse_lm.train.setup import build, data_of
 from sparse_lm.train.step import Program
 
 
@@ -51,7 +51,7 @@ def main() -> None:
   """Prints what a config costs in theory."""
   parser = argparse.ArgumentParser(prog='python -m sparse_lm.cost', allow_abbrev=False)
   _, config = configs.from_command_line(parser)
-  program, target = build(config, vocab_of(config))
+  program, target = build(config, data_of(config).tokenizer.vocab_size)
   print(matmuls(program, target), summary(cost.report(program, target)), sep='\n\n')
 
 

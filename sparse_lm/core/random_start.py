@@ -25,7 +25,6 @@ def random_start(
     pattern_name: which sets may be kept.
     rescale: 'none'; 'layer' divides a kernel by sqrt(density); 'unit' divides each output's column
       by the square root of its own density (both from RigL's initialisers; Evci et al. 2020, 2022).
-
   """
   choose = pattern(pattern_name)
 

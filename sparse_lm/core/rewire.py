@@ -10,7 +10,7 @@ from sparse_lm.core.errors import require
 from sparse_lm.core.pattern import by_slice
 from sparse_lm.core.random_start import check, path_key, random_start
 from sparse_lm.core.select import topk_mask
-from sparse_lm.core.sparse import Array, Change, Sparse, Tree, WeightMethod, apply_masks
+from sparse_lm.core.sparse import Array, Change, Sparse, Tree, WeightMethod, exchange_masks
 
 
 def drop_and_grow(
@@ -96,12 +96,7 @@ class Rewiring(WeightMethod):
       return drop_and_grow(mask, w, growth, self.fraction(step), noise)
 
     masks = tree.map_named(rewired, params, sparse.masks, *(signals[n] for n in self.needs))
-    changed = tree.where_sparse(
-      lambda w, old, new: old != new, params, sparse.masks, masks, dense=lambda w: None
-    )
-    return Change(
-      trainable | {'params': apply_masks(params, masks)}, sparse.replace(masks=masks), changed
-    )
+    return exchange_masks(trainable, sparse, masks)
 
   @property
   def _last(self) -> int:

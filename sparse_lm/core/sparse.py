@@ -47,6 +47,16 @@ def apply_masks(params: Tree, masks: Tree) -> Tree:
   )
 
 
+def exchange_masks(trainable: Tree, sparse: Sparse, masks: Tree) -> Change:
+  """The change from `sparse.masks` to `masks`: what stays keeps its value, what is born is zero."""
+  params = trainable['params']
+  changed = tree.where_sparse(
+    lambda w, old, new: old != new, params, sparse.masks, masks, dense=lambda w: None
+  )
+  masked = trainable | {'params': apply_masks(params, masks)}
+  return Change(masked, sparse.replace(masks=masks), changed)
+
+
 @dataclasses.dataclass(frozen=True)
 class WeightMethod:
   """The protocol, with the behaviour of a fixed mask.

@@ -37,8 +37,9 @@ class Setup:
 def setup(config: ConfigDict) -> Setup:
   """Checks a config and builds what it describes. Raises UserError in one line."""
   _check_counts(config)
-  program, target = build(config, vocab_of(config))
-  return Setup(config, _data(json.dumps(configs.to_json(config.data))), program, target)
+  data = data_of(config)
+  program, target = build(config, data.tokenizer.vocab_size)
+  return Setup(config, data, program, target)
 
 
 def build(config: ConfigDict, vocab: int) -> tuple[Program, Tree]:
@@ -61,14 +62,13 @@ def build(config: ConfigDict, vocab: int) -> tuple[Program, Tree]:
   return shared(Program(model, method, optimizer, config.train.accumulation)), target
 
 
-def vocab_of(config: ConfigDict) -> int:
-  """Size of the vocabulary that the config's tokenizer has on its corpus."""
-  return _data(json.dumps(configs.to_json(config.data))).tokenizer.vocab_size
+def data_of(config: ConfigDict) -> Data:
+  """The corpus in tokens; cached, because the runs of a study share it."""
+  return _load_data(json.dumps(configs.to_json(config.data)))
 
 
 @functools.lru_cache(maxsize=4)
-def _data(config: str) -> Data:
-  """Cached, because the runs of a study share a corpus."""
+def _load_data(config: str) -> Data:
   return load_data(configs.from_json(json.loads(config)))
 
 

@@ -40,8 +40,12 @@ def environment() -> dict[str, Any]:
 
 def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
   """Replaces `path` as a whole: a reader never sees half of it."""
+  _replace(path, json.dumps(values, indent=2) + '\n')
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
   temporary = path.with_name(path.name + '.tmp')
-  temporary.write_text(json.dumps(values, indent=2) + '\n')
+  temporary.write_text(text)
   os.replace(temporary, path)
 
 
@@ -92,9 +96,7 @@ class Workdir:
     file = self.path / 'metrics.jsonl'
     if file.exists():
       kept = [line for line in file.read_text().splitlines() if not self._logs_again(line, step)]
-      temporary = file.with_name(file.name + '.tmp')
-      temporary.write_text(''.join(f'{line}\n' for line in kept))
-      os.replace(temporary, file)
+      _replace(file, ''.join(f'{line}\n' for line in kept))
 
   def log(self, step: int, values: dict[str, float]) -> None:
     """Appends a line to metrics.jsonl and the same numbers to the TensorBoard events."""

@@ -209,12 +209,12 @@ def test_changed_corpus_is_refused(rigl, finished, text_file):
   before = {f: f.read_bytes() for f in finished.rglob('*') if f.is_file()}
   try:
     text_file.write_text(text.replace('river', 'mouse'))
-    setups._data.cache_clear()  # another process would read the file anew
+    setups._load_data.cache_clear()  # another process would read the file anew
     with pytest.raises(UserError) as refused:
       train(rigl, str(finished), progress=False)
   finally:
     text_file.write_text(text)
-    setups._data.cache_clear()
+    setups._load_data.cache_clear()
   assert 'other text' in str(refused.value) and '\n' not in str(refused.value)
   assert {f: f.read_bytes() for f in finished.rglob('*') if f.is_file()} == before
 

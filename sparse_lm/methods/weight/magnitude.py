@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from sparse_lm.core import schedule, tree
 from sparse_lm.core.pattern import pattern
-from sparse_lm.core.sparse import Array, Change, Sparse, Tree, WeightMethod, apply_masks
+from sparse_lm.core.sparse import Array, Change, Sparse, Tree, WeightMethod, exchange_masks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +63,7 @@ class Magnitude(WeightMethod):
       sparse.masks,
       sparse.target,
     )
-    changed = tree.where_sparse(
-      lambda w, old, new: old != new, trainable['params'], sparse.masks, masks, dense=lambda w: None
-    )
-    pruned = apply_masks(trainable['params'], masks)
-    return Change(trainable | {'params': pruned}, sparse.replace(masks=masks), changed)
+    return exchange_masks(trainable, sparse, masks)
 
   def density(self, target: float, step: int) -> float:
     """The ramp as the updates follow it."""
