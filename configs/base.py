@@ -40,12 +40,26 @@ def get_config() -> ConfigDict:
         'name': 'none',
         'sparsity': 0.0,  # over all prunable weights together
         'budget': 'uniform',  # uniform | er | erk | a map such as 'attention=0.5,mlp=0.9'
-        'dense': ('embed', 'head', 'norm', 'bias'),  # path expressions of what is never pruned
+        'dense': (
+          'embed',
+          'head',
+          'norm',
+          'bias',
+          'router',
+        ),  # path expressions of what is never pruned
       },
-      'activation': {'name': 'relu2', 'layers': ':', 'otherwise': 'relu2'},
-      'attention': {'name': 'full', 'layers': ':', 'otherwise': 'full'},
-      'mlp': {'name': 'dense', 'layers': ':', 'otherwise': 'dense'},
-      'depth': {'name': 'every', 'layers': ':', 'otherwise': 'every'},
+      # A slot's method runs in `layers` (a Python slice). `otherwise` runs in the others, inside a
+      # method that wraps another, and in the dense twin that costs are compared with.
+      'activation': {'name': 'relu2', 'layers': ':', 'otherwise': {'name': 'relu2'}},
+      'attention': {'name': 'full', 'layers': ':', 'otherwise': {'name': 'full'}},
+      'mlp': {'name': 'dense', 'layers': ':', 'otherwise': {'name': 'dense'}},
+      'depth': {'name': 'every', 'layers': ':', 'otherwise': {'name': 'every'}},
+      # Holds what the gates let through: weights at their density times gates, over the dense twin.
+      'budget': {
+        'target': 1.0,  # fraction of the dense twin's forward FLOPs, 1 = no controller
+        'controller': 'dual',  # dual: ascent on a price | quadratic: a penalty
+        'rate': 0.05,  # of the price's ascent a step; of the quadratic penalty its weight
+      },
       'optimizer': {
         'name': 'adamw',
         'learning_rate': 2e-3,

@@ -33,8 +33,9 @@ def load(path: str, overrides: dict[str, Any] | None = None) -> ConfigDict:
   config = _read(path)
   overrides = dict(overrides or {})
   for slot in slots.SLOTS:
-    name = overrides.pop(f'{slot}.name', config[slot].name)
-    _merge_defaults(config[slot], slot, name, path)
+    for group, node in slots.groups(slot, config).items():
+      name = overrides.pop(f'{group}.name', node.name)
+      _merge_defaults(node, group, name, path)
   for field, value in overrides.items():
     _override(config, field, value)
   return config.lock()
@@ -101,16 +102,18 @@ def _read(path: str) -> ConfigDict:
   return module.get_config()
 
 
-def _merge_defaults(config: ConfigDict, slot: str, name: str, path: str) -> None:
+def _merge_defaults(config: ConfigDict, group: str, name: str, path: str) -> None:
+  """Joins the fields of method `name` to `config`, the group 'mlp' or 'mlp.otherwise', say."""
+  slot = group.partition('.')[0]
+  defaults = slots.defaults(slot, name, f'config.{group}.name')
   config.name = name
-  defaults = slots.defaults(slot, name)
   for key in slots.fields(slot, config):
     if key not in defaults:
       valid = [*defaults, *slots.SHARED[slot]]
-      raise unknown(f'field of method {name!r} in {path}: config.{slot}', key, valid)
+      raise unknown(f'field of method {name!r} in {path}: config.{group}', key, valid)
   with config.unlocked(), config.ignore_type():
     for key, value in defaults.items():
-      config[key] = _convert(f'{slot}.{key}', config.get(key, value), value)
+      config[key] = _convert(f'{group}.{key}', config.get(key, value), value)
 
 
 def _override(config: ConfigDict, field: str, value: Any) -> None:

@@ -1,7 +1,8 @@
 """The cost ledger: every matmul notes itself beside its einsum while it is traced.
 
 Notes live in a dict keyed by path, so that tracing twice counts once. `flops` are counted over the
-whole traced call and divided by its tokens, so a layer that sees fewer tokens notes less.
+whole traced call and divided by its tokens, so a layer that sees fewer tokens notes less. What a gate
+can skip is noted inside `gated`, and costs as much as the gate is active.
 """
 
 import contextlib
@@ -19,30 +20,61 @@ Tree = Any
 
 
 @dataclasses.dataclass(frozen=True)
+class Gate:
+  """What may skip a matmul.
+
+  Attributes:
+    path: of the module that decides; it sows the fraction that ran as `active` into `gates`.
+    planned: that fraction as far as the config fixes it, before anything is measured.
+    controlled: whether the budget controller can move it.
+  """
+
+  path: str
+  planned: float = 1.0
+  controlled: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Matmul:
   """One matmul of the forward pass.
 
   Attributes:
     kind: 'linear', or what else ran ('attention').
-    flops: multiplications and additions, over the traced call.
+    flops: multiplications and additions, over the traced call, every gate open.
     kernel: path of the parameter that it multiplies with, `None` for activations with activations.
+    gates: what may skip it; their fractions multiply, as if they decided independently.
   """
 
   kind: str
   flops: float
   kernel: str | None = None
+  gates: tuple[Gate, ...] = ()
 
 
 Ledger = dict[str, Matmul]
 _open: contextvars.ContextVar[Ledger | None] = contextvars.ContextVar('ledger', default=None)
+_gates: contextvars.ContextVar[tuple[Gate, ...]] = contextvars.ContextVar('gates', default=())
 
 
 def note(path: tuple[str, ...], kind: str, flops: float, kernel: str | None = None) -> None:
   """Notes a matmul of the module at `path`; does nothing unless a ledger is open."""
   ledger = _open.get()
   if ledger is not None:
-    name = '/'.join((*path, kind))
-    ledger[name] = Matmul(kind, float(flops), None if kernel is None else '/'.join((*path, kernel)))
+    name = (
+      '/'.join((*path, kind)) if kernel in (None, 'kernel') else '/'.join((*path, kernel, kind))
+    )
+    parameter = None if kernel is None else '/'.join((*path, kernel))
+    ledger[name] = Matmul(kind, float(flops), parameter, _gates.get())
+
+
+@contextlib.contextmanager
+def gated(path: tuple[str, ...], planned: float = 1.0, controlled: bool = False) -> Iterator[None]:
+  """Notes made inside belong to the gate at `path`, and to those that are open already."""
+  token = _gates.set((*_gates.get(), Gate('/'.join(path), planned, controlled)))
+  try:
+    yield
+  finally:
+    _gates.reset(token)
 
 
 @contextlib.contextmanager
@@ -55,9 +87,45 @@ def recording() -> Iterator[Ledger]:
     _open.reset(token)
 
 
-def forward_flops(ledger: Ledger, density: dict[str, float]) -> float:
-  """FLOPs of the ledger with each kernel at its density (1 where not named)."""
-  return sum(m.flops * density.get(m.kernel, 1.0) for m in ledger.values())
+def gated_by(module: Any) -> contextlib.AbstractContextManager[None]:
+  """`gated` by a module that sows `active` into `gates`, or by one that is no gate: then nothing.
+
+  A consumer need not know which: it runs what a closed gate would have made zero inside of this.
+  """
+  planned = getattr(module, 'planned', 1.0)
+  return gated(module.path, planned, getattr(module, 'controlled', False))
+
+
+def forward_flops(
+  ledger: Ledger, density: dict[str, Any], activity: dict[str, Any] | None = None
+) -> Any:
+  """FLOPs of the ledger, each kernel at its density (1 where not named), each gate at its activity.
+
+  Densities and activities may be traced. A gate without a measured activity counts as planned.
+  """
+  return sum(
+    m.flops * density.get(m.kernel, 1.0) * _active(m, activity or {}) for m in ledger.values()
+  )
+
+
+def _active(matmul: Matmul, activity: dict[str, Any]) -> Any:
+  fractions = [activity.get(gate.path, gate.planned) for gate in matmul.gates]
+  return math.prod(fractions)
+
+
+def active_params(ledger: Ledger, density: dict[str, float], activity: dict[str, float]) -> float:
+  """Weights that a token is multiplied with: half the FLOPs of the matmuls with parameters."""
+  linear = {path: m for path, m in ledger.items() if m.kernel is not None}
+  return forward_flops(linear, density, activity) / 2
+
+
+def extremes(ledger: Ledger, density: dict[str, float]) -> tuple[float, float]:
+  """FLOPs with every gate that the controller can move closed, and with all of them open."""
+  moved = {gate.path for m in ledger.values() for gate in m.gates if gate.controlled}
+  closed, opened = (
+    forward_flops(ledger, density, dict.fromkeys(moved, fraction)) for fraction in (0.0, 1.0)
+  )
+  return closed, opened
 
 
 def training_flops(

@@ -1,7 +1,11 @@
 """Slots: a folder under `methods/` is a slot, a file in it a method, and a config names it.
 
 There is no registry. `methods/<slot>/<name>.py` defines one public class. A field of it with a
-default is a config key; a field without one is supplied by whoever builds the method.
+default is a config key; a field without one is supplied by whoever builds the method. A method of a
+layer slot is a Linen module, and may define
+  check()     raises UserError where its fields are out of range, before anything is compiled
+  twin        it runs less than the slot's dense method of that name, which costs are compared with
+  causal      {mode: False} for modes in which it reads later tokens
 """
 
 import dataclasses
@@ -25,10 +29,10 @@ def names(slot: str) -> list[str]:
   return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
-def method(slot: str, name: str) -> type:
-  """The class in `methods/<slot>/<name>.py`. Raises UserError with the nearest name."""
+def method(slot: str, name: str, field: str = '') -> type:
+  """The class in `methods/<slot>/<name>.py`. Raises UserError, naming the config's `field`."""
   if name not in names(slot):
-    raise unknown(f'config.{slot}.name', name, names(slot))
+    raise unknown(field or f'config.{slot}.name', name, names(slot))
   module = importlib.import_module(f'sparse_lm.methods.{slot}.{name}')
   public = [
     value
@@ -42,13 +46,22 @@ def method(slot: str, name: str) -> type:
   return public[0]
 
 
-def defaults(slot: str, name: str) -> dict[str, Any]:
-  """The config keys of a method and their defaults."""
+def defaults(slot: str, name: str, field: str = '') -> dict[str, Any]:
+  """The config keys of a method and their defaults; `field` as in `method`."""
   return {
     field.name: field.default
-    for field in dataclasses.fields(method(slot, name))
+    for field in dataclasses.fields(method(slot, name, field))
     if field.default is not dataclasses.MISSING and field.name not in ('parent', 'name')
   }
+
+
+def groups(slot: str, config: Any) -> dict[str, Any]:
+  """The groups of `config` that name a method of the slot, by dotted name."""
+  own = config[slot]
+  found = {slot: own}
+  if 'otherwise' in own:
+    found[f'{slot}.otherwise'] = own.otherwise
+  return found
 
 
 def fields(slot: str, config: Any) -> dict[str, Any]:
@@ -65,22 +78,43 @@ class Choice:
     name: the method.
     fields: its config keys and values.
     layers: a Python slice (`'1::2'`) of the layers that get it.
-    otherwise: the method of the other layers, with its own defaults.
+    otherwise: the choice of the other layers, which is also what a method that wraps another
+      wraps, and what the dense twin runs.
   """
 
   slot: str
   name: str
-  fields: tuple[tuple[str, Any], ...]
+  fields: tuple[tuple[str, Any], ...] = ()
   layers: str = ':'
-  otherwise: str = ''
+  otherwise: 'Choice | None' = None
 
   @classmethod
   def from_config(cls, slot: str, config: Any) -> 'Choice':
-    """Reads `config.<slot>`. Raises UserError for an unknown `otherwise`."""
-    if config.otherwise not in names(slot):
-      raise unknown(f'config.{slot}.otherwise', config.otherwise, names(slot))
-    own = tuple(sorted(fields(slot, config).items()))
-    return cls(slot, config.name, own, config.layers, config.otherwise)
+    """Reads `config.<slot>`."""
+    rest = config.otherwise
+    otherwise = cls(slot, rest.name, tuple(sorted(fields(slot, rest).items())))
+    return cls(
+      slot, config.name, tuple(sorted(fields(slot, config).items())), config.layers, otherwise
+    )
+
+  @property
+  def cls(self) -> type:
+    """The method's class."""
+    return method(self.slot, self.name)
+
+  def causal(self, mode: str) -> bool:
+    """Whether the method keeps to the past in that mode, as it declares."""
+    return getattr(self.cls, 'causal', {}).get(mode, True)
+
+  def dense(self) -> 'Choice':
+    """What the dense twin runs: `otherwise` if that is dense, else the method's declared twin."""
+    name = getattr(self.cls, 'twin', None)
+    if name is None:
+      return self
+    if self.otherwise and not hasattr(self.otherwise.cls, 'twin'):
+      return self.otherwise
+    own = tuple(sorted(defaults(self.slot, name).items()))
+    return dataclasses.replace(self, name=name, fields=own, layers=':')
 
   def chosen(self, layer: int, count: int) -> bool:
     """Whether `layer` of `count` is among `layers`."""
@@ -91,14 +125,21 @@ class Choice:
     return _layers(self.slot, self.layers, count)
 
   def build(self, layer: int, count: int, **supplied: Any) -> Any:
-    """The method for one layer; `supplied` fills the fields without a default that it declares."""
-    if self.chosen(layer, count):
-      name, fields = self.name, dict(self.fields)
-    else:
-      name, fields = self.otherwise, {}
-    cls = method(self.slot, name)
-    wanted = {field.name for field in dataclasses.fields(cls)}
-    return cls(**fields, **{k: v for k, v in supplied.items() if k in wanted})
+    """The method for one layer.
+
+    `supplied` fills the fields without a default that the method declares; `inner`, where it
+    declares that, is a maker of the `otherwise` method.
+    """
+    if self.otherwise is None:
+      return self._make(supplied)
+    if not self.chosen(layer, count):
+      return self.otherwise._make(supplied)
+    inner = functools.partial(self.otherwise._make, supplied | {'name': 'inner'})
+    return self._make(supplied | {'inner': inner})
+
+  def _make(self, supplied: dict[str, Any]) -> Any:
+    wanted = {field.name for field in dataclasses.fields(self.cls)}
+    return self.cls(**dict(self.fields), **{k: v for k, v in supplied.items() if k in wanted})
 
 
 @functools.lru_cache

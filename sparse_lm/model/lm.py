@@ -1,5 +1,6 @@
 """The language model, assembled from slots."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sparse_lm.core import cost
+from sparse_lm.core.errors import UserError
 from sparse_lm.core.slots import Choice
 from sparse_lm.layers.embed import Embed
 from sparse_lm.layers.linear import Norm
@@ -21,8 +23,8 @@ LAYER_SLOTS = ('activation', 'attention', 'mlp', 'depth')
 class LM(nn.Module):
   """Decoder-only transformer whose activation, attention, MLP and depth are slots.
 
-  Methods may sow auxiliary losses (already weighted) into `losses` and observations into `stats`,
-  and keep variables of their own in any other collection.
+  What methods may sow is said in `layers/record.py`; they keep variables of their own in any other
+  collection.
 
   Attributes:
     choices: one `Choice` for each of `LAYER_SLOTS`, in that order.
@@ -81,9 +83,38 @@ def from_config(config: Any, vocab: int) -> LM:
   """The model that a config describes. Raises UserError where it describes none."""
   spec = Spec.from_config(config.model, vocab, config.data.context)
   choices = tuple(Choice.from_config(slot, config[slot]) for slot in LAYER_SLOTS)
-  for choice in choices:
-    choice.chosen_layers(spec.layers)
+  modules = [
+    choice.build(layer, spec.layers, spec=spec, activation=None, name=None)
+    for choice in choices
+    for layer in range(spec.layers)
+  ]
+  for module in modules:
+    if hasattr(module, 'check'):
+      module.check()
+  _check_credit(choices, modules)
   return LM(spec, choices)
+
+
+def _check_credit(choices: tuple[Choice, ...], modules: list[nn.Module]) -> None:
+  """A policy's actions are credited with what comes later: in training all else must be causal."""
+  policies = [module for module in modules if getattr(module, 'policy', False)]
+  for choice in choices:
+    if policies and not choice.causal('train'):
+      raise UserError(
+        f'config.{policies[0].slot}.estimator={policies[0].estimator!r} credits an action with later '
+        f'tokens only, and config.{choice.slot}.name={choice.name!r} is not causal in training; valid: '
+        'another estimator, or a method that is causal in both modes'
+      )
+
+
+def twin(model: LM) -> LM:
+  """The dense twin: each method that runs less than its `otherwise` replaced by that."""
+  return LM(model.spec, tuple(choice.dense() for choice in model.choices))
+
+
+def causal(model: LM) -> dict[str, bool]:
+  """By mode, whether every method that the model runs keeps to the past."""
+  return {mode: all(choice.causal(mode) for choice in model.choices) for mode in MODES}
 
 
 def shapes(model: LM) -> Any:
@@ -98,4 +129,6 @@ def ledger(model: LM, length: int) -> cost.Ledger:
   tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
   with cost.recording() as notes:
     jax.eval_shape(lambda v, t: model.apply(v, t, mode='eval', mutable=True), variables, tokens)
-  return {path: cost.Matmul(m.kind, m.flops / length, m.kernel) for path, m in notes.items()}
+  return {
+    path: dataclasses.replace(matmul, flops=matmul.flops / length) for path, matmul in notes.items()
+  }

@@ -17,7 +17,7 @@ from sparse_lm.core.errors import UserError
 from sparse_lm.core.sparse import Tree
 from sparse_lm.train.state import TrainState
 
-SCHEMA = 1
+SCHEMA = 2
 # Evaluation and export read `params`, `sparse` and `model` and never load an optimizer.
 ITEMS = ('params', 'sparse', 'model', 'optimizer')
 
@@ -27,7 +27,7 @@ def _items(state: TrainState) -> dict[str, Tree]:
     'params': {'trainable': state.trainable, 'ema': state.ema},
     'sparse': state.sparse,
     'model': state.model_state,
-    'optimizer': state.opt_state,
+    'optimizer': {'moments': state.opt_state, 'control': state.control},
   }
 
 
@@ -145,6 +145,8 @@ class Checkpoints:
 
   def _restore(self, step: int, template: TrainState, data: Any, names: tuple) -> TrainState:
     meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
+    if meta['schema'] != SCHEMA:
+      raise ValueError(f'its format is {meta["schema"]}, and this version reads {SCHEMA}')
     wanted = {
       name: jax.tree.map(_struct, _leaves(item))
       for name, item in _items(template).items()
@@ -174,5 +176,6 @@ class Checkpoints:
       ema=restored['params']['ema'],
       sparse=restored['sparse'],
       model_state=restored['model'],
-      opt_state=restored['optimizer'],
+      opt_state=restored['optimizer']['moments'],
+      control=restored['optimizer']['control'],
     )

@@ -50,13 +50,33 @@ def train(config: ConfigDict, workdir: str, progress: bool = True) -> dict[str, 
     folder.close()
 
 
-def evaluate(run: Setup, params: Tree, model_state: Tree, split: str = 'validation') -> float:
-  """Nats per token over the whole split."""
+def evaluate(
+  run: Setup, params: Tree, model_state: Tree, split: str = 'validation'
+) -> tuple[float, dict[str, float]]:
+  """Nats per token over the whole split, and what modules observed, averaged over its full batches."""
   nats = tokens = 0.0
+  observed, partly = [], []
   for batch, weight in run.data.eval_batches(split):
-    nats += float(run.program.eval_step(params, model_state, batch, weight))
+    summed, seen = jax.device_get(run.program.eval_step(params, model_state, batch, weight))
+    nats += float(summed)
     tokens += float(weight.sum())
-  return nats / tokens
+    # Padding is no text: gates that saw any count only where there is nothing else.
+    (observed if weight.all() else partly).append(_scalars(seen))
+  counted = observed or partly
+  return nats / tokens, {
+    name: float(np.mean([seen[name] for seen in counted])) for name in counted[0]
+  }
+
+
+def _scalars(metrics: dict[str, np.ndarray]) -> dict[str, float]:
+  """Numbers by name; a vector's by `name/0`, `name/1`, ..."""
+  found = {}
+  for name, value in metrics.items():
+    if np.ndim(value):
+      found |= {f'{name}/{i}': float(item) for i, item in enumerate(value)}
+    else:
+      found[name] = float(value)
+  return found
 
 
 class _Stop:
@@ -138,7 +158,7 @@ class _Loop:
   def _fetch(self) -> None:
     """Brings the steps since the last call to the host and refuses what is not finite."""
     for step, metrics in self.pending:
-      fetched = {name: float(value) for name, value in jax.device_get(metrics).items()}
+      fetched = _scalars(jax.device_get(metrics))
       for name in ('loss', 'gradient_norm'):
         self._check_finite(name, fetched[name], step)
       self.fetched.append(fetched)
@@ -158,11 +178,12 @@ class _Loop:
   def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
     """Validation loss, and what the connections did since the last evaluation."""
     params, masks = self.program.finalize(state)
-    loss = evaluate(self.setup, params, state.model_state)
+    loss, self.observed = evaluate(self.setup, params, state.model_state)
     self._check_finite('validation loss', loss, step)
     ratio = self.setup.data.card['bytes_per_token']['validation']
     values = {'val_loss': loss, 'val_bits_per_byte': loss / math.log(2) / ratio}
-    self.folder.log(step, values | observe.connections(masks, self.masks))
+    seen = {f'val/{name}': value for name, value in self.observed.items()}
+    self.folder.log(step, values | seen | observe.connections(masks, self.masks))
     self.masks = masks
     self.clock = time.perf_counter()
     return values
@@ -199,7 +220,8 @@ class _Loop:
       'metrics': {
         'steps': int(state.step),
         **evaluated,
-        **cost.report(self.program, self.setup.target, self.masks),
+        **cost.report(self.program, self.setup.target, self.masks, self.observed),
+        **observe.summary(self.observed),
         'train_step_ms': 1e3 * self.config.data.batch * self.config.data.context / speed,
       },
     }

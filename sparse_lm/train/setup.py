@@ -7,8 +7,9 @@ import json
 import jax
 from ml_collections import ConfigDict
 
-from sparse_lm.core import budget, slots
+from sparse_lm.core import budget, cost, slots, tree
 from sparse_lm.core import config as configs
+from sparse_lm.core.control import Budget
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.sparse import Tree
 from sparse_lm.data.pipeline import Data
@@ -59,7 +60,35 @@ def build(config: ConfigDict, vocab: int) -> tuple[Program, Tree]:
         f'{config.weight.name!r} prunes nothing; valid: {", ".join(slots.names("weight"))}'
       )
     target = jax.tree.map(lambda _: None, target)
-  return shared(Program(model, method, optimizer, config.train.accumulation)), target
+  budget_ = Budget.from_config(config)
+  program = Program(model, method, optimizer, config.train.accumulation, budget_)
+  if budget_:
+    _check_floor(program, target)
+  return shared(program), target
+
+
+def _check_floor(program: Program, target: Tree) -> None:
+  """Raises UserError for a budget that the gates cannot reach, naming what they don't gate."""
+  ledger, dense = program.costs
+  density = {path: float(final) for path, final in tree.named(target).items()}
+  field = f'config.budget.target={program.budget.target}'
+  if not any(gate.controlled for m in ledger.values() for gate in m.gates):
+    raise UserError(
+      f'{field} needs a gate that the controller can move; valid: a learned gate such as '
+      'config.depth.name=token_gate (methods of fixed capacity and random gates have rates of their own)'
+    )
+  floor = cost.extremes(ledger, density)[0] / dense
+  if program.budget.target < floor:
+    ungated = {
+      path: m.flops * density.get(m.kernel, 1.0)
+      for path, m in ledger.items()
+      if not any(gate.controlled for gate in m.gates)
+    }
+    largest = sorted(ungated, key=ungated.get, reverse=True)[:3]
+    shares = ', '.join(f'{path} {ungated[path] / dense:.3f}' for path in largest)
+    raise UserError(
+      f'{field} is below {floor:.3f}, what no gate can skip ({shares}, ...); valid: from there to 1'
+    )
 
 
 def data_of(config: ConfigDict) -> Data:

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from sparse_lm.core import rng
+from sparse_lm.core.control import Control
 from sparse_lm.core.sparse import Sparse, Tree
+from sparse_lm.layers.record import SOWN
 
 
 class TrainState(struct.PyTreeNode):
@@ -20,6 +22,7 @@ class TrainState(struct.PyTreeNode):
     opt_state: of the optimizer, over `trainable`.
     ema: moving average of `trainable`, or `None`.
     model_state: Flax collections that are not parameters (running thresholds, balance biases).
+    control: of the budget controller, or `None`.
     key: of the run's draws; a step folds its number in.
   """
 
@@ -29,15 +32,13 @@ class TrainState(struct.PyTreeNode):
   opt_state: Tree
   ema: Tree
   model_state: Tree
+  control: Control | None
   key: jax.Array
 
   @property
   def evaluated(self) -> Tree:
     """The trainable tree that evaluation and export use."""
     return self.trainable if self.ema is None else self.ema
-
-
-SOWN = ('losses', 'stats')  # written anew in every forward pass, never state
 
 
 def collections(variables: dict[str, Any]) -> dict[str, Any]:
@@ -57,5 +58,6 @@ def create(program: Any, seed: int, target: Tree) -> TrainState:
     opt_state=program.tx.init(trainable),
     ema=trainable if program.optimizer.ema else None,
     model_state=collections(variables),
+    control=program.budget and program.budget.init(),
     key=rng.stream(seed, 'steps'),
   )

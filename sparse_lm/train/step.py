@@ -14,8 +14,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparse_lm.core import tree
+from sparse_lm.core import cost, policy, tree
+from sparse_lm.core.control import Budget
+from sparse_lm.core.estimator import ENTROPY_BONUS
 from sparse_lm.core.sparse import Tree, WeightMethod
+from sparse_lm.layers.record import SOWN
+from sparse_lm.model import lm
 from sparse_lm.model.lm import LM
 from sparse_lm.train import state as states
 from sparse_lm.train.optim import Optimizer, zero_moments
@@ -30,18 +34,42 @@ def token_losses(logits_BxLxV: Array, targets_BxL: Array) -> Array:
   return optax.softmax_cross_entropy_with_integer_labels(logits_BxLxV, targets_BxL)
 
 
+def _activity(variables: Tree) -> dict[str, Array]:
+  """What every gate sowed, by the gate's path."""
+  named = tree.named(variables.get('gates', {}))
+  return {path.removesuffix('/active'): value for path, value in named.items()}
+
+
+def _policies(variables: Tree) -> dict[str, policy.Policy]:
+  """What every sampled gate sowed, by the gate's path."""
+  named = tree.named(variables['policy'])
+  paths = {path.rpartition('/')[0] for path in named}
+  return {
+    path: policy.Policy(*(named[f'{path}/{field}'] for field in policy.Policy._fields))
+    for path in sorted(paths)
+  }
+
+
+def _observed(variables: Tree) -> Metrics:
+  """What modules sowed into `stats`, and what gates let through."""
+  stats = tree.named(variables.get('stats', {}))
+  return stats | {f'gates/{path}': value for path, value in _activity(variables).items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
   """What is compiled. Two runs that differ in seed or sparsity alone share one, and its executables.
 
   Attributes:
     accumulation: microbatches of a step.
+    budget: holds the gates at a target, or `None`.
   """
 
   model: LM
   method: WeightMethod
   optimizer: Optimizer
   accumulation: int = 1
+  budget: Budget | None = None
 
   @functools.cached_property
   def tx(self) -> optax.GradientTransformation:
@@ -65,7 +93,7 @@ class Program:
 
   @functools.cached_property
   def eval_step(self) -> Any:
-    """`(params, model_state, tokens_BxL+1, weight_BxL) -> summed nats (float32)`."""
+    """`(params, model_state, tokens_BxL+1, weight_BxL) -> (summed nats, observations)`, float32."""
     return jax.jit(self._eval)
 
   @functools.cached_property
@@ -77,51 +105,102 @@ class Program:
     """The compiled step for optimizer step `step`."""
     return self.rewire_step if self.method.due(step) else self.train_step
 
-  def _eval(self, params: Tree, model_state: Tree, tokens_BxL1: Array, weight_BxL: Array) -> Array:
-    logits, _ = self.model.apply(
-      {'params': params, **model_state}, tokens_BxL1[:, :-1], mode='eval', mutable=states.SOWN
+  @functools.cached_property
+  def costs(self) -> tuple[cost.Ledger, float]:
+    """The ledger, and the forward FLOPs of the dense twin."""
+    length = self.model.spec.context
+    dense = cost.forward_flops(lm.ledger(lm.twin(self.model), length), {})
+    return lm.ledger(self.model, length), dense
+
+  def fraction(self, target: Tree, activity: dict[str, Array]) -> Array:
+    """Forward FLOPs over the dense twin's: kernels at their final density, gates at `activity`."""
+    ledger, dense = self.costs
+    return cost.forward_flops(ledger, tree.named(target), activity) / dense
+
+  def _eval(
+    self, params: Tree, model_state: Tree, tokens_BxL1: Array, weight_BxL: Array
+  ) -> tuple[Array, Metrics]:
+    logits, variables = self.model.apply(
+      {'params': params, **model_state}, tokens_BxL1[:, :-1], mode='eval', mutable=SOWN
     )
-    return jnp.sum(token_losses(logits, tokens_BxL1[:, 1:]) * weight_BxL)
+    nats = jnp.sum(token_losses(logits, tokens_BxL1[:, 1:]) * weight_BxL)
+    return nats, _observed(variables)
 
   def _loss(
-    self, params: Tree, model_state: Tree, tokens_BxL1: Array, key: Array
+    self, params: Tree, state: TrainState, model_state: Tree, tokens_BxL1: Array, key: Array
   ) -> tuple[Array, tuple[Tree, Metrics]]:
-    """Mean nats per token plus what modules sowed into `losses`."""
-    logits, variables = self.model.apply(
-      {'params': params, **model_state},
-      tokens_BxL1[:, :-1],
-      mode='train',
-      rngs={'dropout': key, 'gates': jax.random.fold_in(key, 1)},
-      mutable=[*states.SOWN, *model_state],
-    )
-    nats = jnp.mean(token_losses(logits, tokens_BxL1[:, 1:]))
+    """Mean nats per token, what modules sowed into `losses`, and what running costs."""
+
+    def forward(**rngs: Array) -> tuple[Array, Tree]:
+      logits, variables = self.model.apply(
+        {'params': params, **model_state},
+        tokens_BxL1[:, :-1],
+        mode='train',
+        rngs=rngs,
+        mutable=[*SOWN, *model_state],
+      )
+      return token_losses(logits, tokens_BxL1[:, 1:]), variables
+
+    losses_BxL, variables = forward(dropout=key, gates=jax.random.fold_in(key, 1))
+    nats = jnp.mean(losses_BxL)
+    metrics = {'loss': nats} | _observed(variables)
     auxiliary = sum(jax.tree.leaves(variables.get('losses', {})), jnp.float32(0))
-    metrics = {'loss': nats, 'auxiliary': auxiliary} | {
-      path: jnp.mean(value) for path, value in tree.named(variables.get('stats', {})).items()
-    }
+    activity = _activity(variables)
+    if activity:
+      fraction = self.fraction(state.sparse.target, activity)
+      metrics['flops_fraction'] = fraction
+      if self.budget:
+        auxiliary += self.budget.penalty(state.control, fraction)
+    if 'policy' in variables:
+      # Without draws gates act greedily: the self-critical baseline.
+      greedy_BxL, greedy = forward(dropout=key)
+      auxiliary += self._policy_loss(state, activity, (losses_BxL, variables), (greedy_BxL, greedy))
+    metrics['auxiliary'] = auxiliary
     return nats + auxiliary, (states.collections(variables), metrics)
 
+  def _policy_loss(
+    self,
+    state: TrainState,
+    activity: dict[str, Array],
+    sampled: tuple[Array, Tree],
+    greedy: tuple[Array, Tree],
+  ) -> Array:
+    """REINFORCE with the greedy pass as baseline; both passes are (losses, variables)."""
+    shares = jax.tree.map(jnp.zeros_like, activity)
+    if self.budget:
+      fraction, shares = jax.value_and_grad(lambda a: self.fraction(state.sparse.target, a))(
+        activity
+      )
+      price = self.budget.price(state.control, fraction)
+      shares = jax.tree.map(lambda share: price * share, shares)
+    policies = [_policies(variables) for _, variables in (sampled, greedy)]
+    rewards = [
+      policy.reward(losses_BxL, policies_of, shares)
+      for (losses_BxL, _), policies_of in zip((sampled, greedy), policies)
+    ]
+    return policy.loss(policies[0], *rewards, ENTROPY_BONUS)
+
   def _gradients(
-    self, params: Tree, model_state: Tree, tokens_BxL1: Array, key: Array
+    self, params: Tree, state: TrainState, tokens_BxL1: Array, key: Array
   ) -> tuple[Tree, Tree, Metrics]:
     """Gradient at `params`, averaged over the microbatches."""
     gradient = jax.grad(self._loss, has_aux=True)
     if self.accumulation == 1:
-      grads, (model_state, metrics) = gradient(params, model_state, tokens_BxL1, key)
+      grads, (model_state, metrics) = gradient(params, state, state.model_state, tokens_BxL1, key)
       return grads, model_state, metrics
 
     def microbatch(carry: tuple[Tree, Tree], x: tuple[Array, Array]):
       total, model_state = carry
-      grads, (model_state, metrics) = gradient(params, model_state, *x)
+      grads, (model_state, metrics) = gradient(params, state, model_state, *x)
       return (jax.tree.map(jnp.add, total, grads), model_state), metrics
 
     batches = tokens_BxL1.reshape(self.accumulation, -1, tokens_BxL1.shape[1])
     zeros = jax.tree.map(jnp.zeros_like, params)
     (total, model_state), metrics = jax.lax.scan(
-      microbatch, (zeros, model_state), (batches, jax.random.split(key, self.accumulation))
+      microbatch, (zeros, state.model_state), (batches, jax.random.split(key, self.accumulation))
     )
     mean = jax.tree.map(lambda g: g / self.accumulation, total)
-    return mean, model_state, jax.tree.map(jnp.mean, metrics)
+    return mean, model_state, jax.tree.map(lambda m: jnp.mean(m, axis=0), metrics)
 
   def transition(
     self, state: TrainState, tokens_BxL1: Array, *, rewire: bool
@@ -129,12 +208,16 @@ class Program:
     """One optimizer step, uncompiled; with `rewire` the method's `update` follows it or replaces it."""
     method, step = self.method, state.step
     key_mask, key_model, key_update = jax.random.split(jax.random.fold_in(state.key, step), 3)
-    (params, cost), pull_back = jax.vjp(
+    (params, density), pull_back = jax.vjp(
       lambda t: method.effective(t, state.sparse, 'train', step, key_mask), state.trainable
     )
-    grads, model_state, metrics = self._gradients(params, state.model_state, tokens_BxL1, key_model)
-    (trainable_grads,) = pull_back((grads, jnp.zeros_like(cost)))
-    metrics |= {'density': cost, 'gradient_norm': optax.global_norm(trainable_grads)}
+    grads, model_state, metrics = self._gradients(params, state, tokens_BxL1, key_model)
+    (trainable_grads,) = pull_back((grads, jnp.zeros_like(density)))
+    metrics |= {'density': density, 'gradient_norm': optax.global_norm(trainable_grads)}
+    control = state.control
+    if control is not None:
+      control = self.budget.update(control, metrics['flops_fraction'])
+      metrics |= {'budget/price': control.price, 'budget/measured': control.measured}
 
     trainable, sparse, opt_state = state.trainable, state.sparse, state.opt_state
     if not (rewire and method.replaces_step):
@@ -154,6 +237,7 @@ class Program:
         opt_state=opt_state,
         ema=self._average(state.ema, trainable, sparse),
         model_state=model_state,
+        control=control,
       ),
       metrics,
     )

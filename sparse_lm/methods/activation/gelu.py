@@ -5,7 +5,10 @@ from flax import linen as nn
 
 
 class GELU(nn.Module):
-  """`x Phi(x)` (Hendrycks and Gimpel 2016).
+  """`x Phi(x)`.
+
+  Paper: Hendrycks and Gimpel 2016.
+  Saves: nothing.
 
   Attributes:
     approximate: the tanh form, cheaper on a CPU than the exact erf.

@@ -5,7 +5,11 @@ from flax import linen as nn
 
 
 class Every(nn.Module):
-  """`x + block(x)`."""
+  """`x + block(x)`.
+
+  Paper: Vaswani et al. 2017, with the norm first (Xiong et al. 2020).
+  Saves: nothing.
+  """
 
   def __call__(
     self,

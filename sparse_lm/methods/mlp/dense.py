@@ -6,11 +6,15 @@ import jax
 from flax import linen as nn
 
 from sparse_lm.layers.linear import Linear
+from sparse_lm.layers.record import hidden_units
 from sparse_lm.layers.spec import Spec
 
 
 class Dense(nn.Module):
-  """`down(activation(up(x)))` (Vaswani et al. 2017).
+  """`down(activation(up(x)))`.
+
+  Paper: Vaswani et al. 2017.
+  Saves: nothing.
 
   Attributes:
     activation: makes the activation slot's module.
@@ -22,6 +26,8 @@ class Dense(nn.Module):
   @nn.compact
   def __call__(self, x_BxLxD: jax.Array, mode: str) -> jax.Array:
     """`[B, L, D]` to `[B, L, D]`."""
+    activation = self.activation()
     h_BxLxF = Linear(self.spec, self.spec.hidden, name='up')(x_BxLxD)
-    h_BxLxF = self.activation()(h_BxLxF, mode)
-    return Linear(self.spec, self.spec.width, role='residual', name='down')(h_BxLxF)
+    h_BxLxF = activation(h_BxLxF, mode)
+    with hidden_units(self, activation, h_BxLxF, mode):
+      return Linear(self.spec, self.spec.width, role='residual', name='down')(h_BxLxF)

@@ -6,13 +6,17 @@ import jax
 from flax import linen as nn
 
 from sparse_lm.layers.linear import Linear
+from sparse_lm.layers.record import hidden_units
 from sparse_lm.layers.spec import Spec
 
 
 class Gated(nn.Module):
-  """`down(activation(gate(x)) * up(x))` (GLU variants, Shazeer 2020; SwiGLU with SiLU).
+  """`down(activation(gate(x)) * up(x))`; SwiGLU with SiLU.
 
   Three matrices of `hidden` units; at equal parameters take two thirds of a plain MLP's `hidden`.
+
+  Paper: GLU variants (Shazeer 2020).
+  Saves: nothing.
 
   Attributes:
     activation: makes the activation slot's module.
@@ -24,7 +28,9 @@ class Gated(nn.Module):
   @nn.compact
   def __call__(self, x_BxLxD: jax.Array, mode: str) -> jax.Array:
     """`[B, L, D]` to `[B, L, D]`."""
+    activation = self.activation()
     gate_BxLxF = Linear(self.spec, self.spec.hidden, name='gate')(x_BxLxD)
     up_BxLxF = Linear(self.spec, self.spec.hidden, name='up')(x_BxLxD)
-    h_BxLxF = self.activation()(gate_BxLxF, mode) * up_BxLxF
-    return Linear(self.spec, self.spec.width, role='residual', name='down')(h_BxLxF)
+    h_BxLxF = activation(gate_BxLxF, mode) * up_BxLxF
+    with hidden_units(self, activation, h_BxLxF, mode):
+      return Linear(self.spec, self.spec.width, role='residual', name='down')(h_BxLxF)

@@ -1,0 +1,79 @@
+"""What every learned gate shares: fields, checks, and how its decision reaches loss and log."""
+
+import math
+import zlib
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sparse_lm.core.errors import require, unknown
+from sparse_lm.core.estimator import ESTIMATORS, Decision
+from sparse_lm.layers.record import record
+from sparse_lm.layers.spec import Spec
+
+
+class LearnedGate(nn.Module):
+  """A gate whose logits any estimator turns into a decision.
+
+  Attributes:
+    estimator: a name in `core/estimator.py`.
+    open: probability with which a gate is open at the start; of `random` gates, always.
+  """
+
+  spec: Spec
+  estimator: str = 'straight_through'
+  open: float = 0.9
+  slot: ClassVar[str]
+  takes: ClassVar[tuple[str, ...]] = tuple(ESTIMATORS)
+
+  def check(self) -> None:
+    """Raises UserError for an estimator that this gate cannot take, or a bad probability."""
+    field = f'config.{self.slot}'
+    if self.estimator not in self.takes:
+      raise unknown(f'{field}.estimator for this gate', self.estimator, self.takes)
+    require(0 < self.open < 1, f'{field}.open', self.open, 'a probability in (0, 1)')
+
+  @property
+  def controlled(self) -> bool:
+    """Whether the budget controller moves it."""
+    return ESTIMATORS[self.estimator].controlled
+
+  @property
+  def policy(self) -> bool:
+    """Whether it learns from rewards, which takes a model that is causal in training."""
+    return ESTIMATORS[self.estimator].policy
+
+  @property
+  def planned(self) -> float:
+    """The fraction that runs as far as the config says: a learned gate may open for everything."""
+    return 1.0 if ESTIMATORS[self.estimator].learned else self.open
+
+  @property
+  def first_logit(self) -> float:
+    """The logit at which a gate is open with probability `open`."""
+    return math.log(self.open / (1 - self.open))
+
+  def decide(self, logits_BxLxU: jax.Array, mode: str) -> Decision:
+    """The decision for `[B, L or 1, units]` logits; sows its cost, and of a policy its actions.
+
+    In training draws come from the `gates` stream. Without one, and in evaluation, the gate acts
+    deterministically; what is random even then repeats from call to call.
+    """
+    sample = mode == 'train' and self.has_rng('gates')
+    fixed = zlib.crc32('/'.join(self.path).encode())
+    key = self.make_rng('gates') if sample else jax.random.key(fixed)
+    decision = ESTIMATORS[self.estimator].decide(logits_BxLxU, key, sample)
+    record(self, 'gates', 'active', jnp.mean(decision.cost))
+    if decision.log_prob is not None:
+      record(self, 'policy', 'log_prob', jnp.sum(decision.log_prob, axis=-1))
+      record(self, 'policy', 'entropy', jnp.sum(decision.entropy, axis=-1))
+      record(self, 'policy', 'open', jnp.mean(decision.weight, axis=-1))
+    return decision
+
+
+def normalised(x: jax.Array) -> jax.Array:
+  """float32 `x` at unit mean square: the residual stream grows with depth, a gate's logits need not."""
+  x = x.astype(jnp.float32)
+  return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-5)

@@ -1,0 +1,54 @@
+"""What a method says about its forward pass, besides its output."""
+
+import contextlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sparse_lm.core import cost
+
+# Written anew in every forward pass, never state.
+SOWN = ('losses', 'stats', 'gates', 'policy')
+CHUNKS = (8, 32)  # consecutive tokens that a batched or speculative decoder runs together
+
+
+def record(module: nn.Module, collection: str, name: str, value: Any) -> None:
+  """Sows `value` at the module's path; a second call of the module replaces it.
+
+  `losses` are added to the training loss as they are, `stats` and `gates` are logged, `policy` is
+  trained by its reward. Does nothing where the collection is not asked for.
+  """
+  module.sow(collection, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+
+
+def hidden_units(
+  module: nn.Module, activation: nn.Module, h_BxLxF: jax.Array, mode: str
+) -> contextlib.AbstractContextManager[None]:
+  """Observes an MLP's hidden units in evaluation; inside the context it is noted what reads them.
+
+  Sows `active`, the fraction of units that are not zero; `dead`, of units that fire for no token of
+  the batch; `union_8` and `union_32`, of units that fire for one of that many consecutive tokens at
+  least, which is what they must all load together. An activation with a dense `twin` is a gate of
+  what reads them. The zeros of any other are observed and claimed nowhere: nothing bounds them.
+  """
+  if mode != 'train':
+    fires = h_BxLxF != 0
+    active = jnp.mean(fires, dtype=jnp.float32)
+    record(module, 'stats', 'active', active)
+    record(module, 'stats', 'dead', 1 - jnp.mean(jnp.any(fires, axis=(0, 1)), dtype=jnp.float32))
+    for chunk in CHUNKS:
+      record(module, 'stats', f'union_{chunk}', _union(fires, chunk))
+    if hasattr(activation, 'twin'):
+      record(module, 'gates', 'active', active)
+  if hasattr(activation, 'twin'):
+    return cost.gated(module.path, activation.planned)
+  return contextlib.nullcontext()
+
+
+def _union(fires_BxLxF: jax.Array, chunk: int) -> jax.Array:
+  b, length, f = fires_BxLxF.shape
+  size = min(chunk, length)
+  whole = fires_BxLxF[:, : length // size * size]
+  return jnp.mean(jnp.any(whole.reshape(b, -1, size, f), axis=2), dtype=jnp.float32)

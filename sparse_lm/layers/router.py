@@ -1,0 +1,37 @@
+"""The small projection that decides: routers, gates and predictors share it."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sparse_lm.core import cost
+from sparse_lm.layers.spec import Spec
+
+
+class Router(nn.Module):
+  """`x @ kernel (+ bias)` in float32 whatever the model computes in (Switch 2021, section 2.4).
+
+  Named `router` where it is made, so that `config.weight.dense` leaves it dense.
+
+  Attributes:
+    features: units to decide about.
+    scale: of the normal initialisation, times 1/sqrt(in).
+    bias: starting value of a bias; `None` = no bias.
+  """
+
+  spec: Spec
+  features: int
+  scale: float = 1.0
+  bias: float | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """`[..., D]` to float32 logits `[..., features]`."""
+    init = nn.initializers.normal(self.scale * x.shape[-1] ** -0.5)
+    kernel = self.param('kernel', init, (x.shape[-1], self.features), self.spec.stored)
+    cost.note(self.path, 'linear', 2 * x.size * self.features, kernel='kernel')
+    logits = x.astype(jnp.float32) @ kernel.astype(jnp.float32)
+    if self.bias is not None:
+      start = nn.initializers.constant(self.bias)
+      logits += self.param('bias', start, (self.features,), self.spec.stored).astype(jnp.float32)
+    return logits

@@ -1,0 +1,48 @@
+"""Top-k of the hidden units by a threshold from their statistics."""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sparse_lm.core.errors import require
+from sparse_lm.core.select import gaussian_threshold
+
+
+class StatisticalTopK(nn.Module):
+  """Subtracts the threshold that a Gaussian row exceeds `density` of the time, drops what is below.
+
+  `inner(relu(h - threshold))`: exact if the pre-activations are Gaussian, off if they are not (heavy
+  tails leave fewer), so look at the measured fraction. Gradients flow through mean and deviation.
+
+  Paper: Spark (You et al. 2025), section 3; shipped in Gemma 3n.
+  Saves: the down-projection of the other units (up runs in full).
+
+  Attributes:
+    inner: makes the activation that is applied, `config.activation.otherwise`.
+    density: fraction of the units that is kept if they are Gaussian; 1 = all, without a threshold.
+  """
+
+  inner: Callable[[], nn.Module]
+  density: float = 0.125
+  twin: ClassVar[str] = 'relu2'
+
+  def check(self) -> None:
+    """Raises UserError for a density outside (0, 1]."""
+    require(
+      0 < self.density <= 1, 'config.activation.density', self.density, 'a fraction in (0, 1]'
+    )
+
+  @property
+  def planned(self) -> float:
+    """Fraction of the units that is computed further."""
+    return self.density
+
+  @nn.compact
+  def __call__(self, h: jax.Array, mode: str) -> jax.Array:
+    """`[..., F]` to `[..., F]`."""
+    if self.density < 1:
+      h = jnp.maximum(h - gaussian_threshold(h, self.density).astype(h.dtype), 0)
+    return self.inner()(h, mode)

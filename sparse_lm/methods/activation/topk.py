@@ -1,0 +1,45 @@
+"""Exact top-k of the hidden units."""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sparse_lm.core.errors import require
+from sparse_lm.core.select import topk_rows
+
+
+class TopK(nn.Module):
+  """Keeps the units with the largest pre-activations of each token, after another activation.
+
+  Paper: Top-k of an FFN as in Spark (You et al. 2025); exact, without sorting.
+  Saves: the down-projection of the other units (up runs in full).
+
+  Attributes:
+    inner: makes the activation that is applied, `config.activation.otherwise`.
+    density: fraction of the units that is kept.
+  """
+
+  inner: Callable[[], nn.Module]
+  density: float = 0.125
+  twin: ClassVar[str] = 'relu2'
+
+  def check(self) -> None:
+    """Raises UserError for a density outside (0, 1]."""
+    require(
+      0 < self.density <= 1, 'config.activation.density', self.density, 'a fraction in (0, 1]'
+    )
+
+  @property
+  def planned(self) -> float:
+    """Fraction of the units that is computed further."""
+    return self.density
+
+  @nn.compact
+  def __call__(self, h: jax.Array, mode: str) -> jax.Array:
+    """`[..., F]` to `[..., F]`, at most `max(1, round(density * F))` of each row not zero."""
+    k = max(1, round(self.density * h.shape[-1]))
+    mask = topk_rows(jax.lax.stop_gradient(h), k)
+    return jnp.where(mask, self.inner()(h, mode), 0)

@@ -1,0 +1,56 @@
+"""Each token opens or closes each head."""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax
+from flax import linen as nn
+
+from sparse_lm.core import cost
+from sparse_lm.layers.gate import LearnedGate
+from sparse_lm.layers.router import Router
+
+
+class HeadGate(LearnedGate, kw_only=True):
+  """A gate for every token and head around any attention, `config.attention.otherwise`.
+
+  Paper: gates on heads as in Voita et al. 2019, per token as in Mixture-of-Heads (Jin et al. 2024).
+  Saves: scores, values and output projection of closed heads.
+  Differs from the papers: any estimator, and no head is always on.
+
+  Attributes:
+    inner: makes the attention that is gated.
+  """
+
+  inner: Callable[[], nn.Module]
+  slot: ClassVar[str] = 'attention'
+  twin: ClassVar[str] = 'full'
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BxLxD: jax.Array,
+    q_BxLxHxK: jax.Array,
+    k_BxSxGxK: jax.Array,
+    v_BxSxGxK: jax.Array,
+    positions_BxL: jax.Array,
+    key_positions_BxS: jax.Array,
+    valid_BxS: jax.Array,
+    mode: str,
+  ) -> jax.Array:
+    """Returns `[B, L, H, K]`, zeros where a head is closed; see `Full`."""
+    heads = q_BxLxHxK.shape[2]
+    logits_BxLxH = Router(self.spec, heads, bias=self.first_logit, name='router')(x_BxLxD)
+    decision = self.decide(logits_BxLxH, mode)
+    with cost.gated_by(self):
+      out_BxLxHxK = self.inner()(
+        x_BxLxD,
+        q_BxLxHxK,
+        k_BxSxGxK,
+        v_BxSxGxK,
+        positions_BxL,
+        key_positions_BxS,
+        valid_BxS,
+        mode,
+      )
+    return out_BxLxHxK * decision.weight[..., None].astype(out_BxLxHxK.dtype)

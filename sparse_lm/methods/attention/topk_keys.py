@@ -1,0 +1,55 @@
+"""Every query of every head reads the keys that score highest with it."""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sparse_lm.core.errors import require
+from sparse_lm.core.select import topk_rows
+from sparse_lm.layers.attention import attend, causal, note, share_of_keys
+from sparse_lm.layers.spec import Spec
+
+
+class TopKKeys(nn.Module):
+  """Softmax over the `k` largest scores of each query; of equal ones the earlier key's.
+
+  Paper: Gupta et al. 2021 (Memory-efficient Transformers via Top-k Attention).
+  Saves: values of the other keys (all scores are computed).
+
+  Attributes:
+    k: keys that a query reads at most.
+  """
+
+  spec: Spec
+  k: int = 16
+  twin: ClassVar[str] = 'full'
+
+  def check(self) -> None:
+    """Raises UserError for fewer keys than 1 or more than the context."""
+    valid = f'1 to config.data.context, {self.spec.context}'
+    require(1 <= self.k <= self.spec.context, 'config.attention.k', self.k, valid)
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BxLxD: jax.Array,
+    q_BxLxHxK: jax.Array,
+    k_BxSxGxK: jax.Array,
+    v_BxSxGxK: jax.Array,
+    positions_BxL: jax.Array,
+    key_positions_BxS: jax.Array,
+    valid_BxS: jax.Array,
+    mode: str,
+  ) -> jax.Array:
+    """Returns `[B, L, H, K]`, see `Full`."""
+    keys = k_BxSxGxK.shape[1]
+    note(self.path, q_BxLxHxK, keys, read=share_of_keys(self.k, keys))
+    mask_BxLxS = causal(positions_BxL, key_positions_BxS, valid_BxS)
+    dropout = nn.Dropout(self.spec.dropout, deterministic=mode != 'train')
+    return attend(q_BxLxHxK, k_BxSxGxK, v_BxSxGxK, mask_BxLxS, dropout, self._largest)
+
+  def _largest(self, scores: jax.Array, mask: jax.Array) -> jax.Array:
+    scores = jax.lax.stop_gradient(jnp.where(mask, scores, -jnp.inf))
+    return mask & topk_rows(scores, min(self.k, scores.shape[-1]))

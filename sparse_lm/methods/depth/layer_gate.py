@@ -1,0 +1,40 @@
+"""Each layer is kept or dropped, whatever the input."""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sparse_lm.core import cost
+from sparse_lm.layers.gate import LearnedGate
+
+
+class LayerGate(LearnedGate, kw_only=True):
+  """One learned logit for the layer; training draws once for each sequence.
+
+  What evaluation runs moves in steps of a whole layer: a budget between two steps is not met.
+
+  Paper: L0 gates on layers as in CoFi (Xia et al. 2022), section 3.
+  Saves: dropped layers as a whole.
+  """
+
+  slot: ClassVar[str] = 'depth'
+  twin: ClassVar[str] = 'every'
+
+  @nn.compact
+  def __call__(
+    self,
+    block: nn.Module,
+    x_BxLxD: jax.Array,
+    positions_BxL: jax.Array,
+    valid_BxL: jax.Array,
+    mode: str,
+  ) -> jax.Array:
+    """Returns the residual stream `[B, L, D]` after the layer, see `Every`."""
+    start = nn.initializers.constant(self.first_logit)
+    logit = self.param('logit', start, (), jnp.float32)
+    decision = self.decide(jnp.broadcast_to(logit, (x_BxLxD.shape[0], 1, 1)), mode)
+    with cost.gated_by(self):
+      added = block(x_BxLxD, positions_BxL, valid_BxL, mode)
+    return x_BxLxD + decision.weight.astype(x_BxLxD.dtype) * added

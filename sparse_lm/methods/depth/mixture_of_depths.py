@@ -1,0 +1,101 @@
+"""A fixed share of a sequence's tokens enters the layer."""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from sparse_lm.core import cost
+from sparse_lm.core.errors import require
+from sparse_lm.layers.record import record
+from sparse_lm.layers.router import Router
+from sparse_lm.layers.spec import Spec
+
+
+class MixtureOfDepths(nn.Module):
+  """The `capacity` of the tokens that the router likes best enter: `x + r * block(x)`.
+
+  Top-k over a sequence is not causal, so training alone routes like that, on gathered tokens. A small
+  predictor learns from the tokens before it whether a token was chosen; evaluation follows it.
+
+  Paper: Raposo et al. 2024, sections 3.4 and 3.5.
+  Saves: the whole layer for tokens that skip it, keys and values included.
+  Differs from the paper: the predictor is linear in the token and the router's weight.
+
+  Attributes:
+    capacity: fraction of a sequence's tokens that enters.
+  """
+
+  spec: Spec
+  capacity: float = 0.125
+  twin: ClassVar[str] = 'every'
+  causal: ClassVar[dict[str, bool]] = {'train': False, 'eval': True}
+
+  def check(self) -> None:
+    """Raises UserError for a capacity outside (0, 1], or one that rounds to no token."""
+    tokens = self.spec.context
+    require(
+      round(self.capacity * tokens) >= 1 and self.capacity <= 1,
+      'config.depth.capacity',
+      self.capacity,
+      f'a fraction in (0, 1] that rounds to 1 of the {tokens} tokens at least',
+    )
+
+  @property
+  def planned(self) -> float:
+    """Fraction of the tokens that enters."""
+    return self.capacity
+
+  @nn.compact
+  def __call__(
+    self,
+    block: nn.Module,
+    x_BxLxD: jax.Array,
+    positions_BxL: jax.Array,
+    valid_BxL: jax.Array,
+    mode: str,
+  ) -> jax.Array:
+    """Returns the residual stream `[B, L, D]` after the layer, see `Every`."""
+    weight_BxLx1 = Router(self.spec, 1, name='router')(x_BxLxD)
+    likely_BxL = self._predict(x_BxLxD, weight_BxLx1)
+    if mode == 'train':
+      return self._train(block, x_BxLxD, weight_BxLx1, likely_BxL, positions_BxL, valid_BxL)
+    enters_BxL = (likely_BxL > 0) & valid_BxL
+    record(self, 'gates', 'active', jnp.mean(enters_BxL, dtype=jnp.float32))
+    with cost.gated_by(self):
+      added = block(x_BxLxD, positions_BxL, enters_BxL, mode)
+    added = added * weight_BxLx1.astype(added.dtype)
+    return x_BxLxD + jnp.where(enters_BxL[..., None], added, 0)
+
+  def _predict(self, x_BxLxD: jax.Array, weight_BxLx1: jax.Array) -> jax.Array:
+    """Logits that a token is chosen; trains nothing but the predictor."""
+    seen = jnp.concatenate([x_BxLxD.astype(jnp.float32), weight_BxLx1], axis=-1)
+    predictor = Router(self.spec, 1, scale=0.1, bias=0.0, name='router_predictor')
+    return predictor(jax.lax.stop_gradient(seen))[..., 0]
+
+  def _train(self, block, x_BxLxD, weight_BxLx1, likely_BxL, positions_BxL, valid_BxL):
+    length = x_BxLxD.shape[1]
+    chosen = max(1, round(self.capacity * length))
+    scores_BxL = jnp.where(valid_BxL, weight_BxLx1[..., 0], -jnp.inf)
+    index_BxC = jnp.sort(jax.lax.top_k(jax.lax.stop_gradient(scores_BxL), chosen)[1], axis=1)
+    enters_BxL = jax.nn.one_hot(index_BxC, length, dtype=jnp.float32).sum(axis=1)
+    record(
+      self,
+      'losses',
+      'predictor',
+      jnp.mean(optax.sigmoid_binary_cross_entropy(likely_BxL, enters_BxL)),
+    )
+    agrees = (likely_BxL > 0) == (enters_BxL > 0)
+    record(self, 'stats', 'predictor_accuracy', jnp.mean(agrees, dtype=jnp.float32))
+
+    def take(a: jax.Array) -> jax.Array:
+      return jnp.take_along_axis(
+        a, index_BxC.reshape(*index_BxC.shape, *[1] * (a.ndim - 2)), axis=1
+      )
+
+    added = block(take(x_BxLxD), take(positions_BxL), take(valid_BxL), 'train')
+    added = added * take(weight_BxLx1).astype(added.dtype)
+    row = jnp.arange(x_BxLxD.shape[0])[:, None]
+    return x_BxLxD.at[row, index_BxC].add(jnp.where(take(valid_BxL)[..., None], added, 0))

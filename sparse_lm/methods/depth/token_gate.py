@@ -1,0 +1,38 @@
+"""Each token enters a layer or skips it."""
+
+from typing import ClassVar
+
+import jax
+from flax import linen as nn
+
+from sparse_lm.core import cost
+from sparse_lm.layers.gate import LearnedGate, normalised
+from sparse_lm.layers.router import Router
+
+
+class TokenGate(LearnedGate, kw_only=True):
+  """A gate for every token and layer; a token that skips the layer is no key of it either.
+
+  Paper: SkipNet (Wang et al. 2018) for tokens; as a policy BlockDrop (Wu et al. 2018).
+  Saves: the whole layer for tokens that skip it, keys and values included.
+  Differs from the papers: decisions are the token's own, so that the model stays causal.
+  """
+
+  slot: ClassVar[str] = 'depth'
+  twin: ClassVar[str] = 'every'
+
+  @nn.compact
+  def __call__(
+    self,
+    block: nn.Module,
+    x_BxLxD: jax.Array,
+    positions_BxL: jax.Array,
+    valid_BxL: jax.Array,
+    mode: str,
+  ) -> jax.Array:
+    """Returns the residual stream `[B, L, D]` after the layer, see `Every`."""
+    router = Router(self.spec, 1, bias=self.first_logit, name='router')
+    decision = self.decide(router(normalised(x_BxLxD)), mode)
+    with cost.gated_by(self):
+      added = block(x_BxLxD, positions_BxL, valid_BxL & decision.open[..., 0], mode)
+    return x_BxLxD + decision.weight.astype(x_BxLxD.dtype) * added

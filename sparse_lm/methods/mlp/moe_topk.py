@@ -1,0 +1,127 @@
+"""Mixture of experts in which each token chooses."""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sparse_lm.core import cost
+from sparse_lm.core import dispatch as seats
+from sparse_lm.core.errors import require, unknown
+from sparse_lm.layers.experts import Experts, observe_routing
+from sparse_lm.layers.record import record
+from sparse_lm.layers.router import Router
+from sparse_lm.layers.spec import Spec
+
+
+class MoETopK(nn.Module):
+  """Each token goes to the `k` experts that its router likes best.
+
+  With k = 1 an expert's output is weighted by its probability (Switch), with more by the chosen
+  probabilities made to sum to 1. A full expert drops tokens; seats go by position (then sequence,
+  then choice), so that no token is dropped for a later one.
+
+  Paper: Switch (Fedus et al. 2021) and top-2 (Shazeer et al. 2017, GShard 2020); z-loss of ST-MoE
+  (Zoph et al. 2022).
+  Saves: the experts that a token does not visit.
+  Differs from the paper: evaluation drops nothing by default, so that what a batch holds besides a
+  sequence cannot change its loss; and second choices do not wait for everyone's first.
+
+  Attributes:
+    activation: makes the activation slot's module.
+    experts: how many there are.
+    k: experts that a token visits.
+    hidden: units of an expert, 0 = `config.model.hidden`.
+    capacity: seats of an expert in training, over its share of the tokens; 0 = as many as it needs.
+    eval_capacity: the same in evaluation.
+    balance: coefficient of the load-balancing loss, which is that number at uniform routing.
+    z: coefficient of the mean squared log-partition function of the router.
+    jitter: training multiplies the router's inputs by uniform noise in 1 ± jitter.
+    executor: 'sort', or 'einsum', the slow reference.
+  """
+
+  spec: Spec
+  activation: Callable[[], nn.Module]
+  experts: int = 8
+  k: int = 1
+  hidden: int = 0
+  capacity: float = 1.25
+  eval_capacity: float = 0.0
+  balance: float = 0.01
+  z: float = 0.001
+  jitter: float = 0.01
+  executor: str = 'sort'
+  twin: ClassVar[str] = 'dense'
+
+  def check(self) -> None:
+    """Raises UserError where fields do not fit each other or the context."""
+    require(self.experts >= 1, 'config.mlp.experts', self.experts, '1 or more')
+    valid = f'1 to the number of experts, {self.experts}'
+    require(1 <= self.k <= self.experts, 'config.mlp.k', self.k, valid)
+    require(self.hidden >= 0, 'config.mlp.hidden', self.hidden, "1 or more, or 0 for the model's")
+    for field in ('capacity', 'eval_capacity'):
+      seats_of_one = getattr(self, field) * self.k * self.spec.context / self.experts
+      least = self.experts / (self.k * self.spec.context)
+      require(
+        getattr(self, field) == 0 or seats_of_one >= 1,
+        f'config.mlp.{field}',
+        getattr(self, field),
+        f'{least:.4g} or more (below, an expert has no seat for a sequence), or 0 for no limit',
+      )
+    for field in ('balance', 'z', 'jitter'):
+      require(getattr(self, field) >= 0, f'config.mlp.{field}', getattr(self, field), '0 or more')
+    if self.executor not in seats.EXECUTORS:
+      raise unknown('config.mlp.executor', self.executor, seats.EXECUTORS)
+
+  @nn.compact
+  def __call__(self, x_BxLxD: jax.Array, mode: str) -> jax.Array:
+    """`[B, L, D]` to `[B, L, D]`."""
+    b, l, d = x_BxLxD.shape
+    # In order of position: that is how seats are given out.
+    x_TxD = x_BxLxD.transpose(1, 0, 2).reshape(b * l, d)
+    probability_TxE, expert_TxK, weight_TxK = self._route(x_TxD, mode)
+    plan = self._plan(expert_TxK, mode)
+    if mode == 'train':
+      self._balance(plan.load_E, probability_TxE)
+    observe_routing(self, plan.load_E, probability_TxE, plan.dropped)
+    record(self, 'gates', 'active', 1 - plan.dropped.astype(jnp.float32))
+    experts = Experts(
+      self.spec, self.activation, self.experts, self.hidden or self.spec.hidden, name='experts'
+    )
+    x_NxPxD = seats.dispatch(x_TxD, plan, self.executor)
+    expert_N = plan.expert_N if self._factor(mode) == 0 else None
+    with cost.gated_by(self):
+      y_NxPxD = experts(x_NxPxD, expert_N, b * l * self.k, mode)
+    y_TxD = seats.combine(y_NxPxD, plan, weight_TxK, self.executor)
+    return y_TxD.reshape(l, b, d).transpose(1, 0, 2)
+
+  def _factor(self, mode: str) -> float:
+    return self.capacity if mode == 'train' else self.eval_capacity
+
+  def _plan(self, expert_TxK: jax.Array, mode: str) -> seats.Plan:
+    factor, pairs = self._factor(mode), expert_TxK.size
+    capacity = -int(-factor * pairs // self.experts) if factor else None
+    return seats.plan(expert_TxK, self.experts, capacity)
+
+  def _route(self, x_TxD: jax.Array, mode: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Probabilities `[T, E]`, and the chosen experts and their weights `[T, K]`."""
+    x_TxD = x_TxD.astype(jnp.float32)
+    if mode == 'train' and self.jitter and self.has_rng('gates'):
+      low, high = 1 - self.jitter, 1 + self.jitter
+      x_TxD *= jax.random.uniform(self.make_rng('gates'), x_TxD.shape, minval=low, maxval=high)
+    logits_TxE = Router(self.spec, self.experts, scale=0.1**0.5, name='router')(x_TxD)
+    probability_TxE = jax.nn.softmax(logits_TxE)
+    weight_TxK, expert_TxK = jax.lax.top_k(probability_TxE, self.k)
+    if self.k > 1:
+      weight_TxK = weight_TxK / jnp.sum(weight_TxK, axis=-1, keepdims=True)
+    if mode == 'train':
+      square = jnp.mean(jnp.square(jax.nn.logsumexp(logits_TxE, axis=-1)))
+      record(self, 'losses', 'z', self.z * square)
+    return probability_TxE, expert_TxK, weight_TxK
+
+  def _balance(self, load_E: jax.Array, probability_TxE: jax.Array) -> None:
+    share_E = load_E / jnp.sum(load_E)
+    mean_E = jnp.mean(probability_TxE, axis=0)
+    record(self, 'losses', 'balance', self.balance * self.experts * jnp.sum(share_E * mean_E))

@@ -1,0 +1,81 @@
+"""Hidden units chosen by a cheap predictor, so that the rest need not be computed at all."""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sparse_lm.core import cost
+from sparse_lm.core.errors import require, unknown
+from sparse_lm.core.select import gaussian_threshold, topk_rows
+from sparse_lm.layers.linear import Linear
+from sparse_lm.layers.record import hidden_units, record
+from sparse_lm.layers.spec import Spec
+
+SELECTORS = ('statistical', 'exact')
+
+
+class PredictorTopK(nn.Module):
+  """The first inputs predict which units fire; the others compute those that do.
+
+  `down(activation(top-k(predictor(x[:r]))) * up(x[r:]))`: as many parameters as the plain MLP.
+
+  Paper: Spark (You et al. 2025), section 3.
+  Saves: the up- and the down-projection of the other units (the predictor runs in full).
+  Differs from the paper: the activation is the activation slot's, not GELU.
+
+  Attributes:
+    activation: makes the activation slot's module.
+    density: fraction of the units that is kept.
+    split: fraction of the inputs that the predictor reads.
+    selector: 'statistical', soft, by a Gaussian threshold, or 'exact'.
+  """
+
+  spec: Spec
+  activation: Callable[[], nn.Module]
+  density: float = 0.125
+  split: float = 0.5
+  selector: str = 'statistical'
+  twin: ClassVar[str] = 'dense'
+
+  def check(self) -> None:
+    """Raises UserError for a bad density or selector, or a split that leaves one side no input."""
+    require(0 < self.density <= 1, 'config.mlp.density', self.density, 'a fraction in (0, 1]')
+    if self.selector not in SELECTORS:
+      raise unknown('config.mlp.selector', self.selector, SELECTORS)
+    width = self.spec.width
+    valid = f'a fraction that leaves each side one of the {width} inputs at least'
+    require(1 <= round(self.split * width) < width, 'config.mlp.split', self.split, valid)
+
+  @property
+  def planned(self) -> float:
+    """Fraction of the units that is computed further."""
+    return self.density
+
+  @nn.compact
+  def __call__(self, x_BxLxD: jax.Array, mode: str) -> jax.Array:
+    """`[B, L, D]` to `[B, L, D]`."""
+    spec, r = self.spec, round(self.split * x_BxLxD.shape[-1])
+    activation = self.activation()
+    score_BxLxF = Linear(spec, spec.hidden, name='predictor')(x_BxLxD[..., :r])
+    gate_BxLxF, chosen_BxLxF = self._select(activation, score_BxLxF, mode)
+    if mode != 'train':
+      record(self, 'gates', 'active', jnp.mean(chosen_BxLxF, dtype=jnp.float32))
+    with cost.gated_by(self):
+      h_BxLxF = gate_BxLxF * Linear(spec, spec.hidden, name='up')(x_BxLxD[..., r:])
+      with hidden_units(self, None, h_BxLxF, mode):
+        return Linear(spec, spec.width, role='residual', name='down')(h_BxLxF)
+
+  def _select(self, activation, score_BxLxF, mode: str) -> tuple[jax.Array, jax.Array]:
+    """The activated scores of the chosen units, zero elsewhere, and which those are."""
+    if self.density == 1:
+      return activation(score_BxLxF, mode), jnp.ones(score_BxLxF.shape, bool)
+    if self.selector == 'statistical':
+      above = score_BxLxF - gaussian_threshold(score_BxLxF, self.density).astype(score_BxLxF.dtype)
+      chosen = above > 0
+      return jnp.where(chosen, activation(jnp.maximum(above, 0), mode), 0), chosen
+    k = max(1, round(self.density * self.spec.hidden))
+    chosen = topk_rows(jax.lax.stop_gradient(score_BxLxF), k)
+    return jnp.where(chosen, activation(score_BxLxF, mode), 0), chosen
