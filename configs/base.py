@@ -57,8 +57,9 @@ def get_config() -> ConfigDict:
       # Holds what the gates let through: weights at their density times gates, over the dense twin.
       'budget': {
         'target': 1.0,  # fraction of the dense twin's forward FLOPs, 1 = no controller
-        'controller': 'dual',  # dual: ascent on a price | quadratic: a penalty
-        'rate': 0.05,  # of the price's ascent a step; of the quadratic penalty its weight
+        'controller': 'dual',  # dual: a price that ascends, and a penalty | quadratic: the penalty
+        'weight': 3.0,  # of the quadratic penalty
+        'rate': 0.02,  # of the price's ascent
       },
       'optimizer': {
         'name': 'adamw',

@@ -1,7 +1,8 @@
 """Do mask selection and the input pipeline stay out of a training step's way?
 
-Selecting 10 % of a 768 x 3072 matrix without sorting, in turns with `jnp.sort`; and the tokens per
-second of the input pipeline, in turns with a training step that consumes them.
+Selecting 10 % of a 768 x 3072 matrix without sorting, in turns with `jnp.sort`; 8 % of each row of a
+2048 x 1024 one, with `jax.lax.top_k`; and the tokens per second of the input pipeline, in turns with a
+training step that consumes them.
 """
 
 import pathlib
@@ -14,7 +15,7 @@ import numpy as np
 from experiments.sweep import Run
 from sparse_lm.core import config as configs
 from sparse_lm.core import runtime
-from sparse_lm.core.select import topk_mask
+from sparse_lm.core.select import topk_mask, topk_rows
 from sparse_lm.data.pipeline import train_iterator
 from sparse_lm.evals import speed
 from sparse_lm.report import lines as results
@@ -33,6 +34,7 @@ def runs() -> list[Run]:
   """One run a component."""
   return [
     Run(CONFIG, {}, {'component': 'mask update of 768 x 3072', 'reference': 'jnp.sort'}),
+    Run(CONFIG, {}, {'component': 'top 82 of each row, 2048 x 1024', 'reference': 'jax.lax.top_k'}),
     Run(CONFIG, {}, {'component': 'input pipeline, per batch', 'reference': 'training step'}),
   ]
 
@@ -41,8 +43,7 @@ def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
   """Times a component against its reference."""
   runtime.prepare()
   config = configs.load(run.config, run.overrides)
-  measure = _selection if run.labels['reference'] == 'jnp.sort' else _pipeline
-  seconds = measure(config)
+  seconds = MEASURES[run.labels['reference']](config)
   metrics = {
     'ms': 1e3 * float(np.median(seconds['component'])),
     'reference_ms': 1e3 * float(np.median(seconds['reference'])),
@@ -63,6 +64,14 @@ def _selection(config: Any) -> dict[str, np.ndarray]:
   return speed.interleaved(calls, REPEATS, 'mask update')
 
 
+def _rows(config: Any) -> dict[str, np.ndarray]:
+  scores, k = jax.random.normal(jax.random.key(0), (2048, 1024)), 82
+  select = jax.jit(lambda scores: topk_rows(scores, k))
+  top_k = jax.jit(lambda scores: jax.lax.top_k(scores, k))
+  calls = {'component': lambda: select(scores), 'reference': lambda: top_k(scores)}
+  return speed.interleaved(calls, REPEATS, 'rows')
+
+
 def _pipeline(config: Any) -> dict[str, np.ndarray]:
   tokens = np.random.default_rng(0).integers(0, VOCAB, 10_000_000).astype(np.uint8)
   batches = train_iterator(tokens, context=config.data.context, batch=config.data.batch, seed=0)
@@ -77,6 +86,9 @@ def _pipeline(config: Any) -> dict[str, np.ndarray]:
   calls = {'component': lambda: [next(batches) for _ in range(BATCHES)], 'reference': step}
   seconds = speed.interleaved(calls, REPEATS, 'input pipeline')
   return seconds | {'component': seconds['component'] / BATCHES}
+
+
+MEASURES = {'jnp.sort': _selection, 'jax.lax.top_k': _rows, 'training step': _pipeline}
 
 
 def report(lines: list[results.Line], folder: pathlib.Path) -> str:

@@ -3,6 +3,7 @@
 Every row is timed in turns with its reference in one process (4 layers, width 256, context 128,
 batch 32): ratios are medians over the turns, with quartiles. A method's step is the average over an
 update period, updates included. Steps run masked: what sparsity saves once packed is not shown here.
+Routers of fixed capacity run less already in training; learned gates compute everything there.
 """
 
 import functools
@@ -29,11 +30,23 @@ VOCAB = 256
 REPEATS = 12
 TWIN, DENSE = 'plain Flax twin', 'default model'
 SPARSITY = 0.9
+# Of equal active FLOPs where not said otherwise: experts as large as the MLP that they replace.
+GATED = {
+  'statistical_topk, 12.5 %': {'activation.name': 'statistical_topk'},
+  'topk, 12.5 %': {'activation.name': 'topk'},
+  'moe_topk, 1 of 8': {'mlp.name': 'moe_topk'},
+  'mixture_of_depths, 12.5 % of every second layer': {
+    'depth.name': 'mixture_of_depths',
+    'depth.layers': '1::2',
+  },
+  'token_gate': {'depth.name': 'token_gate'},
+  'token_gate, reinforce': {'depth.name': 'token_gate', 'depth.estimator': 'reinforce'},
+}
 GELU = {'activation.name': 'gelu'}
 
 
 def runs() -> list[Run]:
-  """The dense rows against the twin, then each weight method against the default model."""
+  """The dense rows against the twin, then weight methods, routers and gates against the default."""
   dense = [
     Run(CONFIG, GELU, {'step': 'default model with erf GELU', 'reference': TWIN}),
     Run(CONFIG, {}, {'step': DENSE, 'reference': TWIN}),
@@ -44,7 +57,10 @@ def runs() -> list[Run]:
     )
     for name in ('static', 'magnitude', 'set', 'rigl', 'ste')
   ]
-  return dense + sparse
+  gated = [
+    Run(CONFIG, overrides, {'step': step, 'reference': DENSE}) for step, overrides in GATED.items()
+  ]
+  return dense + sparse + gated
 
 
 class _Stepper:

@@ -19,7 +19,7 @@ class Control(struct.PyTreeNode):
   """The controller's state.
 
   Attributes:
-    price: float32, loss per fraction of the dense twin's FLOPs (dual ascent only).
+    price: float32, nats per fraction of the dense twin's FLOPs; 0 without dual ascent.
     measured: float32, moving average of that fraction.
   """
 
@@ -31,17 +31,22 @@ class Control(struct.PyTreeNode):
 class Budget:
   """`config.budget`.
 
-  dual       loss + price * fraction, and price += rate * (measured - target) after each step
-             (as the Lagrangian of CoFi, Xia et al. 2022). Differs from the paper: no quadratic term;
-             and the price may fall below zero, which opens gates that have closed too far.
-  quadratic  loss + rate * (fraction - target)^2: never quite at the target, but without memory.
+  quadratic  loss + weight * (fraction - target)^2: close to the target, never quite at it.
+  dual       the same + price * (fraction - target), with price += rate * (measured - target) after
+             each step: the augmented Lagrangian (as in CoFi, Xia et al. 2022). The price
+             may fall below zero, which opens gates that have closed too far; without the quadratic
+             term it oscillates around the target.
 
   Attributes:
     target: fraction of the dense twin's forward FLOPs, 1 = no controller.
+    controller: 'dual' or 'quadratic'.
+    weight: of the quadratic term, in nats.
+    rate: of the price's ascent, in nats a step.
   """
 
   target: float
   controller: str
+  weight: float
   rate: float
 
   @classmethod
@@ -49,7 +54,10 @@ class Budget:
     """Reads `config.budget`; `None` where there is nothing to hold. Raises UserError."""
     budget = cls(**config.budget)
     require(0 < budget.target <= 1, 'config.budget.target', budget.target, 'a fraction in (0, 1]')
-    require(budget.rate > 0, 'config.budget.rate', budget.rate, 'a rate above 0')
+    for field in ('weight', 'rate'):
+      require(
+        getattr(budget, field) >= 0, f'config.budget.{field}', getattr(budget, field), '0 or more'
+      )
     if budget.controller not in CONTROLLERS:
       raise unknown('config.budget.controller', budget.controller, CONTROLLERS)
     return budget if budget.target < 1 else None
@@ -60,18 +68,15 @@ class Budget:
 
   def penalty(self, control: Control, fraction: Array) -> Array:
     """What is added to the loss for running `fraction`."""
-    if self.controller == 'dual':
-      return control.price * (fraction - self.target)
-    return self.rate * (fraction - self.target) ** 2
+    excess = fraction - self.target
+    return control.price * excess + self.weight * excess**2
 
   def price(self, control: Control, fraction: Array) -> Array:
     """The penalty's slope at `fraction`: what a little more of it costs."""
-    if self.controller == 'dual':
-      return control.price
-    return 2 * self.rate * (fraction - self.target)
+    return control.price + 2 * self.weight * (fraction - self.target)
 
   def update(self, control: Control, fraction: Array) -> Control:
     """The state after a step that ran `fraction`."""
     measured = DECAY * control.measured + (1 - DECAY) * fraction
-    price = control.price + self.rate * (measured - self.target)
-    return Control(price=price, measured=measured)
+    rate = self.rate if self.controller == 'dual' else 0.0
+    return Control(control.price + rate * (measured - self.target), measured)

@@ -103,11 +103,10 @@ def _reinforce(logits: Array, key: Array, sample: bool) -> Decision:
 
 
 def _random(logits: Array, key: Array, sample: bool) -> Decision:
-  rate = jax.lax.stop_gradient(jax.nn.sigmoid(logits))
-  action = jax.random.bernoulli(key, rate)
+  action = jax.random.bernoulli(key, jax.lax.stop_gradient(jax.nn.sigmoid(logits)))
   # Tied to the logits by a gradient of zero, so that gates of every kind have the same parameters.
   weight = action + 0.0 * (logits - jax.lax.stop_gradient(logits))
-  return Decision(weight, action, rate)
+  return Decision(weight, action, action.astype(jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,13 +15,18 @@ def main() -> None:
   parser.add_argument('--workdir', required=True, help='folder of the run; running again continues')
   arguments, config = configs.from_command_line(parser)
   runtime.prepare()
-  metrics = train(config, arguments.workdir)['metrics']
+  result = train(config, arguments.workdir)
+  metrics = result['metrics']
   print(
     f'{arguments.workdir}: validation loss {metrics["val_loss"]:.4f} nats per token, '
     f'{metrics["val_bits_per_byte"]:.4f} bits per byte after {metrics["steps"]} steps; '
     f'{metrics["sparsity_prunable"]:.1%} of the prunable weights dropped, '
+    f'{metrics["flops_forward_ratio"]:.3f} of the forward FLOPs of the dense twin, '
     f'{metrics["train_step_ms"]:.1f} ms a step'
   )
+  for mode, causal in result['causal'].items():
+    if not causal:
+      print(f'not causal: in mode {mode!r} the model reads later tokens')
 
 
 if __name__ == '__main__':

@@ -17,6 +17,7 @@ from sparse_lm.core import config as configs
 from sparse_lm.core import rng
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.sparse import Tree
+from sparse_lm.model import lm
 from sparse_lm.train import cost, observe
 from sparse_lm.train.checkpoint import Checkpoints
 from sparse_lm.train.setup import Setup, setup
@@ -217,6 +218,7 @@ class _Loop:
       'config': configs.to_json(self.config),
       'env': environment(),
       'data': self.setup.data.card,
+      'causal': lm.causal(self.program.model),
       'metrics': {
         'steps': int(state.step),
         **evaluated,

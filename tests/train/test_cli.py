@@ -88,6 +88,44 @@ BAD = {
   'dense expression': ({'config.weight.name': 'set', 'config.weight.dense': "('(',)"}, 'dense'),
   'nothing to prune': ({'config.weight.name': 'set', 'config.weight.dense': "('.',)"}, 'dense'),
   'layers': ({'config.mlp.layers': '5:'}, 'config.mlp.layers'),
+  'unknown otherwise': ({'config.attention.otherwise.name': 'ful'}, "'full'"),
+  'field of otherwise': ({'config.attention.otherwise.window': 8}, 'config.attention.otherwise'),
+  'capacity': (
+    {'config.depth.name': 'mixture_of_depths', 'config.depth.capacity': 0.001},
+    'config.depth.capacity',
+  ),
+  'seats of an expert': (
+    {'config.mlp.name': 'moe_topk', 'config.mlp.capacity': 0.01},
+    'config.mlp.capacity',
+  ),
+  'k above the experts': (
+    {'config.mlp.name': 'moe_topk', 'config.mlp.k': 9},
+    '1 to the number of experts, 8',
+  ),
+  'k above the keys': (
+    {'config.attention.name': 'topk_keys', 'config.attention.k': 17},
+    '1 to config.data.context, 16',
+  ),
+  'density': ({'config.activation.name': 'topk', 'config.activation.density': 1.5}, '(0, 1]'),
+  'estimator': (
+    {'config.depth.name': 'token_gate', 'config.depth.estimator': 'straight'},
+    "'straight_through'",
+  ),
+  'estimator beside a router': (
+    {
+      'config.depth.name': 'token_gate',
+      'config.depth.estimator': 'reinforce',
+      'config.mlp.name': 'expert_choice',
+    },
+    'not causal in training',
+  ),
+  'target': ({'config.depth.name': 'token_gate', 'config.budget.target': 1.5}, '(0, 1]'),
+  'target without a gate': ({'config.budget.target': 0.5}, 'token_gate'),
+  'target below the floor': (
+    {'config.attention.name': 'head_gate', 'config.budget.target': 0.2},
+    'block_0/mlp/up',
+  ),
+  'controller': ({'config.budget.controller': 'duel'}, "'dual'"),
   'steps': ({'config.train.steps': 0}, 'config.train.steps'),
   'accumulation': ({'config.train.accumulation': 3}, 'config.train.accumulation'),
   'seed below 0': ({'config.seed': -1}, 'config.seed'),

@@ -17,7 +17,7 @@ class StatisticalTopK(nn.Module):
   `inner(relu(h - threshold))`: exact if the pre-activations are Gaussian, off if they are not (heavy
   tails leave fewer), so look at the measured fraction. Gradients flow through mean and deviation.
 
-  Paper: Spark (You et al. 2025), section 3; shipped in Gemma 3n.
+  Paper: Spark (You et al. 2025); shipped in Gemma 3n.
   Saves: the down-projection of the other units (up runs in full).
 
   Attributes:

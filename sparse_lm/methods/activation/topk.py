@@ -14,7 +14,7 @@ from sparse_lm.core.select import topk_rows
 class TopK(nn.Module):
   """Keeps the units with the largest pre-activations of each token, after another activation.
 
-  Paper: Top-k of an FFN as in Spark (You et al. 2025); exact, without sorting.
+  Paper: as in Spark (You et al. 2025), but exact.
   Saves: the down-projection of the other units (up runs in full).
 
   Attributes:

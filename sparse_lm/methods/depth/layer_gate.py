@@ -9,13 +9,17 @@ from flax import linen as nn
 from sparse_lm.core import cost
 from sparse_lm.layers.gate import LearnedGate
 
+# A logit moves this much faster than other parameters: an optimizer of the Adam family moves each by
+# the learning rate at most, and one number has no others to move along with it.
+RATE = 10.0
+
 
 class LayerGate(LearnedGate, kw_only=True):
   """One learned logit for the layer; training draws once for each sequence.
 
   What evaluation runs moves in steps of a whole layer: a budget between two steps is not met.
 
-  Paper: L0 gates on layers as in CoFi (Xia et al. 2022), section 3.
+  Paper: L0 gates on layers as in CoFi (Xia et al. 2022).
   Saves: dropped layers as a whole.
   """
 
@@ -32,8 +36,8 @@ class LayerGate(LearnedGate, kw_only=True):
     mode: str,
   ) -> jax.Array:
     """Returns the residual stream `[B, L, D]` after the layer, see `Every`."""
-    start = nn.initializers.constant(self.first_logit)
-    logit = self.param('logit', start, (), jnp.float32)
+    start = nn.initializers.constant(self.first_logit / RATE)
+    logit = RATE * self.param('logit', start, (), jnp.float32)
     decision = self.decide(jnp.broadcast_to(logit, (x_BxLxD.shape[0], 1, 1)), mode)
     with cost.gated_by(self):
       added = block(x_BxLxD, positions_BxL, valid_BxL, mode)

@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from sparse_lm.core import cost
 from sparse_lm.core.errors import require
+from sparse_lm.layers.gate import normalised
 from sparse_lm.layers.record import record
 from sparse_lm.layers.router import Router
 from sparse_lm.layers.spec import Spec
@@ -20,9 +21,10 @@ class MixtureOfDepths(nn.Module):
   Top-k over a sequence is not causal, so training alone routes like that, on gathered tokens. A small
   predictor learns from the tokens before it whether a token was chosen; evaluation follows it.
 
-  Paper: Raposo et al. 2024, sections 3.4 and 3.5.
+  Paper: Raposo et al. 2024.
   Saves: the whole layer for tokens that skip it, keys and values included.
-  Differs from the paper: the predictor is linear in the token and the router's weight.
+  Differs from the paper: the predictor is linear in the token and the router's weight; both read the
+    token at unit mean square, or the predictor's gradient comes to outweigh the model's.
 
   Attributes:
     capacity: fraction of a sequence's tokens that enters.
@@ -58,7 +60,7 @@ class MixtureOfDepths(nn.Module):
     mode: str,
   ) -> jax.Array:
     """Returns the residual stream `[B, L, D]` after the layer, see `Every`."""
-    weight_BxLx1 = Router(self.spec, 1, name='router')(x_BxLxD)
+    weight_BxLx1 = Router(self.spec, 1, name='router')(normalised(x_BxLxD))
     likely_BxL = self._predict(x_BxLxD, weight_BxLx1)
     if mode == 'train':
       return self._train(block, x_BxLxD, weight_BxLx1, likely_BxL, positions_BxL, valid_BxL)
@@ -71,7 +73,7 @@ class MixtureOfDepths(nn.Module):
 
   def _predict(self, x_BxLxD: jax.Array, weight_BxLx1: jax.Array) -> jax.Array:
     """Logits that a token is chosen; trains nothing but the predictor."""
-    seen = jnp.concatenate([x_BxLxD.astype(jnp.float32), weight_BxLx1], axis=-1)
+    seen = jnp.concatenate([normalised(x_BxLxD), weight_BxLx1], axis=-1)
     predictor = Router(self.spec, 1, scale=0.1, bias=0.0, name='router_predictor')
     return predictor(jax.lax.stop_gradient(seen))[..., 0]
 
@@ -98,4 +100,5 @@ class MixtureOfDepths(nn.Module):
     added = block(take(x_BxLxD), take(positions_BxL), take(valid_BxL), 'train')
     added = added * take(weight_BxLx1).astype(added.dtype)
     row = jnp.arange(x_BxLxD.shape[0])[:, None]
-    return x_BxLxD.at[row, index_BxC].add(jnp.where(take(valid_BxL)[..., None], added, 0))
+    added = jnp.where(take(valid_BxL)[..., None], added, 0)
+    return x_BxLxD + jnp.zeros_like(x_BxLxD).at[row, index_BxC].set(added)

@@ -22,7 +22,7 @@ class PredictorTopK(nn.Module):
 
   `down(activation(top-k(predictor(x[:r]))) * up(x[r:]))`: as many parameters as the plain MLP.
 
-  Paper: Spark (You et al. 2025), section 3.
+  Paper: Spark (You et al. 2025).
   Saves: the up- and the down-projection of the other units (the predictor runs in full).
   Differs from the paper: the activation is the activation slot's, not GELU.
 

@@ -14,8 +14,11 @@ from sparse_lm.core.sparse import Array, Change, Sparse, Tree, WeightMethod, exc
 class Magnitude(WeightMethod):
   """Starts dense and drops the smallest weights along a cubic ramp.
 
-  Reference: "To prune, or not to prune" (Zhu and Gupta 2017), equation 1. A dropped weight is zero
-  and does not return, because no dense copy is kept: later masks are subsets of earlier ones.
+  A dropped weight is zero and does not return, because no dense copy is kept: later masks are subsets
+  of earlier ones.
+
+  Paper: To prune, or not to prune (Zhu and Gupta 2017), equation 1.
+  Saves: what the ramp has dropped; training is dense at first.
 
   Attributes:
     start, end: of the ramp, as fractions of the run.

@@ -10,7 +10,11 @@ from sparse_lm.core.sparse import Array, Sparse, Tree, WeightMethod
 
 @dataclasses.dataclass(frozen=True)
 class NoSparsity(WeightMethod):
-  """Every weight exists."""
+  """Every weight exists.
+
+  Paper: none.
+  Saves: nothing.
+  """
 
   masked: ClassVar[bool] = False
 

@@ -14,10 +14,13 @@ from sparse_lm.core.sparse import Array
 class RigL(Rewiring):
   """Drops the smallest connections and grows those with the largest gradient; the share decays.
 
-  Reference: "Rigging the Lottery" (Evci et al. 2020), algorithm 1. The gradient is the dense one at
-  the masked weights, averaged over the step's microbatches. As there, the optimizer rests in a step
-  that rewires (and so does its count, by which the rate decays), a dropped connection may be grown
-  again and keeps its value, and born ones start at zero with zeroed moments.
+  The gradient is the dense one at the masked weights, averaged over the step's microbatches. As in the
+  paper the optimizer rests in a step that rewires (and so does its count, by which the rate decays), a
+  dropped connection may be grown again and keeps its value, and born ones start at zero with zeroed
+  moments.
+
+  Paper: Rigging the Lottery (Evci et al. 2020), algorithm 1.
+  Saves: weights and moments of dropped connections; gradients but in steps that rewire.
   """
 
   needs: ClassVar[tuple[str, ...]] = ('grads',)

@@ -13,10 +13,10 @@ from sparse_lm.core.sparse import Array
 class SET(Rewiring):
   """Drops a fixed share of the smallest connections and grows as many at random.
 
-  Reference: Mocanu et al. 2018 (Nature Communications), algorithm 1.
-
+  Paper: Mocanu et al. 2018 (Nature Communications), algorithm 1.
+  Saves: weights, gradients and moments of dropped connections, from the first step.
   Differs from the paper: the drop is by magnitude, where the paper drops the weights closest to zero
-  of either sign separately; updates stop at `end` (0.75 of the run), as RigL's do.
+    of either sign separately; updates stop at `end` (0.75 of the run), as RigL's do.
   """
 
   def growth(self, weights: Array, signals: dict[str, Array], key: Array) -> Array:

@@ -10,8 +10,9 @@ from sparse_lm.core.sparse import Array, Sparse, Tree, WeightMethod
 class Static(WeightMethod):
   """Draws random masks at step 0 and trains what they leave.
 
-  Reference: the static baseline of RigL (Evci et al. 2020), initialised for its smaller fan-in as in
-  "Gradient Flow in Sparse Neural Networks" (Evci et al. 2022).
+  Paper: the static baseline of RigL (Evci et al. 2020), initialised for its smaller fan-in (Gradient
+    Flow in Sparse Neural Networks, Evci et al. 2022).
+  Saves: weights, gradients and moments of dropped connections, from the first step.
 
   Attributes:
     pattern: which sets of weights may be kept.

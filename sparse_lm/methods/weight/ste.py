@@ -16,9 +16,11 @@ from sparse_lm.core.sparse import Array, Sparse, Tree, WeightMethod, apply_masks
 class STE(WeightMethod):
   """Runs the largest magnitudes of dense weights, chosen anew in every step.
 
-  Reference: jaxpruner's `magnitude_ste` (Lee et al. 2023), its best sparse T5; the straight-through
-  estimator is Bengio et al. 2013. All weights receive the gradient taken at the masked ones, so
-  training keeps dense weights and a dense backward pass; only the result is sparse.
+  All weights receive the gradient taken at the masked ones, so training keeps dense weights and a dense
+  backward pass; only the result is sparse.
+
+  Paper: jaxpruner's magnitude_ste (Lee et al. 2023); the estimator is Bengio et al. 2013.
+  Saves: the forward pass of dropped connections; weights and gradients stay dense.
 
   Attributes:
     start, end: of a cubic ramp from dense, as fractions of the run; equal at 0 asks for the final

@@ -1,0 +1,19 @@
+"""Eight experts that choose their tokens, on the tiny model.
+
+Command:  python -m sparse_lm.train --config=configs/expert_choice.py --workdir=results/expert_choice
+Time:     41 s on 2 CPU cores, compilation included.
+Expected: validation loss 1.884 nats per byte at 0.985 of the forward FLOPs
+          of the dense twin (the tiny model: 1.893).
+Paper:    Zhou et al. 2022.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import tiny
+
+
+def get_config() -> ConfigDict:
+  """One expert a token on average; causal in evaluation only."""
+  config = tiny.get_config()
+  config.mlp.update({'name': 'expert_choice', 'experts': 8, 'visits': 1.0})
+  return config

@@ -1,0 +1,19 @@
+"""Eight experts, of which each token visits one, on the tiny model.
+
+Command:  python -m sparse_lm.train --config=configs/moe_topk.py --workdir=results/moe_topk
+Time:     38 s on 2 CPU cores, compilation included.
+Expected: validation loss 1.877 nats per byte at 1.004 of the forward FLOPs
+          of the dense twin (the tiny model: 1.893).
+Paper:    Switch (Fedus et al. 2021).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import tiny
+
+
+def get_config() -> ConfigDict:
+  """Experts as large as the dense MLP: its compute with eight times its parameters."""
+  config = tiny.get_config()
+  config.mlp.update({'name': 'moe_topk', 'experts': 8, 'k': 1})
+  return config

@@ -1,0 +1,20 @@
+"""Layers that each token enters or skips, on the tiny model.
+
+Command:  python -m sparse_lm.train --config=configs/token_gate.py --workdir=results/token_gate
+Time:     21 s on 2 CPU cores, compilation included.
+Expected: validation loss 1.835 nats per byte at 0.598 of the forward FLOPs
+          of the dense twin (the tiny model: 1.893).
+Paper:    SkipNet (Wang et al. 2018).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import tiny
+
+
+def get_config() -> ConfigDict:
+  """Straight-through gates held at 60 % of the dense FLOPs."""
+  config = tiny.get_config()
+  config.depth.name = 'token_gate'
+  config.budget.target = 0.6
+  return config

@@ -1,0 +1,136 @@
+"""What does input-dependent compute cost in validation loss, beside dense models of equal FLOPs?
+
+One method of each slot or more at three budgets each, sparse weights and gates under one budget, random
+gates at equal rate, and smaller dense models; over seeds that share initialisation and data.
+"""
+
+import functools
+import pathlib
+
+from experiments.sweep import Overrides, Run, fixed, grid, product
+from sparse_lm.core import config as configs
+from sparse_lm.core import cost, slots, tree
+from sparse_lm.report import health, plot, table
+from sparse_lm.report import lines as results
+from sparse_lm.train.setup import build
+
+CONFIG = 'configs/ablation.py'
+MODEL = {'model.layers': 4}
+VOCAB = 256
+SEEDS = (0, 1, 2)
+GATE = {'depth.name': 'token_gate'}
+# Fractions of the dense model's forward FLOPs, and dense models that cost as much as that.
+TARGETS = (0.8, 0.6, 0.4)
+NARROWER = (
+  {'model.width': 56, 'model.hidden': 232},
+  {'model.width': 48, 'model.hidden': 192},
+  {'model.width': 40, 'model.hidden': 128},
+)
+EXPERTS = {'mlp.name': 'moe_topk', 'mlp.experts': 8, 'mlp.hidden': 64}
+HYBRID = GATE | {'weight.name': 'rigl', 'weight.sparsity': 0.5, 'weight.period': 25}
+CAPTION = (
+  'Input-dependent compute against validation loss: 4 layers of width 64 on bytes of the Python '
+  "standard library's source, 500 steps; learning rate and decay are those of sparsity_vs_accuracy, "
+  'chosen for a dense model of 2 layers, and the same in every row; no method was tuned. FLOPs count '
+  'what gates let through on the validation text; gated runs compute everything and mask it: their '
+  'time is no claim. Rows whose training sees later tokens are marked; evaluation is causal in all'
+)
+
+
+def runs() -> list[Run]:
+  """Dense models, then each method at its budgets, over seeds."""
+  rows: list[tuple[str, str, Overrides]] = [('dense', '4 layers', {})]
+  rows += [('dense, narrower', f'width {small["model.width"]}', small) for small in NARROWER]
+  rows += [('dense, fewer layers', f'{n} of 4 layers', {'model.layers': n}) for n in (3, 2, 1)]
+  for name, slot in (('statistical_topk', 'activation'), ('predictor_topk', 'mlp')):
+    rows += [
+      (name, f'density {d}', {f'{slot}.name': name, f'{slot}.density': d}) for d in (0.5, 0.25, 0.1)
+    ]
+  rows += [('moe_topk', f'{k} of 8 experts', EXPERTS | {'mlp.k': k}) for k in (3, 2, 1)]
+  rows += [
+    ('sliding_window', f'window {w}', {'attention.name': 'sliding_window', 'attention.window': w})
+    for w in (32, 16, 8)
+  ]
+  rows += [_held('head_gate', {'attention.name': 'head_gate'}, t) for t in (0.95, 0.9, 0.85)]
+  for capacity in (0.5, 0.25, 0.125):
+    half = {'depth.name': 'mixture_of_depths', 'depth.layers': '1::2', 'depth.capacity': capacity}
+    rows.append(('mixture_of_depths', f'capacity {capacity}', half))
+  for estimator in ('straight_through', 'reinforce'):
+    learned = GATE | {'depth.estimator': estimator}
+    rows += [_held(f'token_gate, {estimator}', learned, target) for target in TARGETS]
+  for target in TARGETS:
+    random = GATE | {'depth.estimator': 'random', 'depth.open': _random_rate(target)}
+    rows.append(('token_gate, random', f'target {target}', random))
+  rows += [_held('hybrid: rigl + token_gate', HYBRID, target) for target in (0.4, 0.3, 0.2)]
+  return [
+    Run(CONFIG, overrides, {'method': method, 'setting': setting, 'training': _training(overrides)})
+    for method, setting, row in rows
+    for overrides in product(fixed(MODEL | row), grid('seed', SEEDS))
+  ]
+
+
+def _held(method: str, overrides: Overrides, target: float) -> tuple[str, str, Overrides]:
+  return method, f'target {target}', overrides | {'budget.target': target}
+
+
+@functools.cache
+def _random_rate(target: float) -> float:
+  """The rate at which random token gates cost `target` of the dense model's FLOPs."""
+  program, masks = build(configs.load(CONFIG, MODEL | GATE), VOCAB)
+  ledger, dense = program.costs
+  closed, opened = cost.extremes(ledger, tree.named(masks))
+  return round((target * dense - closed) / (opened - closed), 4)
+
+
+def _training(overrides: Overrides) -> str:
+  """Whether training keeps to the past, as the methods declare."""
+  methods = [
+    slots.method(field.partition('.')[0], name)
+    for field, name in overrides.items()
+    if field.endswith('.name')
+  ]
+  leaks = any(not getattr(m, 'causal', {}).get('train', True) for m in methods)
+  return 'sees later tokens' if leaks else 'causal'
+
+
+def report(lines: list[results.Line], folder: pathlib.Path) -> str:
+  """Table and figures: loss against FLOPs, and the health of the routers."""
+  lines = [_beside_dense(line, lines) for line in lines]
+  flops = table.Column('flops_of_dense', 'active forward FLOPs', '.3f', '× the dense model')
+  columns = [
+    table.column('val_loss'),
+    flops,
+    *map(table.column, ('flops_forward', 'flops_forward_ratio', 'flops_training_ratio')),
+    table.column('active'),
+    *map(table.column, ('params', 'active_params', 'sparsity_prunable')),
+    *map(table.column, ('stored_bytes', 'train_step_ms')),
+  ]
+  frame = table.summarise(lines, ['method', 'setting', 'training'], columns, {'method': 'dense'})
+  figure = plot.curves(lines, flops, table.column('val_loss'), 'method')
+  plot.save(figure, folder, 'dynamic_compute')
+  _router_health(lines, folder)
+  return table.write(frame, folder, CAPTION, f'python -m experiments.run {folder.name}')
+
+
+def _beside_dense(line: results.Line, lines: list[results.Line]) -> results.Line:
+  """The line with its FLOPs over those of the dense model of the same seed."""
+  dense = next(
+    (
+      other['metrics']['flops_forward']
+      for other in lines
+      if other['labels']['method'] == 'dense' and other['seed'] == line['seed']
+    ),
+    float('nan'),
+  )
+  ratio = line['metrics']['flops_forward'] / dense
+  return line | {'metrics': line['metrics'] | {'flops_of_dense': ratio}}
+
+
+def _router_health(lines: list[results.Line], folder: pathlib.Path) -> None:
+  """The figure of each budget of the experts, of the first seed."""
+  for line in lines:
+    metrics = folder / 'runs' / line['run'] / 'metrics.jsonl'
+    # A figure is drawn where the run's folder is: lines may have come without it.
+    if 'max_violation' in line['metrics'] and line['seed'] == SEEDS[0] and metrics.exists():
+      setting = line['labels']['setting'].split()[0]
+      plot.save(health.router_health(metrics), folder, f'router_health_top{setting}')

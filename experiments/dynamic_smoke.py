@@ -1,0 +1,15 @@
+"""Does the study of input-dependent compute run end to end? One seed, 40 steps: no result to quote."""
+
+import dataclasses
+
+from experiments import dynamic_compute as study
+from experiments.sweep import Run
+
+SHORT = {'train.steps': 40, 'train.eval_every': 40, 'train.log_every': 10}
+report = study.report
+
+
+def runs() -> list[Run]:
+  """Every method once, at its smallest budget."""
+  last = {run.labels['method']: run for run in study.runs() if run.overrides['seed'] == 0}
+  return [dataclasses.replace(run, overrides=run.overrides | SHORT) for run in last.values()]

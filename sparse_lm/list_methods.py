@@ -1,0 +1,57 @@
+"""`python -m sparse_lm.list_methods`: every method, from its own docstring and declarations.
+
+A method's class docstring holds `Paper: ...` and `Saves: ...`; what it declares about causality is
+what the tests hold it to.
+"""
+
+import argparse
+import inspect
+import re
+
+from sparse_lm.core import slots
+from sparse_lm.core.errors import one_line
+from sparse_lm.model import lm
+
+HEADER = ('method', 'slot', 'paper', 'saves', 'causal in')
+
+
+def said(docstring: str, what: str) -> str:
+  """The text after `what:` in a docstring, up to the next such line or an empty one.
+
+  Raises ValueError where there is none.
+  """
+  pattern = rf'^{what}: (.*?)(?=\n[A-Z]\w*(?: \w+)*:|\n\s*\n|\Z)'
+  found = re.search(pattern, inspect.cleandoc(docstring), re.M | re.S)
+  if not found:
+    raise ValueError(f'the docstring has no line {what}: ...')
+  return ' '.join(found[1].split()).removesuffix('.')
+
+
+def rows() -> list[tuple[str, ...]]:
+  """A row for each method, in the order of `HEADER`; the method's name links to its file."""
+  found = []
+  for slot in slots.SLOTS:
+    for name in slots.names(slot):
+      cls = slots.method(slot, name)
+      declared = getattr(cls, 'causal', {})
+      modes = ', '.join(mode for mode in lm.MODES if declared.get(mode, True))
+      link = f'[{name}](sparse_lm/methods/{slot}/{name}.py)'
+      found.append((link, slot, said(cls.__doc__, 'Paper'), said(cls.__doc__, 'Saves'), modes))
+  return found
+
+
+def table() -> str:
+  """A Markdown table of all methods."""
+  lines = [HEADER, tuple('---' for _ in HEADER), *rows()]
+  return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+@one_line
+def main() -> None:
+  """Prints the table."""
+  argparse.ArgumentParser(prog='python -m sparse_lm.list_methods', allow_abbrev=False).parse_args()
+  print(table())
+
+
+if __name__ == '__main__':
+  main()
