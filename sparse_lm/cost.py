@@ -1,36 +1,44 @@
 """`python -m sparse_lm.cost --config=configs/x.py [--config.a.b=c ...]`: the ledger, without training."""
 
 import argparse
+import math
 from typing import Any
 
 from tabulate import tabulate
 
 from sparse_lm.core import config as configs
+from sparse_lm.core import cost as ledger
 from sparse_lm.core import tree
 from sparse_lm.core.errors import one_line
 from sparse_lm.core.sparse import Tree
-from sparse_lm.model import lm
 from sparse_lm.train import cost
 from sparse_lm.train.setup import build, data_of
 from sparse_lm.train.step import Program
 
 
 def matmuls(program: Program, target: Tree) -> str:
-  """A Markdown table of every matmul: forward FLOPs per token and the density of its kernel."""
+  """A Markdown table of every matmul: forward FLOPs per token, what its kernel and gates leave."""
   densities = {path: float(density) for path, density in tree.named(target).items()}
   rows = [
-    (path, m.flops, densities.get(m.kernel, 1.0), m.flops * densities.get(m.kernel, 1.0))
-    for path, m in lm.ledger(program.model, program.model.spec.context).items()
+    (
+      path,
+      m.flops,
+      densities.get(m.kernel, 1.0),
+      math.prod(gate.planned for gate in m.gates),
+      ledger.forward_flops({path: m}, densities),
+    )
+    for path, m in program.costs[0].items()
   ]
-  header = ('matmul', 'FLOPs per token', 'density', 'at that density')
-  return tabulate(rows, header, tablefmt='github', floatfmt=('', ',.0f', '.4f', ',.0f'))
+  header = ('matmul', 'FLOPs per token', 'density', 'gates', 'left')
+  return tabulate(rows, header, tablefmt='github', floatfmt=('', ',.0f', '.4f', '.4f', ',.0f'))
 
 
 def summary(report: dict[str, Any]) -> str:
   """A Markdown table of the totals, the dense twin beside them."""
   dense_flops = report['flops_forward'] / report['flops_forward_ratio']
   rows = [
-    ('parameters', f'{report["nonzero_params"]:,}', f'{report["params"]:,}'),
+    ('parameters', f'{report["nonzero_params"]:,}', f'{report["dense_params"]:,}'),
+    ('active parameters a token', f'{report["active_params"]:,}', '-'),
     ('sparsity over prunable weights', f'{report["sparsity_prunable"]:.2%}', '0 %'),
     ('sparsity over all weights', f'{report["sparsity_total"]:.2%}', '0 %'),
     (
@@ -48,7 +56,7 @@ def summary(report: dict[str, Any]) -> str:
 
 @one_line
 def main() -> None:
-  """Prints what a config costs in theory."""
+  """Prints what a config costs in theory, gates at what it plans (1 where that is learned)."""
   parser = argparse.ArgumentParser(prog='python -m sparse_lm.cost', allow_abbrev=False)
   _, config = configs.from_command_line(parser)
   program, target = build(config, data_of(config).tokenizer.vocab_size)

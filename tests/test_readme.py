@@ -3,23 +3,44 @@
 import pathlib
 import re
 
+import pytest
+
+import sparse_lm.methods.mlp
 import sparse_lm.methods.weight
+from sparse_lm import list_methods
 from sparse_lm.train.loop import train
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 
 
-def test_the_worked_example_is_one_file_that_trains(tmp_path, monkeypatch, tiny_config):
-  (example,) = re.findall(
-    r'```python\n# sparse_lm/methods/weight/fading.py\n(.*?)```', README, re.S
-  )
-  (tmp_path / 'fading.py').write_text(example)
-  folders = [*sparse_lm.methods.weight.__path__, str(tmp_path)]
-  monkeypatch.setattr(sparse_lm.methods.weight, '__path__', folders)
+def example(path):
+  """The code block that stands for the file at `path`."""
+  (found,) = re.findall(rf'```python\n# {path}\n(.*?)```', README, re.S)
+  return found
+
+
+def add_file(monkeypatch, package, folder, path):
+  """Puts the example where the package finds it, as if it stood in its folder."""
+  (folder / pathlib.Path(path).name).write_text(example(path))
+  monkeypatch.setattr(package, '__path__', [*package.__path__, str(folder)])
+
+
+def test_the_weight_method_is_one_file_that_trains(tmp_path, monkeypatch, tiny_config):
+  path = 'sparse_lm/methods/weight/fading.py'
+  add_file(monkeypatch, sparse_lm.methods.weight, tmp_path, path)
   config = tiny_config(**{'weight.name': 'fading', 'weight.sparsity': 0.5, 'weight.warm': 0.2})
   metrics = train(config, str(tmp_path / 'run'), progress=False)['metrics']
   assert abs(metrics['sparsity_prunable'] - 0.5) < 0.01
+
+
+def test_the_gate_is_one_file_that_trains_under_a_budget(tmp_path, monkeypatch, tiny_config):
+  path = 'sparse_lm/methods/mlp/skip.py'
+  assert example(path).count('\n') <= 40
+  add_file(monkeypatch, sparse_lm.methods.mlp, tmp_path, path)
+  given = {'mlp.name': 'skip', 'mlp.estimator': 'reinforce', 'budget.target': 0.9}
+  metrics = train(tiny_config(**given), str(tmp_path / 'run'), progress=False)['metrics']
+  assert 0.5 < metrics['flops_forward_ratio'] < 1.1  # the router comes on top of the dense twin
 
 
 def test_files_that_it_names_exist():
@@ -29,10 +50,26 @@ def test_files_that_it_names_exist():
   assert [link for link in local if not (ROOT / link).exists()] == []
 
 
-def test_every_method_is_in_its_table():
-  from sparse_lm.core import slots
+def test_its_table_of_methods_is_made_from_their_docstrings():
+  table = README.partition('<!-- python -m sparse_lm.list_methods -->\n')[2].partition('\n<!--')[0]
+  assert table == list_methods.table(), 'run: python -m sparse_lm.list_methods'
 
-  table = README.partition('## Methods')[2].partition('\n## ')[0]
-  for slot in slots.SLOTS:
-    for name in slots.names(slot):
-      assert re.search(rf'\b{name}\b', table), f'README lacks the {slot} method {name}'
+
+@pytest.mark.parametrize(
+  ('docstring', 'paper'),
+  [
+    ('Does.\n\n  Paper: A (B et al. 2020).\n  Saves: nothing.\n', 'A (B et al. 2020)'),
+    (
+      'Does.\n\n  Paper: one line,\n    and another.\n\n  Attributes:\n    x: y',
+      'one line, and another',
+    ),
+    ('Does.\n\n  Paper: A.\n  Differs from the paper: much.', 'A'),
+  ],
+)
+def test_a_section_of_a_docstring_ends_where_the_next_begins(docstring, paper):
+  assert list_methods.said(docstring, 'Paper') == paper
+
+
+def test_a_docstring_without_the_section_is_refused():
+  with pytest.raises(ValueError, match='Saves'):
+    list_methods.said('Does.', 'Saves')

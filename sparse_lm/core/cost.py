@@ -162,14 +162,12 @@ class Sizes:
     prunable: those in leaves with a mask or a target.
     nonzero: parameters left.
     stored_bytes: the kept weights and, for masked leaves, a bit for every weight.
-    dense_bytes: the dense twin's.
   """
 
   params: int
   prunable: int
   nonzero: int
   stored_bytes: int
-  dense_bytes: int
 
   @property
   def sparsity_prunable(self) -> float:
@@ -184,13 +182,13 @@ class Sizes:
 
 def sizes(params: Tree, kept: dict[str, int]) -> Sizes:
   """Counts of `params` (arrays or shape structs), with `kept` weights in the leaves named there."""
-  total = prunable = nonzero = stored = dense = 0
+  total = prunable = nonzero = stored = 0
   for path, leaf in tree.named(params).items():
     size, itemsize = math.prod(leaf.shape), np.dtype(leaf.dtype).itemsize
     left = kept.get(path, size)
     # A leaf at density 1 needs no mask.
     mask_bytes = 0 if left == size else math.ceil(size / 8)
-    total, nonzero, dense = total + size, nonzero + left, dense + size * itemsize
+    total, nonzero = total + size, nonzero + left
     prunable += size if path in kept else 0
     stored += left * itemsize + mask_bytes
-  return Sizes(total, prunable, nonzero, stored, dense)
+  return Sizes(total, prunable, nonzero, stored)

@@ -48,7 +48,8 @@ class Trained:
     return self._apply(tokens_BxL)
 
   def costs(self) -> dict[str, Any]:
-    """Sizes and FLOPs beside the dense twin's, see `train/cost.py`."""
+    """Sizes and FLOPs beside the dense twin's, gates as planned (see `train/cost.py`); what they let
+    through on the validation text stands in the workdir's result.json."""
     return cost.report(self.program, self.target, self.masks)
 
 

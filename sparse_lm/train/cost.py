@@ -30,8 +30,8 @@ def report(
   Returns:
     `params`, `prunable_params`, `nonzero_params`, `active_params` (those that a token is multiplied
     with), `sparsity_prunable`, `sparsity_total`, `stored_bytes` (kept weights and a mask bit for each
-    weight of a masked leaf), `dense_bytes`; `flops_forward` and `flops_training` per token, and their
-    `_ratio` over the dense twin's. A training step runs what its gates close all the same, unless
+    weight of a masked leaf), `dense_params` and `dense_bytes` of the dense twin; `flops_forward` and
+    `flops_training` per token, and their `_ratio` over the dense twin's. A training step runs what its gates close all the same, unless
     they have a fixed capacity, and is counted so.
   """
   params = lm.shapes(program.model)['params']
@@ -42,6 +42,7 @@ def report(
   else:
     kept = {path: int(jax.numpy.sum(mask)) for path, mask in tree.named(masks).items()}
   sizes = cost.sizes(params, kept)
+  twin = cost.sizes(lm.shapes(lm.twin(program.model))['params'], {})
   ledger, dense = program.costs
   density = {path: count / math.prod(shapes[path]) for path, count in kept.items()}
   active = observe.activity(observed or {})
@@ -58,7 +59,8 @@ def report(
     'sparsity_prunable': sizes.sparsity_prunable,
     'sparsity_total': sizes.sparsity_total,
     'stored_bytes': sizes.stored_bytes,
-    'dense_bytes': sizes.dense_bytes,
+    'dense_params': twin.params,
+    'dense_bytes': twin.stored_bytes,
     'flops_forward': forward,
     'flops_forward_ratio': forward / dense,
     'flops_training': training,

@@ -226,7 +226,6 @@ def test_sizes_count_mask_bits_in_whole_bytes():
   assert (sizes.params, sizes.prunable, sizes.nonzero) == (45, 35, 23)
   # a: 6 floats and 15 bits in 2 bytes; b: 3 halves and 2 bytes; c dense; d full, so no mask.
   assert sizes.stored_bytes == (24 + 2) + (6 + 2) + 40 + 16
-  assert sizes.dense_bytes == 60 + 32 + 40 + 16
   assert sizes.sparsity_prunable == pytest.approx(22 / 35)
   assert sizes.sparsity_total == pytest.approx(22 / 45)
 
