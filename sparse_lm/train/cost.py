@@ -31,8 +31,8 @@ def report(
     `params`, `prunable_params`, `nonzero_params`, `active_params` (those that a token is multiplied
     with), `sparsity_prunable`, `sparsity_total`, `stored_bytes` (kept weights and a mask bit for each
     weight of a masked leaf), `dense_params` and `dense_bytes` of the dense twin; `flops_forward` and
-    `flops_training` per token, and their `_ratio` over the dense twin's. A training step runs what its gates close all the same, unless
-    they have a fixed capacity, and is counted so.
+    `flops_training` per token, and their `_ratio` over the dense twin's. A training step computes
+    what learned gates close all the same and is counted so; routers of fixed capacity do not.
   """
   params = lm.shapes(program.model)['params']
   final = {path: float(density) for path, density in tree.named(target).items()}

@@ -14,46 +14,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparse_lm.core import cost, policy, tree
+from sparse_lm.core import cost, tree
 from sparse_lm.core.control import Budget
-from sparse_lm.core.estimator import ENTROPY_BONUS
 from sparse_lm.core.sparse import Tree, WeightMethod
 from sparse_lm.layers.record import SOWN
 from sparse_lm.model import lm
 from sparse_lm.model.lm import LM
+from sparse_lm.train import loss
 from sparse_lm.train import state as states
+from sparse_lm.train.loss import Metrics
 from sparse_lm.train.optim import Optimizer, zero_moments
 from sparse_lm.train.state import TrainState
 
 Array = jax.Array
-Metrics = dict[str, Array]
-
-
-def token_losses(logits_BxLxV: Array, targets_BxL: Array) -> Array:
-  """Cross-entropy of each token in nats, float32 `[B, L]`."""
-  return optax.softmax_cross_entropy_with_integer_labels(logits_BxLxV, targets_BxL)
-
-
-def _activity(variables: Tree) -> dict[str, Array]:
-  """What every gate sowed, by the gate's path."""
-  named = tree.named(variables.get('gates', {}))
-  return {path.removesuffix('/active'): value for path, value in named.items()}
-
-
-def _policies(variables: Tree) -> dict[str, policy.Policy]:
-  """What every sampled gate sowed, by the gate's path."""
-  named = tree.named(variables['policy'])
-  paths = {path.rpartition('/')[0] for path in named}
-  return {
-    path: policy.Policy(*(named[f'{path}/{field}'] for field in policy.Policy._fields))
-    for path in sorted(paths)
-  }
-
-
-def _observed(variables: Tree) -> Metrics:
-  """What modules sowed into `stats`, and what gates let through."""
-  stats = tree.named(variables.get('stats', {}))
-  return stats | {f'gates/{path}': value for path, value in _activity(variables).items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,62 +96,13 @@ class Program:
     logits, variables = self.model.apply(
       {'params': params, **model_state}, tokens_BxL1[:, :-1], mode='eval', mutable=SOWN
     )
-    nats = jnp.sum(token_losses(logits, tokens_BxL1[:, 1:]) * weight_BxL)
-    return nats, _observed(variables)
+    nats = jnp.sum(loss.token_losses(logits, tokens_BxL1[:, 1:]) * weight_BxL)
+    return nats, loss.observed(variables)
 
   def _loss(
     self, params: Tree, state: TrainState, model_state: Tree, tokens_BxL1: Array, key: Array
   ) -> tuple[Array, tuple[Tree, Metrics]]:
-    """Mean nats per token, what modules sowed into `losses`, and what running costs."""
-
-    def forward(**rngs: Array) -> tuple[Array, Tree]:
-      logits, variables = self.model.apply(
-        {'params': params, **model_state},
-        tokens_BxL1[:, :-1],
-        mode='train',
-        rngs=rngs,
-        mutable=[*SOWN, *model_state],
-      )
-      return token_losses(logits, tokens_BxL1[:, 1:]), variables
-
-    losses_BxL, variables = forward(dropout=key, gates=jax.random.fold_in(key, 1))
-    nats = jnp.mean(losses_BxL)
-    metrics = {'loss': nats} | _observed(variables)
-    auxiliary = sum(jax.tree.leaves(variables.get('losses', {})), jnp.float32(0))
-    activity = _activity(variables)
-    if activity:
-      fraction = self.fraction(state.sparse.target, activity)
-      metrics['flops_fraction'] = fraction
-      if self.budget:
-        auxiliary += self.budget.penalty(state.control, fraction)
-    if 'policy' in variables:
-      # Without draws gates act greedily: the self-critical baseline.
-      greedy_BxL, greedy = forward(dropout=key)
-      auxiliary += self._policy_loss(state, activity, (losses_BxL, variables), (greedy_BxL, greedy))
-    metrics['auxiliary'] = auxiliary
-    return nats + auxiliary, (states.collections(variables), metrics)
-
-  def _policy_loss(
-    self,
-    state: TrainState,
-    activity: dict[str, Array],
-    sampled: tuple[Array, Tree],
-    greedy: tuple[Array, Tree],
-  ) -> Array:
-    """REINFORCE with the greedy pass as baseline; both passes are (losses, variables)."""
-    shares = jax.tree.map(jnp.zeros_like, activity)
-    if self.budget:
-      fraction, shares = jax.value_and_grad(lambda a: self.fraction(state.sparse.target, a))(
-        activity
-      )
-      price = self.budget.price(state.control, fraction)
-      shares = jax.tree.map(lambda share: price * share, shares)
-    policies = [_policies(variables) for _, variables in (sampled, greedy)]
-    rewards = [
-      policy.reward(losses_BxL, policies_of, shares)
-      for (losses_BxL, _), policies_of in zip((sampled, greedy), policies)
-    ]
-    return policy.loss(policies[0], *rewards, ENTROPY_BONUS)
+    return loss.loss(self, params, state, model_state, tokens_BxL1, key)
 
   def _gradients(
     self, params: Tree, state: TrainState, tokens_BxL1: Array, key: Array
