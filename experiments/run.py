@@ -111,6 +111,8 @@ class Study:
     missing = {run_id: run for run_id, run in runs.items() if run_id not in finished}
     seeds = {run_id: _load(run).seed for run_id, run in missing.items()}
     execute = getattr(self.module, 'execute', _train)
+    if execute is _train:
+      _check(missing)
     bar = tqdm(
       total=len(runs),
       initial=len(runs) - len(missing),
@@ -160,6 +162,21 @@ def _load(run: Run) -> Any:
   from sparse_lm.core import config
 
   return config.load(run.config, run.overrides)
+
+
+def _check(runs: dict[str, Run]) -> None:
+  """Sets up every run that differs from the others in more than its seed. Raises UserError."""
+  from sparse_lm.train.setup import setup
+
+  seen = []
+  for run_id, run in runs.items():
+    what = (run.config, run.overrides | {'seed': 0})
+    if what not in seen:
+      seen.append(what)
+      try:
+        setup(_load(run))
+      except UserError as error:
+        raise UserError(f'run {run_id}: {error}') from error
 
 
 def _train(run: Run, workdir: pathlib.Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 from flax import linen as nn
 
+from sparse_lm.core import cost
 from sparse_lm.layers.embed import rotate
 from sparse_lm.layers.linear import Linear, Norm
 from sparse_lm.layers.spec import Spec
@@ -37,10 +38,12 @@ class Attention(nn.Module):
     v_BxLxGxK = heads('value', spec.kv_heads)
     if spec.positions == 'rotary':
       q_BxLxHxK, k_BxLxGxK = (rotate(a, positions_BxL) for a in (q_BxLxHxK, k_BxLxGxK))
-    out_BxLxHxK = self.inner()(
+    inner = self.inner()
+    out_BxLxHxK = inner(
       x_BxLxD, q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, positions_BxL, positions_BxL, valid_BxL, mode
     )
-    return Linear(spec, spec.width, role='residual', name='out')(out_BxLxHxK.reshape(b, l, -1))
+    with cost.gated_by(inner):
+      return Linear(spec, spec.width, role='residual', name='out')(out_BxLxHxK.reshape(b, l, -1))
 
 
 class Block(nn.Module):

@@ -1,6 +1,17 @@
 """The studies plan what their tables claim."""
 
-from experiments import component_speed, smoke, sparsity_vs_accuracy, train_step_speed
+import json
+
+import pytest
+
+from experiments import (
+  component_speed,
+  dynamic_compute,
+  dynamic_smoke,
+  smoke,
+  sparsity_vs_accuracy,
+  train_step_speed,
+)
 from experiments.plain_twin import PlainLM
 from sparse_lm.core import config as configs
 from sparse_lm.train import cost
@@ -49,3 +60,66 @@ def test_the_twin_has_as_many_parameters_as_the_default_model():
   params = jax.eval_shape(twin.init, jax.random.key(0), tokens)['params']
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
   assert count == cost.report(program, target)['params']
+
+
+def dynamic(method, seed=0):
+  return [
+    run
+    for run in dynamic_compute.runs()
+    if run.labels['method'] == method and run.overrides['seed'] == seed
+  ]
+
+
+def test_the_narrower_dense_models_cost_what_the_gates_are_held_at():
+  (full,) = dynamic('dense')
+  whole = sizes(full)['flops_forward']
+  for run, target in zip(dynamic('dense, narrower'), dynamic_compute.TARGETS):
+    assert sizes(run)['flops_forward'] / whole == pytest.approx(target, abs=0.005)
+
+
+def test_random_gates_have_the_rate_that_costs_the_target():
+  for run, target in zip(dynamic('token_gate, random'), dynamic_compute.TARGETS):
+    assert sizes(run)['flops_forward_ratio'] == pytest.approx(target, abs=0.001)
+    learned = dynamic('token_gate, straight_through')
+    assert any(other.overrides['budget.target'] == target for other in learned)
+
+
+def test_each_row_of_the_dynamic_study_has_three_seeds_and_says_what_its_training_sees():
+  seeds, training = {}, {}
+  for run in dynamic_compute.runs():
+    row = (run.labels['method'], run.labels['setting'])
+    seeds.setdefault(row, set()).add(run.overrides['seed'])
+    training[run.labels['method']] = run.labels['training']
+  assert set(map(frozenset, seeds.values())) == {frozenset({0, 1, 2})}
+  assert training['mixture_of_depths'] == 'sees later tokens'
+  assert training['moe_topk'] == training['hybrid: rigl + token_gate'] == 'causal'
+
+
+def test_the_dynamic_smoke_study_runs_every_method_once():
+  methods = [run.labels['method'] for run in dynamic_smoke.runs()]
+  assert sorted(methods) == sorted({run.labels['method'] for run in dynamic_compute.runs()})
+
+
+def test_the_dynamic_report_puts_flops_over_those_of_the_dense_model(tmp_path):
+  lines = []
+  for index, (method, flops) in enumerate((('dense', 200.0), ('moe_topk', 120.0))):
+    labels = {'method': method, 'setting': '1 of 2 experts', 'training': 'causal'}
+    metrics = {
+      'val_loss': 2.0 + index,
+      'flops_forward': flops,
+      'flops_forward_ratio': 1.0,
+      'flops_training_ratio': 1.0,
+      'active': 0.3,
+      **dict.fromkeys(('params', 'active_params', 'stored_bytes', 'train_step_ms'), 8.0),
+      'sparsity_prunable': 0.0,
+    } | ({'max_violation': 0.5} if index else {})
+    lines.append({'run': f'r{index}', 'labels': labels, 'seed': 0, 'metrics': metrics})
+  history = tmp_path / 'runs' / 'r1' / 'metrics.jsonl'
+  history.parent.mkdir(parents=True)
+  logged = {'block_0/mlp/load/0': 0.4, 'block_0/mlp/load/1': 0.6, 'block_0/mlp/entropy': 0.6}
+  history.write_text(json.dumps({'step': 10} | logged) + '\n')
+  assert '0.600' in dynamic_compute.report(lines, tmp_path)
+  assert {path.name for path in tmp_path.glob('*.png')} == {
+    'dynamic_compute.png',
+    'router_health_top1.png',
+  }
