@@ -12,6 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sparse_lm.core.select import topk_mask
+
 Array = jax.Array
 
 ENTROPY_BONUS = 1e-2  # of sampled policies, per decision in nats
@@ -103,10 +105,11 @@ def _reinforce(logits: Array, key: Array, sample: bool) -> Decision:
 
 
 def _random(logits: Array, key: Array, sample: bool) -> Decision:
-  action = jax.random.bernoulli(key, jax.lax.stop_gradient(jax.nn.sigmoid(logits)))
-  # Tied to the logits by a gradient of zero, so that gates of every kind have the same parameters.
-  weight = action + 0.0 * (logits - jax.lax.stop_gradient(logits))
-  return Decision(weight, action, action.astype(jnp.float32))
+  # As many as the rate says, drawn without replacement: a baseline at exactly that rate.
+  rate = jnp.mean(jax.nn.sigmoid(jax.lax.stop_gradient(logits)))
+  action = topk_mask(jax.random.uniform(key, logits.shape), jnp.round(rate * logits.size))
+  weight = action.astype(jnp.float32)
+  return Decision(weight, action, weight)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +120,7 @@ class Estimator:
     decide: `(logits, key, sample) -> Decision`; `sample` in training, where draws are allowed.
     controlled: whether a price on its cost moves it.
     policy: whether it learns from rewards, by its log-probabilities.
-    learned: whether its logits depend on the input; if not they stay where they start.
+    learned: whether it reads the gate's logits; if not it gets those of the rate it starts with.
   """
 
   decide: Callable[[Array, Array, bool], Decision]
@@ -137,6 +140,6 @@ ESTIMATORS: dict[str, Estimator] = {
   'hard_concrete': Estimator(_hard_concrete),
   # A sampled policy, trained by its reward (Williams 1992).
   'reinforce': Estimator(_reinforce, policy=True),
-  # Opens at a fixed rate whatever the input: the baseline of the others.
+  # Opens a fixed share of a batch's gates whatever the input: the baseline of the others.
   'random': Estimator(_random, controlled=False, learned=False),
 }

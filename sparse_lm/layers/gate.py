@@ -64,7 +64,10 @@ class LearnedGate(nn.Module):
     sample = mode == 'train' and self.has_rng('gates')
     fixed = zlib.crc32('/'.join(self.path).encode())
     key = self.make_rng('gates') if sample else jax.random.key(fixed)
-    decision = ESTIMATORS[self.estimator].decide(logits_BxLxU, key, sample)
+    estimator = ESTIMATORS[self.estimator]
+    if not estimator.learned:  # the rate is the config's, whatever the router says
+      logits_BxLxU = jnp.full_like(logits_BxLxU, self.first_logit)
+    decision = estimator.decide(logits_BxLxU, key, sample)
     record(self, 'gates', 'active', jnp.mean(decision.cost))
     if decision.log_prob is not None:
       record(self, 'policy', 'log_prob', jnp.sum(decision.log_prob, axis=-1))
