@@ -53,7 +53,7 @@ def test_an_unknown_method_names_the_nearest():
   ('::-1', [0, 1, 2, 3, 4]),
 ])  # fmt: skip
 def test_layers_are_a_python_slice(text, chosen):
-  choice = Choice('mlp', 'gated', (), text, 'dense')
+  choice = Choice('mlp', 'gated', layers=text)
   assert sorted(choice.chosen_layers(5)) == chosen
   assert [layer for layer in range(5) if choice.chosen(layer, 5)] == chosen
 
@@ -61,16 +61,17 @@ def test_layers_are_a_python_slice(text, chosen):
 @pytest.mark.parametrize('text', ['', '3', 'a:b', '1:2:3:4', '::0', '1.5:', '1,3'])
 def test_what_is_no_slice_is_refused(text):
   with pytest.raises(UserError, match=r'^config\.mlp\.layers='):
-    Choice('mlp', 'gated', (), text, 'dense').chosen_layers(5)
+    Choice('mlp', 'gated', layers=text).chosen_layers(5)
 
 
 def test_a_slice_without_layers_is_refused():
   with pytest.raises(UserError, match=r"^config\.mlp\.layers='5:' matches none of the 5 layers"):
-    Choice('mlp', 'gated', (), '5:', 'dense').chosen_layers(5)
+    Choice('mlp', 'gated', layers='5:').chosen_layers(5)
 
 
 def test_a_choice_builds_each_layers_method():
-  choice = Choice('activation', 'gelu', (('approximate', True),), '1:', 'relu2')
+  otherwise = Choice('activation', 'relu2')
+  choice = Choice('activation', 'gelu', (('approximate', True),), '1:', otherwise)
   first, second = (choice.build(layer, 2, spec='not a field') for layer in (0, 1))
   assert type(first) is slots.method('activation', 'relu2')
   assert type(second) is slots.method('activation', 'gelu') and second.approximate
@@ -80,7 +81,46 @@ def test_a_choice_is_hashable_and_equal_by_value():
   section = base.get_config().mlp
   one, two = Choice.from_config('mlp', section), Choice.from_config('mlp', section)
   assert one == two and hash(one) == hash(two)
-  assert (one.name, one.layers, one.otherwise, one.fields) == ('dense', ':', 'dense', ())
+  rest = Choice('mlp', 'dense')
+  assert (one.name, one.layers, one.otherwise, one.fields) == ('dense', ':', rest, ())
+
+
+def loaded(slot, **fields):
+  overrides = {f'{slot}.{field.replace("__", ".")}': value for field, value in fields.items()}
+  return Choice.from_config(slot, configs.load('configs/base.py', overrides)[slot])
+
+
+def test_a_method_that_wraps_is_handed_a_maker_of_the_other():
+  gate = loaded(
+    'attention', name='head_gate', otherwise__name='sliding_window', otherwise__window=3
+  )
+  gate = gate.build(0, 1, spec='a spec', name='attention')
+  inner = gate.inner()
+  assert type(inner) is slots.method('attention', 'sliding_window')
+  assert (inner.window, inner.spec, inner.name) == (3, 'a spec', 'inner')
+
+
+def test_the_dense_twin_runs_the_other_where_that_is_dense_and_else_the_declared_one():
+  assert loaded('mlp', name='gated').dense().name == 'gated'
+  assert loaded('mlp', name='moe_topk').dense().name == 'dense'
+  assert loaded('mlp', name='moe_topk', otherwise__name='gated').dense().name == 'gated'
+  window = loaded('attention', name='head_gate', otherwise__name='sliding_window').dense()
+  assert (window.name, window.layers, window.fields) == ('full', ':', ())
+  # A dense method in some layers only is its own twin there.
+  assert loaded('mlp', name='gated', layers='1:').dense().layers == '1:'
+
+
+def test_a_choice_says_what_its_method_declares_of_the_past():
+  routed = loaded('mlp', name='expert_choice')
+  assert not routed.causal('train') and routed.causal('eval')
+  assert loaded('mlp').causal('train')
+
+
+def test_fields_of_the_other_method_are_config_keys_of_its_group():
+  config = configs.load('configs/base.py', {'attention.otherwise.name': 'topk_keys'})
+  assert config.attention.otherwise.k == 16 and 'k' not in config.attention
+  with pytest.raises(UserError, match=r"config\.attention\.otherwise\.name 'topk'.*topk_keys"):
+    configs.load('configs/base.py', {'attention.otherwise.name': 'topk'})
 
 
 NEW_METHOD = '''
