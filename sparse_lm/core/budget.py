@@ -16,6 +16,7 @@ import numpy as np
 
 from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError, unknown
+from sparse_lm.core.pattern import Pattern
 
 BUDGETS = ('uniform', 'er', 'erk')
 
@@ -72,7 +73,9 @@ def _mapped(shapes: dict[str, tuple[int, ...]], sparsity: float, budget: str) ->
   return densities
 
 
-def targets(params: tree.Tree, sparsity: float, budget: str, dense: tuple[str, ...]) -> tree.Tree:
+def targets(
+  params: tree.Tree, sparsity: float, budget: str, dense: tuple[str, ...], units: Pattern
+) -> tree.Tree:
   """A tree like `params` with a float32 density a prunable leaf, `None` for the declared dense ones.
 
   Args:
@@ -80,18 +83,23 @@ def targets(params: tree.Tree, sparsity: float, budget: str, dense: tuple[str, .
     sparsity: over all prunable weights together, in [0, 1).
     budget: see the module.
     dense: path expressions of what stays dense whatever the budget says.
+    units: what is kept or dropped as a whole; leaves without any stay dense too.
 
   Raises:
-    UserError: nothing is left to prune, or `solve` refuses.
+    UserError: nothing is left to prune, `solve` refuses, or the units cannot express the densities.
   """
   shapes = {
     path: leaf.shape
     for path, leaf in tree.named(params).items()
-    if leaf.ndim >= 1 and not tree.matches(dense, path, 'config.weight.dense')
+    if leaf.ndim >= 1
+    and not tree.matches(dense, path, 'config.weight.dense')
+    and units.covers(path, leaf.shape)
   }
   if not shapes:
     raise UserError(f'config.weight.dense={tuple(dense)} leaves nothing to prune')
   densities = solve(shapes, sparsity, budget)
+  if sparsity:
+    units.check(shapes, densities)
 
   def exact(path: str, leaf) -> jax.Array | None:
     if path not in densities:

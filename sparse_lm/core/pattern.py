@@ -1,18 +1,40 @@
-"""Patterns: which sets of weights may be kept. `(scores, density) -> mask`, exact count.
+"""Patterns: which sets of weights may be kept.
 
-Kernels have 2-D trailing `[in, out]`; leading axes (experts) are batch, each slice with its own
-count. Density may be traced, so that one executable serves a sweep of sparsities.
+A pattern pools scores of weights into scores of its *units*, keeps the best units, and spreads what was
+decided over the weights again. Units come as arrays by name: one for each matrix, or one for each group
+of matrices that share them. Counts are exact, ties go to the lower flat index, and the density may be
+traced, so that one executable serves a sweep of sparsities.
+
+unstructured  the weights of a matrix
+N:M           N of each M consecutive inputs of an output (the reduction axis, as hardware groups them)
+block:B       B x B tiles
+row, column   an input's weights, an output's weights
+global        the weights of all matrices together, scores over their matrix's norm
+neuron, head, layer   units that span matrices, as the model declares them (`core/groups.py`)
+
+Kernels have 2-D trailing `[in, out]`; leading axes (experts) are batch, each slice with its own count.
 """
 
-from collections.abc import Callable
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
-from sparse_lm.core.errors import unknown
+from sparse_lm.core import groups, tree
+from sparse_lm.core.errors import UserError, unknown
+from sparse_lm.core.groups import Group
 from sparse_lm.core.select import topk_mask
+from sparse_lm.core.tree import Tree
 
 Array = jax.Array
+Units = dict[str, Array]
+Shapes = Mapping[str, tuple[int, ...]]
+
+KINDS = ('neuron', 'head', 'layer')
+NAMES = ('unstructured', '2:4', 'block:16', 'row', 'column', 'global', *KINDS)
 
 
 def kept(size: int, density: Array | float) -> Array:
@@ -27,16 +49,255 @@ def by_slice(f: Callable, array: Array, *rest: Array) -> Array:
   return f(array, *rest)
 
 
-def unstructured(scores: Array, density: Array | float) -> Array:
-  """Keeps the largest scores of each matrix."""
-  return by_slice(lambda s: topk_mask(s, kept(s.size, density)), scores)
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+  """The weights of a matrix, and the base of the other patterns.
+
+  Trees have `None` where a leaf is dense; units come by name.
+  """
+
+  def covers(self, path: str, shape: tuple[int, ...]) -> bool:
+    """Whether the parameter has units of this pattern; what has none stays dense."""
+    return True
+
+  def top(self, units: Array, count: Array) -> Array:
+    """bool, the `count` largest of one unstacked array of units."""
+    return topk_mask(units, count)
+
+  def pool_leaf(self, path: str, leaf: Array) -> Array:
+    """Mean over each unit of one leaf, `[..., in units, out units]`."""
+    return leaf
+
+  def expand_leaf(self, units: Array, shape: tuple[int, ...]) -> Array:
+    """The inverse of `pool_leaf`: a unit's value at each of its weights."""
+    return units
+
+  def pool(self, leaves: Tree) -> Units:
+    """Mean of the leaves' values over each unit."""
+    return {path: self.pool_leaf(path, leaf) for path, leaf in tree.named(leaves).items()}
+
+  def expand(self, units: Units, like: Tree) -> Tree:
+    """Each unit's value at every weight of it: arrays shaped like the leaves of `like`."""
+    return tree.map_named(lambda path, leaf: self.expand_leaf(units[path], leaf.shape), like)
+
+  def densities(self, target: Tree, like: Tree) -> dict[str, Array]:
+    """The density of each array of units where its leaves have those of `target`."""
+    return tree.named(target)
+
+  def select(self, units: Units, densities: Mapping[str, Array]) -> Units:
+    """The units that are kept, bool."""
+    return {
+      name: by_slice(lambda u, d=densities[name]: self.top(u, kept(u.size, d)), array)
+      for name, array in units.items()
+    }
+
+  def masks(self, scores: Tree, target: Tree) -> Tree:
+    """The weights that are kept: bool, shaped like the leaves of `scores`."""
+    chosen = self.select(self.pool(scores), self.densities(target, scores))
+    return self.expand(chosen, scores)
+
+  def alive(self, masks: Tree) -> Units:
+    """The units that `masks` keep, bool."""
+    pooled = self.pool(jax.tree.map(lambda mask: mask.astype(jnp.float32), masks))
+    return {name: array > 0 for name, array in pooled.items()}
+
+  def check(self, shapes: Shapes, density: Mapping[str, float]) -> None:
+    """Raises UserError where the units don't fit the shapes, or cannot express the densities."""
+    like = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+    units = jax.eval_shape(self.pool, like)
+    asked = self.densities(density, like)
+    for name, array in units.items():
+      size = math.prod(array.shape[-2:])
+      got = max(1, round(size * float(asked[name]))) / size
+      if abs(got - asked[name]) > TOLERANCE:
+        near = sorted({1 - max(1, n) / size for n in _around(size * float(asked[name]), size)})
+        raise UserError(
+          f'config.weight.pattern: the {size} units of {name} cannot express a sparsity of '
+          f'{1 - asked[name]:.4g}; valid: {" or ".join(f"{s:.4g}" for s in near)}'
+        )
 
 
-PATTERNS: dict[str, Callable[[Array, Array], Array]] = {'unstructured': unstructured}
+TOLERANCE = 0.01  # how far from the density that was asked for rounding to whole units may lead
 
 
-def pattern(name: str) -> Callable[[Array, Array], Array]:
-  """The pattern of that name. Raises UserError, naming the valid ones."""
-  if name not in PATTERNS:
-    raise unknown('config.weight.pattern', name, PATTERNS)
-  return PATTERNS[name]
+def _around(count: float, size: int) -> tuple[int, int]:
+  return math.floor(count), min(math.ceil(count), size)
+
+
+def _is_matrix(shape: tuple[int, ...]) -> bool:
+  return len(shape) >= 2
+
+
+@dataclasses.dataclass(frozen=True)
+class NOfM(Pattern):
+  """`n` of each `m` consecutive inputs; while a ramp is denser than that, more of them."""
+
+  n: int
+  m: int
+
+  def covers(self, path: str, shape: tuple[int, ...]) -> bool:
+    """Matrices."""
+    return _is_matrix(shape)
+
+  def top(self, units: Array, count: Array) -> Array:
+    """The same number of each group, by rank within it."""
+    each = jnp.clip(jnp.round(count * (self.m / units.size)), 1, self.m)
+    group = units.reshape(-1, self.m, units.shape[-1])
+    # An entry's rank: how many of its group are larger, or equal and earlier.
+    mine, other = group[:, :, None], group[:, None, :]
+    index = jnp.arange(self.m)
+    earlier = (index[None, :] < index[:, None])[None, :, :, None]
+    rank = jnp.sum((other > mine) | ((other == mine) & earlier), axis=2)
+    return (rank < each).reshape(units.shape)
+
+  def check(self, shapes: Shapes, density: Mapping[str, float]) -> None:
+    """Raises UserError unless `m` divides every input axis and every density is n/m."""
+    for path, shape in shapes.items():
+      if shape[-2] % self.m:
+        raise UserError(
+          f"config.weight.pattern '{self.n}:{self.m}': {self.m} doesn't divide the {shape[-2]} inputs "
+          f'of {path}; valid: a divisor'
+        )
+      if abs(density[path] - self.n / self.m) > 1e-6:
+        raise UserError(
+          f"config.weight.pattern '{self.n}:{self.m}' cannot express a sparsity of "
+          f'{1 - density[path]:.4g} (of {path}); valid: config.weight.sparsity='
+          f"{1 - self.n / self.m:.6g} with config.weight.budget='uniform'"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Block(Pattern):
+  """Tiles of `size` x `size` weights (a tile of 0 is the whole axis)."""
+
+  rows: int
+  columns: int
+
+  def covers(self, path: str, shape: tuple[int, ...]) -> bool:
+    """Matrices."""
+    return _is_matrix(shape)
+
+  def _tile(self, shape: tuple[int, ...]) -> tuple[int, int]:
+    return self.rows or shape[-2], self.columns or shape[-1]
+
+  def pool_leaf(self, path: str, leaf: Array) -> Array:
+    """Mean over each tile."""
+    rows, columns = self._tile(leaf.shape)
+    *lead, i, o = leaf.shape
+    tiles = leaf.reshape(*lead, i // rows, rows, o // columns, columns)
+    return jnp.mean(tiles, axis=(-3, -1), dtype=jnp.float32)
+
+  def expand_leaf(self, units: Array, shape: tuple[int, ...]) -> Array:
+    """Each tile's value, tile by tile."""
+    rows, columns = self._tile(shape)
+    return jnp.repeat(jnp.repeat(units, rows, axis=-2), columns, axis=-1)
+
+  def check(self, shapes: Shapes, density: Mapping[str, float]) -> None:
+    """Raises UserError where a tile doesn't divide a matrix, or as all patterns do."""
+    for path, shape in shapes.items():
+      rows, columns = self._tile(shape)
+      if shape[-2] % rows or shape[-1] % columns:
+        common = math.gcd(shape[-2], shape[-1])
+        raise UserError(
+          f"config.weight.pattern 'block:{rows}' doesn't divide {path} of {shape[-2]} x {shape[-1]}; "
+          f'valid: a divisor of {common}, or another pattern'
+        )
+    super().check(shapes, density)
+
+
+@dataclasses.dataclass(frozen=True)
+class Global(Pattern):
+  """One ranking over all matrices.
+
+  Scores count over the norm of their matrix's, or matrices of large weights would keep everything.
+  """
+
+  def pool(self, leaves: Tree) -> Units:
+    """All scores in one array."""
+    scaled = [
+      leaf.ravel() / jnp.maximum(jnp.linalg.norm(leaf.ravel()), 1e-30)
+      for leaf in tree.named(leaves).values()
+    ]
+    return {'all': jnp.concatenate(scaled)}
+
+  def expand(self, units: Units, like: Tree) -> Tree:
+    """The part of the array that is each leaf's."""
+    parts, start = {}, 0
+    for path, leaf in tree.named(like).items():
+      parts[path] = units['all'][start : start + leaf.size].reshape(leaf.shape)
+      start += leaf.size
+    return tree.map_named(lambda path, leaf: parts[path], like)
+
+  def densities(self, target: Tree, like: Tree) -> dict[str, Array]:
+    """The mean over all weights."""
+    return {'all': _mean_density(tree.named(target), tree.named(like))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Grouped(Pattern):
+  """Units that span matrices. Leaves of no group stay dense."""
+
+  groups: tuple[Group, ...]
+
+  def covers(self, path: str, shape: tuple[int, ...]) -> bool:
+    """Members of a group."""
+    return any(member.path == path for group in self.groups for member in group.members)
+
+  def _present(self, leaves: Mapping[str, Array]) -> dict[str, Group]:
+    return {
+      group.name: group for group in self.groups if any(m.path in leaves for m in group.members)
+    }
+
+  def pool(self, leaves: Tree) -> Units:
+    """Mean over all weights of each unit."""
+    named = tree.named(leaves)
+    return {name: groups.pool(group, named) for name, group in self._present(named).items()}
+
+  def expand(self, units: Units, like: Tree) -> Tree:
+    """Each unit's value at every weight of it."""
+    shapes = {path: leaf.shape for path, leaf in tree.named(like).items()}
+    parts: dict[str, Array] = {}
+    for name, group in self._present(shapes).items():
+      parts |= groups.expand(group, units[name], shapes)
+    return tree.map_named(lambda path, leaf: parts[path], like)
+
+  def densities(self, target: Tree, like: Tree) -> dict[str, Array]:
+    """The mean over the weights of each group."""
+    density, leaves = tree.named(target), tree.named(like)
+    found = {}
+    for name, group in self._present(leaves).items():
+      members = {m.path: leaves[m.path] for m in group.members if m.path in leaves}
+      found[name] = _mean_density({path: density[path] for path in members}, members)
+    return found
+
+
+def _mean_density(density: Mapping[str, Array], leaves: Mapping[str, Array]) -> Array:
+  sizes = {path: math.prod(leaf.shape) for path, leaf in leaves.items()}
+  return sum(density[path] * sizes[path] for path in sizes) / sum(sizes.values())
+
+
+def pattern(name: str, declared: tuple[Group, ...] = ()) -> Pattern:
+  """The pattern of that name; `declared` are the model's groups.
+
+  Raises UserError for an unknown name, N above M, a block of no weights, or a kind of group that the
+  model declares none of.
+  """
+  if name == 'unstructured':
+    return Pattern()
+  if name == 'global':
+    return Global()
+  if name in ('row', 'column'):
+    return Block(*((1, 0) if name == 'row' else (0, 1)))
+  if match := re.fullmatch(r'(\d+):(\d+)', name):
+    n, m = map(int, match.groups())
+    if not 1 <= n <= m:
+      raise UserError(f'config.weight.pattern {name!r}: valid: N:M with 1 <= N <= M')
+    return NOfM(n, m)
+  if match := re.fullmatch(r'block:([1-9]\d*)', name):
+    return Block(int(match[1]), int(match[1]))
+  if name in KINDS:
+    chosen = tuple(group for group in declared if group.kind == name)
+    if not chosen:
+      raise UserError(f'config.weight.pattern {name!r}: the model declares no {name} to prune')
+    return Grouped(chosen)
+  raise unknown('config.weight.pattern', name, NAMES)

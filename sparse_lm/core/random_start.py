@@ -7,14 +7,14 @@ import jax.numpy as jnp
 
 from sparse_lm.core import tree
 from sparse_lm.core.errors import unknown
-from sparse_lm.core.pattern import pattern
-from sparse_lm.core.sparse import Array, Sparse, Tree, apply_masks
+from sparse_lm.core.pattern import Pattern
+from sparse_lm.core.sparse import Array, Sparse, Tree, apply_masks, covered
 
 RESCALES = ('none', 'layer', 'unit')
 
 
 def random_start(
-  key: Array, params: Tree, target: Tree, pattern_name: str, rescale: str
+  key: Array, params: Tree, target: Tree, units: Pattern, rescale: str
 ) -> tuple[Tree, Sparse]:
   """Random masks of `target` density, on weights rescaled for their smaller fan-in.
 
@@ -22,18 +22,14 @@ def random_start(
     key: of the masks' stream.
     params: initial dense parameters, kernels `[..., in, out]`.
     target: densities, `None` = dense.
-    pattern_name: which sets may be kept.
+    units: what is kept or dropped as a whole.
     rescale: 'none'; 'layer' divides a kernel by sqrt(density); 'unit' divides each output's column
       by the square root of its own density (both from RigL's initialisers; Evci et al. 2020, 2022).
   """
-  choose = pattern(pattern_name)
-
-  def draw(path: str, w: Array, density: Array | None) -> Array | None:
-    if density is None:
-      return None
-    return choose(jax.random.uniform(path_key(key, path), w.shape), density)
-
-  masks = tree.map_named(draw, params, target)
+  prunable = covered(params, target)
+  shapes = jax.eval_shape(units.pool, prunable)
+  draws = {name: jax.random.uniform(path_key(key, name), u.shape) for name, u in shapes.items()}
+  masks = units.expand(units.select(draws, units.densities(target, prunable)), prunable)
   if rescale != 'none':
     params = tree.where_sparse(
       lambda w, m, d: _rescaled(w, m, d, rescale), params, masks, target, dense=lambda w: w
@@ -41,9 +37,8 @@ def random_start(
   return {'params': apply_masks(params, masks), 'learned': {}}, Sparse(masks, target)
 
 
-def check(pattern_name: str, rescale: str) -> None:
-  """Raises UserError for an unknown pattern or rescaling."""
-  pattern(pattern_name)
+def check(rescale: str) -> None:
+  """Raises UserError for an unknown rescaling."""
   if rescale not in RESCALES:
     raise unknown('config.weight.rescale', rescale, RESCALES)
 

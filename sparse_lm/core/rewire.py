@@ -1,20 +1,34 @@
 """Drop-and-grow: the step that SET and RigL share, and a base class for methods made of it."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from sparse_lm.core import schedule, tree
+from sparse_lm.core import schedule
 from sparse_lm.core.errors import require
 from sparse_lm.core.pattern import by_slice
 from sparse_lm.core.random_start import check, path_key, random_start
 from sparse_lm.core.select import topk_mask
-from sparse_lm.core.sparse import Array, Change, Sparse, Tree, WeightMethod, exchange_masks
+from sparse_lm.core.sparse import (
+  Array,
+  Change,
+  Sparse,
+  Tree,
+  WeightMethod,
+  covered,
+  exchange_masks,
+)
 
 
 def drop_and_grow(
-  mask: Array, weights: Array, growth: Array, fraction: Array, noise: Array
+  mask: Array,
+  weights: Array,
+  growth: Array,
+  fraction: Array,
+  noise: Array,
+  top: Callable[[Array, Array], Array] = topk_mask,
 ) -> Array:
   """Drops the smallest connections and grows as many elsewhere (SET 2018; RigL 2020, section 3).
 
@@ -25,6 +39,7 @@ def drop_and_grow(
       may return.
     fraction: scalar in [0, 1], the share of a matrix's active connections that is dropped.
     noise: uniform [0, 1) like `mask`; a 1e-5 part of it breaks ties of the drop.
+    top: `(scores, count) -> mask`, what a pattern allows to be kept.
 
   Returns:
     The new mask.
@@ -34,7 +49,8 @@ def drop_and_grow(
     active = jnp.sum(mask, dtype=jnp.int32)
     drops = jnp.floor(fraction * active).astype(jnp.int32)
     keep = topk_mask(jnp.where(mask, jnp.abs(weights) + 1e-5 * noise, -1.0), active - drops)
-    return keep | topk_mask(jnp.where(keep, -jnp.inf, growth), drops)
+    # What is kept comes first; where the pattern has no room for all of it, the largest growth does.
+    return top(jnp.where(keep, jnp.inf, growth), active)
 
   return by_slice(matrix, mask, weights, growth, noise)
 
@@ -58,8 +74,8 @@ class Rewiring(WeightMethod):
   rescale: str = 'unit'
 
   def check(self) -> None:
-    """Raises UserError for an unknown pattern or rescaling, or a bad schedule."""
-    check(self.pattern, self.rescale)
+    """Raises UserError for an unknown rescaling, or a bad schedule."""
+    check(self.rescale)
     schedule.check(0.0, self.end, self.period)
     require(
       0 <= self.drop_fraction <= 1, 'config.weight.drop_fraction', self.drop_fraction, 'in [0, 1]'
@@ -67,14 +83,14 @@ class Rewiring(WeightMethod):
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
     """Random masks at their targets."""
-    return random_start(key, params, target, self.pattern, self.rescale)
+    return random_start(key, params, target, self.units, self.rescale)
 
   def due(self, step: int) -> bool:
     """Every `period` steps, neither at step 0 nor from `end` on."""
     return 0 < step < self._last and step % self.period == 0
 
-  def growth(self, weights: Array, signals: dict[str, Array], key: Array) -> Array:
-    """Scores of one leaf's positions; `signals` holds that leaf of each signal in `needs`."""
+  def growth(self, shape: tuple[int, ...], signals: dict[str, Array], key: Array) -> Array:
+    """Scores of units of that shape; `signals` holds their mean magnitude of each signal in `needs`."""
     raise NotImplementedError(type(self).__name__)
 
   def fraction(self, step: Array) -> Array:
@@ -87,16 +103,24 @@ class Rewiring(WeightMethod):
     """Rewires every leaf; what stayed keeps its value, what is born starts at zero."""
     params = trainable['params']
 
-    def rewired(path: str, w: Array, mask: Array | None, *leaf_signals: Array) -> Array | None:
-      if mask is None:
-        return None
-      key_drop, key_grow = jax.random.split(path_key(key, path))
-      growth = self.growth(w, dict(zip(self.needs, leaf_signals)), key_grow)
-      noise = jax.random.uniform(key_drop, w.shape)
-      return drop_and_grow(mask, w, growth, self.fraction(step), noise)
-
-    masks = tree.map_named(rewired, params, sparse.masks, *(signals[n] for n in self.needs))
-    return exchange_masks(trainable, sparse, masks)
+    units, magnitudes = self.units, jax.tree.map(jnp.abs, covered(params, sparse.masks))
+    alive = units.alive(sparse.masks)
+    pooled = units.pool(magnitudes)
+    signalled = {
+      need: units.pool(jax.tree.map(jnp.abs, covered(signals[need], sparse.masks)))
+      for need in self.needs
+    }
+    rewired = {}
+    for name, mask in alive.items():
+      key_drop, key_grow = jax.random.split(path_key(key, name))
+      growth = self.growth(
+        mask.shape, {need: pool[name] for need, pool in signalled.items()}, key_grow
+      )
+      noise = jax.random.uniform(key_drop, mask.shape)
+      rewired[name] = drop_and_grow(
+        mask, pooled[name], growth, self.fraction(step), noise, units.top
+      )
+    return exchange_masks(trainable, sparse, units.expand(rewired, magnitudes))
 
   @property
   def _last(self) -> int:

@@ -18,6 +18,9 @@ from typing import Any
 from sparse_lm.core.errors import UserError, unknown
 
 SLOTS = ('weight', 'activation', 'attention', 'mlp', 'depth')
+SUPPLIED = {
+  'supplied': True
+}  # metadata of a field with a default that is no config key all the same
 # The keys of a slot's config besides its method's own.
 _LAYER_KEYS = ('name', 'layers', 'otherwise')
 SHARED = dict.fromkeys(SLOTS, _LAYER_KEYS) | {'weight': ('name', 'sparsity', 'budget', 'dense')}
@@ -51,7 +54,9 @@ def defaults(slot: str, name: str, field: str = '') -> dict[str, Any]:
   return {
     field.name: field.default
     for field in dataclasses.fields(method(slot, name, field))
-    if field.default is not dataclasses.MISSING and field.name not in ('parent', 'name')
+    if field.default is not dataclasses.MISSING
+    and field.name not in ('parent', 'name')
+    and field.metadata != SUPPLIED
   }
 
 

@@ -1,7 +1,8 @@
 """What every weight method shares: the state and the protocol.
 
 A weight method decides which connections exist. It is a frozen dataclass in a file of its own under
-`methods/weight/`; a field with a default is a config key, `total_steps` is what the trainer supplies.
+`methods/weight/`; a field with a default is a config key, `total_steps` and the model's `groups` are
+what the trainer supplies.
 """
 
 import dataclasses
@@ -12,7 +13,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from sparse_lm.core import tree
+from sparse_lm.core.groups import Group
+from sparse_lm.core.pattern import Pattern, pattern
 from sparse_lm.core.select import count
+from sparse_lm.core.slots import SUPPLIED
 
 Array = jax.Array
 Tree = Any
@@ -38,6 +42,11 @@ class Change(struct.PyTreeNode):
   trainable: Tree
   sparse: Sparse
   changed: Tree
+
+
+def covered(leaves: Tree, like: Tree) -> Tree:
+  """The leaves where `like` has one, `None` elsewhere."""
+  return tree.where_sparse(lambda leaf, _: leaf, leaves, like, dense=lambda _: None)
 
 
 def apply_masks(params: Tree, masks: Tree) -> Tree:
@@ -66,6 +75,7 @@ class WeightMethod:
 
   Attributes:
     total_steps: optimizer steps of the whole run.
+    groups: units that span matrices, as the model declares them.
     needs: signals that `update` reads: 'grads', the dense gradient at the effective parameters.
     exact_density: whether the target is met to the weight.
     replaces_step: whether the optimizer rests in a step that updates the connections.
@@ -74,11 +84,17 @@ class WeightMethod:
   """
 
   total_steps: int
+  groups: tuple[Group, ...] = dataclasses.field(default=(), kw_only=True, metadata=SUPPLIED)
   needs: ClassVar[tuple[str, ...]] = ()
   exact_density: ClassVar[bool] = True
   replaces_step: ClassVar[bool] = False
   masked: ClassVar[bool] = True
   keeps_dense: ClassVar[bool] = False
+
+  @property
+  def units(self) -> Pattern:
+    """What is kept or dropped as a whole: the units of the method's `pattern`, if it has the field."""
+    return pattern(getattr(self, 'pattern', 'unstructured'), self.groups)
 
   def check(self) -> None:
     """Raises UserError where a field is out of its range; runs before anything is compiled."""

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_lm.core import cost
+from sparse_lm.core import cost, groups
 from sparse_lm.layers.init import INITS
 from sparse_lm.layers.record import record
 from sparse_lm.layers.spec import Spec
@@ -34,6 +34,7 @@ class Experts(nn.Module):
       expert_N: int32, the expert of each block; `None` where block i is expert i's.
       rows: (token, expert) pairs among the rows, for the ledger: empty slots are no work of theirs.
     """
+    groups.note(self.path, 'neuron', self.experts * self.hidden, {'up': -1, 'down': -2})
     h_NxPxF = self._linear('up', 'in', self.hidden, x_NxPxD, expert_N, rows)
     h_NxPxF = self.activation()(h_NxPxF, mode)
     return self._linear('down', 'residual', self.spec.width, h_NxPxF, expert_N, rows)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 from flax import linen as nn
 
-from sparse_lm.core import cost
+from sparse_lm.core import cost, groups
 from sparse_lm.layers.embed import rotate
 from sparse_lm.layers.linear import Linear, Norm
 from sparse_lm.layers.spec import Spec
@@ -38,6 +38,9 @@ class Attention(nn.Module):
     v_BxLxGxK = heads('value', spec.kv_heads)
     if spec.positions == 'rotary':
       q_BxLxHxK, k_BxLxGxK = (rotate(a, positions_BxL) for a in (q_BxLxHxK, k_BxLxGxK))
+    # Query heads that share a key head are pruned with it.
+    axes = {'query/kernel': -1, 'key/kernel': -1, 'value/kernel': -1, 'out/kernel': -2}
+    groups.note(self.path, 'head', spec.kv_heads, axes)
     inner = self.inner()
     out_BxLxHxK = inner(
       x_BxLxD, q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, positions_BxL, positions_BxL, valid_BxL, mode

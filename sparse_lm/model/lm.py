@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_lm.core import cost
+from sparse_lm.core import cost, tree
+from sparse_lm.core import groups as noted
 from sparse_lm.core.errors import UserError
+from sparse_lm.core.groups import Group, Member
 from sparse_lm.core.slots import Choice
 from sparse_lm.layers.embed import Embed
 from sparse_lm.layers.linear import Norm
@@ -121,6 +123,19 @@ def shapes(model: LM) -> Any:
   """All variables as shape structs, without computing any."""
   tokens = jnp.zeros((1, model.spec.context), jnp.int32)
   return jax.eval_shape(functools.partial(model.init, mode='eval'), jax.random.key(0), tokens)
+
+
+def groups(model: LM) -> tuple[Group, ...]:
+  """Units that span matrices, as the modules declare them, and the layers."""
+  with noted.recording() as found:
+    variables = shapes(model)
+  layers = tuple(
+    Member(path, None, layer)
+    for layer in range(model.spec.layers)
+    for path in tree.named(variables['params'])
+    if path.startswith(f'block_{layer}/')
+  )
+  return (*found.values(), Group('layer', '', model.spec.layers, layers))
 
 
 def ledger(model: LM, length: int) -> cost.Ledger:

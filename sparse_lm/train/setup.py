@@ -47,11 +47,17 @@ def build(config: ConfigDict, vocab: int) -> tuple[Program, Tree]:
   """The program and target densities for a vocabulary of that size, without reading the corpus' text."""
   model = lm.from_config(config, vocab)
   fields = slots.fields('weight', config.weight)
-  method = slots.method('weight', config.weight.name)(total_steps=config.train.steps, **fields)
+  method = slots.method('weight', config.weight.name)(
+    total_steps=config.train.steps, groups=lm.groups(model), **fields
+  )
   method.check()
   optimizer = Optimizer.from_config(config, method.masked)
   target = budget.targets(
-    lm.shapes(model)['params'], config.weight.sparsity, config.weight.budget, config.weight.dense
+    lm.shapes(model)['params'],
+    config.weight.sparsity,
+    config.weight.budget,
+    config.weight.dense,
+    method.units,
   )
   if not method.masked:
     if config.weight.sparsity:

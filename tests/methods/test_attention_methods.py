@@ -193,8 +193,10 @@ def inner_window(window):
   )
 
 
-GATED = {name: method('head_gate', estimator=name, inner=inner_window(4)) for name in
-         ('straight_through', 'soft')}
+GATED = {
+  name: method('head_gate', estimator=name, inner=inner_window(4))
+  for name in ('straight_through', 'soft')
+}
 
 
 def router(seed, bias=0.0):

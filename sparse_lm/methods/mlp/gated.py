@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 from flax import linen as nn
 
+from sparse_lm.core import groups
 from sparse_lm.layers.linear import Linear
 from sparse_lm.layers.record import hidden_units
 from sparse_lm.layers.spec import Spec
@@ -29,6 +30,8 @@ class Gated(nn.Module):
   def __call__(self, x_BxLxD: jax.Array, mode: str) -> jax.Array:
     """`[B, L, D]` to `[B, L, D]`."""
     activation = self.activation()
+    axes = {'gate/kernel': -1, 'up/kernel': -1, 'down/kernel': -2}
+    groups.note(self.path, 'neuron', self.spec.hidden, axes)
     gate_BxLxF = Linear(self.spec, self.spec.hidden, name='gate')(x_BxLxD)
     up_BxLxF = Linear(self.spec, self.spec.hidden, name='up')(x_BxLxD)
     h_BxLxF = activation(gate_BxLxF, mode) * up_BxLxF

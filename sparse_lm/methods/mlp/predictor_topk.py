@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_lm.core import cost
+from sparse_lm.core import cost, groups
 from sparse_lm.core.errors import require, unknown
 from sparse_lm.core.select import gaussian_threshold, topk_rows
 from sparse_lm.layers.linear import Linear
@@ -59,6 +59,8 @@ class PredictorTopK(nn.Module):
     """`[B, L, D]` to `[B, L, D]`."""
     spec, r = self.spec, round(self.split * x_BxLxD.shape[-1])
     activation = self.activation()
+    axes = {'predictor/kernel': -1, 'up/kernel': -1, 'down/kernel': -2}
+    groups.note(self.path, 'neuron', spec.hidden, axes)
     score_BxLxF = Linear(spec, spec.hidden, name='predictor')(x_BxLxD[..., :r])
     gate_BxLxF, chosen_BxLxF = self._select(activation, score_BxLxF, mode)
     if mode != 'train':

@@ -6,8 +6,15 @@ import jax
 import jax.numpy as jnp
 
 from sparse_lm.core import schedule, tree
-from sparse_lm.core.pattern import pattern
-from sparse_lm.core.sparse import Array, Change, Sparse, Tree, WeightMethod, exchange_masks
+from sparse_lm.core.sparse import (
+  Array,
+  Change,
+  Sparse,
+  Tree,
+  WeightMethod,
+  covered,
+  exchange_masks,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +39,7 @@ class Magnitude(WeightMethod):
   pattern: str = 'unstructured'
 
   def check(self) -> None:
-    """Raises UserError for an unknown pattern or a bad schedule."""
-    pattern(self.pattern)
+    """Raises UserError for a bad schedule."""
     schedule.check(self.start, self.end, self.period)
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
@@ -51,21 +57,15 @@ class Magnitude(WeightMethod):
     self, trainable: Tree, sparse: Sparse, signals: dict[str, Tree], step: Array, key: Array
   ) -> Change:
     """Keeps the largest magnitudes, as many as the ramp allows at `step`."""
-    choose = pattern(self.pattern)
-    masks = jax.tree.map(
-      lambda w, m, final: (
-        None
-        if m is None
-        else choose(
-          # Dropped weights rank last even among the exact zeros of living ones.
-          jnp.where(m, jnp.abs(w), -1.0),
-          schedule.cubic_density(step, *self._span, final),
-        )
-      ),
-      trainable['params'],
-      sparse.masks,
-      sparse.target,
-    )
+    magnitudes = jax.tree.map(jnp.abs, covered(trainable['params'], sparse.masks))
+    alive, units = self.units.alive(sparse.masks), self.units.pool(magnitudes)
+    # Dropped units rank last even among the exact zeros of living ones.
+    scores = {name: jnp.where(alive[name], array, -1.0) for name, array in units.items()}
+    densities = {
+      name: schedule.cubic_density(step, *self._span, final)
+      for name, final in self.units.densities(sparse.target, magnitudes).items()
+    }
+    masks = self.units.expand(self.units.select(scores, densities), magnitudes)
     return exchange_masks(trainable, sparse, masks)
 
   def density(self, target: float, step: int) -> float:

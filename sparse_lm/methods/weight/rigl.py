@@ -3,8 +3,6 @@
 import dataclasses
 from typing import ClassVar
 
-import jax.numpy as jnp
-
 from sparse_lm.core import schedule
 from sparse_lm.core.rewire import Rewiring
 from sparse_lm.core.sparse import Array
@@ -26,9 +24,9 @@ class RigL(Rewiring):
   needs: ClassVar[tuple[str, ...]] = ('grads',)
   replaces_step: ClassVar[bool] = True
 
-  def growth(self, weights: Array, signals: dict[str, Array], key: Array) -> Array:
+  def growth(self, shape: tuple[int, ...], signals: dict[str, Array], key: Array) -> Array:
     """Magnitude of the dense gradient."""
-    return jnp.abs(signals['grads'])
+    return signals['grads']
 
   def fraction(self, step: Array) -> Array:
     """`drop_fraction`, brought to zero at `end` along half a cosine."""

@@ -19,9 +19,9 @@ class SET(Rewiring):
     of either sign separately; updates stop at `end` (0.75 of the run), as RigL's do.
   """
 
-  def growth(self, weights: Array, signals: dict[str, Array], key: Array) -> Array:
+  def growth(self, shape: tuple[int, ...], signals: dict[str, Array], key: Array) -> Array:
     """Uniform random scores."""
-    return jax.random.uniform(key, weights.shape)
+    return jax.random.uniform(key, shape)
 
   def fraction(self, step: Array) -> Array:
     """Always `drop_fraction`."""

@@ -23,9 +23,9 @@ class Static(WeightMethod):
   rescale: str = 'unit'
 
   def check(self) -> None:
-    """Raises UserError for an unknown pattern or rescaling."""
-    check(self.pattern, self.rescale)
+    """Raises UserError for an unknown rescaling."""
+    check(self.rescale)
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
     """Random masks at their targets."""
-    return random_start(key, params, target, self.pattern, self.rescale)
+    return random_start(key, params, target, self.units, self.rescale)

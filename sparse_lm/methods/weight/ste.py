@@ -8,8 +8,15 @@ import jax.numpy as jnp
 
 from sparse_lm.core import schedule, tree
 from sparse_lm.core.estimator import straight_through
-from sparse_lm.core.pattern import pattern
-from sparse_lm.core.sparse import Array, Sparse, Tree, WeightMethod, apply_masks, mean_density
+from sparse_lm.core.sparse import (
+  Array,
+  Sparse,
+  Tree,
+  WeightMethod,
+  apply_masks,
+  covered,
+  mean_density,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +41,7 @@ class STE(WeightMethod):
   keeps_dense: ClassVar[bool] = True
 
   def check(self) -> None:
-    """Raises UserError for an unknown pattern or a bad ramp."""
-    pattern(self.pattern)
+    """Raises UserError for a bad ramp."""
     schedule.check(self.start, self.end, period=1)
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
@@ -64,13 +70,11 @@ class STE(WeightMethod):
     return apply_masks(trainable['params'], masks), masks
 
   def _masks(self, params: Tree, sparse: Sparse, step: Array) -> Tree:
-    choose = pattern(self.pattern)
-    return tree.where_sparse(
-      lambda w, final: choose(jnp.abs(w), schedule.cubic_density(step, *self._span, final)),
-      jax.lax.stop_gradient(params),
-      sparse.target,
-      dense=lambda w: None,
+    prunable = covered(jax.lax.stop_gradient(params), sparse.target)
+    target = jax.tree.map(
+      lambda final: schedule.cubic_density(step, *self._span, final), sparse.target
     )
+    return self.units.masks(jax.tree.map(jnp.abs, prunable), target)
 
   @property
   def _span(self) -> tuple[int, int]:
