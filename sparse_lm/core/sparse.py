@@ -81,6 +81,8 @@ class WeightMethod:
     replaces_step: whether the optimizer rests in a step that updates the connections.
     masked: whether any weight is ever dropped.
     keeps_dense: whether dropped weights live on as dense weights (straight-through methods).
+    controlled: whether the budget controller moves its density.
+    learned_rate: learning rate of what it learns besides the weights, over theirs; without decay.
   """
 
   total_steps: int
@@ -90,6 +92,8 @@ class WeightMethod:
   replaces_step: ClassVar[bool] = False
   masked: ClassVar[bool] = True
   keeps_dense: ClassVar[bool] = False
+  controlled: ClassVar[bool] = False
+  learned_rate: ClassVar[float] = 1.0
 
   @property
   def units(self) -> Pattern:
@@ -105,11 +109,16 @@ class WeightMethod:
 
   def effective(
     self, trainable: Tree, sparse: Sparse, mode: str, step: Array, key: Array | None
-  ) -> tuple[Tree, Array]:
-    """The parameters that the model sees, and the fraction of prunable weights it runs (float32)."""
-    return apply_masks(trainable['params'], sparse.masks), mean_density(
-      trainable['params'], sparse.masks
-    )
+  ) -> tuple[Tree, Tree]:
+    """The parameters that the model sees, and the fraction of each prunable leaf that runs.
+
+    Fractions are float32 scalars, `None` = dense; of learned masks they are differentiable.
+    """
+    return apply_masks(trainable['params'], sparse.masks), densities(sparse.masks)
+
+  def penalty(self, density: Array) -> Array:
+    """What is added to the loss where `density` of the prunable weights runs."""
+    return jnp.float32(0)
 
   def constrain(self, trainable: Tree, sparse: Sparse) -> Tree:
     """Re-masks after an optimizer update: moments, decay and EMA would wake dead weights."""
@@ -140,17 +149,16 @@ class WeightMethod:
     return apply_masks(trainable['params'], sparse.masks), sparse.masks
 
 
-def mean_density(params: Tree, masks: Tree) -> Array:
-  """Kept over all weights of the masked leaves; 1 where nothing is masked."""
-  pairs = jax.tree.leaves(
-    tree.where_sparse(
-      lambda w, m: jnp.stack([count(m).astype(jnp.float32), jnp.float32(m.size)]),
-      params,
-      masks,
-      dense=lambda w: None,
-    )
-  )
-  if not pairs:
+def densities(masks: Tree) -> Tree:
+  """The fraction that each mask keeps, float32; exact below 2**24 weights."""
+  return jax.tree.map(lambda mask: count(mask).astype(jnp.float32) / mask.size, masks)
+
+
+def mean_density(density: Tree, params: Tree) -> Array:
+  """The fraction over all leaves that have one, float32; 1 where none has."""
+  sizes = {path: leaf.size for path, leaf in tree.named(params).items()}
+  fractions = tree.named(density)
+  total = sum(sizes[path] for path in fractions)
+  if not total:
     return jnp.float32(1)
-  kept_weights, all_weights = sum(pairs)
-  return kept_weights / all_weights
+  return sum((sizes[path] / total * fraction for path, fraction in fractions.items()), 0.0)

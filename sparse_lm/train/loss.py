@@ -8,13 +8,14 @@ import optax
 
 from sparse_lm.core import policy, tree
 from sparse_lm.core.estimator import ENTROPY_BONUS
-from sparse_lm.core.sparse import Tree
+from sparse_lm.core.sparse import Tree, mean_density
 from sparse_lm.layers.record import SOWN
 from sparse_lm.train import state as states
 from sparse_lm.train.state import TrainState
 
 Array = jax.Array
 Metrics = dict[str, Array]
+Seen = tuple[Tree, Tree]  # parameters as the model sees them, and how much of each runs
 
 
 def token_losses(logits_BxLxV: Array, targets_BxL: Array) -> Array:
@@ -45,9 +46,12 @@ def observed(variables: Tree) -> Metrics:
 
 
 def loss(
-  program: Any, params: Tree, state: TrainState, model_state: Tree, tokens_BxL1: Array, key: Array
+  program: Any, seen: Seen, state: TrainState, model_state: Tree, tokens_BxL1: Array, key: Array
 ) -> tuple[Array, tuple[Tree, Metrics]]:
   """Mean nats per token, what modules sowed into `losses`, and what running costs."""
+  params, density = seen
+  # A density that is not learned is held at what it will be in the end.
+  held = density if program.method.controlled else state.sparse.target
 
   def forward(**rngs: Array) -> tuple[Array, Tree]:
     logits, variables = program.model.apply(
@@ -61,11 +65,12 @@ def loss(
 
   losses_BxL, variables = forward(dropout=key, gates=jax.random.fold_in(key, 1))
   nats = jnp.mean(losses_BxL)
-  metrics = {'loss': nats} | observed(variables)
-  auxiliary = sum(jax.tree.leaves(variables.get('losses', {})), jnp.float32(0))
+  kept = mean_density(density, params)
+  metrics = {'loss': nats, 'density': kept} | observed(variables)
+  auxiliary = sum(jax.tree.leaves(variables.get('losses', {})), program.method.penalty(kept))
   activity = activity_of(variables)
-  if activity:
-    fraction = program.fraction(state.sparse.target, activity)
+  if activity or program.method.controlled:
+    fraction = program.fraction(held, activity)
     metrics['flops_fraction'] = fraction
     if program.budget:
       auxiliary += program.budget.penalty(state.control, fraction)
@@ -73,7 +78,7 @@ def loss(
     # Without draws gates act greedily: the self-critical baseline.
     greedy_BxL, greedy = forward(dropout=key)
     auxiliary += _policy_loss(
-      program, state, activity, (losses_BxL, variables), (greedy_BxL, greedy)
+      program, state, held, activity, (losses_BxL, variables), (greedy_BxL, greedy)
     )
   metrics['auxiliary'] = auxiliary
   return nats + auxiliary, (states.collections(variables), metrics)
@@ -82,6 +87,7 @@ def loss(
 def _policy_loss(
   program: Any,
   state: TrainState,
+  held: Tree,
   activity: dict[str, Array],
   sampled: tuple[Array, Tree],
   greedy: tuple[Array, Tree],
@@ -89,9 +95,7 @@ def _policy_loss(
   """REINFORCE with the greedy pass as baseline; both passes are (losses, variables)."""
   shares = jax.tree.map(jnp.zeros_like, activity)
   if program.budget:
-    fraction, shares = jax.value_and_grad(lambda a: program.fraction(state.sparse.target, a))(
-      activity
-    )
+    fraction, shares = jax.value_and_grad(lambda a: program.fraction(held, a))(activity)
     price = program.budget.price(state.control, fraction)
     shares = jax.tree.map(lambda share: price * share, shares)
   policies = [_policies(variables) for _, variables in (sampled, greedy)]

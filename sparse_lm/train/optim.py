@@ -9,14 +9,28 @@ import jax
 import numpy as np
 import optax
 
+from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError, unknown
 from sparse_lm.core.sparse import Tree
 
 SCHEDULES = ('cosine', 'linear', 'constant')
 
 
-def _matrices(params: Tree) -> Tree:
-  return jax.tree.map(lambda p: p.ndim >= 2, params)
+def _is_learned(path: str) -> bool:
+  """Whether a leaf of the trainable tree is the weight method's own."""
+  return path.startswith('learned/')
+
+
+def _matrices(trainable: Tree) -> Tree:
+  return tree.map_named(lambda path, p: p.ndim >= 2 and not _is_learned(path), trainable)
+
+
+def _scale_learned(rate: float) -> optax.GradientTransformation:
+  return optax.stateless(
+    lambda updates, _: tree.map_named(
+      lambda path, update: rate * update if _is_learned(path) else update, updates
+    )
+  )
 
 
 def _adam_like(make: Callable) -> Callable:
@@ -69,11 +83,12 @@ class Optimizer:
   clip: float
   ema: float
   steps: int
+  learned_rate: float = 1.0  # of what the weight method learns, over that of the weights
 
   @classmethod
-  def from_config(cls, config: Any, masked: bool) -> 'Optimizer':
+  def from_config(cls, config: Any, masked: bool, learned_rate: float) -> 'Optimizer':
     """Raises UserError for a bad field, or for an optimizer untested with masks if `masked`."""
-    optimizer = cls(**config.optimizer, steps=config.train.steps)
+    optimizer = cls(**config.optimizer, steps=config.train.steps, learned_rate=learned_rate)
     optimizer._check(masked)
     return optimizer
 
@@ -113,7 +128,7 @@ class Optimizer:
     """Clipping and the optimizer."""
     make = {**TESTED, **DENSE_ONLY}[self.name]
     clip = optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()
-    return optax.chain(clip, make(self.rate(), self))
+    return optax.chain(clip, make(self.rate(), self), _scale_learned(self.learned_rate))
 
 
 def zero_moments(tx: optax.GradientTransformation, opt_state: Tree, changed: Tree) -> Tree:

@@ -51,7 +51,7 @@ def build(config: ConfigDict, vocab: int) -> tuple[Program, Tree]:
     total_steps=config.train.steps, groups=lm.groups(model), **fields
   )
   method.check()
-  optimizer = Optimizer.from_config(config, method.masked)
+  optimizer = Optimizer.from_config(config, method.masked, method.learned_rate)
   target = budget.targets(
     lm.shapes(model)['params'],
     config.weight.sparsity,
@@ -59,6 +59,11 @@ def build(config: ConfigDict, vocab: int) -> tuple[Program, Tree]:
     config.weight.dense,
     method.units,
   )
+  if method.controlled and config.weight.sparsity:
+    raise UserError(
+      f'config.weight.sparsity={config.weight.sparsity}: {config.weight.name} learns its sparsity; '
+      'valid: 0, with config.budget.target or a price'
+    )
   if not method.masked:
     if config.weight.sparsity:
       raise UserError(
@@ -77,11 +82,15 @@ def _check_floor(program: Program, target: Tree) -> None:
   """Raises UserError for a budget that the gates cannot reach, naming what they don't gate."""
   ledger, dense = program.costs
   density = {path: float(final) for path, final in tree.named(target).items()}
+  if program.method.controlled:
+    density = dict.fromkeys(density, 0.0)  # as far as the controller can bring it down
   field = f'config.budget.target={program.budget.target}'
-  if not any(gate.controlled for m in ledger.values() for gate in m.gates):
+  gates = any(gate.controlled for m in ledger.values() for gate in m.gates)
+  if not gates and not program.method.controlled:
     raise UserError(
-      f'{field} needs a gate that the controller can move; valid: a learned gate such as '
-      'config.depth.name=token_gate (methods of fixed capacity and random gates have rates of their own)'
+      f'{field} needs something that the controller can move; valid: a learned gate such as '
+      'config.depth.name=token_gate, or learned masks such as config.weight.name=l0 (methods of fixed '
+      'capacity and random gates have rates of their own)'
     )
   floor = cost.extremes(ledger, density)[0] / dense
   if program.budget.target < floor:

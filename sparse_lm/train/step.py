@@ -85,10 +85,10 @@ class Program:
     dense = cost.forward_flops(lm.ledger(lm.twin(self.model), length), {})
     return lm.ledger(self.model, length), dense
 
-  def fraction(self, target: Tree, activity: dict[str, Array]) -> Array:
-    """Forward FLOPs over the dense twin's: kernels at their final density, gates at `activity`."""
+  def fraction(self, density: Tree, activity: dict[str, Array]) -> Array:
+    """Forward FLOPs over the dense twin's: kernels at `density`, gates at `activity`."""
     ledger, dense = self.costs
-    return cost.forward_flops(ledger, tree.named(target), activity) / dense
+    return cost.forward_flops(ledger, tree.named(density), activity) / dense
 
   def _eval(
     self, params: Tree, model_state: Tree, tokens_BxL1: Array, weight_BxL: Array
@@ -100,26 +100,26 @@ class Program:
     return nats, loss.observed(variables)
 
   def _loss(
-    self, params: Tree, state: TrainState, model_state: Tree, tokens_BxL1: Array, key: Array
+    self, seen: loss.Seen, state: TrainState, model_state: Tree, tokens_BxL1: Array, key: Array
   ) -> tuple[Array, tuple[Tree, Metrics]]:
-    return loss.loss(self, params, state, model_state, tokens_BxL1, key)
+    return loss.loss(self, seen, state, model_state, tokens_BxL1, key)
 
   def _gradients(
-    self, params: Tree, state: TrainState, tokens_BxL1: Array, key: Array
-  ) -> tuple[Tree, Tree, Metrics]:
-    """Gradient at `params`, averaged over the microbatches."""
+    self, seen: loss.Seen, state: TrainState, tokens_BxL1: Array, key: Array
+  ) -> tuple[loss.Seen, Tree, Metrics]:
+    """Gradient at what the model sees, averaged over the microbatches."""
     gradient = jax.grad(self._loss, has_aux=True)
     if self.accumulation == 1:
-      grads, (model_state, metrics) = gradient(params, state, state.model_state, tokens_BxL1, key)
+      grads, (model_state, metrics) = gradient(seen, state, state.model_state, tokens_BxL1, key)
       return grads, model_state, metrics
 
     def microbatch(carry: tuple[Tree, Tree], x: tuple[Array, Array]):
       total, model_state = carry
-      grads, (model_state, metrics) = gradient(params, state, model_state, *x)
+      grads, (model_state, metrics) = gradient(seen, state, model_state, *x)
       return (jax.tree.map(jnp.add, total, grads), model_state), metrics
 
     batches = tokens_BxL1.reshape(self.accumulation, -1, tokens_BxL1.shape[1])
-    zeros = jax.tree.map(jnp.zeros_like, params)
+    zeros = jax.tree.map(jnp.zeros_like, seen)
     (total, model_state), metrics = jax.lax.scan(
       microbatch, (zeros, state.model_state), (batches, jax.random.split(key, self.accumulation))
     )
@@ -132,12 +132,12 @@ class Program:
     """One optimizer step, uncompiled; with `rewire` the method's `update` follows it or replaces it."""
     method, step = self.method, state.step
     key_mask, key_model, key_update = jax.random.split(jax.random.fold_in(state.key, step), 3)
-    (params, density), pull_back = jax.vjp(
+    seen, pull_back = jax.vjp(
       lambda t: method.effective(t, state.sparse, 'train', step, key_mask), state.trainable
     )
-    grads, model_state, metrics = self._gradients(params, state, tokens_BxL1, key_model)
-    (trainable_grads,) = pull_back((grads, jnp.zeros_like(density)))
-    metrics |= {'density': density, 'gradient_norm': optax.global_norm(trainable_grads)}
+    grads, model_state, metrics = self._gradients(seen, state, tokens_BxL1, key_model)
+    (trainable_grads,) = pull_back(grads)
+    metrics['gradient_norm'] = optax.global_norm(trainable_grads)
     control = state.control
     if control is not None:
       control = self.budget.update(control, metrics['flops_fraction'])
@@ -148,7 +148,7 @@ class Program:
       updates, opt_state = self.tx.update(trainable_grads, opt_state, trainable)
       trainable = method.constrain(optax.apply_updates(trainable, updates), sparse)
     if rewire:
-      change = method.update(trainable, sparse, {'grads': grads}, step, key_update)
+      change = method.update(trainable, sparse, {'grads': grads[0]}, step, key_update)
       trainable, sparse = change.trainable, change.sparse
       unmoved = jax.tree.map(lambda x: None, trainable)
       changed = unmoved | {'params': change.changed}

@@ -15,7 +15,7 @@ from sparse_lm.core.sparse import (
   WeightMethod,
   apply_masks,
   covered,
-  mean_density,
+  densities,
 )
 
 
@@ -50,11 +50,11 @@ class STE(WeightMethod):
 
   def effective(
     self, trainable: Tree, sparse: Sparse, mode: str, step: Array, key: Array | None
-  ) -> tuple[Tree, Array]:
+  ) -> tuple[Tree, Tree]:
     """The largest magnitudes; the gradient reaches all weights."""
     params, masks = trainable['params'], self._masks(trainable['params'], sparse, step)
     seen = tree.where_sparse(straight_through, params, masks, dense=lambda w: w)
-    return seen, mean_density(params, masks)
+    return seen, densities(masks)
 
   def density(self, target: float, step: int) -> float:
     """The ramp."""

@@ -1,0 +1,97 @@
+"""L0 regularisation: a learned gate on every unit."""
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from sparse_lm.core.errors import require
+from sparse_lm.core.estimator import BETA, ESTIMATORS, GAMMA, ZETA, hard_concrete_probability
+from sparse_lm.core.random_start import path_key
+from sparse_lm.core.sparse import Array, Sparse, Tree, WeightMethod, apply_masks, covered
+
+
+@dataclasses.dataclass(frozen=True)
+class L0(WeightMethod):
+  """Multiplies each unit by a hard concrete gate whose logit is learned with the weights.
+
+  Training draws the gates and pays for the probability that they are open. Evaluation opens as many as
+  training expects to be open, those of the largest logits, at their deterministic values. How sparse it
+  ends is learned: `config.budget.target` holds the forward FLOPs, or `price` says what keeping costs.
+
+  Paper: Louizos et al. 2018 (Learning Sparse Neural Networks through L0 Regularization).
+  Saves: the forward pass of closed units; training computes them all.
+  Differs from the paper: evaluation keeps the expected number (as CoFi does, Xia et al. 2022); the
+    paper keeps what is above a threshold, which logits that move together cross together.
+
+  Attributes:
+    pattern: the units that have a gate each.
+    open: probability with which a gate is open at the start.
+    price: nats a token for keeping all prunable weights, without a budget.
+    learned_rate: learning rate of the logits over that of the weights.
+  """
+
+  pattern: str = 'unstructured'
+  open: float = 0.9
+  price: float = 0.0
+  learned_rate: float = 10.0
+  exact_density: ClassVar[bool] = False
+  controlled: ClassVar[bool] = True
+  keeps_dense: ClassVar[bool] = True
+
+  def check(self) -> None:
+    """Raises UserError for a bad probability, price or rate."""
+    require(0 < self.open < 1, 'config.weight.open', self.open, 'a probability in (0, 1)')
+    require(self.price >= 0, 'config.weight.price', self.price, '0 or more')
+    require(self.learned_rate > 0, 'config.weight.learned_rate', self.learned_rate, 'above 0')
+
+  def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
+    """One logit for each unit, alike; no masks."""
+    logit = math.log(self.open / (1 - self.open)) + BETA * math.log(-GAMMA / ZETA)
+    shapes = jax.eval_shape(self.units.pool, covered(params, target))
+    logits = {name: jnp.full(units.shape, logit) for name, units in shapes.items()}
+    nothing = jax.tree.map(lambda w: None, params)
+    return {'params': params, 'learned': logits}, Sparse(nothing, target)
+
+  def effective(
+    self, trainable: Tree, sparse: Sparse, mode: str, step: Array, key: Array | None
+  ) -> tuple[Tree, Tree]:
+    """Weights times their gates; draws where there is a key, in training."""
+    logits = trainable['learned']
+    if mode == 'train' and key is not None:
+      gates = {name: _gate(units, path_key(key, name), True) for name, units in logits.items()}
+    else:
+      gates, _ = self._evaluated(logits)
+    prunable = covered(trainable['params'], sparse.target)
+    likely = {name: hard_concrete_probability(units) for name, units in logits.items()}
+    density = jax.tree.map(jnp.mean, self.units.expand(likely, prunable))
+    return _times(trainable['params'], self.units.expand(gates, prunable)), density
+
+  def penalty(self, density: Array) -> Array:
+    """`price` times the share of the prunable weights that is kept."""
+    return self.price * density
+
+  def finalize(self, trainable: Tree, sparse: Sparse, step: Array) -> tuple[Tree, Tree]:
+    """Weights times their gates, and which gates are open."""
+    gates, opened = self._evaluated(trainable['learned'])
+    prunable = covered(trainable['params'], sparse.target)
+    masks = self.units.expand(opened, prunable)
+    return apply_masks(
+      _times(trainable['params'], self.units.expand(gates, prunable)), masks
+    ), masks
+
+  def _evaluated(self, logits: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The gates that evaluation runs, and which are open: as many as training expects to be."""
+    expected = {name: jnp.mean(hard_concrete_probability(u)) for name, u in logits.items()}
+    opened = self.units.select(logits, expected)
+    return {name: _gate(u, None, False) * opened[name] for name, u in logits.items()}, opened
+
+
+def _gate(logits: Array, key: Array | None, sample: bool) -> Array:
+  return ESTIMATORS['hard_concrete'].decide(logits, key, sample).weight
+
+
+def _times(params: Tree, gates: Tree) -> Tree:
+  return jax.tree.map(lambda w, gate: w if gate is None else w * gate, params, gates)
