@@ -173,12 +173,17 @@ def test_gradients_equal_finite_differences_and_skip_keys_that_are_not_read(name
 
 
 @pytest.mark.parametrize(('name', 'field'), [('sliding_window', 'window'), ('topk_keys', 'k')])
-def test_a_query_without_a_key_reads_all_alike_and_has_finite_gradients(name, field):
+def test_a_query_that_no_key_is_left_for_reads_its_own_and_has_finite_gradients(name, field):
   arrays = arrays_of(1, 4)
-  arrays[-1][0] = False
+  *_, v, positions, key_positions, valid = arrays
+  valid[0] = False
   run = applied(method(name, **{field: 2}))
   y, _ = run({}, *arrays)
-  assert_allclose(y[0], np.broadcast_to(arrays[3][0].mean(0), y[0].shape), atol=1e-6)
+  own = positions[0][:, None] == key_positions[0]
+  assert own.any(1).any() and not own.any(1).all()
+  for t, mine in enumerate(own):  # and one that is no key itself reads all alike
+    want = v[0][mine if mine.any() else slice(None)].mean(0)
+    assert_allclose(y[0, t], want, atol=1e-6)
   loss = lambda *floats: jnp.sum(jnp.square(run({}, *floats, *arrays[4:])[0]))  # noqa: E731
   grads = jax.grad(loss, argnums=(1, 2, 3))(*arrays[:4])
   assert all(np.isfinite(g).all() and np.abs(g).any() for g in grads)
