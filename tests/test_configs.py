@@ -41,6 +41,8 @@ def shrunk(name, text_file):
     sizes['model.layers'] = 1
   sizes['model.kv_heads'] = max(1, full['model.kv_heads'] * 2 // full['model.heads'])
   sizes['train.accumulation'] = min(full['train.accumulation'], 2)
+  # The head is most of so small a model, and no gate skips it.
+  sizes['budget.target'] = max(full['budget.target'], 0.9)
   sizes |= {'data.source': 'files', 'data.path': str(text_file)}
   return configs.load(path, sizes)
 

@@ -40,9 +40,11 @@ def random_variables(model):
   variables = lm.shapes(model)
   leaves, structure = jax.tree.flatten(variables['params'])
   draw = np.random.default_rng(0).normal
-  # Norms' scales around a half; a gate of one number stays open.
-  means = {0: 2.0, 1: 0.5}
-  params = [draw(means.get(a.ndim, 0.0), 0.3, a.shape).astype(np.float32) for a in leaves]
+  # Norms' scales around a half; a gate of one number stays open, and short of saturation.
+  means = {0: 0.2, 1: 0.5}
+  params = [
+    draw(means.get(a.ndim, 0.0), 0.3 * (a.ndim > 0), a.shape).astype(np.float32) for a in leaves
+  ]
   tokens = jnp.zeros((1, 16), jnp.int32)
   others = {name for name in variables if name not in ('params', *SOWN)}
   drawn = model.init(jax.random.key(1), tokens) if others else {}

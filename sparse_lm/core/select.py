@@ -134,10 +134,11 @@ def gaussian_threshold(values: Array, density: float) -> Array:
   """What the largest `density` of each row exceeds if the row is Gaussian (Spark, You et al. 2025).
 
   `mean + std * quantile(1 - density)` with the population's standard deviation, float32 `[..., 1]`.
+  The deviation is good while the mean is no more than some hundred times as large.
   """
   values = values.astype(jnp.float32)
   mean = jnp.mean(values, axis=-1, keepdims=True)
   # From the mean square, in one pass over the row; a row of equal values has a gradient too.
   square = jnp.mean(jnp.square(values), axis=-1, keepdims=True)
   std = jnp.sqrt(jnp.maximum(square - jnp.square(mean), 1e-12))
-  return mean + std * ndtri(1.0 - density)
+  return mean - std * ndtri(density)

@@ -84,7 +84,7 @@ class Choice:
     fields: its config keys and values.
     layers: a Python slice (`'1::2'`) of the layers that get it.
     otherwise: the choice of the other layers, which is also what a method that wraps another
-      wraps, and what the dense twin runs.
+      wraps, and what the dense twin runs; `None` of a choice that is one itself.
   """
 
   slot: str
@@ -95,9 +95,14 @@ class Choice:
 
   @classmethod
   def from_config(cls, slot: str, config: Any) -> 'Choice':
-    """Reads `config.<slot>`."""
+    """Reads `config.<slot>`. Raises UserError where `otherwise` would wrap another method in turn."""
     rest = config.otherwise
     otherwise = cls(slot, rest.name, tuple(sorted(fields(slot, rest).items())))
+    if otherwise.wraps:
+      raise UserError(
+        f'config.{slot}.otherwise.name={rest.name!r} wraps another method and has none to wrap; '
+        f'valid: config.{slot}.name={rest.name!r}'
+      )
     return cls(
       slot, config.name, tuple(sorted(fields(slot, config).items())), config.layers, otherwise
     )
@@ -106,6 +111,22 @@ class Choice:
   def cls(self) -> type:
     """The method's class."""
     return method(self.slot, self.name)
+
+  @property
+  def group(self) -> str:
+    """The config's group that it was read from."""
+    return f'config.{self.slot}' if self.otherwise else f'config.{self.slot}.otherwise'
+
+  @property
+  def wraps(self) -> bool:
+    """Whether the method runs another inside."""
+    return 'inner' in {field.name for field in dataclasses.fields(self.cls)}
+
+  def running(self, count: int) -> 'list[Choice]':
+    """The choices whose methods run in any of `count` layers: this one, the other, or both."""
+    chosen = len(self.chosen_layers(count))
+    own = [self] if chosen else []
+    return own + ([self.otherwise] if chosen < count or self.wraps else [])
 
   def causal(self, mode: str) -> bool:
     """Whether the method keeps to the past in that mode, as it declares."""
@@ -136,13 +157,14 @@ class Choice:
     declares that, is a maker of the `otherwise` method.
     """
     if self.otherwise is None:
-      return self._make(supplied)
+      return self.make(supplied)
     if not self.chosen(layer, count):
-      return self.otherwise._make(supplied)
-    inner = functools.partial(self.otherwise._make, supplied | {'name': 'inner'})
-    return self._make(supplied | {'inner': inner})
+      return self.otherwise.make(supplied)
+    inner = functools.partial(self.otherwise.make, supplied | {'name': 'inner'})
+    return self.make(supplied | {'inner': inner})
 
-  def _make(self, supplied: dict[str, Any]) -> Any:
+  def make(self, supplied: dict[str, Any]) -> Any:
+    """The method itself; of `supplied` it takes the fields that it has."""
     wanted = {field.name for field in dataclasses.fields(self.cls)}
     return self.cls(**dict(self.fields), **{k: v for k, v in supplied.items() if k in wanted})
 

@@ -10,10 +10,21 @@ from sparse_lm.core import cost
 
 
 def causal(
-  positions_BxL: jax.Array, key_positions_BxS: jax.Array, valid_BxS: jax.Array
+  positions_BxL: jax.Array,
+  key_positions_BxS: jax.Array,
+  valid_BxS: jax.Array,
+  window: int | None = None,
 ) -> jax.Array:
-  """bool `[B, L, S]`: valid keys whose position is not above the query's."""
-  return (key_positions_BxS[:, None, :] <= positions_BxL[:, :, None]) & valid_BxS[:, None, :]
+  """bool `[B, L, S]`: valid keys at the query's position or before, at most `window` of them back.
+
+  A query that no such key is left for (a token that skips the layer) reads its own: its output is
+  dropped, but the gradient of the gate that dropped it must not come from later tokens.
+  """
+  age_BxLxS = positions_BxL[:, :, None] - key_positions_BxS[:, None, :]
+  reads = (age_BxLxS >= 0) & valid_BxS[:, None, :]
+  if window is not None:
+    reads &= age_BxLxS < window
+  return reads | ((age_BxLxS == 0) & ~jnp.any(reads, axis=-1, keepdims=True))
 
 
 def note(

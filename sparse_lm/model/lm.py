@@ -85,28 +85,41 @@ def from_config(config: Any, vocab: int) -> LM:
   """The model that a config describes. Raises UserError where it describes none."""
   spec = Spec.from_config(config.model, vocab, config.data.context)
   choices = tuple(Choice.from_config(slot, config[slot]) for slot in LAYER_SLOTS)
-  modules = [
-    choice.build(layer, spec.layers, spec=spec, activation=None, name=None)
-    for choice in choices
-    for layer in range(spec.layers)
-  ]
-  for module in modules:
+  model = LM(spec, choices)
+  supplied = {'spec': spec, 'activation': None, 'inner': None, 'name': None}
+  modules = {choice: choice.make(supplied) for choice in running(model)}
+  for choice, module in modules.items():
     if hasattr(module, 'check'):
-      module.check()
-  _check_credit(choices, modules)
-  return LM(spec, choices)
+      _check(choice, module)
+  _check_credit(modules)
+  return model
 
 
-def _check_credit(choices: tuple[Choice, ...], modules: list[nn.Module]) -> None:
+def running(model: LM) -> list[Choice]:
+  """The choices whose methods run in any layer."""
+  return [found for choice in model.choices for found in choice.running(model.spec.layers)]
+
+
+def _check(choice: Choice, module: nn.Module) -> None:
+  try:
+    module.check()
+  except UserError as error:
+    # A method names its fields as those of its slot: it cannot know that it is the other one there.
+    named = str(error).replace(f'config.{choice.slot}.', f'{choice.group}.')
+    raise UserError(named) from None
+
+
+def _check_credit(modules: dict[Choice, nn.Module]) -> None:
   """A policy's actions are credited with what comes later: in training all else must be causal."""
-  policies = [module for module in modules if getattr(module, 'policy', False)]
-  for choice in choices:
-    if policies and not choice.causal('train'):
-      raise UserError(
-        f'config.{policies[0].slot}.estimator={policies[0].estimator!r} credits an action with later '
-        f'tokens only, and config.{choice.slot}.name={choice.name!r} is not causal in training; valid: '
-        'another estimator, or a method that is causal in both modes'
-      )
+  policies = {c.group: module for c, module in modules.items() if getattr(module, 'policy', False)}
+  for group, module in policies.items():
+    for choice in modules:
+      if not choice.causal('train'):
+        raise UserError(
+          f'{group}.estimator={module.estimator!r} credits an action with later tokens only, and '
+          f'{choice.group}.name={choice.name!r} is not causal in training; valid: another estimator, '
+          'or a method that is causal in both modes'
+        )
 
 
 def twin(model: LM) -> LM:
@@ -116,7 +129,7 @@ def twin(model: LM) -> LM:
 
 def causal(model: LM) -> dict[str, bool]:
   """By mode, whether every method that the model runs keeps to the past."""
-  return {mode: all(choice.causal(mode) for choice in model.choices) for mode in MODES}
+  return {mode: all(choice.causal(mode) for choice in running(model)) for mode in MODES}
 
 
 def shapes(model: LM) -> Any:

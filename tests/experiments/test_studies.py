@@ -5,6 +5,7 @@ import json
 import pytest
 
 from experiments import (
+  budget_control,
   component_speed,
   dynamic_compute,
   dynamic_smoke,
@@ -48,6 +49,21 @@ def test_the_smoke_study_runs_every_method_once():
 def test_speed_studies_plan_runs_that_load():
   for run in [*train_step_speed.runs(), *component_speed.runs()]:
     configs.load(run.config, run.overrides)
+
+
+def test_the_budget_study_holds_every_estimator_that_a_price_moves_by_both_controllers(tmp_path):
+  runs = budget_control.runs()
+  assert len({tuple(run.labels.values()) for run in runs}) == len(runs) == 5 * 2
+  assert 'random' not in {run.labels['estimator'] for run in runs}
+  lines = [
+    {'run': run.id('x'), 'labels': run.labels, 'seed': 0, 'metrics': metrics}
+    for run, metrics in zip(
+      runs, [{'flops_forward_ratio': 0.58 + i / 100, 'val_loss': 2.0 + i} for i in range(10)]
+    )
+  ]
+  table = budget_control.report(lines, tmp_path)
+  assert '-0.020' in table and '+0.070' in table and (tmp_path / 'budget_control.png').exists()
+  assert build(configs.load(runs[0].config, runs[0].overrides), vocab=256)[0].budget.target == 0.6
 
 
 def test_the_twin_has_as_many_parameters_as_the_default_model():

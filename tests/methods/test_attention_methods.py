@@ -18,7 +18,9 @@ from sparse_lm.model import lm
 
 VOCAB, CONTEXT, WIDTH, HEADS, LAYERS = 13, 8, 16, 4, 2
 BATCH, QUERIES, KEYS, HEAD = 2, 5, 7, 4
-SEEDS, GROUPS = st.integers(0, 2**31), st.sampled_from([1, 2, 4])
+SEEDS = st.integers(0, 2**31)
+# Key heads, and keys that a query may read: few pairs, for each is compiled.
+SIZES = st.sampled_from([(1, 4), (2, 1), (4, 3)])
 PATH = 'block_0/attention/attention'
 
 
@@ -35,11 +37,6 @@ def config_of(**attention):
 def method(name, **fields):
   spec = Spec.from_config(config_of().model, VOCAB, CONTEXT)
   return slots.method('attention', name)(spec=spec, **fields)
-
-
-def head_gate(estimator, inner, **fields):
-  inner = functools.partial(method('full').copy, name='inner') if inner is None else inner
-  return method('head_gate', estimator=estimator, inner=inner)
 
 
 @functools.cache
@@ -82,7 +79,7 @@ def mask_of(arrays, window=None, most=None):
   for i, head, t in np.ndindex(mask.shape[:3]):
     for j in range(k.shape[1]):
       age = positions[i, t] - key_positions[i, j]
-      mask[i, head, t, j] = valid[i, j] and 0 <= age and (window is None or age < window)
+      mask[i, head, t, j] = valid[i, j] and age >= 0 and (window is None or age < window)
     if most is not None and mask[i, head, t].sum() > most:
       scores = np.where(mask[i, head, t], scores_of(q, k, i, t, head), -np.inf)
       order = sorted(range(len(scores)), key=lambda j: (-scores[j], j))
@@ -103,17 +100,19 @@ def masked_attention(arrays, mask):
   return out
 
 
-@given(SEEDS, GROUPS, st.sampled_from([1, 4]))
+@given(SEEDS, SIZES)
 @settings(deadline=None, max_examples=30)
-def test_a_window_equals_dense_attention_under_its_mask(seed, groups, window):
+def test_a_window_equals_dense_attention_under_its_mask(seed, sizes):
+  groups, window = sizes
   arrays = arrays_of(seed, groups, window)
   y, _ = applied(method('sliding_window', window=window))({}, *arrays)
   assert_allclose(y, masked_attention(arrays, mask_of(arrays, window)[0]), atol=1e-5)
 
 
-@given(SEEDS, GROUPS, st.sampled_from([1, 3]))
+@given(SEEDS, SIZES)
 @settings(deadline=None, max_examples=30)
-def test_the_largest_scores_equal_dense_attention_under_their_mask(seed, groups, k):
+def test_the_largest_scores_equal_dense_attention_under_their_mask(seed, sizes):
+  groups, k = sizes
   arrays = arrays_of(seed, groups)
   mask, gap = mask_of(arrays, most=k)
   assume(gap > 1e-5)
@@ -121,9 +120,10 @@ def test_the_largest_scores_equal_dense_attention_under_their_mask(seed, groups,
   assert_allclose(y, masked_attention(arrays, mask), atol=1e-5)
 
 
-@given(SEEDS, GROUPS, st.sampled_from([1, 3]))
+@given(SEEDS, SIZES)
 @settings(deadline=None, max_examples=30)
-def test_of_equal_scores_the_earlier_keys_are_read(seed, groups, k):
+def test_of_equal_scores_the_earlier_keys_are_read(seed, sizes):
+  groups, k = sizes
   arrays = arrays_of(seed, groups, whole=True)
   mask, gap = mask_of(arrays, most=k)
   assume(gap == 0)
@@ -131,10 +131,9 @@ def test_of_equal_scores_the_earlier_keys_are_read(seed, groups, k):
   assert_allclose(y, masked_attention(arrays, mask), atol=1e-5)
 
 
-@pytest.mark.parametrize('groups', [1, 2, 4])
 @pytest.mark.parametrize(('name', 'field'), [('sliding_window', 'window'), ('topk_keys', 'k')])
-def test_what_covers_every_key_recovers_full_attention(name, field, groups):
-  arrays = arrays_of(0, groups)
+def test_what_covers_every_key_recovers_full_attention(name, field):
+  arrays = arrays_of(0, 2)
   reach = {'window': arrays[4].max() + 1, 'k': KEYS}[field]
   full, _ = applied(method('full'))({}, *arrays)
   for more in (0, 1):
@@ -169,17 +168,22 @@ def test_gradients_equal_finite_differences_and_skip_keys_that_are_not_read(name
   assert slope == pytest.approx((by_hand(1e-6) - by_hand(-1e-6)) / 2e-6, rel=1e-4)
   by_group = mask.reshape(BATCH, 2, HEADS // 2, QUERIES, KEYS).any(axis=(2, 3)).transpose(0, 2, 1)
   assert not by_group.all()
-  for grad in grads[2:]:
-    assert_array_equal(np.abs(grad).max(-1) > 0, by_group)
+  assert_array_equal(np.abs(grads[3]).max(-1) > 0, by_group)
+  assert not np.asarray(grads[2])[~by_group].any()
 
 
 @pytest.mark.parametrize(('name', 'field'), [('sliding_window', 'window'), ('topk_keys', 'k')])
-def test_a_query_without_a_key_reads_all_alike_and_has_finite_gradients(name, field):
+def test_a_query_that_no_key_is_left_for_reads_its_own_and_has_finite_gradients(name, field):
   arrays = arrays_of(1, 4)
-  arrays[-1][0] = False
+  *_, v, positions, key_positions, valid = arrays
+  valid[0] = False
   run = applied(method(name, **{field: 2}))
   y, _ = run({}, *arrays)
-  assert_allclose(y[0], np.broadcast_to(arrays[3][0].mean(0), y[0].shape), atol=1e-6)
+  own = positions[0][:, None] == key_positions[0]
+  assert own.any(1).any() and not own.any(1).all()
+  for t, mine in enumerate(own):  # and one that is no key itself reads all alike
+    want = v[0][mine if mine.any() else slice(None)].mean(0)
+    assert_allclose(y[0, t], want, atol=1e-6)
   loss = lambda *floats: jnp.sum(jnp.square(run({}, *floats, *arrays[4:])[0]))  # noqa: E731
   grads = jax.grad(loss, argnums=(1, 2, 3))(*arrays[:4])
   assert all(np.isfinite(g).all() and np.abs(g).any() for g in grads)
@@ -208,12 +212,10 @@ def sigmoid(logits):
   return 1 / (1 + np.exp(-logits))
 
 
-@given(SEEDS, GROUPS, st.sampled_from(list(GATED)))
+@given(SEEDS, st.sampled_from(list(GATED)))
 @settings(deadline=None, max_examples=20)
-def test_open_heads_are_those_with_a_positive_logit_and_closed_ones_add_nothing(
-  seed, groups, estimator
-):
-  arrays, variables = arrays_of(seed, groups), router(seed, 0.3)
+def test_open_heads_are_those_with_a_positive_logit_and_closed_ones_add_nothing(seed, estimator):
+  arrays, variables = arrays_of(seed, 2), router(seed, 0.3)
   logits = arrays[0].astype(np.float64) @ variables['params']['router']['kernel'] + 0.3
   assume(np.abs(logits).min() > 1e-4)
   y, sown = applied(GATED[estimator])(variables, *arrays)
@@ -254,7 +256,109 @@ def test_a_straight_through_gates_router_gets_the_sigmoids_gradient():
     assert_allclose(got, want[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+WINDOW, TOPK = {'name': 'sliding_window', 'window': 3}, {'name': 'topk_keys', 'k': 2}
+GATE = {'name': 'head_gate', 'otherwise': WINDOW}
+
+
+def model_of(attention):
+  return lm.from_config(config_of(**attention), VOCAB)
+
+
+def random_params(model):
+  rng = np.random.default_rng(0)
+  shapes = lm.shapes(model)['params']
+  return jax.tree.map(lambda a: rng.normal(0, 0.4, a.shape).astype(np.float32), shapes)
+
+
 @functools.cache
-def model_of(name, **fields):
-  inner = fields.pop('inner', {'name': 'full'})
-  return lm.from_config(config_of(name=name, otherwise=dict(inner), **fields), VOCAB)
+def logits_of(model):
+  return jax.jit(lambda params, tokens: model.apply({'params': params}, tokens))
+
+
+@pytest.mark.parametrize('attention', [WINDOW, TOPK, GATE], ids=lambda a: a['name'])
+def test_a_later_token_changes_no_earlier_output(attention):
+  model = model_of(attention)
+  params, run = random_params(model), logits_of(model)
+  tokens = np.random.default_rng(1).integers(0, VOCAB, (BATCH, CONTEXT))
+  logits = run(params, tokens)
+  for cut in range(1, CONTEXT):
+    other = run(params, np.where(np.arange(CONTEXT) < cut, tokens, (tokens + 5) % VOCAB))
+    assert_allclose(other[:, :cut], logits[:, :cut], rtol=1e-6, atol=1e-6)
+    assert (np.abs(other - logits)[:, cut:].max(-1) > 1e-3).all()
+
+
+def test_a_token_reaches_one_window_further_in_each_layer():
+  model = model_of(WINDOW)
+  params, run = random_params(model), logits_of(model)
+  tokens = np.random.default_rng(2).integers(0, VOCAB, (1, CONTEXT))
+  other = np.where(np.arange(CONTEXT) == 1, (tokens + 5) % VOCAB, tokens)
+  moved = np.abs(run(params, other) - run(params, tokens)).max(-1)[0]
+  assert (moved[1 : 2 + LAYERS * 2] > 1e-4).all()
+  assert_allclose(moved[[0, 6, 7]], 0, atol=1e-6)
+
+
+def test_a_gate_wraps_the_attention_that_the_config_names_otherwise():
+  gated, plain = model_of(GATE), model_of(WINDOW)
+  params = random_params(gated)
+  for layer in range(LAYERS):
+    attention = params[f'block_{layer}']['attention']
+    attention['attention']['router']['bias'] += 100
+  tokens = np.random.default_rng(3).integers(0, VOCAB, (BATCH, CONTEXT))
+  logits = logits_of(gated)(params, tokens)
+  assert_allclose(logits_of(plain)(params, tokens), logits, rtol=1e-5, atol=1e-5)
+  assert np.abs(logits_of(model_of({'name': 'full'}))(params, tokens) - logits).max() > 0.1
+
+
+@pytest.mark.parametrize('length', [1, 3, 5, CONTEXT])
+@pytest.mark.parametrize(('attention', 'rule'), [(WINDOW, {'window': 3}), (TOPK, {'most': 2})])
+def test_the_ledger_counts_the_entries_of_the_mask(attention, rule, length):
+  rng = np.random.default_rng(4)
+  where = np.arange(length)[None]
+  q, k = rng.normal(size=(1, length, HEADS, HEAD)), rng.normal(size=(1, length, 2, HEAD))
+  arrays = (None, q, k, None, where, where, np.ones((1, length), bool))
+  share = mask_of(arrays, **rule)[0].sum() / mask_of(arrays)[0].sum()
+  notes = lm.ledger(model_of(attention), length)
+  dense = 2 * WIDTH * length  # of a token's heads with every key
+  assert notes[f'{PATH}/values'].flops == pytest.approx(dense * share)
+  scored = 1 if attention is TOPK else share  # top-k has to see every score
+  assert notes[f'{PATH}/scores'].flops == pytest.approx(dense * scored)
+  assert (share < 1) == (length > max(rule.values()))
+
+
+def test_a_gate_of_heads_can_skip_scores_values_and_output_and_nothing_else():
+  gated, plain = (lm.ledger(model_of(a), CONTEXT) for a in (GATE, WINDOW))
+  gates = {path: matmul.gates for path, matmul in gated.items() if path.startswith('block_0')}
+  skipped = f'{PATH}/inner/scores', f'{PATH}/inner/values', 'block_0/attention/out/linear'
+  assert all(gates.pop(path) == (cost.Gate(PATH, 1.0, True),) for path in skipped)
+  assert f'{PATH}/router/linear' in gates and not any(gates.values())
+  for name in ('scores', 'values'):
+    assert gated[f'{PATH}/inner/{name}'].flops == plain[f'{PATH}/{name}'].flops
+  assert gated[f'{PATH}/router/linear'].flops == 2 * WIDTH * HEADS
+
+
+@pytest.mark.parametrize(
+  ('attention', 'value', 'valid'),
+  [
+    ({'name': 'sliding_window', 'window': 0}, 'window=0', '1 position or more'),
+    ({'name': 'topk_keys', 'k': 0}, 'k=0', '1 to config.data.context, 8'),
+    ({'name': 'topk_keys', 'k': CONTEXT + 1}, 'k=9', '1 to config.data.context, 8'),
+    ({'name': 'head_gate', 'estimator': 'softt'}, "'softt': did you mean 'soft'?", 'gumbel_sig'),
+    ({'name': 'head_gate', 'open': 1.0}, 'open=1.0', 'a probability in (0, 1)'),
+  ],
+)
+def test_bad_fields_are_refused_in_one_line(attention, value, valid):
+  with pytest.raises(UserError) as refused:
+    model_of(attention)
+  message = str(refused.value)
+  field = next(name for name in attention if name != 'name')
+  assert f'config.attention.{field}' in message and value in message
+  assert f'valid: {valid}' in message and '\n' not in message
+
+
+def test_fields_at_the_ends_of_their_ranges_are_accepted():
+  for attention in (
+    {'name': 'sliding_window', 'window': 1},
+    TOPK | {'k': 1},
+    TOPK | {'k': CONTEXT},
+  ):
+    assert lm.shapes(model_of(attention))

@@ -33,8 +33,7 @@ def module(**fields):
   return cls(spec=spec, activation=RELU2, **{'experts': EXPERTS, **fields})
 
 
-# By name: visits, and the tokens that an expert takes of 32.
-SEATS = {0.5: 4, 1.0: 8, 1.1: 9, 2.0: 16}
+SEATS = {0.5: 4, 1.05: 8, 1.1: 9, 2.0: 16}  # by visits: how many of 32 tokens an expert takes
 
 
 @functools.cache
@@ -174,7 +173,7 @@ def test_evaluation_takes_what_exceeds_the_thresholds(executor, seed):
   taken = probability > threshold
   y, sown = applied(mlp, 'eval')(variables, x)
   close(y, weighted(variables['params'], x, taken))
-  assert_allclose(sown['stats']['load'], taken.sum(0) / taken.sum(), rtol=1e-6)
+  assert_allclose(sown['stats']['load'], taken.sum(0) / max(taken.sum(), 1), rtol=1e-6)
   assert float(sown['stats']['drop_rate']) == 0
   assert float(sown['gates']['active']) == pytest.approx(taken.sum() / TOKENS)
 
@@ -197,7 +196,7 @@ def test_training_reads_later_tokens_and_evaluation_no_other_token():
     # Every expert gets tokens that it likes better than any.
     liked = 5 * favourites[np.arange(BATCH * (LENGTH - cut)) % EXPERTS]
     other[:, cut:] = liked.reshape(BATCH, -1, WIDTH)
-    moved = {m: [applied(module(), m)(variables, v)[0] for v in (x, other)] for m in SEEN}
+    moved = {m: [applied(module(), m)(variables, v)[0] for v in (x, other)] for m in lm.MODES}
     before, after = moved['train']
     assert np.abs(before - after)[:, :cut].max() > 0.01
     before, after = moved['eval']
@@ -206,10 +205,7 @@ def test_training_reads_later_tokens_and_evaluation_no_other_token():
   assert slots.method('mlp', 'expert_choice').causal == {'train': False, 'eval': True}
 
 
-SEEN = ('train', 'eval')
-
-
-@pytest.mark.parametrize('mode', SEEN)
+@pytest.mark.parametrize('mode', lm.MODES)
 def test_identical_experts_that_take_every_token_equal_one_mlp(mode):
   mlp = module(visits=float(EXPERTS))
   variables, x = numbers(mlp, 3)
@@ -248,20 +244,19 @@ def test_gradients_of_both_executors_equal_finite_differences_of_the_loop():
 @pytest.mark.parametrize('visits', [0.5, 1.0])
 def test_thresholds_come_to_let_the_configured_visits_through(visits):
   mlp = module(visits=visits)
-  variables, unseen = numbers(mlp, 8)
+  variables, _ = numbers(mlp, 8)
   variables['router']['threshold'] = np.full(EXPERTS, 0.25, np.float32)  # as a run starts
   draw = np.random.default_rng(9)
-  held_out = [draw.standard_normal(unseen.shape).astype(np.float32) for _ in range(30)]
+  held_out = draw.standard_normal((1, 20_000, WIDTH)).astype(np.float32)
 
   def measured():
-    active = [applied(mlp, 'eval')(variables, x)[1]['gates']['active'] for x in held_out]
-    return visits * np.mean(active)
+    return visits * float(applied(mlp, 'eval')(variables, held_out)[1]['gates']['active'])
 
   assert measured() > 1.2 * visits
-  for _ in range(150):
-    x = draw.standard_normal(unseen.shape).astype(np.float32)
+  for _ in range(100):
+    x = draw.standard_normal((1, 1024, WIDTH)).astype(np.float32)
     variables['router'] = applied(mlp, 'train', moves=True)(variables, x)[1]['router']
-  assert measured() == pytest.approx(visits, rel=0.1)
+  assert measured() == pytest.approx(visits, rel=0.03)
 
 
 @pytest.fixture(scope='module')

@@ -44,7 +44,6 @@ class SlidingWindow(nn.Module):
     keys = k_BxSxGxK.shape[1]
     share = share_of_keys(self.window, keys)
     note(self.path, q_BxLxHxK, keys, scored=share, read=share)
-    near_BxLxS = key_positions_BxS[:, None, :] > positions_BxL[:, :, None] - self.window
-    mask_BxLxS = causal(positions_BxL, key_positions_BxS, valid_BxS) & near_BxLxS
+    mask_BxLxS = causal(positions_BxL, key_positions_BxS, valid_BxS, self.window)
     dropout = nn.Dropout(self.spec.dropout, deterministic=mode != 'train')
     return attend(q_BxLxHxK, k_BxSxGxK, v_BxSxGxK, mask_BxLxS, dropout)

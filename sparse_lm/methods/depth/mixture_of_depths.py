@@ -48,7 +48,10 @@ class MixtureOfDepths(nn.Module):
   @property
   def planned(self) -> float:
     """Fraction of the tokens that enters."""
-    return self.capacity
+    return self._seats(self.spec.context) / self.spec.context
+
+  def _seats(self, length: int) -> int:
+    return max(1, round(self.capacity * length))
 
   @nn.compact
   def __call__(
@@ -79,18 +82,17 @@ class MixtureOfDepths(nn.Module):
 
   def _train(self, block, x_BxLxD, weight_BxLx1, likely_BxL, positions_BxL, valid_BxL):
     length = x_BxLxD.shape[1]
-    chosen = max(1, round(self.capacity * length))
     scores_BxL = jnp.where(valid_BxL, weight_BxLx1[..., 0], -jnp.inf)
-    index_BxC = jnp.sort(jax.lax.top_k(jax.lax.stop_gradient(scores_BxL), chosen)[1], axis=1)
-    enters_BxL = jax.nn.one_hot(index_BxC, length, dtype=jnp.float32).sum(axis=1)
-    record(
-      self,
-      'losses',
-      'predictor',
-      jnp.mean(optax.sigmoid_binary_cross_entropy(likely_BxL, enters_BxL)),
+    index_BxC = jnp.sort(
+      jax.lax.top_k(jax.lax.stop_gradient(scores_BxL), self._seats(length))[1], axis=1
     )
-    agrees = (likely_BxL > 0) == (enters_BxL > 0)
-    record(self, 'stats', 'predictor_accuracy', jnp.mean(agrees, dtype=jnp.float32))
+    # Of a short sequence's padding some may be seated; none of it enters.
+    enters_BxL = jax.nn.one_hot(index_BxC, length, dtype=jnp.float32).sum(axis=1) * valid_BxL
+    surprise_BxL = optax.sigmoid_binary_cross_entropy(likely_BxL, enters_BxL)
+    record(self, 'losses', 'predictor', jnp.mean(surprise_BxL, where=valid_BxL))
+    agrees_BxL = (likely_BxL > 0) == (enters_BxL > 0)
+    accuracy = jnp.mean(agrees_BxL, dtype=jnp.float32, where=valid_BxL)
+    record(self, 'stats', 'predictor_accuracy', accuracy)
 
     def take(a: jax.Array) -> jax.Array:
       return jnp.take_along_axis(

@@ -20,7 +20,7 @@ SELECTORS = ('statistical', 'exact')
 class PredictorTopK(nn.Module):
   """The first inputs predict which units fire; the others compute those that do.
 
-  `down(activation(top-k(predictor(x[:r]))) * up(x[r:]))`: as many parameters as the plain MLP.
+  `down(activation(top-k(predictor(x[:r]))) * up(x[r:]))`: as many weights as the plain MLP.
 
   Paper: Spark (You et al. 2025).
   Saves: the up- and the down-projection of the other units (the predictor runs in full).

@@ -1,0 +1,201 @@
+"""What gates and connections did, and what that costs, against counts by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base
+from sparse_lm.core import cost, slots
+from sparse_lm.model import lm
+from sparse_lm.train import cost as train_cost
+from sparse_lm.train import observe
+from sparse_lm.train.loop import evaluate
+from sparse_lm.train.setup import build, setup
+
+OBSERVED = {
+  'gates/depth_0': 0.25,
+  'gates/block_1/mlp': 0.5,
+  'block_0/mlp/active': 0.125,
+  'block_1/mlp/active': 0.375,
+  'block_1/mlp/dead': 0.0625,
+  'block_0/mlp/load/0': 0.75,
+  'block_0/mlp/load/1': 0.25,
+}
+
+
+def test_activity_is_what_gates_let_through_by_their_path():
+  assert observe.activity(OBSERVED) == {'depth_0': 0.25, 'block_1/mlp': 0.5}
+  assert observe.activity({'block_0/gates/active': 0.5, 'a/gates/b': 1.0}) == {}
+
+
+def test_a_summary_is_the_mean_over_layers_of_each_number_that_is_no_gate():
+  # A vector's items are no numbers of a layer, and gates have a table of their own.
+  assert observe.summary(OBSERVED) == {'active': 0.25, 'dead': 0.0625}
+  assert observe.summary({}) == {}
+
+
+def test_connections_are_densities_and_shares_of_bits_that_flipped():
+  before = np.array([[1, 1, 0, 0], [1, 0, 0, 0]], bool)
+  after = np.array([[1, 0, 0, 1], [1, 1, 1, 1]], bool)
+  same = np.array([True, False, True, True])
+  masks = {'a': {'kernel': after}, 'b': same, 'dense': None}
+  assert observe.connections(masks, {'a': {'kernel': before}, 'b': same, 'dense': None}) == {
+    'density/a/kernel': 0.75,
+    'flips/a/kernel': 0.625,
+    'density/b': 0.75,
+    'flips/b': 0.0,
+  }
+  assert observe.connections({'dense': None}, {'dense': None}) == {}
+
+
+LAYERS, WIDTH, HIDDEN, HEADS, LENGTH, VOCAB, EXPERTS = 2, 16, 24, 4, 8, 19, 4
+
+
+def small(depth='every', attention='full', mlp='dense', **fields):
+  """A config; `depth__open=0.3` is a field of its group."""
+  config = base.get_config()
+  config.data.update({'context': LENGTH, 'batch': 2})
+  config.model.update(
+    {'layers': LAYERS, 'width': WIDTH, 'hidden': HIDDEN, 'heads': HEADS, 'kv_heads': HEADS}
+  )
+  with config.unlocked():
+    for slot, name in (('depth', depth), ('attention', attention), ('mlp', mlp)):
+      config[slot].update({'name': name, **slots.defaults(slot, name)})
+    for field, value in fields.items():
+      group, key = field.split('__')
+      config[group][key] = value
+  return config
+
+
+def ledger_of(*names, **fields):
+  return lm.ledger(lm.from_config(small(*names, **fields), VOCAB), LENGTH)
+
+
+# FLOPs per token, by hand.
+PROJECTION, TO_KEYS, MLP = 2 * WIDTH * WIDTH, 2 * LENGTH * WIDTH, 4 * WIDTH * HIDDEN
+INPUTS = 3 * PROJECTION  # queries, keys and values
+HEADS_OWN = 2 * TO_KEYS + PROJECTION  # scores, values and the output's projection
+BLOCK, HEAD = INPUTS + HEADS_OWN + MLP, 2 * WIDTH * VOCAB
+ROUTER = 2 * WIDTH  # of one unit
+
+
+def test_a_gated_layer_costs_as_much_as_its_gate_is_open():
+  ledger = ledger_of('token_gate')
+  active = {'depth_0': 0.25, 'depth_1': 0.75}
+  routers = LAYERS * ROUTER  # which no gate skips
+  want = HEAD + routers + (0.25 + 0.75) * BLOCK
+  assert cost.forward_flops(ledger, {}, active) == pytest.approx(want)
+  want = HEAD + routers + 0.25 * BLOCK + BLOCK  # what was not measured may run as a whole
+  assert cost.forward_flops(ledger, {}, {'depth_0': 0.25}) == pytest.approx(want)
+  assert cost.extremes(ledger, {}) == pytest.approx((HEAD + routers, HEAD + routers + 2 * BLOCK))
+
+
+def test_a_layers_gate_needs_no_router():
+  want = HEAD + 0.5 * BLOCK
+  ledger = ledger_of('layer_gate')
+  assert cost.forward_flops(ledger, {}, {'depth_0': 0.5, 'depth_1': 0}) == pytest.approx(want)
+
+
+@pytest.mark.parametrize(
+  ('depth', 'fields', 'planned', 'routers', 'controlled'),
+  [
+    ('mixture_of_depths', {'depth__capacity': 0.25}, 0.25, ROUTER + 2 * (WIDTH + 1), False),
+    ('token_gate', {'depth__estimator': 'random', 'depth__open': 0.3}, 0.3, ROUTER, False),
+    ('token_gate', {'depth__open': 0.3}, 1.0, ROUTER, True),
+    ('layer_gate', {'depth__estimator': 'random', 'depth__open': 0.3}, 0.3, 0, False),
+    ('layer_gate', {'depth__open': 0.3}, 1.0, 0, True),
+  ],
+)
+def test_without_a_measurement_a_gate_lets_through_what_is_planned(
+  depth, fields, planned, routers, controlled
+):
+  ledger = ledger_of(depth, **fields)
+  ungated = HEAD + LAYERS * routers
+  assert cost.forward_flops(ledger, {}) == pytest.approx(ungated + LAYERS * planned * BLOCK)
+  measured = cost.forward_flops(ledger, {}, {'depth_0': 0.5, 'depth_1': 0.125})
+  assert measured == pytest.approx(ungated + 0.625 * BLOCK)
+  # A controller moves learned gates alone.
+  closed = ungated + (0 if controlled else LAYERS * planned * BLOCK)
+  assert cost.extremes(ledger, {})[0] == pytest.approx(closed)
+
+
+def test_a_gate_inside_a_gate_multiplies_with_it():
+  ledger = ledger_of('token_gate', 'head_gate')
+  active = {
+    'depth_0': 0.5,
+    'block_0/attention/attention': 0.25,
+    'depth_1': 0.75,
+    'block_1/attention/attention': 1.0,
+  }
+  inside = INPUTS + HEADS * ROUTER + MLP  # gated by the layer's gate alone
+  want = HEAD + LAYERS * ROUTER + 0.5 * (inside + 0.25 * HEADS_OWN) + 0.75 * (inside + HEADS_OWN)
+  assert cost.forward_flops(ledger, {}, active) == pytest.approx(want)
+
+
+@pytest.mark.parametrize('mlp', ['moe_topk', 'expert_choice'])
+def test_experts_inside_a_gated_layer_multiply_with_it(mlp):
+  visits = {'mlp__k': 2} if mlp == 'moe_topk' else {'mlp__visits': 2.0}
+  ledger = ledger_of('token_gate', mlp=mlp, mlp__experts=EXPERTS, **visits)
+  active = {'depth_0': 0.5, 'block_0/mlp': 0.75, 'depth_1': 1.0, 'block_1/mlp': 1.0}
+  inside = INPUTS + HEADS_OWN + EXPERTS * ROUTER
+  want = HEAD + LAYERS * ROUTER + 0.5 * (inside + 0.75 * 2 * MLP) + (inside + 2 * MLP)
+  assert cost.forward_flops(ledger, {}, active) == pytest.approx(want)
+
+
+def test_a_report_counts_gates_as_observed_and_training_as_planned():
+  program, target = build(small('token_gate', 'head_gate'), VOCAB)
+  observed = {
+    'gates/depth_0': 0.5,
+    'gates/block_0/attention/attention': 0.25,
+    'gates/depth_1': 0.75,
+    'block_0/mlp/active': 0.001,  # an observation of an activation that is no gate
+  }
+  report = train_cost.report(program, target, observed=observed)
+  inside = INPUTS + HEADS * ROUTER + MLP
+  flops = HEAD + LAYERS * ROUTER + 0.5 * (inside + 0.25 * HEADS_OWN) + 0.75 * (inside + HEADS_OWN)
+  dense = HEAD + LAYERS * BLOCK
+  assert report['flops_forward'] == pytest.approx(flops)
+  assert report['flops_forward_ratio'] == pytest.approx(flops / dense)
+  to_keys = (0.5 * 0.25 + 0.75) * 2 * TO_KEYS
+  assert report['active_params'] == round((flops - to_keys) / 2)  # no weights in scores and values
+  every_gate_open = dense + LAYERS * (ROUTER + HEADS * ROUTER)
+  assert report['flops_training'] == pytest.approx(3 * every_gate_open)
+  assert report['flops_training_ratio'] == pytest.approx(every_gate_open / dense)
+  routers = LAYERS * (1 + HEADS) * (WIDTH + 1)
+  assert report['params'] - report['dense_params'] == routers
+  unseen = train_cost.report(program, target)
+  assert unseen['flops_forward'] == pytest.approx(every_gate_open)
+
+
+def test_a_report_takes_each_gate_times_the_density_of_its_kernels():
+  dense = ('head', 'embed', 'norm', 'router', 'attention')
+  sparse = {'weight__name': 'ste', 'weight__sparsity': 0.75, 'weight__dense': dense}
+  program, target = build(small('token_gate', **sparse), VOCAB)
+  report = train_cost.report(program, target, observed={'gates/depth_0': 0.5, 'gates/depth_1': 0})
+  rest = INPUTS + HEADS_OWN
+  assert report['flops_forward'] == pytest.approx(HEAD + LAYERS * ROUTER + 0.5 * (rest + MLP / 4))
+
+
+GATED = {'depth.name': 'token_gate', 'attention.name': 'head_gate', 'mlp.name': 'expert_choice'}
+
+
+def test_evaluation_observes_every_gate_of_the_ledger(tiny_config):
+  run = setup(tiny_config(model__layers=2, **{**GATED, 'mlp.experts': 2}))
+  state = run.program.init(0, run.target)
+  params, _ = run.program.finalize(state)
+  # Depth gates at known logits: the first lets everything through, the second nothing.
+  for layer, bias in (('depth_0', 30.0), ('depth_1', -30.0)):
+    params[layer]['router'] = jax.tree.map(
+      lambda a, bias=bias: jnp.full_like(a, bias if a.ndim == 1 else 0), params[layer]['router']
+    )
+  _, observed = evaluate(run, params, state.model_state)
+  active = observe.activity(observed)
+  ledger, _ = run.program.costs
+  assert active.keys() == {gate.path for m in ledger.values() for gate in m.gates}
+  assert len(active) == 6
+  assert (active['depth_0'], active['depth_1']) == (1.0, 0.0)
+  summary = observe.summary(observed)
+  loads = [observed[f'block_{i}/mlp/dead_experts'] for i in (0, 1)]
+  assert summary['dead_experts'] == pytest.approx(np.mean(loads))
+  assert not any(name.isdigit() or name.startswith('depth') for name in summary)
