@@ -34,7 +34,7 @@ import tempfile
 import numpy as np
 
 from sparse_lm.core import config, runtime
-from sparse_lm.inference.load import load
+from sparse_lm.train.trained import load
 from sparse_lm.report import plot, table
 from sparse_lm.train.loop import train
 

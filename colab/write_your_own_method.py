@@ -39,7 +39,7 @@ from matplotlib.figure import Figure
 import sparse_lm.methods.mlp
 from sparse_lm.cost import summary
 from sparse_lm.core import config, runtime
-from sparse_lm.inference.load import load
+from sparse_lm.train.trained import load
 from sparse_lm.report import plot, table
 from sparse_lm.train import cost
 from sparse_lm.train.loop import train

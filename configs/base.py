@@ -12,6 +12,7 @@ def get_config() -> ConfigDict:
   return ConfigDict(
     {
       'seed': 0,
+      'init_from': '',  # workdir of a run to start from: its weights, and with static its masks
       'data': {
         'source': 'stdlib',  # stdlib: the Python standard library's own source | files: `path`
         'path': '',  # glob of local text files, for source='files'
@@ -60,6 +61,12 @@ def get_config() -> ConfigDict:
         'controller': 'dual',  # dual: a price that ascends, and a penalty | quadratic: the penalty
         'weight': 3.0,  # of the quadratic penalty
         'rate': 0.02,  # of the price's ascent
+      },
+      # Learns from another run's predictions besides the text.
+      'distill': {
+        'teacher': '',  # its workdir, '' = none
+        'weight': 0.5,  # of the teacher's part of the loss, in [0, 1]
+        'temperature': 1.0,  # of both distributions
       },
       'optimizer': {
         'name': 'adamw',

@@ -20,7 +20,7 @@ from sparse_lm.data.pipeline import train_iterator
 from sparse_lm.evals import speed
 from sparse_lm.report import lines as results
 from sparse_lm.report import table
-from sparse_lm.train.setup import build
+from sparse_lm.train.build import build
 from sparse_lm.train.workdir import environment
 
 CONFIG = 'configs/base.py'

@@ -12,7 +12,7 @@ from sparse_lm.core import config as configs
 from sparse_lm.core import cost, slots, tree
 from sparse_lm.report import health, plot, table
 from sparse_lm.report import lines as results
-from sparse_lm.train.setup import build
+from sparse_lm.train.build import build
 
 CONFIG = 'configs/ablation.py'
 MODEL = {'model.layers': 4}

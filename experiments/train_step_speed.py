@@ -22,7 +22,7 @@ from sparse_lm.evals import speed
 from sparse_lm.model import lm
 from sparse_lm.report import lines as results
 from sparse_lm.report import plot, table
-from sparse_lm.train.setup import build
+from sparse_lm.train.build import build
 from sparse_lm.train.workdir import environment
 
 CONFIG = 'configs/base.py'

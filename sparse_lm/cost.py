@@ -12,7 +12,8 @@ from sparse_lm.core import tree
 from sparse_lm.core.errors import one_line
 from sparse_lm.core.sparse import Tree
 from sparse_lm.train import cost
-from sparse_lm.train.setup import build, data_of
+from sparse_lm.train.build import build
+from sparse_lm.train.setup import data_of
 from sparse_lm.train.step import Program
 
 

@@ -30,8 +30,28 @@ def load(path: str, overrides: dict[str, Any] | None = None) -> ConfigDict:
   Raises:
     UserError: the file, a field or a method does not exist, or a value has another type.
   """
-  config = _read(path)
-  overrides = dict(overrides or {})
+  return _overridden(_read(path), dict(overrides or {}), path)
+
+
+def derive(config: ConfigDict, overrides: dict[str, Any], allowed: tuple[str, ...]) -> ConfigDict:
+  """A complete config with overrides; where they name another method its own fields are dropped.
+
+  Raises UserError for an override outside the groups `allowed`, and what `load` raises.
+  """
+  for field in overrides:
+    if field.partition('.')[0] not in allowed:
+      valid = [f'config.{path}' for path in flat(config) if path.partition('.')[0] in allowed]
+      raise unknown('field to override here', f'config.{field}', valid)
+  config = ConfigDict(config).unlock()
+  for slot in slots.SLOTS:
+    for group, node in slots.groups(slot, config).items():
+      if overrides.get(f'{group}.name', node.name) != node.name:
+        for key in slots.fields(slot, node):
+          del node[key]
+  return _overridden(config, dict(overrides), 'the run')
+
+
+def _overridden(config: ConfigDict, overrides: dict[str, Any], path: str) -> ConfigDict:
   for slot in slots.SLOTS:
     for group, node in slots.groups(slot, config).items():
       name = overrides.pop(f'{group}.name', node.name)

@@ -8,7 +8,8 @@ traced, so that one executable serves a sweep of sparsities.
 unstructured  the weights of a matrix
 N:M           N of each M consecutive inputs of an output (the reduction axis, as hardware groups them)
 block:B       B x B tiles
-row, column   an input's weights, an output's weights
+per_output    an equal share of the inputs of every output
+row, column   all of an input's weights, all of an output's weights
 global        the weights of all matrices together, scores over their matrix's norm
 neuron, head, layer   units that span matrices, as the model declares them (`core/groups.py`)
 
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 from sparse_lm.core import groups, tree
 from sparse_lm.core.errors import UserError, unknown
 from sparse_lm.core.groups import Group
-from sparse_lm.core.select import topk_mask
+from sparse_lm.core.select import topk_mask, topk_rows
 from sparse_lm.core.tree import Tree
 
 Array = jax.Array
@@ -34,7 +35,7 @@ Units = dict[str, Array]
 Shapes = Mapping[str, tuple[int, ...]]
 
 KINDS = ('neuron', 'head', 'layer')
-NAMES = ('unstructured', '2:4', 'block:16', 'row', 'column', 'global', *KINDS)
+NAMES = ('unstructured', 'per_output', '2:4', 'block:16', 'row', 'column', 'global', *KINDS)
 
 
 def kept(size: int, density: Array | float) -> Array:
@@ -167,6 +168,19 @@ class NOfM(Pattern):
 
 
 @dataclasses.dataclass(frozen=True)
+class PerOutput(Pattern):
+  """As many inputs of every output: a constant fan-in."""
+
+  def covers(self, path: str, shape: tuple[int, ...]) -> bool:
+    """Matrices."""
+    return _is_matrix(shape)
+
+  def top(self, units: Array, count: Array) -> Array:
+    """The same number of each column."""
+    return topk_rows(units.T, kept(units.shape[0], count / units.size)).T
+
+
+@dataclasses.dataclass(frozen=True)
 class Block(Pattern):
   """Tiles of `size` x `size` weights (a tile of 0 is the whole axis)."""
 
@@ -286,6 +300,8 @@ def pattern(name: str, declared: tuple[Group, ...] = ()) -> Pattern:
     return Pattern()
   if name == 'global':
     return Global()
+  if name == 'per_output':
+    return PerOutput()
   if name in ('row', 'column'):
     return Block(*((1, 0) if name == 'row' else (0, 1)))
   if match := re.fullmatch(r'(\d+):(\d+)', name):

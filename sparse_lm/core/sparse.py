@@ -76,10 +76,14 @@ class WeightMethod:
   Attributes:
     total_steps: optimizer steps of the whole run.
     groups: units that span matrices, as the model declares them.
-    needs: signals that `update` reads: 'grads', the dense gradient at the effective parameters.
+    needs: signals that `update` reads, trees like the parameters: 'grads', the dense gradient at the
+      effective ones; of a kernel's inputs on calibration text 'x_sq', the mean squares `[in]`, and
+      'xtx', the mean outer product `[in, in]`.
+    one_shot: whether it prunes trained models too (`python -m sparse_lm.prune`).
     exact_density: whether the target is met to the weight.
     replaces_step: whether the optimizer rests in a step that updates the connections.
     masked: whether any weight is ever dropped.
+    takes_masks: whether a run that starts from a sparse one keeps that one's masks.
     keeps_dense: whether dropped weights live on as dense weights (straight-through methods).
     controlled: whether the budget controller moves its density.
     learned_rate: learning rate of what it learns besides the weights, over theirs; without decay.
@@ -91,8 +95,10 @@ class WeightMethod:
   exact_density: ClassVar[bool] = True
   replaces_step: ClassVar[bool] = False
   masked: ClassVar[bool] = True
+  takes_masks: ClassVar[bool] = False
   keeps_dense: ClassVar[bool] = False
   controlled: ClassVar[bool] = False
+  one_shot: ClassVar[bool] = False
   learned_rate: ClassVar[float] = 1.0
 
   @property

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sparse_lm.core import cost
+from sparse_lm.layers import record
 from sparse_lm.layers.init import INITS
 from sparse_lm.layers.spec import Spec
 
@@ -38,6 +39,7 @@ class Linear(nn.Module):
     init = INITS[spec.init](self.role, spec.layers)
     kernel = self.param('kernel', init, (x.shape[-1], self.features), spec.stored)
     cost.note(self.path, 'linear', 2 * x.size * self.features, kernel='kernel')
+    record.inputs(self, x)
     y = matmul(x.astype(spec.compute), kernel.astype(spec.compute))
     if spec.bias:
       bias = self.param('bias', nn.initializers.zeros, (self.features,), spec.stored)

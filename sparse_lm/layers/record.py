@@ -23,6 +23,11 @@ def record(module: nn.Module, collection: str, name: str, value: Any) -> None:
   module.sow(collection, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
 
 
+def inputs(module: nn.Module, x: jax.Array) -> None:
+  """Notes what the module's kernel reads, where intermediates are asked for: calibration does."""
+  record(module, 'intermediates', 'inputs', x)
+
+
 def hidden_units(
   module: nn.Module, activation: nn.Module, h_BxLxF: jax.Array, mode: str
 ) -> contextlib.AbstractContextManager[None]:

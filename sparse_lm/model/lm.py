@@ -64,21 +64,45 @@ class LM(nn.Module):
     embed = Embed(spec, name='embed')
     x_BxLxD = embed(tokens_BxL, positions_BxL)
     x_BxLxD = nn.Dropout(spec.dropout, deterministic=mode != 'train')(x_BxLxD)
-    block_type = nn.remat(Block, static_argnums=(4,)) if spec.remat else Block
     for layer in range(spec.layers):
-      made = self._layer(layer)
-      block = block_type(spec, made['attention'], made['mlp'], name=f'block_{layer}')
-      depth = made['depth'](name=f'depth_{layer}')
-      x_BxLxD = depth(block, x_BxLxD, positions_BxL, valid_BxL, mode)
+      x_BxLxD = _layer(spec, self.choices, layer, x_BxLxD, positions_BxL, valid_BxL, mode)
     return embed.logits(Norm(spec, name='norm')(x_BxLxD))
 
-  def _layer(self, layer: int) -> dict[str, Any]:
-    """Makers of one layer's modules. A module is made where it is called, so that it lives there."""
-    made: dict[str, Any] = {}
-    for choice in self.choices:
-      supplied = {'spec': self.spec, 'activation': made.get('activation'), 'name': choice.slot}
-      made[choice.slot] = functools.partial(choice.build, layer, self.spec.layers, **supplied)
-    return made
+
+def _layer(
+  spec: Spec,
+  choices: tuple[Choice, ...],
+  layer: int,
+  x_BxLxD: jax.Array,
+  positions_BxL: jax.Array,
+  valid_BxL: jax.Array,
+  mode: str,
+) -> jax.Array:
+  """The residual stream after a layer, whose modules belong to the module that this is called in."""
+  made: dict[str, Any] = {}
+  for choice in choices:
+    # A maker: a module is made where it is called, so that it lives there.
+    supplied = {'spec': spec, 'activation': made.get('activation'), 'name': choice.slot}
+    made[choice.slot] = functools.partial(choice.build, layer, spec.layers, **supplied)
+  block_type = nn.remat(Block, static_argnums=(4,)) if spec.remat else Block
+  block = block_type(spec, made['attention'], made['mlp'], name=f'block_{layer}')
+  depth = made['depth'](name=f'depth_{layer}')
+  return depth(block, x_BxLxD, positions_BxL, valid_BxL, mode)
+
+
+class Layer(nn.Module):
+  """One layer of the model by itself; its variables are named as in the whole."""
+
+  spec: Spec
+  choices: tuple[Choice, ...]
+  layer: int
+
+  @nn.compact
+  def __call__(self, x_BxLxD: jax.Array, mode: str = 'eval') -> jax.Array:
+    """The residual stream `[B, L, D]` after it, of whole sequences."""
+    positions_BxL = jnp.broadcast_to(jnp.arange(x_BxLxD.shape[1]), x_BxLxD.shape[:2])
+    valid_BxL = jnp.ones(x_BxLxD.shape[:2], bool)
+    return _layer(self.spec, self.choices, self.layer, x_BxLxD, positions_BxL, valid_BxL, mode)
 
 
 def from_config(config: Any, vocab: int) -> LM:

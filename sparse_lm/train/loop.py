@@ -69,6 +69,34 @@ def evaluate(
   }
 
 
+def losses(run: Setup, nats: float) -> dict[str, float]:
+  """A validation loss in nats per token, and in bits per byte, by their names in a table."""
+  bytes_per_token = run.data.card['bytes_per_token']['validation']
+  return {'val_loss': nats, 'val_bits_per_byte': nats / math.log(2) / bytes_per_token}
+
+
+def result_of(
+  run: Setup,
+  state: TrainState,
+  masks: Tree,
+  measured: dict[str, float],
+  observed: dict[str, float],
+) -> dict[str, Any]:
+  """The contents of result.json: what was run, on what, what was measured and what it costs."""
+  return {
+    'config': configs.to_json(run.config),
+    'env': environment(),
+    'data': run.data.card,
+    'causal': lm.causal(run.program.model),
+    'metrics': {
+      'steps': int(state.step),
+      **measured,
+      **cost.report(run.program, state.sparse.target, masks, observed),
+      **observe.summary(observed),
+    },
+  }
+
+
 def _scalars(metrics: dict[str, np.ndarray]) -> dict[str, float]:
   """Numbers by name; a vector's by `name/0`, `name/1`, ..."""
   found = {}
@@ -119,7 +147,8 @@ class _Loop:
     first, steps = int(state.step), self.config.train.steps
     with _Stop() as stop, self._bar(first, steps) as bar:
       for step in range(first, steps):
-        state, metrics = self.program.step(step)(state, next(batches))
+        tokens = next(batches)
+        state, metrics = self.program.step(step)(state, tokens, self._taught(tokens))
         done = step + 1
         self.pending.append((done, metrics))
         bar.update()
@@ -135,7 +164,7 @@ class _Loop:
 
   def _start(self) -> tuple[TrainState, Iterator[np.ndarray]]:
     """The state and the data where the newest checkpoint left them, or at step 0."""
-    state = self.program.init(self.config.seed, self.setup.target)
+    state = self.setup.start()
     batches = self.setup.data.train_iterator(rng.data_seed(self.config.seed))
     restored = self.checkpoints.restore(state, batches)
     if restored is None:
@@ -144,6 +173,11 @@ class _Loop:
     self.checkpoints.set_aside_after(int(restored.step))
     self.folder.resume_metrics(int(restored.step))
     return restored, batches
+
+  def _taught(self, tokens_BxL1: np.ndarray) -> jax.Array | None:
+    """The teacher's logits, if there is one."""
+    teacher = self.setup.teacher
+    return None if teacher is None else teacher.logits(tokens_BxL1[:, :-1])
 
   def _bar(self, first: int, steps: int) -> tqdm:
     return tqdm(
@@ -181,8 +215,7 @@ class _Loop:
     params, masks = self.program.finalize(state)
     loss, self.observed = evaluate(self.setup, params, state.model_state)
     self._check_finite('validation loss', loss, step)
-    ratio = self.setup.data.card['bytes_per_token']['validation']
-    values = {'val_loss': loss, 'val_bits_per_byte': loss / math.log(2) / ratio}
+    values = losses(self.setup, loss)
     seen = {f'val/{name}': value for name, value in self.observed.items()}
     self.folder.log(step, values | seen | observe.connections(masks, self.masks))
     self.masks = masks
@@ -214,18 +247,7 @@ class _Loop:
     speeds = self.folder.logged('tokens_per_second')
     # The first interval compiles.
     speed = float(np.median(speeds[1:] or speeds or [math.nan]))
-    result = {
-      'config': configs.to_json(self.config),
-      'env': environment(),
-      'data': self.setup.data.card,
-      'causal': lm.causal(self.program.model),
-      'metrics': {
-        'steps': int(state.step),
-        **evaluated,
-        **cost.report(self.program, self.setup.target, self.masks, self.observed),
-        **observe.summary(self.observed),
-        'train_step_ms': 1e3 * self.config.data.batch * self.config.data.context / speed,
-      },
-    }
+    measured = {'train_step_ms': 1e3 * self.config.data.batch * self.config.data.context / speed}
+    result = result_of(self.setup, state, self.masks, evaluated | measured, self.observed)
     self.folder.write_result(result)
     return result

@@ -1,5 +1,6 @@
 """The training loss: cross-entropy, what modules add to it, and what running costs."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from sparse_lm.core import policy, tree
+from sparse_lm.core.errors import require
 from sparse_lm.core.estimator import ENTROPY_BONUS
 from sparse_lm.core.sparse import Tree, mean_density
 from sparse_lm.layers.record import SOWN
@@ -15,7 +17,32 @@ from sparse_lm.train.state import TrainState
 
 Array = jax.Array
 Metrics = dict[str, Array]
+Batch = tuple[Array, Array | None]  # tokens `[B, L + 1]`, and a teacher's logits `[B, L, V]`
 Seen = tuple[Tree, Tree]  # parameters as the model sees them, and how much of each runs
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+  """`config.distill` without the teacher: `(1 - weight) CE + weight temperature^2 KL(teacher || model)`
+  (Hinton et al. 2015, with the temperature's square so that gradients keep their size)."""
+
+  weight: float
+  temperature: float
+
+  @classmethod
+  def from_config(cls, config: Any) -> 'Distillation | None':
+    """`None` without a teacher. Raises UserError for a bad weight or temperature."""
+    weight, temperature = config.distill.weight, config.distill.temperature
+    require(0 <= weight <= 1, 'config.distill.weight', weight, 'a share in [0, 1]')
+    require(temperature > 0, 'config.distill.temperature', temperature, 'above 0')
+    return cls(weight, temperature) if config.distill.teacher else None
+
+  def divergence(self, logits_BxLxV: Array, teacher_BxLxV: Array) -> Array:
+    """KL in nats a token between the softened distributions, times the temperature's square."""
+    ours, theirs = (
+      jax.nn.log_softmax(logits / self.temperature) for logits in (logits_BxLxV, teacher_BxLxV)
+    )
+    return self.temperature**2 * jnp.mean(jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1))
 
 
 def token_losses(logits_BxLxV: Array, targets_BxL: Array) -> Array:
@@ -46,14 +73,20 @@ def observed(variables: Tree) -> Metrics:
 
 
 def loss(
-  program: Any, seen: Seen, state: TrainState, model_state: Tree, tokens_BxL1: Array, key: Array
+  program: Any,
+  seen: Seen,
+  state: TrainState,
+  model_state: Tree,
+  batch: Batch,
+  key: Array,
 ) -> tuple[Array, tuple[Tree, Metrics]]:
-  """Mean nats per token, what modules sowed into `losses`, and what running costs."""
+  """Mean nats per token, what modules sowed into `losses`, what running costs, and the teacher's part."""
   params, density = seen
+  tokens_BxL1, teacher_BxLxV = batch
   # A density that is not learned is held at what it will be in the end.
   held = density if program.method.controlled else state.sparse.target
 
-  def forward(**rngs: Array) -> tuple[Array, Tree]:
+  def forward(**rngs: Array) -> tuple[Array, Array, Tree]:
     logits, variables = program.model.apply(
       {'params': params, **model_state},
       tokens_BxL1[:, :-1],
@@ -61,9 +94,9 @@ def loss(
       rngs=rngs,
       mutable=[*SOWN, *model_state],
     )
-    return token_losses(logits, tokens_BxL1[:, 1:]), variables
+    return logits, token_losses(logits, tokens_BxL1[:, 1:]), variables
 
-  losses_BxL, variables = forward(dropout=key, gates=jax.random.fold_in(key, 1))
+  logits, losses_BxL, variables = forward(dropout=key, gates=jax.random.fold_in(key, 1))
   nats = jnp.mean(losses_BxL)
   kept = mean_density(density, params)
   metrics = {'loss': nats, 'density': kept} | observed(variables)
@@ -76,11 +109,15 @@ def loss(
       auxiliary += program.budget.penalty(state.control, fraction)
   if 'policy' in variables:
     # Without draws gates act greedily: the self-critical baseline.
-    greedy_BxL, greedy = forward(dropout=key)
+    _, greedy_BxL, greedy = forward(dropout=key)
     auxiliary += _policy_loss(
       program, state, held, activity, (losses_BxL, variables), (greedy_BxL, greedy)
     )
   metrics['auxiliary'] = auxiliary
+  if teacher_BxLxV is not None:
+    divergence = program.distillation.divergence(logits, teacher_BxLxV)
+    metrics['divergence'] = divergence
+    nats += program.distillation.weight * (divergence - nats)
   return nats + auxiliary, (states.collections(variables), metrics)
 
 

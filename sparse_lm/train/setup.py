@@ -4,19 +4,18 @@ import dataclasses
 import functools
 import json
 
-import jax
 from ml_collections import ConfigDict
 
-from sparse_lm.core import budget, cost, slots, tree
 from sparse_lm.core import config as configs
-from sparse_lm.core.control import Budget
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.sparse import Tree
 from sparse_lm.data.pipeline import Data
 from sparse_lm.data.pipeline import load as load_data
-from sparse_lm.model import lm
-from sparse_lm.train.optim import Optimizer
-from sparse_lm.train.step import Program, shared
+from sparse_lm.train import state as states
+from sparse_lm.train.build import build
+from sparse_lm.train.state import TrainState
+from sparse_lm.train.step import Program
+from sparse_lm.train.trained import Trained, check_fits, load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +26,24 @@ class Setup:
     data: tokens and pipelines.
     program: the model, method and optimizer, with their compiled steps.
     target: final density of each prunable leaf, `None` = dense.
+    parent: the run that this one starts from, or `None`.
+    teacher: the run that it learns from besides the text, or `None`.
   """
 
   config: ConfigDict
   data: Data
   program: Program
   target: Tree
+  parent: Trained | None = None
+  teacher: Trained | None = None
+
+  def start(self) -> TrainState:
+    """The state at step 0."""
+    state = self.program.init(self.config.seed, self.target)
+    if self.parent is None:
+      return state
+    masks = self.parent.masks if self.parent.is_sparse else None
+    return states.restart(self.program, self.config.seed, state, self.parent, masks)
 
 
 def setup(config: ConfigDict) -> Setup:
@@ -40,69 +51,36 @@ def setup(config: ConfigDict) -> Setup:
   _check_counts(config)
   data = data_of(config)
   program, target = build(config, data.tokenizer.vocab_size)
-  return Setup(config, data, program, target)
-
-
-def build(config: ConfigDict, vocab: int) -> tuple[Program, Tree]:
-  """The program and target densities for a vocabulary of that size, without reading the corpus' text."""
-  model = lm.from_config(config, vocab)
-  fields = slots.fields('weight', config.weight)
-  method = slots.method('weight', config.weight.name)(
-    total_steps=config.train.steps, groups=lm.groups(model), **fields
-  )
-  method.check()
-  optimizer = Optimizer.from_config(config, method.masked, method.learned_rate)
-  target = budget.targets(
-    lm.shapes(model)['params'],
-    config.weight.sparsity,
-    config.weight.budget,
-    config.weight.dense,
-    method.units,
-  )
-  if method.controlled and config.weight.sparsity:
+  if signals := set(program.method.needs) - {'grads'}:
     raise UserError(
-      f'config.weight.sparsity={config.weight.sparsity}: {config.weight.name} learns its sparsity; '
-      'valid: 0, with config.budget.target or a price'
+      f'config.weight.name={config.weight.name!r} prunes trained models by their {", ".join(signals)}; '
+      'valid: python -m sparse_lm.prune, or a method that trains'
     )
-  if not method.masked:
-    if config.weight.sparsity:
-      raise UserError(
-        f'config.weight.sparsity={config.weight.sparsity} needs a method; config.weight.name='
-        f'{config.weight.name!r} prunes nothing; valid: {", ".join(slots.names("weight"))}'
-      )
-    target = jax.tree.map(lambda _: None, target)
-  budget_ = Budget.from_config(config)
-  program = Program(model, method, optimizer, config.train.accumulation, budget_)
-  if budget_:
-    _check_floor(program, target)
-  return shared(program), target
+  found = {}
+  for role, field, path in (
+    ('parent', 'config.init_from', config.init_from),
+    ('teacher', 'config.distill.teacher', config.distill.teacher),
+  ):
+    if path:
+      found[role] = load(path)
+      check_fits(found[role], field, program, data.tokenizer)
+  if 'parent' in found:
+    _check_masks(found['parent'], program, config)
+  return Setup(config, data, program, target, **found)
 
 
-def _check_floor(program: Program, target: Tree) -> None:
-  """Raises UserError for a budget that the gates cannot reach, naming what they don't gate."""
-  ledger, dense = program.costs
-  density = {path: float(final) for path, final in tree.named(target).items()}
-  if program.method.controlled:
-    density = dict.fromkeys(density, 0.0)  # as far as the controller can bring it down
-  field = f'config.budget.target={program.budget.target}'
-  gates = any(gate.controlled for m in ledger.values() for gate in m.gates)
-  if not gates and not program.method.controlled:
+def _check_masks(parent: Trained, program: Program, config: ConfigDict) -> None:
+  if not parent.is_sparse:
+    return
+  if not program.method.takes_masks:
     raise UserError(
-      f'{field} needs something that the controller can move; valid: a learned gate such as '
-      'config.depth.name=token_gate, or learned masks such as config.weight.name=l0 (methods of fixed '
-      'capacity and random gates have rates of their own)'
+      f'config.init_from={parent.workdir!r} is sparse, and config.weight.name={config.weight.name!r} '
+      "would lose its masks; valid: 'static', which keeps them"
     )
-  floor = cost.extremes(ledger, density)[0] / dense
-  if program.budget.target < floor:
-    ungated = {
-      path: m.flops * density.get(m.kernel, 1.0)
-      for path, m in ledger.items()
-      if not any(gate.controlled for gate in m.gates)
-    }
-    largest = sorted(ungated, key=ungated.get, reverse=True)[:3]
-    shares = ', '.join(f'{path} {ungated[path] / dense:.3f}' for path in largest)
+  if config.weight.sparsity:
     raise UserError(
-      f'{field} is below {floor:.3f}, what no gate can skip ({shares}, ...); valid: from there to 1'
+      f'config.weight.sparsity={config.weight.sparsity}: the masks are those of config.init_from='
+      f'{parent.workdir!r}; valid: 0'
     )
 
 

@@ -8,7 +8,7 @@ from flax import struct
 
 from sparse_lm.core import rng
 from sparse_lm.core.control import Control
-from sparse_lm.core.sparse import Sparse, Tree
+from sparse_lm.core.sparse import Sparse, Tree, covered, densities
 from sparse_lm.layers.record import SOWN
 
 
@@ -39,6 +39,28 @@ class TrainState(struct.PyTreeNode):
   def evaluated(self) -> Tree:
     """The trainable tree that evaluation and export use."""
     return self.trainable if self.ema is None else self.ema
+
+
+def restart(program: Any, seed: int, state: TrainState, parent: Any, masks: Tree) -> TrainState:
+  """`state`, at step 0, with the weights of a trained `parent` and, if given, its masks."""
+  target = state.sparse.target
+  trainable, sparse = program.method.init(rng.stream(seed, 'masks'), parent.params, target)
+  if masks is not None:
+    given = jax.tree.map(
+      lambda w, mask: jnp.ones(w.shape, bool) if mask is None else mask,
+      covered(parent.params, target),
+      masks,
+      is_leaf=lambda x: x is None,
+    )
+    sparse = sparse.replace(masks=given, target=densities(given))
+    trainable = trainable | {'params': parent.params}
+  return state.replace(
+    trainable=trainable,
+    sparse=sparse,
+    opt_state=program.tx.init(trainable),
+    ema=trainable if program.optimizer.ema else None,
+    model_state=parent.model_state or state.model_state,
+  )
 
 
 def collections(variables: dict[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ class Program:
   Attributes:
     accumulation: microbatches of a step.
     budget: holds the gates at a target, or `None`.
+    distillation: how a teacher's logits count, or `None`.
   """
 
   model: LM
@@ -43,6 +44,7 @@ class Program:
   optimizer: Optimizer
   accumulation: int = 1
   budget: Budget | None = None
+  distillation: loss.Distillation | None = None
 
   @functools.cached_property
   def tx(self) -> optax.GradientTransformation:
@@ -56,7 +58,7 @@ class Program:
 
   @functools.cached_property
   def train_step(self) -> Any:
-    """`(state, tokens_BxL+1) -> (state, metrics)`; the state is donated."""
+    """`(state, tokens_BxL+1, teacher's logits or None) -> (state, metrics)`; the state is donated."""
     return jax.jit(functools.partial(self.transition, rewire=False), donate_argnums=0)
 
   @functools.cached_property
@@ -100,17 +102,17 @@ class Program:
     return nats, loss.observed(variables)
 
   def _loss(
-    self, seen: loss.Seen, state: TrainState, model_state: Tree, tokens_BxL1: Array, key: Array
+    self, seen: loss.Seen, state: TrainState, model_state: Tree, batch: loss.Batch, key: Array
   ) -> tuple[Array, tuple[Tree, Metrics]]:
-    return loss.loss(self, seen, state, model_state, tokens_BxL1, key)
+    return loss.loss(self, seen, state, model_state, batch, key)
 
   def _gradients(
-    self, seen: loss.Seen, state: TrainState, tokens_BxL1: Array, key: Array
+    self, seen: loss.Seen, state: TrainState, batch: loss.Batch, key: Array
   ) -> tuple[loss.Seen, Tree, Metrics]:
     """Gradient at what the model sees, averaged over the microbatches."""
     gradient = jax.grad(self._loss, has_aux=True)
     if self.accumulation == 1:
-      grads, (model_state, metrics) = gradient(seen, state, state.model_state, tokens_BxL1, key)
+      grads, (model_state, metrics) = gradient(seen, state, state.model_state, batch, key)
       return grads, model_state, metrics
 
     def microbatch(carry: tuple[Tree, Tree], x: tuple[Array, Array]):
@@ -118,7 +120,7 @@ class Program:
       grads, (model_state, metrics) = gradient(seen, state, model_state, *x)
       return (jax.tree.map(jnp.add, total, grads), model_state), metrics
 
-    batches = tokens_BxL1.reshape(self.accumulation, -1, tokens_BxL1.shape[1])
+    batches = jax.tree.map(lambda a: a.reshape(self.accumulation, -1, *a.shape[1:]), batch)
     zeros = jax.tree.map(jnp.zeros_like, seen)
     (total, model_state), metrics = jax.lax.scan(
       microbatch, (zeros, state.model_state), (batches, jax.random.split(key, self.accumulation))
@@ -127,7 +129,12 @@ class Program:
     return mean, model_state, jax.tree.map(lambda m: jnp.mean(m, axis=0), metrics)
 
   def transition(
-    self, state: TrainState, tokens_BxL1: Array, *, rewire: bool
+    self,
+    state: TrainState,
+    tokens_BxL1: Array,
+    teacher_BxLxV: Array | None = None,
+    *,
+    rewire: bool,
   ) -> tuple[TrainState, Metrics]:
     """One optimizer step, uncompiled; with `rewire` the method's `update` follows it or replaces it."""
     method, step = self.method, state.step
@@ -135,7 +142,9 @@ class Program:
     seen, pull_back = jax.vjp(
       lambda t: method.effective(t, state.sparse, 'train', step, key_mask), state.trainable
     )
-    grads, model_state, metrics = self._gradients(seen, state, tokens_BxL1, key_model)
+    grads, model_state, metrics = self._gradients(
+      seen, state, (tokens_BxL1, teacher_BxLxV), key_model
+    )
     (trainable_grads,) = pull_back(grads)
     metrics['gradient_norm'] = optax.global_norm(trainable_grads)
     control = state.control

@@ -11,7 +11,7 @@ from sparse_lm.core import cost, slots
 from sparse_lm.core.cost import Matmul
 from sparse_lm.model import lm
 from sparse_lm.train import cost as train_cost
-from sparse_lm.train.setup import build
+from sparse_lm.train.build import build
 
 LAYERS, WIDTH, HIDDEN, HEADS, GROUPS, LENGTH, VOCAB = 2, 24, 40, 4, 2, 16, 19
 

@@ -213,7 +213,7 @@ def test_a_new_method_is_one_file_and_one_config(new_method, tmp_path):
 
 
 def test_a_new_method_is_in_the_ledger_and_the_trainers_loss(new_method, tmp_path):
-  from sparse_lm.train.setup import build
+  from sparse_lm.train.build import build
   from sparse_lm.train.state import create
 
   config = configs.load(config_file(tmp_path))

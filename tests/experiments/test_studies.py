@@ -16,7 +16,7 @@ from experiments import (
 from experiments.plain_twin import PlainLM
 from sparse_lm.core import config as configs
 from sparse_lm.train import cost
-from sparse_lm.train.setup import build
+from sparse_lm.train.build import build
 
 
 def sizes(run):

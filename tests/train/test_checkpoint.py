@@ -12,10 +12,10 @@ from numpy.testing import assert_array_equal
 
 from sparse_lm.core import rng
 from sparse_lm.core.errors import UserError
-from sparse_lm.inference.load import load
 from sparse_lm.train.checkpoint import Checkpoints
 from sparse_lm.train.loop import train
 from sparse_lm.train.setup import setup
+from sparse_lm.train.trained import load
 
 ITEMS = {'params', 'sparse', 'optimizer', 'model', 'data', 'meta'}
 BIG = 1000  # bytes: arrays and their descriptions, not the markers of a finished write

@@ -14,7 +14,7 @@ import pytest
 import sparse_lm.cost as cost_command
 import sparse_lm.train.__main__ as train_command
 from sparse_lm.core import runtime
-from sparse_lm.inference.load import load
+from sparse_lm.train.trained import load
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

@@ -10,8 +10,9 @@ from sparse_lm.core import cost, slots
 from sparse_lm.model import lm
 from sparse_lm.train import cost as train_cost
 from sparse_lm.train import observe
+from sparse_lm.train.build import build
 from sparse_lm.train.loop import evaluate
-from sparse_lm.train.setup import build, setup
+from sparse_lm.train.setup import setup
 
 OBSERVED = {
   'gates/depth_0': 0.25,

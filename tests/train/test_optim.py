@@ -14,7 +14,7 @@ from sparse_lm.core import budget, pattern, rewire, slots
 from sparse_lm.core.errors import UserError
 from sparse_lm.model import lm
 from sparse_lm.train import optim
-from sparse_lm.train.setup import build
+from sparse_lm.train.build import build
 from sparse_lm.train.step import Program
 
 STEPS = 14

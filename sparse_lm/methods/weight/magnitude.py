@@ -1,6 +1,7 @@
 """Gradual magnitude pruning."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,7 @@ class Magnitude(WeightMethod):
   end: float = 0.75
   period: int = 100
   pattern: str = 'unstructured'
+  one_shot: ClassVar[bool] = True
 
   def check(self) -> None:
     """Raises UserError for a bad schedule."""

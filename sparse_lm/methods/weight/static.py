@@ -1,6 +1,7 @@
 """Random connections, drawn once."""
 
 import dataclasses
+from typing import ClassVar
 
 from sparse_lm.core.random_start import check, random_start
 from sparse_lm.core.sparse import Array, Sparse, Tree, WeightMethod
@@ -8,7 +9,9 @@ from sparse_lm.core.sparse import Array, Sparse, Tree, WeightMethod
 
 @dataclasses.dataclass(frozen=True)
 class Static(WeightMethod):
-  """Draws random masks at step 0 and trains what they leave.
+  """Draws random masks at step 0 and trains what they leave; or trains what a sparse run's masks left.
+
+  With `config.init_from` naming a pruned or sparsely trained run, its masks are kept.
 
   Paper: the static baseline of RigL (Evci et al. 2020), initialised for its smaller fan-in (Gradient
     Flow in Sparse Neural Networks, Evci et al. 2022).
@@ -21,6 +24,7 @@ class Static(WeightMethod):
 
   pattern: str = 'unstructured'
   rescale: str = 'unit'
+  takes_masks: ClassVar[bool] = True
 
   def check(self) -> None:
     """Raises UserError for an unknown rescaling."""

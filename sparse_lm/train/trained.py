@@ -1,4 +1,4 @@
-"""A trained run as a plain Python object."""
+"""A trained run as a plain Python object: to look at, to start from, to learn from."""
 
 import dataclasses
 import functools
@@ -7,14 +7,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from sparse_lm.core import config as configs
+from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.sparse import Tree
 from sparse_lm.data import tokenizers
+from sparse_lm.model import lm
 from sparse_lm.train import cost
+from sparse_lm.train.build import build
 from sparse_lm.train.checkpoint import Checkpoints
-from sparse_lm.train.setup import build
 from sparse_lm.train.step import Program
 from sparse_lm.train.workdir import read_json
 
@@ -24,12 +27,15 @@ class Trained:
   """The model of a workdir's newest intact checkpoint.
 
   Attributes:
+    target: the densities that its config asks for.
     params: with exact zeros where a weight was dropped.
     masks: like `params`, bool, `None` = dense.
     model_state: the model's other collections.
     step: optimizer steps completed.
   """
 
+  workdir: str
+  config: ConfigDict
   program: Program
   tokenizer: tokenizers.Tokenizer
   target: Tree
@@ -51,6 +57,12 @@ class Trained:
     """Sizes and FLOPs beside the dense twin's, gates as planned (see `train/cost.py`); what they let
     through on the validation text stands in the workdir's result.json."""
     return cost.report(self.program, self.target, self.masks)
+
+  @property
+  def is_sparse(self) -> bool:
+    """Whether any weight was dropped."""
+    masks = tree.named(jax.device_get(self.masks))
+    return not all(np.all(mask) for mask in masks.values())
 
 
 def load(workdir: str) -> Trained:
@@ -76,4 +88,28 @@ def load(workdir: str) -> Trained:
   if state is None:
     raise UserError(f'workdir {workdir} has no checkpoint yet')
   params, masks = program.finalize(state.replace(opt_state=None))
-  return Trained(program, tokenizer, target, params, masks, state.model_state, int(state.step))
+  return Trained(
+    workdir, config, program, tokenizer, target, params, masks, state.model_state, int(state.step)
+  )
+
+
+def check_fits(
+  trained: Trained, field: str, program: Program, tokenizer: tokenizers.Tokenizer
+) -> None:
+  """Raises UserError, naming the config's `field`, where its model has another shape or
+  tokenizer than the run's."""
+  if trained.tokenizer.digest != tokenizer.digest:
+    raise UserError(
+      f'{field}={trained.workdir!r} was trained on other tokens; valid: a run with this tokenizer'
+    )
+  shapes = [
+    {path: leaf.shape for path, leaf in tree.named(params).items()}
+    for params in (trained.params, lm.shapes(program.model)['params'])
+  ]
+  for path in sorted({*shapes[0], *shapes[1]}):
+    there, here = (found.get(path) for found in shapes)
+    if there != here:
+      raise UserError(
+        f'{field}={trained.workdir!r} has another shape: {path} is {there or "missing"} there and '
+        f'{here or "missing"} here; valid: a run of the same model'
+      )

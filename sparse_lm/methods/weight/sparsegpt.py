@@ -1,0 +1,50 @@
+"""SparseGPT: prune and make up for it, input by input."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+
+from sparse_lm.core.errors import require
+from sparse_lm.core.one_shot import OneShot, prune_by_obs
+from sparse_lm.core.pattern import NOfM, Pattern
+from sparse_lm.core.sparse import Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseGPT(OneShot):
+  """Prunes a trained model's matrices one input at a time; later inputs make up for each loss.
+
+  Paper: Frantar and Alistarh 2023 (SparseGPT), algorithm 1.
+  Saves: what it drops, after training; no gradient is needed to prune.
+  Differs from the paper: the count is exact, where the reference drops a weight more.
+
+  Attributes:
+    pattern: 'unstructured' or N:M.
+    damp: added to the Gram matrix' diagonal, over its mean.
+    block: inputs whose mask is chosen at once.
+  """
+
+  pattern: str = 'unstructured'
+  damp: float = 0.01
+  block: int = 128
+  needs: ClassVar[tuple[str, ...]] = ('xtx',)
+
+  def check(self) -> None:
+    """Raises UserError for another pattern, or a field out of its range."""
+    takes = type(self.units) is Pattern or isinstance(self.units, NOfM)
+    require(takes, 'config.weight.pattern', self.pattern, 'unstructured, or N:M such as 2:4')
+    require(self.damp > 0, 'config.weight.damp', self.damp, 'above 0')
+    require(self.block >= 1, 'config.weight.block', self.block, '1 input or more')
+
+  def prune(self, params: Tree, signals: dict[str, Tree], target: Tree) -> tuple[Tree, Tree]:
+    """New weights and masks; `xtx` holds the mean outer product `[in, in]` of each kernel's inputs."""
+    groups = self.units if isinstance(self.units, NOfM) else None
+    pairs = jax.tree.map(
+      lambda w, gram, density: prune_by_obs(w, gram, density, groups, self.damp, self.block),
+      params,
+      signals['xtx'],
+      target,
+    )
+    is_pair = lambda x: isinstance(x, tuple)  # noqa: E731
+    return tuple(jax.tree.map(lambda pair, i=i: pair[i], pairs, is_leaf=is_pair) for i in (0, 1))

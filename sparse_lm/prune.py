@@ -1,0 +1,105 @@
+"""`python -m sparse_lm.prune --workdir=PARENT --out=CHILD --config.weight.name=wanda [...]`."""
+
+import argparse
+import pathlib
+import time
+
+from sparse_lm.core import config as configs
+from sparse_lm.core import runtime, slots
+from sparse_lm.core.errors import UserError, one_line
+from sparse_lm.train import one_shot
+from sparse_lm.train.build import build
+from sparse_lm.train.checkpoint import Checkpoints
+from sparse_lm.train.loop import evaluate, losses, result_of
+from sparse_lm.train.setup import Setup, data_of
+from sparse_lm.train.trained import load
+from sparse_lm.train.workdir import Workdir
+
+
+def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
+  """Prunes a trained run at once and writes the result as a workdir, ready to load or to start from.
+
+  Args:
+    parent: workdir of the trained run.
+    out: a new workdir.
+    overrides: of `config.weight`.
+    segments: calibration sequences of `config.data.context` tokens from the training text.
+
+  Returns:
+    The contents of result.json.
+
+  Raises:
+    UserError: bad input, before anything is written.
+  """
+  if (pathlib.Path(out) / 'result.json').exists():
+    raise UserError(f'--out={out} holds a run already; valid: a new folder')
+  trained = load(parent)
+  config = configs.derive(trained.config, overrides, allowed=('weight',))
+  data = data_of(config)
+  program, target = build(config, data.tokenizer.vocab_size)
+  if not program.method.one_shot:
+    able = [name for name in slots.names('weight') if slots.method('weight', name).one_shot]
+    raise UserError(
+      f'config.weight.name={config.weight.name!r} does not prune trained models; valid: '
+      + ', '.join(able)
+    )
+  tokens_NxL = one_shot.calibration(
+    data.tokens['train'], segments, config.data.context, config.seed
+  )
+  folder = Workdir(out, config, data)
+  begin = time.perf_counter()
+  trainable, sparse = one_shot.prune(
+    program,
+    trained.params,
+    trained.model_state,
+    target,
+    tokens_NxL,
+    config.data.batch,
+    config.seed,
+  )
+  seconds = time.perf_counter() - begin
+  run = Setup(config, data, program, target)
+  state = program.init(config.seed, target)
+  state = state.replace(
+    step=state.step + trained.step,
+    trainable=trainable,
+    sparse=sparse,
+    opt_state=program.tx.init(trainable),
+    ema=trainable if program.optimizer.ema else None,
+    model_state=trained.model_state,
+  )
+  pruned, masks = program.finalize(state)
+  loss, observed = evaluate(run, pruned, state.model_state)
+  measured = losses(run, loss) | {'prune_seconds': seconds, 'segments': segments}
+  result = result_of(run, state, masks, measured, observed) | {'parent': parent}
+  folder.open()
+  checkpoints = Checkpoints(folder.path)
+  try:
+    checkpoints.save(state, data.train_iterator(config.seed))
+  finally:
+    checkpoints.close()
+  folder.write_result(result)
+  folder.close()
+  return result
+
+
+@one_line
+def main() -> None:
+  """Prunes a trained run and prints its validation loss before and after."""
+  parser = argparse.ArgumentParser(prog='python -m sparse_lm.prune', allow_abbrev=False)
+  parser.add_argument('--workdir', required=True, help='of the trained run')
+  parser.add_argument('--out', required=True, help='new workdir of the pruned one')
+  parser.add_argument('--segments', type=int, default=128, help='calibration sequences')
+  arguments, rest = parser.parse_known_args()
+  runtime.prepare()
+  overrides = configs.overrides_from_args(rest)
+  metrics = prune(arguments.workdir, arguments.out, overrides, arguments.segments)['metrics']
+  print(
+    f'{arguments.out}: validation loss {metrics["val_loss"]:.4f} nats per token; '
+    f'{metrics["sparsity_prunable"]:.1%} of the prunable weights dropped in '
+    f'{metrics["prune_seconds"]:.1f} s'
+  )
+
+
+if __name__ == '__main__':
+  main()

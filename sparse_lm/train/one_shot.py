@@ -1,0 +1,136 @@
+"""Prunes a trained model layer by layer, each on what the pruned layers before it hand on."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from sparse_lm.core import rng, tree
+from sparse_lm.core.errors import UserError
+from sparse_lm.core.sparse import Sparse, Tree
+from sparse_lm.layers.embed import Embed
+from sparse_lm.model.lm import LM, Layer
+from sparse_lm.train.step import Program
+
+Array = jax.Array
+# What a kernel `[in, out]` is pruned by, from the rows `[tokens, in]` that it reads.
+SIGNALS = {
+  'x_sq': lambda x: jnp.sum(jnp.square(x), axis=0),
+  'xtx': lambda x: x.T @ x,
+}
+
+
+def prune(
+  program: Program,
+  params: Tree,
+  model_state: Tree,
+  target: Tree,
+  tokens_NxL: np.ndarray,
+  batch: int,
+  seed: int,
+) -> tuple[Tree, Sparse]:
+  """The trainable tree and masks of a one-shot method at its target.
+
+  Args:
+    program: its method prunes trained models.
+    params, model_state: of the trained model.
+    target: final densities, `None` = dense.
+    tokens_NxL: int32 calibration sequences; not read by a method that needs no signals.
+    batch: sequences that are run together; one Gram matrix per kernel of one layer is held at a time.
+
+  Raises:
+    UserError: a kernel with a target that no signal reaches, before anything is pruned.
+  """
+  method, model = program.method, program.model
+  trainable, sparse = method.init(rng.stream(seed, 'masks'), params, target)
+  step, key = jnp.int32(method.total_steps), rng.stream(seed, 'steps')
+  if not method.needs:
+    change = method.update(trainable, sparse, {}, step, key)
+    return change.trainable, change.sparse
+  _check_reached(model, target, tokens_NxL.shape[1])
+  embed = jax.jit(functools.partial(_embed, model))
+  batches = [tokens_NxL[i : i + batch] for i in range(0, len(tokens_NxL), batch)]
+  stream = [embed(params['embed'], tokens_BxL) for tokens_BxL in batches]
+  for layer in tqdm(range(model.spec.layers), unit='layer', desc='pruning', dynamic_ncols=True):
+    module = Layer(model.spec, model.choices, layer)
+    run = jax.jit(lambda variables, x, module=module: module.apply(variables, x))
+    gather = jax.jit(functools.partial(_signals, module, method.needs))
+    total = None
+    for x_BxLxD in stream:
+      sums = gather(_variables(module, trainable['params'], model_state), x_BxLxD)
+      total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+    signals = {
+      need: _like(params, {path: value / tokens_NxL.size for path, value in found.items()}, target)
+      for need, found in total.items()
+    }
+    change = method.update(trainable, sparse, signals, step, key)
+    trainable, sparse = change.trainable, change.sparse
+    stream = [run(_variables(module, trainable['params'], model_state), x) for x in stream]
+  return trainable, sparse
+
+
+def calibration(tokens: np.ndarray, segments: int, context: int, seed: int) -> np.ndarray:
+  """`segments` sequences of `context` tokens each, int32, from places of their own.
+
+  Raises UserError where the text is too short for them.
+  """
+  room = len(tokens) // context
+  if not 1 <= segments <= room:
+    raise UserError(
+      f'--segments={segments} sequences of {context} tokens: the training split has {len(tokens)} '
+      f'tokens; valid: 1 to {room}'
+    )
+  places = np.random.default_rng(seed).choice(room, segments, replace=False)
+  return np.stack([tokens[p * context : (p + 1) * context] for p in places]).astype(np.int32)
+
+
+def _embed(model: LM, params: Tree, tokens_BxL: Array) -> Array:
+  positions_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
+  return Embed(model.spec).apply({'params': params}, tokens_BxL, positions_BxL)
+
+
+def _variables(module: Layer, params: Tree, model_state: Tree) -> dict[str, Tree]:
+  """The layer's part of each collection."""
+  own = (f'block_{module.layer}', f'depth_{module.layer}')
+  return {
+    name: {key: variables[key] for key in own if key in variables}
+    for name, variables in ({'params': params} | model_state).items()
+  }
+
+
+def _signals(
+  module: Layer, needs: tuple[str, ...], variables: Tree, x_BxLxD: Array
+) -> dict[str, dict[str, Array]]:
+  """For each need its sum over the batch's tokens, by the path of the kernel."""
+  _, seen = module.apply(variables, x_BxLxD, mutable=['intermediates'])
+  rows = {
+    path.removesuffix('inputs') + 'kernel': x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    for path, x in tree.named(seen['intermediates']).items()
+  }
+  return {need: {path: SIGNALS[need](x) for path, x in rows.items()} for need in needs}
+
+
+def _check_reached(model: LM, target: Tree, length: int) -> None:
+  x = jax.ShapeDtypeStruct((1, length, model.spec.width), model.spec.compute)
+  reached: set[str] = set()
+  for layer in range(model.spec.layers):
+    module = Layer(model.spec, model.choices, layer)
+    variables = jax.eval_shape(module.init, jax.random.key(0), x)
+    reached |= jax.eval_shape(functools.partial(_signals, module, ('x_sq',)), variables, x)[
+      'x_sq'
+    ].keys()
+  missed = [path for path in tree.named(target) if path not in reached]
+  if missed:
+    raise UserError(
+      f'no calibration text reaches {missed[0]} ({len(missed)} such parameters); valid: name them in '
+      'config.weight.dense'
+    )
+
+
+def _like(params: Tree, found: dict[str, Any], target: Tree) -> Tree:
+  """A tree like `params` with what was found for its prunable leaves, `None` elsewhere."""
+  prunable = tree.named(target)
+  return tree.map_named(lambda path, _: found.get(path) if path in prunable else None, params)
