@@ -117,6 +117,61 @@ def bars(
   return figure
 
 
+def dots(
+  lines: Sequence[results.Line],
+  category: str,
+  x: str | Column,
+  series: str,
+  baseline: Mapping[str, Any] | None = None,
+) -> Figure:
+  """`x` for each value of a label, from top to bottom: mean over seeds with the sample deviation.
+
+  Args:
+    lines: of a study; categories and series come in order of first appearance.
+    x: a metric.
+    series: the label with one colour for each value.
+    baseline: labels of the row drawn as a vertical line instead.
+
+  Raises:
+    UserError: an unknown label or metric, no run with the baseline's labels, or a point that mixes
+      runs that differ in more than their seed.
+  """
+  x = column(x) if isinstance(x, str) else x
+  results.check_metric(lines, x.metric)
+  dense = [line for line in lines if baseline and results.matches(line, baseline)]
+  if baseline and not dense:
+    raise UserError(f'no run has the labels of the baseline {dict(baseline)}')
+  rest = [line for line in lines if line not in dense]
+  groups = results.group(rest, [series, category])
+  names, categories = (list(dict.fromkeys(key[i] for key in groups)) for i in (0, 1))
+  with matplotlib.rc_context(STYLE):
+    figure = Figure(figsize=(6.4, 1.0 + 0.3 * len(categories)), layout='constrained')
+    axes = figure.add_subplot()
+    for index, name in enumerate(names):
+      points = {key[1]: _mean_std(members, x) for key, members in groups.items() if key[0] == name}
+      # Series stand a little apart, so that none hides another.
+      apart = 0.5 * (index + 0.5 - len(names) / 2) / len(names)
+      axes.errorbar(
+        [mean for mean, _ in points.values()],
+        [categories.index(value) + apart for value in points],
+        xerr=[0.0 if math.isnan(std) else std for _, std in points.values()],
+        label=label_text(name),
+        color=COLOURS[index % len(COLOURS)],
+        marker=MARKERS[index % len(MARKERS)],
+        linestyle='none',
+        markersize=5.5,
+        capsize=2.5,
+      )
+    if dense:
+      mean, _ = _mean_std(dense, x)
+      axes.axvline(mean, color='#555555', linestyle='--', linewidth=1.4, label='dense', zorder=1)
+    axes.set_yticks(range(len(categories)), [label_text(value) for value in categories])
+    axes.invert_yaxis()
+    axes.set(xlabel=x.heading)
+    figure.legend(loc='outside right center', title=series, alignment='left')
+  return figure
+
+
 def save(figure: Figure, folder: str | pathlib.Path, name: str) -> list[pathlib.Path]:
   """Writes `<name>.png` (160 dpi) and `<name>.pdf` in `folder`, made where it is missing."""
   folder = pathlib.Path(folder)

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from sparse_lm.core import rng
+from sparse_lm.core import rng, tree
 from sparse_lm.core.control import Control
-from sparse_lm.core.sparse import Sparse, Tree, covered, densities
+from sparse_lm.core.sparse import Sparse, Tree, densities
 from sparse_lm.layers.record import SOWN
 
 
@@ -46,11 +46,12 @@ def restart(program: Any, seed: int, state: TrainState, parent: Any, masks: Tree
   target = state.sparse.target
   trainable, sparse = program.method.init(rng.stream(seed, 'masks'), parent.params, target)
   if masks is not None:
-    given = jax.tree.map(
-      lambda w, mask: jnp.ones(w.shape, bool) if mask is None else mask,
-      covered(parent.params, target),
+    given = tree.where_sparse(
+      lambda w, _, mask: jnp.ones(w.shape, bool) if mask is None else mask,
+      parent.params,
+      target,
       masks,
-      is_leaf=lambda x: x is None,
+      dense=lambda _: None,
     )
     sparse = sparse.replace(masks=given, target=densities(given))
     trainable = trainable | {'params': parent.params}

@@ -10,7 +10,8 @@ from scipy.optimize import brentq
 
 from sparse_lm.core import budget
 from sparse_lm.core.errors import UserError
-from sparse_lm.core.pattern import kept
+from sparse_lm.core.groups import Group, Member
+from sparse_lm.core.pattern import kept, pattern
 
 SHAPES = st.lists(
   st.one_of(
@@ -21,6 +22,7 @@ SHAPES = st.lists(
   max_size=8,
 ).map(lambda shapes: {f'leaf_{i}': shape for i, shape in enumerate(shapes)})
 SPARSITY = st.floats(0.01, 0.99)
+UNSTRUCTURED = pattern('unstructured')
 
 
 def er_by_bisection(shapes, density):
@@ -111,7 +113,7 @@ def params():
 
 
 def test_targets_are_none_exactly_in_the_dense_scope():
-  targets = budget.targets(params(), 0.9, 'uniform', ('embed', 'norm', 'bias'))
+  targets = budget.targets(params(), 0.9, 'uniform', ('embed', 'norm', 'bias'), UNSTRUCTURED)
   assert targets['embed'] == {'tokens': None} and targets['norm'] == {'scale': None}
   assert targets['block']['up']['bias'] is None
   assert targets['block']['up']['kernel'].dtype == jnp.float32
@@ -119,25 +121,29 @@ def test_targets_are_none_exactly_in_the_dense_scope():
 
 
 def test_sparsity_is_over_the_prunable_leaves_only():
-  targets = budget.targets(params(), 0.5, 'er', ('embed', 'norm', 'bias'))
+  targets = budget.targets(params(), 0.5, 'er', ('embed', 'norm', 'bias'), UNSTRUCTURED)
   left = float(targets['block']['up']['kernel']) * 3200 + float(targets['experts']['kernel']) * 231
   assert left == pytest.approx(0.5 * 3431, abs=4)
 
 
 def test_a_leaf_that_reaches_density_one_still_has_a_target():
-  targets = budget.targets({'a': jnp.ones((2, 2)), 'b': jnp.ones((500, 500))}, 0.5, 'er', ())
+  targets = budget.targets(
+    {'a': jnp.ones((2, 2)), 'b': jnp.ones((500, 500))}, 0.5, 'er', (), UNSTRUCTURED
+  )
   assert float(targets['a']) == 1.0
 
 
 def test_nothing_to_prune_is_refused():
   with pytest.raises(UserError, match=r'^config\.weight\.dense='):
-    budget.targets(params(), 0.5, 'uniform', ('.',))
+    budget.targets(params(), 0.5, 'uniform', ('.',), UNSTRUCTURED)
 
 
 @given(st.integers(1, 1800), st.integers(1, 1800), SPARSITY)
 @settings(deadline=None, max_examples=60)
 def test_the_float32_density_gives_the_exact_count_back(rows, columns, sparsity):
-  target = budget.targets({'w': np.zeros((rows, columns))}, sparsity, 'uniform', ())['w']
+  target = budget.targets({'w': np.zeros((rows, columns))}, sparsity, 'uniform', (), UNSTRUCTURED)[
+    'w'
+  ]
   # Half a weight is where NumPy and a decimal calculation may round apart.
   exact = rows * columns * (1 - sparsity)
   count = int(kept(rows * columns, target))
@@ -147,7 +153,30 @@ def test_the_float32_density_gives_the_exact_count_back(rows, columns, sparsity)
 @given(st.integers(1, 8), st.integers(1, 40), st.integers(1, 40), SPARSITY)
 @settings(deadline=None, max_examples=40)
 def test_an_expert_axis_keeps_a_whole_count_for_each_expert(experts, rows, columns, sparsity):
-  target = budget.targets({'w': np.zeros((experts, rows, columns))}, sparsity, 'uniform', ())['w']
+  target = budget.targets(
+    {'w': np.zeros((experts, rows, columns))}, sparsity, 'uniform', (), UNSTRUCTURED
+  )['w']
   count = float(target) * rows * columns
   assert count == pytest.approx(round(count), abs=1e-3) and round(count) >= 1
   assert abs(count - (1 - sparsity) * rows * columns) <= 1
+
+
+def test_leaves_without_units_stay_dense():
+  tree = {'a': jnp.ones((4, 8)), 'b': jnp.ones((8, 4)), 'c': jnp.ones((4, 4)), 'd': jnp.ones(8)}
+  group = Group('neuron', 'mlp', 8, (Member('a', -1), Member('b', -2)))
+  targets = budget.targets(tree, 0.25, 'uniform', (), pattern('neuron', (group,)))
+  assert targets == {'a': 0.75, 'b': 0.75, 'c': None, 'd': None}
+  targets = budget.targets(tree, 0.25, 'uniform', ('b',), pattern('row'))
+  assert targets == {'a': 0.75, 'b': None, 'c': 0.75, 'd': None}
+  with pytest.raises(UserError, match=r'leaves nothing to prune'):
+    budget.targets({'d': jnp.ones(8)}, 0.25, 'uniform', (), pattern('row'))
+
+
+def test_densities_that_the_units_cannot_express_are_refused():
+  tree = {'a': jnp.ones((4, 8)), 'b': jnp.ones((8, 40))}
+  with pytest.raises(
+    UserError, match=r'^config\.weight\.pattern.*4 units of a.*0\.4; valid: 0\.25 or'
+  ):
+    budget.targets(tree, 0.4, 'uniform', (), pattern('row'))
+  with pytest.raises(UserError, match=r"^config\.weight\.pattern '2:4'.*b.*budget='uniform'"):
+    budget.targets(tree, 0.5, 'a=0.5,b=0.6', (), pattern('2:4'))

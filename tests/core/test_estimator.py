@@ -67,9 +67,9 @@ def test_ste_method_sees_the_largest_magnitudes_and_learns_all_weights():
   np.testing.assert_allclose(gradient, loss_gradient(w * keep, x, goal), atol=1e-6)
   assert (np.abs(np.asarray(gradient)[~keep]) > 0).all()
 
-  seen, cost = method.effective(trainable, sparse, 'train', step, None)
+  seen, density = method.effective(trainable, sparse, 'train', step, None)
   np.testing.assert_array_equal(seen['w'], params['w'] * keep)
-  assert float(cost) == np.float32(12 / 30)
+  assert float(density['w']) == np.float32(12 / 30) and density['b'] is None
   final, masks = method.finalize(trainable, sparse, step)
   np.testing.assert_array_equal(masks['w'], keep)
   np.testing.assert_array_equal(final['w'], params['w'] * keep)

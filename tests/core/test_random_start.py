@@ -4,17 +4,20 @@ import numpy as np
 import pytest
 
 from sparse_lm.core.errors import UserError
+from sparse_lm.core.groups import Group, Member
+from sparse_lm.core.pattern import pattern
 from sparse_lm.core.random_start import check, random_start
 
 FAN_IN, FAN_OUT = 256, 200
+UNSTRUCTURED = pattern('unstructured')
 
 
-def start(rescale, density, params=None, seed=0):
+def start(rescale, density, params=None, seed=0, units=UNSTRUCTURED):
   if params is None:
     params = {'w': jax.random.normal(jax.random.key(7), (FAN_IN, FAN_OUT)) / FAN_IN**0.5}
   target = jax.tree.map(lambda _: jnp.float32(density), params)
   draw = jax.jit(random_start, static_argnums=(3, 4))
-  trainable, sparse = draw(jax.random.key(seed), params, target, 'unstructured', rescale)
+  trainable, sparse = draw(jax.random.key(seed), params, target, units, rescale)
   return params, trainable['params'], sparse.masks
 
 
@@ -87,13 +90,35 @@ def test_masks_follow_the_key_alone():
 def test_dense_leaves_are_left_alone():
   params = {'w': jnp.ones((4, 4)), 'b': jnp.full(4, 2.0)}
   trainable, sparse = random_start(
-    jax.random.key(0), params, {'w': jnp.float32(0.5), 'b': None}, 'unstructured', 'unit'
+    jax.random.key(0), params, {'w': jnp.float32(0.5), 'b': None}, UNSTRUCTURED, 'unit'
   )
   assert sparse.masks['b'] is None and trainable['params']['b'].tolist() == [2.0] * 4
 
 
-def test_unknown_choices_are_refused():
+@pytest.mark.parametrize('name', ['2:4', 'per_output'])
+def test_a_constant_fan_in_is_rescaled_by_one_factor(name):
+  dense, sparse, masks = start('unit', 0.5, units=pattern(name))
+  assert set(masks['w'].sum(axis=0).tolist()) == {FAN_IN // 2}
+  np.testing.assert_allclose(sparse['w'], dense['w'] * masks['w'] * 2**0.5, rtol=1e-6)
+
+
+def test_an_output_that_is_gone_stays_finite_and_the_others_keep_their_fan_in():
+  dense, sparse, masks = start('unit', 0.25, units=pattern('column'))
+  assert sorted(set(masks['w'].sum(axis=0).tolist())) == [0, FAN_IN]
+  np.testing.assert_array_equal(sparse['w'], dense['w'] * masks['w'])
+
+
+def test_groups_are_drawn_once_for_all_their_matrices():
+  members = (Member('down', -2), Member('up', -1))
+  units = pattern('neuron', (Group('neuron', 'mlp', 60, members),))
+  params = {'up': jnp.ones((9, 60)), 'down': jnp.ones((60, 9))}
+  masks = start('none', 0.4, params, units=units)[2]
+  alive = np.asarray(masks['up'])[0]
+  assert alive.sum() == 24 and not alive[:24].all()
+  np.testing.assert_array_equal(masks['up'], np.broadcast_to(alive, (9, 60)))
+  np.testing.assert_array_equal(masks['down'], np.asarray(masks['up']).T)
+
+
+def test_an_unknown_rescaling_is_refused():
   with pytest.raises(UserError, match=r"config\.weight\.rescale 'units'.*mean 'unit'"):
-    check('unstructured', 'units')
-  with pytest.raises(UserError, match=r'config\.weight\.pattern'):
-    check('2:3', 'unit')
+    check('units')

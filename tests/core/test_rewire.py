@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_lm.core import slots
+from sparse_lm.core.groups import Group, Member
+from sparse_lm.core.pattern import pattern
 from sparse_lm.core.rewire import drop_and_grow
 from sparse_lm.core.sparse import Sparse
 
@@ -84,6 +86,65 @@ def test_noise_breaks_ties_of_the_drop():
   growth = np.array([[0, 0, 0, 0, 1, 1]], np.float32)
   new = drop_and_grow(mask, mask.astype(np.float32), growth, 0.5, noise)
   assert new.tolist() == [[False, True, False, True, True, True]]
+
+
+def in_groups(choose):
+  """`choose(group of four inputs of an output, ...)` over 2-D arrays."""
+  return lambda *arrays: np.concatenate(
+    [
+      np.stack([choose(*columns) for columns in zip(*(a[i : i + 4].T for a in arrays))], axis=1)
+      for i in range(0, len(arrays[0]), 4)
+    ]
+  )
+
+
+def test_n_of_m_masks_grow_where_their_groups_have_lost_something():
+  draw = np.random.default_rng(5)
+  weights = (draw.permutation(96).reshape(12, 8) + 1).astype(np.float32)
+  mask = in_groups(lambda w: np.argsort(np.argsort(-w)) < 2)(weights)
+  growth, noise = draw.random((2, 12, 8)).astype(np.float32)
+  weights *= mask
+  new = np.asarray(drop_and_grow(mask, weights, growth, 0.25, noise, pattern('2:4').top))
+  smallest = np.sort(weights[mask])[12]  # a quarter of 48 is dropped
+  keep = mask & (weights >= smallest)
+  want = in_groups(lambda k, g: np.argsort(np.argsort(-np.where(k, 9, g))) < 2)(keep, growth)
+  np.testing.assert_array_equal(new, want)
+  assert (new != mask).any() and not (keep & ~new).any()
+
+
+@pytest.mark.parametrize('cls', [RIGL, SET])
+def test_neurons_rewire_as_a_whole_by_the_means_over_their_weights(cls):
+  group = Group('neuron', 'mlp', 12, (Member('up', -1), Member('down', -2)))
+  draw = np.random.default_rng(6)
+  alive = np.arange(12) % 2 == 0
+  shapes = {'up': (5, 12), 'down': (12, 7)}
+  weights, grads = ({p: draw.normal(size=s).astype('f') for p, s in shapes.items()} for _ in 'ab')
+
+  def spread(units):
+    return {'up': np.tile(units, (5, 1)), 'down': np.tile(units[:, None], (1, 7))}
+
+  def means(leaves):
+    both = np.concatenate([leaves['up'], leaves['down'].T])
+    return np.abs(both).mean(axis=0)
+
+  masks = spread(alive)
+  params = {path: jnp.asarray(w * masks[path]) for path, w in weights.items()}
+  sparse = Sparse(jax.tree.map(jnp.asarray, masks), dict.fromkeys(masks, jnp.float32(0.5)))
+  method = cls(total_steps=10**6, pattern='neuron', drop_fraction=0.5, groups=(group,))
+  change = method.update(
+    {'params': params, 'learned': {}}, sparse, {'grads': grads}, jnp.int32(0), jax.random.key(0)
+  )
+  new = jax.tree.map(np.asarray, change.sparse.masks)
+  units = new['up'][0]
+  for path, mask in spread(units).items():
+    np.testing.assert_array_equal(new[path], mask)
+    np.testing.assert_array_equal(change.trainable['params'][path], params[path] * mask)
+  strongest = np.argsort(-np.where(alive, means(params), -1))[:3]
+  assert units.sum() == 6 and units[strongest].all()
+  if cls is RIGL:
+    free = np.setdiff1d(np.arange(12), strongest)
+    grown = free[np.argsort(-means(grads)[free])[:3]]
+    assert set(np.flatnonzero(units)) == {*strongest, *grown}
 
 
 def one_leaf(mask, weights):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from sparse_lm.core import slots
+from sparse_lm.core.sparse import mean_density
 
 TARGET = {'w': jnp.float32(0.25), 'b': None}
 
@@ -22,9 +23,9 @@ def test_random_starts_hold_their_density_from_step_0(name):
   assert sparse.masks['w'].sum() == 80 and sparse.masks['b'] is None
   assert not trainable['params']['w'][~sparse.masks['w']].any()
   assert {method.density(0.25, step) for step in (0, 50, 99)} == {0.25}
-  params, cost = method.effective(trainable, sparse, 'train', 0, None)
+  params, density = method.effective(trainable, sparse, 'train', 0, None)
   np.testing.assert_array_equal(params['w'], trainable['params']['w'])
-  assert float(cost) == 0.25
+  assert density == {'w': 0.25, 'b': None}
 
 
 @pytest.mark.parametrize('name', ['static', 'set', 'rigl'])
@@ -56,9 +57,10 @@ def test_static_masks_never_change():
 def test_no_sparsity_leaves_everything_as_it_is():
   method, params, trainable, sparse = started('none')
   assert trainable['params'] is params and jax.tree.leaves(sparse) == []
-  seen, cost = method.effective(trainable, sparse, 'train', 0, None)
+  seen, density = method.effective(trainable, sparse, 'train', 0, None)
   np.testing.assert_array_equal(seen['w'], params['w'])
-  assert float(cost) == 1.0 and not method.due(0)
+  assert density == {'w': None, 'b': None} and not method.due(0)
+  assert float(mean_density(density, params)) == 1.0
   final, masks = method.finalize(trainable, sparse, 0)
   np.testing.assert_array_equal(final['w'], params['w'])
   assert jax.tree.leaves(masks) == []
@@ -71,3 +73,9 @@ def test_only_rigl_asks_for_the_dense_gradient_and_only_when_it_rewires():
   for name in ('static', 'set', 'magnitude', 'none'):
     method = slots.method('weight', name)(total_steps=1000)
     assert not any(method.dense_gradient(step) for step in range(1000))
+
+
+def test_mean_density_is_over_the_weights_of_the_leaves_that_have_one():
+  params = {'a': jnp.ones((4, 5)), 'b': jnp.ones((2, 3, 10)), 'c': jnp.ones(1000)}
+  density = {'a': jnp.float32(0.5), 'b': jnp.float32(0.1), 'c': None}
+  assert float(mean_density(density, params)) == pytest.approx((10 + 6) / 80)

@@ -107,9 +107,9 @@ def test_zeros_of_the_living_outrank_the_dropped():
 def test_training_starts_dense_and_leaves_without_target_stay_so():
   run = Run(MAGNITUDE(total_steps=10), final=0.1)
   assert run.mask.all() and run.sparse.masks['b'] is None
-  params, cost = run.method.effective(run.trainable, run.sparse, 'train', 0, None)
+  params, density = run.method.effective(run.trainable, run.sparse, 'train', 0, None)
   np.testing.assert_array_equal(params['w'], run.trainable['params']['w'])
-  assert float(cost) == 1.0
+  assert density == {'w': 1.0, 'b': None}
 
 
 @given(
@@ -151,6 +151,8 @@ def test_the_target_is_reached_within_the_run(end):
 
 
 def test_a_bad_pattern_or_schedule_is_refused():
-  for fields in ({'pattern': 'unstructurd'}, {'start': 0.8, 'end': 0.5}, {'period': 0}):
+  for fields in ({'start': 0.8, 'end': 0.5}, {'period': 0}):
     with pytest.raises(UserError, match=r'config\.weight\.'):
       MAGNITUDE(total_steps=10, **fields).check()
+  with pytest.raises(UserError, match=r"config\.weight\.pattern 'unstructurd'"):
+    _ = MAGNITUDE(total_steps=10, pattern='unstructurd').units

@@ -18,9 +18,9 @@ def started(final=0.2, **fields):
 @pytest.mark.parametrize('step', [0, 1, 99, 100])
 def test_without_a_ramp_the_final_sparsity_holds_from_the_first_step(step):
   method, trainable, sparse = started()
-  seen, cost = method.effective(trainable, sparse, 'train', jnp.int32(step), None)
+  seen, density = method.effective(trainable, sparse, 'train', jnp.int32(step), None)
   assert int((seen['w'] != 0).sum()) == 100
-  assert float(cost) == pytest.approx(0.2)
+  assert float(density['w']) == pytest.approx(0.2)
   assert method.density(0.2, step) == pytest.approx(0.2)
 
 
@@ -29,11 +29,11 @@ def test_a_ramp_is_followed_in_every_step():
   effective = jax.jit(lambda step: method.effective(trainable, sparse, 'train', step, None))
   for step in (0, 10, 11, 35, 59, 60, 90):
     progress = min(max((step - 10) / 50, 0), 1)
-    density = 1 - 0.8 * (1 - (1 - progress) ** 3)
-    seen, cost = effective(step)
-    assert int((seen['w'] != 0).sum()) == round(500 * density)
-    assert float(cost) == pytest.approx(round(500 * density) / 500)
-    assert method.density(0.2, step) == pytest.approx(density, abs=1e-6)
+    share = 1 - 0.8 * (1 - (1 - progress) ** 3)
+    seen, density = effective(step)
+    assert int((seen['w'] != 0).sum()) == round(500 * share)
+    assert float(density['w']) == pytest.approx(round(500 * share) / 500)
+    assert method.density(0.2, step) == pytest.approx(share, abs=1e-6)
 
 
 def test_dropped_weights_live_on():

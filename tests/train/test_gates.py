@@ -15,6 +15,7 @@ import sparse_lm.train.__main__ as train_command
 from sparse_lm.core import runtime
 from sparse_lm.core.control import Control
 from sparse_lm.core.errors import UserError
+from sparse_lm.core.sparse import densities
 from sparse_lm.methods.depth.token_gate import TokenGate
 from sparse_lm.train import cost, loss
 from sparse_lm.train.loop import evaluate
@@ -115,8 +116,9 @@ def policy(tiny_config):
 
   @jax.jit
   def gradient(params, key):
-    grads, (_, metrics) = jax.grad(loss.loss, argnums=1, has_aux=True)(
-      run.program, params, state, {}, tokens, key
+    seen = params, densities(state.sparse.masks)
+    (grads, _), (_, metrics) = jax.grad(loss.loss, argnums=1, has_aux=True)(
+      run.program, seen, state, {}, (tokens, None), key
     )
     return grads['depth_0']['router'], metrics
 
@@ -250,7 +252,10 @@ BAD = {
     GATED | {'budget.target': 0.3, 'depth.layers': '0:1', 'model.layers': 2},
     ('config.budget.target=0.3', f'{5888 / 10976:.3f}', 'block_1/mlp/up', f'{1024 / 10976:.3f}'),
   ),
-  'no gate': ({'budget.target': 0.5}, ('config.budget.target=0.5', 'a gate')),
+  'no gate': (
+    {'budget.target': 0.5},
+    ('config.budget.target=0.5', 'a learned gate', 'config.weight.name=l0'),
+  ),
   'random gates alone': (
     GATED | {'budget.target': 0.5, 'depth.estimator': 'random'},
     ('config.budget.target=0.5', 'random gates'),

@@ -65,9 +65,8 @@ def tokens(step):
 def toy_program(optimizer_name, method_name, **fields):
   method = slots.method('weight', method_name)(total_steps=STEPS, **fields)
   program = Program(Toy(ToySpec()), method, optimizer(optimizer_name))
-  return program, budget.targets(
-    lm.shapes(program.model)['params'], 0.6, 'uniform', ('embed', 'bias')
-  )
+  params = lm.shapes(program.model)['params']
+  return program, budget.targets(params, 0.6, 'uniform', ('embed', 'bias'), method.units)
 
 
 def sorted_topk(scores, k):
@@ -210,6 +209,29 @@ def test_decay_is_decoupled_and_touches_matrices_only(name):
   rate, decay = SETTINGS['learning_rate'], SETTINGS['weight_decay']
   assert_allclose(updates['matrix'], -rate * decay * params['matrix'], rtol=1e-5, atol=1e-8)
   assert_array_equal(updates['scale'], 0)
+
+
+@pytest.mark.parametrize('name', optim.TESTED)
+def test_what_a_method_learns_moves_at_its_own_rate_and_does_not_decay(name):
+  draw = np.random.default_rng(0)
+  shapes = {'params': {'w': (6, 4)}, 'learned': {'w': (6, 4), 'row': (6, 1), 'unit': (5,)}}
+  is_shape = lambda s: isinstance(s, tuple)  # noqa: E731
+  trainable, grads = (
+    jax.tree.map(lambda s: draw.normal(size=s).astype('f'), shapes, is_leaf=is_shape) for _ in 'ab'
+  )
+
+  def first_update(grads, rate):
+    tx = optimizer(name, schedule='constant', warmup=0.0, clip=0.0, learned_rate=rate).transform()
+    return tx.update(grads, tx.init(trainable), trainable)[0]
+
+  slow, fast = first_update(grads, 1.0), first_update(grads, 10.0)
+  for key, update in slow['learned'].items():
+    assert np.abs(update).min() > 0
+    assert_allclose(fast['learned'][key], 10 * update, rtol=1e-6)
+  assert_array_equal(fast['params']['w'], slow['params']['w'])
+  idle = first_update(jax.tree.map(np.zeros_like, grads), 10.0)
+  assert np.abs(idle['params']['w']).min() > 0  # decay acts on the weights
+  assert not any(np.asarray(update).any() for update in idle['learned'].values())
 
 
 def test_clip_bounds_the_global_norm():

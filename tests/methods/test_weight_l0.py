@@ -1,0 +1,343 @@
+"""Learned masks against the hard concrete distribution in NumPy (METHODS.md 2.14)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from scipy.special import expit
+
+from sparse_lm.core import slots, tree
+from sparse_lm.core.errors import UserError
+from sparse_lm.core.groups import Group, Member
+from sparse_lm.core.sparse import mean_density
+from sparse_lm.train import cost
+from sparse_lm.train.build import build
+from sparse_lm.train.loop import evaluate
+from sparse_lm.train.setup import setup
+
+L0 = slots.method('weight', 'l0')
+BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
+KEY = jax.random.key(2)
+SHAPES = {'up': (8, 12), 'down': (12, 8), 'bias': (12,)}
+MEMBERS = (Member('up', -1), Member('down', -2))
+GROUPS = (
+  Group('neuron', 'mlp', 12, MEMBERS),
+  Group('head', 'mlp', 4, MEMBERS),
+  Group('layer', '', 2, (Member('up', None, 0), Member('down', None, 1))),
+)
+# The shape of each array of logits.
+BY_LEAF = {
+  'unstructured': {'up': (8, 12), 'down': (12, 8)},
+  'per_output': {'up': (8, 12), 'down': (12, 8)},
+  '2:4': {'up': (8, 12), 'down': (12, 8)},
+  'block:4': {'up': (2, 3), 'down': (3, 2)},
+  'row': {'up': (8, 1), 'down': (12, 1)},
+  'column': {'up': (1, 12), 'down': (1, 8)},
+  'global': {'all': (192,)},
+  'neuron': {'mlp/neuron': (12,)},
+  'head': {'mlp/head': (4,)},
+  'layer': {'layer': (2,)},
+}
+
+
+def probability(logits):
+  """P(gate > 0), equation 12 of the paper."""
+  return expit(np.float64(logits) - BETA * np.log(-GAMMA / ZETA))
+
+
+def stretched(s):
+  return np.clip(s * (ZETA - GAMMA) + GAMMA, 0, 1)
+
+
+def sampled(logits, uniform):
+  """A gate at a uniform draw, equations 10 and 11."""
+  return stretched(expit((np.log(uniform) - np.log1p(-uniform) + logits) / BETA))
+
+
+def started(pattern='unstructured', shapes=SHAPES, **fields):
+  """The method, its trainable tree and its state; all but `bias` is prunable."""
+  method = L0(total_steps=10, pattern=pattern, groups=GROUPS, **fields)
+  draw = np.random.default_rng(0)
+  params = {path: draw.normal(size=shape).astype('f') for path, shape in shapes.items()}
+  target = {path: None if path == 'bias' else jnp.float32(1) for path in shapes}
+  return method, *method.init(jax.random.key(0), params, target)
+
+
+def with_logits(trainable, draw):
+  """The same with logits of `draw(shape)`."""
+  learned = {name: jnp.float32(draw(array.shape)) for name, array in trainable['learned'].items()}
+  return trainable | {'learned': learned}
+
+
+@functools.cache
+def effective(method, mode):
+  return jax.jit(lambda trainable, sparse, key: method.effective(trainable, sparse, mode, 0, key))
+
+
+@pytest.mark.parametrize('pattern', BY_LEAF)
+@pytest.mark.parametrize('open_', [0.9, 0.3])
+def test_every_unit_starts_open_with_the_probability_of_the_config(pattern, open_):
+  method, trainable, sparse = started(pattern, open=open_)
+  found = {name: logits.shape for name, logits in trainable['learned'].items()}
+  assert found == BY_LEAF[pattern]
+  for logits in trainable['learned'].values():
+    assert_allclose(probability(logits), open_, rtol=1e-5)
+  _, density = method.effective(trainable, sparse, 'train', 0, None)
+  assert_allclose([density['up'], density['down']], open_, rtol=1e-5)
+  assert density['bias'] is None and jax.tree.leaves(sparse.masks) == []
+
+
+@pytest.mark.parametrize(('log_alpha', 'p'), [(-2, 0.401), (0, 0.832), (2, 0.973)])
+def test_density_is_the_chance_that_a_gate_is_open(log_alpha, p):
+  method, trainable, sparse = started()
+  trainable = with_logits(trainable, lambda shape: np.full(shape, log_alpha))
+  for mode, key in (('train', KEY), ('train', None), ('eval', None)):
+    _, density = method.effective(trainable, sparse, mode, 0, key)
+    assert_allclose([density['up'], density['down']], p, atol=5e-4)
+
+
+def test_density_is_of_each_leaf_over_the_weights_of_its_units():
+  method, trainable, sparse = started('neuron')
+  logits = np.linspace(-4, 4, 12)
+  trainable = with_logits(trainable, lambda shape: logits)
+  _, density = method.effective(trainable, sparse, 'train', 0, None)
+  assert_allclose([density['up'], density['down']], probability(logits).mean(), rtol=1e-5)
+  method, trainable, sparse = started('layer')
+  trainable = with_logits(trainable, lambda shape: np.array([-3.0, 1.0]))
+  _, density = method.effective(trainable, sparse, 'train', 0, None)
+  assert_allclose([density['up'], density['down']], probability([-3.0, 1.0]), rtol=1e-5)
+
+
+DRAWS = (200, 250)
+
+
+@pytest.mark.parametrize('log_alpha', [-2.0, 0.0, 2.0])
+def test_training_draws_gates_of_the_hard_concrete_distribution(log_alpha):
+  method, trainable, sparse = started(shapes={'w': DRAWS})
+  trainable = {'params': {'w': jnp.ones(DRAWS)}, 'learned': trainable['learned']}
+  trainable = with_logits(trainable, lambda shape: np.full(shape, log_alpha))
+  seen, _ = effective(method, 'train')(trainable, sparse, KEY)
+  gates = np.asarray(seen['w'], np.float64).ravel()
+  want = sampled(log_alpha, (np.arange(2_000_000) + 0.5) / 2_000_000)
+  for statistic in (lambda z: z, lambda z: z == 0, lambda z: z == 1, lambda z: z > 0.5):
+    expected, spread = statistic(want).mean(), statistic(want).std()
+    assert abs(statistic(gates).mean() - expected) < 5 * spread / gates.size**0.5
+  assert abs(np.corrcoef(gates[:-1], gates[1:])[0, 1]) < 5 / gates.size**0.5
+
+
+@pytest.mark.parametrize('pattern', BY_LEAF)
+def test_a_unit_has_one_gate_and_every_unit_its_own(pattern):
+  method, trainable, sparse = started(pattern, open=0.5)
+  ones = jax.tree.map(jnp.ones_like, trainable['params'])
+  seen, _ = effective(method, 'train')(trainable | {'params': ones}, sparse, KEY)
+  values = method.units.pool({path: seen[path] for path in ('up', 'down')})
+  if pattern == 'global':  # which divides by the norm
+    values = {'all': np.concatenate([seen['down'].ravel(), seen['up'].ravel()])}
+  spread = method.units.expand(values, {path: seen[path] for path in ('up', 'down')})
+  gates = np.concatenate([np.ravel(v) for v in values.values()])
+  inside = gates[(gates > 0) & (gates < 1)]
+  assert len(np.unique(inside)) == len(inside)
+  for path in ('up', 'down'):
+    assert_allclose(seen[path], spread[path], atol=1e-6)
+  again, _ = effective(method, 'train')(trainable | {'params': ones}, sparse, KEY)
+  other, _ = effective(method, 'train')(trainable | {'params': ones}, sparse, jax.random.key(3))
+  assert_array_equal(again['up'], seen['up'])
+  assert any((other[path] != seen[path]).any() for path in ('up', 'down'))
+  assert_array_equal(seen['bias'], np.ones(12))
+
+
+@pytest.mark.parametrize('pattern', BY_LEAF)
+@pytest.mark.parametrize('shift', [-1.5, 0.5])
+def test_evaluation_opens_the_expected_number_at_their_deterministic_values(pattern, shift):
+  method, trainable, sparse = started(pattern)
+  draw = np.random.default_rng(4)
+  trainable = with_logits(trainable, lambda shape: draw.normal(shift, 2, shape))
+  gates = {}
+  for name, logits in trainable['learned'].items():
+    logits = np.asarray(logits)
+    # A pattern that says how many of each part are kept gets the nearest number there.
+    size = {'per_output': logits.shape[0], '2:4': 4}.get(pattern, logits.size)
+    expected = size * probability(logits).mean()
+    assert abs(expected % 1 - 0.5) > 0.05  # or rounding could be either
+    parts = (
+      logits.T.reshape(-1, size) if pattern in ('per_output', '2:4') else logits.reshape(1, -1)
+    )
+    rank = np.argsort(np.argsort(-parts, axis=1), axis=1)
+    opened = rank < max(1, round(expected))
+    if pattern in ('per_output', '2:4'):
+      opened = opened.reshape(logits.T.shape).T
+    gates[name] = np.where(opened.reshape(logits.shape), stretched(expit(logits)), 0)
+  prunable = {path: trainable['params'][path] for path in ('up', 'down')}
+  want = method.units.expand(jax.tree.map(jnp.float32, gates), prunable)
+  final, masks = jax.jit(method.finalize)(trainable, sparse, jnp.int32(9))
+  seen, _ = effective(method, 'eval')(trainable, sparse, None)
+  for path in ('up', 'down'):
+    folded = prunable[path] * want[path]
+    assert_allclose(final[path], folded, rtol=1e-5, atol=1e-6)
+    assert_allclose(seen[path], folded, rtol=1e-5, atol=1e-6)
+    assert not np.asarray(final[path])[~np.asarray(masks[path])].any()
+    assert_array_equal(np.asarray(masks[path])[np.asarray(want[path]) > 0], True)
+  assert masks['bias'] is None
+  assert_array_equal(final['bias'], trainable['params']['bias'])
+  assert_array_equal(seen['bias'], trainable['params']['bias'])
+  # Without a key training is as deterministic as evaluation.
+  jax.tree.map(assert_array_equal, effective(method, 'train')(trainable, sparse, None)[0], seen)
+
+
+def test_final_masks_count_the_expected_number_of_units():
+  method, trainable, sparse = started('neuron')
+  logits = np.random.default_rng(7).normal(0, 2, 12)
+  trainable = with_logits(trainable, lambda shape: logits)
+  _, masks = method.finalize(trainable, sparse, jnp.int32(9))
+  count = round(probability(logits).sum())
+  assert 1 < count < 12
+  assert_array_equal(masks['up'][0], np.argsort(np.argsort(-logits)) < count)
+
+
+def test_gradients_reach_logits_through_gates_and_through_the_price():
+  method, trainable, sparse = started('block:4', price=0.7)
+  draw = np.random.default_rng(5)
+  trainable = with_logits(trainable, lambda shape: draw.normal(0, 1, shape))
+  toward = {path: draw.normal(size=shape).astype('f') for path, shape in SHAPES.items()}
+
+  def total(learned, gates, price):
+    seen, density = method.effective(trainable | {'learned': learned}, sparse, 'train', 0, KEY)
+    worth = sum(jnp.sum(toward[path] * seen[path]) for path in SHAPES)
+    return gates * worth + price * method.penalty(mean_density(density, seen))
+
+  run, slope = jax.jit(total), jax.jit(jax.grad(total))
+  learned, step, moved = trainable['learned'], 1e-2, 0
+  for gates, price in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)):
+    got = slope(learned, gates, price)
+    for name, logits in learned.items():
+      for index in np.ndindex(logits.shape):
+        ahead, behind = (
+          float(run(learned | {name: logits.at[index].add(sign * step)}, gates, price))
+          for sign in (1, -1)
+        )
+        want = (ahead - behind) / (2 * step)
+        assert float(got[name][index]) == pytest.approx(want, rel=2e-2, abs=2e-3)
+        moved += abs(want) > 1e-2
+  assert moved > 12
+
+
+def test_the_price_is_for_the_mean_over_all_prunable_weights():
+  method, trainable, sparse = started('row', price=0.7)
+  draw = np.random.default_rng(5)
+  trainable = with_logits(trainable, lambda shape: draw.normal(0, 1, shape))
+
+  def penalty(learned):
+    seen, density = method.effective(trainable | {'learned': learned}, sparse, 'train', 0, KEY)
+    return method.penalty(mean_density(density, seen))
+
+  value, got = jax.value_and_grad(penalty)(trainable['learned'])
+  p = {name: probability(logits) for name, logits in trainable['learned'].items()}
+  share = {'up': 12 / 192, 'down': 8 / 192}  # of a row's weights
+  assert float(value) == pytest.approx(0.7 * sum((p[n] * share[n]).sum() for n in p), rel=1e-5)
+  for name, chance in p.items():
+    assert_allclose(got[name], 0.7 * share[name] * chance * (1 - chance), rtol=1e-4)
+
+
+# Plain gradient descent on a head that is not zero: updates are gradients.
+PLAIN = {
+  'weight__name': 'l0',
+  'weight__pattern': 'neuron',
+  'model__init': 'gpt2',
+  'optimizer__name': 'sgd',
+  'optimizer__schedule': 'constant',
+  'optimizer__warmup': 0.0,
+  'optimizer__weight_decay': 0.0,
+  'optimizer__clip': 0.0,
+  'optimizer__learning_rate': 0.1,
+}
+
+
+def after_one_step(config):
+  """How far the first step moves parameters and logits, and its metrics."""
+  run = setup(config)
+  state = run.program.init(0, run.target)
+  before = jax.device_get(state.trainable)
+  state, metrics = run.program.step(0)(state, next(run.data.train_iterator(0)))
+  after = jax.device_get(state.trainable)
+  return jax.tree.map(lambda a, b: a - b, after, before), jax.device_get(metrics)
+
+
+def test_a_training_step_moves_logits_by_their_own_rate_and_by_the_price(tiny_config):
+  slow, _ = after_one_step(tiny_config(**PLAIN, weight__learned_rate=1.0))
+  fast, free = after_one_step(tiny_config(**PLAIN, weight__learned_rate=100.0))
+  dear, priced = after_one_step(tiny_config(**PLAIN, weight__learned_rate=100.0, weight__price=5.0))
+  name = 'block_0/mlp/neuron'
+  moved = {run: found['learned'][name] for run, found in {'s': slow, 'f': fast, 'd': dear}.items()}
+  assert moved['f'].shape == (32,) and np.abs(moved['f']).max() > 1e-5
+  assert_allclose(moved['f'], 100 * moved['s'], rtol=0.05, atol=1e-5)  # 1.9 keeps 7 decimals
+  jax.tree.map(assert_array_equal, fast['params'], slow['params'])
+  jax.tree.map(
+    functools.partial(assert_allclose, rtol=1e-4, atol=1e-7), dear['params'], fast['params']
+  )
+  # 32 units of 32 weights each, all open with probability 0.9.
+  assert_allclose(moved['d'] - moved['f'], -0.1 * 100 * 5 * 0.9 * 0.1 / 32, rtol=1e-3)
+  assert free['auxiliary'] == 0
+  assert priced['auxiliary'] == pytest.approx(5 * 0.9, rel=1e-5)
+  assert priced['density'] == pytest.approx(0.9, rel=1e-5)
+
+
+@pytest.mark.parametrize(('given', 'words'), [
+  ({'weight__sparsity': 0.5}, ['config.weight.sparsity=0.5', 'l0', 'config.budget.target']),
+  ({'budget__target': 0.2}, ['config.budget.target=0.2', 'below 0.3']),
+  ({'weight__name': 'static', 'weight__sparsity': 0.5, 'budget__target': 0.8},
+   ['config.budget.target=0.8', 'config.weight.name=l0']),
+  ({'weight__open': 1.0}, ['config.weight.open=1.0', '(0, 1)']),
+  ({'weight__price': -1.0}, ['config.weight.price=-1.0', '0 or more']),
+  ({'weight__learned_rate': 0.0}, ['config.weight.learned_rate=0.0', 'above 0']),
+  ({'weight__pattern': 'neurn'}, ['config.weight.pattern', "did you mean 'neuron'"]),
+])  # fmt: skip
+def test_a_bad_config_is_one_line_that_says_what_is_valid(given, words, tiny_config):
+  with pytest.raises(UserError) as refused:
+    build(tiny_config(**{'weight__name': 'l0', **given}), 23)
+  message = str(refused.value)
+  assert '\n' not in message and all(word in message for word in words), message
+
+
+def test_the_floor_of_a_budget_is_what_no_gate_can_skip(tiny_config):
+  # Of 4096 FLOPs of kernels, 1024 of attention and 32 for each of 23 characters, the last two.
+  floor = (1024 + 736) / (4096 + 1024 + 736)
+  build(tiny_config(weight__name='l0', budget__target=floor + 1e-3), 23)
+  with pytest.raises(UserError, match=rf'below {floor:.3f}'):
+    build(tiny_config(weight__name='l0', budget__target=floor - 1e-3), 23)
+  # Neurons alone: the projections of attention cannot be skipped either.
+  floor = (2048 + 1024 + 736) / (4096 + 1024 + 736)
+  own = {'weight__name': 'l0', 'weight__pattern': 'neuron'}
+  build(tiny_config(**own, budget__target=floor + 1e-3), 23)
+  with pytest.raises(UserError, match=rf'below {floor:.3f}'):
+    build(tiny_config(**own, budget__target=floor - 1e-3), 23)
+
+
+@pytest.mark.parametrize('pattern', ['unstructured', 'neuron'])
+def test_a_budget_brings_training_and_evaluation_to_its_target(pattern, tiny_config):
+  config = tiny_config(
+    weight__name='l0',
+    weight__pattern=pattern,
+    data__batch=16,
+    optimizer__learning_rate=0.02,
+    optimizer__warmup=0.0,
+    budget__target=0.8,
+    budget__weight=10.0,
+    train__steps=150,
+  )
+  run = setup(config)
+  state = run.program.init(0, run.target)
+  batches, fractions = run.data.train_iterator(0), []
+  for step in range(150):
+    state, metrics = run.program.step(step)(state, next(batches))
+    fractions.append(float(metrics['flops_fraction']))
+  assert fractions[0] > 0.9 and np.mean(fractions[-10:]) == pytest.approx(0.8, abs=0.05)
+  params, masks = run.program.finalize(state)
+  ran = cost.report(run.program, run.target, masks)['flops_forward_ratio']
+  assert ran == pytest.approx(0.8, abs=0.05)
+  closed = sum(int((~mask).sum()) for mask in tree.named(masks).values())
+  assert closed > 100
+  # What evaluation runs has learned the text too: a guess costs ln(vocab).
+  assert evaluate(run, params, state.model_state)[0] < 0.8 * np.log(run.data.tokenizer.vocab_size)

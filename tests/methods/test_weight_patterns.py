@@ -1,0 +1,146 @@
+"""One contract for every weight method under every pattern: whole units, and as many as were asked."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_lm.core import slots
+from sparse_lm.core.errors import UserError
+from sparse_lm.core.groups import Group, Member
+from sparse_lm.core.sparse import WeightMethod
+
+METHODS = {
+  name: slots.method('weight', name)
+  for name in slots.names('weight')
+  if 'pattern' in slots.defaults('weight', name)
+}
+SHAPES = {'up': (8, 12), 'down': (12, 8)}
+# A pair of matrices with 12 neurons and, of three of them each, four heads; each is a layer.
+MEMBERS = (Member('up', -1), Member('down', -2))
+GROUPS = (
+  Group('neuron', 'mlp', 12, MEMBERS),
+  Group('head', 'mlp', 4, MEMBERS),
+  Group('layer', '', 2, (Member('up', None, 0), Member('down', None, 1))),
+)
+STEPS = 40
+HALF = 0.5
+
+
+def labels(pattern):
+  """By leaf the unit of each weight, and the pool of units in which a half is kept."""
+
+  def tile(name, rows, columns):
+    """The number of the tile that a weight lies in."""
+    i, o = np.indices(SHAPES[name])
+    return i // rows * 100 + o // columns
+
+  def along(axis_of, width=1):
+    """Units along an axis of each leaf, the same in both."""
+    return {name: np.indices(shape)[axis_of[name]] // width for name, shape in SHAPES.items()}
+
+  each = {name: tile(name, 1, 1) for name in SHAPES}
+  one = dict.fromkeys(SHAPES, 0)
+  units, pools, shared = {
+    'unstructured': (each, one, False),
+    'global': (each, one, True),
+    'per_output': (each, along({'up': 1, 'down': 1}), False),
+    '2:4': (each, {name: tile(name, 4, 1) for name in SHAPES}, False),
+    'block:4': ({name: tile(name, 4, 4) for name in SHAPES}, one, False),
+    'row': (along({'up': 0, 'down': 0}), one, False),
+    'column': (along({'up': 1, 'down': 1}), one, False),
+    'neuron': (along({'up': 1, 'down': 0}), one, True),
+    'head': (along({'up': 1, 'down': 0}, 3), one, True),
+    'layer': ({'up': np.zeros((8, 12), int), 'down': np.ones((12, 8), int)}, one, True),
+  }[pattern]
+  # In unshared pools, and for single weights, what belongs to a leaf is its own.
+  for number, name in enumerate(SHAPES):
+    offset = 100_000 * number
+    units[name] = units[name] + offset * (not shared or pattern == 'global')
+    pools[name] = np.broadcast_to(pools[name] + offset * (not shared), SHAPES[name])
+  return units, pools
+
+
+PATTERNS = ['unstructured', 'global', 'per_output', '2:4', 'block:4', 'row', 'column']
+PATTERNS += ['neuron', 'head', 'layer']
+
+
+def shares_of_whole_units(masks, pattern):
+  """The kept share of each pool of units, whose weights all share their unit's fate."""
+  units, pools = labels(pattern)
+  flat = {
+    what: np.concatenate([np.asarray(leaves[name]).ravel() for name in SHAPES])
+    for what, leaves in (('mask', masks), ('unit', units), ('pool', pools))
+  }
+  shares = []
+  for pool in np.unique(flat['pool']):
+    inside = flat['pool'] == pool
+    members = np.unique(flat['unit'][inside])
+    fates = [set(flat['mask'][inside & (flat['unit'] == unit)].tolist()) for unit in members]
+    assert all(len(fate) == 1 for fate in fates), pattern
+    shares.append(sum(fate == {True} for fate in fates) / len(members))
+  return shares
+
+
+def method_of(name, pattern):
+  own = {'start': 0.0, 'end': 0.75, 'period': 10, 'open': HALF}
+  given = {field: own[field] for field in own if field in slots.defaults('weight', name)}
+  return METHODS[name](total_steps=STEPS, pattern=pattern, groups=GROUPS, **given)
+
+
+def signals_of(needs):
+  """Random ones: `x_sq` and `xtx` of 50 rows of inputs, dense gradients of `grads`."""
+  draw = np.random.default_rng(1)
+  x = {name: draw.normal(size=(50, shape[0])) for name, shape in SHAPES.items()}
+  found = {
+    'grads': {name: draw.normal(size=shape) for name, shape in SHAPES.items()},
+    'x_sq': {name: (rows**2).mean(0) for name, rows in x.items()},
+    'xtx': {name: rows.T @ rows / 50 for name, rows in x.items()},
+  }
+  return {need: jax.tree.map(jnp.float32, found[need]) for need in needs}
+
+
+def accepted(name, pattern):
+  try:
+    method_of(name, pattern).check()
+  except UserError:
+    return False
+  return True
+
+
+PAIRS = [pair for pair in itertools.product(METHODS, PATTERNS) if accepted(*pair)]
+
+
+def test_every_method_but_one_takes_every_pattern():
+  refused = {pair for pair in itertools.product(METHODS, PATTERNS) if pair not in PAIRS}
+  assert refused == {('sparsegpt', p) for p in PATTERNS if p not in ('unstructured', '2:4')}
+  with pytest.raises(UserError, match=r'config\.weight\.pattern=.*neuron.*valid: unstructured'):
+    method_of('sparsegpt', 'neuron').check()
+
+
+@pytest.mark.parametrize(('name', 'pattern'), PAIRS)
+def test_units_stay_whole_and_their_count_is_exact(name, pattern):
+  method = method_of(name, pattern)
+  draw = np.random.default_rng(0)
+  params = {leaf: draw.normal(size=shape).astype('f') for leaf, shape in SHAPES.items()}
+  # A method that learns its density starts from dense targets, and here from gates half open.
+  density = 1.0 if method.controlled else HALF
+  target = dict.fromkeys(SHAPES, jnp.float32(density))
+  trainable, sparse = jax.jit(method.init)(jax.random.key(0), params, target)
+  started = sparse.masks
+  updates = type(method).update is not WeightMethod.update
+  due = [step for step in range(STEPS) if method.due(step)] or [STEPS] * updates
+  update = jax.jit(functools.partial(method.update, signals=signals_of(method.needs)))
+  for step in due:
+    change = update(trainable, sparse, step=jnp.int32(step), key=jax.random.key(step))
+    trainable, sparse = change.trainable, change.sparse
+    shares_of_whole_units(sparse.masks, pattern)
+  final, masks = jax.jit(method.finalize)(trainable, sparse, jnp.int32(STEPS))
+  assert set(shares_of_whole_units(masks, pattern)) == {HALF}
+  for leaf, mask in masks.items():
+    assert not np.asarray(final[leaf])[~np.asarray(mask)].any()
+  if updates:
+    assert any((started[leaf] != masks[leaf]).any() for leaf in SHAPES)
