@@ -10,9 +10,7 @@ a map     `'attention=0.5,mlp=0.9'`: path expressions with their own sparsity, t
 
 import math
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError, unknown
@@ -97,15 +95,9 @@ def targets(
   }
   if not shapes:
     raise UserError(f'config.weight.dense={tuple(dense)} leaves nothing to prune')
-  densities = solve(shapes, sparsity, budget)
-  if sparsity:
-    units.check(shapes, densities)
-
-  def exact(path: str, leaf) -> jax.Array | None:
-    if path not in densities:
-      return None
-    # A whole count per matrix, so that rounding size * density in float32 gives it back.
-    size = math.prod(leaf.shape[-2:])
-    return jnp.float32(max(1, np.round(size * densities[path])) / size)
-
-  return tree.map_named(exact, params)
+  units.check(shapes)
+  # Of a whole count, so that rounding size * density in float32 gives it back.
+  densities = units.express(shapes, solve(shapes, sparsity, budget))
+  return tree.map_named(
+    lambda path, leaf: jnp.float32(densities[path]) if path in densities else None, params
+  )

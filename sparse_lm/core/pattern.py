@@ -102,27 +102,38 @@ class Pattern:
     pooled = self.pool(jax.tree.map(lambda mask: mask.astype(jnp.float32), masks))
     return {name: array > 0 for name, array in pooled.items()}
 
-  def check(self, shapes: Shapes, density: Mapping[str, float]) -> None:
-    """Raises UserError where the units don't fit the shapes, or cannot express the densities."""
-    like = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
-    units = jax.eval_shape(self.pool, like)
-    asked = self.densities(density, like)
-    for name, array in units.items():
-      size = math.prod(array.shape[-2:])
-      got = max(1, round(size * float(asked[name]))) / size
-      if abs(got - asked[name]) > TOLERANCE:
-        near = sorted({1 - max(1, n) / size for n in _around(size * float(asked[name]), size)})
-        raise UserError(
-          f'config.weight.pattern: the {size} units of {name} cannot express a sparsity of '
-          f'{1 - asked[name]:.4g}; valid: {" or ".join(f"{s:.4g}" for s in near)}'
-        )
+  def check(self, shapes: Shapes) -> None:
+    """Raises UserError where the units don't fit the shapes."""
+
+  def express(self, shapes: Shapes, density: Mapping[str, float]) -> dict[str, float]:
+    """The densities that whole units come to, for those asked for.
+
+    Raises UserError where a few large units are too coarse for what was asked for.
+    """
+    return {path: _rounded(math.prod(shapes[path][-2:]), d) for path, d in density.items()}
 
 
 TOLERANCE = 0.01  # how far from the density that was asked for rounding to whole units may lead
 
 
-def _around(count: float, size: int) -> tuple[int, int]:
-  return math.floor(count), min(math.ceil(count), size)
+def _rounded(units: int, density: float) -> float:
+  return max(1, round(units * density)) / units
+
+
+def _expressed(units: int, density: float, what: str) -> float:
+  """`_rounded`, but raises UserError where that is far from what was asked for."""
+  got = _rounded(units, density)
+  if abs(got - density) > TOLERANCE:
+    near = sorted({1 - _rounded(units, n / units) for n in _around(units * density)})
+    raise UserError(
+      f'config.weight.pattern: the {units} units of {what} cannot express a sparsity of '
+      f'{1 - density:.4g}; valid: {" or ".join(f"{s:.4g}" for s in near)}'
+    )
+  return got
+
+
+def _around(count: float) -> tuple[int, int]:
+  return math.floor(count), math.ceil(count)
 
 
 def _is_matrix(shape: tuple[int, ...]) -> bool:
@@ -151,20 +162,25 @@ class NOfM(Pattern):
     rank = jnp.sum((other > mine) | ((other == mine) & earlier), axis=2)
     return (rank < each).reshape(units.shape)
 
-  def check(self, shapes: Shapes, density: Mapping[str, float]) -> None:
-    """Raises UserError unless `m` divides every input axis and every density is n/m."""
+  def check(self, shapes: Shapes) -> None:
+    """Raises UserError unless `m` divides every input axis."""
     for path, shape in shapes.items():
       if shape[-2] % self.m:
         raise UserError(
           f"config.weight.pattern '{self.n}:{self.m}': {self.m} doesn't divide the {shape[-2]} inputs "
           f'of {path}; valid: a divisor'
         )
-      if abs(density[path] - self.n / self.m) > 1e-6:
+
+  def express(self, shapes: Shapes, density: Mapping[str, float]) -> dict[str, float]:
+    """n/m, or 1 of what stays dense. Raises UserError for any other density."""
+    for path, asked in density.items():
+      if asked < 1 and abs(asked - self.n / self.m) > 1e-6:
         raise UserError(
-          f"config.weight.pattern '{self.n}:{self.m}' cannot express a sparsity of "
-          f'{1 - density[path]:.4g} (of {path}); valid: config.weight.sparsity='
-          f"{1 - self.n / self.m:.6g} with config.weight.budget='uniform'"
+          f"config.weight.pattern '{self.n}:{self.m}' cannot express a sparsity of {1 - asked:.4g} "
+          f'(of {path}); valid: config.weight.sparsity={1 - self.n / self.m:.6g} with '
+          "config.weight.budget='uniform'"
         )
+    return dict(density)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +194,10 @@ class PerOutput(Pattern):
   def top(self, units: Array, count: Array) -> Array:
     """The same number of each column."""
     return topk_rows(units.T, kept(units.shape[0], count / units.size)).T
+
+  def express(self, shapes: Shapes, density: Mapping[str, float]) -> dict[str, float]:
+    """Whole counts of each output's inputs."""
+    return {path: _expressed(shapes[path][-2], d, path) for path, d in density.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,8 +226,8 @@ class Block(Pattern):
     rows, columns = self._tile(shape)
     return jnp.repeat(jnp.repeat(units, rows, axis=-2), columns, axis=-1)
 
-  def check(self, shapes: Shapes, density: Mapping[str, float]) -> None:
-    """Raises UserError where a tile doesn't divide a matrix, or as all patterns do."""
+  def check(self, shapes: Shapes) -> None:
+    """Raises UserError where a tile doesn't divide a matrix."""
     for path, shape in shapes.items():
       rows, columns = self._tile(shape)
       if shape[-2] % rows or shape[-1] % columns:
@@ -216,7 +236,15 @@ class Block(Pattern):
           f"config.weight.pattern 'block:{rows}' doesn't divide {path} of {shape[-2]} x {shape[-1]}; "
           f'valid: a divisor of {common}, or another pattern'
         )
-    super().check(shapes, density)
+
+  def express(self, shapes: Shapes, density: Mapping[str, float]) -> dict[str, float]:
+    """Whole tiles."""
+    found = {}
+    for path, asked in density.items():
+      rows, columns = self._tile(shapes[path])
+      tiles = shapes[path][-2] // rows * (shapes[path][-1] // columns)
+      found[path] = _expressed(tiles, asked, path)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,6 +310,15 @@ class Grouped(Pattern):
     for name, group in self._present(leaves).items():
       members = {m.path: leaves[m.path] for m in group.members if m.path in leaves}
       found[name] = _mean_density({path: density[path] for path in members}, members)
+    return found
+
+  def express(self, shapes: Shapes, density: Mapping[str, float]) -> dict[str, float]:
+    """Whole units of each group, the same share of all its members."""
+    like = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+    asked, found = self.densities(density, like), {}
+    for name, group in self._present(shapes).items():
+      share = _expressed(group.units, float(asked[name]), name)
+      found |= {m.path: share for m in group.members if m.path in shapes}
     return found
 
 

@@ -50,7 +50,7 @@ def test_erdos_renyi_equals_bisection_with_clipping(name, shapes, sparsity):
 @settings(deadline=None, max_examples=40)
 def test_totals_are_met_within_one_weight_a_matrix(name, shapes, sparsity):
   params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
-  targets = budget.targets(params, sparsity, name, ())
+  targets = budget.targets(params, sparsity, name, (), UNSTRUCTURED)
   total = sum(float(targets[path]) * math.prod(shape) for path, shape in shapes.items())
   wanted = (1 - sparsity) * sum(math.prod(shape) for shape in shapes.values())
   matrices = sum(math.prod(shape[:-2]) for shape in shapes.values())

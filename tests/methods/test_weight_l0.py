@@ -9,14 +9,9 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.special import expit
 
-from sparse_lm.core import slots, tree
-from sparse_lm.core.errors import UserError
+from sparse_lm.core import slots
 from sparse_lm.core.groups import Group, Member
 from sparse_lm.core.sparse import mean_density
-from sparse_lm.train import cost
-from sparse_lm.train.build import build
-from sparse_lm.train.loop import evaluate
-from sparse_lm.train.setup import setup
 
 L0 = slots.method('weight', 'l0')
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
@@ -85,7 +80,7 @@ def test_every_unit_starts_open_with_the_probability_of_the_config(pattern, open
   assert found == BY_LEAF[pattern]
   for logits in trainable['learned'].values():
     assert_allclose(probability(logits), open_, rtol=1e-5)
-  _, density = method.effective(trainable, sparse, 'train', 0, None)
+  _, density = effective(method, 'train')(trainable, sparse, KEY)
   assert_allclose([density['up'], density['down']], open_, rtol=1e-5)
   assert density['bias'] is None and jax.tree.leaves(sparse.masks) == []
 
@@ -149,27 +144,37 @@ def test_a_unit_has_one_gate_and_every_unit_its_own(pattern):
   assert_array_equal(seen['bias'], np.ones(12))
 
 
+def parts(pattern, array):
+  """What is ranked together, in rows: some patterns say how many of each part are kept."""
+  size = {'per_output': array.shape[0], '2:4': 4}.get(pattern, array.size)
+  return array.T.reshape(-1, size) if pattern in ('per_output', '2:4') else array.reshape(1, -1)
+
+
+def clear_logits(pattern, shift):
+  """Random ones whose expected number of open units is no near tie between two whole numbers."""
+  for seed in range(50):
+    draw = np.random.default_rng(seed)
+    learned = {name: draw.normal(shift, 2, s).astype('f') for name, s in BY_LEAF[pattern].items()}
+    sizes = {name: parts(pattern, logits).shape[1] for name, logits in learned.items()}
+    expected = {name: sizes[name] * probability(learned[name]).mean() for name in learned}
+    if all(abs(number % 1 - 0.5) > 0.1 for number in expected.values()):
+      return learned, {name: max(1, round(number)) for name, number in expected.items()}
+  raise AssertionError('no draw is clear')
+
+
 @pytest.mark.parametrize('pattern', BY_LEAF)
 @pytest.mark.parametrize('shift', [-1.5, 0.5])
 def test_evaluation_opens_the_expected_number_at_their_deterministic_values(pattern, shift):
   method, trainable, sparse = started(pattern)
-  draw = np.random.default_rng(4)
-  trainable = with_logits(trainable, lambda shape: draw.normal(shift, 2, shape))
+  learned, counts = clear_logits(pattern, shift)
+  trainable = trainable | {'learned': jax.tree.map(jnp.asarray, learned)}
   gates = {}
-  for name, logits in trainable['learned'].items():
-    logits = np.asarray(logits)
-    # A pattern that says how many of each part are kept gets the nearest number there.
-    size = {'per_output': logits.shape[0], '2:4': 4}.get(pattern, logits.size)
-    expected = size * probability(logits).mean()
-    assert abs(expected % 1 - 0.5) > 0.05  # or rounding could be either
-    parts = (
-      logits.T.reshape(-1, size) if pattern in ('per_output', '2:4') else logits.reshape(1, -1)
-    )
-    rank = np.argsort(np.argsort(-parts, axis=1), axis=1)
-    opened = rank < max(1, round(expected))
-    if pattern in ('per_output', '2:4'):
-      opened = opened.reshape(logits.T.shape).T
-    gates[name] = np.where(opened.reshape(logits.shape), stretched(expit(logits)), 0)
+  for name, logits in learned.items():
+    rank = np.argsort(np.argsort(-parts(pattern, logits), axis=1), axis=1)
+    opened = rank < counts[name]
+    by_column = pattern in ('per_output', '2:4')
+    opened = opened.reshape(logits.T.shape).T if by_column else opened.reshape(logits.shape)
+    gates[name] = np.where(opened, stretched(expit(logits)), 0)
   prunable = {path: trainable['params'][path] for path in ('up', 'down')}
   want = method.units.expand(jax.tree.map(jnp.float32, gates), prunable)
   final, masks = jax.jit(method.finalize)(trainable, sparse, jnp.int32(9))
@@ -183,8 +188,15 @@ def test_evaluation_opens_the_expected_number_at_their_deterministic_values(patt
   assert masks['bias'] is None
   assert_array_equal(final['bias'], trainable['params']['bias'])
   assert_array_equal(seen['bias'], trainable['params']['bias'])
-  # Without a key training is as deterministic as evaluation.
-  jax.tree.map(assert_array_equal, effective(method, 'train')(trainable, sparse, None)[0], seen)
+
+
+def test_training_without_a_key_is_as_deterministic_as_evaluation():
+  method, trainable, sparse = started()
+  trainable = with_logits(trainable, lambda shape: np.random.default_rng(8).normal(0, 2, shape))
+  training, evaluation = (
+    effective(method, mode)(trainable, sparse, None) for mode in ('train', 'eval')
+  )
+  jax.tree.map(assert_array_equal, training, evaluation)
 
 
 def test_final_masks_count_the_expected_number_of_units():
@@ -239,105 +251,3 @@ def test_the_price_is_for_the_mean_over_all_prunable_weights():
   assert float(value) == pytest.approx(0.7 * sum((p[n] * share[n]).sum() for n in p), rel=1e-5)
   for name, chance in p.items():
     assert_allclose(got[name], 0.7 * share[name] * chance * (1 - chance), rtol=1e-4)
-
-
-# Plain gradient descent on a head that is not zero: updates are gradients.
-PLAIN = {
-  'weight__name': 'l0',
-  'weight__pattern': 'neuron',
-  'model__init': 'gpt2',
-  'optimizer__name': 'sgd',
-  'optimizer__schedule': 'constant',
-  'optimizer__warmup': 0.0,
-  'optimizer__weight_decay': 0.0,
-  'optimizer__clip': 0.0,
-  'optimizer__learning_rate': 0.1,
-}
-
-
-def after_one_step(config):
-  """How far the first step moves parameters and logits, and its metrics."""
-  run = setup(config)
-  state = run.program.init(0, run.target)
-  before = jax.device_get(state.trainable)
-  state, metrics = run.program.step(0)(state, next(run.data.train_iterator(0)))
-  after = jax.device_get(state.trainable)
-  return jax.tree.map(lambda a, b: a - b, after, before), jax.device_get(metrics)
-
-
-def test_a_training_step_moves_logits_by_their_own_rate_and_by_the_price(tiny_config):
-  slow, _ = after_one_step(tiny_config(**PLAIN, weight__learned_rate=1.0))
-  fast, free = after_one_step(tiny_config(**PLAIN, weight__learned_rate=100.0))
-  dear, priced = after_one_step(tiny_config(**PLAIN, weight__learned_rate=100.0, weight__price=5.0))
-  name = 'block_0/mlp/neuron'
-  moved = {run: found['learned'][name] for run, found in {'s': slow, 'f': fast, 'd': dear}.items()}
-  assert moved['f'].shape == (32,) and np.abs(moved['f']).max() > 1e-5
-  assert_allclose(moved['f'], 100 * moved['s'], rtol=0.05, atol=1e-5)  # 1.9 keeps 7 decimals
-  jax.tree.map(assert_array_equal, fast['params'], slow['params'])
-  jax.tree.map(
-    functools.partial(assert_allclose, rtol=1e-4, atol=1e-7), dear['params'], fast['params']
-  )
-  # 32 units of 32 weights each, all open with probability 0.9.
-  assert_allclose(moved['d'] - moved['f'], -0.1 * 100 * 5 * 0.9 * 0.1 / 32, rtol=1e-3)
-  assert free['auxiliary'] == 0
-  assert priced['auxiliary'] == pytest.approx(5 * 0.9, rel=1e-5)
-  assert priced['density'] == pytest.approx(0.9, rel=1e-5)
-
-
-@pytest.mark.parametrize(('given', 'words'), [
-  ({'weight__sparsity': 0.5}, ['config.weight.sparsity=0.5', 'l0', 'config.budget.target']),
-  ({'budget__target': 0.2}, ['config.budget.target=0.2', 'below 0.3']),
-  ({'weight__name': 'static', 'weight__sparsity': 0.5, 'budget__target': 0.8},
-   ['config.budget.target=0.8', 'config.weight.name=l0']),
-  ({'weight__open': 1.0}, ['config.weight.open=1.0', '(0, 1)']),
-  ({'weight__price': -1.0}, ['config.weight.price=-1.0', '0 or more']),
-  ({'weight__learned_rate': 0.0}, ['config.weight.learned_rate=0.0', 'above 0']),
-  ({'weight__pattern': 'neurn'}, ['config.weight.pattern', "did you mean 'neuron'"]),
-])  # fmt: skip
-def test_a_bad_config_is_one_line_that_says_what_is_valid(given, words, tiny_config):
-  with pytest.raises(UserError) as refused:
-    build(tiny_config(**{'weight__name': 'l0', **given}), 23)
-  message = str(refused.value)
-  assert '\n' not in message and all(word in message for word in words), message
-
-
-def test_the_floor_of_a_budget_is_what_no_gate_can_skip(tiny_config):
-  # Of 4096 FLOPs of kernels, 1024 of attention and 32 for each of 23 characters, the last two.
-  floor = (1024 + 736) / (4096 + 1024 + 736)
-  build(tiny_config(weight__name='l0', budget__target=floor + 1e-3), 23)
-  with pytest.raises(UserError, match=rf'below {floor:.3f}'):
-    build(tiny_config(weight__name='l0', budget__target=floor - 1e-3), 23)
-  # Neurons alone: the projections of attention cannot be skipped either.
-  floor = (2048 + 1024 + 736) / (4096 + 1024 + 736)
-  own = {'weight__name': 'l0', 'weight__pattern': 'neuron'}
-  build(tiny_config(**own, budget__target=floor + 1e-3), 23)
-  with pytest.raises(UserError, match=rf'below {floor:.3f}'):
-    build(tiny_config(**own, budget__target=floor - 1e-3), 23)
-
-
-@pytest.mark.parametrize('pattern', ['unstructured', 'neuron'])
-def test_a_budget_brings_training_and_evaluation_to_its_target(pattern, tiny_config):
-  config = tiny_config(
-    weight__name='l0',
-    weight__pattern=pattern,
-    data__batch=16,
-    optimizer__learning_rate=0.02,
-    optimizer__warmup=0.0,
-    budget__target=0.8,
-    budget__weight=10.0,
-    train__steps=150,
-  )
-  run = setup(config)
-  state = run.program.init(0, run.target)
-  batches, fractions = run.data.train_iterator(0), []
-  for step in range(150):
-    state, metrics = run.program.step(step)(state, next(batches))
-    fractions.append(float(metrics['flops_fraction']))
-  assert fractions[0] > 0.9 and np.mean(fractions[-10:]) == pytest.approx(0.8, abs=0.05)
-  params, masks = run.program.finalize(state)
-  ran = cost.report(run.program, run.target, masks)['flops_forward_ratio']
-  assert ran == pytest.approx(0.8, abs=0.05)
-  closed = sum(int((~mask).sum()) for mask in tree.named(masks).values())
-  assert closed > 100
-  # What evaluation runs has learned the text too: a guess costs ln(vocab).
-  assert evaluate(run, params, state.model_state)[0] < 0.8 * np.log(run.data.tokenizer.vocab_size)

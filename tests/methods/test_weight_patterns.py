@@ -1,4 +1,4 @@
-"""One contract for every weight method under every pattern: whole units, and as many as were asked."""
+"""One contract for every weight method under every pattern: whole units, as many as asked for."""
 
 import functools
 import itertools
@@ -86,7 +86,7 @@ def shares_of_whole_units(masks, pattern):
 
 
 def method_of(name, pattern):
-  own = {'start': 0.0, 'end': 0.75, 'period': 10, 'open': HALF}
+  own = {'start': 0.0, 'end': 0.75, 'period': 10, 'drop_fraction': 1.0, 'open': HALF}
   given = {field: own[field] for field in own if field in slots.defaults('weight', name)}
   return METHODS[name](total_steps=STEPS, pattern=pattern, groups=GROUPS, **given)
 
@@ -142,5 +142,6 @@ def test_units_stay_whole_and_their_count_is_exact(name, pattern):
   assert set(shares_of_whole_units(masks, pattern)) == {HALF}
   for leaf, mask in masks.items():
     assert not np.asarray(final[leaf])[~np.asarray(mask)].any()
-  if updates:
+  # Of one layer or two heads that are left, what is dropped may be nothing, or grow again.
+  if updates and pattern not in ('layer', 'head'):
     assert any((started[leaf] != masks[leaf]).any() for leaf in SHAPES)

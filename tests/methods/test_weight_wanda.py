@@ -81,7 +81,9 @@ def in_tiles(rows, columns, values):
   """Half the tiles by their mean."""
   shape = INPUTS // rows, rows, OUTPUTS // columns, columns
   mean = values.reshape(shape).mean(axis=(1, 3))
-  return np.kron(largest(mean.ravel(), mean.size // 2).reshape(mean.shape), np.ones((rows, columns)))
+  return np.kron(
+    largest(mean.ravel(), mean.size // 2).reshape(mean.shape), np.ones((rows, columns))
+  )
 
 
 PATTERNS = {
@@ -125,7 +127,9 @@ def test_the_norm_of_the_inputs_decides_and_not_the_magnitude_alone():
 def test_sparsegpt_hands_its_fields_to_the_matrix_routine(method):
   weights, x = numbers(5)
   groups = NOfM(2, 4) if method.pattern == '2:4' else None
-  want = prune_by_obs(weights, signals(x)['xtx'], np.float32(0.5), groups, method.damp, method.block)
+  want = prune_by_obs(
+    weights, signals(x)['xtx'], np.float32(0.5), groups, method.damp, method.block
+  )
   new, mask = updated(method)(weights, signals(x), np.float32(0.5))
   assert_array_equal(mask, want[1])
   np.testing.assert_allclose(new, want[0], rtol=1e-5, atol=1e-6)
@@ -151,9 +155,7 @@ def test_an_update_changes_the_leaves_that_have_signals_and_no_other(cls):
   first = method.update(trainable, sparse, seen[0], STEP, KEY)
   second = method.update(first.trainable, first.sparse, seen[1], STEP, KEY)
   assert trainable['params'] == params and sparse.masks['a'].all()  # pure
-  counts = [
-    [int(change.sparse.masks[name].sum()) for name in 'abc'] for change in (first, second)
-  ]
+  counts = [[int(change.sparse.masks[name].sum()) for name in 'abc'] for change in (first, second)]
   assert counts == [[36, 72, 72], [36, 18, 72]]
   for change, name in ((first, 'a'), (second, 'b')):
     assert [n for n in 'abc' if change.changed[n].any()] == [name]

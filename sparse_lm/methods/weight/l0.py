@@ -9,8 +9,11 @@ import jax.numpy as jnp
 
 from sparse_lm.core.errors import require
 from sparse_lm.core.estimator import BETA, ESTIMATORS, GAMMA, ZETA, hard_concrete_probability
+from sparse_lm.core.pattern import by_slice, kept
 from sparse_lm.core.random_start import path_key
 from sparse_lm.core.sparse import Array, Sparse, Tree, WeightMethod, apply_masks, covered
+
+EVALUATED = 0.8  # of a logit, in evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,13 +21,14 @@ class L0(WeightMethod):
   """Multiplies each unit by a hard concrete gate whose logit is learned with the weights.
 
   Training draws the gates and pays for the probability that they are open. Evaluation opens as many as
-  training expects to be open, those of the largest logits, at their deterministic values. How sparse it
-  ends is learned: `config.budget.target` holds the forward FLOPs, or `price` says what keeping costs.
+  training expects to be open, those of the largest logits, at fixed values. How sparse it ends is
+  learned: `config.budget.target` holds the forward FLOPs, or `price` says what keeping costs.
 
   Paper: Louizos et al. 2018 (Learning Sparse Neural Networks through L0 Regularization).
   Saves: the forward pass of closed units; training computes them all.
-  Differs from the paper: evaluation keeps the expected number (as CoFi does, Xia et al. 2022); the
-    paper keeps what is above a threshold, which logits that move together cross together.
+  Differs from the paper: evaluation keeps the expected number, at `sigmoid(0.8 logit / temperature)` (as
+    CoFi does, Xia et al. 2022); the paper keeps what is above a threshold, which logits that move
+    together cross together. Under N:M any number of a group may be open, N is not read.
 
   Attributes:
     pattern: the units that have a gate each.
@@ -51,7 +55,7 @@ class L0(WeightMethod):
     """One logit for each unit, alike; no masks."""
     logit = math.log(self.open / (1 - self.open)) + BETA * math.log(-GAMMA / ZETA)
     shapes = jax.eval_shape(self.units.pool, covered(params, target))
-    logits = {name: jnp.full(units.shape, logit) for name, units in shapes.items()}
+    logits = {name: jnp.full(units.shape, logit, jnp.float32) for name, units in shapes.items()}
     nothing = jax.tree.map(lambda w: None, params)
     return {'params': params, 'learned': logits}, Sparse(nothing, target)
 
@@ -61,7 +65,10 @@ class L0(WeightMethod):
     """Weights times their gates; draws where there is a key, in training."""
     logits = trainable['learned']
     if mode == 'train' and key is not None:
-      gates = {name: _gate(units, path_key(key, name), True) for name, units in logits.items()}
+      gates = {
+        name: ESTIMATORS['hard_concrete'].decide(units, path_key(key, name), True).weight
+        for name, units in logits.items()
+      }
     else:
       gates, _ = self._evaluated(logits)
     prunable = covered(trainable['params'], sparse.target)
@@ -84,13 +91,16 @@ class L0(WeightMethod):
 
   def _evaluated(self, logits: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
     """The gates that evaluation runs, and which are open: as many as training expects to be."""
-    expected = {name: jnp.mean(hard_concrete_probability(u)) for name, u in logits.items()}
-    opened = self.units.select(logits, expected)
-    return {name: _gate(u, None, False) * opened[name] for name, u in logits.items()}, opened
+    opened = {name: by_slice(self._likeliest, units) for name, units in logits.items()}
+    gates = {
+      name: opened[name] * jax.nn.sigmoid(EVALUATED * units / BETA)
+      for name, units in logits.items()
+    }
+    return gates, opened
 
-
-def _gate(logits: Array, key: Array | None, sample: bool) -> Array:
-  return ESTIMATORS['hard_concrete'].decide(logits, key, sample).weight
+  def _likeliest(self, logits: Array) -> Array:
+    count = kept(logits.size, jnp.mean(hard_concrete_probability(logits)))
+    return self.units.top(logits, count)
 
 
 def _times(params: Tree, gates: Tree) -> Tree:

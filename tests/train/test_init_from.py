@@ -1,0 +1,349 @@
+"""Runs that start from another run, and runs that learn from another's predictions."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
+
+from sparse_lm.core import rng, tree
+from sparse_lm.core.errors import UserError
+from sparse_lm.prune import prune
+from sparse_lm.train.checkpoint import Checkpoints
+from sparse_lm.train.loop import train
+from sparse_lm.train.loss import Distillation
+from sparse_lm.train.setup import setup
+from sparse_lm.train.trained import load
+
+STEPS, CUT = 10, 5
+SPARSITY = 0.625  # of 16 and of 32 inputs alike
+# Everything that could wake a dropped weight, or move a kept one before the first step.
+TUNED = {
+  'weight__name': 'static',
+  'optimizer__weight_decay': 0.5,
+  'optimizer__learning_rate': 1e-2,
+  'optimizer__ema': 0.8,
+  'train__steps': STEPS,
+}
+
+
+@pytest.fixture(scope='module')
+def dense(tiny_config, tmp_path_factory):
+  """The workdir of a dense run."""
+  workdir = tmp_path_factory.mktemp('dense')
+  train(tiny_config(), str(workdir), progress=False)
+  return str(workdir)
+
+
+@pytest.fixture(scope='module')
+def sparse(dense, tmp_path_factory):
+  """The workdir of the dense run, pruned."""
+  out = str(tmp_path_factory.mktemp('sparse') / 'run')
+  prune(dense, out, {'weight.name': 'wanda', 'weight.sparsity': SPARSITY}, segments=4)
+  return out
+
+
+@pytest.fixture(scope='module')
+def tuned(sparse, tiny_config, tmp_path_factory):
+  """Config, workdir and result of a run that trains what the pruned one keeps."""
+  config = tiny_config(init_from=sparse, **TUNED)
+  workdir = tmp_path_factory.mktemp('tuned')
+  return config, workdir, train(config, str(workdir), progress=False)
+
+
+def last_state(config, workdir):
+  run = setup(config)
+  checkpoints = Checkpoints(pathlib.Path(workdir))
+  batches = run.data.train_iterator(rng.data_seed(config.seed))
+  state = checkpoints.restore(run.program.init(0, run.target), batches)
+  checkpoints.close()
+  return jax.device_get(state.replace(key=None)), next(batches)
+
+
+def equal(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  jax.tree.map(assert_array_equal, a, b)
+
+
+def test_it_starts_at_the_parents_weights_and_masks(sparse, tuned):
+  parent, state = load(sparse), setup(tuned[0]).start()
+  assert int(state.step) == 0 and parent.is_sparse
+  equal(state.trainable['params'], parent.params)
+  equal(state.ema, state.trainable)
+  equal(state.sparse.masks, parent.masks)
+  moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+  assert moments and not any(leaf.any() for leaf in moments)
+  for path, density in tree.named(state.sparse.target).items():
+    assert float(density) == pytest.approx(np.mean(tree.named(parent.masks)[path]))
+
+
+def test_zeros_survive_decay_momentum_and_averages(sparse, tuned):
+  config, workdir, _ = tuned
+  masks = tree.named(load(sparse).masks)
+  before = tree.named(load(sparse).params)
+  state, _ = last_state(config, workdir)
+  assert int(state.step) == STEPS and len(masks) == 6
+  equal(tree.named(state.sparse.masks), masks)
+  for params in (state.trainable['params'], state.ema['params'], load(str(workdir)).params):
+    for path, mask in masks.items():
+      mask, now = np.asarray(mask), np.asarray(tree.named(params)[path])
+      assert not now[~mask].any() and now[mask].all()
+      assert np.abs(now - before[path])[mask].mean() > 1e-4  # it did train
+
+
+def test_the_result_reports_the_masks_sparsity_and_not_the_configs(sparse, tuned):
+  config, workdir, result = tuned
+  masks = jax.tree.leaves(load(sparse).masks)
+  dropped = sum(int((~np.asarray(mask)).sum()) for mask in masks)
+  share = dropped / sum(mask.size for mask in masks)
+  assert config.weight.sparsity == 0 and share == SPARSITY
+  assert result['metrics']['sparsity_prunable'] == pytest.approx(share, rel=1e-6)
+  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  assert [line['density'] for line in lines if 'density' in line] == pytest.approx(
+    [1 - share] * STEPS
+  )
+
+
+def test_a_loaded_run_costs_what_its_result_says(tuned):
+  costs, metrics = load(str(tuned[1])).costs(), tuned[2]['metrics']
+  assert {name: metrics[name] for name in costs} == costs
+  assert costs['flops_training_ratio'] < 0.9
+
+
+def test_a_run_continued_is_exact_and_does_not_start_again(
+  sparse, tuned, tiny_config, train_until, tmp_path
+):
+  config, workdir, _ = tuned
+  train_until(config, tmp_path, CUT)
+  train(config, str(tmp_path), progress=False)
+  (state, batch), (want, other_batch) = (last_state(config, w) for w in (tmp_path, workdir))
+  equal(state, want)
+  assert_array_equal(batch, other_batch)
+  steps = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+  assert [line['step'] for line in steps if 'loss' in line] == list(range(1, STEPS + 1))
+
+
+def test_masks_of_what_the_config_calls_dense_are_refused_or_kept(dense, tiny_config, tmp_path):
+  fields = {'weight.name': 'magnitude', 'weight.sparsity': 0.5, 'weight.dense': ('norm', 'head')}
+  prune(dense, str(tmp_path / 'parent'), fields, segments=1)
+  config = tiny_config(init_from=str(tmp_path / 'parent'), **TUNED)  # its embedding is dense
+  try:
+    state = setup(config).start()
+  except UserError as refused:
+    assert 'config.weight.dense' in str(refused)
+    return
+  equal(state.sparse.masks, load(str(tmp_path / 'parent')).masks)
+
+
+def test_a_parent_that_pruned_less_leaves_the_rest_full(dense, tiny_config, tmp_path):
+  fields = {
+    'weight.name': 'magnitude',
+    'weight.sparsity': 0.5,
+    'weight.dense': ('embed', 'norm', 'head', 'attention'),
+  }
+  prune(dense, str(tmp_path / 'parent'), fields, segments=1)
+  parent = load(str(tmp_path / 'parent'))
+  state = setup(tiny_config(init_from=str(tmp_path / 'parent'), **TUNED)).start()
+  equal(state.trainable['params'], parent.params)
+  for path, mask in tree.named(state.sparse.masks).items():
+    if 'attention' in path:
+      assert mask.all() and float(tree.named(state.sparse.target)[path]) == 1
+    else:
+      assert_array_equal(mask, tree.named(parent.masks)[path])
+
+
+@pytest.mark.parametrize('name', ['magnitude', 'rigl', 'ste', 'none'])
+def test_a_dense_parent_hands_on_its_weights_to_any_method(name, dense, tiny_config):
+  sparsity = {} if name == 'none' else {'weight__sparsity': 0.5}
+  run = setup(tiny_config(init_from=dense, weight__name=name, **sparsity))
+  state, parent = run.start(), load(dense).params
+  seen, density = run.program.method.effective(state.trainable, state.sparse, 'train', 0, None)
+  if name in ('magnitude', 'ste', 'none'):  # these keep dense weights at first
+    equal(state.trainable['params'], parent)
+  if name in ('rigl', 'ste'):
+    assert [float(d) for d in tree.named(density).values()] == pytest.approx([0.5] * 6, abs=0.01)
+  fresh = tree.named(setup(tiny_config(weight__name=name, **sparsity)).start().trainable['params'])
+  for path, weights in tree.named(seen).items():
+    kept = np.asarray(weights) != 0
+    # Random masks of a smaller fan-in may be scaled; where the weights are from is not in doubt.
+    ratio = np.asarray(weights)[kept] / np.asarray(tree.named(parent)[path])[kept]
+    assert (ratio > 0).all() and (name == 'rigl' or (ratio == 1).all()), path
+    if not path.endswith('scale') and fresh[path].any():
+      assert not np.allclose(fresh[path], tree.named(parent)[path], atol=1e-3)
+
+
+BAD = {
+  'a method that loses masks': ({'weight__name': 'magnitude'}, ['config.init_from', "'static'"]),
+  'rigl': ({'weight__name': 'rigl', 'weight__sparsity': 0.5}, ['config.init_from', "'static'"]),
+  'no method': ({'weight__name': 'none'}, ['config.init_from', "'static'"]),
+  'a sparsity of its own': ({'weight__sparsity': 0.7}, ['config.weight.sparsity=0.7', 'valid: 0']),
+  'width': ({'model__width': 32}, ['config.init_from', 'block_0/attention/key/kernel', '(16, 16)']),
+  'hidden': ({'model__hidden': 48}, ['config.init_from', 'block_0/mlp/down/kernel', '(48, 16)']),
+  'more layers': ({'model__layers': 2}, ['config.init_from', 'block_1/', 'missing there']),
+  'fewer parameters': ({'model__tied': True}, ['embed/head/kernel', 'missing here']),
+  'another tokenizer': ({'data__tokenizer': 'bytes'}, ['config.init_from', 'tokenizer']),
+  'no such run': ({'init_from': 'no/such/run'}, ['no/such/run', 'holds no run']),
+  'teacher of another shape': (
+    {'model__width': 32, 'init_from': '', 'distill__teacher': True},
+    ['config.distill.teacher', 'block_0/attention/key/kernel'],
+  ),
+  'no such teacher': ({'distill__teacher': 'no/such/run'}, ['no/such/run', 'holds no run']),
+  'weight below 0': ({'distill__weight': -0.1}, ['config.distill.weight=-0.1', '[0, 1]']),
+  'weight above 1': ({'distill__weight': 1.5}, ['config.distill.weight=1.5', '[0, 1]']),
+  'temperature': ({'distill__temperature': 0.0}, ['config.distill.temperature=0.0', 'above 0']),
+}
+
+
+@pytest.mark.parametrize('case', BAD)
+def test_bad_input_is_refused_in_one_line_and_leaves_no_folder(case, sparse, tiny_config, tmp_path):
+  given, expected = BAD[case]
+  fields = {'init_from': sparse, **TUNED, **given}
+  if fields.get('distill__teacher') is True:
+    fields['distill__teacher'] = sparse
+  with pytest.raises(UserError) as refused:
+    train(tiny_config(**fields), str(tmp_path / 'run'), progress=False)
+  line = str(refused.value)
+  assert all(part in line for part in expected) and '\n' not in line, line
+  assert not list(tmp_path.iterdir())
+
+
+def softened(logits, temperature):
+  scaled = logits.astype(np.float64) / temperature
+  scaled -= scaled.max(-1, keepdims=True)
+  return scaled - np.log(np.exp(scaled).sum(-1, keepdims=True))
+
+
+def kl(student, teacher, temperature):
+  """KL(teacher || student) in nats a token, times the temperature's square."""
+  ours, theirs = softened(student, temperature), softened(teacher, temperature)
+  return temperature**2 * (np.exp(theirs) * (theirs - ours)).sum(-1).mean()
+
+
+@given(st.integers(0, 2**31), st.sampled_from([0.5, 1.0, 2.0, 5.0]))
+@settings(deadline=None, max_examples=25)
+def test_divergence_is_the_softened_kl_times_the_temperatures_square(seed, temperature):
+  student, teacher = np.random.default_rng(seed).normal(0, 3, (2, 3, 4, 7)).astype(np.float32)
+  for weight in (0.1, 0.9):  # the weight is the loss's
+    got = Distillation(weight, temperature).divergence(student, teacher)
+    assert float(got) == pytest.approx(kl(student, teacher, temperature), rel=1e-5)
+
+
+# The change of the weights in one step is the gradient, times -1.
+PLAIN = {
+  'optimizer__name': 'sgd',
+  'optimizer__learning_rate': 1.0,
+  'optimizer__schedule': 'constant',
+  'optimizer__warmup': 0.0,
+  'optimizer__momentum': 0.0,
+  'optimizer__weight_decay': 0.0,
+  'optimizer__clip': 0.0,
+}
+
+
+def first_step(config, teacher=None):
+  """Metrics and gradient of the first step; the teacher's logits are `teacher`'s on its batch."""
+  run = setup(config)
+  tokens = next(run.data.train_iterator(rng.data_seed(config.seed)))
+  state = run.start()
+  before = jax.device_get(state.trainable['params'])
+  taught = None if teacher is None else teacher(tokens[:, :-1])
+  after, metrics = run.program.train_step(state, tokens, taught)
+  change = jax.tree.map(lambda a, b: a - np.asarray(b), before, after.trainable['params'])
+  return jax.device_get(metrics), change, tokens
+
+
+def distilled(tiny_config, parent, **fields):
+  fields = {f'distill__{name}': value for name, value in fields.items()}
+  return tiny_config(init_from=parent, distill__teacher=parent, **fields, **PLAIN)
+
+
+@pytest.fixture(scope='module')
+def trained(dense):
+  return load(dense)
+
+
+@pytest.fixture(scope='module')
+def other(trained):
+  """A teacher that disagrees with the run: the same network, its head turned around."""
+  params = jax.tree.map(lambda a: a, trained.params)
+  params['embed']['head']['kernel'] = -0.5 * params['embed']['head']['kernel']
+  return dataclasses.replace(trained, params=params).logits
+
+
+def near(got, want, scale):
+  sizes = [np.abs(leaf).max() for leaf in jax.tree.leaves(want)]
+  jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=0, atol=scale * max(sizes)), got, want)
+
+
+def test_a_model_that_teaches_itself_learns_nothing(dense, trained, tiny_config):
+  config = distilled(tiny_config, dense, weight=1.0, temperature=2.0)
+  metrics, change, _ = first_step(config, trained.logits)
+  assert abs(metrics['divergence']) < 1e-6
+  assert metrics['gradient_norm'] < 1e-5 and metrics['loss'] > 0.1
+  assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(change)) < 1e-6
+  assert first_step(config)[0]['gradient_norm'] > 0.01  # the text would have moved it
+
+
+def test_the_gradient_is_the_weighted_mean_of_both_and_the_teachers_is_that_of_kl(
+  dense, trained, other, tiny_config
+):
+  temperature = 2.0
+  steps = {
+    weight: first_step(distilled(tiny_config, dense, weight=weight, temperature=temperature), other)
+    for weight in (0.0, 0.3, 1.0)
+  }
+  metrics, mixed, tokens = steps[0.3]
+  text, taught = steps[0.0][1], steps[1.0][1]
+  near(mixed, jax.tree.map(lambda a, b: 0.7 * a + 0.3 * b, text, taught), 1e-5)
+
+  logits = other(tokens[:, :-1])
+  assert metrics['divergence'] == pytest.approx(
+    kl(np.asarray(trained.logits(tokens[:, :-1])), np.asarray(logits), temperature), rel=1e-4
+  )
+  chosen = jnp.exp(jnp.asarray(softened(np.asarray(logits), temperature), jnp.float32))
+
+  def crossed(params):
+    """KL less the teacher's own entropy, which has no gradient."""
+    ours = trained.program.model.apply({'params': params}, tokens[:, :-1]) / temperature
+    return -(temperature**2) * jnp.mean(jnp.sum(chosen * jax.nn.log_softmax(ours), axis=-1))
+
+  near(taught, jax.device_get(jax.jit(jax.grad(crossed))(trained.params)), 1e-4)
+  assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(taught)) > 0.01
+
+
+def test_weight_0_is_training_without_a_teacher(dense, other, tiny_config):
+  with_teacher = first_step(distilled(tiny_config, dense, weight=0.0, temperature=2.0), other)
+  without = first_step(tiny_config(init_from=dense, **PLAIN))
+  near(with_teacher[1], without[1], 1e-6)
+  assert with_teacher[0]['loss'] == pytest.approx(without[0]['loss'], rel=1e-6)
+  assert 'divergence' not in without[0] and with_teacher[0]['divergence'] > 0.01
+
+
+def test_microbatches_give_the_gradient_of_the_batch(dense, other, tiny_config):
+  config = distilled(tiny_config, dense, weight=0.3, temperature=2.0)
+  parts = config.copy_and_resolve_references()
+  parts.train.accumulation = 4
+  (_, whole, _), (_, split, _) = (first_step(c, other) for c in (config, parts))
+  near(split, whole, 1e-5)
+
+
+def test_training_asks_the_teacher_about_the_text_that_it_reads(
+  dense, trained, tiny_config, tmp_path
+):
+  config = tiny_config(
+    distill__teacher=dense, distill__temperature=3.0, train__steps=1, train__log_every=1
+  )
+  train(config, str(tmp_path), progress=False)
+  logged = json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[0])
+  run = setup(config)
+  tokens = next(run.data.train_iterator(rng.data_seed(config.seed)))[:, :-1]
+  params = run.start().trainable['params']
+  student = jax.jit(run.program.model.apply)({'params': params}, tokens)
+  want = kl(np.asarray(student), np.asarray(trained.logits(tokens)), 3.0)
+  assert logged['divergence'] == pytest.approx(want, rel=1e-4) and want > 0.01
