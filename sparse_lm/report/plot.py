@@ -222,6 +222,7 @@ def _mean_std(members: Sequence[results.Line], axis: Column) -> tuple[float, flo
 
 def _draw_series(axes: Axes, index: int, name: str, points: Sequence[_Point]) -> None:
   x, x_std, y, y_std = zip(*points)
+  again = index // len(COLOURS)  # another round of colours, with other markers and lines
   axes.errorbar(
     x,
     y,
@@ -229,8 +230,8 @@ def _draw_series(axes: Axes, index: int, name: str, points: Sequence[_Point]) ->
     xerr=x_std if any(std > 0 for std in x_std) else None,
     label=name,
     color=COLOURS[index % len(COLOURS)],
-    marker=MARKERS[index % len(MARKERS)],
-    linestyle=LINES[index // len(COLOURS) % len(LINES)],
+    marker=MARKERS[(index + again) % len(MARKERS)],
+    linestyle=LINES[again % len(LINES)],
     linewidth=1.6,
     markersize=5.5,
     markeredgecolor='white',
