@@ -13,9 +13,10 @@ def get_config() -> ConfigDict:
     {
       'seed': 0,
       'data': {
-        'source': 'stdlib',  # stdlib: the Python standard library's own source | files: `path`
-        'path': '',  # glob of local text files, for source='files'
-        'split': (0.9, 0.05, 0.05),  # train, validation, test, for source='files'
+        'source': 'stdlib',  # stdlib: the Python standard library's own source | files | tfds
+        # files: a glob of text files | tfds: a directory that it prepared as array_record
+        'path': '',
+        'split': (0.9, 0.05, 0.05),  # train, validation, test, for files
         'tokenizer': 'bytes',  # bytes | chars
         'context': 128,  # tokens a sequence
         'batch': 32,  # sequences an optimizer step
