@@ -17,7 +17,8 @@ def get_config() -> ConfigDict:
         # files: a glob of text files | tfds: a directory that it prepared as array_record
         'path': '',
         'split': (0.9, 0.05, 0.05),  # train, validation, test, for files
-        'tokenizer': 'bytes',  # bytes | chars
+        'tokenizer': 'bytes',  # bytes | chars | bpe
+        'vocab_size': 1024,  # of bpe; the others have their own and don't read it
         'context': 128,  # tokens a sequence
         'batch': 32,  # sequences an optimizer step
       },

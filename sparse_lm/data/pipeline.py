@@ -106,13 +106,13 @@ class Data:
 
 
 def load(config: Any) -> Data:
-  """What `config.{source, path, split, tokenizer, context, batch}` (the `data` section) describe.
+  """What `config.{source, path, split, tokenizer, vocab_size, context, batch}` describe.
 
   Raises `UserError` for a bad source, path, split or tokenizer, and where training or validation
   would find too little text: before any long work, not at the first evaluation.
   """
   corpus = sources.load(config)
-  tokenizer = tokenizers.build(config.tokenizer, corpus)
+  tokenizer = tokenizers.build(config.tokenizer, corpus, config.vocab_size)
   tokens = {name: tokenizer.encode(text) for name, text in corpus.splits.items()}
   _check_window(tokens['train'], config.context, config.batch)
   _check_prediction(tokens['validation'], 'validation')

@@ -132,6 +132,7 @@ def config(tmp_path, text, **changes):
     'path': str(tmp_path / 'text.txt'),
     'split': (0.5, 0.3, 0.2),
     'tokenizer': 'chars',
+    'vocab_size': 1024,
     'context': 4,
     'batch': 3,
   }
