@@ -13,8 +13,9 @@ def get_config() -> ConfigDict:
     {
       'seed': 0,
       'data': {
-        'source': 'stdlib',  # stdlib: the Python standard library's own source | files | tfds
-        # files: a glob of text files | tfds: a directory that it prepared as array_record
+        'source': 'stdlib',  # stdlib: the Python standard library's own source | files | tfds | mixture
+        # files: a glob of text files | tfds: a directory that it prepared as array_record |
+        # mixture: sources, paths and weights, such as 'stdlib=0.5, files:a/*.txt=0.3, tfds:b=0.2'
         'path': '',
         'split': (0.9, 0.05, 0.05),  # train, validation, test, for files
         'tokenizer': 'bytes',  # bytes | chars | bpe

@@ -13,7 +13,7 @@ import sysconfig
 from typing import Any
 
 from sparse_lm.core.errors import UserError, unknown
-from sparse_lm.data import prepared
+from sparse_lm.data import mixture, prepared
 from sparse_lm.data.corpus import SPLITS, Corpus, join, why_not_text
 
 FRACTIONS = (0.9, 0.05, 0.05)  # train, validation, test
@@ -30,15 +30,18 @@ _LEFT_OUT_PREFIXES = ('test_', '_sysconfigdata', 'sitecustomize', 'usercustomize
 def load(config: Any) -> Corpus:
   """The corpus that `config.source`, `config.path` and `config.split` name.
 
-  Raises `UserError` for an unknown source and as the source does (`files`, `prepared.read`).
+  Raises `UserError` for an unknown source and as the source does (`files`, `prepared.read`,
+  `mixture.load`).
   """
   readers = {
     'stdlib': lambda path: stdlib(),
     'files': lambda path: files(path, tuple(config.split)),
     'tfds': prepared.read,
   }
+  if config.source == 'mixture':
+    return mixture.load(config.path, readers)
   if config.source not in readers:
-    raise unknown('config.data.source', config.source, readers)
+    raise unknown('config.data.source', config.source, (*readers, 'mixture'))
   return readers[config.source](config.path)
 
 

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import collections
 import math
 import signal
 import sys
@@ -55,18 +56,27 @@ def evaluate(
   run: Setup, params: Tree, model_state: Tree, split: str = 'validation'
 ) -> tuple[float, dict[str, float]]:
   """Nats per token over the whole split, and what modules observed, averaged over its full batches."""
-  nats = tokens = 0.0
+  loss, _, observed = evaluate_components(run, params, model_state, split)
+  return loss, observed
+
+
+def evaluate_components(
+  run: Setup, params: Tree, model_state: Tree, split: str = 'validation'
+) -> tuple[float, dict[str, float], dict[str, float]]:
+  """`evaluate` with, between its two, the nats per token of each component of a mixture by name."""
+  nats, tokens = collections.Counter(), collections.Counter()
   observed, partly = [], []
-  for batch, weight in run.data.eval_batches(split):
-    summed, seen = jax.device_get(run.program.eval_step(params, model_state, batch, weight))
-    nats += float(summed)
-    tokens += float(weight.sum())
-    # Padding is no text: gates that saw any count only where there is nothing else.
-    (observed if weight.all() else partly).append(_scalars(seen))
+  for name in run.data.components(split):
+    for batch, weight in run.data.eval_batches(split, name):
+      summed, seen = jax.device_get(run.program.eval_step(params, model_state, batch, weight))
+      nats[name] += float(summed)
+      tokens[name] += float(weight.sum())
+      # Padding is no text: gates that saw any count only where there is nothing else.
+      (observed if weight.all() else partly).append(_scalars(seen))
   counted = observed or partly
-  return nats / tokens, {
-    name: float(np.mean([seen[name] for seen in counted])) for name in counted[0]
-  }
+  means = {name: float(np.mean([seen[name] for seen in counted])) for name in counted[0]}
+  losses = {name: nats[name] / tokens[name] for name in nats if name}
+  return nats.total() / tokens.total(), losses, means
 
 
 def _scalars(metrics: dict[str, np.ndarray]) -> dict[str, float]:
@@ -179,10 +189,11 @@ class _Loop:
   def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
     """Validation loss, and what the connections did since the last evaluation."""
     params, masks = self.program.finalize(state)
-    loss, self.observed = evaluate(self.setup, params, state.model_state)
+    loss, losses, self.observed = evaluate_components(self.setup, params, state.model_state)
     self._check_finite('validation loss', loss, step)
     ratio = self.setup.data.card['bytes_per_token']['validation']
     values = {'val_loss': loss, 'val_bits_per_byte': loss / math.log(2) / ratio}
+    values |= {f'val_loss/{name}': value for name, value in losses.items()}
     seen = {f'val/{name}': value for name, value in self.observed.items()}
     self.folder.log(step, values | seen | observe.connections(masks, self.masks))
     self.masks = masks

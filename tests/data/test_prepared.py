@@ -10,7 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from sparse_lm.core.errors import UserError
-from sparse_lm.data import prepare, prepared, sources
+from sparse_lm.data import pipeline, prepare, prepared, sources
 from sparse_lm.data.corpus import SPLITS
 
 
@@ -127,6 +127,14 @@ def test_a_missing_test_split_is_empty_and_empty_examples_are_left_out(tmp_path)
   assert corpus.card['builder'] == 'made' and corpus.card['version'] == '2.3.4'
   assert corpus.card['examples'] == {'train': 4, 'validation': 1, 'test': 0}
   assert corpus.card['documents'] == {'train': 2, 'validation': 1, 'test': 0}
+  # In a mixture, only the other component has a test split then.
+  (tmp_path / 'a.txt').write_text('xyz' * 20)
+  path = f'tfds:{folder}=1, files:{tmp_path}/a.txt=1'
+  config = SimpleNamespace(source='mixture', path=path, split=(0.8, 0.1, 0.1), tokenizer='chars')
+  config.vocab_size, config.context, config.batch = 300, 3, 2
+  data = pipeline.load(config)
+  assert list(data.components('test')) == [f'files:{tmp_path}/a.txt']
+  assert list(data.components()) == [f'tfds:{folder}', f'files:{tmp_path}/a.txt']
 
 
 @pytest.mark.parametrize(
