@@ -200,6 +200,16 @@ class _Loop:
     self.clock = time.perf_counter()
     return values
 
+  def _evaluation(self) -> dict[str, dict[str, Any]]:
+    """By name of a number in `_evaluate`, what it is a number of."""
+    data = self.setup.data
+    whole = data.evaluation()
+    return {
+      'val_loss': whole,
+      'val_bits_per_byte': whole | {'unit': 'bits per byte'},
+      **{f'val_loss/{name}': data.evaluation(component=name) for name in data.components() if name},
+    }
+
   def _save(self, state: TrainState, batches: Any) -> None:
     """Never saves a state whose losses were not seen to be finite."""
     self._fetch()
@@ -229,6 +239,7 @@ class _Loop:
       'config': configs.to_json(self.config),
       'env': environment(),
       'data': self.setup.data.card,
+      'evaluation': self._evaluation(),
       'causal': lm.causal(self.program.model),
       'metrics': {
         'steps': int(state.step),
