@@ -14,10 +14,13 @@ def get_config() -> ConfigDict:
       'seed': 0,
       'init_from': '',  # workdir of a run to start from: its weights, and with static its masks
       'data': {
-        'source': 'stdlib',  # stdlib: the Python standard library's own source | files: `path`
-        'path': '',  # glob of local text files, for source='files'
-        'split': (0.9, 0.05, 0.05),  # train, validation, test, for source='files'
-        'tokenizer': 'bytes',  # bytes | chars
+        'source': 'stdlib',  # stdlib: the Python standard library's own source | files | tfds | mixture
+        # files: a glob of text files | tfds: a directory that it prepared as array_record |
+        # mixture: sources, paths and weights, such as 'stdlib=0.5, files:a/*.txt=0.3, tfds:b=0.2'
+        'path': '',
+        'split': (0.9, 0.05, 0.05),  # train, validation, test, for files
+        'tokenizer': 'bytes',  # bytes | chars | bpe
+        'vocab_size': 1024,  # of bpe; the others have their own and don't read it
         'context': 128,  # tokens a sequence
         'batch': 32,  # sequences an optimizer step
       },

@@ -10,7 +10,7 @@ from sparse_lm.core.errors import UserError, one_line
 from sparse_lm.train import one_shot
 from sparse_lm.train.build import build
 from sparse_lm.train.checkpoint import Checkpoints
-from sparse_lm.train.loop import evaluate, losses, result_of
+from sparse_lm.train.evaluate import named_losses, result_of
 from sparse_lm.train.setup import Setup, data_of
 from sparse_lm.train.trained import load
 from sparse_lm.train.workdir import Workdir
@@ -69,8 +69,8 @@ def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
     model_state=trained.model_state,
   )
   pruned, masks = program.finalize(state)
-  loss, observed = evaluate(run, pruned, state.model_state)
-  measured = losses(run, loss) | {'prune_seconds': seconds, 'segments': segments}
+  losses, observed = named_losses(run, pruned, state.model_state)
+  measured = losses | {'prune_seconds': seconds, 'segments': segments}
   result = result_of(run, state, masks, measured, observed) | {'parent': parent}
   folder.open()
   checkpoints = Checkpoints(folder.path)

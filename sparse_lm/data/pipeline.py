@@ -6,15 +6,17 @@ Shapes: B batch, L context.
 
 import dataclasses
 import functools
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import grain
 import numpy as np
 
 from sparse_lm.core.errors import UserError, unknown
-from sparse_lm.data import sources, tokenizers
+from sparse_lm.data import mixture, sources, tokenizers
+from sparse_lm.data.corpus import SEPARATOR
 
 
 def train_iterator(
@@ -30,27 +32,60 @@ def train_iterator(
 
   Raises `UserError` where `tokens` is shorter than one window.
   """
-  _check_window(tokens, context, batch)
+  return mixed_iterator({'': (tokens, 1.0)}, context=context, batch=batch, seed=seed)
+
+
+def mixed_iterator(
+  components: Mapping[str, tuple[np.ndarray, float]], *, context: int, batch: int, seed: int
+) -> grain.DatasetIterator:
+  """As `train_iterator`, over `components`: by name, 1-D tokens and their share of the windows.
+
+  Every component has epochs of its own; `mixture.schedule` says which is next. Raises `UserError`
+  where one is shorter than a window.
+  """
+  for name, (tokens, _) in components.items():
+    _check_window(tokens, context, batch, name)
+  turns = mixture.schedule([share for _, share in components.values()])
+  readers = [
+    _endless(tokens, context, seed, number)
+    for number, (tokens, _) in enumerate(components.values())
+  ]
+
+  def cut(index: int) -> np.ndarray:
+    component_B, place_B = turns(np.arange(index * batch, (index + 1) * batch))
+    windows_BxL1 = np.empty((batch, context + 1), np.int32)
+    for number in np.unique(component_B).tolist():
+      mine_B = component_B == number
+      windows_BxL1[mine_B] = readers[number](place_B[mine_B])
+    return windows_BxL1
+
+  # A grain element is a whole batch. Cutting and stacking window by window is some ten times slower,
+  # and grain's own shuffle takes milliseconds per element where there are few.
+  batches = grain.MapDataset.range(sys.maxsize).map(cut)
+  # One thread hides the work behind the step; more would only contend for the interpreter lock.
+  read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+  return iter(batches.to_iter_dataset(read))
+
+
+def _endless(
+  tokens: np.ndarray, context: int, seed: int, number: int
+) -> Callable[[np.ndarray], np.ndarray]:
+  """`[N]` ascending places in the endless order of windows to the `[N, context + 1]` windows."""
   windows = np.lib.stride_tricks.sliding_window_view(tokens, context + 1)  # [every start, L + 1]
   stretches = -(-len(windows) // context)
 
   @functools.lru_cache(maxsize=2)  # consecutive epochs, so that a batch may straddle them
   def starts(epoch: int) -> np.ndarray:
-    rng = np.random.default_rng((seed, epoch))
+    rng = np.random.default_rng((seed, epoch, number))
     start = rng.permutation(stretches) * context + rng.integers(context, size=stretches)
     return start % len(windows)
 
-  def cut(index: int) -> np.ndarray:
-    epoch_B, place_B = np.divmod(np.arange(index * batch, (index + 1) * batch), stretches)
-    parts = [starts(epoch)[place_B[epoch_B == epoch]] for epoch in np.unique(epoch_B).tolist()]
-    return windows[np.concatenate(parts)].astype(np.int32)
+  def read(place_N: np.ndarray) -> np.ndarray:
+    epoch_N, place_N = np.divmod(place_N, stretches)
+    parts = [starts(epoch)[place_N[epoch_N == epoch]] for epoch in np.unique(epoch_N).tolist()]
+    return windows[np.concatenate(parts)]
 
-  # A grain element is a whole batch, one gather. Cutting and stacking window by window is some ten
-  # times slower, and grain's own shuffle takes milliseconds per element where there are few.
-  batches = grain.MapDataset.range(sys.maxsize).map(cut)
-  # One thread hides the work behind the step; more would only contend for the interpreter lock.
-  read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-  return iter(batches.to_iter_dataset(read))
+  return read
 
 
 def eval_batches(
@@ -87,6 +122,8 @@ class Data:
   `card` is the corpus' card with `tokenizer` (its name), `tokenizer_sha256`, `vocab_size`, and per
   split `tokens` and `bytes_per_token` (none for an empty split):
   nats per token / ln 2 / bytes_per_token = bits per byte.
+
+  `spans`: of a mixture, by component, where in a split's tokens it lies, for splits that it has.
   """
 
   tokens: dict[str, np.ndarray]
@@ -94,28 +131,78 @@ class Data:
   card: dict[str, Any]
   context: int
   batch: int
+  spans: dict[str, dict[str, slice]] = dataclasses.field(default_factory=dict)
 
   def train_iterator(self, seed: int) -> grain.DatasetIterator:
-    return train_iterator(self.tokens['train'], context=self.context, batch=self.batch, seed=seed)
+    """`mixed_iterator` over the components of the training split; without any, `train_iterator`."""
+    return mixed_iterator(self._shares(), context=self.context, batch=self.batch, seed=seed)
 
-  def eval_batches(self, split: str = 'validation') -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Raises `UserError` for an unknown split or one without a prediction."""
+  def components(self, split: str = 'validation') -> dict[str, np.ndarray]:
+    """By name, or under '' where there is but one corpus, the 1-D tokens that make up `split`.
+
+    They begin and end with the zero byte between a component and its neighbour, so that every token
+    of the split but the first is predicted in exactly one of them. Raises `UserError` for an unknown
+    split.
+    """
     if split not in self.tokens:
       raise unknown('split', split, self.tokens)
-    return eval_batches(self.tokens[split], context=self.context, batch=self.batch, split=split)
+    spans = {name: found[split] for name, found in self.spans.items() if split in found}
+    return {
+      name: self.tokens[split][max(span.start - 1, 0) : span.stop + 1]
+      for name, span in spans.items()
+    } or {'': self.tokens[split]}
+
+  def eval_batches(
+    self, split: str = 'validation', component: str | None = None
+  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """One pass over a component, or over one after the other: see the function `eval_batches`.
+
+    Raises `UserError` for an unknown split or one without a prediction.
+    """
+    sizes = {'context': self.context, 'batch': self.batch}
+    passes = [
+      eval_batches(tokens, **sizes, split=split) for tokens in self._chosen(split, component)
+    ]
+    return itertools.chain.from_iterable(passes)
+
+  def evaluation(self, split: str = 'validation', component: str | None = None) -> dict[str, Any]:
+    """What a mean loss over `eval_batches(split, component)` is a number of, as JSON values.
+
+    After every `stride` tokens, predictions begin again without a past.
+    """
+    card = self.card['components'][component] if component else self.card
+    return {
+      'split': split,
+      'data_sha256': card['sha256'][split],
+      'context': self.context,
+      'stride': self.context,
+      'predictions': sum(len(tokens) - 1 for tokens in self._chosen(split, component)),
+      'tokenizer_sha256': self.tokenizer.digest,
+      'unit': f'nats per token of {self.card["tokenizer"]}',
+    }
+
+  def _chosen(self, split: str, component: str | None) -> list[np.ndarray]:
+    found = self.components(split)
+    return list(found.values()) if component is None else [found[component]]
+
+  def _shares(self) -> dict[str, tuple[np.ndarray, float]]:
+    """The training tokens and weight of each component."""
+    tokens = self.tokens['train']
+    return {
+      name: (tokens[span['train']], self.card['components'][name]['weight'])
+      for name, span in self.spans.items()
+    } or {'': (tokens, 1.0)}
 
 
 def load(config: Any) -> Data:
-  """What `config.{source, path, split, tokenizer, context, batch}` (the `data` section) describe.
+  """What `config.{source, path, split, tokenizer, vocab_size, context, batch}` describe.
 
   Raises `UserError` for a bad source, path, split or tokenizer, and where training or validation
   would find too little text: before any long work, not at the first evaluation.
   """
   corpus = sources.load(config)
-  tokenizer = tokenizers.build(config.tokenizer, corpus)
+  tokenizer = tokenizers.build(config.tokenizer, corpus, config.vocab_size)
   tokens = {name: tokenizer.encode(text) for name, text in corpus.splits.items()}
-  _check_window(tokens['train'], config.context, config.batch)
-  _check_prediction(tokens['validation'], 'validation')
   sizes = {name: len(ids) for name, ids in tokens.items()}
   card = {
     **corpus.card,
@@ -127,17 +214,40 @@ def load(config: Any) -> Data:
       name: len(corpus.splits[name]) / size for name, size in sizes.items() if size
     },
   }
-  return Data(tokens, tokenizer, card, config.context, config.batch)
+  spans = _spans(corpus.card.get('components', {}), tokens, tokenizer)
+  data = Data(tokens, tokenizer, card, config.context, config.batch, spans)
+  for name, (ids, _) in data._shares().items():
+    _check_window(ids, config.context, config.batch, name)
+  _check_prediction(tokens['validation'], 'validation')
+  return data
 
 
-def _check_window(tokens: np.ndarray, context: int, batch: int) -> None:
+def _spans(
+  cards: dict[str, dict[str, Any]], tokens: dict[str, np.ndarray], tokenizer: tokenizers.Tokenizer
+) -> dict[str, dict[str, slice]]:
+  """Where each component lies in each split, found by counting its documents' zero bytes."""
+  found: dict[str, dict[str, slice]] = {name: {} for name in cards}
+  for split, ids in tokens.items():
+    documents = {name: card['documents'][split] for name, card in cards.items()}
+    documents = {name: count for name, count in documents.items() if count}
+    ends = [len(ids)]
+    if len(documents) > 1:
+      zeros = np.flatnonzero(ids == tokenizer.encode(SEPARATOR)[0])
+      ends = [*zeros[np.cumsum(list(documents.values()))[:-1] - 1].tolist(), len(ids)]
+    for name, start, stop in zip(documents, [0, *(end + 1 for end in ends)], ends):
+      found[name][split] = slice(start, stop)
+  return found
+
+
+def _check_window(tokens: np.ndarray, context: int, batch: int, component: str) -> None:
   for name, value in (('context', context), ('batch', batch)):
     if value < 1:
       raise UserError(f'config.data.{name} {value}: valid: 1 or more')
   if len(tokens) < context + 1:
+    where = f' in {component}' if component else ''
     raise UserError(
-      f'config.data.context {context} needs {context + 1} training tokens, there are {len(tokens)}; '
-      f'valid: config.data.context up to {max(len(tokens) - 1, 0)}, or more text'
+      f'config.data.context {context} needs {context + 1} training tokens, there are {len(tokens)}'
+      f'{where}; valid: config.data.context up to {max(len(tokens) - 1, 0)}, or more text'
     )
 
 

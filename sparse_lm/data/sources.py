@@ -1,10 +1,8 @@
-"""Where the text comes from: the embedded default corpus or the reader's own local files.
+"""Where the text comes from: the embedded default corpus or the reader's own local data.
 
-Nothing is ever downloaded. A corpus is three splits of UTF-8 bytes and a card that says what they
-are, with content hashes, so that two numbers can be known to come from the same data.
+Nothing is ever downloaded.
 """
 
-import dataclasses
 import glob
 import hashlib
 import math
@@ -15,9 +13,10 @@ import sysconfig
 from typing import Any
 
 from sparse_lm.core.errors import UserError, unknown
+from sparse_lm.data import mixture, prepared
+from sparse_lm.data.corpus import SPLITS, Corpus, join, why_not_text
 
-SPLITS = ('train', 'validation', 'test')
-SEPARATOR = b'\0'  # stands between documents; no document contains it
+FRACTIONS = (0.9, 0.05, 0.05)  # train, validation, test
 
 _HELD_OUT_BYTES = 100_000  # of the standard library, for validation and again for test
 _LARGEST_HELD_OUT_FILE = 50_000  # one file must not be most of a held-out split
@@ -28,24 +27,22 @@ _LEFT_OUT |= {'site-packages', 'dist-packages'}
 _LEFT_OUT_PREFIXES = ('test_', '_sysconfigdata', 'sitecustomize', 'usercustomize')
 
 
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-  """`splits`: 'train', 'validation' and 'test' as UTF-8 bytes; `card`: their JSON-able origin."""
-
-  splits: dict[str, bytes]
-  card: dict[str, Any]
-
-
 def load(config: Any) -> Corpus:
   """The corpus that `config.source`, `config.path` and `config.split` name.
 
-  Raises `UserError` for an unknown source, for 'files' without a path, and as `files` does.
+  Raises `UserError` for an unknown source and as the source does (`files`, `prepared.read`,
+  `mixture.load`).
   """
-  if config.source == 'stdlib':
-    return stdlib()
-  if config.source == 'files':
-    return files(config.path, tuple(config.split))
-  raise unknown('config.data.source', config.source, ('files', 'stdlib'))
+  readers = {
+    'stdlib': lambda path: stdlib(),
+    'files': lambda path: files(path, tuple(config.split)),
+    'tfds': prepared.read,
+  }
+  if config.source == 'mixture':
+    return mixture.load(config.path, readers)
+  if config.source not in readers:
+    raise unknown('config.data.source', config.source, (*readers, 'mixture'))
+  return readers[config.source](config.path)
 
 
 def stdlib() -> Corpus:
@@ -72,32 +69,48 @@ def stdlib() -> Corpus:
     else:
       members['train'].append(text)
   origin = {'source': 'stdlib', 'python': platform.python_version(), 'files': len(documents)}
-  return _corpus(members, origin)
+  return join(members, origin)
 
 
-def files(path_glob: str, split: tuple[float, float, float] = (0.9, 0.05, 0.05)) -> Corpus:
+def files(path_glob: str, split: tuple[float, float, float] = FRACTIONS) -> Corpus:
   """Local UTF-8 text files (`~` and `**` are expanded), each cut by position at the same fractions.
 
-  The cuts count characters, as nanoGPT and TFDS cut tiny shakespeare, and every file is in every
-  split, so a mixture is validated in its own proportions.
-
-  Raises `UserError` where `split` is not three fractions of a whole, where nothing matches, where a
-  file is empty or not UTF-8 text, and where a split with a fraction above 0 would stay empty.
+  Raises `UserError` where `split` is not three fractions of a whole, where nothing matches, and as
+  `cut` does.
   """
   _check_fractions(split)
   if not path_glob:
     raise UserError(
       "config.data.source 'files' needs config.data.path: a text file or a glob such as ~/text/*"
     )
+  paths = matching(path_glob)
+  origin = {'source': 'files', 'path': path_glob, 'split': list(split), 'files': len(paths)}
+  return join(cut(paths, split), origin)
+
+
+def matching(path_glob: str, field: str = 'config.data.path') -> list[str]:
+  """The files that a glob matches, sorted. Raises `UserError`, naming `field`, where none does."""
   pattern = os.path.expanduser(path_glob)
   paths = [path for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
   if not paths:
-    raise UserError(
-      f'config.data.path {path_glob!r} matches no file; valid: a text file or a glob (**)'
-    )
+    raise UserError(f'{field} {path_glob!r} matches no file; valid: a text file or a glob (**)')
+  return paths
+
+
+def cut(
+  paths: list[str], split: tuple[float, float, float], field: str = 'config.data.path'
+) -> dict[str, list[bytes]]:
+  """Per split, what each file has there: the documents of a corpus.
+
+  The cuts count characters, as nanoGPT and TFDS cut tiny shakespeare, and every file is in every
+  split, so a mixture is validated in its own proportions.
+
+  Raises `UserError`, naming `field`, where a file is empty or not UTF-8 text, and where a split with
+  a fraction above 0 would stay empty.
+  """
   members: dict[str, list[bytes]] = {name: [] for name in SPLITS}
   for path in paths:
-    text = _read_text(path)
+    text = read_text(path, field)
     # 0.7 + 0.1 is a hair below 0.8: the small term keeps exact cuts from losing a character.
     first = int(len(text) * split[0] + 1e-6)
     second = int(len(text) * (split[0] + split[1]) + 1e-6)
@@ -107,11 +120,18 @@ def files(path_glob: str, split: tuple[float, float, float] = (0.9, 0.05, 0.05))
   for name, fraction in zip(SPLITS, split):
     if fraction and not members[name]:
       raise UserError(
-        f'config.data.path {path_glob!r} is too short for config.data.split {split}: {name} is empty'
+        f'{field}: {len(paths)} files are too short for fractions of {split}: {name} is empty; '
+        'valid: more text, or another config.data.split'
       )
-  return _corpus(
-    members, {'source': 'files', 'path': path_glob, 'split': list(split), 'files': len(paths)}
-  )
+  return members
+
+
+def read_text(path: str, field: str) -> str:
+  """A file's text. Raises `UserError`, naming `field`, where it is empty or not UTF-8 text."""
+  data = pathlib.Path(path).read_bytes()
+  if fault := why_not_text(data) or ('' if data else 'is empty'):
+    raise UserError(f'{field}: {path!r} {fault}; valid: non-empty UTF-8 text files')
+  return data.decode()
 
 
 def _python_files(root: pathlib.Path) -> dict[str, bytes]:
@@ -127,23 +147,7 @@ def _python_files(root: pathlib.Path) -> dict[str, bytes]:
       path = pathlib.Path(folder, name)
       if path.suffix == '.py' and not path.is_symlink():
         documents[path.relative_to(root).as_posix()] = path.read_bytes()
-  return {path: text for path, text in documents.items() if text and not _why_not_text(text)}
-
-
-def _why_not_text(data: bytes) -> str:
-  """What keeps `data` from being a document of a corpus; empty where nothing does."""
-  try:
-    data.decode()
-  except UnicodeDecodeError as error:
-    return f'is not UTF-8 (byte {error.start})'
-  return 'holds zero bytes, so it is not text' if SEPARATOR in data else ''
-
-
-def _read_text(path: str) -> str:
-  data = pathlib.Path(path).read_bytes()
-  if fault := _why_not_text(data) or ('' if data else 'is empty'):
-    raise UserError(f'config.data.path: {path!r} {fault}; valid: non-empty UTF-8 text files')
-  return data.decode()
+  return {path: text for path, text in documents.items() if text and not why_not_text(text)}
 
 
 def _check_fractions(split: tuple[float, ...]) -> None:
@@ -158,12 +162,3 @@ def _check_fractions(split: tuple[float, ...]) -> None:
       f'config.data.split {split!r}: valid: three fractions (train, validation, test) that sum to 1, '
       'the first two above 0, such as (0.9, 0.05, 0.05)'
     )
-
-
-def _corpus(members: dict[str, list[bytes]], origin: dict[str, Any]) -> Corpus:
-  splits = {name: SEPARATOR.join(members[name]) for name in SPLITS}
-  digests = {name: hashlib.sha256(text).hexdigest() for name, text in splits.items()}
-  # The hash of the three hashes: unlike that of the joined text, it also fixes where the cuts are.
-  digests['all'] = hashlib.sha256(''.join(digests[name] for name in SPLITS).encode()).hexdigest()
-  sizes = {name: len(text) for name, text in splits.items()}
-  return Corpus(splits, {**origin, 'bytes': sizes, 'sha256': digests})

@@ -1,25 +1,32 @@
-"""Text to token ids and back: bytes (the default) and nanoGPT's characters.
+"""Text to token ids and back: bytes (the default), nanoGPT's characters, byte-level BPE.
 
-Both map UTF-8 bytes to a 1-D array of the smallest unsigned integer type that holds the vocabulary,
-so a corpus in memory stays as small as its text.
+All map UTF-8 bytes to a 1-D array of the smallest unsigned integer type that holds the vocabulary,
+so a corpus in memory stays as small as its text. The zero byte between documents is always a token
+of its own, the same one, so that joined texts have the joined tokens.
 """
 
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+from tqdm import tqdm
 
-from sparse_lm.core.errors import UserError, unknown
-from sparse_lm.data.sources import Corpus
+from sparse_lm.core.errors import UserError, require, unknown
+from sparse_lm.data.corpus import Corpus
 
-NAMES = ('bytes', 'chars')
+NAMES = ('bytes', 'bpe', 'chars')
 _CODE_POINTS = 0x110000  # of Unicode
 _UNSEEN = 0xFFFF
 _LARGEST_VOCABULARY = 0xFFFF  # an id must fit in uint16 and differ from _UNSEEN
+# Where GPT-2's pattern ends a word whatever stands around, and on both sides of the zero byte.
+_BETWEEN_WORDS = re.compile(r'(?<=\S)(?=\n)|(?=\0)|(?<=\0)')
+_PIECES = 10_000  # encoded at once, which bounds the memory
 
 
 class _Json:
@@ -101,18 +108,87 @@ class Chars(_Json):
     return table
 
 
-Tokenizer = Bytes | Chars
+@dataclasses.dataclass(frozen=True)
+class Bpe(_Json):
+  """Byte-level byte-pair encoding within GPT-2's words, run by Hugging Face `tokenizers`.
+
+  `merges`: as in GPT-2's merges.txt, a pair of tokens a line, first merged first. The vocabulary is
+  the 256 bytes, in the order of the characters that stand for them, and what the pairs make.
+  """
+
+  merges: str
+
+  @classmethod
+  def train(cls, text: bytes, vocab_size: int) -> 'Bpe':
+    """Learns the merges from UTF-8 `text`; the vocabulary stays smaller where no pair is left.
+
+    Raises `UserError` for a size outside [257, 65535] and where `tokenizers` is not installed.
+    """
+    require(
+      257 <= vocab_size <= _LARGEST_VOCABULARY,
+      'config.data.vocab_size',
+      vocab_size,
+      f'257 (the bytes and a merge) to {_LARGEST_VOCABULARY}',
+    )
+    library = _library()
+    model = _byte_level(library.models.BPE())
+    trainer = library.trainers.BpeTrainer(
+      vocab_size=vocab_size, initial_alphabet=_alphabet(), show_progress=False
+    )
+    model.train_from_iterator(_pieces(text), trainer)
+    return cls('\n'.join(map(' '.join, json.loads(model.to_str())['model']['merges'])))
+
+  @functools.cached_property
+  def vocab_size(self) -> int:
+    return 256 + len({pair.replace(' ', '') for pair in self.merges.splitlines()})
+
+  def encode(self, text: bytes) -> np.ndarray:
+    """`[tokens of text]` uint16. Raises `UserError` where `text` is not UTF-8."""
+    pieces = _pieces(text)
+    starts = range(0, len(pieces), _PIECES)
+    found = [np.empty(0, np.uint16)]
+    for start in tqdm(starts, 'encoding', delay=2, leave=False):
+      encoded = self._model.encode_batch_fast(pieces[start : start + _PIECES])
+      ids = itertools.chain.from_iterable(piece.ids for piece in encoded)
+      found.append(np.fromiter(ids, np.uint16))
+    return np.concatenate(found)
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    """The text of 1-D `ids`; what is not UTF-8 becomes U+FFFD. Raises `IndexError` for an id outside
+    the vocabulary."""
+    ids = np.asarray(ids, int)
+    if ((ids < 0) | (ids >= self.vocab_size)).any():
+      raise IndexError(f'ids {ids.min()} to {ids.max()}, vocabulary {self.vocab_size}')
+    return self._model.decode(ids.tolist())
+
+  def to_json(self) -> dict[str, Any]:
+    return {'name': 'bpe', 'merges': self.merges}
+
+  @functools.cached_property
+  def _model(self) -> Any:
+    pairs = [tuple(line.split(' ')) for line in self.merges.splitlines()]
+    tokens = dict.fromkeys([*_alphabet(), *map(''.join, pairs)])
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    return _byte_level(_library().models.BPE(vocab=vocabulary, merges=pairs))
 
 
-def build(name: str, corpus: Corpus) -> Tokenizer:
-  """The tokenizer `name`, fitted to every split of `corpus` (nanoGPT's choice: no unknown token).
+Tokenizer = Bytes | Chars | Bpe
 
-  Raises `UserError` for an unknown name and as `Chars` does.
+
+def build(name: str, corpus: Corpus, vocab_size: int) -> Tokenizer:
+  """The tokenizer `name` for `corpus`.
+
+  'chars' has the characters of every split (nanoGPT's choice: no unknown token); 'bpe' learns from
+  the training split, up to `vocab_size` tokens, which only it reads.
+
+  Raises `UserError` for an unknown name and as `Chars` and `Bpe.train` do.
   """
   if name == 'bytes':
     return Bytes()
   if name == 'chars':
     return Chars(''.join(sorted(set().union(*map(_utf8, corpus.splits.values())))))
+  if name == 'bpe':
+    return Bpe.train(corpus.splits['train'], vocab_size)
   raise unknown('config.data.tokenizer', name, NAMES)
 
 
@@ -122,7 +198,36 @@ def from_json(saved: dict[str, Any]) -> Tokenizer:
   name = fields.pop('name', None)
   if name not in NAMES:
     raise unknown('tokenizer', name, NAMES)
-  return {'bytes': Bytes, 'chars': Chars}[name](**fields)
+  return {'bytes': Bytes, 'bpe': Bpe, 'chars': Chars}[name](**fields)
+
+
+def _library() -> Any:
+  try:
+    import tokenizers
+  except ImportError:
+    raise UserError(
+      "config.data.tokenizer 'bpe' needs a package: pip install 'tokenizers>=0.22'; "
+      "valid without it: 'bytes', 'chars'"
+    ) from None
+  return tokenizers
+
+
+def _alphabet() -> list[str]:
+  """The printable characters by which GPT-2 writes the 256 bytes."""
+  return sorted(_library().pre_tokenizers.ByteLevel.alphabet())
+
+
+def _byte_level(model: Any) -> Any:
+  library = _library()
+  tokenizer = library.Tokenizer(model)
+  tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = library.decoders.ByteLevel()
+  return tokenizer
+
+
+def _pieces(text: bytes) -> list[str]:
+  """`text` in short parts, for threads to share, that have the same tokens as the whole."""
+  return _BETWEEN_WORDS.split(_utf8(text))
 
 
 def _utf8(text: bytes) -> str:
@@ -130,7 +235,7 @@ def _utf8(text: bytes) -> str:
     return text.decode()
   except UnicodeDecodeError as error:
     raise UserError(
-      f"config.data.tokenizer 'chars' needs UTF-8 text, which byte {error.start} is not; "
+      f'config.data.tokenizer needs UTF-8 text, which byte {error.start} is not; '
       "valid: UTF-8, or config.data.tokenizer='bytes'"
     ) from error
 

@@ -13,16 +13,14 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from sparse_lm.core import config as configs
 from sparse_lm.core import rng
 from sparse_lm.core.errors import UserError
-from sparse_lm.core.sparse import Tree
-from sparse_lm.model import lm
-from sparse_lm.train import cost, observe
+from sparse_lm.train import observe
 from sparse_lm.train.checkpoint import Checkpoints
+from sparse_lm.train.evaluate import named_losses, result_of, scalars
 from sparse_lm.train.setup import Setup, setup
 from sparse_lm.train.state import TrainState
-from sparse_lm.train.workdir import Workdir, environment
+from sparse_lm.train.workdir import Workdir
 
 
 def train(config: ConfigDict, workdir: str, progress: bool = True) -> dict[str, Any]:
@@ -49,63 +47,6 @@ def train(config: ConfigDict, workdir: str, progress: bool = True) -> dict[str, 
   finally:
     checkpoints.close()
     folder.close()
-
-
-def evaluate(
-  run: Setup, params: Tree, model_state: Tree, split: str = 'validation'
-) -> tuple[float, dict[str, float]]:
-  """Nats per token over the whole split, and what modules observed, averaged over its full batches."""
-  nats = tokens = 0.0
-  observed, partly = [], []
-  for batch, weight in run.data.eval_batches(split):
-    summed, seen = jax.device_get(run.program.eval_step(params, model_state, batch, weight))
-    nats += float(summed)
-    tokens += float(weight.sum())
-    # Padding is no text: gates that saw any count only where there is nothing else.
-    (observed if weight.all() else partly).append(_scalars(seen))
-  counted = observed or partly
-  return nats / tokens, {
-    name: float(np.mean([seen[name] for seen in counted])) for name in counted[0]
-  }
-
-
-def losses(run: Setup, nats: float) -> dict[str, float]:
-  """A validation loss in nats per token, and in bits per byte, by their names in a table."""
-  bytes_per_token = run.data.card['bytes_per_token']['validation']
-  return {'val_loss': nats, 'val_bits_per_byte': nats / math.log(2) / bytes_per_token}
-
-
-def result_of(
-  run: Setup,
-  state: TrainState,
-  masks: Tree,
-  measured: dict[str, float],
-  observed: dict[str, float],
-) -> dict[str, Any]:
-  """The contents of result.json: what was run, on what, what was measured and what it costs."""
-  return {
-    'config': configs.to_json(run.config),
-    'env': environment(),
-    'data': run.data.card,
-    'causal': lm.causal(run.program.model),
-    'metrics': {
-      'steps': int(state.step),
-      **measured,
-      **cost.report(run.program, state.sparse.target, masks, observed),
-      **observe.summary(observed),
-    },
-  }
-
-
-def _scalars(metrics: dict[str, np.ndarray]) -> dict[str, float]:
-  """Numbers by name; a vector's by `name/0`, `name/1`, ..."""
-  found = {}
-  for name, value in metrics.items():
-    if np.ndim(value):
-      found |= {f'{name}/{i}': float(item) for i, item in enumerate(value)}
-    else:
-      found[name] = float(value)
-  return found
 
 
 class _Stop:
@@ -193,7 +134,7 @@ class _Loop:
   def _fetch(self) -> None:
     """Brings the steps since the last call to the host and refuses what is not finite."""
     for step, metrics in self.pending:
-      fetched = _scalars(jax.device_get(metrics))
+      fetched = scalars(jax.device_get(metrics))
       for name in ('loss', 'gradient_norm'):
         self._check_finite(name, fetched[name], step)
       self.fetched.append(fetched)
@@ -213,9 +154,8 @@ class _Loop:
   def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
     """Validation loss, and what the connections did since the last evaluation."""
     params, masks = self.program.finalize(state)
-    loss, self.observed = evaluate(self.setup, params, state.model_state)
-    self._check_finite('validation loss', loss, step)
-    values = losses(self.setup, loss)
+    values, self.observed = named_losses(self.setup, params, state.model_state)
+    self._check_finite('validation loss', values['val_loss'], step)
     seen = {f'val/{name}': value for name, value in self.observed.items()}
     self.folder.log(step, values | seen | observe.connections(masks, self.masks))
     self.masks = masks

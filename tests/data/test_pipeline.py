@@ -1,3 +1,4 @@
+import hashlib
 import json
 import math
 from types import SimpleNamespace
@@ -132,6 +133,7 @@ def config(tmp_path, text, **changes):
     'path': str(tmp_path / 'text.txt'),
     'split': (0.5, 0.3, 0.2),
     'tokenizer': 'chars',
+    'vocab_size': 1024,
     'context': 4,
     'batch': 3,
   }
@@ -153,6 +155,15 @@ def test_load(tmp_path):
   for split, size in (('validation', 30), ('test', 20)):
     weights = [weight.sum() for _, weight in data.eval_batches(split)]
     assert sum(weights) == size - 1 and len(weights) == math.ceil((size - 1) / 12)
+    assert data.evaluation(split) == {
+      'split': split,
+      'data_sha256': hashlib.sha256('aé'.encode() * (size // 2)).hexdigest(),
+      'context': 4,
+      'stride': 4,
+      'predictions': size - 1,
+      'tokenizer_sha256': data.tokenizer.digest,
+      'unit': 'nats per token of chars',
+    }
   with pytest.raises(UserError, match="unknown split 'valid'"):
     data.eval_batches('valid')
 

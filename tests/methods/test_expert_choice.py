@@ -16,7 +16,7 @@ from sparse_lm.core.errors import UserError
 from sparse_lm.layers.record import SOWN
 from sparse_lm.layers.spec import Spec
 from sparse_lm.model import lm
-from sparse_lm.train.loop import evaluate
+from sparse_lm.train.evaluate import evaluate
 from sparse_lm.train.setup import setup
 
 BATCH, LENGTH, WIDTH, HIDDEN, EXPERTS = 4, 8, 8, 12, 4

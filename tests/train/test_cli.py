@@ -74,6 +74,16 @@ BAD = {
   'missing corpus': ({'config.data.path': 'no/such/file.txt'}, 'no/such/file.txt'),
   'no path': ({'config.data.path': ''}, 'config.data.path'),
   'unknown tokenizer': ({'config.data.tokenizer': 'byte'}, "'bytes'"),
+  'vocab_size': ({'config.data.tokenizer': 'bpe', 'config.data.vocab_size': 256}, '257'),
+  'not prepared': (
+    {'config.data.source': 'tfds', 'config.data.path': 'configs'},
+    'dataset_info.json',
+  ),
+  'no mixture': ({'config.data.source': 'mixture', 'config.data.path': ''}, 'stdlib=0.5'),
+  'weight of a component': (
+    {'config.data.source': 'mixture', 'config.data.path': 'stdlib=half'},
+    "'stdlib=half'",
+  ),
   'too short a corpus': ({'config.data.context': 100_000}, 'config.data.context'),
   'optimizer with a mask': (
     {'config.weight.name': 'set', 'config.weight.sparsity': 0.5, 'config.optimizer.name': 'sm3'},

@@ -18,7 +18,7 @@ from sparse_lm.core.errors import UserError
 from sparse_lm.core.sparse import densities
 from sparse_lm.methods.depth.token_gate import TokenGate
 from sparse_lm.train import cost, loss
-from sparse_lm.train.loop import evaluate
+from sparse_lm.train.evaluate import evaluate
 from sparse_lm.train.setup import setup
 from sparse_lm.train.step import Program
 

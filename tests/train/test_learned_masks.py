@@ -11,7 +11,7 @@ from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.train import cost
 from sparse_lm.train.build import build
-from sparse_lm.train.loop import evaluate
+from sparse_lm.train.evaluate import evaluate
 from sparse_lm.train.setup import setup
 
 # Plain gradient descent on a head that is not zero: updates are gradients.

@@ -11,7 +11,7 @@ from sparse_lm.model import lm
 from sparse_lm.train import cost as train_cost
 from sparse_lm.train import observe
 from sparse_lm.train.build import build
-from sparse_lm.train.loop import evaluate
+from sparse_lm.train.evaluate import evaluate
 from sparse_lm.train.setup import setup
 
 OBSERVED = {

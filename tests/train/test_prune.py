@@ -23,7 +23,8 @@ from sparse_lm.methods.weight.wanda import Wanda
 from sparse_lm.model import lm
 from sparse_lm.train import one_shot
 from sparse_lm.train.build import build
-from sparse_lm.train.loop import evaluate, train
+from sparse_lm.train.evaluate import evaluate
+from sparse_lm.train.loop import train
 from sparse_lm.train.setup import setup
 from sparse_lm.train.trained import load
 

@@ -7,7 +7,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from sparse_lm.core import tree
-from sparse_lm.train.loop import evaluate
+from sparse_lm.train.evaluate import evaluate
 from sparse_lm.train.setup import setup
 
 # Plain gradient descent: the update is the gradient itself, and rounding is not amplified.

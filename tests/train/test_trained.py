@@ -11,7 +11,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from sparse_lm.core import rng, tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.train.checkpoint import Checkpoints
-from sparse_lm.train.loop import evaluate, train
+from sparse_lm.train.evaluate import evaluate
+from sparse_lm.train.loop import train
 from sparse_lm.train.setup import setup
 from sparse_lm.train.trained import load
 

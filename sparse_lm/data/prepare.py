@@ -1,0 +1,166 @@
+"""`python -m sparse_lm.data.prepare --out=DIR --kind=text|wikitext PATH ...`: text into a TFDS directory.
+
+Writes `DIR/<kind>/1.0.0` as array_record without TensorFlow, under a temporary name until all of it
+is there. Train on it with `--config.data.source=tfds`.
+
+text: one example is a file's part of a split, so the corpus is the same, byte for byte, as that of
+`--config.data.source=files` on the same files: each is cut at its fractions.
+
+wikitext: one example is an article. Nothing is downloaded: PATH is a folder with the files, or the
+files (`wiki.train.tokens`, `wiki.valid.raw`, `test.txt`, ...), or else `--train=FILE` and so on name
+them one by one.
+"""
+
+import argparse
+import contextlib
+import io
+import pathlib
+import re
+import tempfile
+from collections.abc import Iterator
+from typing import NoReturn
+
+import tensorflow_datasets as tfds
+
+from sparse_lm.core.errors import UserError, one_line
+from sparse_lm.data import sources
+from sparse_lm.data.corpus import SPLITS
+
+KINDS = ('text', 'wikitext')
+
+_WIKITEXT = {
+  split: (f'wiki.{name}.tokens', f'wiki.{name}.raw', f'{name}.txt')
+  for split, name in zip(SPLITS, ('train', 'valid', 'test'))
+}
+# ` = Title = ` between blank lines. Formulas make such lines too, and those have text around them.
+_ARTICLE = re.compile(r'^(?= ?\n = [^=\n]+ = \n ?\n)', re.MULTILINE)
+
+
+class _Documents(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """A feature `text`, and the documents in their order."""
+
+  VERSION = tfds.core.Version('1.0.0')
+
+  def __init__(self, name: str, documents: dict[str, list[bytes]], out: pathlib.Path) -> None:
+    self.name, self._documents = name, documents
+    super().__init__(data_dir=out, file_format='array_record')
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    features = tfds.features.FeaturesDict({'text': tfds.features.Text()})
+    # Text goes on from one document to the next: TFDS would shuffle them.
+    return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+  def _split_generators(self, dl_manager: object) -> dict[str, Iterator]:
+    return {split: self._generate_examples(split) for split in SPLITS if self._documents[split]}
+
+  def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, bytes]]]:
+    yield from enumerate({'text': text} for text in self._documents[split])
+
+
+def prepare(out: str, name: str, documents: dict[str, list[bytes]]) -> pathlib.Path:
+  """Writes each split's UTF-8 documents as one example each; a split without any is left out.
+
+  Returns `out/name/1.0.0`, absolute. Raises `UserError` where that exists or can't be written.
+  """
+  root = pathlib.Path(out).expanduser().absolute()
+  try:
+    with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):
+      # Nothing is downloaded, whatever TFDS says about it on stdout; its bars go to stderr.
+      builder = _Documents(name, documents, root)
+      if builder.data_path.exists():
+        raise UserError(f'{builder.data_path} is there already; valid: another --out, or remove it')
+      builder.download_and_prepare(download_dir=downloads)
+  except OSError as error:
+    raise UserError(f'--out={out} cannot be written: {error}; valid: a folder of yours') from error
+  return pathlib.Path(builder.data_path)
+
+
+def text(patterns: list[str]) -> dict[str, list[bytes]]:
+  """Per split, the parts of the files that `patterns` match. Raises `UserError` as `files` does."""
+  paths = sorted({path for pattern in patterns for path in sources.matching(pattern, 'PATH')})
+  return sources.cut(paths, sources.FRACTIONS, 'PATH')
+
+
+def wikitext(files: dict[str, str]) -> dict[str, list[bytes]]:
+  """Per split, the articles of its file; a missing test split is empty.
+
+  Raises `UserError` where train or validation is missing and for a file without an article.
+  """
+  for split in SPLITS[:2]:
+    if split not in files:
+      raise UserError(
+        f'--kind=wikitext has no {split} file; valid: {", ".join(_WIKITEXT[split])}, or --{split}=FILE'
+      )
+  return {split: _articles(files[split], split) if split in files else [] for split in SPLITS}
+
+
+def wikitext_files(paths: list[str]) -> dict[str, str]:
+  """Which file is which split, by name, among files and those in folders.
+
+  Raises `UserError` for a file of another name and for two of one split.
+  """
+  split_of = {name: split for split, names in _WIKITEXT.items() for name in names}
+  found: dict[str, str] = {}
+  for path in map(pathlib.Path, paths):
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    if not path.is_dir() and path.name not in split_of:
+      raise UserError(
+        f'PATH {str(path)!r} is neither a folder nor named as WikiText; valid: {", ".join(split_of)}, '
+        'or --train=FILE, --validation=FILE, --test=FILE'
+      )
+    for file in files:
+      split = split_of.get(file.name)
+      if split in found:
+        raise UserError(f'PATH: {found[split]} and {file} are both {split}; valid: one of them')
+      if split:
+        found[split] = str(file)
+  return found
+
+
+def _articles(path: str, split: str) -> list[bytes]:
+  field = f'--{split}'
+  if not pathlib.Path(path).is_file():
+    raise UserError(f'{field}={path} is not a file; valid: a WikiText file')
+  text = sources.read_text(path, field)
+  if not _ARTICLE.search(text):
+    raise UserError(
+      f"{field}={path} has no article (a line ' = Title = ' between blank ones); valid: WikiText, or "
+      '--kind=text'
+    )
+  return [article.encode() for article in _ARTICLE.split(text) if article.strip()]
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message: str) -> NoReturn:
+    raise UserError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = _Parser(prog='python -m sparse_lm.data.prepare', allow_abbrev=False)
+  parser.add_argument('--out', required=True, help='the data goes to OUT/KIND/1.0.0')
+  parser.add_argument('--kind', required=True, choices=KINDS)
+  for split in SPLITS:
+    parser.add_argument(f'--{split}', metavar='FILE', help='of wikitext')
+  parser.add_argument('paths', nargs='*', metavar='PATH', help='files, globs; wikitext: a folder')
+  return parser
+
+
+@one_line
+def main() -> None:
+  """Prepares local text and prints where it is and how to train on it."""
+  given = _parser().parse_args()
+  named = {split: file for split in SPLITS if (file := getattr(given, split))}
+  if given.kind == 'text':
+    if named or not given.paths:
+      raise UserError('--kind=text takes one or more PATH and no --train, --validation or --test')
+    documents = text(given.paths)
+  else:
+    documents = wikitext(wikitext_files(given.paths) | named)
+  folder = prepare(given.out, given.kind, documents)
+  sizes = ', '.join(f'{split} {len(texts)}' for split, texts in documents.items())
+  print(f'{folder}: examples: {sizes}')
+  print(f'train on it with --config.data.source=tfds --config.data.path={folder}')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,138 @@
+"""Corpora that TFDS prepared as array_record, read without TensorFlow."""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from sparse_lm.core.errors import UserError
+from sparse_lm.data.corpus import SPLITS, Corpus, join, why_not_text
+
+_INFO = 'dataset_info.json'
+_CHUNK = 1024  # examples read at once
+
+
+def read(path: str) -> Corpus:
+  """The text of a TFDS directory: one document an example, in the order of its files.
+
+  Args:
+    path: the directory of a version (`.../1.0.0`), or a parent that holds exactly one; `~` is
+      expanded. Splits go by their names, and a missing test split is empty. The text is the feature
+      `text`, or else the only feature that is a string; empty examples are left out.
+
+  Raises:
+    UserError: nothing or more than one version is prepared there, it is not array_record or
+      damaged, which feature is the text can't be told, a training or validation split is missing or
+      empty, or an example is not text.
+  """
+  folder = _folder(path)
+  what = f'config.data.path {str(folder)!r}'
+  builder = _open(folder, what)
+  splits = builder.info.splits
+  feature = _text_feature(builder.info.features, what)
+  members: dict[str, list[bytes]] = {name: [] for name in SPLITS}
+  for name in SPLITS:
+    if name in splits:
+      members[name] = _documents(builder, name, feature, what)
+    if not members[name] and name != 'test':
+      raise UserError(
+        f'{what} has no text in a {name} split; its splits: {", ".join(sorted(splits)) or "none"}; '
+        'valid: a directory with train and validation'
+      )
+  origin = {
+    'source': 'tfds',
+    'path': path,
+    'builder': builder.info.full_name.rpartition('/')[0],
+    'version': str(builder.info.version),
+    'feature': feature,
+    'examples': {name: splits[name].num_examples if name in splits else 0 for name in SPLITS},
+  }
+  return join(members, origin)
+
+
+def _folder(path: str) -> pathlib.Path:
+  if not path:
+    raise UserError(
+      "config.data.source 'tfds' needs config.data.path: a directory that TFDS prepared, such as "
+      '~/tensorflow_datasets/wikitext/1.0.0'
+    )
+  root = pathlib.Path(path).expanduser()
+  if (root / _INFO).is_file():
+    return root
+  found = sorted(
+    file.parent
+    for depth in ('*', '*/*', '*/*/*')  # name/config/version
+    for file in root.glob(f'{depth}/{_INFO}')
+    if not file.parent.name.startswith('incomplete.')  # TFDS is, or was, writing it
+  )
+  if not found:
+    raise UserError(
+      f'config.data.path {path!r} is not a directory that TFDS prepared (no {_INFO}); valid: one '
+      'such as ~/tensorflow_datasets/wikitext/1.0.0, or what python -m sparse_lm.data.prepare made'
+    )
+  if len(found) > 1:
+    versions = ', '.join(str(folder.relative_to(root)) for folder in found)
+    raise UserError(
+      f'config.data.path {path!r} holds {len(found)} datasets ({versions}); valid: one of them'
+    )
+  return found[0]
+
+
+def _open(folder: pathlib.Path, what: str) -> Any:
+  """The `tfds.core.DatasetBuilder` of a directory."""
+  import tensorflow_datasets as tfds  # takes a second, which runs on other sources don't owe
+
+  try:
+    builder = tfds.builder_from_directory(folder)
+  except Exception as error:  # files that are no JSON, classes that are not installed, ...
+    raise _damaged(what, error) from error
+  formats = {file_format.value for file_format in builder.info.available_file_formats()}
+  if 'array_record' not in formats:
+    raise UserError(
+      f'{what} has the file format {", ".join(sorted(formats)) or "of nothing"}; valid: array_record, '
+      "the one to be read without TensorFlow (prepare it with file_format='array_record')"
+    )
+  return builder
+
+
+def _text_feature(features: Any, what: str) -> str:
+  import tensorflow_datasets as tfds
+
+  # A string's `np_dtype` is object; its `dtype` would import TensorFlow.
+  strings = [
+    name
+    for name, feature in features.items()
+    if isinstance(feature, tfds.features.Tensor)
+    and feature.shape == ()
+    and np.dtype(feature.np_dtype).kind == 'O'
+  ]
+  if 'text' in strings:
+    return 'text'
+  if len(strings) != 1:
+    raise UserError(
+      f'{what} has {len(strings)} features of text ({", ".join(strings) or "none"}) among '
+      f"{', '.join(features)}; valid: one named 'text', or only one"
+    )
+  return strings[0]
+
+
+def _documents(builder: Any, split: str, feature: str, what: str) -> list[bytes]:
+  found: list[bytes] = []
+  try:
+    source = builder.as_data_source(split)
+    chunks = range(0, len(source), _CHUNK)
+    for begin in tqdm(chunks, f'reading {split}', delay=2, leave=False):
+      examples = source.__getitems__(range(begin, min(begin + _CHUNK, len(source))))
+      found += [example[feature] for example in examples]
+  except Exception as error:  # a missing, short or altered file, by many types
+    raise _damaged(f'{what}, split {split},', error) from error
+  for number, text in enumerate(found):
+    if fault := why_not_text(text):
+      raise UserError(f'{what}: example {number} of {split} {fault}; valid: UTF-8 text')
+  return [text for text in found if text]
+
+
+def _damaged(what: str, error: Exception) -> UserError:
+  reason = (str(error).strip().splitlines() or [repr(error)])[0][:160]
+  return UserError(f'{what} cannot be read ({reason}); valid: an intact copy, or prepare it anew')
