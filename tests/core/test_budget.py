@@ -1,3 +1,4 @@
+import functools
 import math
 
 import jax
@@ -170,6 +171,47 @@ def test_leaves_without_units_stay_dense():
   assert targets == {'a': 0.75, 'b': None, 'c': 0.75, 'd': None}
   with pytest.raises(UserError, match=r'leaves nothing to prune'):
     budget.targets({'d': jnp.ones(8)}, 0.25, 'uniform', (), pattern('row'))
+
+
+WHOLE = {'up': (64, 96), 'down': (96, 64), 'experts': (3, 64, 64)}
+NEURONS = (Group('neuron', 'mlp', 96, (Member('up', -1), Member('down', -2))),)
+
+
+@functools.cache
+def masks_of(name):
+  return jax.jit(pattern(name, NEURONS).masks)
+
+
+@pytest.mark.parametrize(
+  'name', ['block:4', 'block:8', 'row', 'column', 'per_output', 'neuron', 'unstructured']
+)
+@given(st.floats(0, 0.99), st.sampled_from(['uniform', 'er', 'down=0.5']))
+@settings(deadline=None, max_examples=20)
+def test_a_target_is_exactly_the_share_that_its_masks_keep(name, sparsity, share):
+  tree = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in WHOLE.items()}
+  targets = budget.targets(tree, sparsity, share, (), pattern(name, NEURONS))
+  assert [path for path in targets if targets[path] is None] == ['experts'] * (name == 'neuron')
+  targets = {path: target for path, target in targets.items() if target is not None}
+  draw = np.random.default_rng(0)
+  scores = {path: draw.random(WHOLE[path]).astype('f') for path in targets}
+  for path, mask in masks_of(name)(scores, targets).items():
+    count = int(mask.sum())
+    assert targets[path] == np.float32(count / mask.size)
+    assert float(targets[path]) * mask.size == pytest.approx(count, rel=1e-6)
+
+
+@pytest.mark.parametrize('sparsity, name', [(0.0, 'uniform'), (0.0, 'b=0.5'), (0.5, 'uniform')])
+def test_units_that_do_not_fit_are_refused_at_any_sparsity_and_budget(sparsity, name):
+  tree = {'a': jnp.ones((4, 8)), 'b': jnp.ones((6, 8))}
+  with pytest.raises(UserError, match=r"^config\.weight\.pattern '2:4'.*6 inputs of b"):
+    budget.targets(tree, sparsity, name, (), pattern('2:4'))
+  with pytest.raises(UserError, match=r"^config\.weight\.pattern 'block:4'.*b of 6 x 8"):
+    budget.targets(tree, sparsity, name, (), pattern('block:4'))
+  # What is declared dense need not fit.
+  for units in ('2:4', 'block:4'):
+    dense = ('b',) if '=' not in name else ('b', 'c')
+    given_name = name.replace('b=', 'a=')
+    assert budget.targets(tree, sparsity, given_name, dense, pattern(units))['b'] is None
 
 
 def test_densities_that_the_units_cannot_express_are_refused():

@@ -265,14 +265,34 @@ def test_one_executable_serves_every_density(name):
   assert kept_weights[0] < kept_weights[-1] and len(traces) == 1
 
 
+MISFITS = {
+  'a tile that does not divide': ('block:4', {'w': (8, 6)}, ["'block:4'", 'w of 8 x 6', '2']),
+  'a tile that divides the inputs alone': ('block:4', {'w': (3, 8, 9)}, ["'block:4'", '8 x 9']),
+  'a group that does not divide': ('2:4', {'w': (6, 8)}, ["'2:4'", '6 inputs of w']),
+  'one of several leaves': ('2:4', {'v': (8, 8), 'w': (3, 10, 8)}, ["'2:4'", '10 inputs of w']),
+}
+
+
+@pytest.mark.parametrize('case', MISFITS)
+def test_shapes_that_units_do_not_fit_are_one_line_that_says_what_is_valid(case):
+  name, shapes, words = MISFITS[case]
+  with pytest.raises(UserError, match=r'^config\.weight\.pattern') as refused:
+    pattern(name, DECLARED).check(shapes)
+  message = str(refused.value)
+  assert '\n' not in message and all(word in message for word in words), message
+
+
 REFUSED = {
-  'a tile that does not divide': ('block:4', {'w': (8, 6)}, 0.5, ["'block:4'", 'w of 8 x 6', '2']),
-  'a group that does not divide': ('2:4', {'w': (6, 8)}, 0.5, ["'2:4'", '6 inputs of w']),
   'another density than N of M': ('2:4', {'w': (8, 8)}, 0.25, ['0.75', 'sparsity=0.5', 'uniform']),
   'too few tiles': ('block:4', {'w': (8, 8)}, 0.3, ['4 units of w', '0.7', '0.5 or 0.75']),
   'too few rows': ('row', {'w': (4, 90)}, 0.4, ['4 units of w', '0.6', '0.5 or 0.75']),
   'too few heads': ('head', PAIR, 0.5, ['3 units of mlp/head', '0.5', '0.3333 or 0.6667']),
+  'too few columns': ('column', {'w': (90, 4)}, 0.4, ['4 units of w', '0.6', '0.5 or 0.75']),
+  'too few neurons': ('neuron', PAIR, 0.6, ['6 units of mlp/neuron', '0.4', '0.3333 or 0.5']),
   'less than one layer': ('layer', PAIR, 0.2, ['2 units', '0.8', '0.5']),
+  'less than one input': ('per_output', {'w': (16, 90)}, 0.03, ['16 units of w', '0.97', '0.9375']),
+  'too few inputs': ('per_output', {'w': (16, 90)}, 0.1, ['16 units of w', '0.875 or 0.9375']),
+  'one of several leaves': ('row', {'v': (90, 4), 'w': (4, 90)}, 0.4, ['4 units of w']),
 }
 
 
@@ -280,8 +300,9 @@ REFUSED = {
 def test_what_units_cannot_express_is_one_line_that_says_what_is_valid(case):
   name, shapes, density, words = REFUSED[case]
   units = pattern(name, DECLARED)
+  units.check(shapes)
   with pytest.raises(UserError, match=r'^config\.weight\.pattern') as refused:
-    units.check(shapes, dict.fromkeys(shapes, density))
+    units.express(shapes, dict.fromkeys(shapes, density))
   message = str(refused.value)
   assert '\n' not in message and all(word in message for word in words), message
 
@@ -292,7 +313,58 @@ def test_what_units_cannot_express_is_one_line_that_says_what_is_valid(case):
   ('neuron', PAIR, 0.5), ('global', {'a': (3, 3), 'b': (5, 5)}, 0.41), ('unstructured', PAIR, 0.5),
 ])  # fmt: skip
 def test_what_units_can_express_is_accepted(name, shapes, density):
-  pattern(name, DECLARED).check(shapes, dict.fromkeys(shapes, density))
+  units = pattern(name, DECLARED)
+  units.check(shapes)
+  found = units.express(shapes, dict.fromkeys(shapes, density))
+  # All are whole counts, but of the weights of single matrices.
+  whole = {'a': 4 / 9, 'b': 10 / 25} if name == 'global' else dict.fromkeys(shapes, density)
+  assert found == pytest.approx(whole, rel=1e-12)
+
+
+@pytest.mark.parametrize('name', EVERY)
+def test_density_one_is_expressed_by_every_pattern(name):
+  units = pattern(name, DECLARED)
+  shapes = PAIR if name in ('neuron', 'head', 'layer') else {'w': (8, 6), 'v': (3, 4, 2)}
+  units.check(shapes)
+  assert units.express(shapes, dict.fromkeys(shapes, 1.0)) == dict.fromkeys(shapes, 1.0)
+
+
+@given(st.floats(0.001, 1))
+@settings(deadline=None, max_examples=60)
+def test_single_weights_are_rounded_and_never_refused(density):
+  shapes = {'a': (2, 2), 'b': (5, 3, 7), 'c': (10,)}
+  want = {path: max(1, round(n * density)) / n for path, n in {'a': 4, 'b': 21, 'c': 10}.items()}
+  for name in ('unstructured', 'global'):
+    assert pattern(name).express(shapes, dict.fromkeys(shapes, density)) == want
+
+
+@pytest.mark.parametrize(('name', 'shape', 'count'), [
+  ('block:4', (3, 20, 28), 35), ('row', (40, 4), 40), ('column', (4, 40), 40),
+  ('per_output', (40, 4), 40),
+])  # fmt: skip
+@given(st.floats(0.001, 1))
+@settings(deadline=None, max_examples=60)
+def test_large_units_are_rounded_to_whole_counts_within_the_tolerance(name, shape, count, density):
+  nearest = max(1, round(count * density)) / count
+  assume(abs(abs(nearest - density) - 0.01) > 1e-9)
+  express = functools.partial(pattern(name).express, {'w': shape}, {'w': density})
+  if abs(nearest - density) < 0.01:
+    assert express() == {'w': nearest}
+  else:
+    with pytest.raises(UserError, match=rf'^config\.weight\.pattern.*the {count} units of w'):
+      express()
+
+
+def test_members_of_a_group_share_the_mean_of_what_was_asked_for():
+  group = Group('neuron', 'mlp', 100, (Member('up', -1), Member('down', -2), Member('gone', -1)))
+  shapes = {'up': (8, 100), 'down': (100, 4)}
+  found = pattern('neuron', (group,)).express(shapes, {'up': 0.5, 'down': 0.26})
+  assert found == {'up': 0.42, 'down': 0.42}  # of 800 and 400 weights
+
+
+def test_n_of_m_keeps_leaves_dense_that_are_asked_to_be():
+  shapes = {'v': (8, 8), 'w': (4, 8)}
+  assert pattern('2:4').express(shapes, {'v': 1.0, 'w': 0.5}) == {'v': 1.0, 'w': 0.5}
 
 
 @pytest.mark.parametrize(('name', 'words'), [

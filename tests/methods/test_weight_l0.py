@@ -47,6 +47,11 @@ def stretched(s):
   return np.clip(s * (ZETA - GAMMA) + GAMMA, 0, 1)
 
 
+def evaluated(logits):
+  """The value of an open gate in evaluation (METHODS.md 2.14)."""
+  return expit(0.8 * np.float64(logits) / BETA)
+
+
 def sampled(logits, uniform):
   """A gate at a uniform draw, equations 10 and 11."""
   return stretched(expit((np.log(uniform) - np.log1p(-uniform) + logits) / BETA))
@@ -72,6 +77,11 @@ def effective(method, mode):
   return jax.jit(lambda trainable, sparse, key: method.effective(trainable, sparse, mode, 0, key))
 
 
+@functools.cache
+def finalize(method):
+  return jax.jit(lambda trainable, sparse: method.finalize(trainable, sparse, jnp.int32(9)))
+
+
 @pytest.mark.parametrize('pattern', BY_LEAF)
 @pytest.mark.parametrize('open_', [0.9, 0.3])
 def test_every_unit_starts_open_with_the_probability_of_the_config(pattern, open_):
@@ -79,6 +89,7 @@ def test_every_unit_starts_open_with_the_probability_of_the_config(pattern, open
   found = {name: logits.shape for name, logits in trainable['learned'].items()}
   assert found == BY_LEAF[pattern]
   for logits in trainable['learned'].values():
+    assert logits.dtype == jnp.float32 and not logits.weak_type
     assert_allclose(probability(logits), open_, rtol=1e-5)
   _, density = effective(method, 'train')(trainable, sparse, KEY)
   assert_allclose([density['up'], density['down']], open_, rtol=1e-5)
@@ -174,20 +185,57 @@ def test_evaluation_opens_the_expected_number_at_their_deterministic_values(patt
     opened = rank < counts[name]
     by_column = pattern in ('per_output', '2:4')
     opened = opened.reshape(logits.T.shape).T if by_column else opened.reshape(logits.shape)
-    gates[name] = np.where(opened, stretched(expit(logits)), 0)
+    gates[name] = np.where(opened, evaluated(logits), 0)
   prunable = {path: trainable['params'][path] for path in ('up', 'down')}
   want = method.units.expand(jax.tree.map(jnp.float32, gates), prunable)
-  final, masks = jax.jit(method.finalize)(trainable, sparse, jnp.int32(9))
+  final, masks = finalize(method)(trainable, sparse)
   seen, _ = effective(method, 'eval')(trainable, sparse, None)
   for path in ('up', 'down'):
     folded = prunable[path] * want[path]
     assert_allclose(final[path], folded, rtol=1e-5, atol=1e-6)
     assert_allclose(seen[path], folded, rtol=1e-5, atol=1e-6)
     assert not np.asarray(final[path])[~np.asarray(masks[path])].any()
-    assert_array_equal(np.asarray(masks[path])[np.asarray(want[path]) > 0], True)
+    assert_array_equal(masks[path], want[path] > 0)
   assert masks['bias'] is None
   assert_array_equal(final['bias'], trainable['params']['bias'])
   assert_array_equal(seen['bias'], trainable['params']['bias'])
+
+
+@pytest.mark.parametrize('pattern', BY_LEAF)
+@pytest.mark.parametrize(('shift', 'spread'), [(-8, 0), (-4, 0), (-4, 2), (-30, 6), (0, 6), (8, 4)])
+def test_a_unit_is_kept_exactly_where_its_gate_is_not_zero(pattern, shift, spread):
+  method, trainable, sparse = started(pattern)
+  draw = np.random.default_rng(4)
+  trainable = with_logits(trainable, lambda shape: draw.normal(shift, spread, shape))
+  ones = jax.tree.map(jnp.ones_like, trainable['params'])
+  final, masks = finalize(method)(trainable | {'params': ones}, sparse)
+  seen, _ = effective(method, 'eval')(trainable | {'params': ones}, sparse, None)
+  assert any(np.asarray(masks[path]).any() for path in ('up', 'down'))
+  for path in ('up', 'down'):
+    assert_array_equal(final[path] > 0, masks[path])
+    assert_array_equal(seen[path] > 0, masks[path])
+
+
+@pytest.mark.parametrize(('pattern', 'units'), [
+  ('unstructured', 256), ('block:4', 16), ('row', 16), ('column', 16), ('per_output', 16),
+  ('2:4', 4),
+])  # fmt: skip
+def test_every_expert_opens_its_own_expected_number(pattern, units):
+  method, trainable, sparse = started(pattern, {'w': (3, 16, 16)})
+  # Of every 4, 16 or 256 units that are ranked together.
+  chances = (1.15 / 4, 2.2 / 4, 2.85 / 4)
+  level = np.array([np.log(p / (1 - p)) + BETA * np.log(-GAMMA / ZETA) for p in chances])
+  noise = np.random.default_rng(6).normal(0, 1e-3, trainable['learned']['w'].shape)
+  logits = np.float32(level[:, None, None] + noise)
+  trainable = trainable | {'learned': {'w': jnp.asarray(logits)}}
+  counts = [round(units * probability(one).mean()) for one in logits]
+  assert len(set(counts)) == 3 and 0 < min(counts) and max(counts) < units
+  final, masks = finalize(method)(trainable, sparse)
+  seen, _ = effective(method, 'eval')(trainable, sparse, None)
+  assert [float(mask.mean()) for mask in np.asarray(masks['w'])] == [n / units for n in counts]
+  ungated = trainable['params']['w'] != 0
+  for weights in (final['w'], seen['w']):
+    assert_array_equal((weights != 0) | ~ungated, masks['w'] | ~ungated)
 
 
 def test_training_without_a_key_is_as_deterministic_as_evaluation():

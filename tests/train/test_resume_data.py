@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 from numpy.testing import assert_array_equal
-from sparse_lm.inference.load import load
+from sparse_lm.train.trained import load
 
 from sparse_lm.core import rng
 from sparse_lm.data import prepare, sources

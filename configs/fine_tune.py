@@ -1,0 +1,21 @@
+"""The tiny model, pruned in one shot, trained on with its masks kept and taught by its dense parent.
+
+Command:  python -m sparse_lm.train --config=configs/tiny.py --workdir=results/tiny
+          python -m sparse_lm.prune --workdir=results/tiny --out=results/pruned \\
+            --config.weight.name=wanda --config.weight.sparsity=0.7
+          python -m sparse_lm.train --config=configs/fine_tune.py --workdir=results/tuned \\
+            --config.init_from=results/pruned --config.distill.teacher=results/tiny
+"""
+
+from ml_collections import ConfigDict
+
+from configs import tiny
+
+
+def get_config() -> ConfigDict:
+  """A fifth of the parent's steps at a fifth of its learning rate."""
+  config = tiny.get_config()
+  config.weight.name = 'static'
+  config.optimizer.learning_rate = 1e-3
+  config.train.update({'steps': 100, 'eval_every': 100})
+  return config
