@@ -31,7 +31,7 @@ def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
   Raises:
     UserError: bad input, before anything is written.
   """
-  if (pathlib.Path(out) / 'result.json').exists():
+  if (pathlib.Path(out) / 'config.json').exists():
     raise UserError(f'--out={out} holds a run already; valid: a new folder')
   trained = load(parent)
   config = configs.derive(trained.config, overrides, allowed=('weight',))

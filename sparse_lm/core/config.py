@@ -42,7 +42,7 @@ def derive(config: ConfigDict, overrides: dict[str, Any], allowed: tuple[str, ..
     if field.partition('.')[0] not in allowed:
       valid = [f'config.{path}' for path in flat(config) if path.partition('.')[0] in allowed]
       raise unknown('field to override here', f'config.{field}', valid)
-  config = ConfigDict(config).unlock()
+  config = config.copy_and_resolve_references().unlock()
   for slot in slots.SLOTS:
     for group, node in slots.groups(slot, config).items():
       if overrides.get(f'{group}.name', node.name) != node.name:

@@ -57,6 +57,11 @@ class Pattern:
   Trees have `None` where a leaf is dense; units come by name.
   """
 
+  @property
+  def spans_layers(self) -> bool:
+    """Whether units of different layers compete, or are one."""
+    return False
+
   def covers(self, path: str, shape: tuple[int, ...]) -> bool:
     """Whether the parameter has units of this pattern; what has none stays dense."""
     return True
@@ -254,6 +259,11 @@ class Global(Pattern):
   Scores count over the norm of their matrix's, or matrices of large weights would keep everything.
   """
 
+  @property
+  def spans_layers(self) -> bool:
+    """Always."""
+    return True
+
   def pool(self, leaves: Tree) -> Units:
     """All scores in one array."""
     scaled = [
@@ -280,6 +290,11 @@ class Grouped(Pattern):
   """Units that span matrices. Leaves of no group stay dense."""
 
   groups: tuple[Group, ...]
+
+  @property
+  def spans_layers(self) -> bool:
+    """Where the units are the layers."""
+    return any(group.kind == 'layer' for group in self.groups)
 
   def covers(self, path: str, shape: tuple[int, ...]) -> bool:
     """Members of a group."""

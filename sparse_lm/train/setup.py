@@ -4,9 +4,12 @@ import dataclasses
 import functools
 import json
 
+import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from sparse_lm.core import config as configs
+from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.sparse import Tree
 from sparse_lm.data.pipeline import Data
@@ -65,11 +68,11 @@ def setup(config: ConfigDict) -> Setup:
       found[role] = load(path)
       check_fits(found[role], field, program, data.tokenizer)
   if 'parent' in found:
-    _check_masks(found['parent'], program, config)
+    _check_masks(found['parent'], program, target, config)
   return Setup(config, data, program, target, **found)
 
 
-def _check_masks(parent: Trained, program: Program, config: ConfigDict) -> None:
+def _check_masks(parent: Trained, program: Program, target: Tree, config: ConfigDict) -> None:
   if not parent.is_sparse:
     return
   if not program.method.takes_masks:
@@ -81,6 +84,13 @@ def _check_masks(parent: Trained, program: Program, config: ConfigDict) -> None:
     raise UserError(
       f'config.weight.sparsity={config.weight.sparsity}: the masks are those of config.init_from='
       f'{parent.workdir!r}; valid: 0'
+    )
+  masks, prunable = tree.named(jax.device_get(parent.masks)), tree.named(target)
+  lost = [path for path, mask in masks.items() if path not in prunable and not np.all(mask)]
+  if lost:
+    raise UserError(
+      f'config.weight.dense={tuple(config.weight.dense)} names {lost[0]}, which config.init_from='
+      f'{parent.workdir!r} has pruned; valid: what that run has, {tuple(parent.config.weight.dense)}'
     )
 
 

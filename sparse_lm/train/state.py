@@ -55,13 +55,15 @@ def restart(program: Any, seed: int, state: TrainState, parent: Any, masks: Tree
     )
     sparse = sparse.replace(masks=given, target=densities(given))
     trainable = trainable | {'params': parent.params}
-  return state.replace(
+  started = state.replace(
     trainable=trainable,
     sparse=sparse,
     opt_state=program.tx.init(trainable),
     ema=trainable if program.optimizer.ema else None,
     model_state=parent.model_state or state.model_state,
   )
+  # Steps donate their state: no buffer of it may be the parent's, or in it twice.
+  return jax.tree.map(jnp.copy, started)
 
 
 def collections(variables: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class Trained:
   """The model of a workdir's newest intact checkpoint.
 
   Attributes:
-    target: the densities that its config asks for.
+    target: final densities of the prunable leaves, `None` = dense.
     params: with exact zeros where a weight was dropped.
     masks: like `params`, bool, `None` = dense.
     model_state: the model's other collections.
@@ -89,7 +89,15 @@ def load(workdir: str) -> Trained:
     raise UserError(f'workdir {workdir} has no checkpoint yet')
   params, masks = program.finalize(state.replace(opt_state=None))
   return Trained(
-    workdir, config, program, tokenizer, target, params, masks, state.model_state, int(state.step)
+    workdir,
+    config,
+    program,
+    tokenizer,
+    state.sparse.target,
+    params,
+    masks,
+    state.model_state,
+    int(state.step),
   )
 
 

@@ -208,10 +208,8 @@ def test_units_that_do_not_fit_are_refused_at_any_sparsity_and_budget(sparsity, 
   with pytest.raises(UserError, match=r"^config\.weight\.pattern 'block:4'.*b of 6 x 8"):
     budget.targets(tree, sparsity, name, (), pattern('block:4'))
   # What is declared dense need not fit.
-  for units in ('2:4', 'block:4'):
-    dense = ('b',) if '=' not in name else ('b', 'c')
-    given_name = name.replace('b=', 'a=')
-    assert budget.targets(tree, sparsity, given_name, dense, pattern(units))['b'] is None
+  found = budget.targets(tree, sparsity, name.replace('b', 'a'), ('b',), pattern('2:4'))
+  assert found == {'a': 0.5 if sparsity or '=' in name else 1.0, 'b': None}
 
 
 def test_densities_that_the_units_cannot_express_are_refused():

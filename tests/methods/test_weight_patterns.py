@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_lm.core import slots
+from sparse_lm.core import slots, tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.groups import Group, Member
 from sparse_lm.core.sparse import WeightMethod
+from sparse_lm.train.build import build
 
 METHODS = {
   name: slots.method('weight', name)
@@ -119,6 +120,51 @@ def test_every_method_but_one_takes_every_pattern():
   assert refused == {('sparsegpt', p) for p in PATTERNS if p not in ('unstructured', '2:4')}
   with pytest.raises(UserError, match=r'config\.weight\.pattern=.*neuron.*valid: unstructured'):
     method_of('sparsegpt', 'neuron').check()
+
+
+@pytest.mark.parametrize(('pattern', 'words'), [
+  ('2:5', ["'2:5'", "5 doesn't divide the 16 inputs of"]),
+  ('1:3', ["'1:3'", "3 doesn't divide the 16 inputs of"]),
+  ('block:5', ["'block:5'", 'of 16 x', 'a divisor of 16']),
+  ('block:32', ["'block:32'", 'of 16 x', 'a divisor of 16']),
+])  # fmt: skip
+@pytest.mark.parametrize('given', [
+  {'weight__name': 'static'},
+  {'weight__name': 'l0'},
+  {'weight__name': 'static', 'weight__budget': 'mlp=0.5'},
+  {'weight__name': 'static', 'weight__budget': 'attention=0.25,mlp=0.5', 'weight__sparsity': 0.5},
+])  # fmt: skip
+def test_units_that_do_not_fit_the_model_are_one_line(given, pattern, words, tiny_config):
+  with pytest.raises(UserError, match=r'^config\.weight\.pattern') as refused:
+    build(tiny_config(**given, weight__pattern=pattern), 23)
+  message = str(refused.value)
+  assert '\n' not in message and all(word in message for word in words), message
+
+
+@pytest.mark.parametrize('pattern', ['2:4', 'block:8'])
+@pytest.mark.parametrize('budget', ['uniform', 'mlp=0.5'])
+def test_units_that_fit_are_built_at_sparsity_zero(pattern, budget, tiny_config):
+  given = {'weight__name': 'static', 'weight__pattern': pattern, 'weight__budget': budget}
+  _, target = build(tiny_config(**given), 23)
+  found = {path: float(density) for path, density in tree.named(target).items()}
+  halved = {path for path, density in found.items() if density == HALF}
+  assert halved == {path for path in found if 'mlp' in path and budget != 'uniform'}
+  assert set(found.values()) - {HALF} == {1.0}
+
+
+@pytest.mark.parametrize(('given', 'words'), [
+  ({'weight__pattern': 'per_output', 'weight__sparsity': 0.97}, ['16 units of', '0.97', '0.9375']),
+  ({'weight__pattern': 'block:8', 'weight__sparsity': 0.9}, ['4 units of', '0.9', '0.75']),
+  ({'weight__pattern': 'head', 'weight__sparsity': 0.25}, ['2 units of', '0 or 0.5']),
+  ({'weight__pattern': '2:4', 'weight__budget': 'mlp=0.75'}, ["'2:4'", '0.75', 'sparsity=0.5']),
+])  # fmt: skip
+def test_a_sparsity_that_units_cannot_express_is_one_line_with_valid_ones(
+  given, words, tiny_config
+):
+  with pytest.raises(UserError, match=r'^config\.weight\.pattern') as refused:
+    build(tiny_config(weight__name='static', **given), 23)
+  message = str(refused.value)
+  assert '\n' not in message and all(word in message for word in words), message
 
 
 @pytest.mark.parametrize(('name', 'pattern'), PAIRS)

@@ -5,7 +5,6 @@ import json
 import jax
 import pytest
 from numpy.testing import assert_array_equal
-from sparse_lm.train.trained import load
 
 from sparse_lm.core import rng
 from sparse_lm.data import prepare, sources
@@ -13,6 +12,7 @@ from sparse_lm.train.checkpoint import Checkpoints
 from sparse_lm.train.evaluate import evaluate
 from sparse_lm.train.loop import train
 from sparse_lm.train.setup import setup
+from sparse_lm.train.trained import load
 
 STEPS, CUT = 20, 10
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from sparse_lm.core.errors import require
 from sparse_lm.core.one_shot import OneShot
 from sparse_lm.core.sparse import Tree, apply_masks
 
@@ -23,6 +24,11 @@ class Wanda(OneShot):
 
   pattern: str = 'per_output'
   needs: ClassVar[tuple[str, ...]] = ('x_sq',)
+
+  def check(self) -> None:
+    """Raises UserError for units that no single layer has: layers are pruned one by one."""
+    valid = 'a pattern whose units are each of one layer, such as per_output or 2:4'
+    require(not self.units.spans_layers, 'config.weight.pattern', self.pattern, valid)
 
   def prune(self, params: Tree, signals: dict[str, Tree], target: Tree) -> tuple[Tree, Tree]:
     """Masks by score; `x_sq` holds the mean squared inputs `[in]` of each kernel."""
