@@ -23,6 +23,8 @@ def solve(shapes: dict[str, tuple[int, ...]], sparsity: float, budget: str) -> d
   """Density for each path. Raises UserError for an unknown budget or one that cannot be met."""
   if not 0 <= sparsity < 1:
     raise UserError(f'config.weight.sparsity={sparsity} is outside [0, 1)')
+  if budget in BUDGETS and not sparsity:
+    return dict.fromkeys(shapes, 1.0)  # whatever rounding makes of a share of everything
   if '=' in budget:
     return _mapped(shapes, sparsity, budget)
   if budget == 'uniform':

@@ -115,11 +115,16 @@ def accepted(name, pattern):
 PAIRS = [pair for pair in itertools.product(METHODS, PATTERNS) if accepted(*pair)]
 
 
-def test_every_method_but_one_takes_every_pattern():
+def test_every_method_but_those_that_prune_layer_by_layer_takes_every_pattern():
   refused = {pair for pair in itertools.product(METHODS, PATTERNS) if pair not in PAIRS}
-  assert refused == {('sparsegpt', p) for p in PATTERNS if p not in ('unstructured', '2:4')}
+  several_layers = {('wanda', 'global'), ('wanda', 'layer')}
+  assert refused == several_layers | {
+    ('sparsegpt', p) for p in PATTERNS if p not in ('unstructured', '2:4')
+  }
   with pytest.raises(UserError, match=r'config\.weight\.pattern=.*neuron.*valid: unstructured'):
     method_of('sparsegpt', 'neuron').check()
+  with pytest.raises(UserError, match=r'config\.weight\.pattern=.*global.*valid:.*per_output'):
+    method_of('wanda', 'global').check()
 
 
 @pytest.mark.parametrize(('pattern', 'words'), [
