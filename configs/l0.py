@@ -12,5 +12,6 @@ def get_config() -> ConfigDict:
   """A hard concrete gate on every weight."""
   config = tiny.get_config()
   config.weight.name = 'l0'
-  config.budget.target = 0.5
+  # Gates that start alike move alike: a strong penalty keeps the price from overshooting for them all.
+  config.budget.update({'target': 0.5, 'weight': 10.0, 'rate': 0.01})
   return config
