@@ -5,6 +5,9 @@ Command:  python -m sparse_lm.train --config=configs/tiny.py --workdir=results/t
             --config.weight.name=wanda --config.weight.sparsity=0.7
           python -m sparse_lm.train --config=configs/fine_tune.py --workdir=results/tuned \\
             --config.init_from=results/pruned --config.distill.teacher=results/tiny
+Time:     22 s on 2 CPU cores, compilation included; pruning 27 s before it.
+Expected: validation loss 1.907 nats per byte after fine-tuning, 2.096 after pruning (parent: 1.893).
+Paper:    Wanda (Sun et al. 2023); distillation as in Hinton et al. 2015.
 """
 
 from ml_collections import ConfigDict
