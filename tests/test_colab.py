@@ -28,7 +28,9 @@ def test_notebook_equals_its_source(path):
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs_and_draws(path):
+def test_notebook_runs_and_draws(path, monkeypatch):
+  # Notebooks train for hundreds of steps: there compilation is not what takes long.
+  monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '0')
   notebook = nbformat.read(path, as_version=4)
   client = nbclient.NotebookClient(notebook, timeout=300, resources={'metadata': {'path': ROOT}})
   client.execute()
