@@ -6,6 +6,7 @@ dense model is trained on as long, with and without its own teaching, as a contr
 """
 
 import pathlib
+import shutil
 from typing import Any
 
 from experiments.sweep import Run
@@ -56,15 +57,13 @@ def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
   seed = run.overrides['seed']
   parent = workdir.parent.parent / 'parents' / f'seed{seed}'
   result = train(configs.load(CONFIG, {'seed': seed}), str(parent))
-  weight = {
-    field.removeprefix('weight.'): value
-    for field, value in run.overrides.items()
-    if field.startswith('weight.')
-  }
+  weight = {field: value for field, value in run.overrides.items() if field != 'seed'}
   start, method = parent, 'none'
   if weight:
     start, method = workdir / 'pruned', 'static'
-    result = prune(str(parent), str(start), _prefixed(weight))
+    # What an interrupted study left here is made again, alike; `prune` writes over nothing.
+    shutil.rmtree(start, ignore_errors=True)
+    result = prune(str(parent), str(start), weight)
   again = TUNING | {'seed': seed, 'init_from': str(start), 'weight.name': method}
   taught = again | {'distill.teacher': str(parent)}
   tuned, distilled = (
@@ -73,10 +72,6 @@ def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
   )
   metrics = result['metrics'] | {'tuned_loss': tuned, 'distilled_loss': distilled}
   return result | {'metrics': metrics}
-
-
-def _prefixed(weight: dict[str, Any]) -> dict[str, Any]:
-  return {f'weight.{field}': value for field, value in weight.items()}
 
 
 def report(lines: list[results.Line], folder: pathlib.Path) -> str:

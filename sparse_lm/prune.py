@@ -85,7 +85,7 @@ def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
 
 @one_line
 def main() -> None:
-  """Prunes a trained run and prints its validation loss before and after."""
+  """Prunes a trained run and prints the validation loss of what is left."""
   parser = argparse.ArgumentParser(prog='python -m sparse_lm.prune', allow_abbrev=False)
   parser.add_argument('--workdir', required=True, help='of the trained run')
   parser.add_argument('--out', required=True, help='new workdir of the pruned one')
