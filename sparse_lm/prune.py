@@ -8,6 +8,7 @@ from sparse_lm.core import config as configs
 from sparse_lm.core import runtime, slots
 from sparse_lm.core.errors import UserError, one_line
 from sparse_lm.train import one_shot
+from sparse_lm.train import state as states
 from sparse_lm.train.build import build
 from sparse_lm.train.checkpoint import Checkpoints
 from sparse_lm.train.evaluate import named_losses, result_of
@@ -68,6 +69,7 @@ def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
     ema=trainable if program.optimizer.ema else None,
     model_state=trained.model_state,
   )
+  states.check_masks(program, state)
   pruned, masks = program.finalize(state)
   losses, observed = named_losses(run, pruned, state.model_state)
   measured = losses | {'prune_seconds': seconds, 'segments': segments}

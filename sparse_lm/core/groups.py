@@ -42,12 +42,15 @@ class Group:
     path: of the module that declares it.
     units: how many there are.
     members: the parameters that they are made of; leading axes (experts) multiply the units.
+    compete: whether a method selects among them in every forward pass. Then decoding may read the selected
+      ones only; and none can be removed, since how many there are decides which are selected.
   """
 
   kind: str
   path: str
   units: int
   members: tuple[Member, ...]
+  compete: bool = False
 
   @property
   def name(self) -> str:
@@ -60,7 +63,9 @@ _open: contextvars.ContextVar[dict[str, Group] | None] = contextvars.ContextVar(
 )
 
 
-def note(path: tuple[str, ...], kind: str, units: int, axes: Mapping[str, int]) -> None:
+def note(
+  path: tuple[str, ...], kind: str, units: int, axes: Mapping[str, int], compete: bool = False
+) -> None:
   """Declares a group of the module at `path`; does nothing unless groups are being recorded.
 
   Args:
@@ -69,7 +74,7 @@ def note(path: tuple[str, ...], kind: str, units: int, axes: Mapping[str, int]) 
   groups = _open.get()
   if groups is not None:
     members = tuple(Member('/'.join((*path, name)), axis) for name, axis in axes.items())
-    group = Group(kind, '/'.join(path), units, members)
+    group = Group(kind, '/'.join(path), units, members, compete)
     groups[group.name] = group
 
 

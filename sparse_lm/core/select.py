@@ -142,3 +142,24 @@ def gaussian_threshold(values: Array, density: float) -> Array:
   square = jnp.mean(jnp.square(values), axis=-1, keepdims=True)
   std = jnp.sqrt(jnp.maximum(square - jnp.square(mean), 1e-12))
   return mean - std * ndtri(density)
+
+
+def compact(mask: Array, room: int, lanes: int = 64) -> Array:
+  """Where a mask is True: int32 `[room]`, ascending, and beyond the last one any index.
+
+  Counts within rows of `lanes`, then among the rows: no sort, and no scan over the whole mask.
+
+  Args:
+    mask: bool `[N]`.
+    room: at least as large as there are True.
+  """
+  padded = jnp.pad(mask, (0, -mask.size % lanes)).reshape(-1, lanes).astype(jnp.float32)
+  upto = padded @ jnp.triu(jnp.ones((lanes, lanes)))  # of its row, itself included
+  total = upto[:, -1]
+  earlier = jnp.arange(total.size)[None] < jnp.arange(total.size)[:, None]
+  before = jnp.sum(jnp.where(earlier, total[None], 0), axis=1)
+  rank = jnp.arange(room, dtype=jnp.float32)
+  row = jnp.sum((before + total)[None] <= rank[:, None], axis=1, dtype=jnp.int32)
+  row = jnp.minimum(row, total.size - 1)
+  column = jnp.sum(upto[row] <= (rank - before[row])[:, None], axis=1, dtype=jnp.int32)
+  return jnp.minimum(row * lanes + jnp.minimum(column, lanes - 1), mask.size - 1)

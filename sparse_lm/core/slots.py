@@ -128,6 +128,12 @@ class Choice:
     own = [self] if chosen else []
     return own + ([self.otherwise] if chosen < count or self.wraps else [])
 
+  def at(self, layer: int, count: int) -> 'list[Choice]':
+    """The choices whose methods run in a layer: this one and what it wraps, or the other."""
+    if not self.chosen(layer, count):
+      return [self.otherwise]
+    return [self, self.otherwise] if self.wraps else [self]
+
   def causal(self, mode: str) -> bool:
     """Whether the method keeps to the past in that mode, as it declares."""
     return getattr(self.cls, 'causal', {}).get(mode, True)

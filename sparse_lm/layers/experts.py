@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_lm.core import cost, groups
+from sparse_lm.core import cost, groups, packed
 from sparse_lm.layers.init import INITS
 from sparse_lm.layers.record import record
 from sparse_lm.layers.spec import Spec
@@ -31,37 +31,66 @@ class Experts(nn.Module):
     """Blocks of rows through their experts: `[N, P, D]` to `[N, P, D]`.
 
     Args:
-      expert_N: int32, the expert of each block; `None` where block i is expert i's.
+      expert_N: int32, the expert of each block; `None` where block i is expert i's. Decoding with one
+        row to the block reads the experts named and no other; `experts` names none.
       rows: (token, expert) pairs among the rows, for the ledger: empty slots are no work of theirs.
     """
     groups.note(self.path, 'neuron', self.experts * self.hidden, {'up': -1, 'down': -2})
-    h_NxPxF = self._linear('up', 'in', self.hidden, x_NxPxD, expert_N, rows)
-    h_NxPxF = self.activation()(h_NxPxF, mode)
-    return self._linear('down', 'residual', self.spec.width, h_NxPxF, expert_N, rows)
+    if not self.has_variable('packed', 'kept'):
+      return self._run(x_NxPxD, expert_N, rows, mode)
+    kept_R = self.get_variable('packed', 'kept')  # the others add nothing and were removed
+    place_E = jnp.full(self.experts + 1, kept_R.size, jnp.int32).at[kept_R].set(jnp.arange(kept_R.size))
+    if expert_N is not None:
+      return self._run(x_NxPxD, place_E[expert_N], rows, mode)
+    y_RxPxD = self._run(x_NxPxD[kept_R], None, rows, mode)
+    return jnp.pad(y_RxPxD, ((0, 1), (0, 0), (0, 0)))[place_E[:-1]]
 
-  def _linear(self, name, role, features, x_NxPxI, expert_N, rows: int) -> jax.Array:
+  def _run(self, x_NxPxD: jax.Array, expert_N: jax.Array | None, rows: int, mode: str) -> jax.Array:
+    h_NxPxF = self._linear('up', 'in', self.hidden, x_NxPxD, expert_N, rows, mode)
+    h_NxPxF = self.activation()(h_NxPxF, mode)
+    return self._linear('down', 'residual', self.spec.width, h_NxPxF, expert_N, rows, mode)
+
+  def _linear(self, name, role, features, x_NxPxI, expert_N, rows: int, mode: str) -> jax.Array:
     spec, width = self.spec, x_NxPxI.shape[-1]
     one = INITS[spec.init](role, spec.layers)
 
     def each(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
       return jax.vmap(lambda k: one(k, shape[1:], dtype))(jax.random.split(key, shape[0]))
 
-    kernel = self.param(name, each, (self.experts, width, features), spec.stored)
-    cost.note(self.path, 'linear', 2 * rows * width * features, kernel=name)
-    y = jnp.einsum('npi,nif->npf', x_NxPxI, self._of_block(kernel, expert_N))
+    if self.has_variable('packed', name):
+      kernel = self.get_variable('packed', name).kernel()
+    else:
+      packed.note(self.path, name, f'{name}_bias')
+      kernel = self.param(name, each, (self.experts, width, features), spec.stored)
+      cost.note(self.path, 'linear', 2 * rows * width * features, kernel=name)
+    kernel = kernel.astype(spec.compute)
+    if mode == 'decode' and expert_N is not None and x_NxPxI.shape[1] == 1:
+      y = self._one_by_one(x_NxPxI[:, 0], kernel, expert_N)[:, None]
+    else:
+      y = jnp.einsum('npi,nif->npf', x_NxPxI, self._of_block(kernel, expert_N))
     if spec.bias:
-      bias = self.param(
-        f'{name}_bias', nn.initializers.zeros, (self.experts, features), spec.stored
-      )
-      y = y + self._of_block(bias, expert_N)[:, None]
+      if self.has_variable('packed', f'{name}_bias'):
+        bias = self.get_variable('packed', f'{name}_bias')
+      else:
+        shape = (self.experts, features)
+        bias = self.param(f'{name}_bias', nn.initializers.zeros, shape, spec.stored)
+      y = y + self._of_block(bias.astype(spec.compute), expert_N)[:, None]
     return y
 
+  def _one_by_one(self, x_NxI: jax.Array, kernel: jax.Array, expert_N: jax.Array) -> jax.Array:
+    """Each row through its expert, zeros for an expert that there is not.
+
+    Branches by static index: XLA:CPU copies a matrix that it takes from a stack by a computed one.
+    """
+    none = jnp.zeros(kernel.shape[-1], x_NxI.dtype)
+    branches = [lambda x, e=e: x @ kernel[e] for e in range(len(kernel))] + [lambda x: none]
+    return jnp.stack([jax.lax.switch(e, branches, x) for e, x in zip(expert_N, x_NxI)])
+
   def _of_block(self, stacked: jax.Array, expert_N: jax.Array | None) -> jax.Array:
-    stacked = stacked.astype(self.spec.compute)
     if expert_N is None:
       return stacked
     # A product with one-hot rows: its gradient is one too, where that of indexing is a scatter-add.
-    chosen = jax.nn.one_hot(expert_N, self.experts, dtype=stacked.dtype)
+    chosen = jax.nn.one_hot(expert_N, len(stacked), dtype=stacked.dtype)
     flat = chosen @ stacked.reshape(self.experts, -1)
     return flat.reshape(-1, *stacked.shape[1:])
 

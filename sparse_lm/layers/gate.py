@@ -46,6 +46,11 @@ class LearnedGate(nn.Module):
     return ESTIMATORS[self.estimator].policy
 
   @property
+  def decodes(self) -> bool:
+    """Whether it decides from the token alone, without the rest of the batch."""
+    return ESTIMATORS[self.estimator].learned
+
+  @property
   def planned(self) -> float:
     """The fraction that runs as far as the config says: a learned gate may open for everything."""
     return 1.0 if ESTIMATORS[self.estimator].learned else self.open

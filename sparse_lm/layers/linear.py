@@ -1,10 +1,12 @@
 """The one matrix multiplication with parameters."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_lm.core import cost
+from sparse_lm.core import cost, packed
 from sparse_lm.layers import record
 from sparse_lm.layers.init import INITS
 from sparse_lm.layers.spec import Spec
@@ -35,16 +37,46 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """`[..., in]` to `[..., features]`."""
-    spec = self.spec
+    spec, x = self.spec, x.astype(self.spec.compute)
+    if run := self.packed():
+      return run(x)
+    packed.note(self.path, 'kernel', 'bias')
     init = INITS[spec.init](self.role, spec.layers)
     kernel = self.param('kernel', init, (x.shape[-1], self.features), spec.stored)
     cost.note(self.path, 'linear', 2 * x.size * self.features, kernel='kernel')
     record.inputs(self, x)
-    y = matmul(x.astype(spec.compute), kernel.astype(spec.compute))
+    y = matmul(x, kernel.astype(spec.compute))
     if spec.bias:
       bias = self.param('bias', nn.initializers.zeros, (self.features,), spec.stored)
       y = y + bias.astype(spec.compute)
     return y
+
+  def packed(self) -> Callable[..., jax.Array] | None:
+    """What it computes with packed weights, as a plain function; `None` where they are not packed.
+
+    `run(x)` maps `[..., in]` to `[..., features]`. Of one token `run(x, inputs=index)` takes the K inputs
+    at `index`, the others being zero, and `run(x, outputs=index)` gives the K outputs there; `index` is
+    int32 `[K]`, sorted and without repeats.
+    """
+    if not self.has_variable('packed', 'kernel'):
+      return None
+    kernel = self.get_variable('packed', 'kernel')
+    bias = self.get_variable('packed', 'bias')
+
+    def run(
+      x: jax.Array, inputs: jax.Array | None = None, outputs: jax.Array | None = None
+    ) -> jax.Array:
+      if inputs is not None:
+        y = kernel.of_inputs(x.reshape(-1), inputs).reshape(*x.shape[:-1], -1)
+      elif outputs is not None:
+        y = kernel.of_outputs(x.reshape(-1), outputs).reshape(*x.shape[:-1], -1)
+      else:
+        y = kernel.matmul(x)
+      if not self.spec.bias:
+        return y
+      return y + (bias if outputs is None else bias[outputs]).astype(y.dtype)
+
+    return run
 
 
 class Norm(nn.Module):

@@ -6,7 +6,9 @@ import jax
 from flax import linen as nn
 
 from sparse_lm.core import cost, groups
+from sparse_lm.layers import cache
 from sparse_lm.layers.embed import rotate
+from sparse_lm.layers.gate import LearnedGate
 from sparse_lm.layers.linear import Linear, Norm
 from sparse_lm.layers.spec import Spec
 
@@ -16,10 +18,12 @@ class Attention(nn.Module):
 
   Attributes:
     inner: makes the attention slot's module.
+    held: keys that decoding holds.
   """
 
   spec: Spec
   inner: Callable[[], nn.Module]
+  held: int
 
   @nn.compact
   def __call__(
@@ -31,7 +35,7 @@ class Attention(nn.Module):
 
     def heads(name: str, count: int) -> jax.Array:
       y = Linear(spec, count * spec.head_dim, name=name)(x_BxLxD)
-      return y.reshape(b, l, count, spec.head_dim)
+      return y.reshape(b, l, -1, spec.head_dim)  # fewer heads where some were removed
 
     q_BxLxHxK = heads('query', spec.heads)
     k_BxLxGxK = heads('key', spec.kv_heads)
@@ -40,11 +44,12 @@ class Attention(nn.Module):
       q_BxLxHxK, k_BxLxGxK = (rotate(a, positions_BxL) for a in (q_BxLxHxK, k_BxLxGxK))
     # Query heads that share a key head are pruned with it.
     axes = {'query/kernel': -1, 'key/kernel': -1, 'value/kernel': -1, 'out/kernel': -2}
-    groups.note(self.path, 'head', spec.kv_heads, axes)
     inner = self.inner()
-    out_BxLxHxK = inner(
-      x_BxLxD, q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, positions_BxL, positions_BxL, valid_BxL, mode
-    )
+    groups.note(self.path, 'head', spec.kv_heads, axes, compete=isinstance(inner, LearnedGate))
+    keys = k_BxLxGxK, v_BxLxGxK, positions_BxL, valid_BxL
+    if mode == 'decode' and self.is_mutable_collection('cache'):
+      keys = cache.extend(self, self.held, *keys)
+    out_BxLxHxK = inner(x_BxLxD, q_BxLxHxK, *keys[:2], positions_BxL, *keys[2:], mode)
     with cost.gated_by(inner):
       return Linear(spec, spec.width, role='residual', name='out')(out_BxLxHxK.reshape(b, l, -1))
 
@@ -55,11 +60,13 @@ class Block(nn.Module):
   Attributes:
     attention: makes the attention slot's module.
     mlp: makes the MLP slot's module.
+    held: keys that decoding holds.
   """
 
   spec: Spec
   attention: Callable[[], nn.Module]
   mlp: Callable[[], nn.Module]
+  held: int
 
   @nn.compact
   def __call__(
@@ -68,7 +75,7 @@ class Block(nn.Module):
     """`[B, L, D]` to the addend `[B, L, D]`."""
     spec = self.spec
     dropout = nn.Dropout(spec.dropout, deterministic=mode != 'train')
-    attention = Attention(spec, self.attention, name='attention')
+    attention = Attention(spec, self.attention, self.held, name='attention')
     a_BxLxD = attention(Norm(spec, name='norm_1')(x_BxLxD), positions_BxL, valid_BxL, mode)
     a_BxLxD = dropout(a_BxLxD)
     m_BxLxD = self.mlp()(Norm(spec, name='norm_2')(x_BxLxD + a_BxLxD), mode)

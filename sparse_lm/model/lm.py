@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_lm.core import cost, tree
+from sparse_lm.core import cost, packed, tree
 from sparse_lm.core import groups as noted
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.groups import Group, Member
@@ -18,7 +18,7 @@ from sparse_lm.layers.linear import Norm
 from sparse_lm.layers.spec import Spec
 from sparse_lm.model.block import Block
 
-MODES = ('train', 'eval')
+MODES = ('train', 'eval', 'decode')
 LAYER_SLOTS = ('activation', 'attention', 'mlp', 'depth')
 
 
@@ -47,7 +47,9 @@ class LM(nn.Module):
 
     Args:
       tokens_BxL: int32.
-      mode: 'train' (random draws, dropout) or 'eval'.
+      mode: 'train' (random draws, dropout), 'eval', or 'decode': what 'eval' computes (but that no
+        expert drops a token) without what gates skip. With the `cache` collection mutable the first
+        call begins sequences, and each later call goes on with a token of each.
       positions_BxL: int32, by default 0, 1, 2, ...
       valid_BxL: bool, whether a token may be read; by default all.
 
@@ -65,6 +67,8 @@ class LM(nn.Module):
     x_BxLxD = embed(tokens_BxL, positions_BxL)
     x_BxLxD = nn.Dropout(spec.dropout, deterministic=mode != 'train')(x_BxLxD)
     for layer in range(spec.layers):
+      if self.has_variable('packed', f'without_{layer}'):
+        continue
       x_BxLxD = _layer(spec, self.choices, layer, x_BxLxD, positions_BxL, valid_BxL, mode)
     return embed.logits(Norm(spec, name='norm')(x_BxLxD))
 
@@ -85,9 +89,20 @@ def _layer(
     supplied = {'spec': spec, 'activation': made.get('activation'), 'name': choice.slot}
     made[choice.slot] = functools.partial(choice.build, layer, spec.layers, **supplied)
   block_type = nn.remat(Block, static_argnums=(4,)) if spec.remat else Block
-  block = block_type(spec, made['attention'], made['mlp'], name=f'block_{layer}')
+  held = _held(spec, choices, layer)
+  block = block_type(spec, made['attention'], made['mlp'], held, name=f'block_{layer}')
   depth = made['depth'](name=f'depth_{layer}')
   return depth(block, x_BxLxD, positions_BxL, valid_BxL, mode)
+
+
+@functools.lru_cache
+def _held(spec: Spec, choices: tuple[Choice, ...], layer: int) -> int:
+  """Keys that a layer has to hold for decoding: a method may read no more than its `window`."""
+  choice = next(c for c in choices if c.slot == 'attention')
+  modules = [
+    c.make({'spec': spec, 'inner': None, 'parent': None}) for c in choice.at(layer, spec.layers)
+  ]
+  return min([spec.context, *(m.window for m in modules if hasattr(m, 'window'))])
 
 
 class Layer(nn.Module):
@@ -162,6 +177,24 @@ def shapes(model: LM) -> Any:
   return jax.eval_shape(functools.partial(model.init, mode='eval'), jax.random.key(0), tokens)
 
 
+def check_decodes(model: LM) -> None:
+  """Raises UserError where a method cannot decode: its decision is not one token's own."""
+  for choice in running(model):
+    module = choice.make({'spec': model.spec, 'activation': None, 'inner': None, 'parent': None})
+    if not getattr(module, 'decodes', True):
+      raise UserError(
+        f'{choice.group}.name={choice.name!r} decides over a whole batch with these fields and cannot '
+        f'decode; valid: another {choice.group}.estimator, or another method'
+      )
+
+
+def cache_shapes(model: LM, batch: int) -> Any:
+  """The `cache` collection for so many sequences, as shape structs."""
+  token = jnp.zeros((batch, 1), jnp.int32)
+  made = jax.eval_shape(functools.partial(model.init, mode='decode'), jax.random.key(0), token)
+  return made['cache']
+
+
 def groups(model: LM) -> tuple[Group, ...]:
   """Units that span matrices, as the modules declare them, and the layers."""
   with noted.recording() as found:
@@ -173,6 +206,13 @@ def groups(model: LM) -> tuple[Group, ...]:
     if path.startswith(f'block_{layer}/')
   )
   return (*found.values(), Group('layer', '', model.spec.layers, layers))
+
+
+def packable(model: LM) -> list[str]:
+  """Paths of the parameters that modules take packed, see `core/packed.py`."""
+  with packed.recording() as found:
+    shapes(model)
+  return list(dict.fromkeys(found))
 
 
 def ledger(model: LM, length: int) -> cost.Ledger:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from sparse_lm.core import rng
 from sparse_lm.core.errors import UserError
 from sparse_lm.train import observe
+from sparse_lm.train import state as states
 from sparse_lm.train.checkpoint import Checkpoints
 from sparse_lm.train.evaluate import named_losses, result_of, scalars
 from sparse_lm.train.setup import Setup, setup
@@ -163,8 +164,9 @@ class _Loop:
     return values
 
   def _save(self, state: TrainState, batches: Any) -> None:
-    """Never saves a state whose losses were not seen to be finite."""
+    """Never saves a state whose losses were not seen to be finite, or that is less sparse than it says."""
     self._fetch()
+    states.check_masks(self.program, state)
     self.checkpoints.save(state, batches)
     self.clock = time.perf_counter()
 

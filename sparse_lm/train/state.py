@@ -66,6 +66,27 @@ def restart(program: Any, seed: int, state: TrainState, parent: Any, masks: Tree
   return jax.tree.map(jnp.copy, started)
 
 
+def check_masks(program: Any, state: TrainState) -> None:
+  """Raises ValueError where weights outside the masks are not zero: the sparsity is not the masks'."""
+  if program.method.keeps_dense:
+    return
+  for name in ('trainable', 'ema'):
+    held = getattr(state, name)
+    for path, found in tree.named({} if held is None else _awake(held, state.sparse)).items():
+      if found:
+        raise ValueError(
+          f'{found} dropped weights of {path} ({name}) are not zero at step {state.step}: '
+          f'{type(program.method).__name__}.constrain let them wake'
+        )
+
+
+def _awake(trainable: Tree, sparse: Sparse) -> Tree:
+  counts = tree.where_sparse(
+    lambda w, mask: jnp.sum((w != 0) & ~mask), trainable['params'], sparse.masks, dense=lambda _: None
+  )
+  return jax.device_get(counts)
+
+
 def collections(variables: dict[str, Any]) -> dict[str, Any]:
   """The collections of `variables` that live from step to step, besides the parameters."""
   return {name: value for name, value in variables.items() if name not in ('params', *SOWN)}

@@ -20,7 +20,7 @@ from sparse_lm.model.block import Block
 
 BATCH, LENGTH, WIDTH, HIDDEN, VOCAB = 2, 8, 8, 12, 11
 SEEDS = st.integers(0, 2**31)
-MODES = pytest.mark.parametrize('mode', lm.MODES)
+MODES = pytest.mark.parametrize('mode', ('train', 'eval'))
 BY_ESTIMATOR = pytest.mark.parametrize('estimator', ESTIMATORS)
 DRAWS = {'gates': jax.random.key(5)}
 HERE = 0.7  # of what the block reads of its own token
@@ -76,6 +76,7 @@ REAL = functools.partial(
   SPEC,
   method('attention', 'full', spec=SPEC, name='attention'),
   method('mlp', 'dense', spec=SPEC, name='mlp', activation=method('activation', 'relu2')),
+  LENGTH,
 )
 
 

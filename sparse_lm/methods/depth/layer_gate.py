@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from sparse_lm.core import cost
 from sparse_lm.layers.gate import LearnedGate
+from sparse_lm.layers.skip import enter
 
 # A logit moves this much faster than other parameters: an optimizer of the Adam family moves each by
 # the learning rate at most, and one number has no others to move along with it.
@@ -25,6 +26,7 @@ class LayerGate(LearnedGate, kw_only=True):
 
   slot: ClassVar[str] = 'depth'
   twin: ClassVar[str] = 'every'
+  same_for_all_inputs: ClassVar[bool] = True  # packing removes layers that are closed
 
   @nn.compact
   def __call__(
@@ -40,5 +42,8 @@ class LayerGate(LearnedGate, kw_only=True):
     logit = RATE * self.param('logit', start, (), jnp.float32)
     decision = self.decide(jnp.broadcast_to(logit, (x_BxLxD.shape[0], 1, 1)), mode)
     with cost.gated_by(self):
-      added = block(x_BxLxD, positions_BxL, valid_BxL, mode)
+      enters_BxL = valid_BxL
+      if mode == 'decode':  # in other modes a closed layer is multiplied by zero
+        enters_BxL = valid_BxL & decision.open[..., 0]
+      added = enter(block, x_BxLxD, positions_BxL, enters_BxL, mode)
     return x_BxLxD + decision.weight.astype(x_BxLxD.dtype) * added

@@ -12,6 +12,7 @@ from sparse_lm.core.errors import require
 from sparse_lm.layers.gate import normalised
 from sparse_lm.layers.record import record
 from sparse_lm.layers.router import Router
+from sparse_lm.layers.skip import enter, seated
 from sparse_lm.layers.spec import Spec
 
 
@@ -70,7 +71,7 @@ class MixtureOfDepths(nn.Module):
     enters_BxL = (likely_BxL > 0) & valid_BxL
     record(self, 'gates', 'active', jnp.mean(enters_BxL, dtype=jnp.float32))
     with cost.gated_by(self):
-      added = block(x_BxLxD, positions_BxL, enters_BxL, mode)
+      added = enter(block, x_BxLxD, positions_BxL, enters_BxL, mode)
     added = added * weight_BxLx1.astype(added.dtype)
     return x_BxLxD + jnp.where(enters_BxL[..., None], added, 0)
 
@@ -93,14 +94,5 @@ class MixtureOfDepths(nn.Module):
     agrees_BxL = (likely_BxL > 0) == (enters_BxL > 0)
     accuracy = jnp.mean(agrees_BxL, dtype=jnp.float32, where=valid_BxL)
     record(self, 'stats', 'predictor_accuracy', accuracy)
-
-    def take(a: jax.Array) -> jax.Array:
-      return jnp.take_along_axis(
-        a, index_BxC.reshape(*index_BxC.shape, *[1] * (a.ndim - 2)), axis=1
-      )
-
-    added = block(take(x_BxLxD), take(positions_BxL), take(valid_BxL), 'train')
-    added = added * take(weight_BxLx1).astype(added.dtype)
-    row = jnp.arange(x_BxLxD.shape[0])[:, None]
-    added = jnp.where(take(valid_BxL)[..., None], added, 0)
-    return x_BxLxD + jnp.zeros_like(x_BxLxD).at[row, index_BxC].set(added)
+    added = seated(block, x_BxLxD, positions_BxL, valid_BxL, index_BxC, 'train')
+    return x_BxLxD + added * weight_BxLx1.astype(added.dtype)

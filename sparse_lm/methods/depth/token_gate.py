@@ -8,6 +8,7 @@ from flax import linen as nn
 from sparse_lm.core import cost
 from sparse_lm.layers.gate import LearnedGate, normalised
 from sparse_lm.layers.router import Router
+from sparse_lm.layers.skip import enter
 
 
 class TokenGate(LearnedGate, kw_only=True):
@@ -34,5 +35,6 @@ class TokenGate(LearnedGate, kw_only=True):
     router = Router(self.spec, 1, bias=self.first_logit, name='router')
     decision = self.decide(router(normalised(x_BxLxD)), mode)
     with cost.gated_by(self):
-      added = block(x_BxLxD, positions_BxL, valid_BxL & decision.open[..., 0], mode)
+      enters_BxL = valid_BxL & decision.open[..., 0]
+      added = enter(block, x_BxLxD, positions_BxL, enters_BxL, mode)
     return x_BxLxD + decision.weight.astype(x_BxLxD.dtype) * added

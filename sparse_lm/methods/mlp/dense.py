@@ -6,6 +6,7 @@ import jax
 from flax import linen as nn
 
 from sparse_lm.core import groups
+from sparse_lm.layers.active import project, selects
 from sparse_lm.layers.linear import Linear
 from sparse_lm.layers.record import hidden_units
 from sparse_lm.layers.spec import Spec
@@ -28,8 +29,10 @@ class Dense(nn.Module):
   def __call__(self, x_BxLxD: jax.Array, mode: str) -> jax.Array:
     """`[B, L, D]` to `[B, L, D]`."""
     activation = self.activation()
-    groups.note(self.path, 'neuron', self.spec.hidden, {'up/kernel': -1, 'down/kernel': -2})
+    axes = {'up/kernel': -1, 'down/kernel': -2}
+    groups.note(self.path, 'neuron', self.spec.hidden, axes, compete=selects(activation))
     h_BxLxF = Linear(self.spec, self.spec.hidden, name='up')(x_BxLxD)
     h_BxLxF = activation(h_BxLxF, mode)
     with hidden_units(self, activation, h_BxLxF, mode):
-      return Linear(self.spec, self.spec.width, role='residual', name='down')(h_BxLxF)
+      down = Linear(self.spec, self.spec.width, role='residual', name='down')
+      return project(down, h_BxLxF, activation, mode)

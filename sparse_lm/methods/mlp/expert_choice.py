@@ -79,6 +79,10 @@ class ExpertChoice(nn.Module):
     experts = Experts(
       self.spec, self.activation, self.experts, self.hidden or self.spec.hidden, name='experts'
     )
+    if mode == 'decode' and tokens == 1:
+      x_ExCxD = jnp.broadcast_to(x_TxD, (self.experts, 1, d))
+      y_ExCxD = experts(x_ExCxD, choice_TxE[0], round(self.visits), mode)
+      return (probability_TxE.astype(x_TxD.dtype) * taken_TxE @ y_ExCxD[:, 0]).reshape(b, l, d)
     x_ExCxD = seats.dispatch(x_TxD, plan, self.executor)
     with cost.gated_by(self):
       y_ExCxD = experts(x_ExCxD, None, round(tokens * self.visits), mode)

@@ -6,6 +6,7 @@ import jax
 from flax import linen as nn
 
 from sparse_lm.core import groups
+from sparse_lm.layers.active import project, selects
 from sparse_lm.layers.linear import Linear
 from sparse_lm.layers.record import hidden_units
 from sparse_lm.layers.spec import Spec
@@ -31,9 +32,10 @@ class Gated(nn.Module):
     """`[B, L, D]` to `[B, L, D]`."""
     activation = self.activation()
     axes = {'gate/kernel': -1, 'up/kernel': -1, 'down/kernel': -2}
-    groups.note(self.path, 'neuron', self.spec.hidden, axes)
+    groups.note(self.path, 'neuron', self.spec.hidden, axes, compete=selects(activation))
     gate_BxLxF = Linear(self.spec, self.spec.hidden, name='gate')(x_BxLxD)
     up_BxLxF = Linear(self.spec, self.spec.hidden, name='up')(x_BxLxD)
     h_BxLxF = activation(gate_BxLxF, mode) * up_BxLxF
     with hidden_units(self, activation, h_BxLxF, mode):
-      return Linear(self.spec, self.spec.width, role='residual', name='down')(h_BxLxF)
+      down = Linear(self.spec, self.spec.width, role='residual', name='down')
+      return project(down, h_BxLxF, activation, mode)

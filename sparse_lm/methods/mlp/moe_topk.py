@@ -35,7 +35,7 @@ class MoETopK(nn.Module):
     k: experts that a token visits.
     hidden: units of an expert, 0 = `config.model.hidden`.
     capacity: seats of an expert in training, over its share of the tokens; 0 = as many as it needs.
-    eval_capacity: the same in evaluation.
+    eval_capacity: the same in evaluation; decoding drops nothing.
     balance: coefficient of the load-balancing loss, which is that number at uniform routing.
     z: coefficient of the mean squared log-partition function of the router.
     jitter: training multiplies the router's inputs by uniform noise in 1 ± jitter.
@@ -90,6 +90,10 @@ class MoETopK(nn.Module):
     experts = Experts(
       self.spec, self.activation, self.experts, self.hidden or self.spec.hidden, name='experts'
     )
+    if mode == 'decode' and l == 1 and expert_TxK.size <= self.experts:
+      y_NxPxD = experts(jnp.repeat(x_TxD, self.k, axis=0)[:, None], expert_TxK.ravel(), b * self.k, mode)
+      y_TxD = jnp.einsum('tkd,tk->td', y_NxPxD.reshape(b, self.k, d), weight_TxK.astype(x_TxD.dtype))
+      return y_TxD.reshape(b, l, d)
     x_NxPxD = seats.dispatch(x_TxD, plan, self.executor)
     expert_N = plan.expert_N if self._factor(mode) == 0 else None
     with cost.gated_by(self):
@@ -98,7 +102,7 @@ class MoETopK(nn.Module):
     return y_TxD.reshape(l, b, d).transpose(1, 0, 2)
 
   def _factor(self, mode: str) -> float:
-    return self.capacity if mode == 'train' else self.eval_capacity
+    return {'train': self.capacity, 'eval': self.eval_capacity, 'decode': 0.0}[mode]
 
   def _plan(self, expert_TxK: jax.Array, mode: str) -> seats.Plan:
     factor, pairs = self._factor(mode), expert_TxK.size

@@ -10,6 +10,7 @@ from flax import linen as nn
 from sparse_lm.core import cost, groups
 from sparse_lm.core.errors import require, unknown
 from sparse_lm.core.select import gaussian_threshold, topk_rows
+from sparse_lm.layers.active import up_and_down
 from sparse_lm.layers.linear import Linear
 from sparse_lm.layers.record import hidden_units, record
 from sparse_lm.layers.spec import Spec
@@ -60,15 +61,21 @@ class PredictorTopK(nn.Module):
     spec, r = self.spec, round(self.split * x_BxLxD.shape[-1])
     activation = self.activation()
     axes = {'predictor/kernel': -1, 'up/kernel': -1, 'down/kernel': -2}
-    groups.note(self.path, 'neuron', spec.hidden, axes)
+    groups.note(self.path, 'neuron', spec.hidden, axes, compete=self.density < 1)
     score_BxLxF = Linear(spec, spec.hidden, name='predictor')(x_BxLxD[..., :r])
     gate_BxLxF, chosen_BxLxF = self._select(activation, score_BxLxF, mode)
     if mode != 'train':
       record(self, 'gates', 'active', jnp.mean(chosen_BxLxF, dtype=jnp.float32))
+    up = Linear(spec, spec.hidden, name='up')
+    down = Linear(spec, spec.width, role='residual', name='down')
+    read_BxLxD = x_BxLxD[..., r:]
+    gathered = up_and_down(up, down, read_BxLxD, gate_BxLxF, chosen_BxLxF, self.density, mode)
+    if gathered is not None:
+      return gathered
     with cost.gated_by(self):
-      h_BxLxF = gate_BxLxF * Linear(spec, spec.hidden, name='up')(x_BxLxD[..., r:])
+      h_BxLxF = gate_BxLxF * up(read_BxLxD)
       with hidden_units(self, None, h_BxLxF, mode):
-        return Linear(spec, spec.width, role='residual', name='down')(h_BxLxF)
+        return down(h_BxLxF)
 
   def _select(self, activation, score_BxLxF, mode: str) -> tuple[jax.Array, jax.Array]:
     """The activated scores of the chosen units, zero elsewhere, and which those are."""

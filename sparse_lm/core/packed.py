@@ -1,0 +1,103 @@
+"""Packed matrices: what is left of a kernel, stored so that only that is read and multiplied.
+
+A format is a file of its own under `inference/formats/` with one public class. It sees arrays and masks,
+never modules. Some are for the disk alone: another one runs in their place.
+"""
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+Array = jax.Array
+# How an MLP's decoding reads a matrix: in full, or the rows of some inputs, or the columns of some outputs.
+READ_FULL, READ_INPUTS, READ_OUTPUTS = 'full', 'inputs', 'outputs'
+
+
+class Format(struct.PyTreeNode):
+  """A kernel `[..., in, out]` (leading axes: experts) in some layout; the base of all formats.
+
+  Attributes:
+    runs: whether it multiplies; if not it is for the disk.
+    slowdown: time of a byte over that of a dense byte (`python -m experiments.run break_even`).
+    reads: the ways of reading that it serves.
+  """
+
+  runs: ClassVar[bool] = True
+  slowdown: ClassVar[float] = 1.0
+  reads: ClassVar[tuple[str, ...]] = (READ_FULL,)
+
+  @classmethod
+  def refuses(cls, mask: np.ndarray) -> str:
+    """Why a kernel with this mask cannot be stored so; '' if it can."""
+    raise NotImplementedError(cls.__name__)
+
+  @classmethod
+  def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'Format':
+    """Stores what the mask keeps."""
+    raise NotImplementedError(cls.__name__)
+
+  def kernel(self) -> Array:
+    """`[..., in, out]` with zeros where nothing is stored."""
+    raise NotImplementedError(type(self).__name__)
+
+  def matmul(self, x: Array) -> Array:
+    """`[..., in]` to `[..., out]`."""
+    raise NotImplementedError(type(self).__name__)
+
+  def of_outputs(self, x_I: Array, index_K: Array) -> Array:
+    """The outputs at `index` (sorted, none twice) of one token: `[K]`."""
+    return self.matmul(x_I)[index_K]
+
+  def of_inputs(self, x_K: Array, index_K: Array) -> Array:
+    """The outputs `[out]` of one token whose inputs are zero but for those at `index`, as above."""
+    size = self.kernel().shape[-2]
+    return self.matmul(jnp.zeros(size, x_K.dtype).at[index_K].set(x_K))
+
+  @property
+  def nbytes(self) -> int:
+    """Of all that is stored."""
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(self))
+
+  @property
+  def cost(self) -> float:
+    """Predicted time of a token, in bytes of a dense kernel."""
+    return self.nbytes * self.slowdown
+
+
+_open: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar('packable', default=None)
+
+
+def note(path: tuple[str, ...], *names: str) -> None:
+  """Says that the module at `path` takes these parameters packed, if it has them; see `recording`."""
+  found = _open.get()
+  if found is not None:
+    found.extend('/'.join((*path, name)) for name in names)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[str]]:
+  """Collects the paths of what may be packed in the traces inside."""
+  token = _open.set([])
+  try:
+    yield _open.get()
+  finally:
+    _open.reset(token)
+
+
+def rows(array: Array, index: Array) -> Array:
+  """`array[index]` for an index in range, sorted and without repeats: no bounds are checked."""
+  return array.at[index].get(
+    mode='promise_in_bounds', indices_are_sorted=True, unique_indices=True
+  )
+
+
+def is_packed(node: Any) -> bool:
+  """For `jax.tree` functions that are to stop at formats."""
+  return isinstance(node, Format)

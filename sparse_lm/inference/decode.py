@@ -1,0 +1,123 @@
+"""Prefill and decode as two compiled functions over a cache that is allocated once."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_lm.core.errors import UserError
+from sparse_lm.core.sparse import Tree
+from sparse_lm.inference.sample import Sampling
+from sparse_lm.model import lm
+from sparse_lm.model.lm import LM
+
+Array = jax.Array
+
+
+class Decoder:
+  """A model that decodes sequences side by side.
+
+  Raises UserError where a method of the model cannot decode.
+
+  Attributes:
+    model: in decode mode.
+    variables: all collections but the cache.
+  """
+
+  def __init__(self, model: LM, variables: Tree) -> None:
+    lm.check_decodes(model)
+    self.model, self.variables = model, variables
+
+  def cache(self, batch: int) -> Tree:
+    """An empty cache for so many sequences."""
+    shapes = lm.cache_shapes(self.model, batch)
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+
+  @functools.cached_property
+  def prefill(self) -> Any:
+    """`(variables, cache, tokens_BxL, length_B) -> (logits_BxV of each last token, cache)`.
+
+    Sequences of unequal length are padded on the right; what is beyond `length` is not read.
+    """
+
+    def run(variables: Tree, cache: Tree, tokens_BxL: Array, length_B: Array):
+      place_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
+      valid_BxL = place_BxL < length_B[:, None]
+      logits_BxLxV, cache = self._apply(variables, cache, tokens_BxL, place_BxL, valid_BxL)
+      last_Bx1x1 = (length_B - 1)[:, None, None]
+      return jnp.take_along_axis(logits_BxLxV, last_Bx1x1, axis=1)[:, 0], cache
+
+    return jax.jit(run, donate_argnums=1)
+
+  @functools.cached_property
+  def decode(self) -> Any:
+    """`(variables, cache, token_B, position_B) -> (logits_BxV, cache)`: a token of each sequence."""
+
+    def run(variables: Tree, cache: Tree, token_B: Array, position_B: Array):
+      valid_Bx1 = jnp.ones((token_B.size, 1), bool)
+      logits, cache = self._apply(
+        variables, cache, token_B[:, None], position_B[:, None], valid_Bx1
+      )
+      return logits[:, 0], cache
+
+    return jax.jit(run, donate_argnums=1)
+
+  def _apply(self, variables, cache, tokens_BxL, positions_BxL, valid_BxL):
+    logits, changed = self.model.apply(
+      {**variables, 'cache': cache},
+      tokens_BxL,
+      mode='decode',
+      positions_BxL=positions_BxL,
+      valid_BxL=valid_BxL,
+      mutable=['cache'],
+    )
+    return logits, changed['cache']
+
+  def begin(self, prompts: Sequence[np.ndarray]) -> tuple[Array, Tree, np.ndarray]:
+    """Logits after each prompt, the cache, and the prompts' lengths.
+
+    Prompts are padded to a power of two, so that few lengths are compiled.
+
+    Raises:
+      UserError: a prompt without a token, or one that leaves no room in the context.
+    """
+    context = self.model.spec.context
+    length_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    for length in length_B:
+      if not 1 <= length < context:
+        raise UserError(
+          f'--prompt of {length} tokens; valid: 1 to {context - 1} (config.data.context={context}, and '
+          'at least one token is to follow)'
+        )
+    room = min(context, 1 << int(length_B.max() - 1).bit_length())
+    tokens_BxL = np.zeros((len(prompts), room), np.int32)
+    for row, prompt in zip(tokens_BxL, prompts):
+      row[: len(prompt)] = prompt
+    logits, cache = self.prefill(self.variables, self.cache(len(prompts)), tokens_BxL, length_B)
+    return logits, cache, length_B
+
+  def generate(
+    self, prompts: Sequence[np.ndarray], tokens: int, sampling: Sampling, seed: int = 0
+  ) -> Iterator[np.ndarray]:
+    """The next tokens of all sequences, int32 `[B]`, `tokens` times.
+
+    Raises UserError for prompts that leave no room for so many, and what `begin` raises.
+    """
+    sampling.check(self.model.spec.vocab)
+    room = self.model.spec.context - max(len(prompt) for prompt in prompts)
+    if not 1 <= tokens <= max(room, 1):
+      raise UserError(
+        f'--tokens={tokens} behind a prompt of {self.model.spec.context - room}; valid: 1 to {room} '
+        f'(config.data.context={self.model.spec.context})'
+      )
+    logits, cache, position_B = self.begin(prompts)
+    draw = jax.jit(lambda logits, key, i: sampling.draw(logits, jax.random.fold_in(key, i)))
+    key = jax.random.key(seed)
+    for i in range(tokens):
+      token_B = draw(logits, key, i)
+      yield np.asarray(token_B)
+      if i + 1 < tokens:
+        logits, cache = self.decode(self.variables, cache, token_B, position_B + i)

@@ -1,0 +1,41 @@
+"""Kept weights and a bit for every weight: for the disk."""
+
+from typing import ClassVar
+
+import numpy as np
+from flax import struct
+
+from sparse_lm.core.packed import Array, Format
+
+
+class Bitmask(Format):
+  """Unstructured masks save bytes and no time: they run dense.
+
+  Attributes:
+    values: the kept weights, in the kernel's order.
+    bits: uint8, the mask, eight weights to the byte.
+    shape: of the kernel.
+  """
+
+  values: Array
+  bits: Array
+  shape: tuple[int, ...] = struct.field(pytree_node=False)
+  runs: ClassVar[bool] = False
+
+  @classmethod
+  def refuses(cls, mask: np.ndarray) -> str:
+    """Masks that keep everything."""
+    return 'bitmask: nothing is dropped' if mask.all() else ''
+
+  @classmethod
+  def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'Bitmask':
+    """Zeros among the kept weights are kept."""
+    return cls(kernel[mask], np.packbits(mask), tuple(mask.shape))
+
+  def kernel(self) -> Array:
+    """The weights in their places."""
+    size = int(np.prod(self.shape))
+    mask = np.unpackbits(np.asarray(self.bits), count=size).astype(bool).reshape(self.shape)
+    full = np.zeros(self.shape, self.values.dtype)
+    full[mask] = self.values
+    return full

@@ -1,0 +1,82 @@
+"""Square tiles, of which only those with any weight are stored."""
+
+from typing import ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from sparse_lm.core.packed import Array, Format
+
+SIZES = (128, 64, 32, 16)
+
+
+class Block(Format):
+  """Tiles `[N, b out, b in]` in order of their outputs: gather their inputs, multiply, add up.
+
+  Attributes:
+    tiles: N tiles of b x b weights.
+    source: int32 `[N]`, which b inputs a tile reads.
+    parts: int32 `[out / b, most]`, the tiles of each b outputs; N = none.
+    groups: in / b.
+  """
+
+  tiles: Array
+  source: Array
+  parts: Array
+  groups: int = struct.field(pytree_node=False)
+  slowdown: ClassVar[float] = 1.6
+
+  @classmethod
+  def refuses(cls, mask: np.ndarray) -> str:
+    """Kernels that no size of tile divides, or all of whose tiles hold weights."""
+    if mask.ndim != 2:
+      return 'block: experts are stacked'
+    sizes = _dividing(mask)
+    if not sizes:
+      return f'block: no tile of {", ".join(map(str, SIZES))} divides {mask.shape}'
+    if all(_held(mask, size).all() for size in sizes):
+      return f'block: every tile of {sizes[-1]} holds weights'
+    return ''
+
+  @classmethod
+  def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'Block':
+    """In tiles of the size that stores least."""
+    sizes = {size: _held(mask, size).sum() * size**2 for size in _dividing(mask)}
+    size = min(sizes, key=sizes.get)
+    held_OxI = _held(mask, size).T
+    out, source = np.nonzero(held_OxI)
+    tiles = (kernel * mask).T.reshape(held_OxI.shape[0], size, held_OxI.shape[1], size)
+    counts = held_OxI.sum(axis=1)
+    parts = np.full((len(counts), max(counts.max(), 1)), len(out), np.int32)
+    parts[np.arange(parts.shape[1]) < counts[:, None]] = np.arange(len(out))
+    tiles = np.ascontiguousarray(tiles.transpose(0, 2, 1, 3)[out, source])
+    return cls(tiles, source.astype(np.int32), parts, held_OxI.shape[1])
+
+  def kernel(self) -> Array:
+    """Tile by tile."""
+    count, size = self.tiles.shape[:2]
+    full = np.zeros((len(self.parts), size, self.groups, size), self.tiles.dtype)
+    for out, parts in enumerate(np.asarray(self.parts)):
+      for part in parts[parts < count]:
+        full[out, :, int(self.source[part])] = self.tiles[part]
+    return jnp.asarray(full.reshape(len(self.parts) * size, -1).T)
+
+  def matmul(self, x: Array) -> Array:
+    """As many small products as there are tiles."""
+    size = self.tiles.shape[1]
+    x_TxGxb = x.reshape(-1, self.groups, size)
+    part_NxTxb = jnp.einsum('noi,nti->nto', self.tiles, x_TxGxb[:, self.source].swapaxes(0, 1))
+    padded = jnp.concatenate([part_NxTxb, jnp.zeros_like(part_NxTxb[:1])])
+    y_OxTxb = jnp.sum(padded[self.parts], axis=1)
+    return y_OxTxb.swapaxes(0, 1).reshape(*x.shape[:-1], -1)
+
+
+def _dividing(mask: np.ndarray) -> list[int]:
+  return [size for size in SIZES if not any(axis % size for axis in mask.shape)]
+
+
+def _held(mask: np.ndarray, size: int) -> np.ndarray:
+  """Which tiles hold any weight, `[in / size, out / size]`."""
+  i, o = mask.shape
+  return mask.reshape(i // size, size, o // size, size).any(axis=(1, 3))

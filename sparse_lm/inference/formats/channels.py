@@ -1,0 +1,55 @@
+"""The inputs and outputs that have any weight."""
+
+from typing import ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from sparse_lm.core.packed import Array, Format
+
+
+class Channels(Format):
+  """A smaller dense kernel, and where its inputs come from and its outputs go.
+
+  Attributes:
+    weights: `[kept out, kept in]`.
+    source: int32 `[kept in]`.
+    place: int32 `[out]`, the row of an output; as many as there are rows = none, always zero.
+    inputs: of the whole kernel.
+  """
+
+  weights: Array
+  source: Array
+  place: Array
+  inputs: int = struct.field(pytree_node=False)
+  slowdown: ClassVar[float] = 1.1
+
+  @classmethod
+  def refuses(cls, mask: np.ndarray) -> str:
+    """Kernels without an empty row or column."""
+    if mask.ndim != 2:
+      return 'channels: experts are stacked'
+    empty = not (mask.any(axis=0).all() and mask.any(axis=1).all())
+    return '' if empty and mask.any() else 'channels: every input and output has weights'
+
+  @classmethod
+  def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'Channels':
+    """Leaves out what is empty."""
+    source, kept = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    place = np.full(mask.shape[1], len(kept), np.int32)
+    place[kept] = np.arange(len(kept))
+    weights = np.ascontiguousarray((kernel * mask)[np.ix_(source, kept)].T)
+    return cls(weights, source.astype(np.int32), place, mask.shape[0])
+
+  def kernel(self) -> Array:
+    """With its empty rows and columns."""
+    rows = np.zeros((len(self.weights) + 1, self.inputs), self.weights.dtype)
+    rows[:-1, self.source] = self.weights
+    return jnp.asarray(rows[self.place].T)
+
+  def matmul(self, x: Array) -> Array:
+    """Gathers the inputs, and puts the outputs in their places."""
+    flat = x.reshape(-1, x.shape[-1])[:, self.source] @ self.weights.T
+    flat = jnp.pad(flat, ((0, 0), (0, 1)))[:, self.place]
+    return flat.reshape(*x.shape[:-1], -1)

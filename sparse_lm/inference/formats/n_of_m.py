@@ -1,0 +1,68 @@
+"""N of each M inputs, with their places in the group: for the disk."""
+
+from typing import ClassVar
+
+import numpy as np
+from flax import struct
+
+from sparse_lm.core.packed import Array, Format
+
+GROUPS = (4, 8, 16, 32)
+
+
+class NOfM(Format):
+  """As hardware with sparse tensor cores stores it; here it runs dense.
+
+  Attributes:
+    values: `[in / M * N, out]`, of each group in order.
+    places: uint8, the places within the groups, `log2(M)` bits each.
+    m: size of a group.
+    inputs: of the kernel.
+  """
+
+  values: Array
+  places: Array
+  m: int = struct.field(pytree_node=False)
+  inputs: int = struct.field(pytree_node=False)
+  runs: ClassVar[bool] = False
+
+  @classmethod
+  def refuses(cls, mask: np.ndarray) -> str:
+    """Masks with unequal groups."""
+    return '' if mask.ndim == 2 and _group(mask) else 'n_of_m: groups of inputs differ in size'
+
+  @classmethod
+  def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'NOfM':
+    """In the smallest groups that are equal."""
+    m = _group(mask)
+    grouped = mask.reshape(-1, m, mask.shape[1])
+    n = int(grouped[0, :, 0].sum())
+    place = np.argsort(~grouped, axis=1, kind='stable')[:, :n]  # [in / M, N, out]
+    values = np.take_along_axis(kernel.reshape(grouped.shape), place, axis=1)
+    bits = (place[..., None] >> np.arange(_bits(m))) & 1
+    return cls(values.reshape(-1, mask.shape[1]), np.packbits(bits.astype(np.uint8)), m, len(mask))
+
+  def kernel(self) -> Array:
+    """The weights in their places."""
+    rows, out = self.values.shape
+    each = rows * self.m // self.inputs  # N
+    bits = np.unpackbits(np.asarray(self.places), count=rows * out * _bits(self.m))
+    place = (bits.reshape(rows, out, -1) << np.arange(_bits(self.m))).sum(axis=-1)
+    first = np.arange(rows) // each * self.m
+    full = np.zeros((self.inputs, out), self.values.dtype)
+    np.put_along_axis(full, place + first[:, None], np.asarray(self.values), axis=0)
+    return full
+
+
+def _bits(m: int) -> int:
+  return (m - 1).bit_length()
+
+
+def _group(mask: np.ndarray) -> int:
+  """The smallest M whose groups all keep the same number, fewer than M; 0 if there is none."""
+  for m in GROUPS:
+    if len(mask) % m == 0:
+      counts = mask.reshape(-1, m, mask.shape[1]).sum(axis=1)
+      if 0 < counts[0, 0] < m and (counts == counts[0, 0]).all():
+        return m
+  return 0

@@ -1,0 +1,197 @@
+"""Turning a model into one that executes only what is left of it."""
+
+import dataclasses
+import importlib
+import math
+import pkgutil
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparse_lm.core import cost, packed, tree
+from sparse_lm.core.packed import READ_FULL, READ_INPUTS, Format
+from sparse_lm.core.sparse import Tree
+from sparse_lm.inference import formats
+from sparse_lm.inference.shrink import Shrunk, shrink
+from sparse_lm.model import lm
+from sparse_lm.model.lm import LM
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+  """One packed kernel.
+
+  Attributes:
+    path: of the parameter.
+    runs: what multiplies.
+    stored: what is written to the disk.
+    dense_bytes: of the kernel before anything was removed.
+    why: what other formats had against it, where it runs dense.
+  """
+
+  path: str
+  runs: Format
+  stored: Format
+  dense_bytes: int
+  why: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedModel:
+  """A model's variables, its kernels packed.
+
+  Attributes:
+    model: the same modules.
+    variables: `params` of what is not packed, `packed`, and the model's other collections.
+    matrices: by path.
+    removed: what was removed as a whole, a line each.
+  """
+
+  model: LM
+  variables: Tree
+  matrices: dict[str, Matrix]
+  removed: list[str]
+
+
+def load_format(name: str) -> type[Format]:
+  """The class in `inference/formats/<name>.py`."""
+  module = importlib.import_module(f'{formats.__name__}.{name}')
+  own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
+  (found,) = [c for c in own if issubclass(c, Format)]
+  return found
+
+
+def names() -> list[str]:
+  """Of all formats."""
+  return sorted(module.name for module in pkgutil.iter_modules(formats.__path__))
+
+
+def name_of(format_: Format) -> str:
+  """Of the file that a format is in."""
+  return type(format_).__module__.rpartition('.')[2]
+
+
+def pack(model: LM, params: Tree, masks: Tree, state: Tree) -> PackedModel:
+  """Removes what is dropped as a whole and packs every kernel in the format that is to be fastest.
+
+  Args:
+    params: with zeros where a weight was dropped.
+    masks: like `params`, `None` = dense.
+    state: the model's other collections.
+  """
+  original = {path: np.asarray(leaf) for path, leaf in tree.named(params).items()}
+  held = {path: np.asarray(mask) for path, mask in tree.named(masks).items()}
+  declared = lm.groups(model)
+  left = shrink(original, held, declared, _closed(model, params, state))
+  fractions = _fractions(model)
+  gathered = {
+    member.path
+    for group in declared
+    if group.compete and group.kind == 'neuron'
+    for member in group.members
+    if member.axis == -2
+  }
+  matrices, small = {}, {}
+  for path in lm.packable(model):
+    if path not in left.params:
+      continue
+    array = left.params.pop(path)
+    if array.ndim < 2 or path.endswith('bias'):
+      small[path] = array
+      continue
+    mask = left.masks.get(path, np.ones(array.shape, bool))
+    read = READ_INPUTS if path in gathered else READ_FULL
+    matrices[path] = _choose(path, array, mask, read, fractions[path], original[path].nbytes)
+  return assemble(model, left, matrices, small, state)
+
+
+def dense_twin(model: LM, seed: int = 0) -> PackedModel:
+  """The model without any sparsity, with random weights: what a packed model is timed beside."""
+  model = lm.twin(model)
+  draw = np.random.default_rng(seed)
+  shapes = lm.shapes(model)['params']
+  params = jax.tree.map(
+    lambda a: (0.02 * draw.standard_normal(a.shape, np.float32)).astype(a.dtype), shapes
+  )
+  return pack(model, params, jax.tree.map(lambda _: None, shapes), {})
+
+
+def assemble(
+  model: LM, left: Shrunk, matrices: dict[str, Matrix], small: dict[str, np.ndarray], state: Tree
+) -> PackedModel:
+  """The variables of a packed model from its parts."""
+  held: dict[str, Any] = {path: matrix.runs for path, matrix in matrices.items()} | small
+  held |= {f'{path}/kept': kept for path, kept in left.kept.items()}
+  held |= {f'without_{layer}': np.zeros((), np.int32) for layer in left.without}
+  variables = {'params': nested(left.params), 'packed': nested(held), **state}
+  return PackedModel(model, jax.device_put(variables), matrices, left.removed)
+
+
+def nested(flat: dict[str, Any]) -> Tree:
+  """`{'a/b': x}` as `{'a': {'b': x}}`."""
+  out: Tree = {}
+  for path, value in flat.items():
+    *parents, last = path.split('/')
+    node = out
+    for part in parents:
+      node = node.setdefault(part, {})
+    node[last] = value
+  return out
+
+
+def _choose(
+  path: str, kernel: np.ndarray, mask: np.ndarray, read: str, fraction: float, dense_bytes: int
+) -> Matrix:
+  """The format of least predicted time, and of what is equal to it the smallest on disk."""
+  refusals, runs, stored = [], [], []
+  for name in names():
+    cls = load_format(name)
+    if cls.runs and not {READ_FULL, read} & set(cls.reads):
+      continue
+    if why := cls.refuses(mask):
+      refusals.append(why)
+      continue
+    candidate = cls.pack(kernel, mask)
+    # Only a format made for it reads the active part alone.
+    predicted = candidate.cost * (fraction if read != READ_FULL and read in cls.reads else 1)
+    (runs if cls.runs else stored).append((predicted, candidate))
+    if cls.runs and name != 'dense':
+      refusals.append(f'{name}: {predicted / 1e6:.2f} MB worth of time')
+  best = min(runs, key=lambda pair: pair[0])[1]
+  smallest = min([best, *(c for _, c in reversed(stored))], key=lambda c: c.nbytes)
+  why = '; '.join(refusals) if name_of(best) == 'dense' and not mask.all() else ''
+  return Matrix(path, best, smallest, dense_bytes, why)
+
+
+def _closed(model: LM, params: Tree, state: Tree) -> list[int]:
+  """Layers that a gate has closed for every input."""
+  depth = next(choice for choice in model.choices if choice.slot == 'depth')
+  layers = range(model.spec.layers)
+  settled = [
+    i for i in layers if getattr(depth.at(i, len(layers))[0].cls, 'same_for_all_inputs', False)
+  ]
+  if not settled:
+    return []
+  tokens = np.zeros((1, 1), np.int32)
+  _, seen = model.apply({'params': params, **state}, tokens, mode='eval', mutable=['gates'])
+  return [i for i in settled if float(seen['gates'][f'depth_{i}']['active']) == 0]
+
+
+def _fractions(model: LM) -> dict[str, float]:
+  """By kernel, the share of its weights that a token is multiplied with, gates as planned."""
+  ledger = lm.ledger(model, model.spec.context)
+  sizes = {
+    path: math.prod(leaf.shape) for path, leaf in tree.named(lm.shapes(model)['params']).items()
+  }
+  return {
+    m.kernel: min(1.0, cost.forward_flops({name: m}, {}) / (2 * sizes[m.kernel]))
+    for name, m in ledger.items()
+    if m.kernel is not None
+  }
+
+
+def weights(tree_: Tree) -> int:
+  """Bytes of all arrays in a tree, formats included."""
+  leaves = jax.tree.leaves(tree_, is_leaf=packed.is_packed)
+  return sum(leaf.nbytes for leaf in leaves)

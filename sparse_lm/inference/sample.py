@@ -1,0 +1,49 @@
+"""Drawing the next token."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from sparse_lm.core.errors import require
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How a token is drawn from logits.
+
+  Attributes:
+    temperature: logits are divided by it; 0 = the largest, the lower id of equal ones.
+    top_k: only that many of the largest logits may be drawn; 0 = all.
+    top_p: only the fewest likeliest tokens that hold this probability together (nucleus sampling,
+      Holtzman et al. 2020); 1 = all. The likeliest one always may.
+  """
+
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+
+  def check(self, vocab: int) -> None:
+    """Raises UserError for an option out of its range."""
+    require(0 <= self.temperature < float('inf'), '--temperature', self.temperature, '0 or more')
+    require(0 <= self.top_k <= vocab, '--top_k', self.top_k, f'0 to the vocabulary, {vocab}')
+    require(0 < self.top_p <= 1, '--top_p', self.top_p, 'a probability in (0, 1]')
+
+  def draw(self, logits_BxV: jax.Array, key: jax.Array) -> jax.Array:
+    """int32 `[B]` for float32 logits."""
+    if self.temperature == 0:
+      return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
+    allowed_BxV = self.filtered(logits_BxV / self.temperature)
+    return jax.random.categorical(key, allowed_BxV).astype(jnp.int32)
+
+  def filtered(self, logits_BxV: jax.Array) -> jax.Array:
+    """Logits with -inf where `top_k`, and then `top_p` of what is left, forbid a token."""
+    order_BxV = jnp.argsort(-logits_BxV, axis=-1, stable=True)
+    rank_BxV = jnp.argsort(order_BxV, axis=-1)
+    kept_BxV = rank_BxV < (self.top_k or logits_BxV.shape[-1])
+    if self.top_p < 1:
+      likely_BxV = jax.nn.softmax(jnp.where(kept_BxV, logits_BxV, -jnp.inf))
+      sorted_BxV = jnp.take_along_axis(likely_BxV, order_BxV, axis=-1)
+      before_BxV = jnp.cumsum(sorted_BxV, axis=-1) - sorted_BxV
+      kept_BxV &= jnp.take_along_axis(before_BxV, rank_BxV, axis=-1) < self.top_p
+    return jnp.where(kept_BxV, logits_BxV, -jnp.inf)
