@@ -27,11 +27,13 @@ class Gate:
     path: of the module that decides; it sows the fraction that ran as `active` into `gates`.
     planned: that fraction as far as the config fixes it, before anything is measured.
     controlled: whether the budget controller can move it.
+    skips: whether decoding leaves out what it closes, where a head's gate, say, only zeroes it.
   """
 
   path: str
   planned: float = 1.0
   controlled: bool = False
+  skips: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +70,11 @@ def note(path: tuple[str, ...], kind: str, flops: float, kernel: str | None = No
 
 
 @contextlib.contextmanager
-def gated(path: tuple[str, ...], planned: float = 1.0, controlled: bool = False) -> Iterator[None]:
+def gated(
+  path: tuple[str, ...], planned: float = 1.0, controlled: bool = False, skips: bool = True
+) -> Iterator[None]:
   """Notes made inside belong to the gate at `path`, and to those that are open already."""
-  token = _gates.set((*_gates.get(), Gate('/'.join(path), planned, controlled)))
+  token = _gates.set((*_gates.get(), Gate('/'.join(path), planned, controlled, skips)))
   try:
     yield
   finally:
@@ -93,7 +97,8 @@ def gated_by(module: Any) -> contextlib.AbstractContextManager[None]:
   A consumer need not know which: it runs what a closed gate would have made zero inside of this.
   """
   planned = getattr(module, 'planned', 1.0)
-  return gated(module.path, planned, getattr(module, 'controlled', False))
+  skips = getattr(module, 'skips', True)
+  return gated(module.path, planned, getattr(module, 'controlled', False), skips)
 
 
 def forward_flops(

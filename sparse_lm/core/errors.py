@@ -1,9 +1,11 @@
 """Bad input gets one clear line and exit code 2, before any long work starts."""
 
+import argparse
 import difflib
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -22,6 +24,24 @@ def require(condition: bool, field: str, value: object, valid: str) -> None:
   """Raises a `UserError` that says what would be valid, unless `condition`."""
   if not condition:
     raise UserError(f'{field}={value!r} is not valid; valid: {valid}')
+
+
+class Parser(argparse.ArgumentParser):
+  """Arguments whose faults are a `UserError`: one line, with the nearest name."""
+
+  def __init__(self, prog: str) -> None:
+    super().__init__(prog=prog, allow_abbrev=False)
+
+  def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:
+    """Raises UserError for an argument that there is not, that lacks, or that has a wrong value."""
+    known, rest = self.parse_known_args(args)
+    if rest:
+      raise unknown('argument', rest[0].partition('=')[0], self._option_string_actions)
+    return known
+
+  def error(self, message: str) -> NoReturn:
+    """What argparse found."""
+    raise UserError(message)
 
 
 def one_line(main: Callable[[], None]) -> Callable[[], None]:

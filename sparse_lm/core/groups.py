@@ -42,8 +42,8 @@ class Group:
     path: of the module that declares it.
     units: how many there are.
     members: the parameters that they are made of; leading axes (experts) multiply the units.
-    compete: whether a method selects among them in every forward pass. Then decoding may read the selected
-      ones only; and none can be removed, since how many there are decides which are selected.
+    compete: whether a method selects among them in every forward pass. Then decoding may read the
+      selected alone, and none can be removed: how many there are decides which are selected.
   """
 
   kind: str

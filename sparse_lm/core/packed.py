@@ -16,7 +16,7 @@ import numpy as np
 from flax import struct
 
 Array = jax.Array
-# How an MLP's decoding reads a matrix: in full, or the rows of some inputs, or the columns of some outputs.
+# How decoding reads a matrix: in full, or the weights of some inputs, or those of some outputs.
 READ_FULL, READ_INPUTS, READ_OUTPUTS = 'full', 'inputs', 'outputs'
 
 
@@ -93,9 +93,7 @@ def recording() -> Iterator[list[str]]:
 
 def rows(array: Array, index: Array) -> Array:
   """`array[index]` for an index in range, sorted and without repeats: no bounds are checked."""
-  return array.at[index].get(
-    mode='promise_in_bounds', indices_are_sorted=True, unique_indices=True
-  )
+  return array.at[index].get(mode='promise_in_bounds', indices_are_sorted=True, unique_indices=True)
 
 
 def is_packed(node: Any) -> bool:

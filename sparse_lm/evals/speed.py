@@ -13,10 +13,14 @@ from tqdm import tqdm
 def interleaved(
   calls: dict[str, Callable[[], Any]], repeats: int, name: str = '', warmup: int = 2
 ) -> dict[str, np.ndarray]:
-  """Seconds of each call, `[repeats]`, in turns; each waits for its arrays."""
+  """Seconds of each call, `[repeats]`, in turns; each waits for its arrays.
+
+  What a call has as `prepare` runs before it and is not timed.
+  """
   seconds: dict[str, list[float]] = {name: [] for name in calls}
   for turn in tqdm(range(warmup + repeats), desc=name, unit='turn', leave=False):
     for label, call in calls.items():
+      getattr(call, 'prepare', lambda: None)()
       start = time.perf_counter()
       jax.block_until_ready(call())
       if turn >= warmup:
@@ -35,6 +39,13 @@ def matmul(size: int = 2048) -> tuple[Callable[[], jax.Array], float]:
   a = jax.random.normal(jax.random.key(0), (size, size), jnp.float32)
   multiply = jax.jit(jnp.matmul)
   return (lambda: multiply(a, a)), 2.0 * size**3
+
+
+def read(bytes_: int = 400_000_000) -> tuple[Callable[[], jax.Array], float]:
+  """A sum over a large float32 array and its bytes: what this machine's memory reaches at best."""
+  a = jnp.ones(bytes_ // 4, jnp.float32)
+  total = jax.jit(jnp.sum)
+  return (lambda: total(a)), float(a.nbytes)
 
 
 def peak_memory(compiled: Any) -> int | None:

@@ -33,7 +33,7 @@ class Decoder:
 
   def cache(self, batch: int) -> Tree:
     """An empty cache for so many sequences."""
-    shapes = lm.cache_shapes(self.model, batch)
+    shapes = lm.cache_shapes(self.model, self.variables, batch)
     return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
 
   @functools.cached_property

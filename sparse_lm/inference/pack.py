@@ -57,7 +57,9 @@ class PackedModel:
 def load_format(name: str) -> type[Format]:
   """The class in `inference/formats/<name>.py`."""
   module = importlib.import_module(f'{formats.__name__}.{name}')
-  own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
+  own = [
+    c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__
+  ]
   (found,) = [c for c in own if issubclass(c, Format)]
   return found
 

@@ -61,11 +61,15 @@ def save(packed: PackedModel, trained: Trained, out: str, facts: dict[str, Any])
   temporary.mkdir(parents=True)
   arrays, matrices = _arrays(packed)
   save_file(arrays, temporary / ARRAYS)
-  save_file({p: jax.numpy.asarray(a) for p, a in tree.named(trained.params).items()}, temporary / PLAIN)
+  save_file(
+    {p: jax.numpy.asarray(a) for p, a in tree.named(trained.params).items()}, temporary / PLAIN
+  )
   write_json(temporary / 'config.json', configs.to_json(trained.config))
   write_json(temporary / 'tokenizer.json', trained.tokenizer.to_json())
   manifest = {'version': VERSION, 'sha256': _digest(temporary / ARRAYS), 'step': trained.step}
-  write_json(temporary / MANIFEST, manifest | facts | {'removed': packed.removed, 'matrices': matrices})
+  write_json(
+    temporary / MANIFEST, manifest | facts | {'removed': packed.removed, 'matrices': matrices}
+  )
   temporary.rename(folder)
 
 
@@ -77,7 +81,9 @@ def load(path: str) -> Saved:
   """
   folder = pathlib.Path(path)
   if not (folder / MANIFEST).exists():
-    raise UserError(f'{path} holds no packed model (no {MANIFEST}); valid: python -m sparse_lm.pack')
+    raise UserError(
+      f'{path} holds no packed model (no {MANIFEST}); valid: python -m sparse_lm.pack'
+    )
   manifest = read_json(folder / MANIFEST)
   if manifest.get('version') != VERSION:
     raise UserError(

@@ -10,7 +10,7 @@ from sparse_lm.core.select import compact
 from sparse_lm.layers.linear import Linear
 
 # Rooms for the active units, over what is planned; more than all of them run in full.
-ROOMS = (1.0, 1.125, 1.25, 1.5, 2.0)
+ROOMS = (1.0, 1.25, 2.0)
 LANES = 32
 
 

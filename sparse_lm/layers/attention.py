@@ -8,6 +8,8 @@ from flax import linen as nn
 
 from sparse_lm.core import cost
 
+Select = Callable[[jax.Array, jax.Array], jax.Array]
+
 
 def causal(
   positions_BxL: jax.Array,
@@ -48,7 +50,8 @@ def attend(
   v_BxSxGxK: jax.Array,
   mask_BxLxS: jax.Array,
   dropout: nn.Dropout,
-  select: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+  select: Select | None = None,
+  most: int | None = None,
 ) -> jax.Array:
   """Softmax attention, grouped-query where k has fewer heads: `[B, L, H, K]`.
 
@@ -59,6 +62,7 @@ def attend(
     mask_BxLxS: bool, which keys a query may read.
     dropout: of the attention weights.
     select: `(scores, mask) -> mask`, both `[B, G, H / G, L, S]`: narrows the mask by the scores.
+    most: keys that `select` leaves at most; a single query reads the values of no others.
   """
   dropped = dropout.rate > 0 and not dropout.deterministic
   if jax.default_backend() == 'gpu' and not dropped and select is None:
@@ -67,11 +71,41 @@ def attend(
   g = k_BxSxGxK.shape[2]
   q_BxGxRxLxK = q_BxLxHxK.reshape(b, l, g, h // g, width).transpose(0, 2, 3, 1, 4) * width**-0.5
   k_BxGxSxK, v_BxGxSxK = (a.transpose(0, 2, 1, 3) for a in (k_BxSxGxK, v_BxSxGxK))
-  scores = jnp.einsum('bgrlk,bgsk->bgrls', q_BxGxRxLxK, k_BxGxSxK).astype(jnp.float32)
   mask = mask_BxLxS[:, None, None]
-  if select is not None:
-    mask = select(scores, mask)
-  scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-  weights = dropout(nn.softmax(scores).astype(q_BxLxHxK.dtype))
-  out_BxGxRxLxK = jnp.einsum('bgrls,bgsk->bgrlk', weights, v_BxGxSxK)
+  if l == 1:
+    out_BxGxRxLxK = _attend_once(q_BxGxRxLxK, k_BxGxSxK, v_BxGxSxK, mask, dropout, select, most)
+  else:
+    scores = jnp.einsum('bgrlk,bgsk->bgrls', q_BxGxRxLxK, k_BxGxSxK)
+    weights = dropout(_weights(scores, mask, select))
+    out_BxGxRxLxK = jnp.einsum('bgrls,bgsk->bgrlk', weights, v_BxGxSxK)
   return out_BxGxRxLxK.transpose(0, 3, 1, 2, 4).reshape(b, l, h, width)
+
+
+def _weights(scores: jax.Array, mask: jax.Array, select: Select | None) -> jax.Array:
+  """Softmax over the keys that `mask`, and then `select`, leave; in float32, given as scores were."""
+  exact = scores.astype(jnp.float32)
+  mask = mask if select is None else select(exact, mask)
+  return nn.softmax(jnp.where(mask, exact, jnp.finfo(jnp.float32).min)).astype(scores.dtype)
+
+
+def _attend_once(
+  q_BxGxRx1xK: jax.Array,
+  k_BxGxSxK: jax.Array,
+  v_BxGxSxK: jax.Array,
+  mask: jax.Array,
+  dropout: nn.Dropout,
+  select: Select | None,
+  most: int | None,
+) -> jax.Array:
+  """`[B, G, R, 1, K]` of a single query.
+
+  Added up along whole rows of keys and of values: XLA:CPU runs matrix products of one row at a third
+  of the rate. Decoding holds keys and values in that layout, so the transposes cost nothing.
+  """
+  k_BxGx1xKxS, v_BxGx1xSxK = k_BxGxSxK.swapaxes(2, 3)[:, :, None], v_BxGxSxK[:, :, None]
+  scores = jnp.sum(q_BxGxRx1xK[..., 0, :, None] * k_BxGx1xKxS, axis=3)[..., None, :]
+  weights = _weights(scores, mask, select)
+  if most is not None and most < weights.shape[-1]:
+    weights, index = jax.lax.top_k(weights, most)
+    v_BxGx1xSxK = jnp.take_along_axis(v_BxGx1xSxK, index[..., 0, :, None], axis=3)
+  return jnp.sum(dropout(weights)[..., 0, :, None] * v_BxGx1xSxK, axis=3)[..., None, :]

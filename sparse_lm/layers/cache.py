@@ -23,7 +23,8 @@ def extend(
   what `size` slots cannot hold is still read by them.
   """
   b, l, g, width = k_BxLxGxK.shape
-  key = module.variable('cache', 'keys', jnp.zeros, (b, g, size, width), k_BxLxGxK.dtype)
+  # As one query reads them: keys in rows of features, values in rows of tokens.
+  key = module.variable('cache', 'keys', jnp.zeros, (b, g, width, size), k_BxLxGxK.dtype)
   value = module.variable('cache', 'values', jnp.zeros, (b, g, size, width), v_BxLxGxK.dtype)
   position = module.variable('cache', 'position', jnp.zeros, (b, size), jnp.int32)
   length = module.variable('cache', 'length', jnp.zeros, (b,), jnp.int32)
@@ -34,11 +35,11 @@ def extend(
   stays_BxL = valid_BxL & (index_BxL >= length.value[:, None] - size)
   slot_BxL = jnp.where(stays_BxL, index_BxL % size, size)  # out of range: dropped
   row = jnp.arange(b)[:, None]
-  key.value = key.value.at[row, :, slot_BxL].set(k_BxLxGxK, mode='drop')
+  key.value = key.value.at[row, :, :, slot_BxL].set(k_BxLxGxK, mode='drop')
   value.value = value.value.at[row, :, slot_BxL].set(v_BxLxGxK, mode='drop')
   position.value = position.value.at[row, slot_BxL].set(positions_BxL, mode='drop')
   if l > 1:
     return k_BxLxGxK, v_BxLxGxK, positions_BxL, valid_BxL
   held_BxS = jnp.arange(size) < length.value[:, None]
-  k_BxSxGxK, v_BxSxGxK = (a.value.transpose(0, 2, 1, 3) for a in (key, value))
+  k_BxSxGxK, v_BxSxGxK = key.value.transpose(0, 3, 1, 2), value.value.transpose(0, 2, 1, 3)
   return k_BxSxGxK, v_BxSxGxK, position.value, held_BxS

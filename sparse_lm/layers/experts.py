@@ -39,7 +39,9 @@ class Experts(nn.Module):
     if not self.has_variable('packed', 'kept'):
       return self._run(x_NxPxD, expert_N, rows, mode)
     kept_R = self.get_variable('packed', 'kept')  # the others add nothing and were removed
-    place_E = jnp.full(self.experts + 1, kept_R.size, jnp.int32).at[kept_R].set(jnp.arange(kept_R.size))
+    place_E = (
+      jnp.full(self.experts + 1, kept_R.size, jnp.int32).at[kept_R].set(jnp.arange(kept_R.size))
+    )
     if expert_N is not None:
       return self._run(x_NxPxD, place_E[expert_N], rows, mode)
     y_RxPxD = self._run(x_NxPxD[kept_R], None, rows, mode)

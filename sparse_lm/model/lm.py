@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -188,11 +189,16 @@ def check_decodes(model: LM) -> None:
       )
 
 
-def cache_shapes(model: LM, batch: int) -> Any:
-  """The `cache` collection for so many sequences, as shape structs."""
+def cache_shapes(model: LM, variables: Any, batch: int) -> Any:
+  """The `cache` collection for so many sequences, as shape structs; sizes are those of `variables`."""
   token = jnp.zeros((batch, 1), jnp.int32)
-  made = jax.eval_shape(functools.partial(model.init, mode='decode'), jax.random.key(0), token)
-  return made['cache']
+  # As in `init`: every layer makes its part, whether a token would enter it or not.
+  make = flax.core.apply(
+    lambda scope: model.clone(parent=scope)(token, mode='decode'),
+    mutable=['cache'],
+    flags={'initializing': True},
+  )
+  return jax.eval_shape(make, variables)[1]['cache']
 
 
 def groups(model: LM) -> tuple[Group, ...]:

@@ -164,7 +164,7 @@ class _Loop:
     return values
 
   def _save(self, state: TrainState, batches: Any) -> None:
-    """Never saves a state whose losses were not seen to be finite, or that is less sparse than it says."""
+    """Never saves a state whose losses were not seen to be finite, or less sparse than its masks."""
     self._fetch()
     states.check_masks(self.program, state)
     self.checkpoints.save(state, batches)

@@ -82,7 +82,10 @@ def check_masks(program: Any, state: TrainState) -> None:
 
 def _awake(trainable: Tree, sparse: Sparse) -> Tree:
   counts = tree.where_sparse(
-    lambda w, mask: jnp.sum((w != 0) & ~mask), trainable['params'], sparse.masks, dense=lambda _: None
+    lambda w, mask: jnp.sum((w != 0) & ~mask),
+    trainable['params'],
+    sparse.masks,
+    dense=lambda _: None,
   )
   return jax.device_get(counts)
 

@@ -15,7 +15,6 @@ from sparse_lm.core import slots
 from sparse_lm.core.estimator import ESTIMATORS
 from sparse_lm.layers.record import SOWN
 from sparse_lm.layers.spec import Spec
-from sparse_lm.model import lm
 from sparse_lm.model.block import Block
 
 BATCH, LENGTH, WIDTH, HIDDEN, VOCAB = 2, 8, 8, 12, 11

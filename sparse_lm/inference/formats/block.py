@@ -67,7 +67,7 @@ class Block(Format):
     size = self.tiles.shape[1]
     x_TxGxb = x.reshape(-1, self.groups, size)
     part_NxTxb = jnp.einsum('noi,nti->nto', self.tiles, x_TxGxb[:, self.source].swapaxes(0, 1))
-    padded = jnp.concatenate([part_NxTxb, jnp.zeros_like(part_NxTxb[:1])])
+    padded = jnp.pad(part_NxTxb, ((0, 1), (0, 0), (0, 0)))
     y_OxTxb = jnp.sum(padded[self.parts], axis=1)
     return y_OxTxb.swapaxes(0, 1).reshape(*x.shape[:-1], -1)
 

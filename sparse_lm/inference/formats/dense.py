@@ -8,7 +8,7 @@ from sparse_lm.core.packed import READ_FULL, READ_OUTPUTS, Array, Format, rows
 
 
 class Dense(Format):
-  """The transposed kernel `[..., out, in]`: a product with one token reads each output's weights in a row.
+  """The transposed kernel `[..., out, in]`: a product with one token reads each output's weights in turn.
 
   On a CPU that reaches nine tenths of the memory's bandwidth, where `[in, out]` reaches eight.
   """

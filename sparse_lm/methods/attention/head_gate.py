@@ -25,6 +25,7 @@ class HeadGate(LearnedGate, kw_only=True):
   inner: Callable[[], nn.Module]
   slot: ClassVar[str] = 'attention'
   twin: ClassVar[str] = 'full'
+  skips: ClassVar[bool] = False  # decoding computes closed heads too
 
   @nn.compact
   def __call__(

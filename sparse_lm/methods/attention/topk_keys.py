@@ -48,7 +48,8 @@ class TopKKeys(nn.Module):
     note(self.path, q_BxLxHxK, keys, read=share_of_keys(self.k, keys))
     mask_BxLxS = causal(positions_BxL, key_positions_BxS, valid_BxS)
     dropout = nn.Dropout(self.spec.dropout, deterministic=mode != 'train')
-    return attend(q_BxLxHxK, k_BxSxGxK, v_BxSxGxK, mask_BxLxS, dropout, self._largest)
+    select, most = self._largest, self.k
+    return attend(q_BxLxHxK, k_BxSxGxK, v_BxSxGxK, mask_BxLxS, dropout, select, most)
 
   def _largest(self, scores: jax.Array, mask: jax.Array) -> jax.Array:
     scores = jax.lax.stop_gradient(jnp.where(mask, scores, -jnp.inf))

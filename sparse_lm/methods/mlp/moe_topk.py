@@ -91,8 +91,12 @@ class MoETopK(nn.Module):
       self.spec, self.activation, self.experts, self.hidden or self.spec.hidden, name='experts'
     )
     if mode == 'decode' and l == 1 and expert_TxK.size <= self.experts:
-      y_NxPxD = experts(jnp.repeat(x_TxD, self.k, axis=0)[:, None], expert_TxK.ravel(), b * self.k, mode)
-      y_TxD = jnp.einsum('tkd,tk->td', y_NxPxD.reshape(b, self.k, d), weight_TxK.astype(x_TxD.dtype))
+      y_NxPxD = experts(
+        jnp.repeat(x_TxD, self.k, axis=0)[:, None], expert_TxK.ravel(), b * self.k, mode
+      )
+      y_TxD = jnp.einsum(
+        'tkd,tk->td', y_NxPxD.reshape(b, self.k, d), weight_TxK.astype(x_TxD.dtype)
+      )
       return y_TxD.reshape(b, l, d)
     x_NxPxD = seats.dispatch(x_TxD, plan, self.executor)
     expert_N = plan.expert_N if self._factor(mode) == 0 else None

@@ -1,0 +1,170 @@
+"""What does a packed model of 113 M parameters save in time, beside its dense twin?
+
+Random weights, with the mask or the gate at its rate, which is enough for timing: bytes as tokens, 16
+layers of width 768, context 256, float32. Decoding is batch 1, prefill reads 4 sequences at once.
+Experts are timed beside a dense model of equal active parameters. MLP rows are of one layer's MLP.
+"""
+
+import functools
+import math
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.sweep import Run
+from sparse_lm.core import config as configs
+from sparse_lm.core import runtime, tree
+from sparse_lm.core.pattern import kept, pattern
+from sparse_lm.core.sparse import apply_masks
+from sparse_lm.evals import decoding
+from sparse_lm.inference.pack import PackedModel, dense_twin, pack
+from sparse_lm.model import lm
+from sparse_lm.report import lines as results
+from sparse_lm.report import plot, table
+from sparse_lm.train.workdir import environment
+
+CONFIG = 'configs/base.py'
+SIZE = {
+  'data.context': 256,
+  'model.layers': 16,
+  'model.width': 768,
+  'model.hidden': 3072,
+  'model.heads': 12,
+  'model.kv_heads': 12,
+}
+VOCAB, PREFILLED, REPEATS = 256, 4, 15
+EXPERTS = {'mlp.name': 'moe_topk', 'mlp.experts': 16, 'mlp.k': 2, 'mlp.hidden': 768}
+HALF_DEPTH = {'depth.name': 'mixture_of_depths', 'depth.layers': '1::2'}
+ACTIVE = {'model.hidden': 2 * 768}  # as many units as two experts have
+# Overrides, patterns of the masks, density, and what it is timed beside if not its dense twin.
+ROWS: dict[str, tuple[dict[str, Any], tuple[str, ...], float, dict[str, Any] | None]] = {
+  'dense': ({}, (), 1.0, None),
+  'shrink: half of the neurons and heads': ({}, ('neuron', 'head'), 0.5, None),
+  'blocks of 32, 90 %': ({}, ('block:32',), 0.1, None),
+  'blocks of 64, 90 %': ({}, ('block:64',), 0.1, None),
+  'blocks of 128, 90 %': ({}, ('block:128',), 0.1, None),
+  'blocks of 64, 75 %': ({}, ('block:64',), 0.25, None),
+  'predictor, 10 % of the neurons': (
+    {'mlp.name': 'predictor_topk', 'mlp.density': 0.1},
+    (),
+    1.0,
+    None,
+  ),
+  'exact top-k, 10 % of the neurons': (
+    {'activation.name': 'topk', 'activation.density': 0.1},
+    (),
+    1.0,
+    None,
+  ),
+  '2 of 16 experts, 4 layers': (
+    EXPERTS | {'model.layers': 4},
+    (),
+    1.0,
+    ACTIVE | {'model.layers': 4},
+  ),
+  'mixture of depths, 12.5 % of every second layer': (HALF_DEPTH, (), 1.0, None),
+}
+
+
+def runs() -> list[Run]:
+  """A run for each row."""
+  return [Run(CONFIG, SIZE | overrides, {'model': name}) for name, (overrides, *_) in ROWS.items()]
+
+
+def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
+  """Packs a model of random weights and times it."""
+  runtime.prepare()
+  config = configs.load(run.config, run.overrides)
+  model = lm.from_config(config, VOCAB)
+  _, patterns, density, beside = ROWS[run.labels['model']]
+  packed = _packed(model, patterns, density)
+  twin = dense_twin(model)
+  if beside is not None:
+    twin = dense_twin(lm.from_config(configs.load(run.config, SIZE | beside), VOCAB))
+  metrics: dict[str, Any] = {}
+  for what, batch in (('decode', 1), ('prefill', PREFILLED)):
+    text = np.random.default_rng(0).integers(0, VOCAB, batch * config.data.context)
+    work = decoding.workload(text, config.data.context, batch, REPEATS)
+    found = decoding.measure({'': (packed, twin)}, work)['']
+    metrics |= {k: v for k, v in found.items() if ('prefill' in k) == (what == 'prefill')}
+  metrics['params'] = sum(math.prod(a.shape) for a in jax.tree.leaves(lm.shapes(model)['params']))
+  return {'metrics': metrics, 'config': configs.to_json(config), 'env': environment()}
+
+
+def _packed(model: lm.LM, patterns: tuple[str, ...], density: float) -> PackedModel:
+  draw = np.random.default_rng(0)
+  shapes = lm.shapes(model)['params']
+  params = tree.map_named(functools.partial(_random, draw), shapes)
+  masks: dict[str, np.ndarray] = {}
+  for name in patterns:
+    masks |= _masks(model, name, density, draw)
+  masks_tree = tree.map_named(lambda path, w: masks.get(path), params)
+  return pack(model, jax.device_get(apply_masks(params, masks_tree)), masks_tree, {})
+
+
+def _random(draw: np.random.Generator, path: str, leaf: Any) -> np.ndarray:
+  if path.endswith('scale'):
+    return np.ones(leaf.shape, np.float32)
+  if 'router_predictor' in path:
+    # Of inputs of unit mean square logits are normal: an eighth of them exceeds 1.15.
+    width = leaf.shape[0]
+    return (
+      np.full(1, -1.15, 'f')
+      if leaf.ndim == 1
+      else draw.normal(0, width**-0.5, leaf.shape).astype('f')
+    )
+  return 0.02 * draw.standard_normal(leaf.shape, np.float32)
+
+
+def _masks(
+  model: lm.LM, name: str, density: float, draw: np.random.Generator
+) -> dict[str, np.ndarray]:
+  """Random units of every kernel of the layers, so many of each matrix or group."""
+  units = pattern(name, lm.groups(model))
+  covered = tree.map_named(
+    lambda path, w: (
+      w if path.startswith('block_') and w.ndim == 2 and units.covers(path, w.shape) else None
+    ),
+    lm.shapes(model)['params'],
+  )
+  pooled = jax.eval_shape(units.pool, covered)
+  chosen = {}
+  for unit, shape in pooled.items():
+    order = draw.permutation(math.prod(shape.shape)).reshape(shape.shape)
+    chosen[unit] = jnp.asarray(order < int(kept(order.size, density)))
+  return {
+    path: np.asarray(mask) for path, mask in tree.named(units.expand(chosen, covered)).items()
+  }
+
+
+def report(lines: list[results.Line], folder: pathlib.Path) -> str:
+  """The table and a bar chart of the decode ratios."""
+  columns = [
+    table.Column('decode_ms', 'decode', '.2f', 'ms'),
+    table.Column('decode_speedup', 'decode, dense / packed', '.2f'),
+    table.Column('decode_speedup_low', 'decode, lower quartile', '.2f'),
+    table.Column('decode_speedup_high', 'decode, upper quartile', '.2f'),
+    table.Column('prefill_speedup', 'prefill, dense / packed', '.2f'),
+    table.Column('prefill_speedup_low', 'prefill, lower quartile', '.2f'),
+    table.Column('prefill_speedup_high', 'prefill, upper quartile', '.2f'),
+    table.Column('weights_bytes', 'weights', ',.0f', 'MB', 1e-6),
+    table.Column('read_bytes', 'read per token', ',.0f', 'MB', 1e-6),
+    table.Column('bandwidth', 'bandwidth / measured', '.2f'),
+    table.Column('memory_bandwidth', 'measured', '.1f', 'GB/s', 1e-9),
+    table.Column('peak_memory', 'peak memory', ',.0f', 'MB', 1e-6),
+    table.Column('params', 'parameters', ',.0f', 'M', 1e-6),
+  ]
+  frame = table.summarise(lines, ['model'], columns)
+  env = lines[0]['env']
+  caption = (
+    'Packed models beside their dense twins (experts: beside a dense model of equal active parameters), '
+    f'float32, context 256, decode batch 1, prefill batch {PREFILLED}; {env["cpu"]}, {env["cores"]} '
+    f'cores, {env["device"]}, jax {env["jax"]}; medians of {REPEATS} turns'
+  )
+  ratio = table.Column('decode_speedup', 'decode: dense time / packed time')
+  figure = plot.bars(lines, 'model', ratio, 'decode_speedup_low', 'decode_speedup_high', 'model')
+  plot.save(figure, folder, 'packed_speed')
+  return table.write(frame, folder, caption, 'python -m experiments.run packed_speed')

@@ -1,0 +1,170 @@
+"""How fast packed models prefill and decode, each beside its dense twin, in turns in one process."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_lm.core import cost, tree
+from sparse_lm.core.errors import UserError
+from sparse_lm.core.packed import is_packed
+from sparse_lm.evals import speed
+from sparse_lm.inference.decode import Decoder
+from sparse_lm.inference.pack import PackedModel, weights
+from sparse_lm.model import lm
+
+DECODED = 16  # tokens of a turn
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+  """What is timed.
+
+  Attributes:
+    tokens_BxL: int32, real text: what gates let through depends on it.
+    prompt: tokens of each sequence that are prefilled, before `DECODED` more are decoded.
+    repeats: turns.
+  """
+
+  tokens_BxL: np.ndarray
+  prompt: int
+  repeats: int = 15
+
+  @property
+  def batch(self) -> int:
+    """Sequences side by side."""
+    return len(self.tokens_BxL)
+
+
+def workload(tokens: np.ndarray, context: int, batch: int, repeats: int) -> Workload:
+  """Sequences of a text as long as a context. Raises UserError where the text is too short."""
+  if context <= DECODED or len(tokens) < batch * context:
+    raise UserError(
+      f'--batch={batch} sequences of config.data.context={context}: a context of more than {DECODED} and '
+      f'{batch * context} tokens of validation text are needed, of which there are {len(tokens)}'
+    )
+  rows = np.asarray(tokens[: batch * context], np.int32).reshape(batch, context)
+  return Workload(rows, context - DECODED, repeats)
+
+
+class _Decode:
+  """Decodes the tokens after the prompt; each time from the cache that the prompt left."""
+
+  def __init__(self, decoder: Decoder, work: Workload) -> None:
+    self.decoder, self.work = decoder, work
+    length_B = np.full(work.batch, work.prompt, np.int32)
+    cache = decoder.cache(work.batch)
+    _, self.begun = decoder.prefill(
+      decoder.variables, cache, work.tokens_BxL[:, : work.prompt], length_B
+    )
+    self.prepare()
+
+  def prepare(self) -> None:
+    self.cache = jax.tree.map(jnp.copy, self.begun)
+
+  def __call__(self) -> jax.Array:
+    for place in range(self.work.prompt, self.work.prompt + DECODED):
+      position_B = np.full(self.work.batch, place, np.int32)
+      token_B = self.work.tokens_BxL[:, place]
+      logits, self.cache = self.decoder.decode(
+        self.decoder.variables, self.cache, token_B, position_B
+      )
+    return logits
+
+  @property
+  def peak_memory(self) -> int | None:
+    """Of a step, by XLA's account."""
+    token_B = self.work.tokens_BxL[:, 0]
+    lowered = self.decoder.decode.lower(self.decoder.variables, self.cache, token_B, token_B)
+    return speed.peak_memory(lowered.compile())
+
+
+class _Prefill:
+  """Reads whole sequences into an empty cache."""
+
+  def __init__(self, decoder: Decoder, work: Workload) -> None:
+    self.decoder, self.work = decoder, work
+    self.length_B = np.full(work.batch, work.tokens_BxL.shape[1], np.int32)
+    self.prepare()
+
+  def prepare(self) -> None:
+    self.cache = self.decoder.cache(self.work.batch)
+
+  def __call__(self) -> jax.Array:
+    return self.decoder.prefill(
+      self.decoder.variables, self.cache, self.work.tokens_BxL, self.length_B
+    )
+
+
+def measure(
+  pairs: dict[str, tuple[PackedModel, PackedModel]], work: Workload
+) -> dict[str, dict[str, Any]]:
+  """Numbers of each packed model and its dense twin.
+
+  Returns:
+    By name `decode_ms` (of a token of every sequence), `prefill_tokens_per_second`, `peak_memory`
+    (bytes), `weights_bytes`, `read_bytes` (of weights that a token reads, gates as measured on the
+    text), `bandwidth` (of them, over the machine's measured one), the same with `dense_` before it, and
+    `decode_speedup`, `prefill_speedup` with `_low` and `_high`, their quartiles over the turns.
+  """
+  decoders = {
+    (name, role): Decoder(packed.model, packed.variables)
+    for name, pair in pairs.items()
+    for role, packed in zip(('', 'dense_'), pair)
+  }
+  decodes = {key: _Decode(decoder, work) for key, decoder in decoders.items()}
+  prefills = {key: _Prefill(decoder, work) for key, decoder in decoders.items()}
+  reading, bytes_ = speed.read()
+  calls = {('decode', *key): call for key, call in decodes.items()}
+  calls |= {('prefill', *key): call for key, call in prefills.items()}
+  seconds = speed.interleaved(calls | {'read': reading}, work.repeats, 'decoding')
+  peak = bytes_ / float(np.median(seconds['read']))
+  found = {}
+  for name, pair in pairs.items():
+    row: dict[str, Any] = {'memory_bandwidth': peak}
+    for role, packed in zip(('', 'dense_'), pair):
+      step = float(np.median(seconds['decode', name, role])) / DECODED
+      prefill = float(np.median(seconds['prefill', name, role]))
+      read = read_bytes(packed, work.tokens_BxL)
+      row |= {
+        f'{role}decode_ms': 1e3 * step,
+        f'{role}prefill_tokens_per_second': work.tokens_BxL.size / prefill,
+        f'{role}peak_memory': decodes[name, role].peak_memory,
+        f'{role}weights_bytes': weights(packed.variables),
+        f'{role}read_bytes': read,
+        f'{role}bandwidth': read / step / peak,
+      }
+    for what in ('decode', 'prefill'):
+      ratio = speed.ratio(seconds[what, name, 'dense_'], seconds[what, name, ''])
+      row |= {f'{what}_{key.replace("ratio", "speedup")}': value for key, value in ratio.items()}
+    found[name] = row
+  return found
+
+
+def read_bytes(packed: PackedModel, tokens_BxL: np.ndarray) -> int:
+  """Bytes of weights that a token of a batch of one reads, gates as they are on the text."""
+  model = packed.model
+  run = jax.jit(lambda v, t: model.apply(v, t, mode='eval', mutable=['gates'])[1])
+  seen = tree.named(run(packed.variables, tokens_BxL).get('gates', {}))
+  active = {path.removesuffix('/active'): float(value) for path, value in seen.items()}
+  sizes = {
+    path: math.prod(leaf.shape) for path, leaf in tree.named(lm.shapes(model)['params']).items()
+  }
+  held = {
+    tree.path_name(path): leaf.nbytes
+    for path, leaf in jax.tree_util.tree_leaves_with_path(packed.variables, is_leaf=is_packed)
+  }
+  total = 0.0
+  for m in lm.ledger(model, tokens_BxL.shape[1]).values():
+    if m.kernel is None:
+      continue
+    stored = held.get(f'packed/{m.kernel}', held.get(f'params/{m.kernel}', 0))
+    skipping = dataclasses.replace(m, gates=tuple(gate for gate in m.gates if gate.skips))
+    # A stack of experts is read as far as tokens visit it.
+    total += stored * min(
+      1.0, cost.forward_flops({'': skipping}, {}, active) / (2 * sizes[m.kernel])
+    )
+  return round(total)

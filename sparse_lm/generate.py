@@ -1,0 +1,117 @@
+"""`python -m sparse_lm.generate --workdir=FOLDER --prompt=TEXT [...]`: text, as it is made."""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from sparse_lm.core import runtime
+from sparse_lm.core.errors import Parser, UserError, one_line
+from sparse_lm.evals import energy
+from sparse_lm.inference.decode import Decoder
+from sparse_lm.inference.runnable import Runnable, load
+from sparse_lm.inference.sample import Sampling
+
+
+def generate(
+  run: Runnable,
+  prompts: Sequence[str],
+  tokens: int = 0,
+  sampling: Sampling = Sampling(),  # noqa: B008
+  stop: str = '',
+  seed: int = 0,
+) -> Iterator[list[str]]:
+  """The continuation of every prompt so far, after each token.
+
+  Args:
+    run: from `inference.runnable.load`.
+    prompts: texts, not of equal length.
+    tokens: to be made of each; 0 = as many as the context has room for.
+    sampling: how they are drawn.
+    stop: a text that ends a continuation, before it; '' = none.
+    seed: of the draws.
+
+  Raises:
+    UserError: a prompt that does not fit the context or the tokenizer, or a bad option.
+  """
+  encoded = [np.asarray(run.tokenizer.encode(prompt.encode())) for prompt in prompts]
+  tokens = tokens or max(run.model.spec.context - max(map(len, encoded)), 1)
+  made: list[list[int]] = [[] for _ in prompts]
+  texts, open_ = [''] * len(prompts), [True] * len(prompts)
+  for token_B in Decoder(run.model, run.variables).generate(encoded, tokens, sampling, seed):
+    for row in np.flatnonzero(open_):
+      made[row].append(int(token_B[row]))
+      text = run.tokenizer.decode(made[row])
+      open_[row] = not (stop and stop in text)
+      texts[row] = text if open_[row] else text[: text.index(stop)]
+    yield list(texts)
+    if not any(open_):
+      return
+
+
+def _arguments() -> argparse.Namespace:
+  parser = Parser('python -m sparse_lm.generate')
+  parser.add_argument('--workdir', required=True, help='a trained run or a packed model')
+  parser.add_argument('--prompt', required=True, action='append', help='repeat it for a batch')
+  parser.add_argument('--tokens', type=int, default=0, help='0 = what the context has room for')
+  parser.add_argument('--temperature', type=float, default=1.0, help='0 = greedy')
+  parser.add_argument('--top_k', type=int, default=0, help='0 = all')
+  parser.add_argument('--top_p', type=float, default=1.0, help='1 = all')
+  parser.add_argument('--stop', default='', help='text that ends it')
+  parser.add_argument('--seed', type=int, default=0)
+  return parser.parse_args()
+
+
+def _stream(texts: Iterator[list[str]]) -> list[str]:
+  """Writes a single continuation as it comes; a character that is not whole yet waits."""
+  shown, last = 0, ['']
+  for last in texts:
+    whole = last[0].rstrip('\ufffd')
+    if len(last) == 1 and len(whole) > shown:
+      print(whole[shown:], end='', flush=True)
+      shown = len(whole)
+  if len(last) == 1:
+    print(last[0][shown:])
+  return last
+
+
+@one_line
+def main() -> None:
+  """Streams one continuation, or prints several; the speed goes to stderr."""
+  arguments = _arguments()
+  if arguments.tokens < 0:
+    raise UserError(
+      f'--tokens={arguments.tokens} is not valid; valid: 1 or more, or 0 for the rest'
+    )
+  runtime.prepare()
+  run = load(arguments.workdir)
+  sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+  begin, count, meter = time.perf_counter(), 0, energy.meter()
+  if len(arguments.prompt) == 1:
+    print(arguments.prompt[0], end='', flush=True)
+
+  def counted() -> Iterator[list[str]]:
+    nonlocal count
+    texts = generate(
+      run, arguments.prompt, arguments.tokens, sampling, arguments.stop, arguments.seed
+    )
+    for text in texts:
+      count += len(text)
+      yield text
+
+  with meter as measured:
+    texts = _stream(counted())
+  if len(texts) > 1:
+    for prompt, text in zip(arguments.prompt, texts):
+      print(f'--- {prompt}{text}')
+  seconds = time.perf_counter() - begin
+  joules = energy.per_token(measured.joules, count)
+  print(
+    f'{count} tokens in {seconds:.1f} s, compilation included; energy: {joules}', file=sys.stderr
+  )
+
+
+if __name__ == '__main__':
+  main()

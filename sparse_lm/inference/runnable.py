@@ -1,0 +1,39 @@
+"""A model to run, from a trained workdir or a packed folder alike."""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from sparse_lm.core.sparse import Tree
+from sparse_lm.data import tokenizers
+from sparse_lm.inference import saved
+from sparse_lm.model.lm import LM
+from sparse_lm.train import trained
+
+
+@dataclasses.dataclass(frozen=True)
+class Runnable:
+  """What decoding needs.
+
+  Attributes:
+    variables: all collections; of a packed folder with `packed` in place of most parameters.
+    is_packed: whether only what is left is executed.
+  """
+
+  path: str
+  config: ConfigDict
+  tokenizer: tokenizers.Tokenizer
+  model: LM
+  variables: Tree
+  is_packed: bool
+
+
+def load(path: str) -> Runnable:
+  """Loads a folder. Raises UserError where it holds neither a packed model nor a checkpoint."""
+  if saved.is_saved(path):
+    found = saved.load(path)
+    packed = found.packed
+    return Runnable(path, found.config, found.tokenizer, packed.model, packed.variables, True)
+  run = trained.load(path)
+  variables = {'params': run.params, **run.model_state}
+  return Runnable(path, run.config, run.tokenizer, run.program.model, variables, False)

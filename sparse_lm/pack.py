@@ -1,0 +1,88 @@
+"""`python -m sparse_lm.pack --workdir=RUN --out=FOLDER`: a model that executes what is left of it."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from tabulate import tabulate
+
+from sparse_lm.core import runtime
+from sparse_lm.core.errors import Parser, UserError, one_line
+from sparse_lm.inference import saved
+from sparse_lm.inference.pack import PackedModel, weights
+from sparse_lm.inference.pack import pack as pack_model
+from sparse_lm.train.trained import Trained, load
+
+TOLERANCE = 1e-4  # largest error of a logit over the largest logit, in float32
+CHECKED = 4  # sequences of the context's length
+
+
+def pack(workdir: str, out: str) -> dict[str, Any]:
+  """Packs a trained run and writes it.
+
+  Args:
+    workdir: of the run.
+    out: a new folder, see `inference/saved.py`.
+
+  Returns:
+    `largest_error` (of a logit over the largest logit), `dense_bytes`, `running_bytes`,
+    `stored_bytes` (of all arrays), and a row for each matrix in `matrices`.
+
+  Raises:
+    UserError: no checkpoint, a folder that exists, or a packed model that computes something else.
+  """
+  trained = load(workdir)
+  packed = pack_model(trained.program.model, trained.params, trained.masks, trained.model_state)
+  error = largest_error(trained, packed)
+  if trained.config.model.dtype == 'float32' and not error <= TOLERANCE:
+    raise UserError(
+      f'--workdir={workdir}: packed, its logits are off by {error:.1e} of the largest; valid: '
+      f'{TOLERANCE:.0e} at most (a gate whose logits are all but equal can do that)'
+    )
+  facts = {
+    'source': workdir,
+    'largest_error': error,
+    'dense_bytes': weights({'params': trained.params, **trained.model_state}),
+    'running_bytes': weights(packed.variables),
+  }
+  saved.save(packed, trained, out, facts)
+  kept = sum(m.stored.nbytes - m.runs.nbytes for m in packed.matrices.values())
+  return facts | {
+    'stored_bytes': facts['running_bytes'] + kept,
+    'removed': packed.removed,
+    'matrices': saved.describe(packed),
+  }
+
+
+def largest_error(trained: Trained, packed: PackedModel) -> float:
+  """Largest difference of a logit from the masked twin's, over the largest logit, on random tokens."""
+  spec = packed.model.spec
+  shape = (CHECKED, spec.context)
+  tokens = np.random.default_rng(0).integers(0, spec.vocab, shape).astype(np.int32)
+  want = np.asarray(trained.logits(tokens))
+  run = jax.jit(lambda variables, tokens: packed.model.apply(variables, tokens, mode='eval'))
+  got = np.asarray(run(packed.variables, tokens))
+  return float(np.abs(got - want).max() / max(np.abs(want).max(), np.finfo(np.float32).tiny))
+
+
+@one_line
+def main() -> None:
+  """Packs a run, and says what became of each matrix."""
+  parser = Parser('python -m sparse_lm.pack')
+  parser.add_argument('--workdir', required=True, help='of the trained run')
+  parser.add_argument('--out', required=True, help='new folder of the packed model')
+  arguments = parser.parse_args()
+  runtime.prepare()
+  found = pack(arguments.workdir, arguments.out)
+  print(tabulate(found['matrices'], headers='keys', tablefmt='github', floatfmt=',.1f'))
+  for line in found['removed']:
+    print(line)
+  dense, running, stored = (found[f'{name}_bytes'] / 1e6 for name in ('dense', 'running', 'stored'))
+  print(
+    f'{arguments.out}: {running:.2f} MB to run and {stored:.2f} MB stored of {dense:.2f} MB; largest '
+    f'error {found["largest_error"]:.1e} of the largest logit'
+  )
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,108 @@
+"""`python -m sparse_lm.speed --workdir=FOLDER [--workdir=...]`: what sparsity saves once packed."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from tabulate import tabulate
+
+from sparse_lm.core import runtime
+from sparse_lm.core.errors import Parser, UserError, one_line, require
+from sparse_lm.evals import decoding
+from sparse_lm.inference import saved
+from sparse_lm.inference.pack import PackedModel, dense_twin, pack
+from sparse_lm.train import trained
+from sparse_lm.train.setup import data_of
+from sparse_lm.train.workdir import environment
+
+
+def packed_of(path: str) -> tuple[PackedModel, Any, Any]:
+  """A packed folder's model, or a trained run's, packed in memory; its config and tokenizer.
+
+  Raises UserError where the folder holds neither.
+  """
+  if saved.is_saved(path):
+    found = saved.load(path)
+    return found.packed, found.config, found.tokenizer
+  run = trained.load(path)
+  packed = pack(run.program.model, run.params, run.masks, run.model_state)
+  return packed, run.config, run.tokenizer
+
+
+def speed(paths: list[str], batch: int = 1, repeats: int = 15) -> dict[str, dict[str, Any]]:
+  """Times each model beside its dense twin, all in turns, on its validation text.
+
+  Returns:
+    Numbers by path, see `evals/decoding.measure`.
+
+  Raises:
+    UserError: a folder without a model, models of different tokenizer or context, or too little text.
+  """
+  found = {path: packed_of(path) for path in paths}
+  _, config, tokenizer = found[paths[0]]
+  for path, (_, other, other_tokenizer) in found.items():
+    if other_tokenizer.digest != tokenizer.digest or other.data.context != config.data.context:
+      raise UserError(
+        f'--workdir={path} has another tokenizer or context than {paths[0]}; valid: models that read '
+        'the same tokens, or one command for each'
+      )
+  text = np.asarray(data_of(config).tokens['validation'])
+  work = decoding.workload(text, config.data.context, batch, repeats)
+  pairs = {path: (packed, dense_twin(packed.model)) for path, (packed, _, _) in found.items()}
+  return decoding.measure(pairs, work)
+
+
+ROWS = (
+  ('decode (ms/token)', 'decode_ms', '.3f', 1),
+  ('prefill (tokens/s)', 'prefill_tokens_per_second', ',.0f', 1),
+  ('weights (MB)', 'weights_bytes', '.2f', 1e-6),
+  ('read per token (MB)', 'read_bytes', '.2f', 1e-6),
+  ('of the bandwidth', 'bandwidth', '.0%', 1),
+  ('peak memory (MB)', 'peak_memory', '.1f', 1e-6),
+)
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+  """A Markdown table: a packed model's row above its dense twin's."""
+  rows = []
+  for path, row in found.items():
+    for role, name in (('', path), ('dense_', '... its dense twin')):
+      cells = [
+        '-' if row[role + key] is None else format(row[role + key] * scale, form)
+        for _, key, form, scale in ROWS
+      ]
+      ratios = ['1', '1'] if role else [_ratio(row, 'decode'), _ratio(row, 'prefill')]
+      rows.append([name, *cells, *ratios])
+  header = ['model', *(title for title, *_ in ROWS), 'decode, × dense', 'prefill, × dense']
+  return tabulate(rows, header, tablefmt='github', disable_numparse=True)
+
+
+def _ratio(row: dict[str, Any], what: str) -> str:
+  low, mid, high = (row[f'{what}_speedup{end}'] for end in ('_low', '', '_high'))
+  return f'{mid:.2f} ({low:.2f}–{high:.2f})'
+
+
+@one_line
+def main() -> None:
+  """Prints the table, and what it was measured on."""
+  parser = Parser('python -m sparse_lm.speed')
+  parser.add_argument('--workdir', required=True, action='append', help='of a run, or packed')
+  parser.add_argument('--batch', type=int, default=1, help='sequences side by side')
+  parser.add_argument('--repeats', type=int, default=15, help='turns')
+  arguments = parser.parse_args()
+  require(arguments.batch >= 1, '--batch', arguments.batch, '1 or more')
+  require(arguments.repeats >= 1, '--repeats', arguments.repeats, '1 or more')
+  runtime.prepare()
+  found = speed(arguments.workdir, arguments.batch, arguments.repeats)
+  print(table(found))
+  env = environment()
+  peak = next(iter(found.values()))['memory_bandwidth'] / 1e9
+  print(
+    f'\nBatch {arguments.batch}; {env["cpu"]}, {env["cores"]} cores, {env["device"]}, jax {env["jax"]} '
+    f'({jax.default_backend()}); memory reads at {peak:.1f} GB/s; medians of {arguments.repeats} turns, '
+    'quartiles in brackets. A twin has random weights.'
+  )
+
+
+if __name__ == '__main__':
+  main()

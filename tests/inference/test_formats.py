@@ -1,0 +1,125 @@
+"""Every format found in the folder multiplies as the masked kernel does."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
+
+from sparse_lm.inference.pack import load_format, names
+
+RUNNING = [name for name in names() if load_format(name).runs]
+SHAPES = ((32, 48), (64, 16))
+KINDS = ('full', 'weights', 'tiles', 'rows', 'columns', '2:4', '1:8', 'one weight', 'nothing')
+
+
+def mask_of(kind, shape, draw):
+  mask = np.zeros(shape, bool)
+  if kind == 'full':
+    return ~mask
+  if kind == 'weights':
+    return draw.random(shape) < 0.4
+  if kind == 'tiles':
+    tiles = draw.random((shape[0] // 16, shape[1] // 16)) < 0.4
+    tiles[0, 0] = True
+    return np.kron(tiles, np.ones((16, 16), bool))
+  if kind == 'rows':
+    mask[draw.permutation(shape[0])[:5]] = True
+  elif kind == 'columns':
+    mask[:, draw.permutation(shape[1])[:5]] = True
+  elif kind == 'one weight':
+    mask[3, 7] = True
+  elif kind != 'nothing':
+    n, m = map(int, kind.split(':'))
+    ranks = draw.random((shape[0] // m, m, shape[1])).argsort(axis=1)
+    mask = (ranks < n).reshape(shape)
+  return mask
+
+
+cases = given(
+  seed=st.integers(0, 2**31), shape=st.sampled_from(SHAPES), kind=st.sampled_from(KINDS)
+)
+
+
+@pytest.mark.parametrize('name', names())
+@settings(max_examples=12, deadline=None)
+@cases
+def test_what_is_stored_is_the_masked_kernel(name, seed, shape, kind):
+  draw = np.random.default_rng(seed)
+  mask, cls = mask_of(kind, shape, draw), load_format(name)
+  if cls.refuses(mask):
+    return
+  kernel = draw.normal(size=shape).astype('f')
+  assert_array_equal(np.asarray(cls.pack(kernel, mask).kernel()), np.where(mask, kernel, 0))
+
+
+@pytest.mark.parametrize('name', RUNNING)
+@settings(max_examples=8, deadline=None)
+@cases
+def test_products_are_those_of_the_masked_kernel(name, seed, shape, kind):
+  draw = np.random.default_rng(seed)
+  mask, cls = mask_of(kind, shape, draw), load_format(name)
+  if cls.refuses(mask):
+    return
+  kernel, x = draw.normal(size=shape).astype('f'), draw.normal(size=(2, 3, shape[0])).astype('f')
+  stored = jax.device_put(cls.pack(kernel, mask))
+  want = x.astype('d') @ np.where(mask, kernel, 0)
+  assert_allclose(stored.matmul(x), want, rtol=1e-5, atol=1e-5)
+  # One token, some of its inputs, some of its outputs.
+  assert_allclose(stored.matmul(x[0, 0]), want[0, 0], rtol=1e-5, atol=1e-5)
+  outputs = np.sort(draw.permutation(shape[1])[:4])
+  assert_allclose(stored.of_outputs(x[0, 0], outputs), want[0, 0][outputs], rtol=1e-5, atol=1e-5)
+  inputs = np.sort(draw.permutation(shape[0])[:4])
+  some = x[0, 0][inputs].astype('d') @ np.where(mask, kernel, 0)[inputs]
+  assert_allclose(stored.of_inputs(x[0, 0][inputs], inputs), some, rtol=1e-5, atol=1e-5)
+
+
+def test_which_masks_a_format_takes():
+  draw = np.random.default_rng(0)
+  taken = {
+    name: {k for k in KINDS if not load_format(name).refuses(mask_of(k, (64, 48), draw))}
+    for name in names()
+  }
+  assert taken['dense'] == taken['gather'] == set(KINDS)
+  assert taken['block'] >= {'tiles', 'one weight', 'nothing'}
+  assert taken['block'].isdisjoint({'full', 'weights', '2:4', '1:8'})
+  assert taken['channels'] >= {'rows', 'columns', 'one weight'}
+  assert taken['channels'].isdisjoint({'full', 'weights', '2:4', '1:8'})
+  assert taken['bitmask'] == set(KINDS) - {'full'}
+  assert taken['n_of_m'] == {'2:4', '1:8'}
+
+
+@pytest.mark.parametrize('name', names())
+def test_stacked_kernels_are_refused_but_by_formats_that_hold_any_shape(name):
+  stacked = np.ones((3, 32, 32), bool)
+  stacked[1] = False
+  assert bool(load_format(name).refuses(stacked)) == (name not in ('dense', 'bitmask'))
+
+
+def test_a_block_that_no_tile_divides_is_refused_with_the_shape():
+  assert '(24, 40)' in load_format('block').refuses(np.zeros((24, 40), bool))
+
+
+def test_bytes_are_counted_to_the_index():
+  draw = np.random.default_rng(0)
+  shape = (64, 48)
+  kernel = draw.normal(size=shape).astype('f')
+
+  def nbytes(name, mask):
+    return load_format(name).pack(kernel, mask).nbytes
+
+  assert nbytes('dense', np.ones(shape, bool)) == 64 * 48 * 4
+  weights = mask_of('weights', shape, draw)
+  assert nbytes('bitmask', weights) == weights.sum() * 4 + 64 * 48 // 8
+  # 2 of 4: half the values, and two bits for each of them.
+  assert nbytes('n_of_m', mask_of('2:4', shape, draw)) == 64 * 48 // 2 * 4 + 64 * 48 // 2 * 2 // 8
+  assert nbytes('n_of_m', mask_of('1:8', shape, draw)) == 64 * 48 // 8 * 4 + 64 * 48 // 8 * 3 // 8
+  # Four inputs and all outputs: weights, their places, and a place for each output.
+  rows = np.zeros(shape, bool)
+  rows[[1, 5, 8, 40]] = True
+  assert nbytes('channels', rows) == 4 * 48 * 4 + 4 * 4 + 48 * 4
+  # A tile of 16: its weights, its source, and its place among three groups of outputs.
+  tile = np.zeros(shape, bool)
+  tile[16:32, 32:48] = True
+  assert nbytes('block', tile) == 256 * 4 + 4 + 3 * 4

@@ -1,0 +1,217 @@
+"""A packed model computes what its masked or gated twin computes, and holds no more than what is left."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from sparse_lm.core import tree
+from sparse_lm.core.pattern import pattern
+from sparse_lm.core.sparse import apply_masks
+from sparse_lm.inference import pack
+from sparse_lm.inference.decode import Decoder
+from sparse_lm.layers.record import SOWN
+from sparse_lm.model import lm
+
+VOCAB = 11
+WIDE = {
+  'model.width': 32,
+  'model.hidden': 64,
+  'model.heads': 4,
+  'model.kv_heads': 4,
+  'model.layers': 2,
+}
+# Pattern of the masks, overrides, and formats that some matrix is to run in.
+CASES = {
+  'dense': (None, {}, {'dense'}),
+  'weights': ('unstructured', {}, {'dense'}),
+  '2:4': ('2:4', {}, {'dense'}),
+  'tiles': ('block:16', {}, {'block'}),
+  'rows': ('row', {}, {'channels'}),
+  'columns': ('column', {}, {'channels'}),
+  'neurons': ('neuron', {'model.bias': True}, {'dense'}),
+  'gated neurons': ('neuron', {'mlp.name': 'gated', 'activation.name': 'silu'}, {'dense'}),
+  'heads': ('head', {'model.bias': True}, {'dense'}),
+  'heads that share keys': ('head', {'model.kv_heads': 2}, {'dense'}),
+  'heads behind gates': ('head', {'attention.name': 'head_gate'}, {'dense'}),
+  'layers': ('layer', {}, {'dense'}),
+  'neurons of experts': ('neuron', {'mlp.name': 'moe_topk', 'model.bias': True}, {'dense'}),
+  'experts by choice': (None, {'mlp.name': 'expert_choice'}, {'dense'}),
+  'top-k': (None, {'activation.name': 'topk'}, {'gather'}),
+  'top-k neurons': ('neuron', {'activation.name': 'topk', 'model.bias': True}, {'gather'}),
+  'statistical top-k': (None, {'activation.name': 'statistical_topk'}, {'gather'}),
+  'predictor': (None, {'mlp.name': 'predictor_topk', 'model.bias': True}, {'gather'}),
+  'exact predictor': (None, {'mlp.name': 'predictor_topk', 'mlp.selector': 'exact'}, {'gather'}),
+  'layer gates': (None, {'depth.name': 'layer_gate'}, {'dense'}),
+  'depth and tiles': ('block:16', {'depth.name': 'mixture_of_depths'}, {'block'}),
+}
+
+
+@pytest.fixture(scope='module')
+def case(tiny_config):
+  """`case(name) -> (model, variables with zeros where masked, masks, packed)`."""
+
+  @functools.cache
+  def build(name):
+    kind, fields, _ = CASES[name]
+    model = lm.from_config(tiny_config(**WIDE | fields), vocab=VOCAB)
+    draw = np.random.default_rng(0).normal
+    shapes = lm.shapes(model)
+    params = jax.tree.map(
+      lambda a: draw(0.4 * (a.ndim == 1), 0.3, a.shape).astype('f'), shapes['params']
+    )
+    others = {n: shapes[n] for n in shapes if n not in ('params', *SOWN)}
+    state = jax.tree.map(lambda a: np.full(a.shape, 1 / a.size, a.dtype), others)
+    masks = masks_of(kind, model, params)
+    params = apply_masks(params, masks)
+    return model, {'params': params, **state}, masks, pack.pack(model, params, masks, state)
+
+  return build
+
+
+def masks_of(kind, model, params):
+  """Half of the units of the layers' matrices, `None` elsewhere."""
+  if kind is None:
+    return jax.tree.map(lambda w: None, params)
+  units = pattern(kind, lm.groups(model))
+  covered = tree.map_named(
+    lambda path, w: (
+      np.abs(w)
+      if path.startswith('block_')
+      and w.ndim >= 2
+      and 'router' not in path
+      and 'bias' not in path
+      and units.covers(path, w.shape)
+      else None
+    ),
+    params,
+  )
+  return units.masks(covered, jax.tree.map(lambda w: jnp.float32(0.5), covered))
+
+
+@functools.cache
+def evaluated(model, mode):
+  return jax.jit(lambda variables, tokens: model.apply(variables, tokens, mode=mode))
+
+
+TOKENS = np.random.default_rng(3).integers(0, VOCAB, (2, 16)).astype(np.int32)
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_it_equals_its_twin_in_one_pass_and_token_by_token(name, case):
+  model, variables, _, packed = case(name)
+  want = np.asarray(evaluated(model, 'eval')(variables, TOKENS))
+  agree = functools.partial(assert_allclose, rtol=0, atol=1e-4 * np.abs(want).max())
+  agree(evaluated(model, 'eval')(packed.variables, TOKENS), want)
+  # One token of one sequence is where active units are gathered.
+  decoder = Decoder(model, packed.variables)
+  logits, cache, _ = decoder.begin([TOKENS[0, :4]])
+  agree(logits[0], want[0, 3])
+  for place in range(4, 10):
+    logits, cache = decoder.decode(
+      decoder.variables, cache, TOKENS[0, place : place + 1], np.array([place])
+    )
+    agree(logits[0], want[0, place])
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_each_matrix_runs_in_the_format_made_for_it(name, case):
+  _, _, masks, packed = case(name)
+  found = {pack.name_of(matrix.runs) for matrix in packed.matrices.values()}
+  assert CASES[name][2] <= found <= CASES[name][2] | {'dense', 'channels', 'block'}
+  for path, matrix in packed.matrices.items():
+    # What runs dense although something was dropped says why.
+    mask = tree.named(masks).get(path)
+    whole = np.prod(matrix.runs.kernel().shape) * 4 == matrix.dense_bytes
+    if mask is not None and pack.name_of(matrix.runs) == 'dense' and whole:
+      assert 'block' in matrix.why and 'channels' in matrix.why
+    assert matrix.stored.nbytes <= matrix.runs.nbytes <= matrix.dense_bytes * 1.1
+
+
+def test_what_is_stored_is_in_the_smallest_format(case):
+  stored = {
+    name: {pack.name_of(m.stored) for p, m in case(name)[3].matrices.items() if 'block' in p}
+    for name in ('weights', '2:4', 'tiles', 'dense')
+  }
+  assert stored['weights'] == {'bitmask'} and stored['2:4'] == {'n_of_m'}
+  assert 'block' in stored['tiles'] and stored['dense'] == {'dense'}
+
+
+def sizes(packed, path):
+  return packed.matrices[path].runs.kernel().shape
+
+
+def test_units_are_removed_where_nothing_depends_on_how_many_there_are(case):
+  assert sizes(case('neurons')[3], 'block_0/mlp/up/kernel') == (32, 32)
+  assert sizes(case('neurons')[3], 'block_1/mlp/down/kernel') == (32, 32)
+  assert sizes(case('gated neurons')[3], 'block_1/mlp/gate/kernel') == (32, 32)
+  assert sizes(case('heads')[3], 'block_0/attention/query/kernel') == (32, 16)
+  assert sizes(case('heads that share keys')[3], 'block_0/attention/key/kernel') == (32, 8)
+  assert sizes(case('heads that share keys')[3], 'block_0/attention/out/kernel') == (16, 32)
+  # Gates decide about every head, and top-k ranks every neuron.
+  assert sizes(case('top-k neurons')[3], 'block_0/mlp/up/kernel') == (32, 64)
+  assert not case('heads behind gates')[3].removed
+  # Of each expert as many as of the one that keeps most.
+  _, _, masks, packed = case('neurons of experts')
+  kept = np.asarray(masks['block_0']['mlp']['experts']['down']).any(axis=-1).sum(axis=-1)
+  experts, width, hidden = sizes(packed, 'block_0/mlp/experts/up')
+  assert (experts, width, hidden) == ((kept > 0).sum(), 32, kept.max()) and hidden < 64
+
+
+def test_a_layer_that_adds_nothing_is_gone(case):
+  _, _, masks, packed = case('layers')
+  gone = [i for i in (0, 1) if not np.asarray(masks[f'block_{i}']['mlp']['up']['kernel']).any()]
+  assert len(gone) == 1 and packed.removed == [f'layers {gone[0]}: removed']
+  assert not [p for p in packed.matrices if p.startswith(f'block_{gone[0]}/')]
+  cache = Decoder(packed.model, packed.variables).cache(1)
+  assert set(cache) == {f'block_{1 - gone[0]}'}
+
+
+@pytest.mark.parametrize('logit', [-0.1, 0.1])
+def test_a_layer_gate_that_is_closed_removes_its_layer(logit, case):
+  model, variables, masks, _ = case('layer gates')
+  params = jax.tree.map(np.copy, variables['params'])
+  params['depth_1']['logit'] = np.float32(logit)
+  params['depth_0']['logit'] = np.float32(0.2)
+  packed = pack.pack(model, params, masks, {})
+  assert packed.removed == ([] if logit > 0 else ['layers 1: removed'])
+  want = evaluated(model, 'eval')({'params': params}, TOKENS)
+  assert_allclose(evaluated(model, 'eval')(packed.variables, TOKENS), want, rtol=1e-4, atol=1e-4)
+
+
+def test_an_expert_without_weights_is_gone(case):
+  for name in ('neurons of experts', 'experts by choice'):
+    model, variables, _, _ = case(name)
+    params = jax.tree.map(np.copy, variables['params'])
+    experts = params['block_0']['mlp']['experts']
+    masks = jax.tree.map(lambda w: None, params)
+    mask = np.ones(experts['down'].shape, bool)
+    mask[2] = False
+    masks['block_0']['mlp']['experts']['down'] = mask
+    experts['down'] = experts['down'] * mask
+    if 'down_bias' in experts:
+      experts['down_bias'][2] = 0
+    packed = pack.pack(model, params, masks, {k: v for k, v in variables.items() if k != 'params'})
+    assert packed.removed == ['block_0/mlp/experts: 7 of 8 experts kept']
+    want = np.asarray(evaluated(model, 'eval')(variables | {'params': params}, TOKENS))
+    agree = functools.partial(assert_allclose, rtol=1e-4, atol=1e-4)
+    agree(evaluated(model, 'eval')(packed.variables, TOKENS), want)
+    decoder = Decoder(model, packed.variables)
+    logits, cache, _ = decoder.begin([TOKENS[0, :4]])
+    agree(logits[0], want[0, 3])
+    logits, _ = decoder.decode(decoder.variables, cache, TOKENS[0, 4:5], np.array([4]))
+    agree(logits[0], want[0, 4])
+
+
+def test_the_dense_twin_is_the_model_without_sparsity(case):
+  model, *_ = case('depth and tiles')
+  twin = pack.dense_twin(model)
+  assert {pack.name_of(m.runs) for m in twin.matrices.values()} == {'dense'}
+  assert twin.model == lm.twin(model) and not twin.removed
+  dense_bytes = sum(
+    np.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(lm.shapes(lm.twin(model))['params'])
+  )
+  assert pack.weights(twin.variables) == dense_bytes

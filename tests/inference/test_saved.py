@@ -1,0 +1,201 @@
+"""Packed folders: written whole, read back alike, refused where they do not fit; and the commands."""
+
+import json
+import shutil
+import sys
+
+import jax
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+from safetensors.numpy import load_file
+
+import sparse_lm.generate as generate_command
+import sparse_lm.pack as pack_command
+from sparse_lm.core import runtime, tree
+from sparse_lm.core.errors import UserError
+from sparse_lm.inference import pack, runnable, saved
+from sparse_lm.inference.sample import Sampling
+from sparse_lm.train.loop import train
+from sparse_lm.train.trained import load
+
+FIELDS = {
+  'tiles': {'weight__pattern': 'block:16', 'model__width': 32, 'model__hidden': 64},
+  'n of m': {'weight__pattern': '2:4'},
+  'weights': {'weight__pattern': 'unstructured', 'weight__sparsity': 0.8},
+  'neurons': {'weight__pattern': 'neuron', 'model__layers': 2},
+}
+
+
+@pytest.fixture(scope='module')
+def packed(tiny_config, tmp_path_factory):
+  """`packed(name) -> (workdir, packed folder, what the command's function returned)`."""
+  made = {}
+
+  def build(name):
+    if name not in made:
+      folder = tmp_path_factory.mktemp('packed')
+      base = {'weight__name': 'static', 'weight__sparsity': 0.5, 'train__steps': 3}
+      train(tiny_config(**base | FIELDS[name]), str(folder / 'run'), progress=False)
+      found = pack_command.pack(str(folder / 'run'), str(folder / 'packed'))
+      made[name] = str(folder / 'run'), str(folder / 'packed'), found
+    return made[name]
+
+  return build
+
+
+def copy(folder, tmp_path):
+  return shutil.copytree(folder, tmp_path / 'copy')
+
+
+@pytest.mark.parametrize('name', FIELDS)
+def test_it_is_read_back_as_it_was_and_equals_the_run(name, packed):
+  workdir, folder, found = packed(name)
+  assert found['largest_error'] < 1e-5
+  run = load(workdir)
+  fresh = pack.pack(run.program.model, run.params, run.masks, run.model_state)
+  there = saved.load(folder)
+  assert there.packed.model == fresh.model and there.packed.removed == fresh.removed
+  before, after = (jax.device_get(p.variables) for p in (fresh, there.packed))
+  assert jax.tree.structure(before) == jax.tree.structure(after)
+  jax.tree.map(assert_array_equal, before, after)
+  assert there.tokenizer.digest == run.tokenizer.digest and there.config == run.config
+
+
+@pytest.mark.parametrize('name', FIELDS)
+def test_the_plain_file_holds_every_parameter_under_its_path(name, packed):
+  workdir, folder, _ = packed(name)
+  plain = load_file(f'{folder}/model.safetensors')
+  params = tree.named(jax.device_get(load(workdir).params))
+  assert plain.keys() == params.keys()
+  for path, array in params.items():
+    assert_array_equal(plain[path], array)
+
+
+def test_bytes_on_disk_are_those_that_are_reported(packed):
+  for name in FIELDS:
+    _, folder, found = packed(name)
+    arrays = load_file(f'{folder}/packed.safetensors')
+    assert sum(array.nbytes for array in arrays.values()) == found['stored_bytes']
+    assert found['stored_bytes'] < found['dense_bytes']
+
+
+def test_a_folder_that_exists_is_left_alone(packed, tmp_path):
+  workdir, folder, _ = packed('n of m')
+  copied = copy(folder, tmp_path)
+  with pytest.raises(UserError, match='exists'):
+    pack_command.pack(workdir, str(copied))
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['copy']
+
+
+def flip(folder):
+  file = folder / 'packed.safetensors'
+  data = bytearray(file.read_bytes())
+  data[-1] ^= 1
+  file.write_bytes(data)
+
+
+def other_version(folder):
+  manifest = json.loads((folder / 'packed.json').read_text())
+  (folder / 'packed.json').write_text(json.dumps(manifest | {'version': 99}))
+
+
+@pytest.mark.parametrize(
+  ('harm', 'named'),
+  [
+    (flip, 'does not match the sha256'),
+    (lambda folder: (folder / 'packed.safetensors').unlink(), 'does not match the sha256'),
+    (other_version, 'version 99, and this one reads 1'),
+    (lambda folder: (folder / 'packed.json').write_text('{'), 'damaged'),
+    (lambda folder: (folder / 'packed.json').unlink(), 'holds no run'),
+  ],
+)
+def test_a_folder_that_does_not_fit_is_refused(harm, named, packed, tmp_path):
+  copied = copy(packed('n of m')[1], tmp_path)
+  harm(copied)
+  (copied / 'config.json').unlink() if named == 'holds no run' else None
+  with pytest.raises(UserError, match=named):
+    runnable.load(str(copied))
+
+
+def test_what_computes_something_else_is_not_written(packed, tmp_path, monkeypatch):
+  workdir, _, _ = packed('n of m')
+  monkeypatch.setattr(pack_command, 'largest_error', lambda trained, packed: 0.5)
+  with pytest.raises(UserError, match=r'off by 5\.0e-01'):
+    pack_command.pack(workdir, str(tmp_path / 'out'))
+  assert not list(tmp_path.iterdir())
+
+
+def test_the_error_is_that_of_the_logits(packed):
+  run = load(packed('n of m')[0])
+  other = pack.dense_twin(run.program.model)
+  assert pack_command.largest_error(run, other) > 0.1
+  tokens = np.random.default_rng(0).integers(0, run.tokenizer.vocab_size, (4, 16)).astype(np.int32)
+  want = np.asarray(run.logits(tokens))
+  got = np.asarray(other.model.apply(other.variables, tokens))
+  error = np.abs(got - want).max() / np.abs(want).max()
+  assert pack_command.largest_error(run, other) == pytest.approx(error, rel=1e-4)
+
+
+def command(module, arguments, monkeypatch):
+  monkeypatch.setattr(sys, 'argv', ['x', *arguments])
+  monkeypatch.setattr(runtime, 'prepare', lambda: None)
+  module.main()
+
+
+def test_the_pack_command_says_what_became_of_each_matrix(packed, tmp_path, monkeypatch, capsys):
+  workdir, _, _ = packed('weights')
+  out = str(tmp_path / 'out')
+  command(pack_command, [f'--workdir={workdir}', f'--out={out}'], monkeypatch)
+  shown = capsys.readouterr().out
+  (row,) = [line for line in shown.splitlines() if 'block_0/mlp/up/kernel' in line]
+  assert 'bitmask' in row and 'channels: every input and output has weights' in row
+  assert 'largest error' in shown
+
+
+def test_both_folders_generate_the_same_text(packed):
+  texts = []
+  for folder in packed('neurons')[:2]:
+    run = runnable.load(folder)
+    *_, last = generate_command.generate(run, ['the cat', 'a'], 6, Sampling(temperature=0))
+    texts.append(last)
+  assert texts[0] == texts[1] and all(len(text) == 6 for text in texts[0])
+
+
+def test_a_text_ends_before_its_stop(packed):
+  run = runnable.load(packed('neurons')[1])
+  *_, (whole,) = generate_command.generate(run, ['the'], 10, Sampling(temperature=3.0))
+  stop = whole[4:6]
+  steps = list(generate_command.generate(run, ['the'], 10, Sampling(temperature=3.0), stop=stop))
+  assert steps[-1] == [whole[: whole.index(stop)]] and len(steps) == whole.index(stop) + 2
+
+
+def test_the_generate_command_streams_what_it_makes(packed, monkeypatch, capsys):
+  run = runnable.load(packed('neurons')[1])
+  *_, (text,) = generate_command.generate(run, ['the cat'], 5, Sampling(temperature=0))
+  arguments = [f'--workdir={run.path}', '--prompt=the cat', '--tokens=5', '--temperature=0']
+  command(generate_command, arguments, monkeypatch)
+  shown = capsys.readouterr()
+  assert shown.out == f'the cat{text}\n' and '5 tokens in' in shown.err and 'energy: ' in shown.err
+
+
+@pytest.mark.parametrize(
+  ('argument', 'named'),
+  [
+    ('--top_q=3', "unknown argument '--top_q': did you mean '--top_p'?"),
+    ('--top_k=x', "argument --top_k: invalid int value: 'x'"),
+    ('--top_p=2', '--top_p=2.0'),
+    ('--prompt=' + 'the ' * 9, 'tokens; valid: 1 to 15'),
+    ('--workdir=nowhere', 'holds no run'),
+    ('--tokens=-1', '--tokens=-1'),
+    ('--tokens=99', '--tokens=99 behind a prompt of 3'),
+  ],
+)
+def test_bad_input_is_one_line_and_code_2(argument, named, packed, monkeypatch, capsys):
+  arguments = [f'--workdir={packed("neurons")[1]}', '--prompt=the', argument]
+  if argument.startswith('--prompt'):
+    arguments.remove('--prompt=the')
+  with pytest.raises(SystemExit) as stopped:
+    command(generate_command, arguments, monkeypatch)
+  shown = capsys.readouterr().err
+  assert stopped.value.code == 2 and named in shown and shown.count('\n') == 1
