@@ -43,18 +43,18 @@ runtime.prepare()
 results = tempfile.mkdtemp()
 
 # %% [markdown]
-# A config is a file; overrides name its fields. Here every model trains for 200 steps.
+# A config is a file; overrides name its fields. Here every model trains for 100 steps.
 
 # %%
 METHODS = {
   'none': {},
   'static': {'weight.sparsity': 0.9},
-  'rigl': {'weight.sparsity': 0.9, 'weight.period': 20},
+  'rigl': {'weight.sparsity': 0.9, 'weight.period': 10},
   'ste': {'weight.sparsity': 0.9},
 }
 lines = []
 for name, fields in METHODS.items():
-  overrides = {'weight.name': name, 'train.steps': 200, **fields}
+  overrides = {'weight.name': name, 'train.steps': 100, **fields}
   model = config.load('configs/ablation.py', overrides)
   result = train(model, f'{results}/{name}', progress=False)
   labels = {'method': name, 'sparsity': model.weight.sparsity}
@@ -63,7 +63,7 @@ for name, fields in METHODS.items():
 
 # %% [markdown]
 # Accuracy, theoretical compute, stored bytes and measured time, side by side. These runs multiply by
-# masks: their time is shown as measured and is no claim of speed. One seed and 200 steps decide
+# masks: their time is shown as measured and is no claim of speed. One seed and 100 steps decide
 # nothing; `make ablation` trains the same models for longer, over seeds.
 
 # %%

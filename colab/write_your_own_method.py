@@ -101,7 +101,7 @@ sparse_lm.methods.mlp.__path__.append(str(folder))
 # The ledger knows what the gate can skip, so a target below what it cannot is refused at once.
 
 # %%
-STEPS = 200
+STEPS = 100
 gated = config.load(
   'configs/ablation.py', {'mlp.name': 'skip', 'budget.target': 0.75, 'train.steps': STEPS}
 )
@@ -156,7 +156,7 @@ frame[['gates', 'val_loss_mean', 'val_loss_delta_mean', 'flops_forward_ratio_mea
 plot.curves(lines, 'flops_forward_ratio', 'val_loss', 'gates')
 
 # %% [markdown]
-# One seed and 200 steps decide nothing. `python -m experiments.run dynamic_compute` compares gates of
+# One seed and 100 steps decide nothing. `python -m experiments.run dynamic_compute` compares gates of
 # this kind over seeds, with dense models of equal FLOPs beside them.
 #
 # ## What did the gates let through?

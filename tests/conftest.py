@@ -7,7 +7,15 @@ import signal
 
 # Before JAX is imported, and for subprocesses too: these tests compile far longer than they compute.
 # Set it to 0 to test the very executables that users run.
-os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+if os.environ.setdefault(
+  'JAX_DISABLE_MOST_OPTIMIZATIONS', '1'
+) != '0' and 'xla_cpu_disable_new_fusion_emitters' not in os.environ.get('XLA_FLAGS', ''):
+  # Emitting fusions through MLIR is up to half of compilation, and a program compiled in many parts
+  # takes cores that other workers need. A jaxlib that does not know the first ignores it.
+  os.environ['XLA_FLAGS'] = (
+    '--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters '
+    f'--xla_cpu_parallel_codegen_split_count=1 {os.environ.get("XLA_FLAGS", "")}'
+  )
 
 import jax
 import pytest
