@@ -25,11 +25,13 @@ class Format(struct.PyTreeNode):
 
   Attributes:
     runs: whether it multiplies; if not it is for the disk.
+    plain: whether it stores every weight and nothing else, which any kernel can be.
     slowdown: time of a byte over that of a dense byte (`python -m experiments.run break_even`).
     reads: the ways of reading that it serves.
   """
 
   runs: ClassVar[bool] = True
+  plain: ClassVar[bool] = False
   slowdown: ClassVar[float] = 1.0
   reads: ClassVar[tuple[str, ...]] = (READ_FULL,)
 

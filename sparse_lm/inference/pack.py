@@ -158,11 +158,11 @@ def _choose(
     # Only a format made for it reads the active part alone.
     predicted = candidate.cost * (fraction if read != READ_FULL and read in cls.reads else 1)
     (runs if cls.runs else stored).append((predicted, candidate))
-    if cls.runs and name != 'dense':
+    if cls.runs and not cls.plain:
       refusals.append(f'{name}: {predicted / 1e6:.2f} MB worth of time')
   best = min(runs, key=lambda pair: pair[0])[1]
   smallest = min([best, *(c for _, c in reversed(stored))], key=lambda c: c.nbytes)
-  why = '; '.join(refusals) if name_of(best) == 'dense' and not mask.all() else ''
+  why = '; '.join(refusals) if best.plain and not mask.all() else ''
   return Matrix(path, best, smallest, dense_bytes, why)
 
 

@@ -83,6 +83,8 @@ def _shrink_group(out: Shrunk, group: Group) -> None:
   if alive.ndim == 2:
     alive = _drop_experts(out, group, alive)
   most = max(int(alive.sum(axis=-1).max()), 1)
+  if most == alive.shape[-1]:
+    return
   units = np.sort(np.argsort(~alive, axis=-1, kind='stable')[..., :most], axis=-1)
   for member in group.members:
     for path, axis in ((member.path, member.axis), (_bias(member.path), -1)):

@@ -99,13 +99,20 @@ def _attend_once(
 ) -> jax.Array:
   """`[B, G, R, 1, K]` of a single query.
 
-  Added up along whole rows of keys and of values: XLA:CPU runs matrix products of one row at a third
-  of the rate. Decoding holds keys and values in that layout, so the transposes cost nothing.
+  In three dimensions, keys in rows of features: XLA:CPU runs the general form ten times slower. Decoding
+  holds keys and values in that layout, so the transposes cost nothing.
   """
-  k_BxGx1xKxS, v_BxGx1xSxK = k_BxGxSxK.swapaxes(2, 3)[:, :, None], v_BxGxSxK[:, :, None]
-  scores = jnp.sum(q_BxGxRx1xK[..., 0, :, None] * k_BxGx1xKxS, axis=3)[..., None, :]
-  weights = _weights(scores, mask, select)
-  if most is not None and most < weights.shape[-1]:
-    weights, index = jax.lax.top_k(weights, most)
-    v_BxGx1xSxK = jnp.take_along_axis(v_BxGx1xSxK, index[..., 0, :, None], axis=3)
-  return jnp.sum(dropout(weights)[..., 0, :, None] * v_BxGx1xSxK, axis=3)[..., None, :]
+  b, g, r, _, width = q_BxGxRx1xK.shape
+  q_NxRxK = q_BxGxRx1xK.reshape(b * g, r, width)
+  k_NxKxS = k_BxGxSxK.swapaxes(2, 3).reshape(b * g, width, -1)
+  v_NxSxK = v_BxGxSxK.reshape(b * g, -1, width)
+  scores_NxRxS = jnp.einsum('nrk,nks->nrs', q_NxRxK, k_NxKxS)
+  weights = _weights(scores_NxRxS.reshape(b, g, r, 1, -1), mask, select)
+  weights_NxRxS = dropout(weights).reshape(b * g, r, -1)
+  if most is None or most >= weights_NxRxS.shape[-1]:
+    out_NxRxK = jnp.einsum('nrs,nsk->nrk', weights_NxRxS, v_NxSxK)
+  else:
+    weights_NxRxS, index_NxRxS = jax.lax.top_k(weights_NxRxS, most)
+    v_NxRxSxK = jnp.take_along_axis(v_NxSxK[:, None], index_NxRxS[..., None], axis=2)
+    out_NxRxK = jnp.einsum('nrs,nrsk->nrk', weights_NxRxS, v_NxRxSxK)
+  return out_NxRxK.reshape(q_BxGxRx1xK.shape)

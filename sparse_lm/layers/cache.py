@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+LANES = 16
 Keys = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
@@ -23,23 +24,47 @@ def extend(
   what `size` slots cannot hold is still read by them.
   """
   b, l, g, width = k_BxLxGxK.shape
+  # Room for what is not written: one slot that nobody reads, and whole vectors of them.
+  slots = -(-(size + 1) // LANES) * LANES
   # As one query reads them: keys in rows of features, values in rows of tokens.
-  key = module.variable('cache', 'keys', jnp.zeros, (b, g, width, size), k_BxLxGxK.dtype)
-  value = module.variable('cache', 'values', jnp.zeros, (b, g, size, width), v_BxLxGxK.dtype)
-  position = module.variable('cache', 'position', jnp.zeros, (b, size), jnp.int32)
+  key = module.variable('cache', 'keys', jnp.zeros, (b * g, width, slots), k_BxLxGxK.dtype)
+  value = module.variable('cache', 'values', jnp.zeros, (b * g, slots, width), v_BxLxGxK.dtype)
+  position = module.variable('cache', 'position', jnp.zeros, (b, slots), jnp.int32)
   length = module.variable('cache', 'length', jnp.zeros, (b,), jnp.int32)
   if module.is_initializing():
     return k_BxLxGxK, v_BxLxGxK, positions_BxL, valid_BxL
   index_BxL = length.value[:, None] + jnp.cumsum(valid_BxL, axis=1) - 1
   length.value = length.value + jnp.sum(valid_BxL, axis=1, dtype=jnp.int32)
   stays_BxL = valid_BxL & (index_BxL >= length.value[:, None] - size)
-  slot_BxL = jnp.where(stays_BxL, index_BxL % size, size)  # out of range: dropped
-  row = jnp.arange(b)[:, None]
-  key.value = key.value.at[row, :, :, slot_BxL].set(k_BxLxGxK, mode='drop')
-  value.value = value.value.at[row, :, slot_BxL].set(v_BxLxGxK, mode='drop')
-  position.value = position.value.at[row, slot_BxL].set(positions_BxL, mode='drop')
+  slot_BxL = jnp.where(stays_BxL, index_BxL % size, size)
+  k_NxKxL = k_BxLxGxK.transpose(0, 2, 3, 1).reshape(b * g, width, l)
+  v_NxLxK = v_BxLxGxK.transpose(0, 2, 1, 3).reshape(b * g, l, width)
+  key.value = _write(key.value, k_NxKxL, slot_BxL, axis=2)
+  value.value = _write(value.value, v_NxLxK, slot_BxL, axis=1)
+  position.value = _write(position.value, positions_BxL, slot_BxL, axis=1)
   if l > 1:
     return k_BxLxGxK, v_BxLxGxK, positions_BxL, valid_BxL
-  held_BxS = jnp.arange(size) < length.value[:, None]
-  k_BxSxGxK, v_BxSxGxK = key.value.transpose(0, 3, 1, 2), value.value.transpose(0, 2, 1, 3)
+  held_BxS = jnp.arange(slots) < jnp.minimum(length.value, size)[:, None]
+  k_BxSxGxK = key.value.reshape(b, g, width, slots).transpose(0, 3, 1, 2)
+  v_BxSxGxK = value.value.reshape(b, g, slots, width).transpose(0, 2, 1, 3)
   return k_BxSxGxK, v_BxSxGxK, position.value, held_BxS
+
+
+def _write(held: jax.Array, new: jax.Array, slot_BxL: jax.Array, axis: int) -> jax.Array:
+  """Puts tokens, along `axis` of `new`, in their slots; rows of the first axis are shared out evenly.
+
+  A token of each sequence is written one sequence after another, in place: XLA:CPU runs the scatter
+  that would write them at once by copying all that is held.
+  """
+  each = len(held) // len(slot_BxL)
+  if slot_BxL.shape[1] > 1:
+    slots = jnp.repeat(slot_BxL, each, axis=0)
+    put = jax.vmap(lambda row, tokens, at: jnp.moveaxis(row, axis - 1, 0).at[at].set(tokens))
+    tokens = jnp.moveaxis(new, axis, 1)
+    return jnp.moveaxis(put(held, tokens, slots), 1, axis)
+  for sequence in range(len(slot_BxL)):
+    start = [0] * held.ndim
+    start[0], start[axis] = sequence * each, slot_BxL[sequence, 0]
+    rows = new[sequence * each : (sequence + 1) * each]
+    held = jax.lax.dynamic_update_slice(held, rows, start)
+  return held

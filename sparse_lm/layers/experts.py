@@ -93,7 +93,7 @@ class Experts(nn.Module):
       return stacked
     # A product with one-hot rows: its gradient is one too, where that of indexing is a scatter-add.
     chosen = jax.nn.one_hot(expert_N, len(stacked), dtype=stacked.dtype)
-    flat = chosen @ stacked.reshape(self.experts, -1)
+    flat = chosen @ stacked.reshape(len(stacked), -1)
     return flat.reshape(-1, *stacked.shape[1:])
 
 

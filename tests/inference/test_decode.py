@@ -1,6 +1,7 @@
 """Decoding token by token gives what one pass over the whole sequence gives, for every method."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,15 @@ from sparse_lm.model import lm
 
 VOCAB, CONTEXT, BATCH = 11, 16, 3
 GATES = {'depth': ('token_gate', 'layer_gate'), 'attention': ('head_gate',)}
+# Every method, one of each slot at a time.
+EVERY = [
+  {f'{slot}.name': name for slot, name in zip(lm.LAYER_SLOTS, methods) if name}
+  for methods in itertools.zip_longest(*(slots.names(slot) for slot in lm.LAYER_SLOTS))
+]
 CASES = {
-  **{f'{slot}-{n}': {f'{slot}.name': n} for slot in lm.LAYER_SLOTS for n in slots.names(slot)},
+  **{'-'.join(fields.values()): fields for fields in EVERY},
+  'plain': {},
+  'depth-mixture_of_depths': {'depth.name': 'mixture_of_depths'},
   **{
     f'token_gate-{estimator}': {'depth.name': 'token_gate', 'depth.estimator': estimator}
     for estimator, found in ESTIMATORS.items()
@@ -50,7 +58,7 @@ CASES = {
   'tied': {'model.tied': True, 'model.init': 'gpt2'},
 }
 # Two layers where what one decides is what the next one reads.
-LAYERS = {name: 2 if name.startswith('depth-') else 1 for name in CASES}
+LAYERS = {name: 1 + ('depth.name' in fields) for name, fields in CASES.items()}
 
 
 @pytest.fixture(scope='module')
@@ -111,7 +119,7 @@ def check(decoder, full, seed, lengths):
 def test_decode_mode_is_evaluation_without_dropped_tokens(tiny_config):
   tokens = np.random.default_rng(0).integers(0, VOCAB, (BATCH, CONTEXT)).astype(np.int32)
   full_experts = {'mlp.name': 'moe_topk', 'mlp.experts': 2, 'mlp.eval_capacity': 0.5}
-  for fields, same in ((CASES['depth-token_gate'], True), (full_experts, False)):
+  for fields, same in (({'depth.name': 'token_gate'}, True), (full_experts, False)):
     model = lm.from_config(tiny_config(**fields), vocab=VOCAB)
     variables = random_variables(model)
     logits = [np.asarray(model.apply(variables, tokens, mode=mode)) for mode in ('eval', 'decode')]
@@ -133,11 +141,13 @@ def held(cache, batch=BATCH):
 
 
 def test_a_window_holds_no_more_keys_than_it_reads(case):
-  decoder, _ = case('window 5')
-  cache = decoder.cache(BATCH)
-  assert cache['block_0']['attention']['keys'].shape == (BATCH, 2, 8, 5)
-  decoder, _ = case('window behind a gate')
-  assert decoder.cache(1)['block_0']['attention']['keys'].shape == (1, 2, 8, 3)
+  shapes = {}
+  for name in ('plain', 'window 5', 'window behind a gate'):
+    decoder, _ = case(name)
+    shapes[name] = decoder.cache(BATCH)['block_0']['attention']['keys'].shape
+  # A slot more than is held, for what is not to be read, and whole rows of 16.
+  assert shapes['plain'] == (BATCH * 2, 8, 32)
+  assert shapes['window 5'] == shapes['window behind a gate'] == (BATCH * 2, 8, 16)
 
 
 def test_each_layer_counts_the_tokens_that_entered_it(case):
@@ -152,7 +162,7 @@ def test_each_layer_counts_the_tokens_that_entered_it(case):
 
 
 def test_greedy_text_is_that_of_full_passes(case):
-  decoder, full = case('attention-full')
+  decoder, full = case('plain')
   prompts = [np.array([1, 2, 3], np.int32), np.array([4], np.int32)]
   made = np.stack(list(decoder.generate(prompts, 6, Sampling(temperature=0))), axis=1)
   for prompt, found in zip(prompts, made):
@@ -165,7 +175,7 @@ def test_greedy_text_is_that_of_full_passes(case):
 
 
 def test_draws_repeat_with_their_seed_and_differ_from_token_to_token(case):
-  decoder, _ = case('attention-full')
+  decoder, _ = case('plain')
   sampling = Sampling(temperature=5.0)
 
   def text(seed):
@@ -186,14 +196,14 @@ def test_draws_repeat_with_their_seed_and_differ_from_token_to_token(case):
   ],
 )
 def test_what_does_not_fit_is_named(lengths, tokens, named, case):
-  decoder, _ = case('attention-full')
+  decoder, _ = case('plain')
   prompts = [np.ones(n, np.int32) for n in lengths]
   with pytest.raises(UserError, match=named):
     next(decoder.generate(prompts, tokens, Sampling()))
 
 
 def test_a_cache_is_one_buffer_that_is_written_in_place(case):
-  decoder, _ = case('attention-full')
+  decoder, _ = case('plain')
   _, cache, place = decoder.begin([np.ones(4, np.int32)])
   before = jax.tree.map(jnp.shape, cache)
   _, after = decoder.decode(decoder.variables, cache, np.ones(1, np.int32), place)

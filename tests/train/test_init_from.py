@@ -19,6 +19,7 @@ from sparse_lm.train.checkpoint import Checkpoints
 from sparse_lm.train.loop import train
 from sparse_lm.train.loss import Distillation
 from sparse_lm.train.setup import setup
+from sparse_lm.train.step import Program
 from sparse_lm.train.trained import load
 
 STEPS, CUT = 10, 5
@@ -95,6 +96,32 @@ def test_zeros_survive_decay_momentum_and_averages(sparse, tuned):
       mask, now = np.asarray(mask), np.asarray(tree.named(params)[path])
       assert not now[~mask].any() and now[mask].all()
       assert np.abs(now - before[path])[mask].mean() > 1e-4  # it did train
+
+
+@pytest.mark.parametrize('held', ['trainable', 'ema'])
+def test_a_state_that_is_less_sparse_than_its_masks_is_not_saved(
+  held, sparse, tiny_config, tmp_path, monkeypatch
+):
+  compiled = Program.step
+
+  def waking(program, number):
+    def step(*arguments):
+      state, metrics = compiled(program, number)(*arguments)
+      tree_ = jax.tree.map(jnp.copy, getattr(state, held))
+      kernel = tree_['params']['block_0']['mlp']['up']['kernel']
+      mask = state.sparse.masks['block_0']['mlp']['up']['kernel']
+      tree_['params']['block_0']['mlp']['up']['kernel'] = jnp.where(mask, kernel, 0.5)
+      return state.replace(**{held: tree_}), metrics
+
+    return step
+
+  monkeypatch.setattr(Program, 'step', waking)
+  config = tiny_config(init_from=sparse, **TUNED)
+  with pytest.raises(ValueError, match=rf'320 dropped weights of block_0/mlp/up/kernel \({held}\)'):
+    train(config, str(tmp_path), progress=False)
+  checkpoints = Checkpoints(tmp_path)
+  assert not checkpoints.steps()
+  checkpoints.close()
 
 
 def test_the_result_reports_the_masks_sparsity_and_not_the_configs(sparse, tuned):

@@ -14,6 +14,7 @@ class Dense(Format):
   """
 
   outputs: Array
+  plain: ClassVar[bool] = True
   reads: ClassVar[tuple[str, ...]] = (READ_FULL, READ_OUTPUTS)
 
   @classmethod
@@ -32,6 +33,8 @@ class Dense(Format):
 
   def matmul(self, x: Array) -> Array:
     """Of a kernel without leading axes."""
+    if x.size == x.shape[-1]:
+      return (self.outputs @ x.reshape(-1)).reshape(*x.shape[:-1], -1)
     flat = x.reshape(-1, x.shape[-1]) @ self.outputs.T
     return flat.reshape(*x.shape[:-1], -1)
 
