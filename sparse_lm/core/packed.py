@@ -11,13 +11,10 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
 Array = jax.Array
-# How decoding reads a matrix: in full, or the weights of some inputs, or those of some outputs.
-READ_FULL, READ_INPUTS, READ_OUTPUTS = 'full', 'inputs', 'outputs'
 
 
 class Format(struct.PyTreeNode):
@@ -27,13 +24,13 @@ class Format(struct.PyTreeNode):
     runs: whether it multiplies; if not it is for the disk.
     plain: whether it stores every weight and nothing else, which any kernel can be.
     slowdown: time of a byte over that of a dense byte (`python -m experiments.run break_even`).
-    reads: the ways of reading that it serves.
+    gathers: whether of one token it reads the weights of non-zero inputs alone (`of_inputs`).
   """
 
   runs: ClassVar[bool] = True
   plain: ClassVar[bool] = False
   slowdown: ClassVar[float] = 1.0
-  reads: ClassVar[tuple[str, ...]] = (READ_FULL,)
+  gathers: ClassVar[bool] = False
 
   @classmethod
   def refuses(cls, mask: np.ndarray) -> str:
@@ -59,8 +56,7 @@ class Format(struct.PyTreeNode):
 
   def of_inputs(self, x_K: Array, index_K: Array) -> Array:
     """The outputs `[out]` of one token whose inputs are zero but for those at `index`, as above."""
-    size = self.kernel().shape[-2]
-    return self.matmul(jnp.zeros(size, x_K.dtype).at[index_K].set(x_K))
+    raise NotImplementedError(type(self).__name__)
 
   @property
   def nbytes(self) -> int:

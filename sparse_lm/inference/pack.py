@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from sparse_lm.core import cost, packed, tree
-from sparse_lm.core.packed import READ_FULL, READ_INPUTS, Format
+from sparse_lm.core.packed import Format
 from sparse_lm.core.sparse import Tree
 from sparse_lm.inference import formats
 from sparse_lm.inference.shrink import Shrunk, shrink
@@ -103,8 +103,8 @@ def pack(model: LM, params: Tree, masks: Tree, state: Tree) -> PackedModel:
       small[path] = array
       continue
     mask = left.masks.get(path, np.ones(array.shape, bool))
-    read = READ_INPUTS if path in gathered else READ_FULL
-    matrices[path] = _choose(path, array, mask, read, fractions[path], original[path].nbytes)
+    active = fractions[path] if path in gathered else None
+    matrices[path] = _choose(path, array, mask, active, original[path].nbytes)
   return assemble(model, left, matrices, small, state)
 
 
@@ -143,20 +143,22 @@ def nested(flat: dict[str, Any]) -> Tree:
 
 
 def _choose(
-  path: str, kernel: np.ndarray, mask: np.ndarray, read: str, fraction: float, dense_bytes: int
+  path: str, kernel: np.ndarray, mask: np.ndarray, active: float | None, dense_bytes: int
 ) -> Matrix:
-  """The format of least predicted time, and of what is equal to it the smallest on disk."""
+  """The format of least predicted time, and of what is equal to it the smallest on disk.
+
+  `active` is the share of the inputs that a method selects, `None` where none does.
+  """
   refusals, runs, stored = [], [], []
   for name in names():
     cls = load_format(name)
-    if cls.runs and not {READ_FULL, read} & set(cls.reads):
+    if cls.gathers and active is None:
       continue
     if why := cls.refuses(mask):
       refusals.append(why)
       continue
     candidate = cls.pack(kernel, mask)
-    # Only a format made for it reads the active part alone.
-    predicted = candidate.cost * (fraction if read != READ_FULL and read in cls.reads else 1)
+    predicted = candidate.cost * (active if cls.gathers else 1)
     (runs if cls.runs else stored).append((predicted, candidate))
     if cls.runs and not cls.plain:
       refusals.append(f'{name}: {predicted / 1e6:.2f} MB worth of time')

@@ -26,9 +26,9 @@ def one_token(x_BxLxD: jax.Array, mode: str) -> bool:
 
 def project(down: Linear, h_BxLxF: jax.Array, activation: nn.Module, mode: str) -> jax.Array:
   """`down(h)`; of one token, packed, where the activation selects, from its non-zero units alone."""
-  run = down.packed()
-  if run is None or not selects(activation) or not one_token(h_BxLxF, mode):
+  if not down.gathers or not selects(activation) or not one_token(h_BxLxF, mode):
     return down(h_BxLxF)
+  run = down.packed()
 
   def some(index_K: jax.Array, live_K: jax.Array) -> jax.Array:
     return run(jnp.where(live_K, h_BxLxF[..., index_K], 0), inputs=index_K)
@@ -47,11 +47,11 @@ def up_and_down(
 ) -> jax.Array | None:
   """`down(gate * up(x))` of one token from the chosen units alone, the others' gates being zero.
 
-  `None` where weights are not packed or tokens are many. `planned` of the units are chosen, or about.
+  `None` where weights are packed in no such format, or tokens are many. About `planned` are chosen.
   """
-  run_up, run_down = up.packed(), down.packed()
-  if run_up is None or run_down is None or not one_token(x_BxLxD, mode):
+  if not down.gathers or not one_token(x_BxLxD, mode):
     return None
+  run_up, run_down = up.packed(), down.packed()
 
   def some(index_K: jax.Array, live_K: jax.Array) -> jax.Array:
     gate = jnp.where(live_K, gate_BxLxF[..., index_K], 0)

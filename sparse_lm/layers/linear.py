@@ -51,6 +51,11 @@ class Linear(nn.Module):
       y = y + bias.astype(spec.compute)
     return y
 
+  @property
+  def gathers(self) -> bool:
+    """Whether packed weights are of a format that reads those of non-zero inputs alone."""
+    return self.has_variable('packed', 'kernel') and self.get_variable('packed', 'kernel').gathers
+
   def packed(self) -> Callable[..., jax.Array] | None:
     """What it computes with packed weights, as a plain function; `None` where they are not packed.
 

@@ -70,6 +70,8 @@ def test_products_are_those_of_the_masked_kernel(name, seed, shape, kind):
   assert_allclose(stored.matmul(x[0, 0]), want[0, 0], rtol=1e-5, atol=1e-5)
   outputs = np.sort(draw.permutation(shape[1])[:4])
   assert_allclose(stored.of_outputs(x[0, 0], outputs), want[0, 0][outputs], rtol=1e-5, atol=1e-5)
+  if not cls.gathers:
+    return
   inputs = np.sort(draw.permutation(shape[0])[:4])
   some = x[0, 0][inputs].astype('d') @ np.where(mask, kernel, 0)[inputs]
   assert_allclose(stored.of_inputs(x[0, 0][inputs], inputs), some, rtol=1e-5, atol=1e-5)

@@ -43,6 +43,7 @@ CASES = {
   'top-k': (None, {'activation.name': 'topk'}, {'gather'}),
   'top-k neurons': ('neuron', {'activation.name': 'topk', 'model.bias': True}, {'gather'}),
   'statistical top-k': (None, {'activation.name': 'statistical_topk'}, {'gather'}),
+  'top-k and tiles': ('block:16', {'activation.name': 'topk'}, {'block'}),
   'predictor': (None, {'mlp.name': 'predictor_topk', 'model.bias': True}, {'gather'}),
   'exact predictor': (None, {'mlp.name': 'predictor_topk', 'mlp.selector': 'exact'}, {'gather'}),
   'layer gates': (None, {'depth.name': 'layer_gate'}, {'dense'}),
@@ -121,7 +122,7 @@ def test_it_equals_its_twin_in_one_pass_and_token_by_token(name, case):
 def test_each_matrix_runs_in_the_format_made_for_it(name, case):
   _, _, masks, packed = case(name)
   found = {pack.name_of(matrix.runs) for matrix in packed.matrices.values()}
-  assert CASES[name][2] <= found <= CASES[name][2] | {'dense', 'channels', 'block'}
+  assert CASES[name][2] <= found <= CASES[name][2] | {'dense', 'channels', 'block', 'gather'}
   for path, matrix in packed.matrices.items():
     # What runs dense although something was dropped says why.
     mask = tree.named(masks).get(path)

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from sparse_lm.core.packed import READ_FULL, READ_OUTPUTS, Array, Format, rows
+from sparse_lm.core.packed import Array, Format, rows
 
 
 class Dense(Format):
@@ -15,7 +15,6 @@ class Dense(Format):
 
   outputs: Array
   plain: ClassVar[bool] = True
-  reads: ClassVar[tuple[str, ...]] = (READ_FULL, READ_OUTPUTS)
 
   @classmethod
   def refuses(cls, mask: np.ndarray) -> str:

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from sparse_lm.core.packed import READ_INPUTS, Array, Format, rows
+from sparse_lm.core.packed import Array, Format, rows
 
 
 class Gather(Format):
@@ -14,7 +14,7 @@ class Gather(Format):
   """
 
   inputs: Array
-  reads: ClassVar[tuple[str, ...]] = (READ_INPUTS,)
+  gathers: ClassVar[bool] = True
 
   @classmethod
   def refuses(cls, mask: np.ndarray) -> str:

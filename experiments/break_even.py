@@ -1,0 +1,135 @@
+"""At which density does each packed format start to pay, by matrix size and batch, on this device?
+
+A product with eight packed matrices, in turns with the same product with eight dense ones, so that
+weights come from memory and not from a cache. `block:B` keeps random tiles, `channels` random inputs,
+`gather` reads random inputs of one token. The speed-up is that of single matrices, not of a model.
+"""
+
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.sweep import Run
+from sparse_lm.core import config as configs
+from sparse_lm.core import runtime
+from sparse_lm.core.packed import Format
+from sparse_lm.evals import speed
+from sparse_lm.inference.pack import load_format
+from sparse_lm.report import lines as results
+from sparse_lm.report import plot, table
+from sparse_lm.train.workdir import environment
+
+CONFIG = 'configs/base.py'
+SHAPES = ((768, 768), (768, 3072))
+BATCHES = (1, 8, 64)
+DENSITIES = (0.75, 0.5, 0.25, 0.1, 0.05)
+FORMATS = ('block:32', 'block:64', 'block:128', 'channels', 'gather')
+MATRICES, REPEATS = 8, 15
+
+
+def runs() -> list[Run]:
+  """A run for each format, shape, batch and density; one token alone is gathered for."""
+  return [
+    Run(
+      CONFIG,
+      {},
+      {'format': name, 'matrix': f'{i}x{o}', 'batch': batch, 'density': density},
+    )
+    for name in FORMATS
+    for i, o in SHAPES
+    for batch in (BATCHES if name != 'gather' else (1,))
+    for density in DENSITIES
+  ]
+
+
+def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
+  """Times one format beside the dense one."""
+  runtime.prepare()
+  name, _, size = run.labels['format'].partition(':')
+  shape = tuple(map(int, run.labels['matrix'].split('x')))
+  density, batch = run.labels['density'], run.labels['batch']
+  draw = np.random.default_rng(0)
+  kernels = [draw.standard_normal(shape, np.float32) for _ in range(MATRICES)]
+  whole = np.ones(shape, bool)
+  dense = jax.device_put([load_format('dense').pack(k, whole) for k in kernels])
+  masks = [_mask(draw, shape, density, int(size or 1), name) for _ in kernels]
+  packed = jax.device_put([load_format(name).pack(k, m) for k, m in zip(kernels, masks)])
+  x = jnp.ones((batch, shape[0]))
+  index = jnp.asarray(np.sort(draw.permutation(shape[0])[: round(density * shape[0])]))
+
+  @jax.jit
+  def multiply(matrices: list[Format], x: jax.Array) -> jax.Array:
+    return sum(matrix.matmul(x) for matrix in matrices)
+
+  @jax.jit
+  def gather(matrices: list[Format], x: jax.Array, index: jax.Array) -> jax.Array:
+    return sum(matrix.of_inputs(x[0, index], index) for matrix in matrices)
+
+  calls = {'dense': functools.partial(multiply, dense, x)}
+  if packed[0].gathers:
+    calls['packed'] = functools.partial(gather, packed, x, index)
+  else:
+    calls['packed'] = functools.partial(multiply, packed, x)
+  seconds = speed.interleaved(calls, REPEATS)
+  ratio = speed.ratio(seconds['dense'], seconds['packed'])
+  metrics = {key.replace('ratio', 'speedup'): value for key, value in ratio.items()}
+  metrics |= {f'{k}_us': 1e6 * float(np.median(v)) / MATRICES for k, v in seconds.items()}
+  metrics['density'] = density
+  return {'metrics': metrics, 'config': configs.to_json(configs.load(CONFIG)), 'env': environment()}
+
+
+def _mask(
+  draw: np.random.Generator, shape: tuple[int, int], density: float, size: int, name: str
+) -> np.ndarray:
+  if name == 'gather':
+    return np.ones(shape, bool)
+  if name == 'channels':
+    kept = draw.permutation(shape[0]) < round(density * shape[0])
+    return np.broadcast_to(kept[:, None], shape)
+  tiles = (shape[0] // size, shape[1] // size)
+  count = max(1, round(density * tiles[0] * tiles[1]))
+  kept = draw.permutation(tiles[0] * tiles[1]).reshape(tiles) < count
+  return np.kron(kept, np.ones((size, size), bool))
+
+
+def report(lines: list[results.Line], folder: pathlib.Path) -> str:
+  """The table of break-even densities, and speed-up against density for one token."""
+  rows = _rows(lines)
+  columns = [
+    table.Column('break_even', 'pays up to density', '.2f'),
+    *(table.Column(f'at_{d}', f'dense / packed at {d}', '.2f') for d in DENSITIES),
+    table.Column('dense_us', 'dense', ',.0f', 'µs'),
+  ]
+  frame = table.summarise(rows, ['format', 'matrix', 'batch'], columns)
+  env = lines[0]['env']
+  caption = (
+    f'Packed matrices beside dense ones, float32; {env["cpu"]}, {env["cores"]} cores, {env["device"]}, '
+    f'jax {env["jax"]}; medians of {REPEATS} turns. 0 = does not pay at any density measured'
+  )
+  matrix = f'{SHAPES[-1][0]}x{SHAPES[-1][1]}'
+  shown = [
+    line for line in lines if line['labels']['batch'] == 1 and line['labels']['matrix'] == matrix
+  ]
+  x = table.Column('density', 'density', '.2f')
+  y = table.Column('speedup', f'dense time / packed time, {matrix}, one token', '.2f')
+  if shown:
+    plot.save(plot.curves(shown, x, y, 'format'), folder, 'break_even')
+  return table.write(frame, folder, caption, 'python -m experiments.run break_even')
+
+
+def _rows(lines: list[results.Line]) -> list[results.Line]:
+  """A line for each format, matrix and batch, of what was measured at all densities."""
+  rows: dict[tuple, results.Line] = {}
+  for line in lines:
+    labels = {key: line['labels'][key] for key in ('format', 'matrix', 'batch')}
+    empty = {'break_even': 0.0} | {f'at_{d}': float('nan') for d in DENSITIES}
+    row = rows.setdefault(tuple(labels.values()), line | {'labels': labels, 'metrics': empty})
+    metrics, density = line['metrics'], line['labels']['density']
+    row['metrics'] |= {f'at_{density}': metrics['speedup'], 'dense_us': metrics['dense_us']}
+    if metrics['speedup'] > 1:
+      row['metrics']['break_even'] = max(row['metrics']['break_even'], density)
+  return list(rows.values())
