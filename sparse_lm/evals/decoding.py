@@ -27,11 +27,13 @@ class Workload:
     tokens_BxL: int32, real text: what gates let through depends on it.
     prompt: tokens of each sequence that are prefilled, before `DECODED` more are decoded.
     repeats: turns.
+    what: 'decode', 'prefill', or both.
   """
 
   tokens_BxL: np.ndarray
   prompt: int
   repeats: int = 15
+  what: tuple[str, ...] = ('decode', 'prefill')
 
   @property
   def batch(self) -> int:
@@ -39,7 +41,9 @@ class Workload:
     return len(self.tokens_BxL)
 
 
-def workload(tokens: np.ndarray, context: int, batch: int, repeats: int) -> Workload:
+def workload(
+  tokens: np.ndarray, context: int, batch: int, repeats: int, what: str = ''
+) -> Workload:
   """Sequences of a text as long as a context. Raises UserError where the text is too short."""
   if context <= DECODED or len(tokens) < batch * context:
     raise UserError(
@@ -47,7 +51,7 @@ def workload(tokens: np.ndarray, context: int, batch: int, repeats: int) -> Work
       f'{batch * context} tokens of validation text are needed, of which there are {len(tokens)}'
     )
   rows = np.asarray(tokens[: batch * context], np.int32).reshape(batch, context)
-  return Workload(rows, context - DECODED, repeats)
+  return Workload(rows, context - DECODED, repeats, (what,) if what else Workload.what)
 
 
 class _Decode:
@@ -115,29 +119,33 @@ def measure(
     for name, pair in pairs.items()
     for role, packed in zip(('', 'dense_'), pair)
   }
-  decodes = {key: _Decode(decoder, work) for key, decoder in decoders.items()}
-  prefills = {key: _Prefill(decoder, work) for key, decoder in decoders.items()}
+  kinds = {'decode': _Decode, 'prefill': _Prefill}
   reading, bytes_ = speed.read()
-  calls = {('decode', *key): call for key, call in decodes.items()}
-  calls |= {('prefill', *key): call for key, call in prefills.items()}
+  calls: dict[Any, Any] = {
+    (what, *key): kinds[what](decoder, work)
+    for what in work.what
+    for key, decoder in decoders.items()
+  }
   seconds = speed.interleaved(calls | {'read': reading}, work.repeats, 'decoding')
   peak = bytes_ / float(np.median(seconds['read']))
   found = {}
   for name, pair in pairs.items():
     row: dict[str, Any] = {'memory_bandwidth': peak}
     for role, packed in zip(('', 'dense_'), pair):
-      step = float(np.median(seconds['decode', name, role])) / DECODED
-      prefill = float(np.median(seconds['prefill', name, role]))
-      read = read_bytes(packed, work.tokens_BxL)
-      row |= {
-        f'{role}decode_ms': 1e3 * step,
-        f'{role}prefill_tokens_per_second': work.tokens_BxL.size / prefill,
-        f'{role}peak_memory': decodes[name, role].peak_memory,
-        f'{role}weights_bytes': weights(packed.variables),
-        f'{role}read_bytes': read,
-        f'{role}bandwidth': read / step / peak,
-      }
-    for what in ('decode', 'prefill'):
+      row[f'{role}weights_bytes'] = weights(packed.variables)
+      medians = {what: float(np.median(seconds[what, name, role])) for what in work.what}
+      if 'prefill' in medians:
+        row[f'{role}prefill_tokens_per_second'] = work.tokens_BxL.size / medians['prefill']
+      if 'decode' in medians:
+        step = medians['decode'] / DECODED
+        read = read_bytes(packed, work.tokens_BxL)
+        row |= {
+          f'{role}decode_ms': 1e3 * step,
+          f'{role}peak_memory': calls['decode', name, role].peak_memory,
+          f'{role}read_bytes': read,
+          f'{role}bandwidth': read / step / peak,
+        }
+    for what in work.what:
       ratio = speed.ratio(seconds[what, name, 'dense_'], seconds[what, name, ''])
       row |= {f'{what}_{key.replace("ratio", "speedup")}': value for key, value in ratio.items()}
     found[name] = row

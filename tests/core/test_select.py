@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_lm.core.select import topk_mask
+from sparse_lm.core.select import compact, topk_mask
 
 SHAPES = [(1,), (7,), (32,), (5, 8), (1, 9), (9, 1), (2, 3, 4)]
 # Few values, so that most selections have to break ties; the ends of float32 are among them.
@@ -99,3 +99,12 @@ def test_a_large_matrix_with_heavy_ties(share):
   scores = (np.round(rng.standard_normal((768, 3072)), 1) + 0.0).astype(np.float32)
   k = round(scores.size * share)
   np.testing.assert_array_equal(JITTED(scores, k), oracle(scores, k))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**31), size=st.sampled_from((5, 64, 200)), share=st.floats(0, 1))
+def test_compact_lists_what_a_mask_holds(seed, size, share):
+  mask = np.random.default_rng(seed).random(size) < share
+  found = np.asarray(compact(mask, size))
+  assert found[: mask.sum()].tolist() == np.flatnonzero(mask).tolist()
+  assert ((found >= 0) & (found < size)).all()

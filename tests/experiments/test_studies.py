@@ -2,19 +2,23 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from experiments import (
+  break_even,
   budget_control,
   component_speed,
   dynamic_compute,
   dynamic_smoke,
+  packed_speed,
   smoke,
   sparsity_vs_accuracy,
   train_step_speed,
 )
 from experiments.plain_twin import PlainLM
 from sparse_lm.core import config as configs
+from sparse_lm.model import lm
 from sparse_lm.train import cost
 from sparse_lm.train.build import build
 
@@ -47,8 +51,45 @@ def test_the_smoke_study_runs_every_method_once():
 
 
 def test_speed_studies_plan_runs_that_load():
-  for run in [*train_step_speed.runs(), *component_speed.runs()]:
-    configs.load(run.config, run.overrides)
+  for study in (train_step_speed, component_speed, packed_speed, break_even):
+    runs = study.runs()
+    assert len({run.id('x') for run in runs}) == len(runs) > 2
+    for run in runs:
+      configs.load(run.config, run.overrides)
+
+
+def test_a_format_pays_up_to_the_largest_density_at_which_it_is_faster(tmp_path):
+  speedups = {0.75: 0.6, 0.5: 1.2, 0.25: 0.9, 0.1: 3.0, 0.05: 4.0}
+  env = {'cpu': 'c', 'cores': 2, 'device': 'cpu', 'jax': '0'}
+  lines = [
+    {
+      'run': run.id('x'),
+      'labels': run.labels,
+      'seed': 0,
+      'env': env,
+      'metrics': {
+        'speedup': speedups[run.labels['density']] * (run.labels['format'] != 'gather'),
+        'dense_us': 5.0,
+        'density': run.labels['density'],
+      },
+    }
+    for run in break_even.runs()
+  ]
+  shown = break_even.report(lines, tmp_path).splitlines()
+  rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in shown if '768x' in line]
+  assert len(rows) == (4 * 3 + 1) * 2
+  assert {row[4] for row in rows if row[0] != 'gather'} == {'0.50'}
+  assert {row[4] for row in rows if row[0] == 'gather'} == {'0.00'}
+  assert (tmp_path / 'break_even.png').exists()
+
+
+def test_random_masks_of_the_speed_study_keep_their_share():
+  config = {'model.layers': 2, 'model.width': 64, 'model.hidden': 128, 'model.heads': 4}
+  model = lm.from_config(configs.load('configs/base.py', config | {'model.kv_heads': 4}), 256)
+  draw = np.random.default_rng(0)
+  for name in ('neuron', 'head', 'block:16'):
+    masks = packed_speed._masks(model, name, 0.5, draw)
+    assert masks and all(mask.mean() == 0.5 for mask in masks.values())
 
 
 def test_the_budget_study_holds_every_estimator_that_a_price_moves_by_both_controllers(tmp_path):

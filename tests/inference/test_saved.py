@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 import sparse_lm.generate as generate_command
 import sparse_lm.pack as pack_command
+import sparse_lm.speed as speed_command
 from sparse_lm.core import runtime, tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.inference import pack, runnable, saved
@@ -199,3 +200,14 @@ def test_bad_input_is_one_line_and_code_2(argument, named, packed, monkeypatch, 
     command(generate_command, arguments, monkeypatch)
   shown = capsys.readouterr().err
   assert stopped.value.code == 2 and named in shown and shown.count('\n') == 1
+
+
+def test_models_that_read_other_tokens_or_contexts_are_not_timed_in_turns(
+  packed, tiny_config, tmp_path
+):
+  folder = packed('neurons')[1]
+  with pytest.raises(UserError, match='a context of more than 16'):
+    speed_command.speed([folder])
+  train(tiny_config(data__context=24, train__steps=1), str(tmp_path / 'other'), progress=False)
+  with pytest.raises(UserError, match='another tokenizer or context'):
+    speed_command.speed([folder, str(tmp_path / 'other')])

@@ -1,0 +1,82 @@
+"""What the speed tables count and time."""
+
+import jax
+import numpy as np
+import pytest
+
+from sparse_lm import speed as speed_command
+from sparse_lm.core.errors import UserError
+from sparse_lm.evals import decoding
+from sparse_lm.inference import pack
+from sparse_lm.model import lm
+
+WIDTH, HIDDEN, VOCAB = 16, 32, 11
+ATTENTION = 4 * WIDTH * WIDTH
+HEAD = WIDTH * VOCAB
+
+
+def packed_of(config):
+  model = lm.from_config(config, VOCAB)
+  draw = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda a: draw.normal(0.5 * (a.ndim == 1), 0.3, a.shape).astype('f'), lm.shapes(model)['params']
+  )
+  return pack.pack(model, params, jax.tree.map(lambda _: None, params), {})
+
+
+@pytest.fixture(scope='module')
+def tokens():
+  return np.random.default_rng(0).integers(0, VOCAB, (2, 32)).astype(np.int32)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'mlp'),
+  [
+    ({}, 2 * WIDTH * HIDDEN),
+    # Half of the inputs predict; a quarter of what is left is read.
+    (
+      {'mlp.name': 'predictor_topk', 'mlp.selector': 'exact', 'mlp.density': 0.25},
+      WIDTH // 2 * HIDDEN + 0.25 * (WIDTH // 2 * HIDDEN + WIDTH * HIDDEN),
+    ),
+    # Two of eight experts, and the router.
+    ({'mlp.name': 'moe_topk', 'mlp.k': 2}, 2 * 2 * WIDTH * HIDDEN + 8 * WIDTH),
+    # A gate on a head zeroes it: it is read all the same.
+    ({'attention.name': 'head_gate'}, 2 * WIDTH * HIDDEN + 2 * WIDTH),
+  ],
+)
+def test_bytes_that_a_token_reads(fields, mlp, tokens, tiny_config):
+  packed = packed_of(tiny_config(**{'data.context': 32} | fields))
+  assert decoding.read_bytes(packed, tokens) == 4 * (ATTENTION + mlp + HEAD)
+
+
+def test_layers_that_tokens_skip_are_read_as_often_as_they_enter(tokens, tiny_config):
+  packed = packed_of(tiny_config(data__context=32, depth__name='token_gate'))
+  _, seen = packed.model.apply(packed.variables, tokens, mutable=['gates'])
+  share = float(seen['gates']['depth_0']['active'])
+  assert 0 < share < 1
+  layer = ATTENTION + 2 * WIDTH * HIDDEN
+  assert decoding.read_bytes(packed, tokens) == round(4 * (share * layer + WIDTH + HEAD))
+
+
+def test_a_packed_model_is_timed_beside_its_twin(tokens, tiny_config):
+  packed = packed_of(tiny_config(data__context=32))
+  twin = pack.dense_twin(packed.model)
+  work = decoding.workload(tokens.ravel(), 32, batch=2, repeats=2)
+  assert work.batch == 2 and work.prompt == 32 - decoding.DECODED
+  row = decoding.measure({'x': (packed, twin)}, work)['x']
+  for what in ('decode', 'prefill'):
+    low, mid, high = (row[f'{what}_speedup{end}'] for end in ('_low', '', '_high'))
+    assert 0 < low <= mid <= high
+  assert row['weights_bytes'] == row['dense_weights_bytes'] == pack.weights(packed.variables)
+  step = row['read_bytes'] / (row['bandwidth'] * row['memory_bandwidth'])
+  assert 1e3 * step == pytest.approx(row['decode_ms'])
+  shown = speed_command.table({'x': row})
+  assert '... its dense twin' in shown and f'{row["decode_speedup"]:.2f} (' in shown
+
+
+@pytest.mark.parametrize(('context', 'batch'), [(16, 1), (32, 3)])
+def test_a_text_or_context_that_is_too_short_is_named(context, batch, tokens):
+  with pytest.raises(
+    UserError, match=f'--batch={batch} sequences of config.data.context={context}'
+  ):
+    decoding.workload(tokens.ravel(), context, batch, 1)
