@@ -15,11 +15,14 @@ from sparse_lm.inference.runnable import Runnable, load
 from sparse_lm.inference.sample import Sampling
 
 
+PLAIN = Sampling()
+
+
 def generate(
   run: Runnable,
   prompts: Sequence[str],
   tokens: int = 0,
-  sampling: Sampling = Sampling(),  # noqa: B008
+  sampling: Sampling = PLAIN,
   stop: str = '',
   seed: int = 0,
 ) -> Iterator[list[str]]:
