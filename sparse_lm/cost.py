@@ -1,6 +1,5 @@
 """`python -m sparse_lm.cost --config=configs/x.py [--config.a.b=c ...]`: the ledger, without training."""
 
-import argparse
 import math
 from typing import Any
 
@@ -9,7 +8,7 @@ from tabulate import tabulate
 from sparse_lm.core import config as configs
 from sparse_lm.core import cost as ledger
 from sparse_lm.core import tree
-from sparse_lm.core.errors import one_line
+from sparse_lm.core.errors import Parser, one_line
 from sparse_lm.core.sparse import Tree
 from sparse_lm.train import cost
 from sparse_lm.train.build import build
@@ -58,7 +57,7 @@ def summary(report: dict[str, Any]) -> str:
 @one_line
 def main() -> None:
   """Prints what a config costs in theory, gates at what it plans (1 where that is learned)."""
-  parser = argparse.ArgumentParser(prog='python -m sparse_lm.cost', allow_abbrev=False)
+  parser = Parser('python -m sparse_lm.cost')
   _, config = configs.from_command_line(parser)
   program, target = build(config, data_of(config).tokenizer.vocab_size)
   print(matmuls(program, target), summary(cost.report(program, target)), sep='\n\n')

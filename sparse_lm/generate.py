@@ -14,7 +14,6 @@ from sparse_lm.inference.decode import Decoder
 from sparse_lm.inference.runnable import Runnable, load
 from sparse_lm.inference.sample import Sampling
 
-
 PLAIN = Sampling()
 
 
@@ -67,11 +66,13 @@ def _arguments() -> argparse.Namespace:
   return parser.parse_args()
 
 
-def _stream(texts: Iterator[list[str]]) -> list[str]:
-  """Writes a single continuation as it comes; a character that is not whole yet waits."""
+def _stream(texts: Iterator[list[str]], stop: str) -> list[str]:
+  """Writes a single continuation as it comes; what may yet become a character or `stop` waits."""
   shown, last = 0, ['']
   for last in texts:
     whole = last[0].rstrip('\ufffd')
+    begun = next((n for n in range(len(stop) - 1, 0, -1) if whole.endswith(stop[:n])), 0)
+    whole = whole[: len(whole) - begun]
     if len(last) == 1 and len(whole) > shown:
       print(whole[shown:], end='', flush=True)
       shown = len(whole)
@@ -101,18 +102,19 @@ def main() -> None:
       run, arguments.prompt, arguments.tokens, sampling, arguments.stop, arguments.seed
     )
     for text in texts:
-      count += len(text)
+      count += 1
       yield text
 
   with meter as measured:
-    texts = _stream(counted())
+    texts = _stream(counted(), arguments.stop)
   if len(texts) > 1:
     for prompt, text in zip(arguments.prompt, texts):
       print(f'--- {prompt}{text}')
   seconds = time.perf_counter() - begin
-  joules = energy.per_token(measured.joules, count)
+  joules = energy.per_token(measured.joules, count * len(texts))
   print(
-    f'{count} tokens in {seconds:.1f} s, compilation included; energy: {joules}', file=sys.stderr
+    f'{count} tokens of each in {seconds:.1f} s, compilation included; energy: {joules}',
+    file=sys.stderr,
   )
 
 

@@ -31,6 +31,7 @@ def pack(workdir: str, out: str) -> dict[str, Any]:
   Raises:
     UserError: no checkpoint, a folder that exists, or a packed model that computes something else.
   """
+  saved.check_free(out)
   trained = load(workdir)
   packed = pack_model(trained.program.model, trained.params, trained.masks, trained.model_state)
   error = largest_error(trained, packed)

@@ -1,19 +1,18 @@
 """`python -m sparse_lm.prune --workdir=PARENT --out=CHILD --config.weight.name=wanda [...]`."""
 
-import argparse
 import pathlib
 import time
 
 from sparse_lm.core import config as configs
-from sparse_lm.core import runtime, slots
-from sparse_lm.core.errors import UserError, one_line
+from sparse_lm.core import rng, runtime, slots
+from sparse_lm.core.errors import Parser, UserError, one_line
 from sparse_lm.train import one_shot
 from sparse_lm.train import state as states
 from sparse_lm.train.build import build
 from sparse_lm.train.checkpoint import Checkpoints
 from sparse_lm.train.evaluate import named_losses, result_of
 from sparse_lm.train.setup import Setup, data_of
-from sparse_lm.train.trained import load
+from sparse_lm.train.trained import check_fits, load
 from sparse_lm.train.workdir import Workdir
 
 
@@ -38,6 +37,7 @@ def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
   config = configs.derive(trained.config, overrides, allowed=('weight',))
   data = data_of(config)
   program, target = build(config, data.tokenizer.vocab_size)
+  check_fits(trained, '--workdir', program, data.tokenizer)
   if not program.method.one_shot:
     able = [name for name in slots.names('weight') if slots.method('weight', name).one_shot]
     raise UserError(
@@ -77,7 +77,8 @@ def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
   folder.open()
   checkpoints = Checkpoints(folder.path)
   try:
-    checkpoints.save(state, data.train_iterator(config.seed))
+    # What trains on from here starts the text anew: pruning read other parts of it.
+    checkpoints.save(state, data.train_iterator(rng.data_seed(config.seed)))
   finally:
     checkpoints.close()
   folder.write_result(result)
@@ -88,7 +89,7 @@ def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
 @one_line
 def main() -> None:
   """Prunes a trained run and prints the validation loss of what is left."""
-  parser = argparse.ArgumentParser(prog='python -m sparse_lm.prune', allow_abbrev=False)
+  parser = Parser('python -m sparse_lm.prune')
   parser.add_argument('--workdir', required=True, help='of the trained run')
   parser.add_argument('--out', required=True, help='new workdir of the pruned one')
   parser.add_argument('--segments', type=int, default=128, help='calibration sequences')

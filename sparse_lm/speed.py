@@ -30,7 +30,7 @@ def packed_of(path: str) -> tuple[PackedModel, Any, Any]:
 
 
 def speed(paths: list[str], batch: int = 1, repeats: int = 15) -> dict[str, dict[str, Any]]:
-  """Times each model beside its dense twin, all in turns, on its validation text.
+  """Times each model beside its dense twin, all in turns, on the first one's validation text.
 
   Returns:
     Numbers by path, see `evals/decoding.measure`.
@@ -46,7 +46,13 @@ def speed(paths: list[str], batch: int = 1, repeats: int = 15) -> dict[str, dict
         f'--workdir={path} has another tokenizer or context than {paths[0]}; valid: models that read '
         'the same tokens, or one command for each'
       )
-  text = np.asarray(data_of(config).tokens['validation'])
+  data = data_of(config)
+  if data.tokenizer.digest != tokenizer.digest:
+    raise UserError(
+      f'--workdir={paths[0]} was trained on other tokens than config.data now makes of its text; valid: '
+      'the text that it was trained on'
+    )
+  text = np.asarray(data.tokens['validation'])
   work = decoding.workload(text, config.data.context, batch, repeats)
   pairs = {path: (packed, dense_twin(packed.model)) for path, (packed, _, _) in found.items()}
   return decoding.measure(pairs, work)

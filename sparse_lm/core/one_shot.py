@@ -96,7 +96,7 @@ def prune_by_obs(
       kept = topk_mask(jnp.square(rows / diagonal[begin:end, None]), count)
     else:
       kept = jnp.zeros(rows.shape, bool)
-    rows, kept, errors = _sweep(rows, factor, kept, groups)
+    rows, kept, errors = _sweep(rows, factor, kept, density, groups)
     w = w.at[begin:end].set(rows).at[end:].add(-u[begin:end, end:].T @ errors)
     mask = mask.at[begin:end].set(kept)
   return jnp.where(mask, w, 0).astype(weights.dtype), mask
@@ -114,7 +114,7 @@ def _inverse_factor(gram: Array, damp: float) -> tuple[Array, Array]:
 
 
 def _sweep(
-  rows: Array, factor: Array, kept: Array, groups: NOfM | None
+  rows: Array, factor: Array, kept: Array, density: Array, groups: NOfM | None
 ) -> tuple[Array, Array, Array]:
   """Prunes a block input by input: its rows, mask and errors `[block, out]`."""
   diagonal = jnp.diagonal(factor)
@@ -122,7 +122,7 @@ def _sweep(
   def regroup(j: Array, rows: Array, kept: Array) -> Array:
     here = jax.lax.dynamic_slice_in_dim(rows, j, groups.m)
     scores = jnp.square(here / jax.lax.dynamic_slice_in_dim(diagonal, j, groups.m)[:, None])
-    chosen = groups.top(scores, groups.n * rows.shape[1])
+    chosen = groups.top(scores, jnp.round(density * scores.size))  # all of what stays dense
     return jax.lax.dynamic_update_slice_in_dim(kept, chosen, j, axis=0)
 
   def prune_one(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:

@@ -11,18 +11,16 @@ files (`wiki.train.tokens`, `wiki.valid.raw`, `test.txt`, ...), or else `--train
 them one by one.
 """
 
-import argparse
 import contextlib
 import io
 import pathlib
 import re
 import tempfile
 from collections.abc import Iterator
-from typing import NoReturn
 
 import tensorflow_datasets as tfds
 
-from sparse_lm.core.errors import UserError, one_line
+from sparse_lm.core.errors import Parser, UserError, one_line
 from sparse_lm.data import sources
 from sparse_lm.data.corpus import SPLITS
 
@@ -130,13 +128,8 @@ def _articles(path: str, split: str) -> list[bytes]:
   return [article.encode() for article in _ARTICLE.split(text) if article.strip()]
 
 
-class _Parser(argparse.ArgumentParser):
-  def error(self, message: str) -> NoReturn:
-    raise UserError(message)
-
-
-def _parser() -> argparse.ArgumentParser:
-  parser = _Parser(prog='python -m sparse_lm.data.prepare', allow_abbrev=False)
+def _parser() -> Parser:
+  parser = Parser('python -m sparse_lm.data.prepare')
   parser.add_argument('--out', required=True, help='the data goes to OUT/KIND/1.0.0')
   parser.add_argument('--kind', required=True, choices=KINDS)
   for split in SPLITS:

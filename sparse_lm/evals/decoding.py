@@ -111,8 +111,9 @@ def measure(
   Returns:
     By name `decode_ms` (of a token of every sequence), `prefill_tokens_per_second`, `peak_memory`
     (bytes), `weights_bytes`, `read_bytes` (of weights that a token reads, gates as measured on the
-    text), `bandwidth` (of them, over the machine's measured one), the same with `dense_` before it, and
-    `decode_speedup`, `prefill_speedup` with `_low` and `_high`, their quartiles over the turns.
+    text; of batch 1 only), `bandwidth` (of them, over the machine's measured one), the same with
+    `dense_` before it, and `decode_speedup`, `prefill_speedup` with `_low` and `_high`, their quartiles
+    over the turns.
   """
   decoders = {
     (name, role): Decoder(packed.model, packed.variables)
@@ -138,12 +139,13 @@ def measure(
         row[f'{role}prefill_tokens_per_second'] = work.tokens_BxL.size / medians['prefill']
       if 'decode' in medians:
         step = medians['decode'] / DECODED
-        read = read_bytes(packed, work.tokens_BxL)
+        # Side by side, sequences share what they read.
+        read = read_bytes(packed, work.tokens_BxL) if work.batch == 1 else None
         row |= {
           f'{role}decode_ms': 1e3 * step,
           f'{role}peak_memory': calls['decode', name, role].peak_memory,
           f'{role}read_bytes': read,
-          f'{role}bandwidth': read / step / peak,
+          f'{role}bandwidth': None if read is None else read / step / peak,
         }
     for what in work.what:
       ratio = speed.ratio(seconds[what, name, 'dense_'], seconds[what, name, ''])
@@ -165,12 +167,18 @@ def read_bytes(packed: PackedModel, tokens_BxL: np.ndarray) -> int:
     tree.path_name(path): leaf.nbytes
     for path, leaf in jax.tree_util.tree_leaves_with_path(packed.variables, is_leaf=is_packed)
   }
+
+  def skips(gate: cost.Gate) -> bool:
+    # Hidden units are skipped where the rows behind them are gathered.
+    down = packed.matrices.get(f'{gate.path}/down/kernel')
+    return gate.skips and (down is None or down.runs.gathers)
+
   total = 0.0
   for m in lm.ledger(model, tokens_BxL.shape[1]).values():
     if m.kernel is None:
       continue
     stored = held.get(f'packed/{m.kernel}', held.get(f'params/{m.kernel}', 0))
-    skipping = dataclasses.replace(m, gates=tuple(gate for gate in m.gates if gate.skips))
+    skipping = dataclasses.replace(m, gates=tuple(gate for gate in m.gates if skips(gate)))
     # A stack of experts is read as far as tokens visit it.
     total += stored * min(
       1.0, cost.forward_flops({'': skipping}, {}, active) / (2 * sizes[m.kernel])

@@ -25,7 +25,8 @@ class Sampling:
 
   def check(self, vocab: int) -> None:
     """Raises UserError for an option out of its range."""
-    require(0 <= self.temperature < float('inf'), '--temperature', self.temperature, '0 or more')
+    hot = self.temperature == 0 or 1e-4 <= self.temperature < float('inf')
+    require(hot, '--temperature', self.temperature, '0 (greedy), or 1e-4 or more')
     require(0 <= self.top_k <= vocab, '--top_k', self.top_k, f'0 to the vocabulary, {vocab}')
     require(0 < self.top_p <= 1, '--top_p', self.top_p, 'a probability in (0, 1]')
 

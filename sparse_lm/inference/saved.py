@@ -8,8 +8,9 @@ model.safetensors            every parameter under its path, zeros where a weigh
 
 import dataclasses
 import hashlib
+import os
 import pathlib
-import shutil
+import tempfile
 from typing import Any
 
 import jax
@@ -53,12 +54,10 @@ def save(packed: PackedModel, trained: Trained, out: str, facts: dict[str, Any])
 
   Raises UserError where it is there already.
   """
+  check_free(out)
   folder = pathlib.Path(out)
-  if folder.exists():
-    raise UserError(f'--out={out} exists; valid: a new folder')
-  temporary = folder.with_name(f'{folder.name}.tmp')
-  shutil.rmtree(temporary, ignore_errors=True)
-  temporary.mkdir(parents=True)
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  temporary = pathlib.Path(tempfile.mkdtemp(prefix=f'{folder.name}.', dir=folder.parent))
   arrays, matrices = _arrays(packed)
   save_file(arrays, temporary / ARRAYS)
   save_file(
@@ -71,6 +70,16 @@ def save(packed: PackedModel, trained: Trained, out: str, facts: dict[str, Any])
     temporary / MANIFEST, manifest | facts | {'removed': packed.removed, 'matrices': matrices}
   )
   temporary.rename(folder)
+
+
+def check_free(out: str) -> None:
+  """Raises UserError where a folder is there already, or none can be made."""
+  folder = pathlib.Path(out)
+  if folder.exists():
+    raise UserError(f'--out={out} exists; valid: a new folder')
+  there = next(part for part in folder.absolute().parents if part.exists())
+  if not there.is_dir() or not os.access(there, os.W_OK):
+    raise UserError(f'--out={out}: {there} is no folder to write to; valid: a new folder elsewhere')
 
 
 def load(path: str) -> Saved:

@@ -1,5 +1,6 @@
 """The experts' matrices, stacked, and what routing did to them."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -35,21 +36,31 @@ class Experts(nn.Module):
         row to the block reads the experts named and no other; `experts` names none.
       rows: (token, expert) pairs among the rows, for the ledger: empty slots are no work of theirs.
     """
-    groups.note(self.path, 'neuron', self.experts * self.hidden, {'up': -1, 'down': -2})
+    activation = self.activation()
+    run = functools.partial(self._run, activation, rows=rows, mode=mode)
+    axes, compete = {'up': -1, 'down': -2}, hasattr(activation, 'twin')
+    groups.note(self.path, 'neuron', self.experts * self.hidden, axes, compete)
     if not self.has_variable('packed', 'kept'):
-      return self._run(x_NxPxD, expert_N, rows, mode)
+      return run(x_NxPxD, expert_N)
     kept_R = self.get_variable('packed', 'kept')  # the others add nothing and were removed
     place_E = (
       jnp.full(self.experts + 1, kept_R.size, jnp.int32).at[kept_R].set(jnp.arange(kept_R.size))
     )
     if expert_N is not None:
-      return self._run(x_NxPxD, place_E[expert_N], rows, mode)
-    y_RxPxD = self._run(x_NxPxD[kept_R], None, rows, mode)
+      return run(x_NxPxD, place_E[expert_N])
+    y_RxPxD = run(x_NxPxD[kept_R], None)
     return jnp.pad(y_RxPxD, ((0, 1), (0, 0), (0, 0)))[place_E[:-1]]
 
-  def _run(self, x_NxPxD: jax.Array, expert_N: jax.Array | None, rows: int, mode: str) -> jax.Array:
+  def _run(
+    self,
+    activation: nn.Module,
+    x_NxPxD: jax.Array,
+    expert_N: jax.Array | None,
+    rows: int,
+    mode: str,
+  ) -> jax.Array:
     h_NxPxF = self._linear('up', 'in', self.hidden, x_NxPxD, expert_N, rows, mode)
-    h_NxPxF = self.activation()(h_NxPxF, mode)
+    h_NxPxF = activation(h_NxPxF, mode)
     return self._linear('down', 'residual', self.spec.width, h_NxPxF, expert_N, rows, mode)
 
   def _linear(self, name, role, features, x_NxPxI, expert_N, rows: int, mode: str) -> jax.Array:

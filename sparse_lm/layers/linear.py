@@ -77,9 +77,9 @@ class Linear(nn.Module):
         y = kernel.of_outputs(x.reshape(-1), outputs).reshape(*x.shape[:-1], -1)
       else:
         y = kernel.matmul(x)
-      if not self.spec.bias:
-        return y
-      return y + (bias if outputs is None else bias[outputs]).astype(y.dtype)
+      if self.spec.bias:
+        y = y + (bias if outputs is None else bias[outputs])
+      return y.astype(self.spec.compute)
 
     return run
 

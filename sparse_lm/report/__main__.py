@@ -6,7 +6,7 @@ import shlex
 import sys
 from typing import Any
 
-from sparse_lm.core.errors import UserError, one_line, unknown
+from sparse_lm.core.errors import Parser, UserError, one_line, unknown
 from sparse_lm.report import formats, plot, table
 from sparse_lm.report import lines as results
 
@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-  parser = argparse.ArgumentParser(prog='python -m sparse_lm.report', allow_abbrev=False)
+  parser = Parser('python -m sparse_lm.report')
   parser.add_argument('files', nargs='+', help='runs.jsonl of one or more studies')
   parser.add_argument('--rows', default='', help='labels that make a row; default: all')
   parser.add_argument('--columns', default='', help='metrics; default: the best known')

@@ -1,17 +1,15 @@
 """`python -m sparse_lm.train --config=configs/x.py --workdir=... [--config.a.b=c ...]`."""
 
-import argparse
-
 from sparse_lm.core import config as configs
 from sparse_lm.core import runtime
-from sparse_lm.core.errors import one_line
+from sparse_lm.core.errors import Parser, one_line
 from sparse_lm.train.loop import train
 
 
 @one_line
 def main() -> None:
   """Trains a config in a workdir, or continues there, and prints its result."""
-  parser = argparse.ArgumentParser(prog='python -m sparse_lm.train', allow_abbrev=False)
+  parser = Parser('python -m sparse_lm.train')
   parser.add_argument('--workdir', required=True, help='folder of the run; running again continues')
   arguments, config = configs.from_command_line(parser)
   runtime.prepare()

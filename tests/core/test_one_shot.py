@@ -223,6 +223,13 @@ def test_weights_keep_their_dtype_and_float32_is_enough():
     assert_allclose(np.asarray(new, np.float64), exact, atol=near * np.abs(exact).max())
 
 
+def test_what_a_budget_leaves_dense_is_not_pruned_by_groups_either():
+  weights, gram = numbers(3)
+  new, kept = pruned(weights, gram, 1.0, NOfM(2, 4))
+  assert kept.all()
+  assert_allclose(new, weights, rtol=1e-6, atol=1e-6)
+
+
 def test_a_block_of_inputs_that_none_divides_still_gives_the_exact_count():
   draw = np.random.default_rng(4)
   x = draw.standard_normal((300, 131)).astype(np.float32)

@@ -112,7 +112,7 @@ def test_interrupted_it_leaves_nothing_that_could_be_read(tmp_path, monkeypatch)
 BAD = {
   'no arguments': ([], '--out, --kind'),
   'kind': (['--out=x', '--kind=wiki', 'a'], "'text', 'wikitext'"),
-  'unknown argument': (['--out=x', '--kind=text', '--nam=a'], '--nam=a'),
+  'unknown argument': (['--out=x', '--kind=text', '--nam=a'], "unknown argument '--nam'"),
   'text without a path': (['--out=x', '--kind=text'], 'PATH'),
   'text with a split': (['--out=x', '--kind=text', '--train=a', 'a'], '--train'),
   'no match': (['--out=x', '--kind=text', 'none*.txt'], "'none*.txt' matches no file"),

@@ -61,8 +61,10 @@ def test_layers_that_tokens_skip_are_read_as_often_as_they_enter(tokens, tiny_co
 def test_a_packed_model_is_timed_beside_its_twin(tokens, tiny_config):
   packed = packed_of(tiny_config(data__context=32))
   twin = pack.dense_twin(packed.model)
-  work = decoding.workload(tokens.ravel(), 32, batch=2, repeats=2)
-  assert work.batch == 2 and work.prompt == 32 - decoding.DECODED
+  both = decoding.workload(tokens.ravel(), 32, batch=2, repeats=1, what='decode')
+  assert both.batch == 2 and both.what == ('decode',)
+  work = decoding.workload(tokens.ravel(), 32, batch=1, repeats=2)
+  assert work.batch == 1 and work.prompt == 32 - decoding.DECODED
   row = decoding.measure({'x': (packed, twin)}, work)['x']
   for what in ('decode', 'prefill'):
     low, mid, high = (row[f'{what}_speedup{end}'] for end in ('_low', '', '_high'))

@@ -39,6 +39,7 @@ CASES = {
   'heads behind gates': ('head', {'attention.name': 'head_gate'}, {'dense'}),
   'layers': ('layer', {}, {'dense'}),
   'neurons of experts': ('neuron', {'mlp.name': 'moe_topk', 'model.bias': True}, {'dense'}),
+  'experts of top-k': ('neuron', {'mlp.name': 'moe_topk', 'activation.name': 'topk'}, {'dense'}),
   'experts by choice': (None, {'mlp.name': 'expert_choice'}, {'dense'}),
   'top-k': (None, {'activation.name': 'topk'}, {'gather'}),
   'top-k neurons': ('neuron', {'activation.name': 'topk', 'model.bias': True}, {'gather'}),

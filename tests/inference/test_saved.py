@@ -171,13 +171,23 @@ def test_a_text_ends_before_its_stop(packed):
   assert steps[-1] == [whole[: whole.index(stop)]] and len(steps) == whole.index(stop) + 2
 
 
+def test_the_beginning_of_a_stop_is_not_shown(capsys):
+  texts = iter([['a'], ['ab'], ['abE'], ['abEN'], ['abENc'], ['abENcE'], ['abENc']])
+  assert generate_command._stream(texts, 'END') == ['abENc']
+  assert capsys.readouterr().out == 'abENc\n'
+
+
 def test_the_generate_command_streams_what_it_makes(packed, monkeypatch, capsys):
   run = runnable.load(packed('neurons')[1])
   *_, (text,) = generate_command.generate(run, ['the cat'], 5, Sampling(temperature=0))
   arguments = [f'--workdir={run.path}', '--prompt=the cat', '--tokens=5', '--temperature=0']
   command(generate_command, arguments, monkeypatch)
   shown = capsys.readouterr()
-  assert shown.out == f'the cat{text}\n' and '5 tokens in' in shown.err and 'energy: ' in shown.err
+  assert (
+    shown.out == f'the cat{text}\n'
+    and '5 tokens of each in' in shown.err
+    and 'energy: ' in shown.err
+  )
 
 
 @pytest.mark.parametrize(
