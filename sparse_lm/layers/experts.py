@@ -71,16 +71,19 @@ class Experts(nn.Module):
       return jax.vmap(lambda k: one(k, shape[1:], dtype))(jax.random.split(key, shape[0]))
 
     if self.has_variable('packed', name):
-      kernel = self.get_variable('packed', name).kernel()
+      stored = self.get_variable('packed', name)
+      kernel, one_of = stored.kernel(), lambda x, e: jax.tree.map(lambda a: a[e], stored).matmul(x)
     else:
       packed.note(self.path, name, f'{name}_bias')
       kernel = self.param(name, each, (self.experts, width, features), spec.stored)
       cost.note(self.path, 'linear', 2 * rows * width * features, kernel=name)
-    kernel = kernel.astype(spec.compute)
+      one_of = lambda x, e: x @ kernel[e]  # noqa: E731
     if mode == 'decode' and expert_N is not None and x_NxPxI.shape[1] == 1:
-      y = self._one_by_one(x_NxPxI[:, 0], kernel, expert_N)[:, None]
+      y = _one_by_one(x_NxPxI[:, 0], expert_N, one_of, *kernel.shape[::2])[:, None]
     else:
+      kernel = kernel.astype(spec.compute)
       y = jnp.einsum('npi,nif->npf', x_NxPxI, self._of_block(kernel, expert_N))
+    y = y.astype(spec.compute)
     if spec.bias:
       if self.has_variable('packed', f'{name}_bias'):
         bias = self.get_variable('packed', f'{name}_bias')
@@ -90,15 +93,6 @@ class Experts(nn.Module):
       y = y + self._of_block(bias.astype(spec.compute), expert_N)[:, None]
     return y
 
-  def _one_by_one(self, x_NxI: jax.Array, kernel: jax.Array, expert_N: jax.Array) -> jax.Array:
-    """Each row through its expert, zeros for an expert that there is not.
-
-    Branches by static index: XLA:CPU copies a matrix that it takes from a stack by a computed one.
-    """
-    none = jnp.zeros(kernel.shape[-1], x_NxI.dtype)
-    branches = [lambda x, e=e: x @ kernel[e] for e in range(len(kernel))] + [lambda x: none]
-    return jnp.stack([jax.lax.switch(e, branches, x) for e, x in zip(expert_N, x_NxI)])
-
   def _of_block(self, stacked: jax.Array, expert_N: jax.Array | None) -> jax.Array:
     if expert_N is None:
       return stacked
@@ -106,6 +100,23 @@ class Experts(nn.Module):
     chosen = jax.nn.one_hot(expert_N, len(stacked), dtype=stacked.dtype)
     flat = chosen @ stacked.reshape(len(stacked), -1)
     return flat.reshape(-1, *stacked.shape[1:])
+
+
+def _one_by_one(
+  x_NxI: jax.Array,
+  expert_N: jax.Array,
+  one_of: Callable[[jax.Array, int], jax.Array],
+  experts: int,
+  features: int,
+) -> jax.Array:
+  """Each row through its expert, `one_of(x, expert)`, and zeros for an expert that there is not.
+
+  Branches slice the stack as it is stored, by a static index: XLA:CPU copies a matrix that is taken by a
+  computed one, and copies the whole stack where it is transposed first.
+  """
+  branches = [functools.partial(one_of, e=e) for e in range(experts)]
+  branches += [lambda x: jnp.zeros(features, x.dtype)]
+  return jnp.stack([jax.lax.switch(e, branches, x) for e, x in zip(expert_N, x_NxI)])
 
 
 def observe_routing(
