@@ -19,7 +19,7 @@ from sparse_lm.layers.linear import Norm
 from sparse_lm.layers.spec import Spec
 from sparse_lm.model.block import Block
 
-MODES = ('train', 'eval', 'decode')
+MODES = ('train', 'eval')  # 'decode' is 'eval' for one reader at a time
 LAYER_SLOTS = ('activation', 'attention', 'mlp', 'depth')
 
 
@@ -57,8 +57,8 @@ class LM(nn.Module):
     Returns:
       float32 `[B, L, V]`.
     """
-    if mode not in MODES:
-      raise ValueError(f'mode {mode!r} is none of {MODES}')
+    if mode not in (*MODES, 'decode'):
+      raise ValueError(f'mode {mode!r} is none of {(*MODES, "decode")}')
     spec = self.spec
     if positions_BxL is None:
       positions_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
