@@ -2,7 +2,7 @@
 
 Random weights, with the mask or the gate at its rate, which is enough for timing: bytes as tokens, 16
 layers of width 768, context 256, float32. Decoding is batch 1, prefill reads 2 sequences at once.
-Experts are timed beside a dense model of equal active parameters. MLP rows are of one layer's MLP.
+Experts are timed beside a dense model of equal active parameters.
 """
 
 import functools
