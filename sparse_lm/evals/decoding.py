@@ -1,7 +1,6 @@
 """How fast packed models prefill and decode, each beside its dense twin, in turns in one process."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -13,8 +12,7 @@ from sparse_lm.core.errors import UserError
 from sparse_lm.core.packed import is_packed
 from sparse_lm.evals import speed
 from sparse_lm.inference.decode import Decoder
-from sparse_lm.inference.pack import PackedModel, weights
-from sparse_lm.model import lm
+from sparse_lm.inference.pack import PackedModel, shares, weights
 
 DECODED = 16  # tokens of a turn
 
@@ -160,9 +158,6 @@ def read_bytes(packed: PackedModel, tokens_BxL: np.ndarray) -> int:
   run = jax.jit(lambda v, t: model.apply(v, t, mode='eval', mutable=['gates'])[1])
   seen = tree.named(run(packed.variables, tokens_BxL).get('gates', {}))
   active = {path.removesuffix('/active'): float(value) for path, value in seen.items()}
-  sizes = {
-    path: math.prod(leaf.shape) for path, leaf in tree.named(lm.shapes(model)['params']).items()
-  }
   held = {
     tree.path_name(path): leaf.nbytes
     for path, leaf in jax.tree_util.tree_leaves_with_path(packed.variables, is_leaf=is_packed)
@@ -173,14 +168,6 @@ def read_bytes(packed: PackedModel, tokens_BxL: np.ndarray) -> int:
     down = packed.matrices.get(f'{gate.path}/down/kernel')
     return gate.skips and (down is None or down.runs.gathers)
 
-  total = 0.0
-  for m in lm.ledger(model, tokens_BxL.shape[1]).values():
-    if m.kernel is None:
-      continue
-    stored = held.get(f'packed/{m.kernel}', held.get(f'params/{m.kernel}', 0))
-    skipping = dataclasses.replace(m, gates=tuple(gate for gate in m.gates if skips(gate)))
-    # A stack of experts is read as far as tokens visit it.
-    total += stored * min(
-      1.0, cost.forward_flops({'': skipping}, {}, active) / (2 * sizes[m.kernel])
-    )
-  return round(total)
+  read = shares(model, tokens_BxL.shape[1], active, skips)
+  stored = {p: held.get(f'packed/{p}', held.get(f'params/{p}', 0)) for p in read}
+  return round(sum(stored[path] * share for path, share in read.items()))

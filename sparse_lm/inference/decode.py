@@ -17,6 +17,11 @@ from sparse_lm.model.lm import LM
 Array = jax.Array
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _draw(sampling: Sampling, logits_BxV: Array, key: Array, place: int) -> Array:
+  return sampling.draw(logits_BxV, jax.random.fold_in(key, place))
+
+
 class Decoder:
   """A model that decodes sequences side by side.
 
@@ -114,10 +119,9 @@ class Decoder:
         f'(config.data.context={self.model.spec.context})'
       )
     logits, cache, position_B = self.begin(prompts)
-    draw = jax.jit(lambda logits, key, i: sampling.draw(logits, jax.random.fold_in(key, i)))
     key = jax.random.key(seed)
     for i in range(tokens):
-      token_B = draw(logits, key, i)
+      token_B = _draw(sampling, logits, key, i)
       yield np.asarray(token_B)
       if i + 1 < tokens:
         logits, cache = self.decode(self.variables, cache, token_B, position_B + i)

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import math
 import pkgutil
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -86,7 +87,7 @@ def pack(model: LM, params: Tree, masks: Tree, state: Tree) -> PackedModel:
   held = {path: np.asarray(mask) for path, mask in tree.named(masks).items()}
   declared = lm.groups(model)
   left = shrink(original, held, declared, _closed(model, params, state))
-  fractions = _fractions(model)
+  fractions = shares(model, model.spec.context)
   gathered = {
     member.path
     for group in declared
@@ -182,17 +183,31 @@ def _closed(model: LM, params: Tree, state: Tree) -> list[int]:
   return [i for i in settled if float(seen['gates'][f'depth_{i}']['active']) == 0]
 
 
-def _fractions(model: LM) -> dict[str, float]:
-  """By kernel, the share of its weights that a token is multiplied with, gates as planned."""
-  ledger = lm.ledger(model, model.spec.context)
+def shares(
+  model: LM,
+  length: int,
+  active: Mapping[str, float] | None = None,
+  skips: Callable[[cost.Gate], bool] = lambda gate: True,
+) -> dict[str, float]:
+  """By kernel, the share of its weights that a token is multiplied with.
+
+  Args:
+    length: tokens of a sequence.
+    active: by path, what gates let through; of the others what they plan.
+    skips: which gates leave out what they close.
+  """
+  ledger = lm.ledger(model, length)
   sizes = {
     path: math.prod(leaf.shape) for path, leaf in tree.named(lm.shapes(model)['params']).items()
   }
-  return {
-    m.kernel: min(1.0, cost.forward_flops({name: m}, {}) / (2 * sizes[m.kernel]))
-    for name, m in ledger.items()
-    if m.kernel is not None
-  }
+  found = {}
+  for m in ledger.values():
+    if m.kernel is not None:
+      skipping = dataclasses.replace(m, gates=tuple(filter(skips, m.gates)))
+      flops = cost.forward_flops({'': skipping}, {}, active)
+      # A stack of experts is read as far as tokens visit it, and never more than once.
+      found[m.kernel] = min(1.0, flops / (2 * sizes[m.kernel]))
+  return found
 
 
 def weights(tree_: Tree) -> int:

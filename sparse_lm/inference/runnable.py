@@ -17,7 +17,6 @@ class Runnable:
 
   Attributes:
     variables: all collections; of a packed folder with `packed` in place of most parameters.
-    is_packed: whether only what is left is executed.
   """
 
   path: str
@@ -25,7 +24,6 @@ class Runnable:
   tokenizer: tokenizers.Tokenizer
   model: LM
   variables: Tree
-  is_packed: bool
 
 
 def load(path: str) -> Runnable:
@@ -33,7 +31,7 @@ def load(path: str) -> Runnable:
   if saved.is_saved(path):
     found = saved.load(path)
     packed = found.packed
-    return Runnable(path, found.config, found.tokenizer, packed.model, packed.variables, True)
+    return Runnable(path, found.config, found.tokenizer, packed.model, packed.variables)
   run = trained.load(path)
   variables = {'params': run.params, **run.model_state}
-  return Runnable(path, run.config, run.tokenizer, run.program.model, variables, False)
+  return Runnable(path, run.config, run.tokenizer, run.program.model, variables)

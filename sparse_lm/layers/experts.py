@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sparse_lm.core import cost, groups, packed
+from sparse_lm.layers.active import selects
 from sparse_lm.layers.init import INITS
 from sparse_lm.layers.record import record
 from sparse_lm.layers.spec import Spec
@@ -38,7 +39,7 @@ class Experts(nn.Module):
     """
     activation = self.activation()
     run = functools.partial(self._run, activation, rows=rows, mode=mode)
-    axes, compete = {'up': -1, 'down': -2}, hasattr(activation, 'twin')
+    axes, compete = {'up': -1, 'down': -2}, selects(activation)
     groups.note(self.path, 'neuron', self.experts * self.hidden, axes, compete)
     if not self.has_variable('packed', 'kept'):
       return run(x_NxPxD, expert_N)

@@ -41,11 +41,6 @@ class TrainState(struct.PyTreeNode):
     return self.trainable if self.ema is None else self.ema
 
 
-def _alike(tree_: Tree, other: Tree) -> bool:
-  shapes = [{path: leaf.shape for path, leaf in tree.named(t).items()} for t in (tree_, other)]
-  return shapes[0] == shapes[1]
-
-
 def restart(program: Any, seed: int, state: TrainState, parent: Any, masks: Tree) -> TrainState:
   """`state`, at step 0, with the weights of a trained `parent` and, if given, its masks."""
   target = state.sparse.target
@@ -61,13 +56,13 @@ def restart(program: Any, seed: int, state: TrainState, parent: Any, masks: Tree
     sparse = sparse.replace(masks=given, target=densities(given))
     trainable = trainable | {'params': parent.params}
   # A parent's thresholds and biases are its routers'; another kind of router starts its own.
-  alike = _alike(parent.model_state, state.model_state)
+  theirs, fresh = (jax.tree.map(jnp.shape, s) for s in (parent.model_state, state.model_state))
   started = state.replace(
     trainable=trainable,
     sparse=sparse,
     opt_state=program.tx.init(trainable),
     ema=trainable if program.optimizer.ema else None,
-    model_state=parent.model_state if alike else state.model_state,
+    model_state=parent.model_state if theirs == fresh else state.model_state,
   )
   # Steps donate their state: no buffer of it may be the parent's, or in it twice.
   return jax.tree.map(jnp.copy, started)

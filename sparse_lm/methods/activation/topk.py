@@ -40,6 +40,8 @@ class TopK(nn.Module):
   @nn.compact
   def __call__(self, h: jax.Array, mode: str) -> jax.Array:
     """`[..., F]` to `[..., F]`, at most `max(1, round(density * F))` of each row not zero."""
+    if self.density == 1:
+      return self.inner()(h, mode)
     k = max(1, round(self.density * h.shape[-1]))
     mask = topk_rows(jax.lax.stop_gradient(h), k)
     return jnp.where(mask, self.inner()(h, mode), 0)
