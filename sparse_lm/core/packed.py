@@ -24,18 +24,27 @@ class Format(struct.PyTreeNode):
     runs: whether it multiplies; if not it is for the disk.
     plain: whether it stores every weight and nothing else, which any kernel can be.
     slowdown: time of a byte over that of a dense byte (`python -m experiments.run break_even`).
+    stacks: whether it takes kernels with leading axes.
     gathers: whether of one token it reads the weights of non-zero inputs alone (`of_inputs`).
   """
 
   runs: ClassVar[bool] = True
   plain: ClassVar[bool] = False
   slowdown: ClassVar[float] = 1.0
+  stacks: ClassVar[bool] = False
   gathers: ClassVar[bool] = False
 
   @classmethod
   def refuses(cls, mask: np.ndarray) -> str:
     """Why a kernel with this mask cannot be stored so; '' if it can."""
-    raise NotImplementedError(cls.__name__)
+    if mask.ndim > 2 and not cls.stacks:
+      return 'experts are stacked'
+    return cls.misfit(mask)
+
+  @classmethod
+  def misfit(cls, mask: np.ndarray) -> str:
+    """`refuses` of a mask whose number of axes is right."""
+    return ''
 
   @classmethod
   def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'Format':

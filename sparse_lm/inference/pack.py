@@ -156,7 +156,7 @@ def _choose(
     if cls.gathers and active is None:
       continue
     if why := cls.refuses(mask):
-      refusals.append(why)
+      refusals.append(f'{name}: {why}')
       continue
     candidate = cls.pack(kernel, mask)
     predicted = candidate.cost * (active if cls.gathers else 1)

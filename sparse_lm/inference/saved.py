@@ -57,19 +57,27 @@ def save(packed: PackedModel, trained: Trained, out: str, facts: dict[str, Any])
   check_free(out)
   folder = pathlib.Path(out)
   folder.parent.mkdir(parents=True, exist_ok=True)
-  temporary = pathlib.Path(tempfile.mkdtemp(prefix=f'{folder.name}.', dir=folder.parent))
+  with tempfile.TemporaryDirectory(prefix=f'{folder.name}.', dir=folder.parent) as scratch:
+    whole = pathlib.Path(scratch) / folder.name
+    whole.mkdir()
+    _write(packed, trained, whole, facts)
+    whole.rename(folder)
+
+
+def _write(
+  packed: PackedModel, trained: Trained, folder: pathlib.Path, facts: dict[str, Any]
+) -> None:
   arrays, matrices = _arrays(packed)
-  save_file(arrays, temporary / ARRAYS)
+  save_file(arrays, folder / ARRAYS)
   save_file(
-    {p: jax.numpy.asarray(a) for p, a in tree.named(trained.params).items()}, temporary / PLAIN
+    {p: jax.numpy.asarray(a) for p, a in tree.named(trained.params).items()}, folder / PLAIN
   )
-  write_json(temporary / 'config.json', configs.to_json(trained.config))
-  write_json(temporary / 'tokenizer.json', trained.tokenizer.to_json())
-  manifest = {'version': VERSION, 'sha256': _digest(temporary / ARRAYS), 'step': trained.step}
+  write_json(folder / 'config.json', configs.to_json(trained.config))
+  write_json(folder / 'tokenizer.json', trained.tokenizer.to_json())
+  manifest = {'version': VERSION, 'sha256': _digest(folder / ARRAYS), 'step': trained.step}
   write_json(
-    temporary / MANIFEST, manifest | facts | {'removed': packed.removed, 'matrices': matrices}
+    folder / MANIFEST, manifest | facts | {'removed': packed.removed, 'matrices': matrices}
   )
-  temporary.rename(folder)
 
 
 def check_free(out: str) -> None:

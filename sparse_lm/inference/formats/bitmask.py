@@ -21,11 +21,12 @@ class Bitmask(Format):
   bits: Array
   shape: tuple[int, ...] = struct.field(pytree_node=False)
   runs: ClassVar[bool] = False
+  stacks: ClassVar[bool] = True
 
   @classmethod
-  def refuses(cls, mask: np.ndarray) -> str:
+  def misfit(cls, mask: np.ndarray) -> str:
     """Masks that keep everything."""
-    return 'bitmask: nothing is dropped' if mask.all() else ''
+    return 'nothing is dropped' if mask.all() else ''
 
   @classmethod
   def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'Bitmask':

@@ -28,15 +28,13 @@ class Block(Format):
   slowdown: ClassVar[float] = 1.6
 
   @classmethod
-  def refuses(cls, mask: np.ndarray) -> str:
+  def misfit(cls, mask: np.ndarray) -> str:
     """Kernels that no size of tile divides, or all of whose tiles hold weights."""
-    if mask.ndim != 2:
-      return 'block: experts are stacked'
     sizes = _dividing(mask)
     if not sizes:
-      return f'block: no tile of {", ".join(map(str, SIZES))} divides {mask.shape}'
+      return f'no tile of {", ".join(map(str, SIZES))} divides {mask.shape}'
     if all(_held(mask, size).all() for size in sizes):
-      return f'block: every tile of {sizes[-1]} holds weights'
+      return f'every tile of {sizes[-1]} holds weights'
     return ''
 
   @classmethod

@@ -26,12 +26,10 @@ class Channels(Format):
   slowdown: ClassVar[float] = 1.1
 
   @classmethod
-  def refuses(cls, mask: np.ndarray) -> str:
+  def misfit(cls, mask: np.ndarray) -> str:
     """Kernels without an empty row or column."""
-    if mask.ndim != 2:
-      return 'channels: experts are stacked'
     empty = not (mask.any(axis=0).all() and mask.any(axis=1).all())
-    return '' if empty and mask.any() else 'channels: every input and output has weights'
+    return '' if empty and mask.any() else 'every input and output has weights'
 
   @classmethod
   def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'Channels':

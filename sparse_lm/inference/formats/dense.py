@@ -15,11 +15,7 @@ class Dense(Format):
 
   outputs: Array
   plain: ClassVar[bool] = True
-
-  @classmethod
-  def refuses(cls, mask: np.ndarray) -> str:
-    """Nothing."""
-    return ''
+  stacks: ClassVar[bool] = True
 
   @classmethod
   def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'Dense':

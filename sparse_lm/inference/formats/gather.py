@@ -17,11 +17,6 @@ class Gather(Format):
   gathers: ClassVar[bool] = True
 
   @classmethod
-  def refuses(cls, mask: np.ndarray) -> str:
-    """Stacked kernels."""
-    return '' if mask.ndim == 2 else 'gather: experts are stacked'
-
-  @classmethod
   def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'Gather':
     """Zeros are stored like other weights."""
     return cls(np.ascontiguousarray(kernel * mask))

@@ -27,9 +27,9 @@ class NOfM(Format):
   runs: ClassVar[bool] = False
 
   @classmethod
-  def refuses(cls, mask: np.ndarray) -> str:
+  def misfit(cls, mask: np.ndarray) -> str:
     """Masks with unequal groups."""
-    return '' if mask.ndim == 2 and _group(mask) else 'n_of_m: groups of inputs differ in size'
+    return '' if _group(mask) else 'groups of inputs differ in size'
 
   @classmethod
   def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'NOfM':
