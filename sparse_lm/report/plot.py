@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from sparse_lm.core.errors import UserError, unknown
@@ -172,6 +173,48 @@ def dots(
   return figure
 
 
+def fronts(
+  lines: Sequence[results.Line], costs: Sequence[str | Column], y: str | Column, series: str
+) -> Figure:
+  """`y` against each cost in a panel of its own, the Pareto front of the means drawn in grey.
+
+  Points are means over seeds with the sample standard deviation as error bars; a point is on the front
+  if no other has a lower cost and a lower `y`.
+
+  Args:
+    lines: of a study; series come in order of first appearance.
+    costs: metrics, less is better.
+    y: a metric, less is better.
+    series: the label with one colour and marker for each value.
+
+  Raises:
+    UserError: an unknown label or metric, or a point that mixes runs that differ in more than their seed.
+  """
+  *costs, y = (column(axis) if isinstance(axis, str) else axis for axis in (*costs, y))
+  results.check_metric(lines, y.metric)
+  with matplotlib.rc_context(STYLE):
+    figure = Figure(figsize=(4.2 * len(costs) + 2.2, 4.4), layout='constrained')
+    panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
+    for axes, cost in zip(panels, costs):
+      found = _series(lines, cost, y, series)
+      for index, (name, points) in enumerate(found.items()):
+        _draw_series(axes, index, name, points, joined=False)
+      front = _front([point for points in found.values() for point in points])
+      x, heights = [p.x for p in front], [p.y for p in front]
+      axes.step(x, heights, where='post', color='#999999', linewidth=1.4, zorder=1)
+      axes.set(xlabel=cost.heading)
+    panels[0].set(ylabel=y.heading)
+    handles = [*panels[0].get_legend_handles_labels()[0], Line2D([], [], color='#999999')]
+    figure.legend(
+      handles=handles,
+      labels=[*found, 'Pareto front'],
+      loc='outside right center',
+      title=series,
+      alignment='left',
+    )
+  return figure
+
+
 def save(figure: Figure, folder: str | pathlib.Path, name: str) -> list[pathlib.Path]:
   """Writes `<name>.png` (160 dpi) and `<name>.pdf` in `folder`, made where it is missing."""
   folder = pathlib.Path(folder)
@@ -206,6 +249,15 @@ def _series(
   return {name: sorted(points) for name, points in curves.items()}
 
 
+def _front(points: Sequence[_Point]) -> list[_Point]:
+  """Those that no other beats on both axes, from left to right."""
+  front: list[_Point] = []
+  for point in sorted(points, key=lambda p: (p.x, p.y)):
+    if not front or point.y < front[-1].y:
+      front.append(point)
+  return front
+
+
 def _label_position(value: Any, x: Column, name: str) -> tuple[float, float]:
   if isinstance(value, bool) or not isinstance(value, int | float):
     raise UserError(
@@ -220,7 +272,9 @@ def _mean_std(members: Sequence[results.Line], axis: Column) -> tuple[float, flo
   return mean * axis.scale, std * axis.scale
 
 
-def _draw_series(axes: Axes, index: int, name: str, points: Sequence[_Point]) -> None:
+def _draw_series(
+  axes: Axes, index: int, name: str, points: Sequence[_Point], joined: bool = True
+) -> None:
   x, x_std, y, y_std = zip(*points)
   again = index // len(COLOURS)  # another round of colours, with other markers and lines
   axes.errorbar(
@@ -231,7 +285,7 @@ def _draw_series(axes: Axes, index: int, name: str, points: Sequence[_Point]) ->
     label=name,
     color=COLOURS[index % len(COLOURS)],
     marker=MARKERS[(index + again) % len(MARKERS)],
-    linestyle=LINES[again % len(LINES)],
+    linestyle=LINES[again % len(LINES)] if joined else 'none',
     linewidth=1.6,
     markersize=5.5,
     markeredgecolor='white',

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import (
+  accuracy_vs_time,
   break_even,
   budget_control,
   component_speed,
@@ -81,6 +82,27 @@ def test_a_format_pays_up_to_the_largest_density_at_which_it_is_faster(tmp_path)
   assert {row[4] for row in rows if row[0] != 'gather'} == {'0.50'}
   assert {row[4] for row in rows if row[0] == 'gather'} == {'0.00'}
   assert (tmp_path / 'break_even.png').exists()
+
+
+def test_every_model_of_both_studies_is_timed_and_each_is_found_again():
+  runs = accuracy_vs_time.runs()
+  studies = {s: m.runs() for s, m in accuracy_vs_time.STUDIES.items()}
+  assert len({run.id('x') for run in runs}) == len(runs) == sum(map(len, studies.values()))
+  assert any('hybrid' in run.labels['method'] for run in runs)
+  for study, origins in studies.items():
+    assert len({str(sorted(run.overrides.items())) for run in origins}) == len(origins)
+    dense = accuracy_vs_time._dense(study)
+    assert dense.weight.name == 'none' and dense.depth.name == 'every'
+
+
+def test_times_of_runs_from_busy_and_idle_hours_compare_by_their_ratios():
+  def line(study, dense, packed):
+    metrics = {'dense_decode_ms': dense, 'decode_speedup': dense / packed}
+    return {'labels': {'study': study}, 'metrics': metrics}
+
+  idle, busy, again = line('a', 2.0, 1.0), line('a', 6.0, 3.0), line('a', 2.0, 4.0)
+  lines = accuracy_vs_time.on_one_clock([idle, busy, again, line('b', 5.0, 5.0)])
+  assert [line['metrics']['time_ms'] for line in lines] == [1.0, 1.0, 4.0, 5.0]
 
 
 def test_random_masks_of_the_speed_study_keep_their_share():

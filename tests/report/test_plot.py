@@ -57,6 +57,36 @@ def test_a_metric_as_x_and_one_seed_without_error_bar(lines):
   assert drawn['rigl'][2] == ()
 
 
+def test_the_front_holds_what_no_other_point_beats():
+  draw = np.random.default_rng(0)
+  found = draw.integers(0, 12, (20, 3)).astype(float)  # two costs and a loss, with ties
+  lines = [
+    {
+      'study': 's',
+      'run': str(i),
+      'labels': {'method': 'ab'[i % 2], 'setting': i},
+      'seed': 0,
+      'metrics': {'flops': flops, 'ms': ms, 'loss': loss},
+    }
+    for i, (flops, ms, loss) in enumerate(found)
+  ]
+  figure = plot.fronts(lines, ['flops', 'ms'], 'loss', 'method')
+  for column, axes in enumerate(figure.axes):
+    points = found[:, [column, 2]]
+    beaten = [
+      any((other <= point).all() and (other < point).any() for other in points) for point in points
+    ]
+    front = np.unique(points[~np.array(beaten)], axis=0)
+    (step,) = [each for each in axes.lines if each.get_color() == '#999999']
+    np.testing.assert_array_equal(step.get_xydata(), front)
+    drawn = [c.lines[0] for c in axes.containers]
+    assert sorted(map(tuple, np.concatenate([d.get_xydata() for d in drawn]))) == sorted(
+      map(tuple, points)
+    )
+    assert {d.get_linestyle() for d in drawn} == {'None'}
+  assert [text.get_text() for text in figure.legends[0].get_texts()] == ['a', 'b', 'Pareto front']
+
+
 def test_twenty_series_look_different():
   lines = [line(f'm{i}', 0.5, 0, 1.0 + i) for i in range(20)]
   axes = plot.curves(lines, 'sparsity', 'val_loss', 'method').axes[0]

@@ -1,0 +1,123 @@
+"""What do the sparse models of the other studies save in time once packed, and at what loss?
+
+The trained models of `sparsity_vs_accuracy` and `dynamic_compute` (its hybrid of sparse weights and
+gates included), packed, each timed in turns with its study's dense model of random weights. What those
+studies have trained is taken from their folders; what they lack is trained there.
+"""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from experiments import dynamic_compute, sparsity_vs_accuracy
+from experiments.sweep import Run
+from sparse_lm.core import config as configs
+from sparse_lm.core import runtime
+from sparse_lm.evals import decoding
+from sparse_lm.inference.pack import dense_twin, pack
+from sparse_lm.model import lm
+from sparse_lm.report import lines as results
+from sparse_lm.report import plot, table
+from sparse_lm.train import trained
+from sparse_lm.train.loop import train
+from sparse_lm.train.setup import data_of
+from sparse_lm.train.workdir import environment
+
+STUDIES = {'sparsity_vs_accuracy': sparsity_vs_accuracy, 'dynamic_compute': dynamic_compute}
+PREFILLED = 8
+REPEATS = {'decode': 31, 'prefill': 15}
+
+
+def runs() -> list[Run]:
+  """The studies' runs."""
+  return [
+    Run(run.config, run.overrides, {'study': study, **_row(run)})
+    for study, module in STUDIES.items()
+    for run in module.runs()
+  ]
+
+
+def _row(run: Run) -> dict[str, str]:
+  labels = run.labels
+  setting = labels['setting'] if 'setting' in labels else f'{labels["sparsity"]:.0%}'
+  return {'method': labels['method'], 'setting': setting}
+
+
+def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
+  """Trains the model if its study has not, packs it and times it."""
+  runtime.prepare()
+  study = run.labels['study']
+  (origin,) = [other for other in STUDIES[study].runs() if other.overrides == run.overrides]
+  folder = str(workdir.parents[2] / study / 'runs' / origin.id(study))
+  config = configs.load(run.config, run.overrides)
+  result = train(config, folder)
+  model = trained.load(folder)
+  packed = pack(model.program.model, model.params, model.masks, model.model_state)
+  dense = dense_twin(lm.from_config(_dense(study), model.tokenizer.vocab_size))
+  text = np.asarray(data_of(config).tokens['validation'])
+  metrics = {name: result['metrics'][name] for name in ('val_loss', 'flops_forward')}
+  for what, batch in (('decode', 1), ('prefill', PREFILLED)):
+    work = decoding.workload(text, config.data.context, batch, REPEATS[what], what)
+    metrics |= decoding.measure({'': (packed, dense)}, work)['']
+  return {'metrics': metrics, 'config': configs.to_json(config), 'env': environment()}
+
+
+def _dense(study: str) -> Any:
+  """The config of the study's dense model."""
+  first = STUDIES[study].runs()[0]
+  assert first.labels['method'] == 'dense', first
+  return configs.load(first.config, first.overrides)
+
+
+def report(lines: list[results.Line], folder: pathlib.Path) -> str:
+  """The table, and the figure of loss against theoretical and measured cost."""
+  lines = on_one_clock(lines)
+  flops = table.column('flops_forward')
+  time = table.Column('time_ms', 'decode', '.3f', 'ms/token')
+  columns = [
+    table.column('val_loss'),
+    flops,
+    time,
+    table.Column('decode_speedup', 'decode, dense / packed', '.2f'),
+    table.Column('decode_speedup_low', 'decode, lower quartile', '.2f'),
+    table.Column('decode_speedup_high', 'decode, upper quartile', '.2f'),
+    table.Column('prefill_speedup', 'prefill, dense / packed', '.2f'),
+    table.Column('prefill_speedup_low', 'prefill, lower quartile', '.2f'),
+    table.Column('prefill_speedup_high', 'prefill, upper quartile', '.2f'),
+    table.Column('weights_bytes', 'weights', ',.0f', 'kB', 1e-3),
+    table.Column('read_bytes', 'read per token', ',.0f', 'kB', 1e-3),
+  ]
+  frame = table.summarise(lines, ['study', 'method', 'setting'], columns, {'method': 'dense'})
+  env = lines[0]['env']
+  caption = (
+    'Trained models once packed, beside the dense model of their study (2 layers of width 64 in '
+    f'sparsity_vs_accuracy, 4 in dynamic_compute), float32, decode batch 1, prefill batch {PREFILLED} of '
+    f'64 tokens; {env["cpu"]}, {env["cores"]} cores, {env["device"]}, jax {env["jax"]}; medians of '
+    f'{REPEATS["decode"]} and {REPEATS["prefill"]} turns. Decode ms/token is the median of the dense '
+    "model's over the study, times packed / dense in turns"
+  )
+  figure = plot.fronts(lines, [flops, time], table.column('val_loss'), 'method')
+  plot.save(figure, folder, 'accuracy_vs_time')
+  return table.write(frame, folder, caption, 'python -m experiments.run accuracy_vs_time')
+
+
+def on_one_clock(lines: list[results.Line]) -> list[results.Line]:
+  """The lines with `time_ms` (per token): as if all had been timed at once.
+
+  A shared machine is slower in one hour than in the next, so that only ratios within a run compare.
+  """
+  dense = {
+    study: np.median(
+      [line['metrics']['dense_decode_ms'] for line in lines if line['labels']['study'] == study]
+    )
+    for study in {line['labels']['study'] for line in lines}
+  }
+  return [
+    line
+    | {
+      'metrics': line['metrics']
+      | {'time_ms': float(dense[line['labels']['study']] / line['metrics']['decode_speedup'])}
+    }
+    for line in lines
+  ]
