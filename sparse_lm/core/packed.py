@@ -25,14 +25,15 @@ class Format(struct.PyTreeNode):
     plain: whether it stores every weight and nothing else, which any kernel can be.
     slowdown: time of a byte over that of a dense byte (`python -m experiments.run break_even`).
     stacks: whether it takes kernels with leading axes.
-    gathers: whether of one token it reads the weights of non-zero inputs alone (`of_inputs`).
+    selects: the axis of which one token reads what a method has selected and no more: -1, outputs
+      (`of_outputs`), or -2, inputs (`of_inputs`).
   """
 
   runs: ClassVar[bool] = True
   plain: ClassVar[bool] = False
   slowdown: ClassVar[float] = 1.0
   stacks: ClassVar[bool] = False
-  gathers: ClassVar[bool] = False
+  selects: ClassVar[int | None] = None
 
   @classmethod
   def refuses(cls, mask: np.ndarray) -> str:

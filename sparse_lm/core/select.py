@@ -7,6 +7,7 @@ be traced, and a pass is one fused reduction where a sort shuffles memory N log 
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.special import ndtri
 
 Array = jax.Array
@@ -144,22 +145,27 @@ def gaussian_threshold(values: Array, density: float) -> Array:
   return mean - std * ndtri(density)
 
 
-def compact(mask: Array, room: int, lanes: int = 64) -> Array:
+def compact(mask: Array, room: int, first: Array | int = 0) -> Array:
   """Where a mask is True: int32 `[room]`, ascending, and beyond the last one any index.
 
-  Counts within rows of `lanes`, then among the rows: no sort, and no scan over the whole mask.
+  Counts within rows, then among the rows: no sort, and no scan over the whole mask. Sums are products
+  with constants, which XLA:CPU runs as one operation each.
 
   Args:
     mask: bool `[N]`.
-    room: at least as large as there are True.
+    room: how many to list.
+    first: how many to leave out before.
   """
+  lanes = 64
   padded = jnp.pad(mask, (0, -mask.size % lanes)).reshape(-1, lanes).astype(jnp.float32)
-  upto = padded @ jnp.triu(jnp.ones((lanes, lanes)))  # of its row, itself included
-  total = upto[:, -1]
-  earlier = jnp.arange(total.size)[None] < jnp.arange(total.size)[:, None]
-  before = jnp.sum(jnp.where(earlier, total[None], 0), axis=1)
-  rank = jnp.arange(room, dtype=jnp.float32)
-  row = jnp.sum((before + total)[None] <= rank[:, None], axis=1, dtype=jnp.int32)
-  row = jnp.minimum(row, total.size - 1)
-  column = jnp.sum(upto[row] <= (rank - before[row])[:, None], axis=1, dtype=jnp.int32)
-  return jnp.minimum(row * lanes + jnp.minimum(column, lanes - 1), mask.size - 1)
+  upto = padded @ np.triu(np.ones((lanes, lanes), np.float32))  # of its row, itself included
+  count = len(upto)
+  before = np.tril(np.ones((count, count), np.float32), -1) @ upto[:, -1]
+  rank = first + jnp.arange(room, dtype=jnp.float32)
+  full = (before + upto[:, -1])[None] <= rank[:, None]  # rows that end before
+  row = full.astype(jnp.float32) @ np.ones(count, np.float32)
+  row = jnp.minimum(row.astype(jnp.int32), count - 1)
+  earlier = upto[row] <= (rank - before[row])[:, None]
+  column = earlier.astype(jnp.float32) @ np.ones(lanes, np.float32)
+  column = jnp.minimum(column.astype(jnp.int32), lanes - 1)
+  return jnp.minimum(row * lanes + column, mask.size - 1)

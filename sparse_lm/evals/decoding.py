@@ -166,7 +166,7 @@ def read_bytes(packed: PackedModel, tokens_BxL: np.ndarray) -> int:
   def skips(gate: cost.Gate) -> bool:
     # Hidden units are skipped where the rows behind them are gathered.
     down = packed.matrices.get(f'{gate.path}/down/kernel')
-    return gate.skips and (down is None or down.runs.gathers)
+    return gate.skips and (down is None or down.runs.selects == -2)
 
   read = shares(model, tokens_BxL.shape[1], active, skips)
   stored = {p: held.get(f'packed/{p}', held.get(f'params/{p}', 0)) for p in read}

@@ -88,12 +88,11 @@ def pack(model: LM, params: Tree, masks: Tree, state: Tree) -> PackedModel:
   declared = lm.groups(model)
   left = shrink(original, held, declared, _closed(model, params, state))
   fractions = shares(model, model.spec.context)
-  gathered = {
-    member.path
+  selected = {
+    member.path: member.axis
     for group in declared
     if group.compete and group.kind == 'neuron'
     for member in group.members
-    if member.axis == -2
   }
   matrices, small = {}, {}
   for path in lm.packable(model):
@@ -104,8 +103,8 @@ def pack(model: LM, params: Tree, masks: Tree, state: Tree) -> PackedModel:
       small[path] = array
       continue
     mask = left.masks.get(path, np.ones(array.shape, bool))
-    active = fractions[path] if path in gathered else None
-    matrices[path] = _choose(path, array, mask, active, original[path].nbytes)
+    read = {selected[path]: fractions[path]} if path in selected else {}
+    matrices[path] = _choose(path, array, mask, read, original[path].nbytes)
   return assemble(model, left, matrices, small, state)
 
 
@@ -144,28 +143,28 @@ def nested(flat: dict[str, Any]) -> Tree:
 
 
 def _choose(
-  path: str, kernel: np.ndarray, mask: np.ndarray, active: float | None, dense_bytes: int
+  path: str, kernel: np.ndarray, mask: np.ndarray, read: dict[int, float], dense_bytes: int
 ) -> Matrix:
   """The format of least predicted time, and of what is equal to it the smallest on disk.
 
-  `active` is the share of the inputs that a method selects, `None` where none does.
+  `read` is the share of an axis that a method selects, by axis.
   """
   refusals, runs, stored = [], [], []
   for name in names():
     cls = load_format(name)
-    if cls.gathers and active is None:
+    if cls.selects == -2 and -2 not in read:
       continue
     if why := cls.refuses(mask):
-      refusals.append(f'{name}: {why}')
+      refusals.append('' if cls.plain else f'{name}: {why}')
       continue
     candidate = cls.pack(kernel, mask)
-    predicted = candidate.cost * (active if cls.gathers else 1)
+    predicted = candidate.cost * read.get(cls.selects, 1)
     (runs if cls.runs else stored).append((predicted, candidate))
     if cls.runs and not cls.plain:
       refusals.append(f'{name}: {predicted / 1e6:.2f} MB worth of time')
   best = min(runs, key=lambda pair: pair[0])[1]
   smallest = min([best, *(c for _, c in reversed(stored))], key=lambda c: c.nbytes)
-  why = '; '.join(refusals) if best.plain and not mask.all() else ''
+  why = '; '.join(filter(None, refusals)) if best.plain and not mask.all() else ''
   return Matrix(path, best, smallest, dense_bytes, why)
 
 

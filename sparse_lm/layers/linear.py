@@ -1,6 +1,6 @@
 """The one matrix multiplication with parameters."""
 
-from collections.abc import Callable
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -54,34 +54,47 @@ class Linear(nn.Module):
   @property
   def gathers(self) -> bool:
     """Whether packed weights are of a format that reads those of non-zero inputs alone."""
-    return self.has_variable('packed', 'kernel') and self.get_variable('packed', 'kernel').gathers
+    return (
+      self.has_variable('packed', 'kernel') and self.get_variable('packed', 'kernel').selects == -2
+    )
 
-  def packed(self) -> Callable[..., jax.Array] | None:
-    """What it computes with packed weights, as a plain function; `None` where they are not packed.
-
-    `run(x)` maps `[..., in]` to `[..., features]`. Of one token `run(x, inputs=index)` takes the K inputs
-    at `index`, the others being zero, and `run(x, outputs=index)` gives the K outputs there; `index` is
-    int32 `[K]`, sorted and without repeats.
-    """
+  def packed(self) -> 'PackedLinear | None':
+    """What it computes with packed weights, as plain functions; `None` where they are not packed."""
     if not self.has_variable('packed', 'kernel'):
       return None
-    kernel = self.get_variable('packed', 'kernel')
-    bias = self.get_variable('packed', 'bias')
+    bias = self.get_variable('packed', 'bias') if self.spec.bias else None
+    return PackedLinear(self.get_variable('packed', 'kernel'), bias, self.spec.compute)
 
-    def run(
-      x: jax.Array, inputs: jax.Array | None = None, outputs: jax.Array | None = None
-    ) -> jax.Array:
-      if inputs is not None:
-        y = kernel.of_inputs(x.reshape(-1), inputs).reshape(*x.shape[:-1], -1)
-      elif outputs is not None:
-        y = kernel.of_outputs(x.reshape(-1), outputs).reshape(*x.shape[:-1], -1)
-      else:
-        y = kernel.matmul(x)
-      if self.spec.bias:
-        y = y + (bias if outputs is None else bias[outputs])
-      return y.astype(self.spec.compute)
 
-    return run
+@dataclasses.dataclass(frozen=True)
+class PackedLinear:
+  """A linear layer whose weights are packed.
+
+  Attributes:
+    bias: `[features]`, or none.
+    dtype: of what it returns.
+  """
+
+  kernel: packed.Format
+  bias: jax.Array | None
+  dtype: jnp.dtype
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """`[..., in]` to `[..., features]`."""
+    return self.biased(self.kernel.matmul(x))
+
+  def biased(self, y: jax.Array) -> jax.Array:
+    """`[..., features]` and the bias."""
+    return (y if self.bias is None else y + self.bias).astype(self.dtype)
+
+  def of_outputs(self, x: jax.Array, index_K: jax.Array) -> jax.Array:
+    """The outputs of one token at `index`, int32, sorted and without repeats: `[..., K]`."""
+    y = self.kernel.of_outputs(x.reshape(-1), index_K).reshape(*x.shape[:-1], -1)
+    return (y if self.bias is None else y + self.bias[index_K]).astype(self.dtype)
+
+  def of_inputs(self, x: jax.Array, index_K: jax.Array) -> jax.Array:
+    """What the K inputs of one token at `index` add to its outputs, without the bias."""
+    return self.kernel.of_inputs(x.reshape(-1), index_K).reshape(*x.shape[:-1], -1)
 
 
 class Norm(nn.Module):

@@ -102,9 +102,15 @@ def test_a_large_matrix_with_heavy_ties(share):
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 2**31), size=st.sampled_from((5, 64, 200)), share=st.floats(0, 1))
-def test_compact_lists_what_a_mask_holds(seed, size, share):
+@given(
+  seed=st.integers(0, 2**31),
+  size=st.sampled_from((5, 64, 200)),
+  share=st.floats(0, 1),
+  first=st.integers(0, 70),
+)
+def test_compact_lists_what_a_mask_holds(seed, size, share, first):
   mask = np.random.default_rng(seed).random(size) < share
-  found = np.asarray(compact(mask, size))
-  assert found[: mask.sum()].tolist() == np.flatnonzero(mask).tolist()
+  found = np.asarray(compact(mask, size, first))
+  held = np.flatnonzero(mask)[first:]
+  assert found[: len(held)].tolist() == held.tolist()
   assert ((found >= 0) & (found < size)).all()

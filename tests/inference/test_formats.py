@@ -70,11 +70,12 @@ def test_products_are_those_of_the_masked_kernel(name, seed, shape, kind):
   assert_allclose(stored.matmul(x[0, 0]), want[0, 0], rtol=1e-5, atol=1e-5)
   outputs = np.sort(draw.permutation(shape[1])[:4])
   assert_allclose(stored.of_outputs(x[0, 0], outputs), want[0, 0][outputs], rtol=1e-5, atol=1e-5)
-  if not cls.gathers:
+  if cls.selects != -2:
     return
-  inputs = np.sort(draw.permutation(shape[0])[:4])
-  some = x[0, 0][inputs].astype('d') @ np.where(mask, kernel, 0)[inputs]
-  assert_allclose(stored.of_inputs(x[0, 0][inputs], inputs), some, rtol=1e-5, atol=1e-5)
+  for count in (4, 32):
+    inputs = np.sort(draw.permutation(shape[0])[:count])
+    some = x[0, 0][inputs].astype('d') @ np.where(mask, kernel, 0)[inputs]
+    assert_allclose(stored.of_inputs(x[0, 0][inputs], inputs), some, rtol=1e-5, atol=1e-5)
 
 
 def test_which_masks_a_format_takes():
@@ -84,6 +85,7 @@ def test_which_masks_a_format_takes():
     for name in names()
   }
   assert taken['dense'] == taken['gather'] == set(KINDS)
+  assert taken['wide'] == set()  # neither few inputs nor many outputs
   assert taken['block'] >= {'tiles', 'one weight', 'nothing'}
   assert taken['block'].isdisjoint({'full', 'weights', '2:4', '1:8'})
   assert taken['channels'] >= {'rows', 'columns', 'one weight'}

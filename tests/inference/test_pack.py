@@ -123,7 +123,9 @@ def test_it_equals_its_twin_in_one_pass_and_token_by_token(name, case):
 def test_each_matrix_runs_in_the_format_made_for_it(name, case):
   _, _, masks, packed = case(name)
   found = {pack.name_of(matrix.runs) for matrix in packed.matrices.values()}
-  assert CASES[name][2] <= found <= CASES[name][2] | {'dense', 'channels', 'block', 'gather'}
+  assert (
+    CASES[name][2] <= found <= CASES[name][2] | {'dense', 'wide', 'channels', 'block', 'gather'}
+  )
   for path, matrix in packed.matrices.items():
     # What runs dense although something was dropped says why.
     mask = tree.named(masks).get(path)
@@ -139,7 +141,7 @@ def test_what_is_stored_is_in_the_smallest_format(case):
     for name in ('weights', '2:4', 'tiles', 'dense')
   }
   assert stored['weights'] == {'bitmask'} and stored['2:4'] == {'n_of_m'}
-  assert 'block' in stored['tiles'] and stored['dense'] == {'dense'}
+  assert 'block' in stored['tiles'] and stored['dense'] == {'dense', 'wide'}
 
 
 def sizes(packed, path):
@@ -211,7 +213,11 @@ def test_an_expert_without_weights_is_gone(case):
 def test_the_dense_twin_is_the_model_without_sparsity(case):
   model, *_ = case('depth and tiles')
   twin = pack.dense_twin(model)
-  assert {pack.name_of(m.runs) for m in twin.matrices.values()} == {'dense'}
+  layouts = {path: pack.name_of(m.runs) for path, m in twin.matrices.items()}
+  assert set(layouts.values()) == {'dense', 'wide'}
+  # 32 inputs and 64 units.
+  assert layouts['block_0/mlp/up/kernel'] == 'wide'
+  assert layouts['block_0/mlp/down/kernel'] == 'dense'
   assert twin.model == lm.twin(model) and not twin.removed
   dense_bytes = sum(
     np.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(lm.shapes(lm.twin(model))['params'])

@@ -16,6 +16,7 @@ class Dense(Format):
   outputs: Array
   plain: ClassVar[bool] = True
   stacks: ClassVar[bool] = True
+  selects: ClassVar[int | None] = -1
 
   @classmethod
   def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'Dense':

