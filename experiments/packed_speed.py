@@ -2,12 +2,14 @@
 
 Random weights, with the mask or the gate at its rate, which is enough for timing: bytes as tokens, 16
 layers of width 768, context 256, float32. Decoding is batch 1, prefill reads 2 sequences at once.
-Experts are timed beside a dense model of equal active parameters.
+Experts are timed beside a dense model of equal active parameters. Where only neurons are selected, the
+MLPs of all layers are also timed alone, one token through one after the other.
 """
 
 import functools
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,8 +20,9 @@ from experiments.sweep import Run
 from sparse_lm.core import config as configs
 from sparse_lm.core import runtime, tree
 from sparse_lm.core.pattern import kept, pattern
-from sparse_lm.core.sparse import apply_masks
-from sparse_lm.evals import decoding
+from sparse_lm.core.slots import Choice
+from sparse_lm.core.sparse import Tree, apply_masks
+from sparse_lm.evals import decoding, speed
 from sparse_lm.inference.pack import PackedModel, dense_twin, pack
 from sparse_lm.model import lm
 from sparse_lm.report import lines as results
@@ -36,7 +39,8 @@ SIZE = {
   'model.kv_heads': 12,
 }
 VOCAB, PREFILLED = 256, 2
-REPEATS = {'decode': 15, 'prefill': 7}
+REPEATS = {'prefill': 7, 'decode': 15}
+PREDICTOR = {'mlp.name': 'predictor_topk', 'mlp.density': 0.1}
 EXPERTS = {'mlp.name': 'moe_topk', 'mlp.experts': 16, 'mlp.k': 2, 'mlp.hidden': 768}
 HALF_DEPTH = {'depth.name': 'mixture_of_depths', 'depth.layers': '1::2'}
 ACTIVE = {'model.hidden': 2 * 768}  # as many units as two experts have
@@ -48,8 +52,9 @@ ROWS: dict[str, tuple[dict[str, Any], tuple[str, ...], float, dict[str, Any] | N
   'blocks of 64, 90 %': ({}, ('block:64',), 0.1, None),
   'blocks of 128, 90 %': ({}, ('block:128',), 0.1, None),
   'blocks of 64, 75 %': ({}, ('block:64',), 0.25, None),
-  'predictor, 10 % of the neurons': (
-    {'mlp.name': 'predictor_topk', 'mlp.density': 0.1},
+  'predictor, 10 % of the neurons': (PREDICTOR, (), 1.0, None),
+  'predictor that reads a quarter of the inputs, 10 %': (
+    PREDICTOR | {'mlp.split': 0.25},
     (),
     1.0,
     None,
@@ -86,12 +91,47 @@ def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
   if beside is not None:
     twin = dense_twin(lm.from_config(configs.load(run.config, SIZE | beside), VOCAB))
   metrics: dict[str, Any] = {}
-  for what, batch in (('decode', 1), ('prefill', PREFILLED)):
+  for what, batch in (('prefill', PREFILLED), ('decode', 1)):
     text = np.random.default_rng(0).integers(0, VOCAB, batch * config.data.context)
     work = decoding.workload(text, config.data.context, batch, REPEATS[what], what)
     metrics |= decoding.measure({'': (packed, twin)}, work)['']
+  if beside is None and _neurons(model) != _neurons(twin.model):
+    metrics |= _mlps_alone(packed, twin)
   metrics['params'] = sum(math.prod(a.shape) for a in jax.tree.leaves(lm.shapes(model)['params']))
   return {'metrics': metrics, 'config': configs.to_json(config), 'env': environment()}
+
+
+def _neurons(model: lm.LM) -> list[Choice]:
+  """What decides which neurons run."""
+  return [choice for choice in model.choices if choice.slot in ('activation', 'mlp')]
+
+
+def _mlps_alone(packed: PackedModel, twin: PackedModel) -> dict[str, float]:
+  """Speed of all MLPs, one token through one after the other."""
+  calls = {'packed': _mlps(packed), 'dense': _mlps(twin)}
+  seconds = speed.interleaved(calls, REPEATS['decode'])
+  ratio = speed.ratio(seconds['dense'], seconds['packed'])
+  return {key.replace('ratio', 'mlp_speedup'): value for key, value in ratio.items()}
+
+
+def _mlps(packed: PackedModel) -> Callable[[], jax.Array]:
+  spec, count = packed.model.spec, packed.model.spec.layers
+  choices = {choice.slot: choice for choice in packed.model.choices}
+
+  def run(variables: Tree, x: jax.Array) -> jax.Array:
+    for layer in range(count):
+      activation = functools.partial(choices['activation'].build, layer, count, spec=spec)
+      mlp = choices['mlp'].build(layer, count, spec=spec, activation=activation)
+      own = {
+        name: held[f'block_{layer}']['mlp']
+        for name, held in variables.items()
+        if 'mlp' in held.get(f'block_{layer}', {})
+      }
+      x = x + mlp.apply(own, x * jax.lax.rsqrt(jnp.mean(jnp.square(x))), mode='decode')
+    return x
+
+  token = np.random.default_rng(0).standard_normal((1, 1, spec.width), np.float32)
+  return functools.partial(jax.jit(run), packed.variables, jnp.asarray(token))
 
 
 def _packed(model: lm.LM, patterns: tuple[str, ...], density: float) -> PackedModel:
@@ -151,6 +191,9 @@ def report(lines: list[results.Line], folder: pathlib.Path) -> str:
     table.Column('decode_speedup', 'decode, dense / packed', '.2f'),
     table.Column('decode_speedup_low', 'decode, lower quartile', '.2f'),
     table.Column('decode_speedup_high', 'decode, upper quartile', '.2f'),
+    table.Column('mlp_speedup', 'MLPs alone, dense / packed', '.2f'),
+    table.Column('mlp_speedup_low', 'MLPs, lower quartile', '.2f'),
+    table.Column('mlp_speedup_high', 'MLPs, upper quartile', '.2f'),
     table.Column('prefill_speedup', 'prefill, dense / packed', '.2f'),
     table.Column('prefill_speedup_low', 'prefill, lower quartile', '.2f'),
     table.Column('prefill_speedup_high', 'prefill, upper quartile', '.2f'),

@@ -38,7 +38,7 @@ def generate(
   Raises:
     UserError: a prompt that does not fit the context or the tokenizer, or a bad option.
   """
-  encoded = [np.asarray(run.tokenizer.encode(prompt.encode())) for prompt in prompts]
+  encoded = [np.asarray(run.tokenizer.encode(_utf8(prompt))) for prompt in prompts]
   tokens = tokens or max(run.model.spec.context - max(map(len, encoded)), 1)
   made: list[list[int]] = [[] for _ in prompts]
   texts, open_ = [''] * len(prompts), [True] * len(prompts)
@@ -51,6 +51,13 @@ def generate(
     yield list(texts)
     if not any(open_):
       return
+
+
+def _utf8(prompt: str) -> bytes:
+  try:
+    return prompt.encode()
+  except UnicodeEncodeError:
+    raise UserError(f'--prompt={prompt!r} is not UTF-8; valid: UTF-8 text') from None
 
 
 def _arguments() -> argparse.Namespace:

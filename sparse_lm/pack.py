@@ -9,12 +9,14 @@ from tabulate import tabulate
 from sparse_lm.core import runtime
 from sparse_lm.core.errors import Parser, UserError, one_line
 from sparse_lm.inference import saved
+from sparse_lm.inference.decode import Decoder
 from sparse_lm.inference.pack import PackedModel, weights
 from sparse_lm.inference.pack import pack as pack_model
 from sparse_lm.train.trained import Trained, load
 
 TOLERANCE = 1e-4  # largest error of a logit over the largest logit, in float32
 CHECKED = 4  # sequences of the context's length
+GREEDY = 200  # tokens of greedy text
 
 
 def pack(workdir: str, out: str) -> dict[str, Any]:
@@ -25,8 +27,8 @@ def pack(workdir: str, out: str) -> dict[str, Any]:
     out: a new folder, see `inference/saved.py`.
 
   Returns:
-    `largest_error` (of a logit over the largest logit), `dense_bytes`, `running_bytes`,
-    `stored_bytes` (of all arrays), and a row for each matrix in `matrices`.
+    `largest_error` (of a logit over the largest logit), `same_text` (see `same_text`), `dense_bytes`,
+    `running_bytes`, `stored_bytes` (of all arrays), and a row for each matrix in `matrices`.
 
   Raises:
     UserError: no checkpoint, a folder that exists, or a packed model that computes something else.
@@ -43,6 +45,7 @@ def pack(workdir: str, out: str) -> dict[str, Any]:
   facts = {
     'source': workdir,
     'largest_error': error,
+    'same_text': same_text(trained, packed),
     'dense_bytes': weights({'params': trained.params, **trained.model_state}),
     'running_bytes': weights(packed.variables),
   }
@@ -66,6 +69,41 @@ def largest_error(trained: Trained, packed: PackedModel) -> float:
   return float(np.abs(got - want).max() / max(np.abs(want).max(), np.finfo(np.float32).tiny))
 
 
+def same_text(trained: Trained, packed: PackedModel) -> dict[str, Any]:
+  """How far greedy text of the packed model is that of the masked twin, token by token.
+
+  Returns:
+    `tokens` that are the same, and `margin`: of the twin's two best logits over the largest logit where
+    the texts part, `None` where they do not. Empty where a method cannot decode.
+
+  Raises:
+    UserError: they part where the margin is more than rounding, in float32.
+  """
+  model = packed.model
+  variables = {'params': trained.params, **trained.model_state}
+  try:
+    pair = [Decoder(model, variables), Decoder(model, packed.variables)]
+  except UserError:
+    return {}
+  count = min(GREEDY, model.spec.context - 1)
+  begun = [decoder.begin([np.zeros(1, np.int32)])[:2] for decoder in pair]
+  for made in range(count):
+    twin, own = (np.asarray(logits[0], np.float32) for logits, _ in begun)
+    token_B = twin.argmax(keepdims=True).astype(np.int32)
+    if own.argmax() != token_B[0]:
+      second, best = np.partition(twin, -2)[-2:]
+      margin = float((best - second) / max(np.abs(twin).max(), np.finfo(np.float32).tiny))
+      if trained.config.model.dtype == 'float32' and margin > TOLERANCE:
+        raise UserError(
+          f'--workdir={trained.workdir}: packed, its greedy text differs from token {made} on, where the '
+          f'two best logits are {margin:.1e} of the largest apart; valid: {TOLERANCE:.0e} at most'
+        )
+      return {'tokens': made, 'margin': margin}
+    place_B = np.full(1, made + 1, np.int32)
+    begun = [d.decode(d.variables, cache, token_B, place_B) for d, (_, cache) in zip(pair, begun)]
+  return {'tokens': count, 'margin': None}
+
+
 @one_line
 def main() -> None:
   """Packs a run, and says what became of each matrix."""
@@ -81,7 +119,18 @@ def main() -> None:
   dense, running, stored = (found[f'{name}_bytes'] / 1e6 for name in ('dense', 'running', 'stored'))
   print(
     f'{arguments.out}: {running:.2f} MB to run and {stored:.2f} MB stored of {dense:.2f} MB; largest '
-    f'error {found["largest_error"]:.1e} of the largest logit'
+    f'error {found["largest_error"]:.1e} of the largest logit; {_text(found["same_text"])}'
+  )
+
+
+def _text(same: dict[str, Any]) -> str:
+  if not same:
+    return 'greedy text not compared: a method cannot decode'
+  if same['margin'] is None:
+    return f'the same greedy text over {same["tokens"]} tokens'
+  return (
+    f'the same greedy text over {same["tokens"]} tokens, until its two best logits are '
+    f'{same["margin"]:.1e} of the largest apart'
   )
 
 

@@ -13,7 +13,7 @@ from sparse_lm.train.checkpoint import Checkpoints
 from sparse_lm.train.evaluate import named_losses, result_of
 from sparse_lm.train.setup import Setup, data_of
 from sparse_lm.train.trained import check_fits, load
-from sparse_lm.train.workdir import Workdir
+from sparse_lm.train.workdir import Workdir, check_writable
 
 
 def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
@@ -33,6 +33,7 @@ def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
   """
   if (pathlib.Path(out) / 'config.json').exists():
     raise UserError(f'--out={out} holds a run already; valid: a new folder')
+  check_writable(out, '--out')
   trained = load(parent)
   config = configs.derive(trained.config, overrides, allowed=('weight',))
   data = data_of(config)

@@ -60,7 +60,10 @@ def prepare(out: str, name: str, documents: dict[str, list[bytes]]) -> pathlib.P
 
   Returns `out/name/1.0.0`, absolute. Raises `UserError` where that exists or can't be written.
   """
-  root = pathlib.Path(out).expanduser().absolute()
+  try:
+    root = pathlib.Path(out).expanduser().absolute()
+  except RuntimeError as error:
+    raise UserError(f'--out={out}: {error}; valid: a folder to write to') from None
   try:
     with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):
       # Nothing is downloaded, whatever TFDS says about it on stdout; its bars go to stderr.

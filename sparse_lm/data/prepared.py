@@ -1,5 +1,6 @@
 """Corpora that TFDS prepared as array_record, read without TensorFlow."""
 
+import os
 import pathlib
 from typing import Any
 
@@ -57,7 +58,7 @@ def _folder(path: str) -> pathlib.Path:
       "config.data.source 'tfds' needs config.data.path: a directory that TFDS prepared, such as "
       '~/tensorflow_datasets/wikitext/1.0.0'
     )
-  root = pathlib.Path(path).expanduser()
+  root = pathlib.Path(os.path.expanduser(path))  # an unknown user's `~` stays, and is not found
   if (root / _INFO).is_file():
     return root
   found = sorted(

@@ -127,8 +127,13 @@ def cut(
 
 
 def read_text(path: str, field: str) -> str:
-  """A file's text. Raises `UserError`, naming `field`, where it is empty or not UTF-8 text."""
-  data = pathlib.Path(path).read_bytes()
+  """A file's text. Raises `UserError`, naming `field`, where it can't be read, is empty or not UTF-8."""
+  try:
+    data = pathlib.Path(path).read_bytes()
+  except OSError as error:
+    raise UserError(
+      f'{field}: {path!r} cannot be read ({error.strerror}); valid: files that can'
+    ) from None
   if fault := why_not_text(data) or ('' if data else 'is empty'):
     raise UserError(f'{field}: {path!r} {fault}; valid: non-empty UTF-8 text files')
   return data.decode()

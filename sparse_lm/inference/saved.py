@@ -8,7 +8,6 @@ model.safetensors            every parameter under its path, zeros where a weigh
 
 import dataclasses
 import hashlib
-import os
 import pathlib
 import tempfile
 from typing import Any
@@ -27,7 +26,7 @@ from sparse_lm.data import tokenizers
 from sparse_lm.inference.pack import Matrix, PackedModel, load_format, name_of, nested
 from sparse_lm.model import lm
 from sparse_lm.train.trained import Trained
-from sparse_lm.train.workdir import read_json, write_json
+from sparse_lm.train.workdir import check_writable, read_json, write_json
 
 VERSION = 1
 MANIFEST, ARRAYS, PLAIN = 'packed.json', 'packed.safetensors', 'model.safetensors'
@@ -85,9 +84,7 @@ def check_free(out: str) -> None:
   folder = pathlib.Path(out)
   if folder.exists():
     raise UserError(f'--out={out} exists; valid: a new folder')
-  there = next(part for part in folder.absolute().parents if part.exists())
-  if not there.is_dir() or not os.access(there, os.W_OK):
-    raise UserError(f'--out={out}: {there} is no folder to write to; valid: a new folder elsewhere')
+  check_writable(out, '--out')
 
 
 def load(path: str) -> Saved:

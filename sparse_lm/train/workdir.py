@@ -50,11 +50,23 @@ def _replace(path: pathlib.Path, text: str) -> None:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """Raises UserError where the file is no longer JSON."""
+  """Raises UserError where the file cannot be read, or is no longer JSON."""
   try:
     return json.loads(path.read_text())
+  except OSError as error:
+    raise UserError(f'{path} cannot be read ({error.strerror}); valid: a whole folder') from None
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise UserError(f'{path} is damaged ({error}); valid: a copy of it, or a new workdir') from None
+
+
+def check_writable(path: str, field: str) -> None:
+  """Raises UserError, naming `field`, where no folder can be made or written at `path`."""
+  folder = pathlib.Path(path).absolute()
+  there = next(part for part in (folder, *folder.parents) if part.exists())
+  if not there.is_dir() or not os.access(there, os.W_OK):
+    raise UserError(
+      f'{field}={path}: {there} is no folder to write to; valid: a new folder elsewhere'
+    )
 
 
 class Workdir:

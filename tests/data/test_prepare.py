@@ -127,6 +127,10 @@ BAD = {
   ),
   'no file': (['--out=x', '--kind=wikitext', 'wiki', '--test=none'], '--test=none is not a file'),
   'no article': (['--out=x', '--kind=wikitext', 'wiki', '--test=short.txt'], "' = Title = '"),
+  'a home that is none': (
+    ['--out=~nobody_/x', '--kind=text', 'long.txt'],
+    '--out=~nobody_/x',
+  ),
   'a file for a folder': (['--out=short.txt', '--kind=text', 'long.txt'], '--out=short.txt'),
 }
 

@@ -154,6 +154,17 @@ def test_bad_file(tmp_path, content, said):
   assert str(error.value).startswith('config.data.path') and '\n' not in str(error.value)
 
 
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+  (tmp_path / 'a.txt').write_text('x' * 100)
+
+  def denied(self):
+    raise PermissionError(13, 'Permission denied')
+
+  monkeypatch.setattr(pathlib.Path, 'read_bytes', denied)  # root may read everything
+  with pytest.raises(UserError, match=r"config\.data\.path: '.*a\.txt' cannot be read \(Perm"):
+    sources.files(str(tmp_path / '*.txt'))
+
+
 def test_no_match(tmp_path):
   with pytest.raises(UserError, match=r"config\.data\.path '.*nothing.*' matches no file"):
     sources.files(str(tmp_path / 'nothing*'))

@@ -1,5 +1,6 @@
 """Packed folders: written whole, read back alike, refused where they do not fit; and the commands."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -21,7 +22,12 @@ from sparse_lm.train.loop import train
 from sparse_lm.train.trained import load
 
 FIELDS = {
-  'tiles': {'weight__pattern': 'block:16', 'model__width': 32, 'model__hidden': 64},
+  'tiles': {
+    'weight__pattern': 'block:16',
+    'model__width': 32,
+    'model__hidden': 64,
+    'data__context': 224,
+  },
   'n of m': {'weight__pattern': '2:4'},
   'weights': {'weight__pattern': 'unstructured', 'weight__sparsity': 0.8},
   'neurons': {'weight__pattern': 'neuron', 'model__layers': 2},
@@ -53,6 +59,8 @@ def copy(folder, tmp_path):
 def test_it_is_read_back_as_it_was_and_equals_the_run(name, packed):
   workdir, folder, found = packed(name)
   assert found['largest_error'] < 1e-5
+  tokens = 200 if name == 'tiles' else 15  # the context, less one to begin with
+  assert found['same_text'] == {'tokens': tokens, 'margin': None}
   run = load(workdir)
   fresh = pack.pack(run.program.model, run.params, run.masks, run.model_state)
   there = saved.load(folder)
@@ -210,6 +218,37 @@ def test_bad_input_is_one_line_and_code_2(argument, named, packed, monkeypatch, 
     command(generate_command, arguments, monkeypatch)
   shown = capsys.readouterr().err
   assert stopped.value.code == 2 and named in shown and shown.count('\n') == 1
+
+
+def test_greedy_texts_part_only_where_the_best_logits_are_all_but_equal(packed):
+  run = load(packed('weights')[0])
+  params = jax.tree.map(np.array, run.params)
+  other = jax.tree.map(np.array, run.params)
+  draw = np.random.default_rng(0)
+  other['embed']['head']['kernel'] += draw.normal(
+    size=other['embed']['head']['kernel'].shape
+  ).astype('f')
+  masks = jax.tree.map(lambda _: None, params)
+  differing = pack.pack(run.program.model, other, masks, {})
+  with pytest.raises(UserError, match=r'greedy text differs from token [0-9]+ on'):
+    pack_command.same_text(run, differing)
+  params['embed']['head']['kernel'][:] = 0
+  equal = dataclasses.replace(run, params=params)
+  assert pack_command.same_text(equal, differing) == {'tokens': 0, 'margin': 0.0}
+
+
+def test_a_prompt_that_is_no_text_is_named(packed):
+  run = runnable.load(packed('neurons')[1])
+  with pytest.raises(UserError, match=r'--prompt=.* is not UTF-8'):
+    next(generate_command.generate(run, ['a\udcff'], 2))
+
+
+@pytest.mark.parametrize('name', ['config.json', 'tokenizer.json'])
+def test_a_folder_that_lacks_a_file_is_named(name, packed, tmp_path):
+  folder = copy(packed('neurons')[1], tmp_path)
+  (folder / name).unlink()
+  with pytest.raises(UserError, match=f'{name} cannot be read'):
+    saved.load(str(folder))
 
 
 def test_models_that_read_other_tokens_or_contexts_are_not_timed_in_turns(

@@ -345,6 +345,12 @@ def test_a_folder_without_a_run_is_refused(main, tmp_path):
   assert not (tmp_path / 'out').exists()
 
 
+def test_a_folder_that_cannot_be_made_is_named_before_anything_is_pruned(main, tmp_path):
+  (tmp_path / 'file').write_text('')
+  code, _, err = main(tmp_path / 'none', tmp_path / 'file' / 'out', **WANDA)
+  assert code == 2 and err.count('\n') == 1 and f'{tmp_path}/file is no folder to write to' in err
+
+
 def files(folder):
   return {f: f.read_bytes() for f in folder.rglob('*') if f.is_file()}
 
