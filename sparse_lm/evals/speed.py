@@ -15,11 +15,14 @@ def interleaved(
 ) -> dict[str, np.ndarray]:
   """Seconds of each call, `[repeats]`, in turns; each waits for its arrays.
 
-  What a call has as `prepare` runs before it and is not timed.
+  What a call has as `prepare` runs before it and is not timed. The order is drawn anew for each turn:
+  what follows a large call finds the caches cold.
   """
+  draw = np.random.default_rng(0)
   seconds: dict[str, list[float]] = {name: [] for name in calls}
   for turn in tqdm(range(warmup + repeats), desc=name, unit='turn', leave=False):
-    for label, call in calls.items():
+    for place in draw.permutation(len(calls)):
+      label, call = list(calls.items())[place]
       getattr(call, 'prepare', lambda: None)()
       start = time.perf_counter()
       jax.block_until_ready(call())
