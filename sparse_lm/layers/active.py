@@ -65,7 +65,8 @@ def _in_chunks(
 ) -> jax.Array:
   """The sum of `some(index_K, which are real)` over chunks of the chosen units, as many as there are."""
   units = chosen_F.size
-  room = min(-(-round(SPARE * planned * units) // LANES), -(-units // LANES)) * LANES
+  wanted = max(1, min(units, round(SPARE * planned * units)))
+  room = -(-wanted // LANES) * LANES
   count = jnp.sum(chosen_F, dtype=jnp.int32)
 
   def add(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
