@@ -16,7 +16,9 @@ ROWS = np.random.default_rng(0).normal(size=(UNITS, 5)).astype('f')
 
 @functools.partial(jax.jit, static_argnums=1)
 def summed(chosen, planned):
-  some = lambda index, live: jnp.sum(jnp.where(live[:, None], jnp.asarray(ROWS)[index], 0), axis=0)
+  def some(index, live):
+    return jnp.sum(jnp.where(live[:, None], jnp.asarray(ROWS)[index], 0), axis=0)
+
   return active._in_chunks(chosen, planned, some)
 
 
