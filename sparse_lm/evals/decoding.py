@@ -90,10 +90,11 @@ class _Prefill:
   def __init__(self, decoder: Decoder, work: Workload) -> None:
     self.decoder, self.work = decoder, work
     self.length_B = np.full(work.batch, work.tokens_BxL.shape[1], np.int32)
+    self.empty = decoder.cache(work.batch)
     self.prepare()
 
   def prepare(self) -> None:
-    self.cache = self.decoder.cache(self.work.batch)
+    self.cache = jax.tree.map(jnp.copy, self.empty)
 
   def __call__(self) -> jax.Array:
     return self.decoder.prefill(
