@@ -23,7 +23,8 @@ class Format(struct.PyTreeNode):
   Attributes:
     runs: whether it multiplies; if not it is for the disk.
     plain: whether it stores every weight and nothing else, which any kernel can be.
-    slowdown: time of a byte over that of a dense byte (`python -m experiments.run break_even`).
+    slowdown: time of a byte over that of a dense byte, where the format starts to pay for one token
+      (`python -m experiments.run break_even`).
     stacks: whether it takes kernels with leading axes.
     selects: the axis of which one token reads what a method has selected and no more: -1, outputs
       (`of_outputs`), or -2, inputs (`of_inputs`).

@@ -25,7 +25,7 @@ class Block(Format):
   source: Array
   parts: Array
   groups: int = struct.field(pytree_node=False)
-  slowdown: ClassVar[float] = 1.6
+  slowdown: ClassVar[float] = 1.85
 
   @classmethod
   def misfit(cls, mask: np.ndarray) -> str:

@@ -23,7 +23,7 @@ class Channels(Format):
   source: Array
   place: Array
   inputs: int = struct.field(pytree_node=False)
-  slowdown: ClassVar[float] = 1.1
+  slowdown: ClassVar[float] = 1.3
 
   @classmethod
   def misfit(cls, mask: np.ndarray) -> str:
