@@ -105,6 +105,27 @@ def test_times_of_runs_from_busy_and_idle_hours_compare_by_their_ratios():
   assert [line['metrics']['time_ms'] for line in lines] == [1.0, 1.0, 4.0, 5.0]
 
 
+def test_each_study_is_compared_with_its_own_dense_model(tmp_path):
+  lines = []
+  for run in accuracy_vs_time.runs():
+    dense, deep = run.labels['method'] == 'dense', run.labels['study'] == 'dynamic_compute'
+    if dense or run.labels['method'] in ('rigl', 'moe_topk'):
+      metrics = dict.fromkeys(
+        (f'{what}_speedup{end}' for what in ('decode', 'prefill') for end in ('', '_low', '_high')),
+        1.0,
+      )
+      metrics |= dict.fromkeys(('weights_bytes', 'read_bytes', 'flops_forward'), 1e3)
+      metrics |= {'val_loss': 2.0 + deep + 0.25 * (not dense), 'dense_decode_ms': 0.2 + deep}
+      line = {'run': run.id('x'), 'labels': run.labels, 'seed': run.overrides['seed']}
+      env = {'cpu': 'c', 'cores': 2, 'device': 'cpu', 'jax': '0'}
+      lines.append(line | {'metrics': metrics, 'env': env})
+  shown = accuracy_vs_time.report(lines, tmp_path).splitlines()
+  rows = [line for line in shown if 'rigl' in line or 'moe_topk' in line]
+  assert len(rows) == 3 + 3 and all('+0.2500' in row for row in rows)
+  assert [('1.200' if 'moe' in row else '0.200') in row for row in rows] == [True] * 6
+  assert (tmp_path / 'accuracy_vs_time.png').exists()
+
+
 def test_random_masks_of_the_speed_study_keep_their_share():
   config = {'model.layers': 2, 'model.width': 64, 'model.hidden': 128, 'model.heads': 4}
   model = lm.from_config(configs.load('configs/base.py', config | {'model.kv_heads': 4}), 256)
