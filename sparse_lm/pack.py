@@ -74,7 +74,7 @@ def same_text(trained: Trained, packed: PackedModel) -> dict[str, Any]:
 
   Returns:
     `tokens` that are the same, and `margin`: of the twin's two best logits over the largest logit where
-    the texts part, `None` where they do not. Empty where a method cannot decode.
+    the texts part, `None` where they do not. Empty where a method cannot decode, or no token follows.
 
   Raises:
     UserError: they part where the margin is more than rounding, in float32.
@@ -86,6 +86,8 @@ def same_text(trained: Trained, packed: PackedModel) -> dict[str, Any]:
   except UserError:
     return {}
   count = min(GREEDY, model.spec.context - 1)
+  if not count:
+    return {}
   begun = [decoder.begin([np.zeros(1, np.int32)])[:2] for decoder in pair]
   for made in range(count):
     twin, own = (np.asarray(logits[0], np.float32) for logits, _ in begun)
@@ -125,7 +127,7 @@ def main() -> None:
 
 def _text(same: dict[str, Any]) -> str:
   if not same:
-    return 'greedy text not compared: a method cannot decode'
+    return 'no greedy text to compare'
   if same['margin'] is None:
     return f'the same greedy text over {same["tokens"]} tokens'
   return (
