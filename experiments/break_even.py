@@ -70,7 +70,7 @@ def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
     return sum(matrix.of_inputs(x[0, index], index) for matrix in matrices)
 
   calls = {'dense': functools.partial(multiply, dense, x)}
-  if packed[0].gathers:
+  if packed[0].selects == -2:
     calls['packed'] = functools.partial(gather, packed, x, index)
   else:
     calls['packed'] = functools.partial(multiply, packed, x)

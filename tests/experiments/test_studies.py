@@ -18,6 +18,7 @@ from experiments import (
   train_step_speed,
 )
 from experiments.plain_twin import PlainLM
+from experiments.sweep import Run
 from sparse_lm.core import config as configs
 from sparse_lm.model import lm
 from sparse_lm.train import cost
@@ -57,6 +58,15 @@ def test_speed_studies_plan_runs_that_load():
     assert len({run.id('x') for run in runs}) == len(runs) > 2
     for run in runs:
       configs.load(run.config, run.overrides)
+
+
+@pytest.mark.parametrize('name', ['block:32', 'channels', 'gather'])
+def test_each_format_is_timed_beside_dense_matrices(name, monkeypatch, tmp_path):
+  monkeypatch.setattr(break_even, 'REPEATS', 2)
+  labels = {'format': name, 'matrix': '64x128', 'batch': 1, 'density': 0.25}
+  found = break_even.execute(Run(break_even.CONFIG, {}, labels), tmp_path)['metrics']
+  assert found['speedup'] > 0 and found['density'] == 0.25
+  assert found['speedup_low'] <= found['speedup'] <= found['speedup_high']
 
 
 def test_a_format_pays_up_to_the_largest_density_at_which_it_is_faster(tmp_path):
