@@ -2,7 +2,7 @@
 
 A product with eight packed matrices, in turns with the same product with eight dense ones, so that
 weights come from memory and not from a cache. `block:B` keeps random tiles, `channels` random inputs,
-`gather` reads random inputs of one token. The speed-up is that of single matrices, not of a model.
+`gather` reads random inputs of one token, which a model must find first. The speed-up is that of single matrices, not of a model.
 """
 
 import functools
@@ -115,7 +115,7 @@ def report(lines: list[results.Line], folder: pathlib.Path) -> str:
     line for line in lines if line['labels']['batch'] == 1 and line['labels']['matrix'] == matrix
   ]
   x = table.Column('density', 'density', '.2f')
-  y = table.Column('speedup', f'dense time / packed time, {matrix}, one token', '.2f')
+  y = table.Column('speedup', f'dense / packed time, {matrix}', '.2f')
   if shown:
     plot.save(plot.curves(shown, x, y, 'format'), folder, 'break_even')
   return table.write(frame, folder, caption, 'python -m experiments.run break_even')
