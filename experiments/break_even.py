@@ -2,7 +2,8 @@
 
 A product with eight packed matrices, in turns with the same product with eight dense ones, so that
 weights come from memory and not from a cache. `block:B` keeps random tiles, `channels` random inputs,
-`gather` reads random inputs of one token, which a model must find first. The speed-up is that of single matrices, not of a model.
+`gather` reads random inputs of one token, which a model must find first. The speed-up is that of single
+matrices, not of a model.
 """
 
 import functools
