@@ -188,15 +188,9 @@ def report(lines: list[results.Line], folder: pathlib.Path) -> str:
   """The table and a bar chart of the decode ratios."""
   columns = [
     table.Column('decode_ms', 'decode', '.2f', 'ms'),
-    table.Column('decode_speedup', 'decode, dense / packed', '.2f'),
-    table.Column('decode_speedup_low', 'decode, lower quartile', '.2f'),
-    table.Column('decode_speedup_high', 'decode, upper quartile', '.2f'),
-    table.Column('mlp_speedup', 'MLPs alone, dense / packed', '.2f'),
-    table.Column('mlp_speedup_low', 'MLPs, lower quartile', '.2f'),
-    table.Column('mlp_speedup_high', 'MLPs, upper quartile', '.2f'),
-    table.Column('prefill_speedup', 'prefill, dense / packed', '.2f'),
-    table.Column('prefill_speedup_low', 'prefill, lower quartile', '.2f'),
-    table.Column('prefill_speedup_high', 'prefill, upper quartile', '.2f'),
+    *table.speedup('decode_speedup', 'decode'),
+    *table.speedup('mlp_speedup', 'MLPs alone', 'MLPs'),
+    *table.speedup('prefill_speedup', 'prefill'),
     table.Column('weights_bytes', 'weights', ',.0f', 'MB', 1e-6),
     table.Column('read_bytes', 'read per token', ',.0f', 'MB', 1e-6),
     table.Column('bandwidth', 'bandwidth / measured', '.2f'),

@@ -80,6 +80,26 @@ class Format(struct.PyTreeNode):
     return self.nbytes * self.slowdown
 
 
+class InputMajor(Format):
+  """The kernel `[in, out]` as it is, zeros stored like other weights: the base of formats that do so."""
+
+  inputs: Array
+
+  @classmethod
+  def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'InputMajor':
+    """Everything."""
+    return cls(np.ascontiguousarray(kernel * mask))
+
+  def kernel(self) -> Array:
+    """As stored."""
+    return self.inputs
+
+  def matmul(self, x: Array) -> Array:
+    """One product."""
+    flat = x.reshape(-1, x.shape[-1]) @ self.inputs
+    return flat.reshape(*x.shape[:-1], -1)
+
+
 _open: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar('packable', default=None)
 
 

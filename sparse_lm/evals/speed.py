@@ -18,11 +18,11 @@ def interleaved(
   What a call has as `prepare` runs before it and is not timed. The order is drawn anew for each turn:
   what follows a large call finds the caches cold.
   """
-  draw = np.random.default_rng(0)
+  draw, pairs = np.random.default_rng(0), list(calls.items())
   seconds: dict[str, list[float]] = {name: [] for name in calls}
   for turn in tqdm(range(warmup + repeats), desc=name, unit='turn', leave=False):
-    for place in draw.permutation(len(calls)):
-      label, call = list(calls.items())[place]
+    for place in draw.permutation(len(pairs)):
+      label, call = pairs[place]
       getattr(call, 'prepare', lambda: None)()
       start = time.perf_counter()
       jax.block_until_ready(call())

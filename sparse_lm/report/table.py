@@ -63,6 +63,15 @@ class Column:
     return f'{mean * self.scale:{sign}{self.format}} ± {std * self.scale:{self.format}}'
 
 
+def speedup(metric: str, what: str, short: str = '') -> list[Column]:
+  """Columns of a ratio of times, `what: dense / packed`, and of its quartiles `_low` and `_high`."""
+  return [
+    Column(metric, f'{what}, dense / packed', '.2f'),
+    Column(f'{metric}_low', f'{short or what}, lower quartile', '.2f'),
+    Column(f'{metric}_high', f'{short or what}, upper quartile', '.2f'),
+  ]
+
+
 # What `sparse_lm.train` measures, ready to print.
 COLUMNS = (
   Column('val_loss', 'validation loss', '.4f', 'nats/token', paired=True),
