@@ -155,7 +155,8 @@ def _choose(
     if cls.selects == -2 and -2 not in read:
       continue
     if why := cls.refuses(mask):
-      refusals.append('' if cls.plain else f'{name}: {why}')
+      if not cls.plain:
+        refusals.append(f'{name}: {why}')
       continue
     candidate = cls.pack(kernel, mask)
     predicted = candidate.cost * read.get(cls.selects, 1)
@@ -164,7 +165,7 @@ def _choose(
       refusals.append(f'{name}: {predicted / 1e6:.2f} MB worth of time')
   best = min(runs, key=lambda pair: pair[0])[1]
   smallest = min([best, *(c for _, c in reversed(stored))], key=lambda c: c.nbytes)
-  why = '; '.join(filter(None, refusals)) if best.plain and not mask.all() else ''
+  why = '; '.join(refusals) if best.plain and not mask.all() else ''
   return Matrix(path, best, smallest, dense_bytes, why)
 
 

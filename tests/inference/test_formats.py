@@ -1,6 +1,7 @@
 """Every format found in the folder multiplies as the masked kernel does."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -76,6 +77,15 @@ def test_products_are_those_of_the_masked_kernel(name, seed, shape, kind):
     inputs = np.sort(draw.permutation(shape[0])[:count])
     some = x[0, 0][inputs].astype('d') @ np.where(mask, kernel, 0)[inputs]
     assert_allclose(stored.of_inputs(x[0, 0][inputs], inputs), some, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_in_bfloat16_add_up_in_float32():
+  draw = np.random.default_rng(0)
+  kernel, x = draw.random((512, 8)).astype(jnp.bfloat16), draw.random(512).astype(jnp.bfloat16)
+  stored = jax.device_put(load_format('gather').pack(kernel, np.ones(kernel.shape, bool)))
+  found = stored.of_inputs(x, np.arange(512))
+  assert found.dtype == jnp.bfloat16
+  assert_allclose(np.asarray(found).astype('d'), x.astype('d') @ kernel.astype('d'), rtol=2**-8)
 
 
 def test_which_masks_a_format_takes():

@@ -35,8 +35,9 @@ class Gather(InputMajor):
       for place in range(ROWS):
         k = ROWS * step + place
         row = jax.lax.dynamic_slice(self.inputs, (index_K[k], 0), (1, self.inputs.shape[1]))
-        sum_O = sum_O + x_K[k] * row[0]
+        sum_O = sum_O + x_K[k].astype(jnp.float32) * row[0]
       return sum_O
 
-    start = jnp.zeros(self.inputs.shape[1], self.inputs.dtype)
-    return jax.lax.fori_loop(0, len(x_K) // ROWS, add, start)
+    start = jnp.zeros(self.inputs.shape[1], jnp.float32)  # as a product of bfloat16 adds up
+    total = jax.lax.fori_loop(0, len(x_K) // ROWS, add, start)
+    return total.astype(jnp.result_type(x_K, self.inputs))
