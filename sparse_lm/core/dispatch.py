@@ -21,7 +21,7 @@ class Plan(NamedTuple):
   Attributes:
     slot_TxJ: int32, the slot of a choice, S where it was dropped.
     pair_S: int32, `token * J + choice` of the pair in a slot, T * J where it is empty.
-    expert_N: int32, the expert of each block of S / N slots.
+    expert_N: int32, the expert of each block of S / N slots, E where all of them are empty.
     load_E: int32, pairs that asked for each expert, dropped ones included.
   """
 
@@ -67,9 +67,8 @@ def plan(expert_TxJ: Array, experts: int, capacity: int | None, block: int = 64)
     blocks = -(-pairs // block) + experts
     slots = blocks * block
     start_E = (jnp.cumsum(blocks_E) - blocks_E) * block
-    # Blocks behind the last used one are empty; any expert will do for them.
-    used = jnp.searchsorted(jnp.cumsum(blocks_E), jnp.arange(blocks), side='right')
-    expert_N = jnp.minimum(used, experts - 1)
+    # Behind the last block with a pair in it they are no expert's.
+    expert_N = jnp.searchsorted(jnp.cumsum(blocks_E), jnp.arange(blocks), side='right')
     seated = True
   slot = jnp.where(seated & (sorted_expert < experts), start_E[one_of] + place, slots)
   slot_TxJ = jnp.zeros(pairs, jnp.int32).at[order].set(slot.astype(jnp.int32))

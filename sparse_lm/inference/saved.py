@@ -2,7 +2,8 @@
 
 config.json, tokenizer.json  of the run that was packed.
 packed.json                  version, digest, and for each matrix the format that is stored and that runs.
-packed.safetensors           the arrays, `<path>:<field>` of formats and `<path>` of the rest.
+packed.safetensors           the arrays, `<path>:<field>` of formats (`/0`, `/1`, ... of a tuple), `<path>` of
+                             the rest.
 model.safetensors            every parameter under its path, zeros where a weight was dropped.
 """
 
@@ -28,7 +29,7 @@ from sparse_lm.model import lm
 from sparse_lm.train.trained import Trained
 from sparse_lm.train.workdir import check_writable, read_json, write_json
 
-VERSION = 1
+VERSION = 2
 MANIFEST, ARRAYS, PLAIN = 'packed.json', 'packed.safetensors', 'model.safetensors'
 
 
@@ -138,7 +139,8 @@ def _arrays(packed: PackedModel) -> tuple[dict[str, jax.Array], dict[str, Any]]:
     for field in dataclasses.fields(matrix.stored):
       value = getattr(matrix.stored, field.name)
       if field.metadata.get('pytree_node', True):
-        arrays[f'packed/{path}:{field.name}'] = jax.numpy.asarray(value)
+        for name, array in tree.named({field.name: value}).items():
+          arrays[f'packed/{path}:{name}'] = jax.numpy.asarray(array)
       else:
         static[field.name] = value
     matrices[path] = {
@@ -155,7 +157,7 @@ def _arrays(packed: PackedModel) -> tuple[dict[str, jax.Array], dict[str, Any]]:
 def _matrix(path: str, entry: dict[str, Any], arrays: dict[str, jax.Array]) -> Matrix:
   cls = load_format(entry['stored'])
   prefix = f'packed/{path}:'
-  fields = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+  fields = _fields({k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)})
   static = {k: tuple(v) if isinstance(v, list) else v for k, v in entry['fields'].items()}
   stored = cls(**fields, **static)
   runs: Format = stored
@@ -163,6 +165,15 @@ def _matrix(path: str, entry: dict[str, Any], arrays: dict[str, jax.Array]) -> M
     kernel = np.asarray(stored.kernel())
     runs = jax.device_put(load_format(entry['runs']).pack(kernel, kernel != 0))
   return Matrix(path, runs, stored, entry['dense_bytes'], entry['why'])
+
+
+def _fields(arrays: dict[str, jax.Array]) -> dict[str, Any]:
+  """Those of a format: `field`, or `field/0`, `field/1`, ... of a tuple."""
+  fields: dict[str, Any] = {}
+  for name in sorted(arrays, key=lambda name: (len(name), name)):
+    field, in_tuple, _ = name.partition('/')
+    fields[field] = (*fields.get(field, ()), arrays[name]) if in_tuple else arrays[name]
+  return fields
 
 
 def _digest(path: pathlib.Path) -> str:

@@ -73,17 +73,16 @@ class Experts(nn.Module):
 
     if self.has_variable('packed', name):
       stored = self.get_variable('packed', name)
-      kernel, one_of = stored.kernel(), lambda x, e: jax.tree.map(lambda a: a[e], stored).matmul(x)
+      y = _through(stored.of_expert, len(stored.outputs), x_NxPxI, expert_N)
     else:
       packed.note(self.path, name, f'{name}_bias')
       kernel = self.param(name, each, (self.experts, width, features), spec.stored)
       cost.note(self.path, 'linear', 2 * rows * width * features, kernel=name)
-      one_of = lambda x, e: x @ kernel[e]  # noqa: E731
-    if mode == 'decode' and expert_N is not None and x_NxPxI.shape[1] == 1:
-      y = _one_by_one(x_NxPxI[:, 0], expert_N, one_of, *kernel.shape[::2])[:, None]
-    else:
       kernel = kernel.astype(spec.compute)
-      y = jnp.einsum('npi,nif->npf', x_NxPxI, self._of_block(kernel, expert_N))
+      if mode == 'decode' and expert_N is not None and x_NxPxI.shape[1] == 1:
+        y = _through(lambda x, expert: x @ kernel[expert], self.experts, x_NxPxI, expert_N)
+      else:
+        y = jnp.einsum('npi,nif->npf', x_NxPxI, self._of_block(kernel, expert_N))
     y = y.astype(spec.compute)
     if spec.bias:
       if self.has_variable('packed', f'{name}_bias'):
@@ -103,21 +102,24 @@ class Experts(nn.Module):
     return flat.reshape(-1, *stacked.shape[1:])
 
 
-def _one_by_one(
-  x_NxI: jax.Array,
-  expert_N: jax.Array,
-  one_of: Callable[[jax.Array, int], jax.Array],
+def _through(
+  of_expert: Callable[[jax.Array, int], jax.Array],
   experts: int,
-  features: int,
+  x_NxPxI: jax.Array,
+  expert_N: jax.Array | None,
 ) -> jax.Array:
-  """Each row through its expert, `one_of(x, expert)`, and zeros for an expert that there is not.
+  """Each block of rows through its expert, `of_expert(x, expert)`, one block after the other.
 
-  Branches slice the stack as it is stored, by a static index: XLA:CPU copies a matrix that is taken by a
-  computed one, and copies the whole stack where it is transposed first.
+  Zeros for an expert that there is not; `expert_N` as in `Experts`.
   """
-  branches = [functools.partial(one_of, e=e) for e in range(experts)]
-  branches += [lambda x: jnp.zeros(features, x.dtype)]
-  return jnp.stack([jax.lax.switch(e, branches, x) for e, x in zip(expert_N, x_NxI)])
+  if expert_N is None:
+    return jnp.stack([of_expert(x_PxI, expert) for expert, x_PxI in enumerate(x_NxPxI)])
+  branches = [functools.partial(of_expert, expert=expert) for expert in range(experts)]
+  shape = jax.eval_shape(branches[0], x_NxPxI[0])
+  branches += [lambda x_PxI: jnp.zeros(shape.shape, shape.dtype)]
+  return jax.lax.map(
+    lambda block: jax.lax.switch(block[0], branches, block[1]), (expert_N, x_NxPxI)
+  )
 
 
 def observe_routing(

@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from sparse_lm.inference.pack import load_format, names
 
 RUNNING = [name for name in names() if load_format(name).runs]
-SHAPES = ((32, 48), (64, 16))
+SHAPES = ((32, 48), (64, 16), (48, 64))
 KINDS = ('full', 'weights', 'tiles', 'rows', 'columns', '2:4', '1:8', 'one weight', 'nothing')
 
 
@@ -108,7 +108,7 @@ def test_which_masks_a_format_takes():
 def test_stacked_kernels_are_refused_but_by_formats_that_hold_any_shape(name):
   stacked = np.ones((3, 32, 32), bool)
   stacked[1] = False
-  assert bool(load_format(name).refuses(stacked)) == (name not in ('dense', 'bitmask'))
+  assert bool(load_format(name).refuses(stacked)) == (name not in ('apart', 'bitmask'))
 
 
 def test_a_block_that_no_tile_divides_is_refused_with_the_shape():

@@ -31,6 +31,7 @@ FIELDS = {
   'n of m': {'weight__pattern': '2:4'},
   'weights': {'weight__pattern': 'unstructured', 'weight__sparsity': 0.8},
   'neurons': {'weight__pattern': 'neuron', 'model__layers': 2},
+  'experts': {'weight__pattern': 'neuron', 'mlp__name': 'moe_topk', 'mlp__experts': 12},
 }
 
 
@@ -114,7 +115,7 @@ def other_version(folder):
   [
     (flip, 'does not match the sha256'),
     (lambda folder: (folder / 'packed.safetensors').unlink(), 'does not match the sha256'),
-    (other_version, 'version 99, and this one reads 1'),
+    (other_version, 'version 99, and this one reads 2'),
     (lambda folder: (folder / 'packed.json').write_text('{'), 'damaged'),
     (lambda folder: (folder / 'packed.json').unlink(), 'holds no run'),
   ],

@@ -1,0 +1,39 @@
+"""All weights of stacked experts, each expert's apart."""
+
+from typing import ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_lm.core.packed import Array, Format
+
+
+class Apart(Format):
+  """The transposed kernels `[out, in]` of experts, as many arrays.
+
+  Which expert runs is known only then. An array of its own is read where it lies; XLA:CPU copies a matrix
+  that is taken out of a stack before it multiplies, even by a static index within a branch.
+  """
+
+  outputs: tuple[Array, ...]
+  plain: ClassVar[bool] = True
+  stacks: ClassVar[bool] = True
+
+  @classmethod
+  def misfit(cls, mask: np.ndarray) -> str:
+    """Kernels that are no stack."""
+    return '' if mask.ndim == 3 else 'not a stack of kernels'
+
+  @classmethod
+  def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'Apart':
+    """Zeros are stored like other weights."""
+    return cls(tuple(np.ascontiguousarray(one.T) for one in kernel * mask))
+
+  def kernel(self) -> Array:
+    """A stack of copies."""
+    return jnp.stack([one.T for one in self.outputs])
+
+  def of_expert(self, x: Array, expert: int) -> Array:
+    """Rows `[P, in]` through one expert's kernel: `[P, out]`."""
+    kernel = self.outputs[expert]
+    return (kernel @ x[0])[None] if len(x) == 1 else x @ kernel.T
