@@ -21,6 +21,7 @@ import jax
 import pytest
 
 from sparse_lm.core import config as configs
+from sparse_lm.inference import pack
 from sparse_lm.train.loop import train
 from sparse_lm.train.step import Program
 
@@ -41,6 +42,15 @@ SMALL = {
   'train.eval_every': 100,
   'train.checkpoint_every': 100,
 }
+
+
+@pytest.fixture(scope='module')
+def packed_by_bytes():
+  """Models far too small to gain by it are packed as large ones are: by their bytes alone."""
+  with pytest.MonkeyPatch.context() as patch:
+    for name in pack.names():
+      patch.setattr(pack.load_format(name), 'fixed', 1e3)
+    yield
 
 
 @pytest.fixture(scope='session', autouse=True)

@@ -6,8 +6,9 @@ never modules. Some are for the disk alone: another one runs in their place.
 
 import contextlib
 import contextvars
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import jax
@@ -25,6 +26,7 @@ class Format(struct.PyTreeNode):
     plain: whether it stores every weight and nothing else, which any kernel can be.
     slowdown: time of a byte over that of a dense byte, where the format starts to pay for one token
       (`python -m experiments.run break_even`).
+    fixed: time of a product with one token beside its bytes, in bytes: of 20 to the nanosecond, on a CPU.
     stacks: whether it takes kernels with leading axes.
     selects: the axis of which one token reads what a method has selected and no more: -1, outputs
       (`of_outputs`), or -2, inputs (`of_inputs`).
@@ -33,6 +35,7 @@ class Format(struct.PyTreeNode):
   runs: ClassVar[bool] = True
   plain: ClassVar[bool] = False
   slowdown: ClassVar[float] = 1.0
+  fixed: ClassVar[float] = 30e3
   stacks: ClassVar[bool] = False
   selects: ClassVar[int | None] = None
 
@@ -74,10 +77,9 @@ class Format(struct.PyTreeNode):
     """Of all that is stored."""
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(self))
 
-  @property
-  def cost(self) -> float:
-    """Predicted time of a token, in bytes of a dense kernel."""
-    return self.nbytes * self.slowdown
+  def cost(self, read: float = 1.0) -> float:
+    """Predicted time of a token that reads this share of it, in bytes of a dense kernel."""
+    return self.nbytes * self.slowdown * read + self.fixed
 
 
 class InputMajor(Format):
@@ -100,20 +102,40 @@ class InputMajor(Format):
     return flat.reshape(*x.shape[:-1], -1)
 
 
-_open: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar('packable', default=None)
+@dataclasses.dataclass
+class Packable:
+  """What modules take packed.
+
+  Attributes:
+    paths: of parameters.
+    joined: by the path of a linear layer, of which in order it can hold the outputs side by side.
+  """
+
+  paths: list[str] = dataclasses.field(default_factory=list)
+  joined: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+
+_open: contextvars.ContextVar[Packable | None] = contextvars.ContextVar('packable', default=None)
 
 
 def note(path: tuple[str, ...], *names: str) -> None:
   """Says that the module at `path` takes these parameters packed, if it has them; see `recording`."""
   found = _open.get()
   if found is not None:
-    found.extend('/'.join((*path, name)) for name in names)
+    found.paths.extend('/'.join((*path, name)) for name in names)
+
+
+def note_joined(path: tuple[str, ...], name: str, parts: Iterable[str]) -> None:
+  """Says that the module at `path` takes one linear layer in place of several of the same inputs."""
+  found = _open.get()
+  if found is not None:
+    found.joined['/'.join((*path, name))] = tuple('/'.join((*path, part)) for part in parts)
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[str]]:
-  """Collects the paths of what may be packed in the traces inside."""
-  token = _open.set([])
+def recording() -> Iterator[Packable]:
+  """Collects what may be packed in the traces inside."""
+  token = _open.set(Packable())
   try:
     yield _open.get()
   finally:

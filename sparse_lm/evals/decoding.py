@@ -13,6 +13,7 @@ from sparse_lm.core.packed import is_packed
 from sparse_lm.evals import speed
 from sparse_lm.inference.decode import Decoder
 from sparse_lm.inference.pack import PackedModel, shares, weights
+from sparse_lm.model import lm
 
 DECODED = 16  # tokens of a turn
 
@@ -170,5 +171,7 @@ def read_bytes(packed: PackedModel, tokens_BxL: np.ndarray) -> int:
     return gate.skips and (down is None or down.runs.selects == -2)
 
   read = shares(model, tokens_BxL.shape[1], active, skips)
+  for path, parts in lm.packable(model).joined.items():
+    read[f'{path}/kernel'] = read[f'{parts[0]}/kernel']  # the same for all
   stored = {p: held.get(f'packed/{p}', held.get(f'params/{p}', 0)) for p in read}
   return round(sum(stored[path] * share for path, share in read.items()))

@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,6 +36,28 @@ class Matrix:
   stored: Format
   dense_bytes: int
   why: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+  """What is left of a kernel, to be packed.
+
+  Attributes:
+    weights: `[..., in, out]`.
+    mask: bool, of the same shape.
+    dense_bytes: before anything was removed.
+  """
+
+  weights: np.ndarray
+  mask: np.ndarray
+  dense_bytes: int
+
+  @classmethod
+  def side_by_side(cls, kernels: Sequence['Kernel']) -> 'Kernel':
+    """One kernel with the outputs of several of the same inputs."""
+    weights, masks = ([getattr(k, name) for k in kernels] for name in ('weights', 'mask'))
+    total = sum(kernel.dense_bytes for kernel in kernels)
+    return cls(np.concatenate(weights, axis=-1), np.concatenate(masks, axis=-1), total)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +106,9 @@ def pack(model: LM, params: Tree, masks: Tree, state: Tree) -> PackedModel:
     state: the model's other collections.
   """
   original = {path: np.asarray(leaf) for path, leaf in tree.named(params).items()}
-  held = {path: np.asarray(mask) for path, mask in tree.named(masks).items()}
+  dropped = {path: np.asarray(mask) for path, mask in tree.named(masks).items()}
   declared = lm.groups(model)
-  left = shrink(original, held, declared, _closed(model, params, state))
+  left = shrink(original, dropped, declared, _closed(model, params, state))
   fractions = shares(model, model.spec.context)
   selected = {
     member.path: member.axis
@@ -94,18 +116,43 @@ def pack(model: LM, params: Tree, masks: Tree, state: Tree) -> PackedModel:
     if group.compete and group.kind == 'neuron'
     for member in group.members
   }
-  matrices, small = {}, {}
-  for path in lm.packable(model):
-    if path not in left.params:
-      continue
-    array = left.params.pop(path)
-    if array.ndim < 2 or path.endswith('bias'):
-      small[path] = array
-      continue
-    mask = left.masks.get(path, np.ones(array.shape, bool))
-    read = {selected[path]: fractions[path]} if path in selected else {}
-    matrices[path] = _choose(path, array, mask, read, original[path].nbytes)
+  packable = lm.packable(model)
+  held = {path: left.params.pop(path) for path in packable.paths if path in left.params}
+  small = {p: array for p, array in held.items() if array.ndim < 2 or p.endswith('bias')}
+  kernels = {
+    path: Kernel(array, left.masks.get(path, np.ones(array.shape, bool)), original[path].nbytes)
+    for path, array in held.items()
+    if path not in small
+  }
+  matrices = {
+    path: _choose(path, kernel, {selected[path]: fractions[path]} if path in selected else {})
+    for path, kernel in kernels.items()
+  }
+  for path, parts in packable.joined.items():
+    _join(path, parts, {p: k for p, k in kernels.items() if p not in selected}, matrices, small)
   return assemble(model, left, matrices, small, state)
+
+
+def _join(
+  path: str,
+  parts: tuple[str, ...],
+  kernels: dict[str, Kernel],
+  matrices: dict[str, Matrix],
+  small: dict[str, np.ndarray],
+) -> None:
+  """Puts one linear layer in the place of its parts, where that is to take no longer."""
+  names = [f'{part}/kernel' for part in parts]
+  if not all(name in kernels for name in names):
+    return
+  one = _choose(f'{path}/kernel', Kernel.side_by_side([kernels[name] for name in names]), {})
+  if one.runs.cost() > sum(matrices[name].runs.cost() for name in names):
+    return
+  for name in names:
+    del matrices[name]
+  matrices[one.path] = one
+  biases = [small.pop(f'{part}/bias') for part in parts if f'{part}/bias' in small]
+  if biases:
+    small[f'{path}/bias'] = np.concatenate(biases)
 
 
 def dense_twin(model: LM, seed: int = 0) -> PackedModel:
@@ -142,9 +189,7 @@ def nested(flat: dict[str, Any]) -> Tree:
   return out
 
 
-def _choose(
-  path: str, kernel: np.ndarray, mask: np.ndarray, read: dict[int, float], dense_bytes: int
-) -> Matrix:
+def _choose(path: str, kernel: Kernel, read: dict[int, float]) -> Matrix:
   """The format of least predicted time, and of what is equal to it the smallest on disk.
 
   `read` is the share of an axis that a method selects, by axis.
@@ -154,19 +199,19 @@ def _choose(
     cls = load_format(name)
     if cls.selects == -2 and -2 not in read:
       continue
-    if why := cls.refuses(mask):
+    if why := cls.refuses(kernel.mask):
       if not cls.plain:
         refusals.append(f'{name}: {why}')
       continue
-    candidate = cls.pack(kernel, mask)
-    predicted = candidate.cost * read.get(cls.selects, 1)
+    candidate = cls.pack(kernel.weights, kernel.mask)
+    predicted = candidate.cost(read.get(cls.selects, 1))
     (runs if cls.runs else stored).append((predicted, candidate))
     if cls.runs and not cls.plain:
       refusals.append(f'{name}: {predicted / 1e6:.2f} MB worth of time')
   best = min(runs, key=lambda pair: pair[0])[1]
   smallest = min([best, *(c for _, c in reversed(stored))], key=lambda c: c.nbytes)
-  why = '; '.join(refusals) if best.plain and not mask.all() else ''
-  return Matrix(path, best, smallest, dense_bytes, why)
+  why = '; '.join(refusals) if best.plain and not kernel.mask.all() else ''
+  return Matrix(path, best, smallest, kernel.dense_bytes, why)
 
 
 def _closed(model: LM, params: Tree, state: Tree) -> list[int]:

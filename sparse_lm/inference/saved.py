@@ -2,8 +2,8 @@
 
 config.json, tokenizer.json  of the run that was packed.
 packed.json                  version, digest, and for each matrix the format that is stored and that runs.
-packed.safetensors           the arrays, `<path>:<field>` of formats (`/0`, `/1`, ... of a tuple), `<path>` of
-                             the rest.
+packed.safetensors           the arrays: `<path>:<field>` of formats (of a tuple `<path>:<field>/0`, ...) and
+                             `<path>` of the rest.
 model.safetensors            every parameter under its path, zeros where a weight was dropped.
 """
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from sparse_lm.core import cost, packed
@@ -64,6 +65,23 @@ class Linear(nn.Module):
       return None
     bias = self.get_variable('packed', 'bias') if self.spec.bias else None
     return PackedLinear(self.get_variable('packed', 'kernel'), bias, self.spec.compute)
+
+
+def side_by_side(
+  module: nn.Module, spec: Spec, x: jax.Array, features: dict[str, int]
+) -> list[jax.Array]:
+  """Linear layers of the same inputs, made in `module`, by name: `[..., features]` each.
+
+  Packed they can be one, which a CPU multiplies at more of its memory's bandwidth than several smaller
+  ones. Units that were removed were removed of all alike.
+  """
+  joined = '_'.join(features)
+  if not module.has_variable('packed', joined):
+    packed.note_joined(module.path, joined, features)
+    return [Linear(spec, count, name=name)(x) for name, count in features.items()]
+  y = Linear(spec, sum(features.values()), name=joined)(x)
+  ends = np.cumsum(list(features.values())) * y.shape[-1] // sum(features.values())
+  return jnp.split(y, ends[:-1], axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from sparse_lm.core import cost, groups
 from sparse_lm.layers import cache
 from sparse_lm.layers.embed import rotate
 from sparse_lm.layers.gate import LearnedGate
-from sparse_lm.layers.linear import Linear, Norm
+from sparse_lm.layers.linear import Linear, Norm, side_by_side
 from sparse_lm.layers.spec import Spec
 
 
@@ -33,13 +33,10 @@ class Attention(nn.Module):
     spec = self.spec
     b, l, _ = x_BxLxD.shape
 
-    def heads(name: str, count: int) -> jax.Array:
-      y = Linear(spec, count * spec.head_dim, name=name)(x_BxLxD)
-      return y.reshape(b, l, -1, spec.head_dim)  # fewer heads where some were removed
-
-    q_BxLxHxK = heads('query', spec.heads)
-    k_BxLxGxK = heads('key', spec.kv_heads)
-    v_BxLxGxK = heads('value', spec.kv_heads)
+    wide, narrow = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    projected = side_by_side(self, spec, x_BxLxD, {'query': wide, 'key': narrow, 'value': narrow})
+    # Fewer heads where some were removed.
+    q_BxLxHxK, k_BxLxGxK, v_BxLxGxK = (y.reshape(b, l, -1, spec.head_dim) for y in projected)
     if spec.positions == 'rotary':
       q_BxLxHxK, k_BxLxGxK = (rotate(a, positions_BxL) for a in (q_BxLxHxK, k_BxLxGxK))
     # Query heads that share a key head are pruned with it.

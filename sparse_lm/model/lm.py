@@ -214,11 +214,11 @@ def groups(model: LM) -> tuple[Group, ...]:
   return (*found.values(), Group('layer', '', model.spec.layers, layers))
 
 
-def packable(model: LM) -> list[str]:
-  """Paths of the parameters that modules take packed, see `core/packed.py`."""
+def packable(model: LM) -> packed.Packable:
+  """What the modules take packed, each path once."""
   with packed.recording() as found:
     shapes(model)
-  return list(dict.fromkeys(found))
+  return packed.Packable(list(dict.fromkeys(found.paths)), found.joined)
 
 
 def ledger(model: LM, length: int) -> cost.Ledger:

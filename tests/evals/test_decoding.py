@@ -15,6 +15,11 @@ ATTENTION = 4 * WIDTH * WIDTH
 HEAD = WIDTH * VOCAB
 
 
+@pytest.fixture(autouse=True)
+def any_size(packed_by_bytes):
+  """All of these models are small."""
+
+
 def packed_of(config):
   model = lm.from_config(config, VOCAB)
   draw = np.random.default_rng(0)

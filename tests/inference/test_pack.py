@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 
 from sparse_lm.core import tree
 from sparse_lm.core.pattern import pattern
@@ -53,7 +53,7 @@ CASES = {
 
 
 @pytest.fixture(scope='module')
-def case(tiny_config):
+def case(tiny_config, packed_by_bytes):
   """`case(name) -> (model, variables with zeros where masked, masks, packed)`."""
 
   @functools.cache
@@ -151,10 +151,11 @@ def sizes(packed, path):
 def test_units_are_removed_where_nothing_depends_on_how_many_there_are(case):
   assert sizes(case('neurons')[3], 'block_0/mlp/up/kernel') == (32, 32)
   assert sizes(case('neurons')[3], 'block_1/mlp/down/kernel') == (32, 32)
-  assert sizes(case('gated neurons')[3], 'block_1/mlp/gate/kernel') == (32, 32)
-  assert sizes(case('heads')[3], 'block_0/attention/query/kernel') == (32, 16)
-  assert sizes(case('heads that share keys')[3], 'block_0/attention/key/kernel') == (32, 8)
-  assert sizes(case('heads that share keys')[3], 'block_0/attention/out/kernel') == (16, 32)
+  assert sizes(case('gated neurons')[3], 'block_1/mlp/gate_up/kernel') == (32, 2 * 32)
+  assert sizes(case('heads')[3], 'block_0/attention/query_key_value/kernel') == (32, 3 * 16)
+  sharing = case('heads that share keys')[3]
+  assert sizes(sharing, 'block_0/attention/query_key_value/kernel') == (32, 16 + 8 + 8)
+  assert sizes(sharing, 'block_0/attention/out/kernel') == (16, 32)
   # Gates decide about every head, and top-k ranks every neuron.
   assert sizes(case('top-k neurons')[3], 'block_0/mlp/up/kernel') == (32, 64)
   assert not case('heads behind gates')[3].removed
@@ -163,6 +164,32 @@ def test_units_are_removed_where_nothing_depends_on_how_many_there_are(case):
   kept = np.asarray(masks['block_0']['mlp']['experts']['down']).any(axis=-1).sum(axis=-1)
   experts, width, hidden = sizes(packed, 'block_0/mlp/experts/up')
   assert (experts, width, hidden) == ((kept > 0).sum(), 32, kept.max()) and hidden < 64
+
+
+def test_kernels_of_the_same_inputs_are_one_where_that_takes_no_longer(case):
+  for name in ('dense', 'tiles', 'weights'):
+    _, variables, _, packed = case(name)
+    held = variables['params']['block_0']['attention']
+    parts = [held[part]['kernel'] for part in ('query', 'key', 'value')]
+    one = packed.matrices['block_0/attention/query_key_value/kernel']
+    assert_array_equal(one.runs.kernel(), np.concatenate(parts, axis=1))
+    assert one.dense_bytes == sum(part.size * 4 for part in parts)
+    assert 'block_0/attention/key/kernel' not in packed.matrices
+
+
+@pytest.mark.parametrize('shared', [True, False])
+def test_kernels_that_read_other_inputs_stay_apart(shared, case):
+  model, variables, masks, _ = case('rows')
+  masks = jax.tree.map(lambda w: None, masks, is_leaf=lambda w: w is None)
+  for i, part in enumerate(('query', 'key', 'value')):
+    mask = np.zeros((32, 32), bool)
+    mask[:3] = True
+    masks['block_1']['attention'][part]['kernel'] = mask if shared else np.roll(mask, 3 * i, axis=0)
+  params = apply_masks(variables['params'], masks)
+  packed = pack.pack(model, params, masks, {})
+  assert ('block_1/attention/key/kernel' in packed.matrices) == (not shared)
+  want = evaluated(model, 'eval')({'params': params}, TOKENS)
+  assert_allclose(evaluated(model, 'eval')(packed.variables, TOKENS), want, rtol=1e-4, atol=1e-4)
 
 
 def test_a_layer_that_adds_nothing_is_gone(case):

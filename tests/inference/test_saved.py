@@ -36,7 +36,7 @@ FIELDS = {
 
 
 @pytest.fixture(scope='module')
-def packed(tiny_config, tmp_path_factory):
+def packed(tiny_config, tmp_path_factory, packed_by_bytes):
   """`packed(name) -> (workdir, packed folder, what the command's function returned)`."""
   made = {}
 

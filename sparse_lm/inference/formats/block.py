@@ -26,6 +26,7 @@ class Block(Format):
   parts: Array
   groups: int = struct.field(pytree_node=False)
   slowdown: ClassVar[float] = 1.85
+  fixed: ClassVar[float] = 130e3
 
   @classmethod
   def misfit(cls, mask: np.ndarray) -> str:

@@ -24,6 +24,7 @@ class Channels(Format):
   place: Array
   inputs: int = struct.field(pytree_node=False)
   slowdown: ClassVar[float] = 1.3
+  fixed: ClassVar[float] = 80e3
 
   @classmethod
   def misfit(cls, mask: np.ndarray) -> str:

@@ -17,7 +17,8 @@ class Gather(InputMajor):
   """
 
   selects: ClassVar[int | None] = -2
-  slowdown: ClassVar[float] = 2.4  # of which half is finding a tenth of the units
+  slowdown: ClassVar[float] = 2.2
+  fixed: ClassVar[float] = 600e3  # finding the active units
 
   def of_inputs(self, x_K: Array, index_K: Array) -> Array:
     """Reads `K` rows.
