@@ -26,7 +26,7 @@ class Format(struct.PyTreeNode):
     plain: whether it stores every weight and nothing else, which any kernel can be.
     slowdown: time of a byte over that of a dense byte, where the format starts to pay for one token
       (`python -m experiments.run break_even`).
-    fixed: time of a product with one token beside its bytes, in bytes: of 20 to the nanosecond, on a CPU.
+    fixed: time of a product with one token beside that of its bytes, in bytes: 20 to the nanosecond.
     stacks: whether it takes kernels with leading axes.
     selects: the axis of which one token reads what a method has selected and no more: -1, outputs
       (`of_outputs`), or -2, inputs (`of_inputs`).

@@ -2,7 +2,7 @@
 
 config.json, tokenizer.json  of the run that was packed.
 packed.json                  version, digest, and for each matrix the format that is stored and that runs.
-packed.safetensors           the arrays: `<path>:<field>` of formats (of a tuple `<path>:<field>/0`, ...) and
+packed.safetensors           the arrays: `<path>:<field>` of formats (`<field>/0`, ... of a tuple),
                              `<path>` of the rest.
 model.safetensors            every parameter under its path, zeros where a weight was dropped.
 """

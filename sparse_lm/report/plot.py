@@ -108,7 +108,9 @@ def bars(
         height=0.65,
         capsize=2.5,
       )
-      axes.text(ends[1] + 0.02, place, f'{value:.2f}', va='center')
+      behind = {'xytext': (4, 0), 'textcoords': 'offset points', 'va': 'center'}
+      axes.annotate(f'{value:.2f}', (ends[1], place), **behind)
+    axes.margins(x=0.1)
     axes.axvline(1.0, color='#555555', linestyle='--', linewidth=1.2)
     axes.set_yticks(range(len(lines)), [label_text(line['labels'][label]) for line in lines])
     axes.invert_yaxis()
