@@ -21,7 +21,8 @@ class Plan(NamedTuple):
   Attributes:
     slot_TxJ: int32, the slot of a choice, S where it was dropped.
     pair_S: int32, `token * J + choice` of the pair in a slot, T * J where it is empty.
-    expert_N: int32, the expert of each block of S / N slots, E where all of them are empty.
+    expert_N: int32, the expert of each block of S / N slots; without a capacity E behind the last
+      block that is used.
     load_E: int32, pairs that asked for each expert, dropped ones included.
   """
 

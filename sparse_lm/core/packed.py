@@ -24,9 +24,9 @@ class Format(struct.PyTreeNode):
   Attributes:
     runs: whether it multiplies; if not it is for the disk.
     plain: whether it stores every weight and nothing else, which any kernel can be.
-    slowdown: time of a byte over that of a dense byte, where the format starts to pay for one token
-      (`python -m experiments.run break_even`).
+    slowdown: time of a byte over that of a dense byte, where the format starts to pay for one token.
     fixed: time of a product with one token beside that of its bytes, in bytes: 20 to the nanosecond.
+      Both are those of a CPU (`python -m experiments.run break_even`).
     stacks: whether it takes kernels with leading axes.
     selects: the axis of which one token reads what a method has selected and no more: -1, outputs
       (`of_outputs`), or -2, inputs (`of_inputs`).
@@ -72,6 +72,10 @@ class Format(struct.PyTreeNode):
     """The outputs `[out]` of one token whose inputs are zero but for those at `index`, as above."""
     raise NotImplementedError(type(self).__name__)
 
+  def of_expert(self, x: Array, expert: int) -> Array:
+    """Rows `[P, in]` through one of stacked kernels: `[P, out]`."""
+    raise NotImplementedError(type(self).__name__)
+
   @property
   def nbytes(self) -> int:
     """Of all that is stored."""
@@ -108,7 +112,7 @@ class Packable:
 
   Attributes:
     paths: of parameters.
-    joined: by the path of a linear layer, of which in order it can hold the outputs side by side.
+    joined: by the path of a linear layer, the layers that it can replace, in the order of their outputs.
   """
 
   paths: list[str] = dataclasses.field(default_factory=list)

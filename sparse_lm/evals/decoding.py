@@ -172,6 +172,6 @@ def read_bytes(packed: PackedModel, tokens_BxL: np.ndarray) -> int:
 
   read = shares(model, tokens_BxL.shape[1], active, skips)
   for path, parts in lm.packable(model).joined.items():
-    read[f'{path}/kernel'] = read[f'{parts[0]}/kernel']  # the same for all
+    read[f'{path}/kernel'] = read[f'{parts[0]}/kernel']  # all parts run under the same gates
   stored = {p: held.get(f'packed/{p}', held.get(f'params/{p}', 0)) for p in read}
   return round(sum(stored[path] * share for path, share in read.items()))

@@ -4,13 +4,14 @@ import dataclasses
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from sparse_lm.core import cost, packed, tree
+from sparse_lm.core.groups import Group
 from sparse_lm.core.packed import Format
 from sparse_lm.core.sparse import Tree
 from sparse_lm.inference import formats
@@ -110,12 +111,6 @@ def pack(model: LM, params: Tree, masks: Tree, state: Tree) -> PackedModel:
   declared = lm.groups(model)
   left = shrink(original, dropped, declared, _closed(model, params, state))
   fractions = shares(model, model.spec.context)
-  selected = {
-    member.path: member.axis
-    for group in declared
-    if group.compete and group.kind == 'neuron'
-    for member in group.members
-  }
   packable = lm.packable(model)
   held = {path: left.params.pop(path) for path in packable.paths if path in left.params}
   small = {p: array for p, array in held.items() if array.ndim < 2 or p.endswith('bias')}
@@ -124,35 +119,48 @@ def pack(model: LM, params: Tree, masks: Tree, state: Tree) -> PackedModel:
     for path, array in held.items()
     if path not in small
   }
-  matrices = {
-    path: _choose(path, kernel, {selected[path]: fractions[path]} if path in selected else {})
-    for path, kernel in kernels.items()
-  }
+  read = _selected(declared, kernels, fractions)
+  matrices = {path: choose(path, kernel, read.get(path, {})) for path, kernel in kernels.items()}
   for path, parts in packable.joined.items():
-    _join(path, parts, {p: k for p, k in kernels.items() if p not in selected}, matrices, small)
+    matrices = _joined(f'{path}/kernel', [f'{part}/kernel' for part in parts], kernels, matrices)
+    biases = [f'{part}/bias' for part in parts]
+    if f'{path}/kernel' in matrices and biases[0] in small:
+      small[f'{path}/bias'] = np.concatenate([small.pop(bias) for bias in biases])
   return assemble(model, left, matrices, small, state)
 
 
-def _join(
-  path: str,
-  parts: tuple[str, ...],
-  kernels: dict[str, Kernel],
-  matrices: dict[str, Matrix],
-  small: dict[str, np.ndarray],
-) -> None:
-  """Puts one linear layer in the place of its parts, where that is to take no longer."""
-  names = [f'{part}/kernel' for part in parts]
-  if not all(name in kernels for name in names):
-    return
-  one = _choose(f'{path}/kernel', Kernel.side_by_side([kernels[name] for name in names]), {})
-  if one.runs.cost() > sum(matrices[name].runs.cost() for name in names):
-    return
-  for name in names:
-    del matrices[name]
-  matrices[one.path] = one
-  biases = [small.pop(f'{part}/bias') for part in parts if f'{part}/bias' in small]
-  if biases:
-    small[f'{path}/bias'] = np.concatenate(biases)
+def _selected(
+  groups: Iterable[Group], kernels: dict[str, Kernel], fractions: dict[str, float]
+) -> dict[str, dict[int, float]]:
+  """By path, of what axis one token reads what share, where a method selects hidden units.
+
+  That is where the weights behind these units are to run in a format that reads those selected.
+  """
+  read = {}
+  for group in groups:
+    if group.kind == 'neuron' and group.compete:
+      found = {m.path: {m.axis: fractions[m.path]} for m in group.members if m.path in kernels}
+      behind = [m.path for m in group.members if m.axis == -2 and m.path in kernels]
+      if all(choose(p, kernels[p], found[p]).runs.selects == -2 for p in behind):
+        read |= found
+  return read
+
+
+def _joined(
+  path: str, parts: list[str], kernels: dict[str, Kernel], matrices: dict[str, Matrix]
+) -> dict[str, Matrix]:
+  """With one matrix in the place of several, where that is to take no longer.
+
+  On disk it can be somewhat larger, where the parts' masks fit other formats than the whole one.
+  """
+  if not all(part in kernels for part in parts):
+    return matrices
+  one = choose(path, Kernel.side_by_side([kernels[part] for part in parts]), {})
+  if one.runs.cost() > sum(matrices[part].runs.cost() for part in parts):
+    return matrices
+  first, *others = parts
+  kept = {p: matrix for p, matrix in matrices.items() if p not in others}
+  return {path if p == first else p: one if p == first else m for p, m in kept.items()}
 
 
 def dense_twin(model: LM, seed: int = 0) -> PackedModel:
@@ -189,7 +197,7 @@ def nested(flat: dict[str, Any]) -> Tree:
   return out
 
 
-def _choose(path: str, kernel: Kernel, read: dict[int, float]) -> Matrix:
+def choose(path: str, kernel: Kernel, read: dict[int, float]) -> Matrix:
   """The format of least predicted time, and of what is equal to it the smallest on disk.
 
   `read` is the share of an axis that a method selects, by axis.

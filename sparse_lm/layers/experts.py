@@ -73,16 +73,18 @@ class Experts(nn.Module):
 
     if self.has_variable('packed', name):
       stored = self.get_variable('packed', name)
-      y = _through(stored.of_expert, len(stored.outputs), x_NxPxI, expert_N)
+      left = jax.eval_shape(stored.kernel).shape[0]
+      y = _through(stored.of_expert, left, x_NxPxI, expert_N)
     else:
       packed.note(self.path, name, f'{name}_bias')
       kernel = self.param(name, each, (self.experts, width, features), spec.stored)
       cost.note(self.path, 'linear', 2 * rows * width * features, kernel=name)
-      kernel = kernel.astype(spec.compute)
       if mode == 'decode' and expert_N is not None and x_NxPxI.shape[1] == 1:
-        y = _through(lambda x, expert: x @ kernel[expert], self.experts, x_NxPxI, expert_N)
+        of_expert = lambda x, expert: x @ kernel[expert].astype(spec.compute)  # noqa: E731
+        y = _through(of_expert, self.experts, x_NxPxI, expert_N)
       else:
-        y = jnp.einsum('npi,nif->npf', x_NxPxI, self._of_block(kernel, expert_N))
+        kernel_NxIxF = self._of_block(kernel.astype(spec.compute), expert_N)
+        y = jnp.einsum('npi,nif->npf', x_NxPxI, kernel_NxIxF)
     y = y.astype(spec.compute)
     if spec.bias:
       if self.has_variable('packed', f'{name}_bias'):
@@ -108,9 +110,9 @@ def _through(
   x_NxPxI: jax.Array,
   expert_N: jax.Array | None,
 ) -> jax.Array:
-  """Each block of rows through its expert, `of_expert(x, expert)`, one block after the other.
+  """Each block of rows through its expert, `of_expert(x, expert)`, and zeros for one that there is not.
 
-  Zeros for an expert that there is not; `expert_N` as in `Experts`.
+  One block after the other, as suits a CPU: no weight is copied. `expert_N` as in `Experts`.
   """
   if expert_N is None:
     return jnp.stack([of_expert(x_PxI, expert) for expert, x_PxI in enumerate(x_NxPxI)])

@@ -70,7 +70,7 @@ class Linear(nn.Module):
 def side_by_side(
   module: nn.Module, spec: Spec, x: jax.Array, features: dict[str, int]
 ) -> list[jax.Array]:
-  """Linear layers of the same inputs, made in `module`, by name: `[..., features]` each.
+  """Linear layers of the same inputs, by name: `[..., features]` each. `module` is what calls this.
 
   Packed they can be one, which a CPU multiplies at more of its memory's bandwidth than several smaller
   ones. Units that were removed were removed of all alike.

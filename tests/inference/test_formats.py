@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
-from sparse_lm.inference.pack import load_format, names
+from sparse_lm.inference.pack import Kernel, choose, load_format, name_of, names
 
 RUNNING = [name for name in names() if load_format(name).runs]
-SHAPES = ((32, 48), (64, 16), (48, 64))
+SHAPES = ((32, 48), (64, 16), (48, 96))
 KINDS = ('full', 'weights', 'tiles', 'rows', 'columns', '2:4', '1:8', 'one weight', 'nothing')
 
 
@@ -79,13 +79,39 @@ def test_products_are_those_of_the_masked_kernel(name, seed, shape, kind):
     assert_allclose(stored.of_inputs(x[0, 0][inputs], inputs), some, rtol=1e-5, atol=1e-5)
 
 
-def test_rows_in_bfloat16_add_up_in_float32():
+@pytest.mark.parametrize('name', ['gather', 'dense'])
+def test_rows_in_bfloat16_add_up_in_float32(name):
   draw = np.random.default_rng(0)
   kernel, x = draw.random((512, 8)).astype(jnp.bfloat16), draw.random(512).astype(jnp.bfloat16)
-  stored = jax.device_put(load_format('gather').pack(kernel, np.ones(kernel.shape, bool)))
-  found = stored.of_inputs(x, np.arange(512))
+  stored = jax.device_put(load_format(name).pack(kernel, np.ones(kernel.shape, bool)))
+  found = (
+    stored.of_inputs(x, np.arange(512)) if name == 'gather' else stored.of_outputs(x, np.arange(8))
+  )
   assert found.dtype == jnp.bfloat16
   assert_allclose(np.asarray(found).astype('d'), x.astype('d') @ kernel.astype('d'), rtol=2**-8)
+
+
+@pytest.mark.parametrize('rows', [1, 3])
+def test_experts_apart_multiply_as_a_stack(rows):
+  draw = np.random.default_rng(0)
+  kernel, mask = draw.normal(size=(3, 32, 16)).astype('f'), draw.random((3, 32, 16)) < 0.5
+  stored = jax.device_put(load_format('apart').pack(kernel, mask))
+  assert_array_equal(stored.kernel(), kernel * mask)
+  x = draw.normal(size=(rows, 32)).astype('f')
+  for expert, one in enumerate(kernel * mask):
+    assert_allclose(stored.of_expert(x, expert), x.astype('d') @ one, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('shape', 'names'), [((64, 256), ['wide', 'wide']), ((768, 3072), ['block', 'gather'])]
+)
+def test_small_matrices_run_dense_where_large_ones_run_packed(shape, names):
+  kernel = np.random.default_rng(0).normal(size=shape).astype('f')
+  tiles = np.zeros((shape[0] // 32, shape[1] // 32), bool)
+  tiles.flat[::10] = True
+  cases = (np.kron(tiles, np.ones((32, 32), bool)), {}), (np.ones(shape, bool), {-2: 0.1})
+  chosen = [choose('kernel', Kernel(kernel, mask, kernel.nbytes), read) for mask, read in cases]
+  assert [name_of(matrix.runs) for matrix in chosen] == names
 
 
 def test_which_masks_a_format_takes():
@@ -105,7 +131,7 @@ def test_which_masks_a_format_takes():
 
 
 @pytest.mark.parametrize('name', names())
-def test_stacked_kernels_are_refused_but_by_formats_that_hold_any_shape(name):
+def test_stacked_kernels_are_refused_but_by_formats_made_for_them(name):
   stacked = np.ones((3, 32, 32), bool)
   stacked[1] = False
   assert bool(load_format(name).refuses(stacked)) == (name not in ('apart', 'bitmask'))

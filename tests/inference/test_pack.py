@@ -44,6 +44,12 @@ CASES = {
   'top-k': (None, {'activation.name': 'topk'}, {'gather'}),
   'top-k neurons': ('neuron', {'activation.name': 'topk', 'model.bias': True}, {'gather'}),
   'statistical top-k': (None, {'activation.name': 'statistical_topk'}, {'gather'}),
+  'gated top-k': (None, {'mlp.name': 'gated', 'activation.name': 'topk'}, {'gather'}),
+  'predictor and tiles': (
+    'block:16',
+    {'mlp.name': 'predictor_topk', 'mlp.density': 0.6},
+    {'block'},
+  ),
   'top-k and tiles': ('block:16', {'activation.name': 'topk'}, {'block'}),
   'predictor': (None, {'mlp.name': 'predictor_topk', 'model.bias': True}, {'gather'}),
   'exact predictor': (None, {'mlp.name': 'predictor_topk', 'mlp.selector': 'exact'}, {'gather'}),
@@ -142,6 +148,18 @@ def test_what_is_stored_is_in_the_smallest_format(case):
   }
   assert stored['weights'] == {'bitmask'} and stored['2:4'] == {'n_of_m'}
   assert 'block' in stored['tiles'] and stored['dense'] == {'dense', 'wide'}
+
+
+def test_outputs_are_selected_only_where_the_inputs_behind_them_are(case):
+  def formats(name):
+    mlp = 'block_0/mlp/{}/kernel'.format
+    return [pack.name_of(case(name)[3].matrices[mlp(part)].runs) for part in ('up', 'down')]
+
+  assert formats('predictor') == ['dense', 'gather']
+  # Where the down-projection runs its tiles all units are computed, and `dense` is not the fastest.
+  assert formats('predictor and tiles') == ['channels', 'block']
+  # Both sides of a gated MLP are computed in full whatever is selected behind them.
+  assert 'block_0/mlp/gate_up/kernel' in case('gated top-k')[3].matrices
 
 
 def sizes(packed, path):

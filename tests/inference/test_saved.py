@@ -31,7 +31,7 @@ FIELDS = {
   'n of m': {'weight__pattern': '2:4'},
   'weights': {'weight__pattern': 'unstructured', 'weight__sparsity': 0.8},
   'neurons': {'weight__pattern': 'neuron', 'model__layers': 2},
-  'experts': {'weight__pattern': 'neuron', 'mlp__name': 'moe_topk', 'mlp__experts': 12},
+  'experts': {'weight__pattern': 'head', 'mlp__name': 'moe_topk', 'mlp__experts': 12},
 }
 
 
@@ -70,6 +70,13 @@ def test_it_is_read_back_as_it_was_and_equals_the_run(name, packed):
   assert jax.tree.structure(before) == jax.tree.structure(after)
   jax.tree.map(assert_array_equal, before, after)
   assert there.tokenizer.digest == run.tokenizer.digest and there.config == run.config
+
+
+def test_what_is_stored_as_many_arrays_is_read_back_in_their_order(packed):
+  _, folder, _ = packed('experts')
+  matrices = saved.load(folder).packed.matrices
+  stored = {pack.name_of(matrix.stored) for p, matrix in matrices.items() if 'experts' in p}
+  assert stored == {'apart'}  # twelve: '10' sorts before '2'
 
 
 @pytest.mark.parametrize('name', FIELDS)

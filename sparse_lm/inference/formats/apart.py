@@ -34,6 +34,6 @@ class Apart(Format):
     return jnp.stack([one.T for one in self.outputs])
 
   def of_expert(self, x: Array, expert: int) -> Array:
-    """Rows `[P, in]` through one expert's kernel: `[P, out]`."""
+    """Reads that expert's array alone."""
     kernel = self.outputs[expert]
     return (kernel @ x[0])[None] if len(x) == 1 else x @ kernel.T
