@@ -1,7 +1,7 @@
 """At which density does each packed format start to pay, by matrix size and batch, on this device?
 
 A product with eight packed matrices, in turns with the same product with eight dense ones, so that
-weights come from memory and not from a cache. `block:B` keeps random tiles, `channels` random inputs,
+the weights of all but the smallest come from memory and not from a cache. `block:B` keeps random tiles, `channels` random inputs,
 `gather` reads random inputs of one token, which a model must find first. The speed-up is that of single
 matrices, not of a model.
 """
@@ -25,7 +25,7 @@ from sparse_lm.report import plot, table
 from sparse_lm.train.workdir import environment
 
 CONFIG = 'configs/base.py'
-SHAPES = ((768, 768), (768, 3072))
+SHAPES = ((128, 512), (768, 768), (768, 3072))
 BATCHES = (1, 8, 64)
 DENSITIES = (0.75, 0.5, 0.25, 0.1, 0.05)
 FORMATS = ('block:32', 'block:64', 'block:128', 'channels', 'gather')
@@ -44,7 +44,14 @@ def runs() -> list[Run]:
     for i, o in SHAPES
     for batch in (BATCHES if name != 'gather' else (1,))
     for density in DENSITIES
+    if round(density * _tiles(name, i, o)) >= 1
   ]
+
+
+def _tiles(name: str, inputs: int, outputs: int) -> int:
+  """Units of which a density keeps a part: of these tiles, or weights."""
+  size = int(name.partition(':')[2] or 1)
+  return inputs // size * (outputs // size)
 
 
 def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
@@ -92,7 +99,7 @@ def _mask(
     kept = draw.permutation(shape[0]) < round(density * shape[0])
     return np.broadcast_to(kept[:, None], shape)
   tiles = (shape[0] // size, shape[1] // size)
-  count = max(1, round(density * tiles[0] * tiles[1]))
+  count = round(density * tiles[0] * tiles[1])
   kept = draw.permutation(tiles[0] * tiles[1]).reshape(tiles) < count
   return np.kron(kept, np.ones((size, size), bool))
 
