@@ -1,9 +1,9 @@
 """At which density does each packed format start to pay, by matrix size and batch, on this device?
 
 A product with eight packed matrices, in turns with the same product with eight dense ones, so that
-the weights of all but the smallest come from memory and not from a cache. `block:B` keeps random tiles, `channels` random inputs,
-`gather` reads random inputs of one token, which a model must find first. The speed-up is that of single
-matrices, not of a model.
+the weights of all but the smallest come from memory and not from a cache. `block:B` keeps random tiles,
+`channels` random inputs, `gather` reads random inputs of one token, which a model must find first. The
+speed-up is that of single matrices, not of a model.
 """
 
 import functools
