@@ -119,9 +119,10 @@ def _through(
   branches = [functools.partial(of_expert, expert=expert) for expert in range(experts)]
   shape = jax.eval_shape(branches[0], x_NxPxI[0])
   branches += [lambda x_PxI: jnp.zeros(shape.shape, shape.dtype)]
-  return jax.lax.map(
-    lambda block: jax.lax.switch(block[0], branches, block[1]), (expert_N, x_NxPxI)
-  )
+  run = lambda block: jax.lax.switch(block[0], branches, block[1])  # noqa: E731
+  if x_NxPxI.shape[1] == 1:  # of one token, few: a loop would cost more than what it repeats
+    return jnp.stack([run(block) for block in zip(expert_N, x_NxPxI)])
+  return jax.lax.map(run, (expert_N, x_NxPxI))
 
 
 def observe_routing(
