@@ -134,8 +134,8 @@ def _rows(lines: list[results.Line]) -> list[results.Line]:
   rows: dict[tuple, results.Line] = {}
   for line in lines:
     labels = {key: line['labels'][key] for key in ('format', 'matrix', 'batch')}
-    empty = {'break_even': 0.0} | {f'at_{d}': float('nan') for d in DENSITIES}
-    row = rows.setdefault(tuple(labels.values()), line | {'labels': labels, 'metrics': empty})
+    never = {'break_even': 0.0}
+    row = rows.setdefault(tuple(labels.values()), line | {'labels': labels, 'metrics': never})
     metrics, density = line['metrics'], line['labels']['density']
     row['metrics'] |= {f'at_{density}': metrics['speedup'], 'dense_us': metrics['dense_us']}
     if metrics['speedup'] > 1:
