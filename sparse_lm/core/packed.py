@@ -27,7 +27,7 @@ class Format(struct.PyTreeNode):
     slowdown: time of a byte over that of a dense byte, where the format starts to pay for one token.
     fixed: time of a product with one token beside that of its bytes, in bytes: 20 to the nanosecond.
       Both are those of a CPU (`python -m experiments.run break_even`).
-    stacks: whether it takes kernels with leading axes.
+    stacks: whether it takes kernels with leading axes; if it runs, by `of_expert`.
     selects: the axis of which one token reads what a method has selected and no more: -1, outputs
       (`of_outputs`), or -2, inputs (`of_inputs`).
   """

@@ -11,8 +11,8 @@ from sparse_lm.core.packed import Array, Format
 class Apart(Format):
   """The transposed kernels `[out, in]` of experts, as many arrays.
 
-  Which expert runs is known only then. An array of its own is read where it lies; XLA:CPU copies a matrix
-  that is taken out of a stack before it multiplies, even by a static index within a branch.
+  An array is read where it lies. Out of a stack XLA:CPU first copies the matrix that it multiplies with,
+  even by a static index within a branch.
   """
 
   outputs: tuple[Array, ...]
