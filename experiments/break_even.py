@@ -44,27 +44,32 @@ def runs() -> list[Run]:
     for i, o in SHAPES
     for batch in (BATCHES if name != 'gather' else (1,))
     for density in DENSITIES
-    if round(density * _tiles(name, i, o)) >= 1
+    if _kept((i, o), density, _parse(name)[1]) >= 1
   ]
 
 
-def _tiles(name: str, inputs: int, outputs: int) -> int:
-  """Units of which a density keeps a part: of these tiles, or weights."""
-  size = int(name.partition(':')[2] or 1)
-  return inputs // size * (outputs // size)
+def _parse(label: str) -> tuple[str, int]:
+  """A format, and the size of its tiles (1 = weights)."""
+  name, _, size = label.partition(':')
+  return name, int(size or 1)
+
+
+def _kept(shape: tuple[int, int], density: float, size: int) -> int:
+  """Tiles that are kept of a matrix."""
+  return round(density * (shape[0] // size) * (shape[1] // size))
 
 
 def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
   """Times one format beside the dense one."""
   runtime.prepare()
-  name, _, size = run.labels['format'].partition(':')
+  name, size = _parse(run.labels['format'])
   shape = tuple(map(int, run.labels['matrix'].split('x')))
   density, batch = run.labels['density'], run.labels['batch']
   draw = np.random.default_rng(0)
   kernels = [draw.standard_normal(shape, np.float32) for _ in range(MATRICES)]
   whole = np.ones(shape, bool)
   dense = jax.device_put([load_format('dense').pack(k, whole) for k in kernels])
-  masks = [_mask(draw, shape, density, int(size or 1), name) for _ in kernels]
+  masks = [_mask(draw, shape, density, size, name) for _ in kernels]
   packed = jax.device_put([load_format(name).pack(k, m) for k, m in zip(kernels, masks)])
   x = jnp.ones((batch, shape[0]))
   index = jnp.asarray(np.sort(draw.permutation(shape[0])[: round(density * shape[0])]))
@@ -99,8 +104,7 @@ def _mask(
     kept = draw.permutation(shape[0]) < round(density * shape[0])
     return np.broadcast_to(kept[:, None], shape)
   tiles = (shape[0] // size, shape[1] // size)
-  count = round(density * tiles[0] * tiles[1])
-  kept = draw.permutation(tiles[0] * tiles[1]).reshape(tiles) < count
+  kept = draw.permutation(tiles[0] * tiles[1]).reshape(tiles) < _kept(shape, density, size)
   return np.kron(kept, np.ones((size, size), bool))
 
 

@@ -119,8 +119,7 @@ def pack(model: LM, params: Tree, masks: Tree, state: Tree) -> PackedModel:
     for path, array in held.items()
     if path not in small
   }
-  read = _selected(declared, kernels, fractions)
-  matrices = {path: choose(path, kernel, read.get(path, {})) for path, kernel in kernels.items()}
+  matrices = _chosen(declared, kernels, fractions)
   for path, parts in packable.joined.items():
     matrices = _joined(f'{path}/kernel', [f'{part}/kernel' for part in parts], kernels, matrices)
     biases = [f'{part}/bias' for part in parts]
@@ -129,21 +128,26 @@ def pack(model: LM, params: Tree, masks: Tree, state: Tree) -> PackedModel:
   return assemble(model, left, matrices, small, state)
 
 
-def _selected(
+def _chosen(
   groups: Iterable[Group], kernels: dict[str, Kernel], fractions: dict[str, float]
-) -> dict[str, dict[int, float]]:
-  """By path, of what axis one token reads what share, where a method selects hidden units.
+) -> dict[str, Matrix]:
+  """A matrix for each kernel.
 
-  That is where the weights behind these units are to run in a format that reads those selected.
+  Where a method selects hidden units, one token reads their share of the outputs only if the inputs
+  behind them run in a format that reads those selected: these are chosen first.
   """
-  read = {}
+  chosen: dict[str, Matrix] = {}
   for group in groups:
     if group.kind == 'neuron' and group.compete:
-      found = {m.path: {m.axis: fractions[m.path]} for m in group.members if m.path in kernels}
-      behind = [m.path for m in group.members if m.axis == -2 and m.path in kernels]
-      if all(choose(p, kernels[p], found[p]).runs.selects == -2 for p in behind):
-        read |= found
-  return read
+      members = [member for member in group.members if member.path in kernels]
+      down, up = ([m.path for m in members if m.axis == axis] for axis in (-2, -1))
+      chosen |= {path: choose(path, kernels[path], {-2: fractions[path]}) for path in down}
+      gathers = all(chosen[path].runs.selects == -2 for path in down)
+      chosen |= {
+        path: choose(path, kernels[path], {-1: fractions[path]} if gathers else {}) for path in up
+      }
+  chosen |= {path: choose(path, k, {}) for path, k in kernels.items() if path not in chosen}
+  return {path: chosen[path] for path in kernels}
 
 
 def _joined(
@@ -159,8 +163,8 @@ def _joined(
   if one.runs.cost() > sum(matrices[part].runs.cost() for part in parts):
     return matrices
   first, *others = parts
-  kept = {p: matrix for p, matrix in matrices.items() if p not in others}
-  return {path if p == first else p: one if p == first else m for p, m in kept.items()}
+  kept = [one if p == first else matrix for p, matrix in matrices.items() if p not in others]
+  return {matrix.path: matrix for matrix in kept}
 
 
 def dense_twin(model: LM, seed: int = 0) -> PackedModel:

@@ -135,14 +135,13 @@ def _arrays(packed: PackedModel) -> tuple[dict[str, jax.Array], dict[str, Any]]:
     if not is_packed(leaf):
       arrays[tree.path_name(path)] = jax.numpy.asarray(leaf)
   for path, matrix in packed.matrices.items():
-    static = {}
-    for field in dataclasses.fields(matrix.stored):
-      value = getattr(matrix.stored, field.name)
-      if field.metadata.get('pytree_node', True):
-        for name, array in tree.named({field.name: value}).items():
-          arrays[f'packed/{path}:{name}'] = jax.numpy.asarray(array)
-      else:
-        static[field.name] = value
+    for name, array in tree.named(matrix.stored).items():
+      arrays[f'packed/{path}:{name}'] = jax.numpy.asarray(array)
+    static = {
+      field.name: getattr(matrix.stored, field.name)
+      for field in dataclasses.fields(matrix.stored)
+      if not field.metadata.get('pytree_node', True)
+    }
     matrices[path] = {
       'runs': name_of(matrix.runs),
       'stored': name_of(matrix.stored),

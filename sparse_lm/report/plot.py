@@ -100,7 +100,7 @@ def bars(
     axes = figure.add_subplot()
     for place, line in enumerate(lines):
       value, *ends = (line['metrics'][metric] for metric in (width.metric, low, high))
-      axes.barh(
+      bar = axes.barh(
         place,
         value,
         xerr=[[value - ends[0]], [ends[1] - value]],
@@ -108,8 +108,7 @@ def bars(
         height=0.65,
         capsize=2.5,
       )
-      behind = {'xytext': (4, 0), 'textcoords': 'offset points', 'va': 'center'}
-      axes.annotate(f'{value:.2f}', (ends[1], place), **behind)
+      axes.bar_label(bar, fmt='{:.2f}', padding=4)
     axes.margins(x=0.1)
     axes.axvline(1.0, color='#555555', linestyle='--', linewidth=1.2)
     axes.set_yticks(range(len(lines)), [label_text(line['labels'][label]) for line in lines])
