@@ -100,8 +100,6 @@ def main() -> None:
   run = load(arguments.workdir)
   sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
   begin, count, meter = time.perf_counter(), 0, energy.meter()
-  if len(arguments.prompt) == 1:
-    print(arguments.prompt[0], end='', flush=True)
 
   def counted() -> Iterator[list[str]]:
     nonlocal count
@@ -109,6 +107,8 @@ def main() -> None:
       run, arguments.prompt, arguments.tokens, sampling, arguments.stop, arguments.seed
     )
     for text in texts:
+      if not count and len(text) == 1:  # once all that may be refused is checked
+        print(arguments.prompt[0], end='', flush=True)
       count += 1
       yield text
 

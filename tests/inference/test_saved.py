@@ -224,8 +224,8 @@ def test_bad_input_is_one_line_and_code_2(argument, named, packed, monkeypatch, 
     arguments.remove('--prompt=the')
   with pytest.raises(SystemExit) as stopped:
     command(generate_command, arguments, monkeypatch)
-  shown = capsys.readouterr().err
-  assert stopped.value.code == 2 and named in shown and shown.count('\n') == 1
+  out, shown = capsys.readouterr()
+  assert stopped.value.code == 2 and named in shown and shown.count('\n') == 1 and not out
 
 
 def test_greedy_texts_part_only_where_the_best_logits_are_all_but_equal(packed):
