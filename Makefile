@@ -2,14 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: ablation test lint notebooks clean
+.PHONY: ablation test test-slow lint notebooks clean
 .DELETE_ON_ERROR:
 
 ablation: .venv/core
 	$(BIN)/python -m experiments.run sparsity_vs_accuracy
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+
+# What takes too long for every run of the tests: fuzzing, and inputs of many megabytes.
+test-slow: .venv/dev
+	$(BIN)/python -m pytest -n 2 --dist load -m slow
 
 lint: .venv/dev
 	$(BIN)/ruff check .
