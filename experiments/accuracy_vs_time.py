@@ -20,9 +20,9 @@ from sparse_lm.model import lm
 from sparse_lm.report import lines as results
 from sparse_lm.report import plot, table
 from sparse_lm.train import trained
+from sparse_lm.train.environment import environment
 from sparse_lm.train.loop import train
 from sparse_lm.train.setup import data_of
-from sparse_lm.train.workdir import environment
 
 STUDIES = {'sparsity_vs_accuracy': sparsity_vs_accuracy, 'dynamic_compute': dynamic_compute}
 PREFILLED = 8

@@ -22,7 +22,7 @@ from sparse_lm.evals import speed
 from sparse_lm.inference.pack import load_format
 from sparse_lm.report import lines as results
 from sparse_lm.report import plot, table
-from sparse_lm.train.workdir import environment
+from sparse_lm.train.environment import environment
 
 CONFIG = 'configs/base.py'
 SHAPES = ((128, 512), (768, 768), (768, 3072))

@@ -21,7 +21,7 @@ from sparse_lm.evals import speed
 from sparse_lm.report import lines as results
 from sparse_lm.report import table
 from sparse_lm.train.build import build
-from sparse_lm.train.workdir import environment
+from sparse_lm.train.environment import environment
 
 CONFIG = 'configs/base.py'
 VOCAB = 256

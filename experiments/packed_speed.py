@@ -27,7 +27,7 @@ from sparse_lm.inference.pack import PackedModel, dense_twin, pack
 from sparse_lm.model import lm
 from sparse_lm.report import lines as results
 from sparse_lm.report import plot, table
-from sparse_lm.train.workdir import environment
+from sparse_lm.train.environment import environment
 
 CONFIG = 'configs/base.py'
 SIZE = {

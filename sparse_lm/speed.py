@@ -12,8 +12,8 @@ from sparse_lm.evals import decoding
 from sparse_lm.inference import saved
 from sparse_lm.inference.pack import PackedModel, dense_twin, pack
 from sparse_lm.train import trained
+from sparse_lm.train.environment import environment
 from sparse_lm.train.setup import data_of
-from sparse_lm.train.workdir import environment
 
 
 def packed_of(path: str) -> tuple[PackedModel, Any, Any]:

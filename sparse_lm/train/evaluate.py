@@ -12,9 +12,9 @@ from sparse_lm.core.sparse import Tree
 from sparse_lm.data.pipeline import Data
 from sparse_lm.model import lm
 from sparse_lm.train import cost, observe
+from sparse_lm.train.environment import environment
 from sparse_lm.train.setup import Setup
 from sparse_lm.train.state import TrainState
-from sparse_lm.train.workdir import environment
 
 
 def evaluate(

@@ -4,38 +4,21 @@ config.json, env.json, data.json, tokenizer.json, metrics.jsonl, TensorBoard eve
 once it has finished, result.json.
 """
 
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
-import subprocess
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
 from sparse_lm.core import config as configs
 from sparse_lm.core.errors import UserError
 from sparse_lm.data.pipeline import Data
+from sparse_lm.train.environment import environment
 
 # What may differ when a run is continued: its length, and what it writes on the way.
 FREE = ('train.steps', 'train.log_every', 'train.eval_every', 'train.checkpoint_every')
-PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
-
-
-def environment() -> dict[str, Any]:
-  """Versions, git revision and device, as JSON values."""
-  return {
-    'python': platform.python_version(),
-    **{name: importlib.metadata.version(name) for name in PACKAGES},
-    'git': _git_revision(),
-    'device': jax.devices()[0].device_kind,
-    'devices': jax.device_count(),
-    'cpu': _cpu_model(),
-    'cores': os.cpu_count(),
-  }
 
 
 def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
@@ -163,19 +146,3 @@ class Workdir:
         f'config.train.steps={self.config.train.steps} is below the {done} steps that workdir '
         f'{self.path} has done; valid: {done} or more'
       )
-
-
-def _git_revision() -> str:
-  here = pathlib.Path(__file__).parent
-  command = ['git', '-C', str(here), 'describe', '--always', '--dirty', '--abbrev=12']
-  try:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-  except (OSError, subprocess.CalledProcessError):
-    return 'unknown'
-
-
-def _cpu_model() -> str:
-  info = pathlib.Path('/proc/cpuinfo')
-  lines = info.read_text().splitlines() if info.exists() else []
-  models = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
-  return models[0] if models else platform.processor() or platform.machine()
