@@ -87,13 +87,11 @@ def report(lines: list[results.Line], folder: pathlib.Path) -> str:
     table.Column('read_bytes', 'read per token', ',.0f', 'kB', 1e-3),
   ]
   frame = table.summarise(lines, ['study', 'method', 'setting'], columns, DENSE)
-  env = lines[0]['env']
   caption = (
     'Trained models once packed, beside the dense model of their study (2 layers of width 64 in '
     f'sparsity_vs_accuracy, 4 in dynamic_compute), float32, decode batch 1, prefill batch {PREFILLED} of '
-    f'64 tokens; {env["cpu"]}, {env["cores"]} cores, {env["device"]}, jax {env["jax"]}; medians of '
-    f'{REPEATS["decode"]} and {REPEATS["prefill"]} turns. Decode ms/token is the median of the dense '
-    "model's over the study, times packed / dense in turns"
+    f'64 tokens; medians of {REPEATS["decode"]} and {REPEATS["prefill"]} turns. Decode ms/token is '
+    "the median of the dense model's over the study, times packed / dense in turns"
   )
   figure = plot.fronts(lines, [flops, time], table.column('val_loss'), 'method')
   plot.save(figure, folder, 'accuracy_vs_time')

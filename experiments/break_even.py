@@ -117,10 +117,9 @@ def report(lines: list[results.Line], folder: pathlib.Path) -> str:
     table.Column('dense_us', 'dense', ',.0f', 'µs'),
   ]
   frame = table.summarise(rows, ['format', 'matrix', 'batch'], columns)
-  env = lines[0]['env']
   caption = (
-    f'Packed matrices beside dense ones, float32; {env["cpu"]}, {env["cores"]} cores, {env["device"]}, '
-    f'jax {env["jax"]}; medians of {REPEATS} turns. 0 = does not pay at any density measured'
+    f'Packed matrices beside dense ones, float32; medians of {REPEATS} turns. '
+    '0 = does not pay at any density measured'
   )
   matrix = f'{SHAPES[-1][0]}x{SHAPES[-1][1]}'
   shown = [

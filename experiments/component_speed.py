@@ -101,9 +101,7 @@ def report(lines: list[results.Line], folder: pathlib.Path) -> str:
     table.Column('ratio_high', 'upper quartile', '.1f'),
   ]
   frame = table.summarise(lines, ['component', 'reference'], columns)
-  env = lines[0]['env']
   caption = (
-    f'Parts of a training step, in turns with what they are measured by; {env["cpu"]}, '
-    f'{env["cores"]} cores, {env["device"]}, jax {env["jax"]}; medians of {REPEATS} turns'
+    f'Parts of a training step, in turns with what they are measured by; medians of {REPEATS} turns'
   )
   return table.write(frame, folder, caption, 'python -m experiments.run component_speed')

@@ -199,11 +199,9 @@ def report(lines: list[results.Line], folder: pathlib.Path) -> str:
     table.Column('params', 'parameters', ',.0f', 'M', 1e-6),
   ]
   frame = table.summarise(lines, ['model'], columns)
-  env = lines[0]['env']
   caption = (
     'Packed models beside their dense twins (experts: beside a dense model of equal active parameters), '
-    f'float32, context 256, decode batch 1, prefill batch {PREFILLED}; {env["cpu"]}, {env["cores"]} '
-    f'cores, {env["device"]}, jax {env["jax"]}; medians of '
+    f'float32, context 256, decode batch 1, prefill batch {PREFILLED}; medians of '
     f'{REPEATS["decode"]} and {REPEATS["prefill"]} turns'
   )
   ratio = table.Column('decode_speedup', 'decode: dense time / packed time')

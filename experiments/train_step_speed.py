@@ -135,11 +135,9 @@ def report(lines: list[results.Line], folder: pathlib.Path) -> str:
     table.Column('reference_memory', "reference's", ',.0f', 'MB', 1e-6),
   ]
   frame = table.summarise(lines, ['step', 'reference'], columns)
-  env = lines[0]['env']
   caption = (
     f'Training step, float32, 4 layers, width 256, context 128, batch 32, methods at {SPARSITY:.0%} '
-    f'sparsity; {env["cpu"]}, {env["cores"]} cores, {env["device"]}, jax {env["jax"]}; medians of '
-    f'{REPEATS} turns'
+    f'sparsity; medians of {REPEATS} turns'
   )
   ratio = table.Column('ratio', 'step time / reference')
   figure = plot.bars(lines, 'step', ratio, 'ratio_low', 'ratio_high', 'reference')

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import numpy as np
 from tabulate import tabulate
 
@@ -11,6 +10,7 @@ from sparse_lm.core.errors import Parser, UserError, one_line, require
 from sparse_lm.evals import decoding
 from sparse_lm.inference import saved
 from sparse_lm.inference.pack import PackedModel, dense_twin, pack
+from sparse_lm.report.lines import machine
 from sparse_lm.train import trained
 from sparse_lm.train.environment import environment
 from sparse_lm.train.setup import data_of
@@ -101,12 +101,10 @@ def main() -> None:
   runtime.prepare()
   found = speed(arguments.workdir, arguments.batch, arguments.repeats)
   print(table(found))
-  env = environment()
   peak = next(iter(found.values()))['memory_bandwidth'] / 1e9
   print(
-    f'\nBatch {arguments.batch}; {env["cpu"]}, {env["cores"]} cores, {env["device"]}, jax {env["jax"]} '
-    f'({jax.default_backend()}); memory reads at {peak:.1f} GB/s; medians of {arguments.repeats} turns, '
-    'quartiles in brackets. A twin has random weights.'
+    f'\nBatch {arguments.batch}; {machine(environment())}; memory reads at {peak:.1f} GB/s; medians '
+    f'of {arguments.repeats} turns, quartiles in brackets. A twin has random weights.'
   )
 
 

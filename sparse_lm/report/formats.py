@@ -1,7 +1,7 @@
 """A summary (see `table.summarise`) as Markdown, CSV and LaTeX (booktabs).
 
 What a summary's numbers are and how they print stands in its `attrs`: the labels that make a row,
-the columns, the baseline's labels and the seeds.
+the columns, the baseline's labels, the seeds and the machines.
 """
 
 import re
@@ -37,7 +37,7 @@ def label_text(value: Any) -> str:
 
 
 def notes(frame: pd.DataFrame) -> str:
-  """What a reader must know of the numbers: seeds, spread, and what differences are from."""
+  """What a reader must know of the numbers: seeds, spread, what differences are from, machines."""
   seeds = ', '.join(map(str, frame.attrs['seeds']))
   parts = [f'Mean ± sample standard deviation over seeds {seeds}; no ± where there is no spread.']
   if any(name.endswith('_delta_n') for name in frame.columns):
@@ -45,6 +45,8 @@ def notes(frame: pd.DataFrame) -> str:
     parts.append(f'Δ: difference from {labels}, paired seed by seed.')
   if any(c.is_time for c in frame.attrs['columns']):
     parts.append('Times are as measured and, unless a run is packed, no claim of speed.')
+  if machines := frame.attrs['machines']:
+    parts.append(f'Made on {"; and on ".join(machines)}.')
   return ' '.join(parts)
 
 

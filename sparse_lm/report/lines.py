@@ -83,6 +83,20 @@ def metric_names(lines: Iterable[Line]) -> list[str]:
   return list(dict.fromkeys(name for line in lines for name in line['metrics']))
 
 
+def machines(lines: Iterable[Line]) -> list[str]:
+  """What the lines' runs were made on, each machine once: device or processor, cores and jax."""
+  found = dict.fromkeys(machine(line['env']) for line in lines if line.get('env'))
+  return list(found)
+
+
+def machine(env: Mapping[str, Any]) -> str:
+  """A run's `env` in a few words."""
+  if env.get('device', 'cpu') != 'cpu':
+    return f'{env["device"]}, jax {env["jax"]}'
+  instructions = env.get('instruction_set', 'instruction set not recorded')
+  return f'{env["cores"]} cores of {env["cpu"]}, {instructions}, jax {env["jax"]}'
+
+
 def group(lines: Sequence[Line], names: Sequence[str]) -> dict[Key, list[Line]]:
   """The lines by their values of the labels `names`, in order of first appearance.
 

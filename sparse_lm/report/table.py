@@ -151,6 +151,7 @@ def summarise(
     'columns': list(columns),
     'baseline': dict(baseline or {}),
     'seeds': sorted({line['seed'] for line in lines}),
+    'machines': results.machines(lines),
   }
   return frame
 

@@ -178,3 +178,14 @@ def test_latex_minus_and_markdown_pipe():
   tex = formats.latex(frame, '', '', '')
   assert 'a\\textbar{}b\\_-1 & 1 & $-$1.5 & $-$2.5' in tex
   assert '| a\\|b_-1 |' in formats.markdown(frame, '', '')
+
+
+def test_the_notes_name_every_machine_once(lines):
+  cpu = {'device': 'cpu', 'cores': 2, 'cpu': 'AMD EPYC', 'instruction_set': 'AVX2', 'jax': '0.10.2'}
+  machines = [cpu, cpu, cpu | {'instruction_set': 'AVX-512'}, {'device': 'H100', 'jax': '0.11.2'}]
+  made = [line | {'env': env} for line, env in zip(lines, machines)]
+  note = formats.notes(table.summarise(made, ['method', 'sparsity'], COLUMNS))
+  assert note.endswith(
+    'Made on 2 cores of AMD EPYC, AVX2, jax 0.10.2; and on 2 cores of AMD EPYC, AVX-512, jax 0.10.2; '
+    'and on H100, jax 0.11.2.'
+  )
