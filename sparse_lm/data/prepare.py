@@ -31,7 +31,8 @@ _WIKITEXT = {
   for split, name in zip(SPLITS, ('train', 'valid', 'test'))
 }
 # ` = Title = ` between blank lines. Formulas make such lines too, and those have text around them.
-_ARTICLE = re.compile(r'^(?= ?\n = [^=\n]+ = \n ?\n)', re.MULTILINE)
+# Lines end in \n or \r\n, and both stay as they are.
+_ARTICLE = re.compile(r'^(?= ?\r?\n = [^=\r\n]+ = \r?\n ?\r?\n)', re.MULTILINE)
 
 
 class _Documents(tfds.core.GeneratorBasedBuilder, skip_registration=True):

@@ -1,5 +1,6 @@
 """Corpora that TFDS prepared as array_record, read without TensorFlow."""
 
+import json
 import os
 import pathlib
 from typing import Any
@@ -10,7 +11,10 @@ from tqdm import tqdm
 from sparse_lm.core.errors import UserError
 from sparse_lm.data.corpus import SPLITS, Corpus, join, why_not_text
 
-_INFO = 'dataset_info.json'
+_INFO, _FEATURES = 'dataset_info.json', 'features.json'
+# The keys of features.json under which TFDS finds the class of a feature: today's two spellings, and
+# that of earlier versions. It imports the module that such a class is in.
+_CLASS_KEYS = ('pythonClassName', 'python_class_name', 'type')
 _CHUNK = 1024  # examples read at once
 
 
@@ -23,8 +27,8 @@ def read(path: str) -> Corpus:
       `text`, or else the only feature that is a string; empty examples are left out.
 
   Raises:
-    UserError: nothing or more than one version is prepared there, it is not array_record or
-      damaged, which feature is the text can't be told, a training or validation split is missing or
+    UserError: nothing or more than one version is prepared there, a feature is of a class that TFDS
+      does not bring along, it is not array_record or damaged, which feature is the text can't be told, a training or validation split is missing or
       empty, or an example is not text.
   """
   folder = _folder(path)
@@ -81,12 +85,25 @@ def _folder(path: str) -> pathlib.Path:
 
 
 def _open(folder: pathlib.Path, what: str) -> Any:
-  """The `tfds.core.DatasetBuilder` of a directory."""
+  """The `tfds.core.DatasetBuilder` of a directory, none of whose files can name code to run."""
   import tensorflow_datasets as tfds  # takes a second, which runs on other sources don't owe
 
+  own = {
+    f'{cls.__module__}.{cls.__name__}'
+    for cls in vars(tfds.features).values()
+    if isinstance(cls, type) and issubclass(cls, tfds.features.FeatureConnector)
+  }
   try:
+    named = _classes(json.loads((folder / _FEATURES).read_text(encoding='utf-8')))
+    if foreign := sorted(named - own):
+      raise UserError(
+        f'{what}: {_FEATURES} names the class {foreign[0][:100]!r}, whose module would be imported; '
+        'valid: the features of tensorflow_datasets'
+      )
     builder = tfds.builder_from_directory(folder)
-  except Exception as error:  # files that are no JSON, classes that are not installed, ...
+  except UserError:
+    raise
+  except Exception as error:  # files that are no JSON, of another shape, too deep, ...
     raise _damaged(what, error) from error
   formats = {file_format.value for file_format in builder.info.available_file_formats()}
   if 'array_record' not in formats:
@@ -95,6 +112,19 @@ def _open(folder: pathlib.Path, what: str) -> Any:
       "the one to be read without TensorFlow (prepare it with file_format='array_record')"
     )
   return builder
+
+
+def _classes(value: Any) -> set[str]:
+  """The names of classes anywhere in a features.json, also in JSON that stands in a string there."""
+  if isinstance(value, str):
+    try:
+      value = json.loads(value)
+    except ValueError:
+      return set()
+  if isinstance(value, dict):
+    own = {value[key] for key in _CLASS_KEYS if isinstance(value.get(key), str)}
+    return own.union(*map(_classes, value.values()))
+  return set().union(*map(_classes, value)) if isinstance(value, list) else set()
 
 
 def _text_feature(features: Any, what: str) -> str:
@@ -119,9 +149,13 @@ def _text_feature(features: Any, what: str) -> str:
 
 
 def _documents(builder: Any, split: str, feature: str, what: str) -> list[bytes]:
+  import tensorflow_datasets as tfds
+
   found: list[bytes] = []
   try:
-    source = builder.as_data_source(split)
+    # Other features stay as they are stored: they may be pictures or sound.
+    others = {n: tfds.decode.SkipDecoding() for n in builder.info.features if n != feature}
+    source = builder.as_data_source(split, decoders=others or None)
     chunks = range(0, len(source), _CHUNK)
     for begin in tqdm(chunks, f'reading {split}', delay=2, leave=False):
       examples = source.__getitems__(range(begin, min(begin + _CHUNK, len(source))))

@@ -1,6 +1,6 @@
 """Text to token ids and back: bytes (the default), nanoGPT's characters, byte-level BPE.
 
-All map UTF-8 bytes to a 1-D array of the smallest unsigned integer type that holds the vocabulary,
+All map text (a string or its UTF-8 bytes) to a 1-D array of the smallest unsigned integer type that holds the vocabulary,
 so a corpus in memory stays as small as its text. The zero byte between documents is always a token
 of its own, the same one, so that joined texts have the joined tokens.
 """
@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,9 +24,11 @@ NAMES = ('bytes', 'bpe', 'chars')
 _CODE_POINTS = 0x110000  # of Unicode
 _UNSEEN = 0xFFFF
 _LARGEST_VOCABULARY = 0xFFFF  # an id must fit in uint16 and differ from _UNSEEN
-# Where GPT-2's pattern ends a word whatever stands around, and on both sides of the zero byte.
-_BETWEEN_WORDS = re.compile(r'(?<=\S)(?=\n)|(?=\0)|(?<=\0)')
-_PIECES = 10_000  # encoded at once, which bounds the memory
+# Where GPT-2's pattern ends a word whatever else stands around: before white space, and where letters
+# or digits meet punctuation. Only characters that every version of Unicode puts in the same class count.
+_END_OF_WORD = re.compile(r'(?<=\S)(?=[ \t\n\r])|(?<=[A-Za-z0-9])(?=[!-/:-@\[-`{-~])')
+_PIECE = 4096  # characters, up to the next end of a word
+_PIECES = 128  # encoded at once: half a megabyte, which bounds the memory
 
 
 class _Json:
@@ -38,6 +40,9 @@ class _Json:
     canonical = json.dumps(self.to_json(), sort_keys=True, separators=(',', ':'))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
+  def __repr__(self) -> str:
+    return f'{type(self).__name__}({self.vocab_size} tokens)'
+
 
 @dataclasses.dataclass(frozen=True)
 class Bytes(_Json):
@@ -45,9 +50,12 @@ class Bytes(_Json):
 
   vocab_size: ClassVar[int] = 256
 
-  def encode(self, text: bytes) -> np.ndarray:
-    """`[len(text)]` uint8, a read-only view of `text`."""
-    return np.frombuffer(text, np.uint8)
+  def encode(self, text: str | bytes) -> np.ndarray:
+    """`[bytes of text]` uint8, a read-only view of `text` if that is bytes.
+
+    Raises `UserError` where `text` is a string that UTF-8 cannot express.
+    """
+    return np.frombuffer(_bytes(text), np.uint8)
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """The text of 1-D `ids`; what is not UTF-8 becomes U+FFFD. Raises `ValueError` above 255."""
@@ -57,7 +65,7 @@ class Bytes(_Json):
     return {'name': 'bytes'}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Chars(_Json):
   """Token id = place of the character in `chars`, which is sorted and free of repeats.
 
@@ -78,7 +86,7 @@ class Chars(_Json):
   def vocab_size(self) -> int:
     return len(self.chars)
 
-  def encode(self, text: bytes) -> np.ndarray:
+  def encode(self, text: str | bytes) -> np.ndarray:
     """`[characters of text]` uint8, or uint16 where the vocabulary exceeds 256.
 
     Raises `UserError` where `text` is not UTF-8 or has a character outside the vocabulary.
@@ -108,7 +116,7 @@ class Chars(_Json):
     return table
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Bpe(_Json):
   """Byte-level byte-pair encoding within GPT-2's words, run by Hugging Face `tokenizers`.
 
@@ -135,22 +143,23 @@ class Bpe(_Json):
     trainer = library.trainers.BpeTrainer(
       vocab_size=vocab_size, initial_alphabet=_alphabet(), show_progress=False
     )
-    model.train_from_iterator(_pieces(text), trainer)
+    model.train_from_iterator(_pieces(_utf8(text)), trainer)
     return cls('\n'.join(map(' '.join, json.loads(model.to_str())['model']['merges'])))
 
   @functools.cached_property
   def vocab_size(self) -> int:
     return 256 + len({pair.replace(' ', '') for pair in self.merges.splitlines()})
 
-  def encode(self, text: bytes) -> np.ndarray:
+  def encode(self, text: str | bytes) -> np.ndarray:
     """`[tokens of text]` uint16. Raises `UserError` where `text` is not UTF-8."""
-    pieces = _pieces(text)
-    starts = range(0, len(pieces), _PIECES)
-    found = [np.empty(0, np.uint16)]
-    for start in tqdm(starts, 'encoding', delay=2, leave=False):
-      encoded = self._model.encode_batch_fast(pieces[start : start + _PIECES])
-      ids = itertools.chain.from_iterable(piece.ids for piece in encoded)
-      found.append(np.fromiter(ids, np.uint16))
+    text = _utf8(text)
+    pieces, found = _pieces(text), [np.empty(0, np.uint16)]
+    with tqdm(total=len(text), desc='encoding', delay=2, leave=False, unit_scale=True) as bar:
+      while batch := list(itertools.islice(pieces, _PIECES)):
+        encoded = self._model.encode_batch_fast(batch)
+        ids = itertools.chain.from_iterable(piece.ids for piece in encoded)
+        found.append(np.fromiter(ids, np.uint16))
+        bar.update(sum(map(len, batch)))
     return np.concatenate(found)
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -225,14 +234,40 @@ def _byte_level(model: Any) -> Any:
   return tokenizer
 
 
-def _pieces(text: bytes) -> list[str]:
-  """`text` in short parts, for threads to share, that have the same tokens as the whole."""
-  return _BETWEEN_WORDS.split(_utf8(text))
+def _pieces(text: str) -> Iterator[str]:
+  """`text` in parts that have the same tokens as the whole, for threads to share.
+
+  Zero bytes are parts of their own. The others have about `_PIECE` characters, or as many as there are
+  without an end of a word.
+  """
+  for number, document in enumerate(text.split('\0')):
+    if number:
+      yield '\0'
+    start = 0
+    while start < len(document):
+      end = _END_OF_WORD.search(document, start + _PIECE)
+      stop = end.start() if end else len(document)
+      yield document[start:stop]
+      start = stop
 
 
-def _utf8(text: bytes) -> str:
+def _bytes(text: str | bytes) -> bytes:
+  if isinstance(text, bytes):
+    return text
+  if not isinstance(text, str):
+    raise UserError(f'a tokenizer encodes a string or UTF-8 bytes, not {type(text).__name__}')
   try:
-    return text.decode()
+    return text.encode()
+  except UnicodeEncodeError as error:
+    raise UserError(
+      f'a tokenizer encodes text that UTF-8 can express, which character {error.start} '
+      f'({text[error.start]!r}) is not; valid: text without lone surrogates'
+    ) from None
+
+
+def _utf8(text: str | bytes) -> str:
+  try:
+    return _bytes(text).decode()
   except UnicodeDecodeError as error:
     raise UserError(
       f'config.data.tokenizer needs UTF-8 text, which byte {error.start} is not; '

@@ -76,6 +76,15 @@ def test_wikitext(how, main, wikitext, tmp_path):
   assert corpus.splits['test'].decode() == ARTICLES[0]
 
 
+def test_wikitext_with_windows_line_ends_has_the_same_articles(main, wikitext, tmp_path):
+  for file in wikitext.glob('*.tokens'):
+    file.write_bytes(file.read_bytes().replace(b'\n', b'\r\n'))
+  code, out, _ = main('--out', tmp_path / 'out', '--kind=wikitext', wikitext)
+  assert code == 0 and 'train 3, validation 2, test 1' in out
+  want = [article.replace('\n', '\r\n') for article in ARTICLES]
+  assert loaded(out).splits['train'].decode().split('\0') == want
+
+
 def test_articles_of_wikitext_2(shared_data):
   for name in ('wikitext2_valid.txt', 'wikitext2_test.txt'):
     path = shared_data(name)

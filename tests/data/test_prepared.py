@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -193,3 +194,59 @@ def test_a_damaged_shard_is_one_line(kind, copy):
 def test_damaged_metadata_is_one_line(name, copy):
   (copy / name).write_text('{"name": ')
   assert 'cannot be read' in refused(copy)
+
+
+FEATURES = 'tensorflow_datasets.core.features'
+NESTED = {'pythonClassName': f'{FEATURES}.features_dict.FeaturesDict'}
+FOREIGN = {
+  'at the top': {'pythonClassName': 'harmful.Feature'},
+  'in its other spelling': {'python_class_name': 'harmful.Feature'},
+  'of one feature': NESTED
+  | {'featuresDict': {'features': {'type': {'pythonClassName': 'harmful.Feature', 'text': {}}}}},
+  'of earlier versions': {'type': 'harmful.Feature', 'content': {}},
+  'within one of earlier versions': {
+    'type': f'{FEATURES}.sequence_feature.Sequence',
+    'content': {'feature': {'type': 'harmful.Feature', 'content': {}}, 'length': 1},
+  },
+  'in JSON within JSON': NESTED
+  | {'jsonFeature': {'json': json.dumps({'text': {'type': 'harmful.Feature', 'content': {}}})}},
+  'in a message within JSON': {
+    'type': f'{FEATURES}.features_dict.FeaturesDict',
+    'proto_cls': 'tensorflow_datasets.FeaturesDict',
+    'content': json.dumps({'features': {'text': {'pythonClassName': 'harmful.Feature'}}}),
+  },
+}
+
+
+@pytest.mark.parametrize('where', FOREIGN)
+def test_no_code_that_a_directory_names_is_run(where, copy, tmp_path, monkeypatch):
+  proof = tmp_path / 'proof'
+  (tmp_path / 'harmful.py').write_text(f'open({str(proof)!r}, "w").write("imported")\n')
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.syspath_prepend(str(tmp_path))
+  (copy / 'features.json').write_text(json.dumps(FOREIGN[where]))
+  assert "names the class 'harmful.Feature'" in refused(copy)
+  assert not proof.exists()
+  with pytest.raises(Exception):  # noqa: B017: TFDS itself imports it, and finds no feature there
+    tfds.builder_from_directory(copy)
+  assert proof.read_text() == 'imported'
+  sys.modules.pop('harmful')
+
+
+@pytest.mark.parametrize(
+  'text',
+  ['[1, 2]', '"text"', '3', 'null', '{}', '{"type": {}}', '[' * 100_000, '{"a": NaN}', '\xff'],
+)
+@pytest.mark.parametrize('name', ['dataset_info.json', 'features.json'])
+def test_metadata_of_another_shape_is_one_line(name, text, copy):
+  (copy / name).write_bytes(text.encode('latin-1'))
+  assert 'cannot be read' in refused(copy) or 'no text in a train split' in refused(copy)
+
+
+def test_names_of_modules_in_the_metadata_are_not_imported(copy, tmp_path, monkeypatch):
+  (tmp_path / 'harmful.py').write_text(f'open({str(tmp_path / "proof")!r}, "w")\n')
+  monkeypatch.syspath_prepend(str(tmp_path))
+  info = json.loads((copy / 'dataset_info.json').read_text())
+  (copy / 'dataset_info.json').write_text(json.dumps(info | {'moduleName': 'harmful'}))
+  prepared.read(str(copy))
+  assert not (tmp_path / 'proof').exists()

@@ -3,12 +3,14 @@ import itertools
 import json
 import pathlib
 import re
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
 
 from sparse_lm.core.errors import UserError
 from sparse_lm.data import sources, tokenizers
@@ -117,6 +119,71 @@ def test_bpe_tokens_of_joined_texts_are_the_joined_tokens(bpe, texts):
   apart = [bpe.encode(text.encode()).tolist() for text in texts]
   joined = list(itertools.chain(*(zero + ids for ids in apart)))[1:]
   assert bpe.encode('\0'.join(texts).encode()).tolist() == joined
+
+
+# Every kind of white space, contractions, and characters whose class libraries may disagree about.
+ODD = "hat's 're've\t\n\r\f\v\x1c\x85\xa0\u180e\u2028\u3000.,;!_-`{0²Ⅷ½é\u0301漢かㅎ😀\u200d"
+
+
+@given(st.text(ODD), st.sampled_from([1, 2, 5]))
+def test_bpe_in_pieces_has_the_tokens_of_the_whole(bpe, text, size):
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(tokenizers, '_PIECE', size)
+    patch.setattr(tokenizers, '_PIECES', 3)
+    assert ''.join(tokenizers._pieces(text)) == text
+    assert bpe.encode(text).tolist() == bpe._model.encode(text).ids
+
+
+@pytest.mark.parametrize('between', ['\n', '\r\n', ' ', '\t', ',', '.'])
+def test_bpe_reads_text_in_short_pieces_whatever_ends_its_lines(between):
+  text = between.join(['cat', 'hats2', "don't"] * 5000)
+  pieces = list(tokenizers._pieces(text))
+  assert ''.join(pieces) == text
+  assert max(map(len, pieces)) < tokenizers._PIECE + 10
+  whole = tokenizers._library().trainers.BpeTrainer(
+    vocab_size=VOCABULARY, initial_alphabet=tokenizers._alphabet(), show_progress=False
+  )
+  model = tokenizers._byte_level(tokenizers._library().models.BPE())
+  model.train_from_iterator([text], whole)
+  want = [' '.join(pair) for pair in json.loads(model.to_str())['model']['merges']]
+  learned = tokenizers.Bpe.train(text.encode(), VOCABULARY)
+  assert learned.merges.split('\n') == want
+  assert learned.encode(text).tolist() == model.encode(text).ids
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('between', ['\r\n', ' '])
+def test_bpe_of_22_megabytes_takes_less_than_a_gigabyte(between, tmp_path):
+  source = f"""
+import random, resource
+from sparse_lm.data import tokenizers
+words = [''.join(random.choices('abcdefgh', k=random.randint(2, 9))) for _ in range(5000)]
+text = {between!r}.join(' '.join(random.choices(words, k=12)) for _ in range(300_000)).encode()
+assert len(text) > 20e6
+tokenizers.Bpe.train(text, 512).encode(text)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+  done = subprocess.run([sys.executable, '-c', source], capture_output=True, text=True, check=True)
+  assert int(done.stdout) * 1024 < 1e9
+
+
+@given(TEXT)
+def test_a_string_and_its_bytes_have_the_same_tokens(bpe, text):
+  for tokenizer in (tokenizers.Bytes(), tokenizers.Chars(''.join(sorted({*text, 'a'}))), bpe):
+    assert_array_equal(tokenizer.encode(text), tokenizer.encode(text.encode()))
+
+
+def test_what_is_no_text_is_named(bpe):
+  for tokenizer in (tokenizers.Bytes(), tokenizers.Chars('ab'), bpe):
+    with pytest.raises(UserError, match=r'string or UTF-8 bytes, not list'):
+      tokenizer.encode([1, 2])
+    with pytest.raises(UserError, match=r"character 1 \('\\ud800'\)"):
+      tokenizer.encode('a\ud800')
+
+
+def test_a_tokenizer_is_shown_in_one_short_line(bpe):
+  shown = [repr(t) for t in (tokenizers.Bytes(), tokenizers.Chars('ab' * 3000), bpe)]
+  assert shown == ['Bytes()', 'Chars(6000 tokens)', 'Bpe(270 tokens)']
 
 
 def merged(word, merges):
