@@ -67,7 +67,7 @@ def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
     trainable=trainable,
     sparse=sparse,
     opt_state=program.tx.init(trainable),
-    ema=trainable if program.optimizer.ema else None,
+    ema=states.first_average(program, trainable),
     model_state=trained.model_state,
   )
   states.check_masks(program, state)

@@ -11,6 +11,8 @@ from sparse_lm.layers.init import INITS
 NORMS = ('rmsnorm', 'layernorm')
 POSITIONS = ('rotary', 'learned')
 DTYPES = ('float32', 'bfloat16', 'float16')
+# Gradients of float16 parameters are float16, which without loss scaling underflows and overflows.
+PARAM_DTYPES = ('float32', 'bfloat16')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Spec:
     if not 0 <= self.dropout < 1:
       raise UserError(f'config.model.dropout={self.dropout} is outside [0, 1)')
     choices = {'norm': NORMS, 'positions': POSITIONS, 'init': INITS}
-    for field, valid in (choices | {'dtype': DTYPES, 'param_dtype': DTYPES}).items():
+    for field, valid in (choices | {'dtype': DTYPES, 'param_dtype': PARAM_DTYPES}).items():
       if getattr(self, field) not in valid:
         raise unknown(f'config.model.{field}', getattr(self, field), valid)
 

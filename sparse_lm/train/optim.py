@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -31,6 +32,44 @@ def _scale_learned(rate: float) -> optax.GradientTransformation:
       lambda path, update: rate * update if _is_learned(path) else update, updates
     )
   )
+
+
+def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+  """`tx` computed in float32 throughout.
+
+  Optax keeps moments in the dtype of the parameters. In bfloat16 (8 bits of precision) a second
+  moment with a decay of 0.999 cannot change any more, because a change of one part in 1000 rounds
+  away.
+  """
+
+  def init(params: Tree) -> Tree:
+    return tx.init(as_float32(params))
+
+  def update(gradients: Tree, state: Tree, params: Tree | None = None) -> tuple[Tree, Tree]:
+    return tx.update(as_float32(gradients), state, as_float32(params))
+
+  return optax.GradientTransformation(init, update)
+
+
+def as_float32(leaves: Tree) -> Tree:
+  """The same leaves, each as float32."""
+  return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), leaves)
+
+
+def lost_updates(params: Tree, updates: Tree) -> jax.Array:
+  """The fraction of the nonzero updates that leave their parameter unchanged by rounding, float32.
+
+  Args:
+    params: before the update, in the dtype in which they are stored.
+    updates: float32, as `Optimizer.transform` returns them.
+  """
+  after = optax.apply_updates(params, updates)
+  asked = jax.tree.map(lambda u: u != 0, updates)
+  lost = jax.tree.map(lambda p, q, a: a & (p == q), params, after, asked)
+  counts = [
+    sum(jnp.sum(leaf, dtype=jnp.float32) for leaf in jax.tree.leaves(t)) for t in (lost, asked)
+  ]
+  return counts[0] / jnp.maximum(counts[1], 1)
 
 
 def _adam_like(make: Callable) -> Callable:
@@ -125,10 +164,12 @@ class Optimizer:
     return optax.join_schedules([ramp, after], [warmup]) if warmup else after
 
   def transform(self) -> optax.GradientTransformation:
-    """Clipping and the optimizer."""
+    """Clipping and the optimizer; its state and its updates are float32 for any dtype of parameters."""
     make = {**TESTED, **DENSE_ONLY}[self.name]
     clip = optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()
-    return optax.chain(clip, make(self.rate(), self), _scale_learned(self.learned_rate))
+    return _in_float32(
+      optax.chain(clip, make(self.rate(), self), _scale_learned(self.learned_rate))
+    )
 
 
 def zero_moments(tx: optax.GradientTransformation, opt_state: Tree, changed: Tree) -> Tree:

@@ -10,6 +10,7 @@ from sparse_lm.core import rng, tree
 from sparse_lm.core.control import Control
 from sparse_lm.core.sparse import Sparse, Tree, densities
 from sparse_lm.layers.record import SOWN
+from sparse_lm.train.optim import as_float32
 
 
 class TrainState(struct.PyTreeNode):
@@ -20,7 +21,7 @@ class TrainState(struct.PyTreeNode):
     trainable: `{'params': of the model, 'learned': of the weight method}`.
     sparse: masks, targets and what else the weight method keeps.
     opt_state: of the optimizer, over `trainable`.
-    ema: moving average of `trainable`, or `None`.
+    ema: moving average of `trainable` in float32, or `None`.
     model_state: Flax collections that are not parameters (running thresholds, balance biases).
     control: of the budget controller, or `None`.
     key: of the run's draws; a step folds its number in.
@@ -37,8 +38,15 @@ class TrainState(struct.PyTreeNode):
 
   @property
   def evaluated(self) -> Tree:
-    """The trainable tree that evaluation and export use."""
-    return self.trainable if self.ema is None else self.ema
+    """The trainable tree that evaluation and export use, in the dtypes of `trainable`."""
+    if self.ema is None:
+      return self.trainable
+    return jax.tree.map(lambda mean, p: mean.astype(p.dtype), self.ema, self.trainable)
+
+
+def first_average(program: Any, trainable: Tree) -> Tree:
+  """The moving average of a run that starts from `trainable`: float32, or `None` without one."""
+  return as_float32(trainable) if program.optimizer.ema else None
 
 
 def restart(program: Any, seed: int, state: TrainState, parent: Any, masks: Tree) -> TrainState:
@@ -61,7 +69,7 @@ def restart(program: Any, seed: int, state: TrainState, parent: Any, masks: Tree
     trainable=trainable,
     sparse=sparse,
     opt_state=program.tx.init(trainable),
-    ema=trainable if program.optimizer.ema else None,
+    ema=first_average(program, trainable),
     model_state=parent.model_state if theirs == fresh else state.model_state,
   )
   # Steps donate their state: no buffer of it may be the parent's, or in it twice.
@@ -107,7 +115,7 @@ def create(program: Any, seed: int, target: Tree) -> TrainState:
     trainable=trainable,
     sparse=sparse,
     opt_state=program.tx.init(trainable),
-    ema=trainable if program.optimizer.ema else None,
+    ema=first_average(program, trainable),
     model_state=collections(variables),
     control=program.budget and program.budget.init(),
     key=rng.stream(seed, 'steps'),

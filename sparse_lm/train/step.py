@@ -23,7 +23,7 @@ from sparse_lm.model.lm import LM
 from sparse_lm.train import loss
 from sparse_lm.train import state as states
 from sparse_lm.train.loss import Metrics
-from sparse_lm.train.optim import Optimizer, zero_moments
+from sparse_lm.train.optim import Optimizer, as_float32, lost_updates, zero_moments
 from sparse_lm.train.state import TrainState
 
 Array = jax.Array
@@ -121,11 +121,12 @@ class Program:
       return (jax.tree.map(jnp.add, total, grads), model_state), metrics
 
     batches = jax.tree.map(lambda a: a.reshape(self.accumulation, -1, *a.shape[1:]), batch)
-    zeros = jax.tree.map(jnp.zeros_like, seen)
+    # Sums of bfloat16 gradients lose what a microbatch adds; each is rounded once, at the end.
+    zeros = as_float32(jax.tree.map(jnp.zeros_like, seen))
     (total, model_state), metrics = jax.lax.scan(
       microbatch, (zeros, state.model_state), (batches, jax.random.split(key, self.accumulation))
     )
-    mean = jax.tree.map(lambda g: g / self.accumulation, total)
+    mean = jax.tree.map(lambda g, s: (g / self.accumulation).astype(s.dtype), total, seen)
     return mean, model_state, jax.tree.map(lambda m: jnp.mean(m, axis=0), metrics)
 
   def transition(
@@ -146,7 +147,7 @@ class Program:
       seen, state, (tokens_BxL1, teacher_BxLxV), key_model
     )
     (trainable_grads,) = pull_back(grads)
-    metrics['gradient_norm'] = optax.global_norm(trainable_grads)
+    metrics['gradient_norm'] = optax.global_norm(as_float32(trainable_grads))
     control = state.control
     if control is not None:
       control = self.budget.update(control, metrics['flops_fraction'])
@@ -155,6 +156,8 @@ class Program:
     trainable, sparse, opt_state = state.trainable, state.sparse, state.opt_state
     if not (rewire and method.replaces_step):
       updates, opt_state = self.tx.update(trainable_grads, opt_state, trainable)
+      if any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(trainable)):
+        metrics['lost_updates'] = lost_updates(trainable, updates)
       trainable = method.constrain(optax.apply_updates(trainable, updates), sparse)
     if rewire:
       change = method.update(trainable, sparse, {'grads': grads[0]}, step, key_update)
