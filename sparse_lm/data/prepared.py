@@ -28,8 +28,8 @@ def read(path: str) -> Corpus:
 
   Raises:
     UserError: nothing or more than one version is prepared there, a feature is of a class that TFDS
-      does not bring along, it is not array_record or damaged, which feature is the text can't be told, a training or validation split is missing or
-      empty, or an example is not text.
+      does not bring along, it is not array_record or damaged, which feature is the text can't be
+      told, a training or validation split is missing or empty, or an example is not text.
   """
   folder = _folder(path)
   what = f'config.data.path {str(folder)!r}'

@@ -1,8 +1,8 @@
 """Text to token ids and back: bytes (the default), nanoGPT's characters, byte-level BPE.
 
-All map text (a string or its UTF-8 bytes) to a 1-D array of the smallest unsigned integer type that holds the vocabulary,
-so a corpus in memory stays as small as its text. The zero byte between documents is always a token
-of its own, the same one, so that joined texts have the joined tokens.
+All map text (a string or its UTF-8 bytes) to a 1-D array of the smallest unsigned integer type that
+holds the vocabulary, so a corpus in memory stays as small as its text. The zero byte between documents
+is always a token of its own, the same one, so that joined texts have the joined tokens.
 """
 
 import dataclasses

@@ -1,5 +1,6 @@
 """Directories in the format of TFDS: what is written is read back, and what is wrong is named."""
 
+import contextlib
 import json
 import random
 import shutil
@@ -227,7 +228,7 @@ def test_no_code_that_a_directory_names_is_run(where, copy, tmp_path, monkeypatc
   (copy / 'features.json').write_text(json.dumps(FOREIGN[where]))
   assert "names the class 'harmful.Feature'" in refused(copy)
   assert not proof.exists()
-  with pytest.raises(Exception):  # noqa: B017: TFDS itself imports it, and finds no feature there
+  with contextlib.suppress(Exception):  # TFDS itself imports it, and finds no feature there
     tfds.builder_from_directory(copy)
   assert proof.read_text() == 'imported'
   sys.modules.pop('harmful')
