@@ -181,7 +181,7 @@ class Program:
   def _average(self, ema: Tree, trainable: Tree, sparse: Any) -> Tree:
     if ema is None:
       return None
-    mixed = optax.incremental_update(trainable, ema, 1 - self.optimizer.ema)
+    mixed = optax.incremental_update(as_float32(trainable), ema, 1 - self.optimizer.ema)
     return self.method.constrain(mixed, sparse)
 
 
