@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from sparse_lm.core import tree
@@ -24,7 +25,8 @@ class Gate:
   """What may skip a matmul.
 
   Attributes:
-    path: of the module that decides; it sows the fraction that ran as `active` into `gates`.
+    path: of the module that decides; it sows `active` into `gates`, the fraction of its units that run
+      for each token, float32 `[B, L]`.
     planned: that fraction as far as the config fixes it, before anything is measured.
     controlled: whether the budget controller can move it.
     skips: whether decoding leaves out what it closes, where a head's gate, say, only zeroes it.
@@ -44,7 +46,7 @@ class Matmul:
     kind: 'linear', or what else ran ('attention').
     flops: multiplications and additions, over the traced call, every gate open.
     kernel: path of the parameter that it multiplies with, `None` for activations with activations.
-    gates: what may skip it; their fractions multiply, as if they decided independently.
+    gates: what may skip it, from the outermost in.
   """
 
   kind: str
@@ -106,7 +108,8 @@ def forward_flops(
 ) -> Any:
   """FLOPs of the ledger, each kernel at its density (1 where not named), each gate at its activity.
 
-  Densities and activities may be traced. A gate without a measured activity counts as planned.
+  Densities and activities may be traced. Nested gates count at the joint fraction where `activity` has
+  it (see `fractions`), else at the product of theirs; a gate that was not measured counts as planned.
   """
   return sum(
     m.flops * density.get(m.kernel, 1.0) * _active(m, activity or {}) for m in ledger.values()
@@ -114,8 +117,34 @@ def forward_flops(
 
 
 def _active(matmul: Matmul, activity: dict[str, Any]) -> Any:
-  fractions = [activity.get(gate.path, gate.planned) for gate in matmul.gates]
-  return math.prod(fractions)
+  separate = math.prod(activity.get(gate.path, gate.planned) for gate in matmul.gates)
+  return activity.get(_joint(matmul.gates), separate)
+
+
+def fractions(ledger: Ledger, active: dict[str, Any]) -> dict[str, Any]:
+  """The fraction of the work behind each gate that runs, and of the work behind nested gates.
+
+  Gates that open for the same tokens leave more than the product of their means, so nested gates are
+  multiplied token by token before the mean is taken.
+
+  Args:
+    active: what the gates sowed, by their paths: `[B, L]`, or what broadcasts to it.
+
+  Returns:
+    Scalars by the path of a gate, or by the paths of nested gates, outermost first, with `&` between
+    them. Gates of which none was measured are left out.
+  """
+  nested = dict.fromkeys(m.gates for m in ledger.values())
+  single = dict.fromkeys((gate,) for gates in nested for gate in gates)
+  return {
+    _joint(gates): jnp.mean(math.prod(active.get(gate.path, gate.planned) for gate in gates))
+    for gates in single | nested
+    if any(gate.path in active for gate in gates)
+  }
+
+
+def _joint(gates: tuple[Gate, ...]) -> str:
+  return '&'.join(gate.path for gate in gates)
 
 
 def active_params(ledger: Ledger, density: dict[str, float], activity: dict[str, float]) -> float:

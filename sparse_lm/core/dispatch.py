@@ -32,11 +32,15 @@ class Plan(NamedTuple):
   load_E: Array
 
   @property
+  def seated_TxJ(self) -> Array:
+    """Whether a choice got a slot, bool."""
+    return self.slot_TxJ < self.pair_S.size
+
+  @property
   def dropped(self) -> Array:
     """Fraction of the pairs that asked for an expert and got no slot, float32."""
     asked = jnp.sum(self.load_E)
-    seated = jnp.sum(self.slot_TxJ < self.pair_S.size)
-    return (asked - seated) / jnp.maximum(asked, 1)
+    return (asked - jnp.sum(self.seated_TxJ)) / jnp.maximum(asked, 1)
 
 
 def plan(expert_TxJ: Array, experts: int, capacity: int | None, block: int = 64) -> Plan:

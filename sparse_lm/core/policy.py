@@ -28,7 +28,8 @@ def reward(losses_BxL: Array, policies: dict[str, Policy], shares: dict[str, Arr
   Args:
     losses_BxL: cross-entropies.
     policies: by the path of the gate.
-    shares: what it costs, in nats a token, to have all of that gate open.
+    shares: what it costs in nats to have all of that gate open at a token, `[B, L]` or what
+      broadcasts to it.
   """
   return -losses_BxL - sum(
     (shares[path] * policy.open for path, policy in policies.items()), jnp.float32(0)

@@ -159,15 +159,17 @@ def read_bytes(packed: PackedModel, tokens_BxL: np.ndarray) -> int:
   model = packed.model
   run = jax.jit(lambda v, t: model.apply(v, t, mode='eval', mutable=['gates'])[1])
   seen = tree.named(run(packed.variables, tokens_BxL).get('gates', {}))
-  active = {path.removesuffix('/active'): float(value) for path, value in seen.items()}
+  active = {path.removesuffix('/active'): value for path, value in seen.items()}
   held = {
     tree.path_name(path): leaf.nbytes
     for path, leaf in jax.tree_util.tree_leaves_with_path(packed.variables, is_leaf=is_packed)
   }
 
   def skips(gate: cost.Gate) -> bool:
-    # Hidden units are skipped where the rows behind them are gathered.
-    down = packed.matrices.get(f'{gate.path}/down/kernel')
+    # Hidden units, selected by an MLP or by its activation, are skipped where the rows behind them are
+    # gathered.
+    paths = (f'{module}/down/kernel' for module in (gate.path, gate.path.rpartition('/')[0]))
+    down = next((packed.matrices[path] for path in paths if path in packed.matrices), None)
     return gate.skips and (down is None or down.runs.selects == -2)
 
   read = shares(model, tokens_BxL.shape[1], active, skips)

@@ -237,31 +237,34 @@ def _closed(model: LM, params: Tree, state: Tree) -> list[int]:
     return []
   tokens = np.zeros((1, 1), np.int32)
   _, seen = model.apply({'params': params, **state}, tokens, mode='eval', mutable=['gates'])
-  return [i for i in settled if float(seen['gates'][f'depth_{i}']['active']) == 0]
+  return [i for i in settled if not np.any(seen['gates'][f'depth_{i}']['active'])]
 
 
 def shares(
   model: LM,
   length: int,
-  active: Mapping[str, float] | None = None,
+  active: Mapping[str, jax.Array] | None = None,
   skips: Callable[[cost.Gate], bool] = lambda gate: True,
 ) -> dict[str, float]:
   """By kernel, the share of its weights that a token is multiplied with.
 
   Args:
     length: tokens of a sequence.
-    active: by path, what gates let through; of the others what they plan.
+    active: by path, what gates sowed; the others count as planned.
     skips: which gates leave out what they close.
   """
-  ledger = lm.ledger(model, length)
+  ledger = {
+    path: dataclasses.replace(m, gates=tuple(filter(skips, m.gates)))
+    for path, m in lm.ledger(model, length).items()
+  }
+  measured = cost.fractions(ledger, active or {})
   sizes = {
     path: math.prod(leaf.shape) for path, leaf in tree.named(lm.shapes(model)['params']).items()
   }
   found = {}
   for m in ledger.values():
     if m.kernel is not None:
-      skipping = dataclasses.replace(m, gates=tuple(filter(skips, m.gates)))
-      flops = cost.forward_flops({'': skipping}, {}, active)
+      flops = float(cost.forward_flops({'': m}, {}, measured))
       # A stack of experts is read as far as tokens visit it, and never more than once.
       found[m.kernel] = min(1.0, flops / (2 * sizes[m.kernel]))
   return found

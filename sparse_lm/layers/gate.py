@@ -73,7 +73,7 @@ class LearnedGate(nn.Module):
     if not estimator.learned:  # the rate is the config's, whatever the router says
       logits_BxLxU = jnp.full_like(logits_BxLxU, self.first_logit)
     decision = estimator.decide(logits_BxLxU, key, sample)
-    record(self, 'gates', 'active', jnp.mean(decision.cost))
+    record(self, 'gates', 'active', jnp.mean(decision.cost, axis=-1))
     if decision.log_prob is not None:
       record(self, 'policy', 'log_prob', jnp.sum(decision.log_prob, axis=-1))
       record(self, 'policy', 'entropy', jnp.sum(decision.entropy, axis=-1))

@@ -35,21 +35,23 @@ def hidden_units(
 
   Sows `active`, the fraction of units that are not zero; `dead`, of units that fire for no token of
   the batch; `union_8` and `union_32`, of units that fire for one of that many consecutive tokens at
-  least, which is what they must all load together. An activation with a dense `twin` is a gate of
-  what reads them. The zeros of any other are observed and claimed nowhere: nothing bounds them.
+  least, which is what they must all load together. These are observations, and no cost follows from
+  them, because nothing bounds how many units happen to be zero. An activation with a dense `twin` is a
+  gate of what reads them, at the fraction of units that it selects (see `selected`).
   """
   if mode != 'train':
     fires = h_BxLxF != 0
-    active = jnp.mean(fires, dtype=jnp.float32)
-    record(module, 'stats', 'active', active)
+    record(module, 'stats', 'active', jnp.mean(fires, dtype=jnp.float32))
     record(module, 'stats', 'dead', 1 - jnp.mean(jnp.any(fires, axis=(0, 1)), dtype=jnp.float32))
     for chunk in CHUNKS:
       record(module, 'stats', f'union_{chunk}', _union(fires, chunk))
-    if hasattr(activation, 'twin'):
-      record(module, 'gates', 'active', active)
-  if hasattr(activation, 'twin'):
-    return cost.gated(module.path, activation.planned)
-  return contextlib.nullcontext()
+  return cost.gated_by(activation) if hasattr(activation, 'twin') else contextlib.nullcontext()
+
+
+def selected(activation: nn.Module, mask_BxLxF: jax.Array, mode: str) -> None:
+  """Sows, in evaluation, the fraction of units that the activation selects for each token."""
+  if mode != 'train':
+    record(activation, 'gates', 'active', jnp.mean(mask_BxLxF, axis=-1, dtype=jnp.float32))
 
 
 def _union(fires_BxLxF: jax.Array, chunk: int) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparse_lm.core import policy, tree
+from sparse_lm.core import cost, policy, tree
 from sparse_lm.core.errors import require
 from sparse_lm.core.estimator import ENTROPY_BONUS
 from sparse_lm.core.sparse import Tree, mean_density
@@ -51,7 +51,7 @@ def token_losses(logits_BxLxV: Array, targets_BxL: Array) -> Array:
 
 
 def activity_of(variables: Tree) -> dict[str, Array]:
-  """What every gate sowed, by the gate's path."""
+  """The fraction of its units that every gate opened for each token, by the gate's path."""
   named = tree.named(variables.get('gates', {}))
   return {path.removesuffix('/active'): value for path, value in named.items()}
 
@@ -66,10 +66,11 @@ def _policies(variables: Tree) -> dict[str, policy.Policy]:
   }
 
 
-def observed(variables: Tree) -> Metrics:
-  """What modules sowed into `stats`, and what gates let through."""
+def observed(program: Any, variables: Tree) -> Metrics:
+  """What modules sowed into `stats`, and the fractions that gates, alone and nested, let through."""
   stats = tree.named(variables.get('stats', {}))
-  return stats | {f'gates/{path}': value for path, value in activity_of(variables).items()}
+  fractions = cost.fractions(program.costs[0], activity_of(variables))
+  return stats | {f'gates/{path}': value for path, value in fractions.items()}
 
 
 def loss(
@@ -99,7 +100,7 @@ def loss(
   logits, losses_BxL, variables = forward(dropout=key, gates=jax.random.fold_in(key, 1))
   nats = jnp.mean(losses_BxL)
   kept = mean_density(density, params)
-  metrics = {'loss': nats, 'density': kept} | observed(variables)
+  metrics = {'loss': nats, 'density': kept} | observed(program, variables)
   auxiliary = sum(jax.tree.leaves(variables.get('losses', {})), program.method.penalty(kept))
   activity = activity_of(variables)
   if activity or program.method.controlled:
@@ -134,7 +135,8 @@ def _policy_loss(
   if program.budget:
     fraction, shares = jax.value_and_grad(lambda a: program.fraction(held, a))(activity)
     price = program.budget.price(state.control, fraction)
-    shares = jax.tree.map(lambda share: price * share, shares)
+    # The gradient of a mean over tokens, times their number, is what opening costs each of them.
+    shares = jax.tree.map(lambda share: price * share * share.size, shares)
   policies = [_policies(variables) for _, variables in (sampled, greedy)]
   rewards = [
     policy.reward(losses_BxL, policies_of, shares)

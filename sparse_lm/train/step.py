@@ -88,9 +88,10 @@ class Program:
     return lm.ledger(self.model, length), dense
 
   def fraction(self, density: Tree, activity: dict[str, Array]) -> Array:
-    """Forward FLOPs over the dense twin's: kernels at `density`, gates at `activity`."""
+    """Forward FLOPs over the dense twin's: kernels at `density`, gates as they sowed `activity`."""
     ledger, dense = self.costs
-    return cost.forward_flops(ledger, tree.named(density), activity) / dense
+    measured = cost.fractions(ledger, activity)
+    return cost.forward_flops(ledger, tree.named(density), measured) / dense
 
   def _eval(
     self, params: Tree, model_state: Tree, tokens_BxL1: Array, weight_BxL: Array
@@ -99,7 +100,7 @@ class Program:
       {'params': params, **model_state}, tokens_BxL1[:, :-1], mode='eval', mutable=SOWN
     )
     nats = jnp.sum(loss.token_losses(logits, tokens_BxL1[:, 1:]) * weight_BxL)
-    return nats, loss.observed(variables)
+    return nats, loss.observed(self, variables)
 
   def _loss(
     self, seen: loss.Seen, state: TrainState, model_state: Tree, batch: loss.Batch, key: Array

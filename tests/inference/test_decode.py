@@ -150,7 +150,7 @@ def test_each_layer_counts_the_tokens_that_entered_it(case):
   _, seen = decoder.model.apply(decoder.variables, tokens[:, :8], mutable=['gates'])
   _, cache, _ = decoder.begin(list(tokens[:, :8]))
   for layer in (0, 1):
-    share = float(seen['gates'][f'depth_{layer}']['active'])
+    share = np.mean(seen['gates'][f'depth_{layer}']['active'])
     assert 0 < share < 1
     assert sum(held(cache)[f'block_{layer}']) == round(share * BATCH * 8)
 

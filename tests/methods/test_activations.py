@@ -241,6 +241,7 @@ def test_rows_of_the_down_projection_that_meet_zeros_may_be_skipped(name):
     assert_array_equal(run({'params': other}, x, 'eval')[0][at], y[at])
 
 
+GATE = 'block_0/mlp/activation'
 CLAIMS = {'topk': {'density': 0.25}, 'statistical_topk': {'density': 0.25}}
 
 
@@ -257,11 +258,11 @@ def test_the_down_projection_costs_what_is_active_and_the_others_all(name, mlp, 
   )
   notes, whole = ledger_of(model), others + 1
   gates = {path: matmul.gates for path, matmul in notes.items()}
-  assert gates.pop('block_0/mlp/down/linear') == (cost.Gate('block_0/mlp', 0.25),)
+  assert gates.pop('block_0/mlp/down/linear') == (cost.Gate(GATE, 0.25),)
   assert len(gates) == others and not any(gates.values())
   matrix = 2 * WIDTH * HIDDEN
   for fraction in (0.25, 0.05):
-    flops = cost.forward_flops(notes, {}, {'block_0/mlp': fraction} if fraction < 0.25 else {})
+    flops = cost.forward_flops(notes, {}, {GATE: fraction} if fraction < 0.25 else {})
     assert flops == pytest.approx(matrix * (others + fraction))
   assert cost.forward_flops(ledger_of(lm.twin(model)), {}) == pytest.approx(matrix * whole)
   # What is measured replaces what is planned, and is found under the gate's path.
@@ -271,9 +272,24 @@ def test_the_down_projection_costs_what_is_active_and_the_others_all(name, mlp, 
   tokens = rng.integers(0, VOCAB, (2, LENGTH))
   run = jax.jit(lambda p, t: model.apply({'params': p}, t, mutable=['gates', 'stats'])[1])
   sown = run(params, tokens)
-  measured = tree.named(sown['gates'])
-  assert measured == {'block_0/mlp/active': sown['stats']['block_0']['mlp']['active']}
-  assert 0.01 < measured['block_0/mlp/active'] < 0.4
+  (selected,) = (value for path, value in tree.named(sown['gates']).items())
+  assert selected.shape == tokens.shape
+  active = cost.fractions(notes, {GATE: selected})[GATE]
+  assert active == 0.25 if name == 'topk' else 0.01 < active < 0.4
+  # A selected unit may be zero all the same: that is observed, and nothing follows from it.
+  assert sown['stats']['block_0']['mlp']['active'] <= active
+
+
+def test_a_selection_costs_what_it_bounds_not_the_zeros_of_the_activation():
+  variables, x = weights(11, bias=-1.0), inputs(12)
+  keeps = round(0.98 * HIDDEN)
+  _, sown = dense(maker('topk', density=0.98))(variables, x, 'eval')
+  assert float(sown['stats']['active']) < 0.5  # most of the selected units are zero
+  assert_allclose(sown['gates']['activation']['active'], keeps / HIDDEN, rtol=1e-6)
+  h, at = preactivations(variables, x), maker('statistical_topk', density=0.3)
+  _, sown = dense(at)(variables, x, 'eval')
+  chosen = soft_threshold(h, 0.3) > 0
+  assert_allclose(sown['gates']['activation']['active'], chosen.mean(axis=-1), atol=1e-6)
 
 
 @pytest.mark.parametrize('name', ['relu', 'relu2'])

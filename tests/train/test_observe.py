@@ -144,6 +144,53 @@ def test_experts_inside_a_gated_layer_multiply_with_it(mlp):
   assert cost.forward_flops(ledger, {}, active) == pytest.approx(want)
 
 
+def test_nested_gates_cost_the_joint_fraction_of_each_token():
+  # Heads open where the token enters: the product of their means is two thirds of what runs.
+  ledger = ledger_of('token_gate', 'head_gate')
+  draw = np.random.default_rng(0)
+  enters, heads = draw.integers(0, 2, (3, LENGTH)), draw.integers(0, HEADS + 1, (3, LENGTH)) / HEADS
+  heads = heads * enters
+  sown = {'depth_0': enters, 'block_0/attention/attention': heads, 'depth_1': np.ones((3, 1))}
+  found = cost.fractions(ledger, {path: jnp.float32(a) for path, a in sown.items()})
+  joint = sum(enters[at] * heads[at] for at in np.ndindex(3, LENGTH)) / (3 * LENGTH)
+  assert joint > 1.4 * enters.mean() * heads.mean()
+  assert found['depth_0&block_0/attention/attention'] == pytest.approx(joint)
+  assert found['depth_0'] == pytest.approx(enters.mean())
+  # A gate that sowed nothing counts as planned, and one for whole sequences as each of their tokens.
+  assert found['depth_1'] == found['depth_1&block_1/attention/attention'] == 1
+  inside = INPUTS + HEADS * ROUTER + MLP
+  want = HEAD + LAYERS * ROUTER + enters.mean() * inside + joint * HEADS_OWN + inside + HEADS_OWN
+  assert cost.forward_flops(ledger, {}, found) == pytest.approx(want)
+
+
+def test_selected_units_of_gated_layers_are_measured_together(tiny_config):
+  fields = {'depth.name': 'token_gate', 'activation.name': 'statistical_topk'}
+  run = setup(tiny_config(**fields))
+  state = run.program.init(3, run.target)
+  params, model = state.trainable['params'], run.program.model
+  params['depth_0']['router']['bias'] = jnp.zeros(1)
+  _, observed = evaluate(run, params, state.model_state)
+  both, count = 0.0, 0
+  for tokens, weight in run.data.eval_batches('validation', ''):
+    if not weight.all():
+      continue
+    _, seen = model.apply({'params': params}, tokens[:, :-1], mutable=['gates', 'intermediates'])
+    sown = seen['gates']
+    for at in np.ndindex(weight.shape):
+      units = float(sown['block_0']['mlp']['activation']['active'][at])
+      both += float(sown['depth_0']['active'][at]) * units
+      count += 1
+  active = observe.activity(observed)
+  joint = active['depth_0&block_0/mlp/activation']
+  assert joint == pytest.approx(both / count, rel=1e-4)
+  assert 0 < joint < active['depth_0'] < 1
+  report = train_cost.report(run.program, run.target, observed=observed)
+  down = run.program.costs[0]['block_0/mlp/down/linear'].flops
+  rest = {path: m for path, m in run.program.costs[0].items() if 'down' not in path}
+  want = cost.forward_flops(rest, {}, {'depth_0': active['depth_0']}) + joint * down
+  assert report['flops_forward'] == pytest.approx(want)
+
+
 def test_a_report_counts_gates_as_observed_and_training_as_planned():
   program, target = build(small('token_gate', 'head_gate'), VOCAB)
   observed = {
@@ -193,9 +240,14 @@ def test_evaluation_observes_every_gate_of_the_ledger(tiny_config):
   _, observed = evaluate(run, params, state.model_state)
   active = observe.activity(observed)
   ledger, _ = run.program.costs
-  assert active.keys() == {gate.path for m in ledger.values() for gate in m.gates}
-  assert len(active) == 6
+  single = {gate.path for m in ledger.values() for gate in m.gates}
+  nested = {
+    f'depth_{i}&block_{i}/{inner}' for i in (0, 1) for inner in ('attention/attention', 'mlp')
+  }
+  assert active.keys() == single | nested and len(single) == 6
   assert (active['depth_0'], active['depth_1']) == (1.0, 0.0)
+  assert active['depth_0&block_0/mlp'] == pytest.approx(active['block_0/mlp'], rel=1e-5)
+  assert active['depth_1&block_1/mlp'] == 0
   summary = observe.summary(observed)
   loads = [observed[f'block_{i}/mlp/dead_experts'] for i in (0, 1)]
   assert summary['dead_experts'] == pytest.approx(np.mean(loads))

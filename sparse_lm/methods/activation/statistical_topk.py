@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from sparse_lm.core.errors import require
 from sparse_lm.core.select import gaussian_threshold
+from sparse_lm.layers import record
 
 
 class StatisticalTopK(nn.Module):
@@ -45,4 +46,5 @@ class StatisticalTopK(nn.Module):
     """`[..., F]` to `[..., F]`."""
     if self.density < 1:
       h = jnp.maximum(h - gaussian_threshold(h, self.density).astype(h.dtype), 0)
+      record.selected(self, h > 0, mode)
     return self.inner()(h, mode)

@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from sparse_lm.core.errors import require
 from sparse_lm.core.select import topk_rows
+from sparse_lm.layers import record
 
 
 class TopK(nn.Module):
@@ -44,4 +45,5 @@ class TopK(nn.Module):
       return self.inner()(h, mode)
     k = max(1, round(self.density * h.shape[-1]))
     mask = topk_rows(jax.lax.stop_gradient(h), k)
+    record.selected(self, mask, mode)
     return jnp.where(mask, self.inner()(h, mode), 0)

@@ -69,7 +69,7 @@ class MixtureOfDepths(nn.Module):
     if mode == 'train':
       return self._train(block, x_BxLxD, weight_BxLx1, likely_BxL, positions_BxL, valid_BxL)
     enters_BxL = (likely_BxL > 0) & valid_BxL
-    record(self, 'gates', 'active', jnp.mean(enters_BxL, dtype=jnp.float32))
+    record(self, 'gates', 'active', enters_BxL.astype(jnp.float32))
     with cost.gated_by(self):
       added = enter(block, x_BxLxD, positions_BxL, enters_BxL, mode)
     added = added * weight_BxLx1.astype(added.dtype)

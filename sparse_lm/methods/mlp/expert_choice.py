@@ -74,8 +74,8 @@ class ExpertChoice(nn.Module):
     choice_TxE = jnp.where(taken_TxE, jnp.arange(self.experts), self.experts)
     plan = seats.plan(choice_TxE, self.experts, capacity)
     observe_routing(self, plan.load_E, probability_TxE, plan.dropped)
-    visits = jnp.sum(plan.load_E) / tokens
-    record(self, 'gates', 'active', (visits / self.visits).astype(jnp.float32))
+    visits_T = jnp.sum(plan.seated_TxJ, axis=-1, dtype=jnp.float32)
+    record(self, 'gates', 'active', (visits_T / self.visits).reshape(b, l))
     experts = Experts(
       self.spec, self.activation, self.experts, self.hidden or self.spec.hidden, name='experts'
     )

@@ -86,7 +86,8 @@ class MoETopK(nn.Module):
     if mode == 'train':
       self._balance(plan.load_E, probability_TxE)
     observe_routing(self, plan.load_E, probability_TxE, plan.dropped)
-    record(self, 'gates', 'active', 1 - plan.dropped.astype(jnp.float32))
+    seated_T = jnp.mean(plan.seated_TxJ, axis=-1, dtype=jnp.float32)
+    record(self, 'gates', 'active', seated_T.reshape(l, b).T)
     experts = Experts(
       self.spec, self.activation, self.experts, self.hidden or self.spec.hidden, name='experts'
     )

@@ -65,7 +65,7 @@ class PredictorTopK(nn.Module):
     score_BxLxF = Linear(spec, spec.hidden, name='predictor')(x_BxLxD[..., :r])
     gate_BxLxF, chosen_BxLxF = self._select(activation, score_BxLxF, mode)
     if mode != 'train':
-      record(self, 'gates', 'active', jnp.mean(chosen_BxLxF, dtype=jnp.float32))
+      record(self, 'gates', 'active', jnp.mean(chosen_BxLxF, axis=-1, dtype=jnp.float32))
     up = Linear(spec, spec.hidden, name='up')
     down = Linear(spec, spec.width, role='residual', name='down')
     read_BxLxD = x_BxLxD[..., r:]
