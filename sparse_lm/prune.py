@@ -11,6 +11,7 @@ from sparse_lm.train import state as states
 from sparse_lm.train.build import build
 from sparse_lm.train.checkpoint import Checkpoints
 from sparse_lm.train.evaluate import named_losses, result_of
+from sparse_lm.train.history import History
 from sparse_lm.train.setup import Setup, data_of
 from sparse_lm.train.trained import check_fits, load
 from sparse_lm.train.workdir import Workdir, check_writable
@@ -79,7 +80,8 @@ def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
   checkpoints = Checkpoints(folder.path)
   try:
     # What trains on from here starts the text anew: pruning read other parts of it.
-    checkpoints.save(state, data.train_iterator(rng.data_seed(config.seed)))
+    batches = data.train_iterator(rng.data_seed(config.seed))
+    checkpoints.save(state, batches, History(masks, config.train.steps))
   finally:
     checkpoints.close()
   folder.write_result(result)

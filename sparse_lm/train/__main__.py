@@ -15,12 +15,15 @@ def main() -> None:
   runtime.prepare()
   result = train(config, arguments.workdir)
   metrics = result['metrics']
+  time = metrics['train_step_ms']
+  milliseconds = '—' if time is None else f'{time:.1f}'
   print(
     f'{arguments.workdir}: validation loss {metrics["val_loss"]:.4f} nats per token, '
     f'{metrics["val_bits_per_byte"]:.4f} bits per byte after {metrics["steps"]} steps; '
     f'{metrics["sparsity_prunable"]:.1%} of the prunable weights dropped, '
     f'{metrics["flops_forward_ratio"]:.3f} of the forward FLOPs of the dense twin, '
-    f'{metrics["train_step_ms"]:.1f} ms a step'
+    f'{milliseconds} ms a step; lowest validation loss {metrics["best_val_loss"]:.4f} at step '
+    f'{metrics["best_step"]}'
   )
   for mode, causal in result['causal'].items():
     if not causal:

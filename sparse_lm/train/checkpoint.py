@@ -1,10 +1,12 @@
-"""Checkpoints: parameters, sparse state, optimizer, the rest of the state and data, item by item."""
+"""Checkpoints, item by item: parameters, sparse state, optimizer, the rest of the state, the position in
+the data, and the history of the run."""
 
 import itertools
 import json
 import pathlib
 import sys
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -15,11 +17,12 @@ import orbax.checkpoint as ocp
 from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.sparse import Tree
+from sparse_lm.train.history import History
 from sparse_lm.train.state import TrainState
 
-SCHEMA = 2
-# Evaluation and export read `params`, `sparse` and `model` and never load an optimizer.
-ITEMS = ('params', 'sparse', 'model', 'optimizer')
+SCHEMA = 3
+EVALUATED = ('params', 'sparse', 'model')  # what evaluation and export read
+ITEMS = (*EVALUATED, 'optimizer')
 
 
 def _items(state: TrainState) -> dict[str, Tree]:
@@ -62,45 +65,70 @@ def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
 
 
-def _position(data: Any) -> int:
-  """CRC of a grain iterator's state."""
-  return zlib.crc32(json.dumps(data.get_state(), sort_keys=True).encode())
+def _json_digest(values: Any) -> int:
+  """CRC of JSON values."""
+  return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
 class Checkpoints:
-  """The checkpoints of a workdir; the newest three are kept."""
+  """The checkpoints in a folder of a workdir; the newest `keep` are kept, or all."""
 
-  def __init__(self, workdir: pathlib.Path) -> None:
-    self.path = (workdir / 'checkpoints').absolute()
+  def __init__(
+    self, workdir: pathlib.Path, folder: str = 'checkpoints', keep: int | None = 3
+  ) -> None:
+    self.path = (workdir / folder).absolute()
+    self._keep = keep
     self._manager = self._open()
 
   def steps(self) -> list[int]:
     """Steps that have a checkpoint, oldest first."""
     return sorted(self._manager.all_steps())
 
-  def save(self, state: TrainState, data: Any) -> None:
-    """Writes all items of `state`, and the data iterator's position, under `state.step`."""
+  def save(
+    self,
+    state: TrainState,
+    data: Any = None,
+    history: History | None = None,
+    items: Sequence[str] = ITEMS,
+    numbers: dict[str, float] | None = None,
+  ) -> None:
+    """Writes a checkpoint under `state.step`.
+
+    Args:
+      state: of which `items` are written.
+      data: a grain iterator whose position is written too.
+      history: is written too.
+      numbers: JSON values to keep beside it, if there is no history; see `newest_numbers`.
+    """
     step = int(state.step)
     if step in self.steps():
       return
-    items = {name: jax.device_get(_leaves(item)) for name, item in _items(state).items()}
-    digests = {name: _digest(leaves) for name, leaves in items.items()}
-    digests['data'] = _position(data)
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        **{name: ocp.args.StandardSave(leaves) for name, leaves in items.items()},
-        data=grain.checkpoint.CheckpointSave(data),
-        meta=ocp.args.JsonSave({'schema': SCHEMA, 'step': step, 'digests': digests}),
-      ),
-    )
+    trees = {name: item for name, item in _items(state).items() if name in items}
+    if history is not None:
+      trees['history'], numbers = history.masks, history.numbers()
+    arrays = {name: jax.device_get(_leaves(item)) for name, item in trees.items()}
+    digests = {name: _digest(leaves) for name, leaves in arrays.items()}
+    digests['numbers'] = _json_digest(numbers)
+    saved = {name: ocp.args.StandardSave(leaves) for name, leaves in arrays.items()}
+    if data is not None:
+      digests['data'] = _json_digest(data.get_state())
+      saved['data'] = grain.checkpoint.CheckpointSave(data)
+    meta = {'schema': SCHEMA, 'step': step, 'numbers': numbers, 'digests': digests}
+    self._manager.save(step, args=ocp.args.Composite(**saved, meta=ocp.args.JsonSave(meta)))
 
-  def restore(self, template: TrainState, data: Any = None, items=ITEMS) -> TrainState | None:
+  def restore(
+    self,
+    template: TrainState,
+    data: Any = None,
+    items: Sequence[str] = ITEMS,
+    history: History | None = None,
+  ) -> TrainState | None:
     """The newest intact checkpoint in the shape of `template`, `None` where there is none at all.
 
     Args:
       template: arrays or shape structs; `items` that are not named stay as they are there.
       data: a grain iterator whose position is set too.
+      history: is set too; its masks are a template as well.
 
     Raises:
       UserError: there are checkpoints and all are corrupt.
@@ -108,7 +136,7 @@ class Checkpoints:
     steps, faults = self.steps(), []
     for step in reversed(steps):
       try:
-        state = self._restore(step, template, data, items)
+        state = self._restore(step, template, data, items, history)
       # Storage reports damage by many types; whatever the cause, an older one may be whole.
       except Exception as error:
         faults.append(f'checkpoint {step} ({_first_line(error)})')
@@ -122,6 +150,23 @@ class Checkpoints:
         'or a new workdir'
       )
     return None
+
+  def newest_numbers(self) -> dict[str, Any] | None:
+    """The numbers that the newest checkpoint was saved with; `None` where there is none, or, said
+    aloud, where it is damaged."""
+    if not self.steps():
+      return None
+    step = self.steps()[-1]
+    try:
+      return self._meta(step)['numbers']
+    except Exception as error:  # as in `restore`
+      print(f'corrupt: checkpoint {step} in {self.path} ({_first_line(error)})', file=sys.stderr)
+      return None
+
+  def delete(self, steps: Sequence[int]) -> None:
+    """Removes these checkpoints."""
+    for step in steps:
+      self._manager.delete(step)
 
   def set_aside_after(self, step: int) -> None:
     """Moves checkpoints newer than `step`, the newest intact one, to `corrupt-<step>`: training on
@@ -139,19 +184,31 @@ class Checkpoints:
 
   def _open(self) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=3, create=True, enable_async_checkpointing=False
+      max_to_keep=self._keep, create=True, enable_async_checkpointing=False
     )
     return ocp.CheckpointManager(self.path, options=options)
 
-  def _restore(self, step: int, template: TrainState, data: Any, names: tuple) -> TrainState:
+  def _meta(self, step: int) -> dict[str, Any]:
     meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
     if meta['schema'] != SCHEMA:
       raise ValueError(f'its format is {meta["schema"]}, and this version reads {SCHEMA}')
-    wanted = {
-      name: jax.tree.map(_struct, _leaves(item))
-      for name, item in _items(template).items()
-      if name in names
-    }
+    if _json_digest(meta['numbers']) != meta['digests']['numbers']:
+      raise ValueError('its numbers do not match their digest')
+    return meta
+
+  def _restore(
+    self,
+    step: int,
+    template: TrainState,
+    data: Any,
+    names: Sequence[str],
+    history: History | None,
+  ) -> TrainState:
+    meta = self._meta(step)
+    trees = {name: item for name, item in _items(template).items() if name in names}
+    if history is not None:
+      trees['history'] = history.masks
+    wanted = {name: jax.tree.map(_struct, _leaves(item)) for name, item in trees.items()}
     found = self._manager.restore(
       step,
       args=ocp.args.Composite(
@@ -164,12 +221,14 @@ class Checkpoints:
     if data is not None:
       position = grain.checkpoint.CheckpointRestore(data)
       self._manager.restore(step, args=ocp.args.Composite(data=position))
-      if _position(data) != meta['digests']['data']:
+      if _json_digest(data.get_state()) != meta['digests']['data']:
         raise ValueError("the data's position does not match its digest")
     restored = _items(template) | {
-      name: tree.map_named(lambda path, _, name=name: found[name][path], _items(template)[name])
-      for name in wanted
+      name: tree.map_named(lambda path, _, name=name: found[name][path], item)
+      for name, item in trees.items()
     }
+    if history is not None:
+      history.restore(meta['numbers'], restored['history'])
     return template.replace(
       step=jax.numpy.int32(step),
       trainable=restored['params']['trainable'],

@@ -1,27 +1,33 @@
 """The training loop."""
 
+import contextlib
+import dataclasses
 import math
 import signal
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from sparse_lm.core import rng
 from sparse_lm.core.errors import UserError
+from sparse_lm.core.sparse import Tree
 from sparse_lm.train import observe
 from sparse_lm.train import state as states
+from sparse_lm.train.best import Best
 from sparse_lm.train.checkpoint import Checkpoints
+from sparse_lm.train.console import Console, opening
 from sparse_lm.train.evaluate import named_losses, result_of, scalars
+from sparse_lm.train.history import History
 from sparse_lm.train.setup import Setup, setup
 from sparse_lm.train.state import TrainState
+from sparse_lm.train.timing import StepTimer
 from sparse_lm.train.workdir import Workdir
+
+LOST = 0.5  # fraction of the updates that rounding undoes, above which a run warns
 
 
 def train(config: ConfigDict, workdir: str, progress: bool = True) -> dict[str, Any]:
@@ -30,7 +36,7 @@ def train(config: ConfigDict, workdir: str, progress: bool = True) -> dict[str, 
   Args:
     config: from `core.config.load`.
     workdir: folder of the run; one that holds a finished run is not trained again.
-    progress: whether to show a bar on stderr.
+    progress: whether to show on stderr what is going on.
 
   Raises:
     UserError: bad input, before anything is written; or a loss that is no longer finite, with the
@@ -42,12 +48,11 @@ def train(config: ConfigDict, workdir: str, progress: bool = True) -> dict[str, 
   if finished := folder.result(config.train.steps):
     return finished
   folder.open()
-  checkpoints = Checkpoints(folder.path)
-  try:
-    return _Loop(run, folder, checkpoints, progress).run()
-  finally:
-    checkpoints.close()
-    folder.close()
+  with contextlib.ExitStack() as stack:
+    stack.callback(folder.close)
+    checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder.path)))
+    best = stack.enter_context(contextlib.closing(Best(folder.path)))
+    return _Loop(run, folder, checkpoints, best, progress).run()
 
 
 class _Stop:
@@ -71,104 +76,149 @@ class _Stop:
       signal.signal(signum, handler)
 
 
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+  """An evaluation: losses by name, what modules observed, and the masks."""
+
+  values: dict[str, float]
+  observed: dict[str, float]
+  masks: Tree
+
+
 class _Loop:
   """One run from where it stands to its last step."""
 
-  def __init__(self, run: Setup, folder: Workdir, checkpoints: Checkpoints, progress: bool) -> None:
-    self.setup, self.folder, self.checkpoints = run, folder, checkpoints
+  def __init__(
+    self, run: Setup, folder: Workdir, checkpoints: Checkpoints, best: Best, progress: bool
+  ) -> None:
+    self.setup, self.folder, self.checkpoints, self.best = run, folder, checkpoints, best
     self.config, self.program = run.config, run.program
     self.progress = progress
+    self.timer = StepTimer()
     self.pending: list[tuple[int, dict[str, jax.Array]]] = []
-    self.fetched: list[dict[str, float]] = []  # since the last line of the log
-    self.clock = time.perf_counter()
+    self.newest: dict[str, float] = {}  # metrics of the newest step on the host
+    self.evaluated: Evaluated | None = None
 
   def run(self) -> dict[str, Any]:
     """Trains, logs, evaluates and saves."""
     state, batches = self._start()
-    _, self.masks = self.program.finalize(state)
-    first, steps = int(state.step), self.config.train.steps
-    with _Stop() as stop, self._bar(first, steps) as bar:
-      for step in range(first, steps):
-        tokens = next(batches)
-        state, metrics = self.program.step(step)(state, tokens, self._taught(tokens))
-        done = step + 1
-        self.pending.append((done, metrics))
-        bar.update()
-        if stop.signum or done % self.config.train.log_every == 0 or done == steps:
-          self._log(bar, done)
-        if done % self.config.train.eval_every == 0 and done < steps:
+    first, every, name = int(state.step), self.config.train, self.folder.path.name
+    with _Stop() as stop, Console(self.progress, name, first, every.steps) as self.console:
+      self.console.say(opening(self.setup, name, first))
+      self._compare_plans(first)
+      for done in range(first + 1, every.steps + 1):
+        state = self._step(state, next(batches), done)
+        last = done == every.steps
+        if last or done % every.log_every == 0:
+          self._log(done)
+        if last or done % every.eval_every == 0:
           self._evaluate(state, done)
-        if stop.signum or done % self.config.train.checkpoint_every == 0 or done == steps:
+        if last or stop.signum or done % every.checkpoint_every == 0:
           self._save(state, batches)
         if stop.signum:
           self._leave(stop.signum, done)
-    return self._finish(state)
+      return self._finish(state)
 
   def _start(self) -> tuple[TrainState, Iterator[np.ndarray]]:
     """The state and the data where the newest checkpoint left them, or at step 0."""
     state = self.setup.start()
     batches = self.setup.data.train_iterator(rng.data_seed(self.config.seed))
-    restored = self.checkpoints.restore(state, batches)
-    if restored is None:
-      self.folder.resume_metrics(0)
-      return state, batches
-    self.checkpoints.set_aside_after(int(restored.step))
-    self.folder.resume_metrics(int(restored.step))
-    return restored, batches
+    self.history = History(self.program.finalize(state)[1], self.config.train.steps)
+    restored = self.checkpoints.restore(state, batches, history=self.history)
+    step = 0 if restored is None else int(restored.step)
+    self.checkpoints.set_aside_after(step)
+    self.best.forget_after(step)
+    self.folder.resume_metrics(step)
+    return state if restored is None else restored, batches
 
-  def _taught(self, tokens_BxL1: np.ndarray) -> jax.Array | None:
-    """The teacher's logits, if there is one."""
+  def _compare_plans(self, first: int) -> None:
+    """Says that schedules were stretched, where the steps so far were planned for another length."""
+    before, now = self.history.planned_steps, self.config.train.steps
+    if before != now:
+      optimizer = self.program.optimizer
+      old, new = (
+        float(dataclasses.replace(optimizer, steps=steps).rate()(first)) for steps in (before, now)
+      )
+      self.console.warn_once(
+        'plan',
+        f'steps 1 to {first} were planned as part of {before}, and config.train.steps is {now} now: '
+        f'from here on all schedules span {now} steps (the learning rate goes from {old:.2g} to '
+        f'{new:.2g})',
+      )
+      self.history.planned_steps = now
+
+  def _step(self, state: TrainState, tokens_BxL1: np.ndarray, done: int) -> TrainState:
+    """Dispatches the step after which `done` are done."""
     teacher = self.setup.teacher
-    return None if teacher is None else teacher.logits(tokens_BxL1[:, :-1])
+    taught = None if teacher is None else teacher.logits(tokens_BxL1[:, :-1])
+    state, metrics = self.program.step(done - 1)(state, tokens_BxL1, taught)
+    self.timer.step(metrics)
+    self.pending.append((done, metrics))
+    self.console.step()
+    return state
 
-  def _bar(self, first: int, steps: int) -> tqdm:
-    return tqdm(
-      total=steps,
-      initial=first,
-      disable=not self.progress,
-      unit='step',
-      desc=self.folder.path.name[-40:],
-      dynamic_ncols=True,
-      file=sys.stderr,
-    )
+  @contextlib.contextmanager
+  def _paused(self) -> Iterator[None]:
+    """Waits for the steps so far, and leaves the time of the block out of theirs."""
+    self._fetch()
+    self.timer.stop()
+    yield
+    self.timer.start()
 
   def _fetch(self) -> None:
     """Brings the steps since the last call to the host and refuses what is not finite."""
     for step, metrics in self.pending:
-      fetched = scalars(jax.device_get(metrics))
+      self.newest = scalars(jax.device_get(metrics))
       for name in ('loss', 'gradient_norm'):
-        self._check_finite(name, fetched[name], step)
-      self.fetched.append(fetched)
+        self._check_finite(name, self.newest[name], step)
+      self.history.add_loss(self.newest['loss'])
     self.pending = []
 
-  def _log(self, bar: tqdm, step: int) -> None:
-    """Logs the newest step, with the mean loss and the speed since the last call."""
-    self._fetch()
-    now = time.perf_counter()
-    seconds, self.clock = (now - self.clock) / len(self.fetched), now
-    speed = self.config.data.batch * self.config.data.context / seconds
-    loss = float(np.mean([metrics['loss'] for metrics in self.fetched]))
-    self.folder.log(step, self.fetched[-1] | {'loss': loss, 'tokens_per_second': speed})
-    self.fetched = []
-    bar.set_postfix_str(f'loss {loss:.3f}, {speed:,.0f} tokens/s')
+  def _log(self, step: int) -> None:
+    """Logs the newest step, with the mean loss and the speed since the last line."""
+    with self._paused():
+      seconds, loss = self.timer.take(), self.history.take_mean_loss()
+      values, status = self.newest | {'loss': loss}, f'loss {loss:.3f}'
+      if seconds is not None:
+        speed = self.config.data.batch * self.config.data.context / seconds
+        values['tokens_per_second'] = speed
+        status += f', {speed:,.0f} tokens/s'
+      self.folder.log(step, values)
+      self.console.status(status)
+      if self.newest.get('lost_updates', 0) > LOST:
+        self.console.warn_once(
+          'rounding',
+          f'at step {step} {self.newest["lost_updates"]:.0%} of the updates are lost to the rounding '
+          f'of {self.config.model.param_dtype} parameters; remedy: config.model.param_dtype=float32, '
+          'which leaves the computation in config.model.dtype',
+        )
 
-  def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
-    """Validation loss, and what the connections did since the last evaluation."""
+  def _evaluate(self, state: TrainState, step: int) -> None:
+    """Logs the validation loss and what the connections did since the last evaluation, and keeps the
+    best state."""
+    with self._paused():
+      self.console.status('evaluating')
+      self.evaluated = found = self._measure(state)
+      self._check_finite('validation loss', found.values['val_loss'], step)
+      seen = {f'val/{name}': value for name, value in found.observed.items()}
+      moved = observe.connections(found.masks, self.history.masks)
+      self.folder.log(step, found.values | seen | moved)
+      self.history.masks = found.masks
+      best = self.best.offer(self.program, state, found.values['val_loss'])
+      self.console.say(
+        f'step {step:,}: validation loss {found.values["val_loss"]:.4f}{" (the best)" if best else ""}'
+      )
+
+  def _measure(self, state: TrainState) -> Evaluated:
     params, masks = self.program.finalize(state)
-    values, self.observed = named_losses(self.setup, params, state.model_state)
-    self._check_finite('validation loss', values['val_loss'], step)
-    seen = {f'val/{name}': value for name, value in self.observed.items()}
-    self.folder.log(step, values | seen | observe.connections(masks, self.masks))
-    self.masks = masks
-    self.clock = time.perf_counter()
-    return values
+    return Evaluated(*named_losses(self.setup, params, state.model_state), masks)
 
   def _save(self, state: TrainState, batches: Any) -> None:
     """Never saves a state whose losses were not seen to be finite, or less sparse than its masks."""
-    self._fetch()
-    states.check_masks(self.program, state)
-    self.checkpoints.save(state, batches)
-    self.clock = time.perf_counter()
+    with self._paused():
+      states.check_masks(self.program, state)
+      self.checkpoints.save(state, batches, self.history)
+      self.best.settle()
 
   def _check_finite(self, name: str, value: float, step: int) -> None:
     if math.isfinite(value):
@@ -181,15 +231,19 @@ class _Loop:
     )
 
   def _leave(self, signum: int, step: int) -> None:
-    print(f'\nstopped at step {step}, saved; the same command continues', file=sys.stderr)
+    self.console.warn_once('stop', f'stopped at step {step}, saved; the same command continues')
     raise SystemExit(128 + signum)
 
   def _finish(self, state: TrainState) -> dict[str, Any]:
-    evaluated = self._evaluate(state, int(state.step))
+    # A run that was stopped after its last step has logged that step's evaluation already.
+    found = self.evaluated or self._measure(state)
     speeds = self.folder.logged('tokens_per_second')
-    # The first interval compiles.
-    speed = float(np.median(speeds[1:] or speeds or [math.nan]))
-    measured = {'train_step_ms': 1e3 * self.config.data.batch * self.config.data.context / speed}
-    result = result_of(self.setup, state, self.masks, evaluated | measured, self.observed)
+    tokens = self.config.data.batch * self.config.data.context
+    measured = {
+      'best_val_loss': self.best.loss,
+      'best_step': self.best.step,
+      'train_step_ms': 1e3 * tokens / float(np.median(speeds)) if speeds else None,
+    }
+    result = result_of(self.setup, state, found.masks, found.values | measured, found.observed)
     self.folder.write_result(result)
     return result

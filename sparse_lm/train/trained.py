@@ -15,18 +15,19 @@ from sparse_lm.core.errors import UserError
 from sparse_lm.core.sparse import Tree
 from sparse_lm.data import tokenizers
 from sparse_lm.model import lm
-from sparse_lm.train import cost
+from sparse_lm.train import best, cost
 from sparse_lm.train.build import build
-from sparse_lm.train.checkpoint import Checkpoints
+from sparse_lm.train.checkpoint import EVALUATED, Checkpoints
 from sparse_lm.train.step import Program
 from sparse_lm.train.workdir import read_json
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-  """The model of a workdir's newest intact checkpoint.
+  """The model of a workdir's newest intact checkpoint, or of its best one.
 
   Attributes:
+    source: which checkpoint it is, in words.
     target: final densities of the prunable leaves, `None` = dense.
     params: with exact zeros where a weight was dropped.
     masks: like `params`, bool, `None` = dense.
@@ -35,6 +36,7 @@ class Trained:
   """
 
   workdir: str
+  source: str
   config: ConfigDict
   program: Program
   tokenizer: tokenizers.Tokenizer
@@ -68,21 +70,27 @@ class Trained:
 def load(workdir: str) -> Trained:
   """Loads a workdir, without its optimizer.
 
+  Args:
+    workdir: of the run, for its newest intact checkpoint; `<workdir>/best` for the one of lowest
+      validation loss.
+
   Raises:
     UserError: the folder holds no run, or no intact checkpoint.
   """
-  folder = pathlib.Path(workdir)
+  folder, kind = pathlib.Path(workdir), 'checkpoints'
+  if folder.name == best.FOLDER and not (folder / 'config.json').exists():
+    folder, kind = folder.parent, best.FOLDER
   if not (folder / 'config.json').exists():
     raise UserError(f'workdir {workdir} holds no run (no config.json)')
   config = configs.from_json(read_json(folder / 'config.json'))
   tokenizer = tokenizers.from_json(read_json(folder / 'tokenizer.json'))
   program, target = build(config, tokenizer.vocab_size)
   template = jax.eval_shape(program.init, config.seed, target)
-  if not (folder / 'checkpoints').is_dir():
+  if not (folder / kind).is_dir():
     raise UserError(f'workdir {workdir} has no checkpoint yet')
-  checkpoints = Checkpoints(folder)
+  checkpoints = Checkpoints(folder, kind)
   try:
-    state = checkpoints.restore(template, items=('params', 'sparse', 'model'))
+    state = checkpoints.restore(template, items=EVALUATED)
   finally:
     checkpoints.close()
   if state is None:
@@ -90,6 +98,7 @@ def load(workdir: str) -> Trained:
   params, masks = program.finalize(state.replace(opt_state=None))
   return Trained(
     workdir,
+    _source(folder, kind, int(state.step)),
     config,
     program,
     tokenizer,
@@ -99,6 +108,14 @@ def load(workdir: str) -> Trained:
     state.model_state,
     int(state.step),
   )
+
+
+def _source(folder: pathlib.Path, kind: str, step: int) -> str:
+  if kind == best.FOLDER:
+    return f'{folder}: the checkpoint of lowest validation loss, step {step}'
+  lowest = best.step_in(folder)
+  hint = f' (that of lowest validation loss, step {lowest}, is {folder / best.FOLDER})'
+  return f'{folder}: the newest checkpoint, step {step}{"" if lowest in (None, step) else hint}'
 
 
 def check_fits(

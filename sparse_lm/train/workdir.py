@@ -67,6 +67,7 @@ class Workdir:
         raise UserError(f"workdir {path}: {part} is a file; valid: a new folder, or a run's")
     self._compare()
     self._events: SummaryWriter | None = None
+    self._first = 1  # step that this process logs
 
   def open(self) -> None:
     """Makes the folder and writes what describes the run."""
@@ -87,7 +88,8 @@ class Workdir:
     write_json(self.path / 'result.json', values)
 
   def resume_metrics(self, step: int) -> None:
-    """Drops what continuing from `step` logs again: later lines, and the final evaluation."""
+    """Drops what continuing from `step` logs again: the lines and the events of later steps."""
+    self._first = step + 1
     file = self.path / 'metrics.jsonl'
     if file.exists():
       kept = [line for line in file.read_text().splitlines() if not self._logs_again(line, step)]
@@ -98,7 +100,8 @@ class Workdir:
     with (self.path / 'metrics.jsonl').open('a') as file:
       file.write(json.dumps({'step': step, **values}) + '\n')
     if self._events is None:
-      self._events = SummaryWriter(str(self.path / 'events'))
+      # TensorBoard hides the events from this step on that earlier files hold.
+      self._events = SummaryWriter(str(self.path / 'events'), purge_step=self._first)
     for name, value in values.items():
       self._events.add_scalar(name, value, step)
 
@@ -117,8 +120,7 @@ class Workdir:
       values = json.loads(line)
     except json.JSONDecodeError:
       return True  # half a line, of a run that was killed
-    final = step == self.config.train.steps == values['step'] and 'val_loss' in values
-    return values['step'] > step or final
+    return values['step'] > step
 
   def _compare(self) -> None:
     file = self.path / 'config.json'

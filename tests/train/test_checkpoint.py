@@ -13,11 +13,12 @@ from numpy.testing import assert_array_equal
 from sparse_lm.core import rng
 from sparse_lm.core.errors import UserError
 from sparse_lm.train.checkpoint import Checkpoints
+from sparse_lm.train.history import History
 from sparse_lm.train.loop import train
 from sparse_lm.train.setup import setup
 from sparse_lm.train.trained import load
 
-ITEMS = {'params', 'sparse', 'optimizer', 'model', 'data', 'meta'}
+ITEMS = {'params', 'sparse', 'optimizer', 'model', 'history', 'data', 'meta'}
 BIG = 1000  # bytes: arrays and their descriptions, not the markers of a finished write
 
 
@@ -48,18 +49,19 @@ def workdir(whole, tmp_path):
 
 @pytest.fixture(scope='module')
 def restored(config):
-  """`restored(workdir)`: the state on the host without its key, and the next batch of data."""
+  """`restored(workdir)`: the state on the host without its key, the next batch of data, the history."""
   run = setup(config)
   template = run.program.init(0, run.target)
 
   def restore(workdir):
     batches = run.data.train_iterator(rng.data_seed(config.seed))
+    history = History(run.program.finalize(template)[1], 0)
     checkpoints = Checkpoints(pathlib.Path(workdir))
     try:
-      state = checkpoints.restore(template, batches)
+      state = checkpoints.restore(template, batches, history=history)
     finally:
       checkpoints.close()
-    return jax.device_get(state.replace(key=None)), next(batches)
+    return jax.device_get(state.replace(key=None)), next(batches), history
 
   return restore
 
@@ -95,6 +97,8 @@ def same(a, b):
   assert jax.tree.structure(a[0]) == jax.tree.structure(b[0])
   jax.tree.map(assert_array_equal, a[0], b[0])
   assert_array_equal(a[1], b[1])
+  assert a[2].numbers() == b[2].numbers()
+  jax.tree.map(assert_array_equal, a[2].masks, b[2].masks)
 
 
 def test_items_are_separate(whole, intact):
@@ -109,6 +113,7 @@ def test_the_two_checkpoints_differ(intact):
   # Otherwise no test here could tell which one was used.
   assert intact[4][0].step == 4 and intact[6][0].step == 6
   assert not np.array_equal(intact[4][1], intact[6][1])
+  assert intact[4][2].planned_steps == intact[6][2].planned_steps == 6
 
 
 def rewind(path):

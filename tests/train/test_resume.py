@@ -3,18 +3,21 @@
 import json
 import pathlib
 import shutil
+import struct
 
 import jax
 import pytest
 from numpy.testing import assert_array_equal
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from sparse_lm.core import rng
 from sparse_lm.core.errors import UserError
 from sparse_lm.train import setup as setups
 from sparse_lm.train.checkpoint import Checkpoints
-from sparse_lm.train.loop import train
+from sparse_lm.train.loop import _Loop, train
 from sparse_lm.train.setup import setup
 from sparse_lm.train.step import Program
+from sparse_lm.train.trained import load
 from sparse_lm.train.workdir import FREE
 
 STEPS, CUT = 20, 10
@@ -65,33 +68,39 @@ def metrics(workdir):
 
 
 def comparable(lines):
-  """Without times, and without flips: they are counted since the last evaluation of the process."""
-  return [
-    {k: v for k, v in line.items() if k != 'tokens_per_second' and not k.startswith('flips/')}
-    for line in lines
-  ]
+  """Without times."""
+  return [{k: v for k, v in line.items() if k != 'tokens_per_second'} for line in lines]
 
 
 class Killed(Exception):
   """What stops a run without a chance to save."""
 
 
-@pytest.mark.parametrize('how', ['signal', 'kill'])
-def test_continued_run_is_bit_exact(how, rigl, whole, tmp_path, train_until, monkeypatch):
-  if how == 'signal':
-    train_until(rigl, tmp_path, CUT)
-    assert last_state(rigl, tmp_path)[0].step == CUT
-  else:  # the last checkpoint is of step 7, and steps 8 to 10 are done again
-    compiled = Program.step
+@pytest.fixture
+def kill_at(monkeypatch):
+  """`kill_at(config, workdir, step)` trains until the run dies after that step, unsaved."""
+  compiled = Program.step
 
+  def run(config, workdir, cut):
     def kill(program, step):
-      if step == CUT:
+      if step == cut:
         raise Killed
       return compiled(program, step)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
       patch.setattr(Program, 'step', kill)
-      train(rigl, str(tmp_path), progress=False)
+      train(config, str(workdir), progress=False)
+
+  return run
+
+
+@pytest.mark.parametrize('how', ['signal', 'kill'])
+def test_continued_run_is_bit_exact(how, rigl, whole, tmp_path, train_until, kill_at):
+  if how == 'signal':
+    train_until(rigl, tmp_path, CUT)
+    assert last_state(rigl, tmp_path)[0].step == CUT
+  else:  # the last checkpoint is of step 7, and steps 8 to 10 are done again
+    kill_at(rigl, tmp_path, CUT)
     assert last_state(rigl, tmp_path)[0].step == 7
     assert metrics(tmp_path)[-1]['step'] == CUT
     with (tmp_path / 'metrics.jsonl').open('a') as file:
@@ -105,13 +114,84 @@ def test_continued_run_is_bit_exact(how, rigl, whole, tmp_path, train_until, mon
   assert jax.tree.structure(state) == jax.tree.structure(other)
   jax.tree.map(assert_array_equal, state, other)
   assert_array_equal(batches, other_batches)
-  timeless = [{**r['metrics'], 'train_step_ms': 0} for r in (result, want)]
-  assert timeless[0] == timeless[1]
+  assert timeless(result) == timeless(want)
   # Each step once, with the same numbers.
   assert comparable(metrics(tmp_path)) == comparable(metrics(workdir))
   logged = [line['step'] for line in metrics(tmp_path) if 'loss' in line]
   assert logged == list(range(1, STEPS + 1))
   assert [line['step'] for line in metrics(tmp_path) if 'val_loss' in line] == [5, 10, 15, 20]
+
+
+# Before the first checkpoint, between two, on one that is no line of the log, on a line of the log, at
+# an evaluation, and at the end; the log has lines at 4, 8, ... and evaluations at 5, 10, ...
+@pytest.mark.parametrize(
+  ('how', 'cut'),
+  [('kill', 3), ('kill', 9), ('signal', 6), ('signal', 8), ('kill', 16), ('signal', 20)],
+)
+def test_the_log_of_a_stopped_run_is_that_of_an_undisturbed_one(
+  how, cut, sparse_log, tmp_path, stop_at
+):
+  config, workdir = sparse_log
+  stop_at(how, config, tmp_path, cut)
+  result = train(config, str(tmp_path), progress=False)
+  assert comparable(metrics(tmp_path)) == comparable(metrics(workdir))
+  want = json.loads((workdir / 'result.json').read_text())
+  assert timeless(result) == timeless(want)
+  for name in ('checkpoints', 'best'):
+    assert saved_steps(tmp_path, name)[-1:] == saved_steps(workdir, name)[-1:]
+  assert curves(tmp_path) == curves(workdir)
+
+
+def timeless(result):
+  return {k: v for k, v in result['metrics'].items() if k != 'train_step_ms'}
+
+
+def saved_steps(workdir, name):
+  return sorted(int(p.name) for p in (workdir / name).iterdir() if p.name.isdigit())
+
+
+def curves(workdir):
+  """What TensorBoard shows, times apart: a START event hides what older files hold from its step on."""
+  shown = []
+  for file in sorted((workdir / 'events').iterdir()):
+    data, position = file.read_bytes(), 0
+    while position < len(data):
+      (length,) = struct.unpack('<Q', data[position : position + 8])
+      event = Event.FromString(data[position + 12 : position + 12 + length])
+      position += length + 16
+      if event.session_log.status == SessionLog.START:
+        shown = [point for point in shown if point[0] < event.step]
+      for value in event.summary.value:
+        if value.tag != 'tokens_per_second':
+          shown.append((event.step, value.tag, value.simple_value))
+  assert len({point[:2] for point in shown}) == len(shown) > 0
+  return shown
+
+
+@pytest.fixture(scope='module')
+def sparse_log(rigl, tmp_path_factory):
+  """The same run with fewer lines in its log: their losses are means over several steps."""
+  config = rigl.copy_and_resolve_references()
+  config.train.log_every = 4
+  workdir = tmp_path_factory.mktemp('sparse_log')
+  train(config, str(workdir), progress=False)
+  return config, workdir
+
+
+@pytest.fixture
+def stop_at(train_until, kill_at):
+  def stop(how, config, workdir, cut):
+    {'signal': train_until, 'kill': kill_at}[how](config, workdir, cut)
+
+  return stop
+
+
+def test_the_logged_loss_is_the_mean_over_its_steps(sparse_log, whole):
+  each = {line['step']: line['loss'] for line in metrics(whole[0]) if 'loss' in line}
+  for line in metrics(sparse_log[1]):
+    if 'loss' in line:
+      step = line['step']
+      assert line['loss'] == pytest.approx(sum(each[s] for s in range(step - 3, step + 1)) / 4)
 
 
 def test_masks_moved_on_both_sides_of_the_cut(rigl, whole):
@@ -224,3 +304,51 @@ def test_a_damaged_config_file_is_one_line(tiny_config, tmp_path):
   with pytest.raises(UserError, match=r'config\.json is damaged'):
     train(tiny_config(), str(tmp_path), progress=False)
   assert (tmp_path / 'config.json').read_text() == '{"seed": '
+
+
+LOSSES = {5: 3.0, 10: 1.0, 15: 0.5, 20: 4.0}  # by step, in place of the real ones
+
+
+@pytest.fixture
+def losses(monkeypatch):
+  """`losses(of)`: the validation loss of a step, in place of the measured one."""
+  measure = _Loop._measure
+
+  def replaced(loop, state):
+    found = measure(loop, state)
+    found.values['val_loss'] = LOSSES[int(state.step)]
+    return found
+
+  monkeypatch.setattr(_Loop, '_measure', replaced)
+
+
+@pytest.mark.usefixtures('losses')
+def test_the_best_state_is_kept_and_loads(rigl, tmp_path, kill_at, train_until):
+  # The newest checkpoint is of step 14: it knew 10 as the best, and 15 is evaluated again.
+  kill_at(rigl, tmp_path / 'a', 16)
+  assert saved_steps(tmp_path / 'a', 'best') == [10, 15]
+  result = train(rigl, str(tmp_path / 'a'), progress=False)
+  assert result['metrics']['val_loss'] == 4.0
+  assert (result['metrics']['best_val_loss'], result['metrics']['best_step']) == (0.5, 15)
+  assert saved_steps(tmp_path / 'a', 'best') == [15]
+
+  newest, best = load(str(tmp_path / 'a')), load(str(tmp_path / 'a' / 'best'))
+  assert (newest.step, best.step) == (STEPS, 15)
+  train_until(rigl, tmp_path / 'b', 15)
+  jax.tree.map(assert_array_equal, best.params, load(str(tmp_path / 'b')).params)
+  assert best.source == f'{tmp_path}/a: the checkpoint of lowest validation loss, step 15'
+  assert newest.source == (
+    f'{tmp_path}/a: the newest checkpoint, step 20 (that of lowest validation loss, step 15, is '
+    f'{tmp_path}/a/best)'
+  )
+
+
+@pytest.mark.usefixtures('losses')
+def test_a_damaged_best_state_is_named_and_does_not_stop_the_run(
+  rigl, tmp_path, train_until, capfd
+):
+  train_until(rigl, tmp_path, 12)
+  for path in (tmp_path / 'best' / '10' / 'meta').iterdir():
+    path.write_bytes(path.read_bytes()[:-40])
+  assert train(rigl, str(tmp_path), progress=False)['metrics']['best_step'] == 15
+  assert 'corrupt: checkpoint 10' in capfd.readouterr().err

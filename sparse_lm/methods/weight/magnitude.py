@@ -58,7 +58,7 @@ class Magnitude(WeightMethod):
   def update(
     self, trainable: Tree, sparse: Sparse, signals: dict[str, Tree], step: Array, key: Array
   ) -> Change:
-    """Keeps the largest magnitudes, as many as the ramp allows at `step`."""
+    """Keeps the largest magnitudes of the living weights, as many as the ramp allows at `step`."""
     magnitudes = jax.tree.map(jnp.abs, covered(trainable['params'], sparse.masks))
     alive, units = self.units.alive(sparse.masks), self.units.pool(magnitudes)
     # Dropped units rank last even among the exact zeros of living ones.
@@ -67,8 +67,10 @@ class Magnitude(WeightMethod):
       name: schedule.cubic_density(step, *self._span, final)
       for name, final in self.units.densities(sparse.target, magnitudes).items()
     }
-    masks = self.units.expand(self.units.select(scores, densities), magnitudes)
-    return exchange_masks(trainable, sparse, masks)
+    chosen = self.units.select(scores, densities)
+    # The ramp of a run that is continued with more steps is stretched and may lie above the masks.
+    subset = {name: chosen[name] & alive[name] for name in chosen}
+    return exchange_masks(trainable, sparse, self.units.expand(subset, magnitudes))
 
   def density(self, target: float, step: int) -> float:
     """The ramp as the updates follow it."""
