@@ -55,8 +55,10 @@ def attend(
 ) -> jax.Array:
   """Softmax attention, grouped-query where k has fewer heads: `[B, L, H, K]`.
 
-  On a CPU explicit einsums over `[B, H, L, K]` beat `jax.nn.dot_product_attention`, which on a GPU
-  dispatches to fused kernels. A query without any key reads all of them alike.
+  Scores and weights are arrays of `[B, H, L, S]` on every device: no fused kernel is used. On a CPU
+  explicit einsums over `[B, H, L, K]` are 1.3 to 2 times faster than `jax.nn.dot_product_attention`,
+  whose default implementation, which a GPU runs here, is XLA's unfused one too (its fused one,
+  `implementation='cudnn'`, has to be asked for). A query without any key reads all of them alike.
 
   Args:
     mask_BxLxS: bool, which keys a query may read.
