@@ -120,7 +120,8 @@ def main() -> None:
   seconds = time.perf_counter() - begin
   joules = energy.per_token(measured.joules, count * len(texts))
   print(
-    f'{count} tokens of each in {seconds:.1f} s, compilation included; energy: {joules}',
+    f'{count} tokens of each in {seconds:.1f} s, compilation included; energy: {joules}; '
+    f'{run.source}',
     file=sys.stderr,
   )
 

@@ -27,8 +27,9 @@ def pack(workdir: str, out: str) -> dict[str, Any]:
     out: a new folder, see `inference/saved.py`.
 
   Returns:
-    `largest_error` (of a logit over the largest logit), `same_text` (see `same_text`), `dense_bytes`,
-    `running_bytes`, `stored_bytes` (of all arrays), and a row for each matrix in `matrices`.
+    `source` (which checkpoint, in words), `largest_error` (of a logit over the largest logit),
+    `same_text` (see `same_text`), `dense_bytes`, `running_bytes`, `stored_bytes` (of all arrays), and a
+    row for each matrix in `matrices`.
 
   Raises:
     UserError: no checkpoint, a folder that exists, or a packed model that computes something else.
@@ -43,7 +44,7 @@ def pack(workdir: str, out: str) -> dict[str, Any]:
       f'{TOLERANCE:.0e} at most (a gate whose logits are all but equal can do that)'
     )
   facts = {
-    'source': workdir,
+    'source': trained.source,
     'largest_error': error,
     'same_text': same_text(trained, packed),
     'dense_bytes': weights({'params': trained.params, **trained.model_state}),
@@ -118,6 +119,7 @@ def main() -> None:
   print(tabulate(found['matrices'], headers='keys', tablefmt='github', floatfmt=',.1f'))
   for line in found['removed']:
     print(line)
+  print(f'packed from {found["source"]}')
   dense, running, stored = (found[f'{name}_bytes'] / 1e6 for name in ('dense', 'running', 'stored'))
   print(
     f'{arguments.out}: {running:.2f} MB to run and {stored:.2f} MB stored of {dense:.2f} MB; largest '

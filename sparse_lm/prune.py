@@ -75,7 +75,10 @@ def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
   pruned, masks = program.finalize(state)
   losses, observed = named_losses(run, pruned, state.model_state)
   measured = losses | {'prune_seconds': seconds, 'segments': segments}
-  result = result_of(run, state, masks, measured, observed) | {'parent': parent}
+  result = result_of(run, state, masks, measured, observed) | {
+    'parent': parent,
+    'pruned_from': trained.source,
+  }
   folder.open()
   checkpoints = Checkpoints(folder.path)
   try:
@@ -99,7 +102,9 @@ def main() -> None:
   arguments, rest = parser.parse_known_args()
   runtime.prepare()
   overrides = configs.overrides_from_args(rest)
-  metrics = prune(arguments.workdir, arguments.out, overrides, arguments.segments)['metrics']
+  result = prune(arguments.workdir, arguments.out, overrides, arguments.segments)
+  metrics = result['metrics']
+  print(f'pruned from {result["pruned_from"]}')
   print(
     f'{arguments.out}: validation loss {metrics["val_loss"]:.4f} nats per token; '
     f'{metrics["sparsity_prunable"]:.1%} of the prunable weights dropped in '

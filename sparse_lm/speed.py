@@ -16,31 +16,31 @@ from sparse_lm.train.environment import environment
 from sparse_lm.train.setup import data_of
 
 
-def packed_of(path: str) -> tuple[PackedModel, Any, Any]:
-  """A packed folder's model, or a trained run's, packed in memory; its config and tokenizer.
+def packed_of(path: str) -> tuple[PackedModel, Any, Any, str]:
+  """A packed folder's model, or a trained run's, packed in memory; its config, tokenizer and source.
 
   Raises UserError where the folder holds neither.
   """
   if saved.is_saved(path):
     found = saved.load(path)
-    return found.packed, found.config, found.tokenizer
+    return found.packed, found.config, found.tokenizer, found.source
   run = trained.load(path)
   packed = pack(run.program.model, run.params, run.masks, run.model_state)
-  return packed, run.config, run.tokenizer
+  return packed, run.config, run.tokenizer, run.source
 
 
 def speed(paths: list[str], batch: int = 1, repeats: int = 15) -> dict[str, dict[str, Any]]:
   """Times each model beside its dense twin, all in turns, on the first one's validation text.
 
   Returns:
-    Numbers by path, see `evals/decoding.measure`.
+    By path, numbers (see `evals/decoding.measure`) and `source`, which checkpoint it is in words.
 
   Raises:
     UserError: a folder without a model, models of different tokenizer or context, or too little text.
   """
   found = {path: packed_of(path) for path in paths}
-  _, config, tokenizer = found[paths[0]]
-  for path, (_, other, other_tokenizer) in found.items():
+  _, config, tokenizer, _ = found[paths[0]]
+  for path, (_, other, other_tokenizer, _) in found.items():
     if other_tokenizer.digest != tokenizer.digest or other.data.context != config.data.context:
       raise UserError(
         f'--workdir={path} has another tokenizer or context than {paths[0]}; valid: models that read '
@@ -54,8 +54,9 @@ def speed(paths: list[str], batch: int = 1, repeats: int = 15) -> dict[str, dict
     )
   text = np.asarray(data.tokens['validation'])
   work = decoding.workload(text, config.data.context, batch, repeats)
-  pairs = {path: (packed, dense_twin(packed.model)) for path, (packed, _, _) in found.items()}
-  return decoding.measure(pairs, work)
+  pairs = {path: (packed, dense_twin(packed.model)) for path, (packed, *_) in found.items()}
+  measured = decoding.measure(pairs, work)
+  return {path: row | {'source': found[path][-1]} for path, row in measured.items()}
 
 
 ROWS = (
@@ -100,7 +101,9 @@ def main() -> None:
   require(arguments.repeats >= 1, '--repeats', arguments.repeats, '1 or more')
   runtime.prepare()
   found = speed(arguments.workdir, arguments.batch, arguments.repeats)
-  print(table(found))
+  print(table(found), end='\n\n')
+  for row in found.values():
+    print(row['source'])
   peak = next(iter(found.values()))['memory_bandwidth'] / 1e9
   print(
     f'\nBatch {arguments.batch}; {machine(environment())}; memory reads at {peak:.1f} GB/s; medians '

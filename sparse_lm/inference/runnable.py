@@ -16,10 +16,12 @@ class Runnable:
   """What decoding needs.
 
   Attributes:
+    source: which folder and checkpoint it is, in words.
     variables: all collections; of a packed folder with `packed` in place of most parameters.
   """
 
   path: str
+  source: str
   config: ConfigDict
   tokenizer: tokenizers.Tokenizer
   model: LM
@@ -27,11 +29,16 @@ class Runnable:
 
 
 def load(path: str) -> Runnable:
-  """Loads a folder. Raises UserError where it holds neither a packed model nor a checkpoint."""
+  """Loads a packed folder, a workdir (its newest checkpoint) or `<workdir>/best`.
+
+  Raises UserError where the folder holds neither a packed model nor a checkpoint.
+  """
   if saved.is_saved(path):
     found = saved.load(path)
     packed = found.packed
-    return Runnable(path, found.config, found.tokenizer, packed.model, packed.variables)
+    return Runnable(
+      path, found.source, found.config, found.tokenizer, packed.model, packed.variables
+    )
   run = trained.load(path)
   variables = {'params': run.params, **run.model_state}
-  return Runnable(path, run.config, run.tokenizer, run.program.model, variables)
+  return Runnable(path, run.source, run.config, run.tokenizer, run.program.model, variables)

@@ -48,6 +48,11 @@ class Saved:
   packed: PackedModel
   manifest: dict[str, Any]
 
+  @property
+  def source(self) -> str:
+    """Which folder and checkpoint it is, in words."""
+    return f'{self.path}: packed from {self.manifest["source"]}'
+
 
 def save(packed: PackedModel, trained: Trained, out: str, facts: dict[str, Any]) -> None:
   """Writes the folder as a whole: it is there with everything in it, or not at all.

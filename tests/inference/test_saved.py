@@ -168,6 +168,7 @@ def test_the_pack_command_says_what_became_of_each_matrix(packed, tmp_path, monk
   (row,) = [line for line in shown.splitlines() if 'block_0/mlp/up/kernel' in line]
   assert 'bitmask' in row and 'block: no tile of 128, 64, 32, 16 divides' in row
   assert 'largest error' in shown
+  assert f'packed from {workdir}: the newest checkpoint, step' in shown
 
 
 def test_both_folders_generate_the_same_text(packed):
@@ -203,6 +204,7 @@ def test_the_generate_command_streams_what_it_makes(packed, monkeypatch, capsys)
     shown.out == f'the cat{text}\n'
     and '5 tokens of each in' in shown.err
     and 'energy: ' in shown.err
+    and f'{run.path}: packed from ' in shown.err
   )
 
 

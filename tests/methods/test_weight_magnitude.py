@@ -81,6 +81,28 @@ def test_masks_follow_argsort_along_the_cubic_ramp():
   assert run.mask.sum() == round(SIZE * 0.13)
 
 
+@pytest.mark.parametrize('pattern', ['unstructured', 'per_output', '2:4', 'block:10', 'row'])
+@pytest.mark.parametrize('stopped', [12, 30])
+def test_a_stretched_ramp_never_lets_a_mask_grow(stopped, pattern):
+  fields = {'period': 3, 'pattern': pattern}
+  run = Run(MAGNITUDE(total_steps=30, **fields), final=0.5 if pattern == '2:4' else 0.1)
+  for step in range(stopped):
+    run.step(step)
+  at_stop = run.mask
+  longer = Run(MAGNITUDE(total_steps=60, **fields), final=0.5 if pattern == '2:4' else 0.1)
+  longer.trainable, longer.sparse = run.trainable, run.sparse
+  for step in range(stopped, 60):
+    old = longer.mask
+    longer.step(step)
+    assert not (longer.mask & ~old).any()
+  if stopped == 30:  # the final density was reached before
+    np.testing.assert_array_equal(longer.mask, at_stop)
+  whole = Run(MAGNITUDE(total_steps=60, **fields), final=0.5 if pattern == '2:4' else 0.1)
+  for step in range(60):
+    whole.step(step)
+  assert longer.mask.sum() == whole.mask.sum()
+
+
 def test_an_update_keeps_the_largest_magnitudes_of_the_living():
   method = MAGNITUDE(total_steps=4, start=0.0, end=0.5, period=1)
   run = Run(method, final=0.25)
