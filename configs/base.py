@@ -1,7 +1,8 @@
 """Every shared field and its default. A config starts from here and sets what differs.
 
 A method's own fields (`config.weight.period`, ...) are the fields of its class and join once its
-`name` is known; their defaults stand in its file.
+`name` is known; their defaults stand in its file. What each number may be stands in
+`sparse_lm/core/ranges.py`, of a method's own fields beside their defaults, and `--help` prints it.
 """
 
 from ml_collections import ConfigDict

@@ -17,12 +17,11 @@ from sparse_lm.core.errors import UserError, unknown
 from sparse_lm.core.pattern import Pattern
 
 BUDGETS = ('uniform', 'er', 'erk')
+COARSEST = 0.1  # of a density: how far rounding to whole units may lead from what was asked for
 
 
 def solve(shapes: dict[str, tuple[int, ...]], sparsity: float, budget: str) -> dict[str, float]:
   """Density for each path. Raises UserError for an unknown budget or one that cannot be met."""
-  if not 0 <= sparsity < 1:
-    raise UserError(f'config.weight.sparsity={sparsity} is outside [0, 1)')
   if budget in BUDGETS and not sparsity:
     return dict.fromkeys(shapes, 1.0)  # whatever rounding makes of a share of everything
   if '=' in budget:
@@ -73,6 +72,48 @@ def _mapped(shapes: dict[str, tuple[int, ...]], sparsity: float, budget: str) ->
   return densities
 
 
+def _expressed(
+  shapes: dict[str, tuple[int, ...]], sparsity: float, budget: str, units: Pattern
+) -> dict[str, float]:
+  """The densities that whole units come to.
+
+  Raises UserError where they are off by more than a tenth of the density asked for: of all matrices
+  together, or of those of an entry of a map.
+  """
+  asked = solve(shapes, sparsity, budget)
+  found = units.express(shapes, asked)
+  parts: dict[float | None, list[str]] = {}
+  for path in shapes:
+    parts.setdefault(asked[path] if '=' in budget else None, []).append(path)
+  for paths in parts.values():
+    want, got = (_total({path: shapes[path] for path in paths}, d) for d in (asked, found))
+    if abs(got - want) > COARSEST * want:
+      field = 'config.weight.budget' if '=' in budget else 'config.weight.sparsity'
+      near = _nearest({path: shapes[path] for path in paths}, got, budget, units)
+      raise UserError(
+        f'{field}: whole units cannot come to a sparsity of {1 - want:.9g}, only to {1 - got:.9g}; '
+        f'valid: such as {near:.9g}'
+      )
+  return found
+
+
+def _nearest(
+  shapes: dict[str, tuple[int, ...]], density: float, budget: str, units: Pattern
+) -> float:
+  """The sparsity closest to 1 - `density` from below that whole units come to."""
+  while True:
+    asked = dict.fromkeys(shapes, density) if '=' in budget else solve(shapes, 1 - density, budget)
+    got = _total(shapes, units.express(shapes, asked))
+    if abs(got - density) <= COARSEST * density:
+      return 1 - density
+    density = got
+
+
+def _total(shapes: dict[str, tuple[int, ...]], density: dict[str, float]) -> float:
+  sizes = {path: math.prod(shape) for path, shape in shapes.items()}
+  return sum(density[path] * size for path, size in sizes.items()) / sum(sizes.values())
+
+
 def targets(
   params: tree.Tree, sparsity: float, budget: str, dense: tuple[str, ...], units: Pattern
 ) -> tree.Tree:
@@ -86,7 +127,7 @@ def targets(
     units: what is kept or dropped as a whole; leaves without any stay dense too.
 
   Raises:
-    UserError: nothing is left to prune, `solve` refuses, or the units cannot express the densities.
+    UserError: nothing is left to prune, `solve` refuses, or whole units cannot come to the densities.
   """
   shapes = {
     path: leaf.shape
@@ -99,7 +140,7 @@ def targets(
     raise UserError(f'config.weight.dense={tuple(dense)} leaves nothing to prune')
   units.check(shapes)
   # Of a whole count, so that rounding size * density in float32 gives it back.
-  densities = units.express(shapes, solve(shapes, sparsity, budget))
+  densities = _expressed(shapes, sparsity, budget, units)
   return tree.map_named(
     lambda path, leaf: jnp.float32(densities[path]) if path in densities else None, params
   )

@@ -7,16 +7,21 @@ are merged next and the other overrides come last; `config_flags` cannot do this
 
 import argparse
 import ast
+import contextlib
 import importlib.util
 import json
-import math
 import pathlib
+import sys
+import traceback
+from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from sparse_lm.core import slots
+from sparse_lm.core import ranges, slots
 from sparse_lm.core.errors import UserError, unknown
+
+BASE = pathlib.Path(__file__).parents[2] / 'configs' / 'base.py'
 
 
 def load(path: str, overrides: dict[str, Any] | None = None) -> ConfigDict:
@@ -28,7 +33,8 @@ def load(path: str, overrides: dict[str, Any] | None = None) -> ConfigDict:
       the value that they replace.
 
   Raises:
-    UserError: the file, a field or a method does not exist, or a value has another type.
+    UserError: the file, a field or a method does not exist, the file fails, or a value has another
+      type or lies outside its range.
   """
   return _overridden(_read(path), dict(overrides or {}), path)
 
@@ -43,32 +49,91 @@ def derive(config: ConfigDict, overrides: dict[str, Any], allowed: tuple[str, ..
       valid = [f'config.{path}' for path in flat(config) if path.partition('.')[0] in allowed]
       raise unknown('field to override here', f'config.{field}', valid)
   config = config.copy_and_resolve_references().unlock()
-  for slot in slots.SLOTS:
-    for group, node in slots.groups(slot, config).items():
-      if overrides.get(f'{group}.name', node.name) != node.name:
-        for key in slots.fields(slot, node):
-          del node[key]
+  for slot, group, node in _methods(config):
+    if overrides.get(f'{group}.name', node.name) != node.name:
+      for key in slots.fields(slot, node):
+        del node[key]
   return _overridden(config, dict(overrides), 'the run')
 
 
 def _overridden(config: ConfigDict, overrides: dict[str, Any], path: str) -> ConfigDict:
-  for slot in slots.SLOTS:
-    for group, node in slots.groups(slot, config).items():
-      name = overrides.pop(f'{group}.name', node.name)
-      _merge_defaults(node, group, name, path)
+  for _, group, node in _methods(config):
+    name = overrides.pop(f'{group}.name', node.name)
+    _merge_defaults(node, group, name, path)
   for field, value in overrides.items():
     _override(config, field, value)
+  check(config)
   return config.lock()
+
+
+def check(config: ConfigDict) -> None:
+  """Raises UserError, naming the field, for a number that is missing or outside its field's range."""
+  values = flat(config)
+  for field, range_ in _ranges(config).items():
+    if field not in values:
+      raise _missing(field)
+    range_.require(f'config.{field}', values[field])
+
+
+def _ranges(config: ConfigDict) -> dict[str, ranges.Range]:
+  """The range of every numeric field of the config, by dotted name."""
+  found = dict(ranges.SHARED)
+  for slot, group, node in _methods(config):
+    own = ranges.of_fields(slots.method(slot, node.name, f'config.{group}.name'))
+    found |= {f'{group}.{key}': range_ for key, range_ in own.items()}
+  return found
+
+
+def _methods(config: ConfigDict) -> Iterator[tuple[str, str, ConfigDict]]:
+  """Slot, dotted name and contents of every group that names a method."""
+  for slot in slots.SLOTS:
+    for key in slots.SHARED[slot]:
+      if not isinstance(config.get(slot), ConfigDict) or key not in config[slot]:
+        raise _missing(f'{slot}.{key}')
+    for group, node in slots.groups(slot, config).items():
+      yield slot, group, node
+
+
+def _missing(field: str) -> UserError:
+  return UserError(
+    f'the config has no config.{field}; valid: what configs.base.get_config() returns, changed'
+  )
 
 
 def from_command_line(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, ConfigDict]:
   """Parses `--config=FILE`, `--config.field=value` and what else `parser` knows.
 
-  Raises UserError for any other argument, and what `load` raises.
+  `--help` lists the config's fields too. Raises UserError for any other argument, and what `load`
+  raises.
   """
   parser.add_argument('--config', required=True, help='a config file, such as configs/tiny.py')
+  if not {'-h', '--help'}.isdisjoint(sys.argv):
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _fields(sys.argv[1:])
   arguments, rest = parser.parse_known_args()
   return arguments, load(arguments.config, overrides_from_args(rest))
+
+
+def _fields(arguments: list[str]) -> str:
+  """Every field of the config that the command line names, else of `configs/base.py`, for `--help`."""
+  parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  parser.add_argument('--config', default=str(BASE))
+  known, rest = parser.parse_known_args(arguments)
+  overrides = [argument for argument in rest if argument.startswith('--config.')]
+  config = load(known.config, overrides_from_args(overrides))
+  numbers = _ranges(config)
+  rows = [
+    (f'  --config.{field}={value}', str(numbers.get(field, '')))
+    for field, value in flat(config).items()
+  ]
+  width = max(len(row[0]) for row in rows if row[1])
+  return '\n'.join(
+    [
+      f'fields of {known.config}, each with its value and, of a number, what is valid. A method brings '
+      'fields\nof its own: name one (--config.weight.name=rigl --help) to see them.',
+      *(f'{setting:{width}}  {valid}'.rstrip() for setting, valid in rows),
+    ]
+  )
 
 
 def overrides_from_args(arguments: list[str]) -> dict[str, str]:
@@ -116,10 +181,29 @@ def _read(path: str) -> ConfigDict:
     )
   spec = importlib.util.spec_from_file_location(f'config_{file.stem}', file)
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  if not hasattr(module, 'get_config'):
-    raise UserError(f'config file {path} defines no get_config()')
-  return module.get_config()
+  try:
+    spec.loader.exec_module(module)
+    if not hasattr(module, 'get_config'):
+      raise UserError(f'config file {path} defines no get_config()')
+    config = module.get_config()
+  except UserError:
+    raise
+  except Exception as error:
+    raise UserError(f'config file {path} {_failure(error, str(file))}') from error
+  if not isinstance(config, ConfigDict):
+    raise UserError(
+      f'config file {path}: get_config() returns a value of type {type(config).__name__}; valid: the '
+      'ConfigDict of configs.base.get_config(), changed'
+    )
+  return config
+
+
+def _failure(error: Exception, file: str) -> str:
+  """In which line of `file` an error arose, and the error, in one line."""
+  lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+  line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+  said = ' '.join(str(error).split())
+  return f'fails{f" in line {line}" if line else ""}: {type(error).__name__}: {said}'
 
 
 def _merge_defaults(config: ConfigDict, group: str, name: str, path: str) -> None:
@@ -156,20 +240,19 @@ def _convert(field: str, value: Any, default: Any) -> Any:
     text = {'true': 'True', 'false': 'False'}.get(value.lower(), value)
     try:
       value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
       raise _wrong_type(field, value, default) from None
   if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-    value = float(value)
+    with contextlib.suppress(OverflowError):  # an int that no float holds stays one, and is refused
+      value = float(value)
   if isinstance(default, tuple) and isinstance(value, list | tuple):
     value = tuple(_convert(field, item, default[0]) if default else item for item in value)
   if type(value) is not type(default):
     raise _wrong_type(field, value, default)
-  if isinstance(value, float) and not math.isfinite(value):
-    raise UserError(f'config.{field}={value} is not finite')
   return value
 
 
 def _wrong_type(field: str, value: Any, default: Any) -> UserError:
   return UserError(
-    f'config.{field}={value!r} is not of type {type(default).__name__}, such as {default!r}'
+    f'config.{field}={ranges.shown(value)} is not of type {type(default).__name__}, such as {default!r}'
   )

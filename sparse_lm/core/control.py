@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from sparse_lm.core.errors import require, unknown
+from sparse_lm.core.errors import unknown
 
 Array = jax.Array
 
@@ -53,11 +53,6 @@ class Budget:
   def from_config(cls, config: Any) -> 'Budget | None':
     """Reads `config.budget`; `None` where there is nothing to hold. Raises UserError."""
     budget = cls(**config.budget)
-    require(0 < budget.target <= 1, 'config.budget.target', budget.target, 'a fraction in (0, 1]')
-    for field in ('weight', 'rate'):
-      require(
-        getattr(budget, field) >= 0, f'config.budget.{field}', getattr(budget, field), '0 or more'
-      )
     if budget.controller not in CONTROLLERS:
       raise unknown('config.budget.controller', budget.controller, CONTROLLERS)
     return budget if budget.target < 1 else None

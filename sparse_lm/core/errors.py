@@ -15,9 +15,16 @@ class UserError(Exception):
 def unknown(what: str, name: object, valid: Iterable[str]) -> UserError:
   """A `UserError` for a name that is not among `valid`, with the nearest match suggested."""
   valid = sorted(valid)
-  near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
+  near = [long for long in valid if _abbreviated(long) == name]
+  near += difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
   hint = f'did you mean {near[0]!r}? ' if near else ''
   return UserError(f'unknown {what} {name!r}: {hint}valid: {", ".join(valid)}')
+
+
+def _abbreviated(name: str) -> str:
+  """'config.optimizer.lr' for 'config.optimizer.learning_rate': its last part by initials."""
+  group, dot, last = name.rpartition('.')
+  return group + dot + ''.join(word[0] for word in last.split('_') if word)
 
 
 def require(condition: bool, field: str, value: object, valid: str) -> None:

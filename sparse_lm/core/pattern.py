@@ -356,12 +356,12 @@ def pattern(name: str, declared: tuple[Group, ...] = ()) -> Pattern:
     return PerOutput()
   if name in ('row', 'column'):
     return Block(*((1, 0) if name == 'row' else (0, 1)))
-  if match := re.fullmatch(r'(\d+):(\d+)', name):
+  if match := re.fullmatch(r'(\d{1,9}):(\d{1,9})', name):
     n, m = map(int, match.groups())
     if not 1 <= n <= m:
       raise UserError(f'config.weight.pattern {name!r}: valid: N:M with 1 <= N <= M')
     return NOfM(n, m)
-  if match := re.fullmatch(r'block:([1-9]\d*)', name):
+  if match := re.fullmatch(r'block:([1-9]\d{0,8})', name):
     return Block(int(match[1]), int(match[1]))
   if name in KINDS:
     chosen = tuple(group for group in declared if group.kind == name)

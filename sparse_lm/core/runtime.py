@@ -11,6 +11,12 @@ import jax
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 
 
+def memory() -> int:
+  """Bytes of memory that arrays may take: the accelerator's, or on a CPU the machine's."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  return stats.get('bytes_limit') or os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+
+
 def prepare() -> None:
   """Keeps compiled programs on disk and, where JAX computes on the CPU, freed memory in the process.
 

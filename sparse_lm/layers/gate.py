@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_lm.core.errors import require, unknown
+from sparse_lm.core.errors import unknown
 from sparse_lm.core.estimator import ESTIMATORS, Decision
+from sparse_lm.core.ranges import ranged
 from sparse_lm.layers.record import record
 from sparse_lm.layers.spec import Spec
 
@@ -24,16 +25,14 @@ class LearnedGate(nn.Module):
 
   spec: Spec
   estimator: str = 'straight_through'
-  open: float = 0.9
+  open: float = ranged(0.9, '(0, 1)')
   slot: ClassVar[str]
   takes: ClassVar[tuple[str, ...]] = tuple(ESTIMATORS)
 
   def check(self) -> None:
-    """Raises UserError for an estimator that this gate cannot take, or a bad probability."""
-    field = f'config.{self.slot}'
+    """Raises UserError for an estimator that this gate cannot take."""
     if self.estimator not in self.takes:
-      raise unknown(f'{field}.estimator for this gate', self.estimator, self.takes)
-    require(0 < self.open < 1, f'{field}.open', self.open, 'a probability in (0, 1)')
+      raise unknown(f'config.{self.slot}.estimator for this gate', self.estimator, self.takes)
 
   @property
   def controlled(self) -> bool:

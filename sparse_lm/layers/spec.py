@@ -1,6 +1,7 @@
 """The model's dimensions and policies, shared by every module. Hashable, so modules are too."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -50,9 +51,6 @@ class Spec:
     return spec
 
   def _check(self) -> None:
-    for field in ('layers', 'width', 'hidden', 'heads', 'kv_heads'):
-      if getattr(self, field) < 1:
-        raise UserError(f'config.model.{field}={getattr(self, field)} is to be 1 or more')
     if self.width % self.heads:
       raise UserError(
         f"config.model.heads={self.heads} doesn't divide config.model.width={self.width}; "
@@ -68,8 +66,6 @@ class Spec:
         f'config.model.heads={self.heads} leaves heads of odd width {self.head_dim}, which rotary '
         'positions cannot pair'
       )
-    if not 0 <= self.dropout < 1:
-      raise UserError(f'config.model.dropout={self.dropout} is outside [0, 1)')
     choices = {'norm': NORMS, 'positions': POSITIONS, 'init': INITS}
     for field, valid in (choices | {'dtype': DTYPES, 'param_dtype': PARAM_DTYPES}).items():
       if getattr(self, field) not in valid:
@@ -92,4 +88,5 @@ class Spec:
 
 
 def _divisors(n: int) -> str:
-  return ', '.join(str(d) for d in range(1, n + 1) if n % d == 0)
+  small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+  return ', '.join(map(str, sorted({*small, *(n // d for d in small)})))

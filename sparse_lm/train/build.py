@@ -4,6 +4,7 @@ import jax
 from ml_collections import ConfigDict
 
 from sparse_lm.core import budget, cost, slots, tree
+from sparse_lm.core import config as configs
 from sparse_lm.core.control import Budget
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.sparse import Tree
@@ -14,7 +15,11 @@ from sparse_lm.train.step import Program, shared
 
 
 def build(config: ConfigDict, vocab: int) -> tuple[Program, Tree]:
-  """The program and target densities for a vocabulary of that size, without reading the corpus' text."""
+  """The program and target densities for a vocabulary of that size, without reading the corpus' text.
+
+  Raises UserError where the config describes none.
+  """
+  configs.check(config)
   model = lm.from_config(config, vocab)
   fields = slots.fields('weight', config.weight)
   method = slots.method('weight', config.weight.name)(

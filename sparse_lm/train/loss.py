@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 
 from sparse_lm.core import cost, policy, tree
-from sparse_lm.core.errors import require
 from sparse_lm.core.estimator import ENTROPY_BONUS
 from sparse_lm.core.sparse import Tree, mean_density
 from sparse_lm.layers.record import SOWN
@@ -31,10 +30,8 @@ class Distillation:
 
   @classmethod
   def from_config(cls, config: Any) -> 'Distillation | None':
-    """`None` without a teacher. Raises UserError for a bad weight or temperature."""
+    """`None` without a teacher."""
     weight, temperature = config.distill.weight, config.distill.temperature
-    require(0 <= weight <= 1, 'config.distill.weight', weight, 'a share in [0, 1]')
-    require(temperature > 0, 'config.distill.temperature', temperature, 'above 0')
     return cls(weight, temperature) if config.distill.teacher else None
 
   def divergence(self, logits_BxLxV: Array, teacher_BxLxV: Array) -> Array:

@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sparse_lm.core import config as configs
-from sparse_lm.core import tree
+from sparse_lm.core import runtime, tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.sparse import Tree
 from sparse_lm.data.pipeline import Data
@@ -51,9 +51,10 @@ class Setup:
 
 def setup(config: ConfigDict) -> Setup:
   """Checks a config and builds what it describes. Raises UserError in one line."""
-  _check_counts(config)
+  _check_accumulation(config)
   data = data_of(config)
   program, target = build(config, data.tokenizer.vocab_size)
+  _check_memory(program, data, target)
   if signals := set(program.method.needs) - {'grads'}:
     raise UserError(
       f'config.weight.name={config.weight.name!r} prunes trained models by their {", ".join(signals)}; '
@@ -94,6 +95,21 @@ def _check_masks(parent: Trained, program: Program, target: Tree, config: Config
     )
 
 
+def _check_memory(program: Program, data: Data, target: Tree) -> None:
+  """Raises UserError for a model or batch that no step could hold, from shapes alone."""
+  state = jax.eval_shape(program.init, 0, target).replace(key=None)
+  held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+  tokens = data.batch // program.accumulation * data.context
+  logits = 4 * tokens * program.model.spec.vocab
+  room = runtime.memory()
+  if held + logits > room:
+    raise UserError(
+      f'config.model and config.data.batch: weights, moments, masks and averages take '
+      f'{held / 2**30:,.2f} GiB and the logits of {tokens} tokens {logits / 2**30:,.2f} GiB, of '
+      f'{room / 2**30:,.2f} GiB of memory; valid: a smaller model, or fewer tokens in a microbatch'
+    )
+
+
 def data_of(config: ConfigDict) -> Data:
   """The corpus in tokens; cached, because the runs of a study share it."""
   return _load_data(json.dumps(configs.to_json(config.data)))
@@ -104,12 +120,7 @@ def _load_data(config: str) -> Data:
   return load_data(configs.from_json(json.loads(config)))
 
 
-def _check_counts(config: ConfigDict) -> None:
-  for field in ('steps', 'accumulation', 'log_every', 'eval_every', 'checkpoint_every'):
-    if config.train[field] < 1:
-      raise UserError(f'config.train.{field}={config.train[field]} is to be 1 or more')
-  if not 0 <= config.seed < 2**31:
-    raise UserError(f'config.seed={config.seed} is outside [0, 2^31)')
+def _check_accumulation(config: ConfigDict) -> None:
   if config.data.batch % config.train.accumulation:
     raise UserError(
       f"config.train.accumulation={config.train.accumulation} doesn't divide "

@@ -135,9 +135,61 @@ def test_a_missing_file_names_the_nearest(write, tmp_path):
   assert f"did you mean '{tmp_path / 'mine.py'}'" in found
 
 
-def test_a_file_without_get_config_is_refused(tmp_path):
-  (tmp_path / 'empty.py').write_text('x = 1\n')
-  assert 'get_config' in message(str(tmp_path / 'empty.py'), {})
+@pytest.mark.parametrize('body, said', [
+  ('x = 1', 'defines no get_config()'),
+  ('def get_config(:', 'fails in line 1: SyntaxError'),
+  ('import nothing_of_that_name', 'fails in line 1: ModuleNotFoundError'),
+  ('def get_config():\n  return 1 / 0', 'fails in line 2: ZeroDivisionError: division by zero'),
+  ('def get_config():\n  raise ValueError("two\\nlines")', 'fails in line 2: ValueError: two lines'),
+  ('def get_config(name):\n  return name', 'TypeError'),
+  ('def get_config():\n  return 5', 'returns a value of type int'),
+  ('def get_config():\n  pass', 'returns a value of type NoneType'),
+  ('def get_config():\n  return {"seed": 0}', 'returns a value of type dict'),
+  ('import ml_collections\ndef get_config():\n  return ml_collections.ConfigDict()', 'config.weight'),
+  ('from configs import base\ndef get_config():\n  c = base.get_config()\n  c.model.width = "128"\n'
+   '  return c', 'fails in line 4: TypeError'),
+  ('from configs import base\ndef get_config():\n  c = base.get_config()\n  del c.model.width\n'
+   '  return c', 'the config has no config.model.width'),
+  ('from configs import base\ndef get_config():\n  c = base.get_config()\n'
+   '  c.optimizer.clip = float("nan")\n  return c', 'config.optimizer.clip=nan is not valid'),
+])  # fmt: skip
+def test_a_config_file_that_fails_is_one_line_that_says_where(tmp_path, body, said):
+  (tmp_path / 'mine.py').write_text(body + '\n')
+  assert said in message(str(tmp_path / 'mine.py'), {})
+
+
+def test_a_config_file_that_is_no_text_is_one_line(tmp_path):
+  (tmp_path / 'mine.py').write_bytes(b'\xff\x00\xfe')
+  assert 'mine.py fails' in message(str(tmp_path / 'mine.py'), {})
+
+
+@pytest.mark.parametrize('text', ['(' * 9000, '{[]: 1}', '-', "b'x'", '0x' + 'f' * 5000, '9' * 400])
+@pytest.mark.parametrize('field', ['train.steps', 'weight.sparsity', 'data.split', 'weight.dense'])
+def test_text_that_is_no_such_value_is_refused(write, field, text):
+  assert f'config.{field}=' in message(write(), {field: text})
+
+
+def test_an_abbreviated_field_names_the_whole(write):
+  for short, whole in (('lr', 'learning_rate'), ('wd', 'weight_decay')):
+    found = message(write(), {f'optimizer.{short}': '1'})
+    assert f"did you mean 'config.optimizer.{whole}'" in found
+
+
+def test_help_lists_every_field_of_the_config_and_what_is_valid(write, monkeypatch, capsys):
+  path = write("config.weight.name = 'rigl'")
+  monkeypatch.setattr(
+    sys, 'argv', ['x', f'--config={path}', '--config.mlp.name=moe_topk', '--help']
+  )
+  with pytest.raises(SystemExit):
+    configs.from_command_line(argparse.ArgumentParser(allow_abbrev=False))
+  rows = [
+    row.split(maxsplit=1) for row in capsys.readouterr().out.splitlines() if '--config.' in row
+  ]
+  shown = {row[0].partition('=')[0]: row[1] if len(row) > 1 else '' for row in rows}
+  config = configs.load(path, {'mlp.name': 'moe_topk'})
+  assert {f'--config.{field}' for field in configs.flat(config)} <= set(shown)
+  assert shown['--config.weight.drop_fraction'] == 'a float32 number in [0, 1]'
+  assert shown['--config.mlp.experts'] == 'a whole number in [1, 2^16]'
 
 
 def test_loaded_configs_are_locked_at_every_level(write):

@@ -13,7 +13,6 @@ from scipy.stats import norm
 
 from configs import base
 from sparse_lm.core import cost, slots, tree
-from sparse_lm.core.errors import UserError
 from sparse_lm.layers.spec import Spec
 from sparse_lm.model import lm
 
@@ -300,18 +299,3 @@ def test_rectifiers_zeros_are_observed_and_claimed_nowhere(name):
   notes = ledger_of(model)
   assert len(notes) == 2 and not any(matmul.gates for matmul in notes.values())
   assert lm.twin(model) == model
-
-
-@pytest.mark.parametrize('density', [0.0, -0.5, 1.01])
-@pytest.mark.parametrize('name', CLAIMS)
-def test_a_density_that_is_no_fraction_is_refused_in_one_line(name, density):
-  with pytest.raises(UserError) as refused:
-    lm.from_config(config_of(activation={'name': name, 'density': density}), VOCAB)
-  want = f'config.activation.density={density} is not valid; valid: a fraction in (0, 1]'
-  assert str(refused.value) == want
-
-
-@pytest.mark.parametrize('name', CLAIMS)
-def test_densities_at_the_ends_of_their_range_are_accepted(name):
-  for density in (1.0, 0.001):
-    activation(name, density=density).check()

@@ -339,11 +339,8 @@ def test_a_gate_of_heads_can_skip_scores_values_and_output_and_nothing_else():
 @pytest.mark.parametrize(
   ('attention', 'value', 'valid'),
   [
-    ({'name': 'sliding_window', 'window': 0}, 'window=0', '1 position or more'),
-    ({'name': 'topk_keys', 'k': 0}, 'k=0', '1 to config.data.context, 8'),
     ({'name': 'topk_keys', 'k': CONTEXT + 1}, 'k=9', '1 to config.data.context, 8'),
     ({'name': 'head_gate', 'estimator': 'softt'}, "'softt': did you mean 'soft'?", 'gumbel_sig'),
-    ({'name': 'head_gate', 'open': 1.0}, 'open=1.0', 'a probability in (0, 1)'),
   ],
 )
 def test_bad_fields_are_refused_in_one_line(attention, value, valid):

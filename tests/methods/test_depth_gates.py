@@ -204,8 +204,6 @@ def test_gates_start_open_with_the_configured_probability():
   ('fields', 'message'),
   [
     ({'estimator': 'gumble'}, 'config.depth.estimator'),
-    ({'open': 1.0}, 'config.depth.open=1.0'),
-    ({'open': 0.0}, 'config.depth.open=0.0'),
   ],
 )
 def test_bad_gates_are_refused_in_one_line(name, fields, message):

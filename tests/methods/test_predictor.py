@@ -225,9 +225,6 @@ def test_the_ledger_gates_up_and_down_but_not_the_predictor(split, selector):
 @pytest.mark.parametrize(
   ('field', 'value', 'valid'),
   [
-    ('density', 0.0, 'valid: a fraction in (0, 1]'),
-    ('density', -0.1, 'valid: a fraction in (0, 1]'),
-    ('density', 1.5, 'valid: a fraction in (0, 1]'),
     ('split', 0.0, 'valid: a fraction that leaves each side one of the 10 inputs'),
     ('split', 0.04, 'valid: a fraction that leaves each side one of the 10 inputs'),
     ('split', 0.97, 'valid: a fraction that leaves each side one of the 10 inputs'),

@@ -243,10 +243,6 @@ BAD = {
     GATED | {'depth.estimator': 'gumble_sigmoid'},
     ("'gumble_sigmoid'", "did you mean 'gumbel_sigmoid'?"),
   ),
-  'never open': (GATED | {'depth.open': 0.0}, ('config.depth.open=0.0', '(0, 1)')),
-  'always open': (GATED | {'depth.open': 1.0}, ('config.depth.open=1.0', '(0, 1)')),
-  'target 0': (GATED | {'budget.target': 0.0}, ('config.budget.target=0.0', '(0, 1]')),
-  'target above 1': (GATED | {'budget.target': 1.2}, ('config.budget.target=1.2', '(0, 1]')),
   # Of 2 x 5120 FLOPs of the layers and 32 for each of 23 characters: all but one layer.
   'target below the floor': (
     GATED | {'budget.target': 0.3, 'depth.layers': '0:1', 'model.layers': 2},

@@ -67,9 +67,6 @@ def test_a_training_step_moves_logits_by_their_own_rate_and_by_the_price(tiny_co
   ({'budget__target': 0.2}, ['config.budget.target=0.2', 'below 0.3']),
   ({'weight__name': 'static', 'weight__sparsity': 0.5, 'budget__target': 0.8},
    ['config.budget.target=0.8', 'config.weight.name=l0']),
-  ({'weight__open': 1.0}, ['config.weight.open=1.0', '(0, 1)']),
-  ({'weight__price': -1.0}, ['config.weight.price=-1.0', '0 or more']),
-  ({'weight__learned_rate': 0.0}, ['config.weight.learned_rate=0.0', 'above 0']),
   ({'weight__pattern': 'neurn'}, ['config.weight.pattern', "did you mean 'neuron'"]),
 ])  # fmt: skip
 def test_a_bad_config_is_one_line_that_says_what_is_valid(given, words, tiny_config):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_lm.core.errors import require
+from sparse_lm.core.ranges import ranged
 from sparse_lm.core.select import gaussian_threshold
 from sparse_lm.layers import record
 
@@ -27,14 +27,8 @@ class StatisticalTopK(nn.Module):
   """
 
   inner: Callable[[], nn.Module]
-  density: float = 0.125
+  density: float = ranged(0.125, '(0, 1]')
   twin: ClassVar[str] = 'relu2'
-
-  def check(self) -> None:
-    """Raises UserError for a density outside (0, 1]."""
-    require(
-      0 < self.density <= 1, 'config.activation.density', self.density, 'a fraction in (0, 1]'
-    )
 
   @property
   def planned(self) -> float:

@@ -5,7 +5,7 @@ from typing import ClassVar
 import jax
 from flax import linen as nn
 
-from sparse_lm.core.errors import require
+from sparse_lm.core.ranges import ranged
 from sparse_lm.layers.attention import attend, causal, note, share_of_keys
 from sparse_lm.layers.spec import Spec
 
@@ -21,12 +21,8 @@ class SlidingWindow(nn.Module):
   """
 
   spec: Spec
-  window: int = 32
+  window: int = ranged(32, '[1, 2^31)')
   twin: ClassVar[str] = 'full'
-
-  def check(self) -> None:
-    """Raises UserError for a window without a key."""
-    require(self.window >= 1, 'config.attention.window', self.window, '1 position or more')
 
   @nn.compact
   def __call__(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sparse_lm.core.errors import require
+from sparse_lm.core.ranges import ranged
 from sparse_lm.core.select import topk_rows
 from sparse_lm.layers.attention import attend, causal, note, share_of_keys
 from sparse_lm.layers.spec import Spec
@@ -23,13 +24,13 @@ class TopKKeys(nn.Module):
   """
 
   spec: Spec
-  k: int = 16
+  k: int = ranged(16, '[1, 2^31)')
   twin: ClassVar[str] = 'full'
 
   def check(self) -> None:
-    """Raises UserError for fewer keys than 1 or more than the context."""
+    """Raises UserError for more keys than the context has."""
     valid = f'1 to config.data.context, {self.spec.context}'
-    require(1 <= self.k <= self.spec.context, 'config.attention.k', self.k, valid)
+    require(self.k <= self.spec.context, 'config.attention.k', self.k, valid)
 
   @nn.compact
   def __call__(

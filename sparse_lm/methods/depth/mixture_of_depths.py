@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from sparse_lm.core import cost
 from sparse_lm.core.errors import require
+from sparse_lm.core.ranges import ranged
 from sparse_lm.layers.gate import normalised
 from sparse_lm.layers.record import record
 from sparse_lm.layers.router import Router
@@ -32,18 +33,18 @@ class MixtureOfDepths(nn.Module):
   """
 
   spec: Spec
-  capacity: float = 0.125
+  capacity: float = ranged(0.125, '(0, 1]')
   twin: ClassVar[str] = 'every'
   causal: ClassVar[dict[str, bool]] = {'train': False, 'eval': True}
 
   def check(self) -> None:
-    """Raises UserError for a capacity outside (0, 1], or one that rounds to no token."""
+    """Raises UserError for a capacity that rounds to no token."""
     tokens = self.spec.context
     require(
-      round(self.capacity * tokens) >= 1 and self.capacity <= 1,
+      round(self.capacity * tokens) >= 1,
       'config.depth.capacity',
       self.capacity,
-      f'a fraction in (0, 1] that rounds to 1 of the {tokens} tokens at least',
+      f'a fraction that rounds to 1 of the {tokens} tokens at least',
     )
 
   @property

@@ -10,6 +10,7 @@ from flax import linen as nn
 from sparse_lm.core import cost
 from sparse_lm.core import dispatch as seats
 from sparse_lm.core.errors import require, unknown
+from sparse_lm.core.ranges import ranged
 from sparse_lm.core.select import topk_rows
 from sparse_lm.layers.experts import Experts, observe_routing
 from sparse_lm.layers.record import record
@@ -38,17 +39,16 @@ class ExpertChoice(nn.Module):
 
   spec: Spec
   activation: Callable[[], nn.Module]
-  experts: int = 8
-  visits: float = 1.0
-  hidden: int = 0
-  decay: float = 0.95
+  experts: int = ranged(8, '[1, 2^16]')
+  visits: float = ranged(1.0, '(0, inf)')
+  hidden: int = ranged(0, '[0, 2^24]')
+  decay: float = ranged(0.95, '[0, 1)')
   executor: str = 'sort'
   twin: ClassVar[str] = 'dense'
   causal: ClassVar[dict[str, bool]] = {'train': False, 'eval': True}
 
   def check(self) -> None:
     """Raises UserError where fields do not fit each other or the context."""
-    require(self.experts >= 1, 'config.mlp.experts', self.experts, '1 or more')
     least = self.experts / self.spec.context
     require(
       least <= self.visits <= self.experts,
@@ -57,8 +57,6 @@ class ExpertChoice(nn.Module):
       f'{least:.4g} (below, an expert takes no token of a sequence) to the number of experts, '
       f'{self.experts}',
     )
-    require(self.hidden >= 0, 'config.mlp.hidden', self.hidden, "1 or more, or 0 for the model's")
-    require(0 <= self.decay < 1, 'config.mlp.decay', self.decay, 'a decay in [0, 1)')
     if self.executor not in seats.EXECUTORS:
       raise unknown('config.mlp.executor', self.executor, seats.EXECUTORS)
 

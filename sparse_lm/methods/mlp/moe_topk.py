@@ -10,6 +10,7 @@ from flax import linen as nn
 from sparse_lm.core import cost
 from sparse_lm.core import dispatch as seats
 from sparse_lm.core.errors import require, unknown
+from sparse_lm.core.ranges import ranged
 from sparse_lm.layers.experts import Experts, observe_routing
 from sparse_lm.layers.record import record
 from sparse_lm.layers.router import Router
@@ -44,23 +45,21 @@ class MoETopK(nn.Module):
 
   spec: Spec
   activation: Callable[[], nn.Module]
-  experts: int = 8
-  k: int = 1
-  hidden: int = 0
-  capacity: float = 1.25
-  eval_capacity: float = 0.0
-  balance: float = 0.01
-  z: float = 0.001
-  jitter: float = 0.01
+  experts: int = ranged(8, '[1, 2^16]')
+  k: int = ranged(1, '[1, 2^16]')
+  hidden: int = ranged(0, '[0, 2^24]')
+  capacity: float = ranged(1.25, '[0, inf)')
+  eval_capacity: float = ranged(0.0, '[0, inf)')
+  balance: float = ranged(0.01, '[0, inf)')
+  z: float = ranged(0.001, '[0, inf)')
+  jitter: float = ranged(0.01, '[0, 1)')
   executor: str = 'sort'
   twin: ClassVar[str] = 'dense'
 
   def check(self) -> None:
     """Raises UserError where fields do not fit each other or the context."""
-    require(self.experts >= 1, 'config.mlp.experts', self.experts, '1 or more')
     valid = f'1 to the number of experts, {self.experts}'
-    require(1 <= self.k <= self.experts, 'config.mlp.k', self.k, valid)
-    require(self.hidden >= 0, 'config.mlp.hidden', self.hidden, "1 or more, or 0 for the model's")
+    require(self.k <= self.experts, 'config.mlp.k', self.k, valid)
     for field in ('capacity', 'eval_capacity'):
       seats_of_one = getattr(self, field) * self.k * self.spec.context / self.experts
       least = self.experts / (self.k * self.spec.context)
@@ -70,8 +69,6 @@ class MoETopK(nn.Module):
         getattr(self, field),
         f'{least:.4g} or more (below, an expert has no seat for a sequence), or 0 for no limit',
       )
-    for field in ('balance', 'z', 'jitter'):
-      require(getattr(self, field) >= 0, f'config.mlp.{field}', getattr(self, field), '0 or more')
     if self.executor not in seats.EXECUTORS:
       raise unknown('config.mlp.executor', self.executor, seats.EXECUTORS)
 
@@ -111,7 +108,10 @@ class MoETopK(nn.Module):
 
   def _plan(self, expert_TxK: jax.Array, mode: str) -> seats.Plan:
     factor, pairs = self._factor(mode), expert_TxK.size
-    capacity = -int(-factor * pairs // self.experts) if factor else None
+    if not factor:
+      return seats.plan(expert_TxK, self.experts, None)
+    # More slots than tokens could never be filled.
+    capacity = min(-int(-factor * pairs // self.experts), expert_TxK.shape[0])
     return seats.plan(expert_TxK, self.experts, capacity)
 
   def _route(self, x_TxD: jax.Array, mode: str) -> tuple[jax.Array, jax.Array, jax.Array]:

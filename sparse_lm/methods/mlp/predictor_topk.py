@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from sparse_lm.core import cost, groups
 from sparse_lm.core.errors import require, unknown
+from sparse_lm.core.ranges import ranged
 from sparse_lm.core.select import gaussian_threshold, topk_rows
 from sparse_lm.layers.active import up_and_down
 from sparse_lm.layers.linear import Linear
@@ -36,14 +37,13 @@ class PredictorTopK(nn.Module):
 
   spec: Spec
   activation: Callable[[], nn.Module]
-  density: float = 0.125
-  split: float = 0.5
+  density: float = ranged(0.125, '(0, 1]')
+  split: float = ranged(0.5, '(0, 1)')
   selector: str = 'statistical'
   twin: ClassVar[str] = 'dense'
 
   def check(self) -> None:
-    """Raises UserError for a bad density or selector, or a split that leaves one side no input."""
-    require(0 < self.density <= 1, 'config.mlp.density', self.density, 'a fraction in (0, 1]')
+    """Raises UserError for an unknown selector, or a split that leaves one side no input."""
     if self.selector not in SELECTORS:
       raise unknown('config.mlp.selector', self.selector, SELECTORS)
     width = self.spec.width

@@ -7,10 +7,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from sparse_lm.core.errors import require
 from sparse_lm.core.estimator import BETA, ESTIMATORS, GAMMA, ZETA, hard_concrete_probability
 from sparse_lm.core.pattern import by_slice, kept
 from sparse_lm.core.random_start import path_key
+from sparse_lm.core.ranges import ranged
 from sparse_lm.core.sparse import Array, Sparse, Tree, WeightMethod, apply_masks, covered
 
 EVALUATED = 0.8  # of a logit, in evaluation
@@ -38,18 +38,12 @@ class L0(WeightMethod):
   """
 
   pattern: str = 'unstructured'
-  open: float = 0.9
-  price: float = 0.0
-  learned_rate: float = 10.0
+  open: float = ranged(0.9, '(0, 1)')
+  price: float = ranged(0.0, '[0, inf)')
+  learned_rate: float = ranged(10.0, '(0, inf)')
   exact_density: ClassVar[bool] = False
   controlled: ClassVar[bool] = True
   keeps_dense: ClassVar[bool] = True
-
-  def check(self) -> None:
-    """Raises UserError for a bad probability, price or rate."""
-    require(0 < self.open < 1, 'config.weight.open', self.open, 'a probability in (0, 1)')
-    require(self.price >= 0, 'config.weight.price', self.price, '0 or more')
-    require(self.learned_rate > 0, 'config.weight.learned_rate', self.learned_rate, 'above 0')
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
     """One logit for each unit, alike; no masks."""

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_lm.core import schedule, tree
+from sparse_lm.core.ranges import ranged
 from sparse_lm.core.sparse import (
   Array,
   Change,
@@ -34,15 +35,15 @@ class Magnitude(WeightMethod):
     pattern: which sets of weights may be kept.
   """
 
-  start: float = 0.25
-  end: float = 0.75
-  period: int = 100
+  start: float = ranged(0.25, '[0, 1]')
+  end: float = ranged(0.75, '[0, 1]')
+  period: int = ranged(100, '[1, 2^31)')
   pattern: str = 'unstructured'
   one_shot: ClassVar[bool] = True
 
   def check(self) -> None:
-    """Raises UserError for a bad schedule."""
-    schedule.check(self.start, self.end, self.period)
+    """Raises UserError for a ramp that ends before it starts."""
+    schedule.check(self.start, self.end)
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
     """Full masks."""

@@ -8,6 +8,7 @@ import jax
 from sparse_lm.core.errors import require
 from sparse_lm.core.one_shot import OneShot, prune_by_obs
 from sparse_lm.core.pattern import NOfM, Pattern
+from sparse_lm.core.ranges import ranged
 from sparse_lm.core.sparse import Tree
 
 
@@ -26,16 +27,14 @@ class SparseGPT(OneShot):
   """
 
   pattern: str = 'unstructured'
-  damp: float = 0.01
-  block: int = 128
+  damp: float = ranged(0.01, '(0, inf)')
+  block: int = ranged(128, '[1, 2^31)')
   needs: ClassVar[tuple[str, ...]] = ('xtx',)
 
   def check(self) -> None:
-    """Raises UserError for another pattern, or a field out of its range."""
+    """Raises UserError for another pattern."""
     takes = type(self.units) is Pattern or isinstance(self.units, NOfM)
     require(takes, 'config.weight.pattern', self.pattern, 'unstructured, or N:M such as 2:4')
-    require(self.damp > 0, 'config.weight.damp', self.damp, 'above 0')
-    require(self.block >= 1, 'config.weight.block', self.block, '1 input or more')
 
   def prune(self, params: Tree, signals: dict[str, Tree], target: Tree) -> tuple[Tree, Tree]:
     """New weights and masks; `xtx` holds the mean outer product `[in, in]` of each kernel's inputs."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from sparse_lm.core import schedule, tree
 from sparse_lm.core.estimator import straight_through
+from sparse_lm.core.ranges import ranged
 from sparse_lm.core.sparse import (
   Array,
   Sparse,
@@ -35,14 +36,14 @@ class STE(WeightMethod):
     pattern: which sets of weights may be kept.
   """
 
-  start: float = 0.0
-  end: float = 0.0
+  start: float = ranged(0.0, '[0, 1]')
+  end: float = ranged(0.0, '[0, 1]')
   pattern: str = 'unstructured'
   keeps_dense: ClassVar[bool] = True
 
   def check(self) -> None:
-    """Raises UserError for a bad ramp."""
-    schedule.check(self.start, self.end, period=1)
+    """Raises UserError for a ramp that ends before it starts."""
+    schedule.check(self.start, self.end)
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
     """No stored masks."""
