@@ -1,4 +1,7 @@
-"""`python -m sparse_lm.report results/x/runs.jsonl --rows=method --columns=val_loss`."""
+"""`python -m sparse_lm.report results/x/runs.jsonl --rows=method --columns=val_loss`.
+
+Workdirs of single runs stand beside studies: `python -m sparse_lm.report results/a results/b`.
+"""
 
 import argparse
 import pathlib
@@ -7,7 +10,7 @@ import sys
 from typing import Any
 
 from sparse_lm.core.errors import Parser, UserError, one_line, unknown
-from sparse_lm.report import formats, plot, table
+from sparse_lm.report import formats, plot, runs, table
 from sparse_lm.report import lines as results
 
 
@@ -15,7 +18,7 @@ from sparse_lm.report import lines as results
 def main() -> None:
   """Prints a table of finished runs and draws a figure where one is asked for."""
   arguments = _arguments()
-  lines = results.read(arguments.files)
+  lines = runs.read(arguments.paths, _asked(arguments))
   baseline = _baseline(lines, arguments.baseline)
   rows = _names(arguments.rows) or results.label_names(lines)
   present = results.metric_names(lines)
@@ -30,8 +33,14 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
   parser = Parser('python -m sparse_lm.report')
-  parser.add_argument('files', nargs='+', help='runs.jsonl of one or more studies')
-  parser.add_argument('--rows', default='', help='labels that make a row; default: all')
+  parser.add_argument(
+    'paths', nargs='+', help='runs.jsonl of studies, workdirs or result.json of single runs'
+  )
+  parser.add_argument(
+    '--rows',
+    default='',
+    help='labels or config fields that make a row, such as weight.sparsity; default: all labels',
+  )
   parser.add_argument('--columns', default='', help='metrics; default: the best known')
   parser.add_argument(
     '--baseline', default='', help='label=value[,...] of the rows to compare with'
@@ -45,6 +54,12 @@ def _arguments() -> argparse.Namespace:
   if arguments.figure and not (arguments.x and arguments.y and arguments.series):
     parser.error('--figure needs --x, --y and --series')
   return arguments
+
+
+def _asked(arguments: argparse.Namespace) -> list[str]:
+  """The labels that rows and baseline are made of."""
+  baseline = [item.partition('=')[0] for item in _names(arguments.baseline) if '=' in item]
+  return [*_names(arguments.rows), *baseline]
 
 
 def _formatted(frame: Any, kind: str, lines: list[results.Line]) -> str:

@@ -4,7 +4,9 @@ What a summary's numbers are and how they print stands in its `attrs`: the label
 the columns, the baseline's labels, the seeds and the machines.
 """
 
+import functools
 import re
+import unicodedata
 from typing import Any
 
 import pandas as pd
@@ -33,6 +35,8 @@ def label_text(value: Any) -> str:
   """A label's value as tables and legends show it."""
   if value is None:
     return ABSENT
+  if isinstance(value, list | tuple):
+    return ', '.join(map(label_text, value))
   return f'{value:g}' if isinstance(value, float) else str(value)
 
 
@@ -70,31 +74,64 @@ def latex(frame: pd.DataFrame, caption: str, command: str, label: str) -> str:
   r"""A `table` float for a document that uses booktabs; `\label{tab:<label>}`."""
   printed = text(frame).map(_tex).rename(columns=_tex)
   width = len(frame.attrs['rows'])
-  # Two hyphens would become a dash.
-  verbatim = _tex(command).replace('--', '-{}-')
   return printed.style.hide(axis='index').to_latex(
     hrules=True,
     column_format='l' * width + 'r' * (printed.shape[1] - width),
-    caption=f'{_tex(caption)}. {_tex(notes(frame))} Reproduce: \\texttt{{{verbatim}}}',
-    label=f'tab:{label}',
+    caption=f'{_tex(caption)}. {_tex(notes(frame))} Reproduce: \\texttt{{{_tex(command)}}}',
+    label='tab:' + re.sub(r'[^A-Za-z0-9_.:-]+', '-', label),
     position='t',
     position_float='centering',
   )
 
 
 def _pipes(value: str) -> str:
-  return value.replace('|', r'\|')
+  return ' '.join(value.split()).replace('|', r'\|')
 
 
-_TEX = str.maketrans(
+# Braces around brackets and stars, or a row that begins with one gives `\\\\` or a rule an argument.
+_TEX = (
   {c: f'\\{c}' for c in '%_&#${}'}
+  | {c: f'{{{c}}}' for c in '[]*'}
   | {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}'}
-  | {'<': r'\textless{}', '>': r'\textgreater{}', '|': r'\textbar{}'}
-  | {'±': r'$\pm$', 'Δ': r'$\Delta$', '×': r'$\times$', 'µ': r'$\mu$', '≤': r'$\le$'}
-  | {'≥': r'$\ge$', '—': '---', '–': '--'}
+  | {'<': r'\textless{}', '>': r'\textgreater{}', '|': r'\textbar{}', '"': r'\texttt{"}'}
+  | {"'": r'\textquotesingle{}', '`': r'\textasciigrave{}', '°': r'\textdegree{}'}
+  | {'—': r'\textemdash{}', '–': r'\textendash{}', '…': r'\ldots{}', '•': r'\textbullet{}'}
+  | {'²': '$^2$', '³': '$^3$', '−': '$-$', '±': r'$\pm$', '×': r'$\times$', '·': r'$\cdot$'}
+  | {'≤': r'$\le$', '≥': r'$\ge$', '≠': r'$\ne$', '≈': r'$\approx$', '→': r'$\to$'}
+  | {'∞': r'$\infty$', '√': r'$\surd$', '∈': r'$\in$', '∂': r'$\partial$', 'µ': r'$\mu$'}
+)
+_GREEK = {
+  'α': 'alpha', 'β': 'beta', 'γ': 'gamma', 'δ': 'delta', 'ε': 'epsilon', 'ζ': 'zeta', 'η': 'eta',
+  'θ': 'theta', 'ι': 'iota', 'κ': 'kappa', 'λ': 'lambda', 'μ': 'mu', 'ν': 'nu', 'ξ': 'xi', 'π': 'pi',
+  'ρ': 'rho', 'ς': 'varsigma', 'σ': 'sigma', 'τ': 'tau', 'υ': 'upsilon', 'φ': 'phi', 'χ': 'chi',
+  'ψ': 'psi', 'ω': 'omega', 'Γ': 'Gamma', 'Δ': 'Delta', 'Θ': 'Theta', 'Λ': 'Lambda', 'Ξ': 'Xi',
+  'Π': 'Pi', 'Σ': 'Sigma', 'Υ': 'Upsilon', 'Φ': 'Phi', 'Ψ': 'Psi', 'Ω': 'Omega',
+}  # fmt: skip
+_TEX |= {letter: f'$\\{name}$' for letter, name in _GREEK.items()}
+_TEX |= dict(zip('ΑΒΕΖΗΙΚΜΝΟΡΤΧο', 'ABEZHIKMNOPTXo'))  # TeX sets these as Latin letters
+# Combining marks: grave, acute, circumflex, tilde, macron, breve, dot, diaeresis, ring, double acute,
+# caron, cedilla.
+_ACCENTS = dict(
+  zip('\u0300\u0301\u0302\u0303\u0304\u0306\u0307\u0308\u030a\u030b\u030c\u0327', '`\'^~=u."rHvc')
 )
 
 
 def _tex(value: str) -> str:
-  """Text that LaTeX prints as it stands; a leading minus becomes a real one."""
-  return re.sub(r'^-(?=[\d.])', '$-$', value.translate(_TEX))
+  """Text that LaTeX prints as it stands, in ASCII; a leading minus becomes a real one.
+
+  A character that TeX's own fonts lack is named by its number, such as U+65E5.
+  """
+  shown = ''.join(map(_tex_character, ' '.join(value.split())))
+  shown = re.sub('-(?=-)', '-{}', shown)  # two hyphens would become a dash
+  return re.sub(r'^-(?=[\d.])', '$-$', shown)
+
+
+def _tex_character(c: str) -> str:
+  if c in _TEX:
+    return _TEX[c]
+  if c.isascii() and c.isprintable():
+    return c
+  base, *marks = unicodedata.normalize('NFD', c)
+  if base.isascii() and base.isalpha() and all(mark in _ACCENTS for mark in marks):
+    return functools.reduce(lambda text, mark: f'\\{_ACCENTS[mark]}{{{text}}}', marks, base)
+  return rf'\texttt{{U+{ord(c):04X}}}'

@@ -112,10 +112,17 @@ def group(lines: Sequence[Line], names: Sequence[str]) -> dict[Key, list[Line]]:
       raise unknown('label', name, known)
   groups: dict[Key, list[Line]] = {}
   for line in lines:
-    groups.setdefault(tuple(line['labels'].get(name) for name in names), []).append(line)
+    groups.setdefault(tuple(_hashable(line['labels'].get(name)) for name in names), []).append(line)
   for key, members in groups.items():
     _check_one_row(dict(zip(names, key)), members)
   return groups
+
+
+def _hashable(value: Any) -> Any:
+  """A label's value as part of a key: JSON's lists as tuples, its objects as tuples of pairs."""
+  if isinstance(value, dict):
+    return tuple((key, _hashable(item)) for key, item in sorted(value.items()))
+  return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
 
 
 def _check_one_row(row: Mapping[str, Any], members: Sequence[Line]) -> None:
