@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from ml_collections import ConfigDict
 from tabulate import tabulate
 
 from sparse_lm.core import config as configs
@@ -12,7 +13,7 @@ from sparse_lm.core.errors import Parser, one_line
 from sparse_lm.core.sparse import Tree
 from sparse_lm.train import cost
 from sparse_lm.train.build import build
-from sparse_lm.train.setup import data_of
+from sparse_lm.train.setup import Setup, data_of, loaded
 from sparse_lm.train.step import Program
 
 
@@ -48,10 +49,35 @@ def summary(report: dict[str, Any]) -> str:
     ),
     ('forward FLOPs per token', f'{report["flops_forward"]:,.0f}', f'{dense_flops:,.0f}'),
     ('... over the dense twin', f'{report["flops_forward_ratio"]:.4f}', '1'),
+    (
+      '... attention over causal pairs alone',
+      f'{report["flops_forward_causal"]:,.0f}',
+      f'{report["flops_forward_causal"] / report["flops_forward_causal_ratio"]:,.0f}',
+    ),
+    ('... over the dense twin', f'{report["flops_forward_causal_ratio"]:.4f}', '1'),
     ('training FLOPs per token', f'{report["flops_training"]:,.0f}', f'{3 * dense_flops:,.0f}'),
     ('... over the dense twin', f'{report["flops_training_ratio"]:.4f}', '1'),
+    (
+      'training FLOPs per token, runs before included',
+      f'{report["flops_training_total"]:,.0f}',
+      f'{3 * dense_flops:,.0f}',
+    ),
+    ('... over the dense twin', f'{report["flops_training_total_ratio"]:.4f}', '1'),
   ]
   return tabulate(rows, ('', 'this config', 'dense twin'), tablefmt='github', disable_numparse=True)
+
+
+def predict(config: ConfigDict) -> tuple[Program, Tree, dict[str, Any]]:
+  """The program, its target densities, and what the run will cost; names of runs in it are loaded."""
+  data = data_of(config)
+  program, target = build(config, data.tokenizer.vocab_size)
+  run = Setup(config, data, program, target, **loaded(config, program, data))
+  if run.parent is not None and run.parent.is_sparse and program.method.takes_masks:
+    target = run.parent.target
+  final = {path: float(density) for path, density in tree.named(target).items()}
+  own = cost.predicted(program, final) + run.meter().teacher
+  before = run.inherited.over(cost.tokens(config, config.train.steps))
+  return program, target, cost.report(program, target, work=before.plus(own))
 
 
 @one_line
@@ -59,8 +85,8 @@ def main() -> None:
   """Prints what a config costs in theory, gates at what it plans (1 where that is learned)."""
   parser = Parser('python -m sparse_lm.cost')
   _, config = configs.from_command_line(parser)
-  program, target = build(config, data_of(config).tokenizer.vocab_size)
-  print(matmuls(program, target), summary(cost.report(program, target)), sep='\n\n')
+  program, target, report = predict(config)
+  print(matmuls(program, target), summary(report), sep='\n\n')
 
 
 if __name__ == '__main__':

@@ -14,6 +14,7 @@ from sparse_lm.train.evaluate import named_losses, result_of
 from sparse_lm.train.history import History
 from sparse_lm.train.setup import Setup, data_of
 from sparse_lm.train.trained import check_fits, load
+from sparse_lm.train.work import Work
 from sparse_lm.train.workdir import Workdir, check_writable
 
 
@@ -75,7 +76,8 @@ def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
   pruned, masks = program.finalize(state)
   losses, observed = named_losses(run, pruned, state.model_state)
   measured = losses | {'prune_seconds': seconds, 'segments': segments}
-  result = result_of(run, state, masks, measured, observed) | {
+  work = Work(ancestors=trained.work.total)
+  result = result_of(run, state, masks, measured, observed, work) | {
     'parent': parent,
     'pruned_from': trained.source,
   }
@@ -84,7 +86,7 @@ def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
   try:
     # What trains on from here starts the text anew: pruning read other parts of it.
     batches = data.train_iterator(rng.data_seed(config.seed))
-    checkpoints.save(state, batches, History(masks, config.train.steps))
+    checkpoints.save(state, batches, History(masks, config.train.steps, work))
   finally:
     checkpoints.close()
   folder.write_result(result)

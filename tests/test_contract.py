@@ -11,6 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from sparse_lm.core import pattern, rewire, rng, slots, tree
 from sparse_lm.layers.record import SOWN
 from sparse_lm.model import lm
+from sparse_lm.train import cost
 from sparse_lm.train.checkpoint import Checkpoints
 from sparse_lm.train.setup import setup
 from sparse_lm.train.step import Program
@@ -136,7 +137,7 @@ def test_method_may_be_named_for_some_layers(slot, name, tiny_config):
 
 @pytest.fixture(scope='module')
 def trained(tiny_config):
-  """`trained(name, sparsity) -> (setup, states, losses)`, every state of a run on the host."""
+  """`trained(name, sparsity) -> (setup, states, metrics)`, every state of a run on the host."""
 
   @functools.cache
   def run(name, sparsity):
@@ -149,13 +150,13 @@ def trained(tiny_config):
     program = prepared.program
     state = program.init(0, prepared.target)
     batches = prepared.data.train_iterator(rng.data_seed(0))
-    states, losses = [jax.device_get(state)], []
+    states, logged = [jax.device_get(state)], []
     for step in range(STEPS):
       state, metrics = program.step(step)(state, next(batches))
       assert all(np.isfinite(value) for value in metrics.values()), metrics
       states.append(jax.device_get(state))
-      losses.append(float(metrics['loss']))
-    return prepared, states, losses
+      logged.append(jax.device_get(metrics))
+    return prepared, states, logged
 
   return run
 
@@ -199,8 +200,9 @@ def test_dropped_weights_are_zero_after_every_step(name, trained):
 
 @FIXED
 def test_sparsity_zero_equals_dense(name, trained):
-  run, states, losses = trained(name, 0.0)
-  _, dense_states, dense_losses = trained('none', 0.0)
+  run, states, logged = trained(name, 0.0)
+  _, dense_states, dense_logged = trained('none', 0.0)
+  losses, dense_losses = ([m['loss'] for m in found] for found in (logged, dense_logged))
   steps = range(STEPS)
   if run.program.method.replaces_step:  # its updates rest where the dense twin takes a step
     steps = range(next((step for step in steps if run.program.method.due(step)), STEPS))
@@ -222,6 +224,19 @@ def test_sweep_shares_one_executable(name, trained):
   assert one.program.init._cache_size() == 1
   assert one.program.train_step._cache_size() == 1
   assert one.program.rewire_step._cache_size() <= 1
+
+
+@TRAINED
+def test_training_costs_what_the_config_predicts(name, trained):
+  run, _, logged = trained(name, sparsity_for(name))
+  meter, work = run.meter(), run.inherited
+  for step, metrics in enumerate(logged):
+    work = work.plus(meter.step(step, float(metrics['flops_pass'])))
+  target = {path: float(density) for path, density in tree.named(run.target).items()}
+  spent = work.over(cost.tokens(run.config, STEPS))
+  # Whole counts of small matrices differ a little from the density that was asked for.
+  assert spent.own == pytest.approx(cost.predicted(run.program, target), rel=2e-3)
+  assert spent.ancestors == 0
 
 
 @functools.cache

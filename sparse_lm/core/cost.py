@@ -9,7 +9,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -47,12 +47,14 @@ class Matmul:
     flops: multiplications and additions, over the traced call, every gate open.
     kernel: path of the parameter that it multiplies with, `None` for activations with activations.
     gates: what may skip it, from the outermost in.
+    causal: share of the FLOPs of attention that falls to pairs whose key is not behind the query.
   """
 
   kind: str
   flops: float
   kernel: str | None = None
   gates: tuple[Gate, ...] = ()
+  causal: float = 1.0
 
 
 Ledger = dict[str, Matmul]
@@ -60,7 +62,9 @@ _open: contextvars.ContextVar[Ledger | None] = contextvars.ContextVar('ledger', 
 _gates: contextvars.ContextVar[tuple[Gate, ...]] = contextvars.ContextVar('gates', default=())
 
 
-def note(path: tuple[str, ...], kind: str, flops: float, kernel: str | None = None) -> None:
+def note(
+  path: tuple[str, ...], kind: str, flops: float, kernel: str | None = None, causal: float = 1.0
+) -> None:
   """Notes a matmul of the module at `path`; does nothing unless a ledger is open."""
   ledger = _open.get()
   if ledger is not None:
@@ -68,7 +72,7 @@ def note(path: tuple[str, ...], kind: str, flops: float, kernel: str | None = No
       '/'.join((*path, kind)) if kernel in (None, 'kernel') else '/'.join((*path, kernel, kind))
     )
     parameter = None if kernel is None else '/'.join((*path, kernel))
-    ledger[name] = Matmul(kind, float(flops), parameter, _gates.get())
+    ledger[name] = Matmul(kind, float(flops), parameter, _gates.get(), causal)
 
 
 @contextlib.contextmanager
@@ -162,29 +166,29 @@ def extremes(ledger: Ledger, density: dict[str, float]) -> tuple[float, float]:
   return closed, opened
 
 
-def training_flops(
-  ledger: Ledger,
-  target: dict[str, float],
-  density: Callable[[float, int], float],
-  dense_gradient: Callable[[int], bool],
-  steps: int,
-) -> float:
-  """Mean FLOPs of a training step: forward, gradient of the inputs, gradient of the weights.
+def causal_pairs(ledger: Ledger) -> Ledger:
+  """The ledger in which attention is charged for the pairs of query and key that it reads alone."""
+  return {path: dataclasses.replace(m, flops=m.flops * m.causal) for path, m in ledger.items()}
 
-  Each costs as much as the forward pass at the density of that step, but where a step needs the
+
+def ungated(ledger: Ledger) -> Ledger:
+  """The ledger of a pass that computes what gates close and multiplies it by zero."""
+  return {path: dataclasses.replace(m, gates=()) for path, m in ledger.items()}
+
+
+def training_flops(forward: float, weight_gradient: float | None = None, passes: int = 1) -> float:
+  """FLOPs of a training step: its forward passes, gradient of the inputs, gradient of the weights.
+
+  Each costs as much as a forward pass at the densities of that step, but where a step needs the
   gradient of dropped weights the last one is dense (RigL 2020, appendix H: on average
   `(3 f_S (T - 1) + 2 f_S + f_D) / T` with an update every T steps).
+
+  Args:
+    forward: FLOPs of one forward pass.
+    weight_gradient: FLOPs of the gradient of the weights, by default as many.
+    passes: forward passes, of which one is differentiated.
   """
-  dense = forward_flops(ledger, {})
-  total = 0.0
-  seen: dict[tuple[float, ...], float] = {}
-  for step in range(steps):
-    # Once for each target: leaves of a uniform budget share theirs.
-    densities = {final: float(density(final, step)) for final in set(target.values())}
-    at = {path: densities[final] for path, final in target.items()}
-    sparse = seen.setdefault(tuple(at.values()), forward_flops(ledger, at))
-    total += 2 * sparse + (dense if dense_gradient(step) else sparse)
-  return total / steps
+  return (passes + 1) * forward + (forward if weight_gradient is None else weight_gradient)
 
 
 @dataclasses.dataclass(frozen=True)

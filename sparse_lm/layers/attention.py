@@ -32,10 +32,21 @@ def causal(
 def note(
   path: tuple[str, ...], q_BxLxHxK: jax.Array, keys: int, scored: float = 1.0, read: float = 1.0
 ) -> None:
-  """Notes both matmuls: every query with every key, times the shares of keys scored and read."""
+  """Notes both matmuls, by the convention of all pairs.
+
+  Every query is charged with every key, those behind it included, because that is what dense attention
+  computes before its mask. A method that reads fewer keys is charged with the share that it reads of
+  the causal ones, so that a share means the same by both conventions; `cost.causal_pairs` turns the
+  notes into exact counts of what is read.
+
+  Args:
+    keys: S.
+    scored: share of the causal keys whose scores are computed; `read`, of those whose values are read.
+  """
   flops = 2 * q_BxLxHxK.size * keys
-  cost.note(path, 'scores', flops * scored)
-  cost.note(path, 'values', flops * read)
+  causal = (keys + 1) / (2 * keys)
+  cost.note(path, 'scores', flops * scored, causal=causal)
+  cost.note(path, 'values', flops * read, causal=causal)
 
 
 def share_of_keys(most: int, length: int) -> float:

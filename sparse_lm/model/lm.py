@@ -162,6 +162,12 @@ def _check_credit(modules: dict[Choice, nn.Module]) -> None:
         )
 
 
+def samples(model: LM) -> bool:
+  """Whether a gate of the model is a policy whose actions training samples."""
+  supplied = {'spec': model.spec, 'activation': None, 'inner': None, 'parent': None}
+  return any(getattr(choice.make(supplied), 'policy', False) for choice in running(model))
+
+
 def twin(model: LM) -> LM:
   """The dense twin: each method that runs less than its `otherwise` replaced by that."""
   return LM(model.spec, tuple(choice.dense() for choice in model.choices))
@@ -221,12 +227,16 @@ def packable(model: LM) -> packed.Packable:
   return packed.Packable(list(dict.fromkeys(found.paths)), found.joined)
 
 
-def ledger(model: LM, length: int) -> cost.Ledger:
+def ledger(model: LM, length: int, mode: str = 'eval') -> cost.Ledger:
   """FLOPs per token of every matmul of a forward pass over `length` tokens, from a trace alone."""
   variables = shapes(model)
   tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
   with cost.recording() as notes:
-    jax.eval_shape(lambda v, t: model.apply(v, t, mode='eval', mutable=True), variables, tokens)
+    key = jax.random.key(0)
+    run = functools.partial(
+      model.apply, mode=mode, mutable=True, rngs={'dropout': key, 'gates': key}
+    )
+    jax.eval_shape(run, variables, tokens)
   return {
     path: dataclasses.replace(matmul, flops=matmul.flops / length) for path, matmul in notes.items()
   }

@@ -41,12 +41,14 @@ def label_text(value: Any) -> str:
 
 
 def notes(frame: pd.DataFrame) -> str:
-  """What a reader must know of the numbers: seeds, spread, what differences are from, machines."""
+  """What a reader must know of the numbers: seeds, spread, what differences are from,
+  conventions of counting, machines."""
   seeds = ', '.join(map(str, frame.attrs['seeds']))
   parts = [f'Mean ± sample standard deviation over seeds {seeds}; no ± where there is no spread.']
   if any(name.endswith('_delta_n') for name in frame.columns):
     labels = ', '.join(f'{k} {label_text(v)}' for k, v in frame.attrs['baseline'].items())
     parts.append(f'Δ: difference from {labels}, paired seed by seed.')
+  parts += dict.fromkeys(c.note for c in frame.attrs['columns'] if c.note)
   if any(c.is_time for c in frame.attrs['columns']):
     parts.append('Times are as measured and, unless a run is packed, no claim of speed.')
   if machines := frame.attrs['machines']:

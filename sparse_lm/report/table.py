@@ -33,6 +33,7 @@ class Column:
       the metric's own unit.
     paired: whether a second column gives the difference from the baseline, seed by seed. Refused
       for times (ValueError): a difference of times is a claim of speed.
+    note: a sentence below a table with this column: the convention by which its numbers are counted.
   """
 
   metric: str
@@ -41,6 +42,7 @@ class Column:
   unit: str = ''
   scale: float = 1.0
   paired: bool = False
+  note: str = ''
 
   def __post_init__(self) -> None:
     if self.paired and self.is_time:
@@ -72,6 +74,18 @@ def speedup(metric: str, what: str, short: str = '') -> list[Column]:
   ]
 
 
+_PAIRS = (
+  'Attention is charged over all pairs of the context, a window with the share that it reads of the '
+  'causal pairs; columns of causal pairs charge the pairs that are read and no other.'
+)
+_TRAINING = (
+  "Training FLOPs are those of the run's own steps, second forward passes and a teacher's included; what "
+  'gates close is computed in training and charged.'
+)
+_ANCESTORS = (
+  'Training FLOPs with ancestors add those of the runs whose weights a run started from; the dense twin '
+  "trains for the run's own steps alone."
+)
 # What `sparse_lm.train` measures, ready to print.
 COLUMNS = (
   Column('val_loss', 'validation loss', '.4f', 'nats/token', paired=True),
@@ -81,9 +95,23 @@ COLUMNS = (
   Column('params', 'parameters', ',.0f'),
   Column('nonzero_params', 'nonzero parameters', ',.0f'),
   Column('active_params', 'active parameters', ',.0f'),
-  Column('flops_forward', 'forward', ',.0f', 'kFLOP/token', 1e-3),
-  Column('flops_forward_ratio', 'forward FLOPs', '.3f', '× own dense twin'),
-  Column('flops_training_ratio', 'training FLOPs', '.3f', '× own dense twin'),
+  Column('flops_forward', 'forward', ',.0f', 'kFLOP/token', 1e-3, note=_PAIRS),
+  Column('flops_forward_ratio', 'forward FLOPs', '.3f', '× own dense twin', note=_PAIRS),
+  Column(
+    'flops_forward_causal_ratio',
+    'forward FLOPs, causal pairs',
+    '.3f',
+    '× own dense twin',
+    note=_PAIRS,
+  ),
+  Column('flops_training_ratio', 'training FLOPs', '.3f', '× own dense twin', note=_TRAINING),
+  Column(
+    'flops_training_total_ratio',
+    'training FLOPs with ancestors',
+    '.3f',
+    '× own dense twin',
+    note=_ANCESTORS,
+  ),
   Column('active', 'active neurons', '.1f', '%', 100),
   Column('dead', 'dead neurons', '.1f', '%', 100),
   Column('union_8', 'active in 8 tokens', '.1f', '%', 100),

@@ -1,5 +1,6 @@
 """The checkpoint of lowest validation loss, kept in `best/` beside the newest ones."""
 
+import dataclasses
 import math
 import pathlib
 
@@ -7,6 +8,7 @@ from sparse_lm.train import state as states
 from sparse_lm.train.checkpoint import EVALUATED, Checkpoints
 from sparse_lm.train.state import TrainState
 from sparse_lm.train.step import Program
+from sparse_lm.train.work import Work
 
 FOLDER = 'best'  # of a workdir
 
@@ -39,13 +41,14 @@ class Best:
     if numbers := self._checkpoints.newest_numbers():
       self.loss, self.step = numbers['val_loss'], numbers['step']
 
-  def offer(self, program: Program, state: TrainState, loss: float) -> bool:
+  def offer(self, program: Program, state: TrainState, loss: float, work: Work) -> bool:
     """Keeps `state` if its validation loss is the lowest so far, and says whether it is."""
     if not loss < self.loss:
       return False
     states.check_masks(program, state)
     self.loss, self.step = loss, int(state.step)
-    self._checkpoints.save(state, items=EVALUATED, numbers={'val_loss': loss, 'step': self.step})
+    numbers = {'val_loss': loss, 'step': self.step, 'work': dataclasses.asdict(work)}
+    self._checkpoints.save(state, items=EVALUATED, numbers=numbers)
     return True
 
   def settle(self) -> None:

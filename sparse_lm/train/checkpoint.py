@@ -19,6 +19,7 @@ from sparse_lm.core.errors import UserError
 from sparse_lm.core.sparse import Tree
 from sparse_lm.train.history import History
 from sparse_lm.train.state import TrainState
+from sparse_lm.train.work import Work
 
 SCHEMA = 3
 EVALUATED = ('params', 'sparse', 'model')  # what evaluation and export read
@@ -162,6 +163,10 @@ class Checkpoints:
     except Exception as error:  # as in `restore`
       print(f'corrupt: checkpoint {step} in {self.path} ({_first_line(error)})', file=sys.stderr)
       return None
+
+  def work(self, step: int) -> Work:
+    """What training had spent at an intact checkpoint."""
+    return Work(**self._meta(step)['numbers']['work'])
 
   def delete(self, steps: Sequence[int]) -> None:
     """Removes these checkpoints."""

@@ -15,6 +15,7 @@ from sparse_lm.train import cost, observe
 from sparse_lm.train.environment import environment
 from sparse_lm.train.setup import Setup
 from sparse_lm.train.state import TrainState
+from sparse_lm.train.work import Work
 
 
 def evaluate(
@@ -44,8 +45,10 @@ def result_of(
   masks: Tree,
   measured: dict[str, float],
   observed: dict[str, float],
+  work: Work,
 ) -> dict[str, Any]:
   """The contents of result.json."""
+  spent = work.over(cost.tokens(run.config, int(state.step)))
   return {
     'config': configs.to_json(run.config),
     'env': environment(),
@@ -55,7 +58,7 @@ def result_of(
     'metrics': {
       'steps': int(state.step),
       **measured,
-      **cost.report(run.program, state.sparse.target, masks, observed),
+      **cost.report(run.program, state.sparse.target, masks, observed, spent),
       **observe.summary(observed),
     },
   }

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from sparse_lm.core.sparse import Tree
+from sparse_lm.train.work import Work
 
 
 @dataclasses.dataclass
@@ -15,12 +16,14 @@ class History:
       dense. The next evaluation counts the bits that differ from them.
     planned_steps: optimizer steps that the schedules of the learning rate and of the weight method
       span.
+    work: FLOPs that training has spent.
     loss_sum: of the training losses (nats per token) of the steps since the last line of the log.
     loss_steps: the number of these steps.
   """
 
   masks: Tree
   planned_steps: int
+  work: Work
   loss_sum: float = 0.0
   loss_steps: int = 0
 
@@ -37,8 +40,9 @@ class History:
 
   def numbers(self) -> dict[str, Any]:
     """All fields but the masks, as JSON values."""
-    return {field: value for field, value in vars(self).items() if field != 'masks'}
+    fields = {field: value for field, value in vars(self).items() if field != 'masks'}
+    return fields | {'work': dataclasses.asdict(self.work)}
 
   def restore(self, numbers: dict[str, Any], masks: Tree) -> None:
     """Sets all fields to what a checkpoint holds."""
-    vars(self).update(numbers, masks=masks)
+    vars(self).update(numbers, work=Work(**numbers['work']), masks=masks)

@@ -94,7 +94,7 @@ class _Loop:
     self.setup, self.folder, self.checkpoints, self.best = run, folder, checkpoints, best
     self.config, self.program = run.config, run.program
     self.progress = progress
-    self.timer = StepTimer()
+    self.timer, self.meter = StepTimer(), run.meter()
     self.pending: list[tuple[int, dict[str, jax.Array]]] = []
     self.newest: dict[str, float] = {}  # metrics of the newest step on the host
     self.evaluated: Evaluated | None = None
@@ -123,7 +123,8 @@ class _Loop:
     """The state and the data where the newest checkpoint left them, or at step 0."""
     state = self.setup.start()
     batches = self.setup.data.train_iterator(rng.data_seed(self.config.seed))
-    self.history = History(self.program.finalize(state)[1], self.config.train.steps)
+    _, masks = self.program.finalize(state)
+    self.history = History(masks, self.config.train.steps, self.setup.inherited)
     restored = self.checkpoints.restore(state, batches, history=self.history)
     step = 0 if restored is None else int(restored.step)
     self.checkpoints.set_aside_after(step)
@@ -172,6 +173,8 @@ class _Loop:
       for name in ('loss', 'gradient_norm'):
         self._check_finite(name, self.newest[name], step)
       self.history.add_loss(self.newest['loss'])
+      flops = self.meter.step(step - 1, self.newest['flops_pass'])
+      self.history.work = self.history.work.plus(flops)
     self.pending = []
 
   def _log(self, step: int) -> None:
@@ -204,7 +207,7 @@ class _Loop:
       moved = observe.connections(found.masks, self.history.masks)
       self.folder.log(step, found.values | seen | moved)
       self.history.masks = found.masks
-      best = self.best.offer(self.program, state, found.values['val_loss'])
+      best = self.best.offer(self.program, state, found.values['val_loss'], self.history.work)
       self.console.say(
         f'step {step:,}: validation loss {found.values["val_loss"]:.4f}{" (the best)" if best else ""}'
       )
@@ -244,6 +247,7 @@ class _Loop:
       'best_step': self.best.step,
       'train_step_ms': 1e3 * tokens / float(np.median(speeds)) if speeds else None,
     }
-    result = result_of(self.setup, state, found.masks, found.values | measured, found.observed)
+    measured |= found.values
+    result = result_of(self.setup, state, found.masks, measured, found.observed, self.history.work)
     self.folder.write_result(result)
     return result

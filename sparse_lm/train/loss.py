@@ -98,6 +98,7 @@ def loss(
   nats = jnp.mean(losses_BxL)
   kept = mean_density(density, params)
   metrics = {'loss': nats, 'density': kept} | observed(program, variables)
+  metrics['flops_pass'] = program.pass_flops(density)
   auxiliary = sum(jax.tree.leaves(variables.get('losses', {})), program.method.penalty(kept))
   activity = activity_of(variables)
   if activity or program.method.controlled:

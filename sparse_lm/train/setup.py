@@ -19,6 +19,7 @@ from sparse_lm.train.build import build
 from sparse_lm.train.state import TrainState
 from sparse_lm.train.step import Program
 from sparse_lm.train.trained import Trained, check_fits, load
+from sparse_lm.train.work import Meter, Work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,17 @@ class Setup:
   parent: Trained | None = None
   teacher: Trained | None = None
 
+  def meter(self) -> Meter:
+    """Counts the FLOPs of the run's steps."""
+    data = self.config.data
+    teacher = self.teacher.forward_flops(data.context) if self.teacher else 0.0
+    return Meter(self.program, data.batch * data.context, teacher)
+
+  @property
+  def inherited(self) -> Work:
+    """What training had spent before step 0."""
+    return Work(ancestors=self.parent.work.total if self.parent else 0.0)
+
   def start(self) -> TrainState:
     """The state at step 0."""
     state = self.program.init(self.config.seed, self.target)
@@ -60,6 +72,14 @@ def setup(config: ConfigDict) -> Setup:
       f'config.weight.name={config.weight.name!r} prunes trained models by their {", ".join(signals)}; '
       'valid: python -m sparse_lm.prune, or a method that trains'
     )
+  run = Setup(config, data, program, target, **loaded(config, program, data))
+  if run.parent is not None:
+    _check_masks(run.parent, program, target, config)
+  return run
+
+
+def loaded(config: ConfigDict, program: Program, data: Data) -> dict[str, Trained]:
+  """The runs that a config names, by the attribute of `Setup`."""
   found = {}
   for role, field, path in (
     ('parent', 'config.init_from', config.init_from),
@@ -68,9 +88,7 @@ def setup(config: ConfigDict) -> Setup:
     if path:
       found[role] = load(path)
       check_fits(found[role], field, program, data.tokenizer)
-  if 'parent' in found:
-    _check_masks(found['parent'], program, target, config)
-  return Setup(config, data, program, target, **found)
+  return found
 
 
 def _check_masks(parent: Trained, program: Program, target: Tree, config: ConfigDict) -> None:

@@ -83,9 +83,37 @@ class Program:
   @functools.cached_property
   def costs(self) -> tuple[cost.Ledger, float]:
     """The ledger, and the forward FLOPs of the dense twin."""
-    length = self.model.spec.context
-    dense = cost.forward_flops(lm.ledger(lm.twin(self.model), length), {})
-    return lm.ledger(self.model, length), dense
+    ledger = lm.ledger(self.model, self.model.spec.context)
+    return ledger, cost.forward_flops(self.twin_costs, {})
+
+  @functools.cached_property
+  def twin_costs(self) -> cost.Ledger:
+    """The ledger of the dense twin."""
+    return lm.ledger(lm.twin(self.model), self.model.spec.context)
+
+  @functools.cached_property
+  def training_costs(self) -> cost.Ledger:
+    """The ledger of a training step's forward pass, in FLOPs per token.
+
+    One rule holds for all gates, learned, random or top-k: a training step computes what they close and
+    multiplies it by zero, so nothing is left out for them. Routers of fixed capacity gather tokens, and
+    what they leave out is not in the ledger.
+    """
+    return cost.ungated(lm.ledger(self.model, self.model.spec.context, mode='train'))
+
+  def pass_flops(self, density: Tree) -> Any:
+    """FLOPs per token of a training step's forward pass, kernels at the `density` of that step.
+
+    A density that is learned is a gate on weights, and gates leave nothing out.
+    """
+    held = {} if self.method.controlled else tree.named(density)
+    return cost.forward_flops(self.training_costs, held)
+
+  def step_flops(self, step: int, forward: float) -> float:
+    """FLOPs per token of optimizer step `step`, whose forward pass takes `forward`; no teacher's."""
+    dense = self.pass_flops({}) if self.method.dense_gradient(step) else None
+    # A sampled policy's baseline is a second forward pass, without draws.
+    return cost.training_flops(forward, dense, passes=2 if lm.samples(self.model) else 1)
 
   def fraction(self, density: Tree, activity: dict[str, Array]) -> Array:
     """Forward FLOPs over the dense twin's: kernels at `density`, gates as they sowed `activity`."""

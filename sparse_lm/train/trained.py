@@ -10,15 +10,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sparse_lm.core import config as configs
+from sparse_lm.core import cost as ledgers
 from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
-from sparse_lm.core.sparse import Tree
+from sparse_lm.core.sparse import Tree, densities
 from sparse_lm.data import tokenizers
 from sparse_lm.model import lm
 from sparse_lm.train import best, cost
 from sparse_lm.train.build import build
 from sparse_lm.train.checkpoint import EVALUATED, Checkpoints
 from sparse_lm.train.step import Program
+from sparse_lm.train.work import Work
 from sparse_lm.train.workdir import read_json
 
 
@@ -33,6 +35,7 @@ class Trained:
     masks: like `params`, bool, `None` = dense.
     model_state: the model's other collections.
     step: optimizer steps completed.
+    work: FLOPs of training that led to it.
   """
 
   workdir: str
@@ -45,6 +48,7 @@ class Trained:
   masks: Tree
   model_state: Tree
   step: int
+  work: Work
 
   @functools.cached_property
   def _apply(self) -> Any:
@@ -58,7 +62,14 @@ class Trained:
   def costs(self) -> dict[str, Any]:
     """Sizes and FLOPs beside the dense twin's, gates as planned (see `train/cost.py`); what they let
     through on the validation text stands in the workdir's result.json."""
-    return cost.report(self.program, self.target, self.masks)
+    work = self.work.over(cost.tokens(self.config, self.step))
+    return cost.report(self.program, self.target, self.masks, work=work)
+
+  def forward_flops(self, length: int) -> float:
+    """FLOPs per token of a forward pass over `length` tokens that computes what gates close too."""
+    kept = tree.named(jax.device_get(densities(self.masks)))
+    ledger = ledgers.ungated(lm.ledger(self.program.model, length))
+    return ledgers.forward_flops(ledger, {path: float(d) for path, d in kept.items()})
 
   @property
   def is_sparse(self) -> bool:
@@ -91,6 +102,7 @@ def load(workdir: str) -> Trained:
   checkpoints = Checkpoints(folder, kind)
   try:
     state = checkpoints.restore(template, items=EVALUATED)
+    work = Work() if state is None else checkpoints.work(int(state.step))
   finally:
     checkpoints.close()
   if state is None:
@@ -107,6 +119,7 @@ def load(workdir: str) -> Trained:
     masks,
     state.model_state,
     int(state.step),
+    work,
   )
 
 

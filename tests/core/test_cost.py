@@ -138,14 +138,15 @@ def test_forward_flops_scale_with_the_density_of_each_kernel():
 @pytest.mark.parametrize('period', [1, 5, 20])
 def test_training_flops_of_a_periodic_dense_gradient_are_rigls_closed_form(period):
   dense, sparse = 180, 0.1 * 100 + 0.2 * 50 + 30
-  found = cost.training_flops(
-    LEDGER,
-    {'up/kernel': 0.1, 'down/kernel': 0.2},
-    density=lambda target, step: target,
-    dense_gradient=lambda step: step % period == 0,
-    steps=100,
-  )
-  assert found == pytest.approx((3 * sparse * (period - 1) + 2 * sparse + dense) / period)
+  steps = [
+    cost.training_flops(sparse, dense if step % period == 0 else None) for step in range(100)
+  ]
+  want = (3 * sparse * (period - 1) + 2 * sparse + dense) / period
+  assert np.mean(steps) == pytest.approx(want)
+
+
+def test_a_second_forward_pass_costs_a_third_more():
+  assert cost.training_flops(180.0, passes=2) == 4 * 180
 
 
 @pytest.fixture
@@ -157,14 +158,6 @@ def ramp():
     if 25 <= step <= 75 and ((step - 25) % 7 == 0 or step == 75):
       held = 1 - 0.9 * (1 - (1 - (step - 25) / 50) ** 3)
   return densities
-
-
-def test_training_flops_of_a_ramp_are_the_sum_over_its_steps(ramp):
-  method = slots.method('weight', 'magnitude')(total_steps=100, period=7)
-  found = cost.training_flops(
-    LEDGER, {'up/kernel': 0.1}, method.density, method.dense_gradient, 100
-  )
-  assert found == pytest.approx(np.mean([3 * (100 * d + 80) for d in ramp]), rel=1e-6)
 
 
 def forward_by_hand(density):
@@ -212,6 +205,30 @@ def test_report_of_a_run_equals_a_hand_count(name, ramp):
   }[name]
   assert report['flops_training'] == pytest.approx(training, rel=2e-3)
   assert report['flops_training_ratio'] == pytest.approx(report['flops_training'] / (3 * dense))
+
+
+def test_attention_is_reported_over_all_pairs_and_over_causal_ones():
+  window, context, width, hidden, vocab = 8, 64, 64, 256, 256
+  config = base.get_config()
+  config.data.context = context
+  config.model.update({'layers': 2, 'width': width, 'hidden': hidden})
+  with config.unlocked():
+    config.attention.update({'name': 'sliding_window', 'window': window})
+  report = train_cost.report(*build(config, vocab))
+  reads = causal = 0
+  for query in range(context):
+    for key in range(query + 1):
+      causal, reads = causal + 1, reads + (query - key < window)
+  linear = 2 * (4 * width**2 + 2 * width * hidden) * 2 + 2 * width * vocab
+  dense, exact, windowed = (
+    linear + 2 * 2 * 2 * width * pairs / context for pairs in (context**2, causal, reads)
+  )
+  all_pairs = linear + 2 * 2 * 2 * width * context * reads / causal
+  assert report['flops_forward'] == pytest.approx(all_pairs)
+  assert report['flops_forward_ratio'] == pytest.approx(all_pairs / dense)
+  assert report['flops_forward_causal'] == pytest.approx(windowed)
+  assert report['flops_forward_causal_ratio'] == pytest.approx(windowed / exact)
+  assert f'{all_pairs / dense:.3f} {windowed / exact:.3f}' == '0.904 0.948'
 
 
 def test_sizes_count_mask_bits_in_whole_bytes():

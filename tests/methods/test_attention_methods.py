@@ -323,6 +323,13 @@ def test_the_ledger_counts_the_entries_of_the_mask(attention, rule, length):
   scored = 1 if attention is TOPK else share  # top-k has to see every score
   assert notes[f'{PATH}/scores'].flops == pytest.approx(dense * scored)
   assert (share < 1) == (length > max(rule.values()))
+  # By the other convention, the very pairs that are read.
+  exact = cost.causal_pairs(notes)
+  read, causal = (2 * HEAD * mask_of(arrays, **r)[0].sum() / length for r in (rule, {}))
+  assert exact[f'{PATH}/values'].flops == pytest.approx(read)
+  assert exact[f'{PATH}/scores'].flops == pytest.approx(causal if attention is TOPK else read)
+  full = cost.causal_pairs(lm.ledger(model_of({'name': 'full'}), length))
+  assert full[f'{PATH}/values'].flops == full[f'{PATH}/scores'].flops == pytest.approx(causal)
 
 
 def test_a_gate_of_heads_can_skip_scores_values_and_output_and_nothing_else():

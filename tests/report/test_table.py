@@ -34,6 +34,13 @@ def lines():
   return found
 
 
+FLOPS = (
+  'flops_forward',
+  'flops_forward_ratio',
+  'flops_forward_causal_ratio',
+  'flops_training_ratio',
+  'flops_training_total_ratio',
+)
 COLUMNS = [
   Column('val_loss', 'loss_a', '.3f', 'nats', paired=True),
   Column('stored_bytes', 'stored', ',.1f', 'kB', 1e-3),
@@ -178,6 +185,17 @@ def test_latex_minus_and_markdown_pipe():
   tex = formats.latex(frame, '', '', '')
   assert 'a\\textbar{}b\\_-1 & 1 & $-$1.5 & $-$2.5' in tex
   assert '| a\\|b_-1 |' in formats.markdown(frame, '', '')
+
+
+def test_the_notes_state_each_convention_of_counting_once(lines):
+  found = [entry | {'metrics': entry['metrics'] | dict.fromkeys(FLOPS, 1.0)} for entry in lines]
+  columns = list(map(table.column, FLOPS))
+  note = formats.notes(table.summarise(found, ['method', 'sparsity'], columns))
+  assert note.count('Attention is charged over all pairs of the context') == 1
+  assert note.count("Training FLOPs are those of the run's own steps") == 1
+  assert note.count('Training FLOPs with ancestors add') == 1
+  plain = formats.notes(table.summarise(lines, ['method', 'sparsity'], COLUMNS))
+  assert 'Attention' not in plain and 'Training' not in plain
 
 
 def test_the_notes_name_every_machine_once(lines):

@@ -17,6 +17,7 @@ from sparse_lm.train.history import History
 from sparse_lm.train.loop import train
 from sparse_lm.train.setup import setup
 from sparse_lm.train.trained import load
+from sparse_lm.train.work import Work
 
 ITEMS = {'params', 'sparse', 'optimizer', 'model', 'history', 'data', 'meta'}
 BIG = 1000  # bytes: arrays and their descriptions, not the markers of a finished write
@@ -55,7 +56,7 @@ def restored(config):
 
   def restore(workdir):
     batches = run.data.train_iterator(rng.data_seed(config.seed))
-    history = History(run.program.finalize(template)[1], 0)
+    history = History(run.program.finalize(template)[1], 0, Work())
     checkpoints = Checkpoints(pathlib.Path(workdir))
     try:
       state = checkpoints.restore(template, batches, history=history)

@@ -14,6 +14,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from sparse_lm.core import rng, tree
 from sparse_lm.core.errors import UserError
+from sparse_lm.cost import predict
 from sparse_lm.prune import prune
 from sparse_lm.train.checkpoint import Checkpoints
 from sparse_lm.train.loop import train
@@ -21,6 +22,7 @@ from sparse_lm.train.loss import Distillation
 from sparse_lm.train.setup import setup
 from sparse_lm.train.step import Program
 from sparse_lm.train.trained import load
+from sparse_lm.train.work import Work
 
 STEPS, CUT = 10, 5
 SPARSITY = 0.625  # of 16 and of 32 inputs alike
@@ -140,7 +142,45 @@ def test_the_result_reports_the_masks_sparsity_and_not_the_configs(sparse, tuned
 def test_a_loaded_run_costs_what_its_result_says(tuned):
   costs, metrics = load(str(tuned[1])).costs(), tuned[2]['metrics']
   assert {name: metrics[name] for name in costs} == costs
-  assert costs['flops_training_ratio'] < 0.9
+
+
+def forward_flops(density, vocab):
+  """Per token of conftest's model: its matrices, scores and values of 16 keys, and the head."""
+  return 2 * (4 * 16 * 16 + 2 * 16 * 32) * density + 2 * 2 * 16 * 16 + 2 * 16 * vocab
+
+
+def test_training_costs_what_ran_in_this_run_and_in_those_before_it(dense, sparse, tuned):
+  parent, pruned, child = (load(path) for path in (dense, sparse, str(tuned[1])))
+  vocab = parent.tokenizer.vocab_size
+  whole, left = forward_flops(1, vocab), forward_flops(1 - SPARSITY, vocab)
+  costs = [run.costs() for run in (parent, pruned, child)]
+  ratios = [
+    (c['flops_training_ratio'], c['flops_training_total_ratio'], c['flops_training']) for c in costs
+  ]
+  assert ratios[0] == pytest.approx((1, 1, 3 * whole))
+  assert ratios[1] == pytest.approx((0, 1, 0))  # pruning trains nothing
+  own, before = left / whole, parent.step / STEPS
+  assert ratios[2] == pytest.approx((own, own + before, 3 * left))
+
+
+def test_a_teachers_forward_pass_is_part_of_a_step(dense, sparse, tiny_config):
+  for teacher, density in ((dense, 1), (sparse, 1 - SPARSITY)):
+    run = setup(tiny_config(init_from=sparse, distill__teacher=teacher, **TUNED))
+    vocab = run.data.tokenizer.vocab_size
+    assert run.meter().teacher == pytest.approx(forward_flops(density, vocab))
+  meter, tokens = run.meter(), run.config.data.batch * run.config.data.context
+  assert meter.step(0, 1000.0) == pytest.approx(tokens * (3 * 1000 + meter.teacher))
+  assert run.inherited == Work(0.0, load(sparse).work.total) and run.inherited.total > 0
+
+
+def test_the_prediction_of_a_distilled_run_counts_parent_and_teacher(dense, sparse, tiny_config):
+  config = tiny_config(init_from=sparse, distill__teacher=dense, **TUNED)
+  _, _, report = predict(config)
+  vocab = load(dense).tokenizer.vocab_size
+  whole, left = forward_flops(1, vocab), forward_flops(1 - SPARSITY, vocab)
+  own, before = (3 * left + whole) / (3 * whole), load(dense).step / STEPS
+  assert report['flops_training_ratio'] == pytest.approx(own)
+  assert report['flops_training_total_ratio'] == pytest.approx(own + before)
 
 
 def test_a_run_continued_is_exact_and_does_not_start_again(

@@ -7,6 +7,7 @@ import pytest
 
 from configs import base
 from sparse_lm.core import cost, slots
+from sparse_lm.core.estimator import ESTIMATORS
 from sparse_lm.model import lm
 from sparse_lm.train import cost as train_cost
 from sparse_lm.train import observe
@@ -214,6 +215,46 @@ def test_a_report_counts_gates_as_observed_and_training_as_planned():
   assert report['params'] - report['dense_params'] == routers
   unseen = train_cost.report(program, target)
   assert unseen['flops_forward'] == pytest.approx(every_gate_open)
+
+
+@pytest.mark.parametrize('estimator', ESTIMATORS)
+def test_training_costs_all_that_gates_close_whatever_their_estimator(estimator):
+  fields = {'depth__estimator': estimator, 'depth__open': 0.3}
+  program, target = build(small('token_gate', **fields), VOCAB)
+  forward = HEAD + LAYERS * (ROUTER + BLOCK)
+  passes = 4 if estimator == 'reinforce' else 3  # its baseline is a second forward pass
+  report = train_cost.report(program, target)
+  assert report['flops_training'] == pytest.approx(passes * forward)
+  assert report['flops_training_ratio'] == pytest.approx(
+    passes / 3 * forward / (HEAD + LAYERS * BLOCK)
+  )
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {'activation__name': 'topk', 'activation__density': 0.25},
+    {'mlp__name': 'predictor_topk', 'mlp__density': 0.25},
+  ],
+)
+def test_training_computes_the_units_that_are_not_selected(fields):
+  config = small(mlp=fields.get('mlp__name', 'dense'))
+  with config.unlocked():
+    for field, value in fields.items():
+      group, key = field.split('__')
+      config[group][key] = value
+  program, target = build(config, VOCAB)
+  # A predictor and its MLP have as many weights as the plain MLP.
+  assert train_cost.report(program, target)['flops_training_ratio'] == pytest.approx(1)
+
+
+def test_routers_of_fixed_capacity_leave_tokens_out_of_training():
+  seats = LENGTH // 4
+  program, target = build(small('mixture_of_depths', depth__capacity=0.25), VOCAB)
+  # A quarter of the tokens enters, and has a quarter of the keys to read.
+  entered = (BLOCK - 2 * TO_KEYS + 2 * (2 * seats * WIDTH)) * seats / LENGTH
+  forward = HEAD + LAYERS * (ROUTER + 2 * (WIDTH + 1) + entered)
+  assert train_cost.report(program, target)['flops_training'] == pytest.approx(3 * forward)
 
 
 def test_a_report_takes_each_gate_times_the_density_of_its_kernels():
