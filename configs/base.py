@@ -13,7 +13,9 @@ def get_config() -> ConfigDict:
   return ConfigDict(
     {
       'seed': 0,
-      'init_from': '',  # workdir of a run to start from: its weights, and with static its masks
+      # Workdir of a run to start from: its weights, with static its masks, and its data and tokenizer
+      # where neither the command line nor the config file names others.
+      'init_from': '',
       'data': {
         'source': 'stdlib',  # stdlib: the Python standard library's own source | files | tfds | mixture
         # files: a glob of text files | tfds: a directory that it prepared as array_record |

@@ -10,6 +10,7 @@ import ast
 import contextlib
 import importlib.util
 import json
+import os
 import pathlib
 import sys
 import traceback
@@ -22,10 +23,12 @@ from sparse_lm.core import ranges, slots
 from sparse_lm.core.errors import UserError, unknown
 
 BASE = pathlib.Path(__file__).parents[2] / 'configs' / 'base.py'
+# The fields of `config.data` that say what is read and how it becomes tokens.
+TEXT = ('source', 'path', 'split', 'tokenizer', 'vocab_size')
 
 
 def load(path: str, overrides: dict[str, Any] | None = None) -> ConfigDict:
-  """The locked config of a file.
+  """The locked config of a file; one with `init_from` takes that run's `data`, see `_inherit_data`.
 
   Args:
     path: of the Python file.
@@ -36,7 +39,9 @@ def load(path: str, overrides: dict[str, Any] | None = None) -> ConfigDict:
     UserError: the file, a field or a method does not exist, the file fails, or a value has another
       type or lies outside its range.
   """
-  return _overridden(_read(path), dict(overrides or {}), path)
+  config, overrides = _read(path), dict(overrides or {})
+  _inherit_data(config, overrides)
+  return _overridden(config, overrides, path)
 
 
 def derive(config: ConfigDict, overrides: dict[str, Any], allowed: tuple[str, ...]) -> ConfigDict:
@@ -54,6 +59,35 @@ def derive(config: ConfigDict, overrides: dict[str, Any], allowed: tuple[str, ..
       for key in slots.fields(slot, node):
         del node[key]
   return _overridden(config, dict(overrides), 'the run')
+
+
+def _inherit_data(config: ConfigDict, overrides: dict[str, Any]) -> None:
+  """Has a run that starts from another one read that one's text, in the same tokens.
+
+  Of the parent's `data` group all fields are taken but those that an override sets, and those of `TEXT`
+  to which the file gives another value than `configs/base.py`. Where the parent has no config (yet),
+  nothing changes: setting the run up says what is missing.
+  """
+  parent = overrides.get('init_from', config.get('init_from', ''))
+  if not (parent and isinstance(parent, str) and isinstance(config.get('data'), ConfigDict)):
+    return  # what is wrong here, `_overridden` says
+  default = _read(str(BASE)).data
+  for field, value in _saved_data(parent).items():
+    told = field in TEXT and config.data.get(field) != default[field]
+    if field in config.data and not told and f'data.{field}' not in overrides:
+      config.data[field] = _convert(f'data.{field}', value, config.data[field])
+
+
+def _saved_data(workdir: str) -> dict[str, Any]:
+  folder = pathlib.Path(os.path.expanduser(workdir))
+  if folder.name == 'best':  # the checkpoint of lowest validation loss, in the folder of its run
+    folder = folder.parent
+  try:
+    saved = json.loads((folder / 'config.json').read_text())
+  except (OSError, ValueError, RecursionError):
+    return {}
+  data = saved.get('data') if isinstance(saved, dict) else None
+  return data if isinstance(data, dict) else {}
 
 
 def _overridden(config: ConfigDict, overrides: dict[str, Any], path: str) -> ConfigDict:

@@ -194,14 +194,17 @@ class Data:
     } or {'': (tokens, 1.0)}
 
 
-def load(config: Any) -> Data:
+def load(config: Any, tokenizer: tokenizers.Tokenizer | None = None) -> Data:
   """What `config.{source, path, split, tokenizer, vocab_size, context, batch}` describe.
+
+  A `tokenizer` that is given takes the place of the one that the corpus would make.
 
   Raises `UserError` for a bad source, path, split or tokenizer, and where training or validation
   would find too little text: before any long work, not at the first evaluation.
   """
   corpus = sources.load(config)
-  tokenizer = tokenizers.build(config.tokenizer, corpus, config.vocab_size)
+  if tokenizer is None:
+    tokenizer = tokenizers.build(config.tokenizer, corpus, config.vocab_size)
   tokens = {name: tokenizer.encode(text) for name, text in corpus.splits.items()}
   sizes = {name: len(ids) for name, ids in tokens.items()}
   card = {

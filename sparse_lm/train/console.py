@@ -24,11 +24,16 @@ def opening(run: Setup, name: str, first: int) -> str:
   kept = sum(shapes[path].size * density for path, density in target.items())
   dropped = f'{1 - kept / prunable:.1%} of {prunable:,} to be dropped' if prunable else 'dense'
   data, train = run.config.data, run.config.train
+  relatives = ''.join(
+    f'; {role} {relative.source}'
+    for role, relative in (('starts from', run.parent), ('learns from', run.teacher))
+    if relative is not None
+  )
   devices = f'{jax.device_count()} × {jax.devices()[0].device_kind} ({jax.default_backend()})'
   return (
     f'{name}: {sum(leaf.size for leaf in shapes.values()):,} parameters, {dropped}; {devices}; '
     f'{len(run.data.tokens["train"]):,} training tokens; steps {first + 1:,} to {train.steps:,} of '
-    f'{data.batch * data.context:,} tokens each'
+    f'{data.batch * data.context:,} tokens each{relatives}'
   )
 
 

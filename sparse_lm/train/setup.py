@@ -14,11 +14,12 @@ from sparse_lm.core.errors import UserError
 from sparse_lm.core.sparse import Tree
 from sparse_lm.data.pipeline import Data
 from sparse_lm.data.pipeline import load as load_data
+from sparse_lm.data.tokenizers import Tokenizer
 from sparse_lm.train import state as states
 from sparse_lm.train.build import build
 from sparse_lm.train.state import TrainState
 from sparse_lm.train.step import Program
-from sparse_lm.train.trained import Trained, check_fits, load
+from sparse_lm.train.trained import Trained, check_fits, inherited_tokenizer, load
 from sparse_lm.train.work import Meter, Work
 
 
@@ -129,13 +130,18 @@ def _check_memory(program: Program, data: Data, target: Tree) -> None:
 
 
 def data_of(config: ConfigDict) -> Data:
-  """The corpus in tokens; cached, because the runs of a study share it."""
-  return _load_data(json.dumps(configs.to_json(config.data)))
+  """The corpus in tokens; cached, because the runs of a study share it.
+
+  A run that starts from another one has the tokenizer of that one, unless it names one of its own: one
+  that is learned anew from another text would give other tokens.
+  """
+  tokenizer = inherited_tokenizer(config) if config.init_from else None
+  return _load_data(json.dumps(configs.to_json(config.data)), tokenizer)
 
 
 @functools.lru_cache(maxsize=4)
-def _load_data(config: str) -> Data:
-  return load_data(configs.from_json(json.loads(config)))
+def _load_data(config: str, tokenizer: Tokenizer | None) -> Data:
+  return load_data(configs.from_json(json.loads(config)), tokenizer)
 
 
 def _check_accumulation(config: ConfigDict) -> None:

@@ -78,6 +78,14 @@ class Trained:
     return not all(np.all(mask) for mask in masks.values())
 
 
+def folder_of(workdir: str) -> tuple[pathlib.Path, str]:
+  """The folder of a run, and the name in it of the checkpoints that `workdir` means; see `load`."""
+  folder = pathlib.Path(workdir)
+  if folder.name == best.FOLDER and not (folder / 'config.json').exists():
+    return folder.parent, best.FOLDER
+  return folder, 'checkpoints'
+
+
 def load(workdir: str) -> Trained:
   """Loads a workdir, without its optimizer.
 
@@ -88,9 +96,7 @@ def load(workdir: str) -> Trained:
   Raises:
     UserError: the folder holds no run, or no intact checkpoint.
   """
-  folder, kind = pathlib.Path(workdir), 'checkpoints'
-  if folder.name == best.FOLDER and not (folder / 'config.json').exists():
-    folder, kind = folder.parent, best.FOLDER
+  folder, kind = folder_of(workdir)
   if not (folder / 'config.json').exists():
     raise UserError(f'workdir {workdir} holds no run (no config.json)')
   config = configs.from_json(read_json(folder / 'config.json'))
@@ -129,6 +135,21 @@ def _source(folder: pathlib.Path, kind: str, step: int) -> str:
   lowest = best.step_in(folder)
   hint = f' (that of lowest validation loss, step {lowest}, is {folder / best.FOLDER})'
   return f'{folder}: the newest checkpoint, step {step}{"" if lowest in (None, step) else hint}'
+
+
+def inherited_tokenizer(config: ConfigDict) -> tokenizers.Tokenizer | None:
+  """The tokenizer of the run that `config` starts from, where both name the same kind and size.
+
+  `None` where they do not, or where the folder holds no run: setting the run up says so.
+  """
+  try:
+    folder, _ = folder_of(config.init_from)
+    parent = configs.from_json(read_json(folder / 'config.json')).data
+    if any(parent[field] != config.data[field] for field in ('tokenizer', 'vocab_size')):
+      return None
+    return tokenizers.from_json(read_json(folder / 'tokenizer.json'))
+  except UserError:
+    return None
 
 
 def check_fits(

@@ -236,3 +236,48 @@ def test_the_command_line_as_a_whole(write, monkeypatch, capsys):
     errors.one_line(lambda: configs.from_command_line(argparse.ArgumentParser()))()
   captured = capsys.readouterr().err
   assert stop.value.code == 2 and captured.count('\n') == 1 and 'config.seed' in captured
+
+
+@pytest.fixture
+def parent(tmp_path):
+  """The workdir of a run on data that differs from the defaults in every field."""
+  config = base.get_config()
+  config.data.update(
+    {'source': 'files', 'path': 'a/*.txt', 'split': (0.8, 0.1, 0.1), 'tokenizer': 'bpe'}
+    | {'vocab_size': 512, 'context': 32, 'batch': 4}
+  )
+  folder = tmp_path / 'parent'
+  folder.mkdir()
+  (folder / 'config.json').write_text(json.dumps(configs.to_json(config)))
+  return str(folder), config.data.to_dict()
+
+
+@pytest.mark.parametrize('below', ['', '/best'])
+def test_a_run_that_starts_from_another_has_its_data(below, parent, write):
+  workdir, data = parent
+  sizes = 'config.data.update({"context": 64, "batch": 16})'  # as in configs/tiny.py
+  for path in (write(), write(sizes), write(f'config.init_from = {workdir + below!r}', sizes)):
+    config = configs.load(path, {'init_from': workdir + below})
+    assert config.data.to_dict() == data and config.init_from == workdir + below
+    assert config.is_locked
+
+
+def test_data_that_the_command_line_or_the_file_names_is_not_inherited(parent, write):
+  workdir, data = parent
+  overrides = {'init_from': workdir, 'data.path': 'b.txt', 'data.batch': '8'}
+  assert configs.load(write(), overrides).data.to_dict() == data | {'path': 'b.txt', 'batch': 8}
+  named = write("config.data.path = 'c.txt'", "config.data.source = 'tfds'")
+  config = configs.load(named, {'init_from': workdir})
+  assert config.data.to_dict() == data | {'path': 'c.txt', 'source': 'tfds'}
+  # A value that is the default can be asked for on the command line.
+  plain = base.get_config().data.to_dict()
+  given = {f'data.{field}': value for field, value in plain.items()}
+  assert configs.load(write(), {'init_from': workdir} | given).data.to_dict() == plain
+
+
+@pytest.mark.parametrize('text', [None, '{', '[1]', '{"data": 3}', '{"data": {"nonsense": 1}}'])
+def test_a_parent_without_a_config_changes_nothing(text, tmp_path, write):
+  if text is not None:
+    (tmp_path / 'config.json').write_text(text)
+  config = configs.load(write(), {'init_from': str(tmp_path)})
+  assert config.data.to_dict() == base.get_config().data.to_dict()

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
+from sparse_lm.core import config as configs
 from sparse_lm.core import rng, tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.cost import predict
@@ -244,6 +245,39 @@ def test_a_dense_parent_hands_on_its_weights_to_any_method(name, dense, tiny_con
     if not path.endswith('scale') and fresh[path].any():
       assert not np.allclose(fresh[path], tree.named(parent)[path], atol=1e-3)
 
+
+@pytest.mark.parametrize('tokenizer', ['chars', 'bpe'])
+def test_fine_tuning_reads_other_text_in_the_tokens_of_its_parent(
+  tokenizer, text_file, tiny_config, tmp_path
+):
+  parent = tiny_config(data__tokenizer=tokenizer, data__vocab_size=270, train__steps=1)
+  train(parent, str(tmp_path / 'parent'), progress=False)
+  other = tmp_path / 'other.txt'
+  other.write_text('the cat runs over the lazy tree ' * 100)  # it lacks characters of the first
+  fields = {'init_from': str(tmp_path / 'parent'), 'data.path': str(other), 'train.steps': 1}
+  config = configs.load('configs/tiny.py', fields | MODEL)
+  assert (config.data.tokenizer, config.data.context) == (tokenizer, 16)
+  result = train(config, str(tmp_path / 'child'), progress=False)
+  saved = configs.from_json(json.loads((tmp_path / 'child' / 'config.json').read_text()))
+  assert saved.data == config.data and saved.data.path == str(other)
+  tokens = load(str(tmp_path / 'parent')).tokenizer
+  child = load(str(tmp_path / 'child'))
+  assert child.tokenizer == tokens == setup(config).data.tokenizer
+  assert result['data']['tokenizer_sha256'] == tokens.digest
+  pruned = prune(
+    str(tmp_path / 'child'), str(tmp_path / 'pruned'), {'weight.name': 'magnitude'}, segments=1
+  )
+  assert pruned['data']['tokenizer_sha256'] == tokens.digest
+
+
+# What `tiny_config` says of the model, without its data.
+MODEL = {
+  'model.layers': 1,
+  'model.width': 16,
+  'model.hidden': 32,
+  'model.heads': 2,
+  'model.kv_heads': 2,
+}
 
 BAD = {
   'a method that loses masks': ({'weight__name': 'magnitude'}, ['config.init_from', "'static'"]),
