@@ -9,10 +9,11 @@ import numpy as np
 
 from sparse_lm.core import runtime
 from sparse_lm.core.errors import Parser, UserError, one_line
+from sparse_lm.core.ranges import Range
 from sparse_lm.evals import energy
 from sparse_lm.inference.decode import Decoder
 from sparse_lm.inference.runnable import Runnable, load
-from sparse_lm.inference.sample import Sampling
+from sparse_lm.inference.sample import TEMPERATURE, TOP_P, Sampling
 
 PLAIN = Sampling()
 
@@ -64,12 +65,14 @@ def _arguments() -> argparse.Namespace:
   parser = Parser('python -m sparse_lm.generate')
   parser.add_argument('--workdir', required=True, help='a trained run or a packed model')
   parser.add_argument('--prompt', required=True, action='append', help='repeat it for a batch')
-  parser.add_argument('--tokens', type=int, default=0, help='0 = what the context has room for')
-  parser.add_argument('--temperature', type=float, default=1.0, help='0 = greedy')
-  parser.add_argument('--top_k', type=int, default=0, help='0 = all')
-  parser.add_argument('--top_p', type=float, default=1.0, help='1 = all')
+  parser.add_argument(
+    '--tokens', type=Range(int, '[0, 2^31)'), default=0, help='0 = what the context has room for'
+  )
+  parser.add_argument('--temperature', type=TEMPERATURE, default=1.0, help='0 = greedy')
+  parser.add_argument('--top_k', type=Range(int, '[0, 2^31)'), default=0, help='0 = all')
+  parser.add_argument('--top_p', type=TOP_P, default=1.0, help='1 = all')
   parser.add_argument('--stop', default='', help='text that ends it')
-  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--seed', type=Range(int, '[0, 2^31)'), default=0)
   return parser.parse_args()
 
 
@@ -92,10 +95,6 @@ def _stream(texts: Iterator[list[str]], stop: str) -> list[str]:
 def main() -> None:
   """Streams one continuation, or prints several; the speed goes to stderr."""
   arguments = _arguments()
-  if arguments.tokens < 0:
-    raise UserError(
-      f'--tokens={arguments.tokens} is not valid; valid: 1 or more, or 0 for the rest'
-    )
   runtime.prepare()
   run = load(arguments.workdir)
   sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)

@@ -6,6 +6,7 @@ import time
 from sparse_lm.core import config as configs
 from sparse_lm.core import rng, runtime, slots
 from sparse_lm.core.errors import Parser, UserError, one_line
+from sparse_lm.core.ranges import Range
 from sparse_lm.train import one_shot
 from sparse_lm.train import state as states
 from sparse_lm.train.build import build
@@ -100,7 +101,10 @@ def main() -> None:
   parser = Parser('python -m sparse_lm.prune')
   parser.add_argument('--workdir', required=True, help='of the trained run')
   parser.add_argument('--out', required=True, help='new workdir of the pruned one')
-  parser.add_argument('--segments', type=int, default=128, help='calibration sequences')
+  parser.add_argument(
+    '--segments', type=Range(int, '[1, 2^31)'), default=128, help='calibration sequences'
+  )
+  configs.add_fields_to_help(parser, ('weight',))
   arguments, rest = parser.parse_known_args()
   runtime.prepare()
   overrides = configs.overrides_from_args(rest)

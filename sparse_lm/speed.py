@@ -6,7 +6,8 @@ import numpy as np
 from tabulate import tabulate
 
 from sparse_lm.core import runtime
-from sparse_lm.core.errors import Parser, UserError, one_line, require
+from sparse_lm.core.errors import Parser, UserError, one_line
+from sparse_lm.core.ranges import Range
 from sparse_lm.evals import decoding
 from sparse_lm.inference import saved
 from sparse_lm.inference.pack import PackedModel, dense_twin, pack
@@ -94,11 +95,11 @@ def main() -> None:
   """Prints the table, and what it was measured on."""
   parser = Parser('python -m sparse_lm.speed')
   parser.add_argument('--workdir', required=True, action='append', help='of a run, or packed')
-  parser.add_argument('--batch', type=int, default=1, help='sequences side by side')
-  parser.add_argument('--repeats', type=int, default=15, help='turns')
+  parser.add_argument(
+    '--batch', type=Range(int, '[1, 2^24]'), default=1, help='sequences side by side'
+  )
+  parser.add_argument('--repeats', type=Range(int, '[1, 2^31)'), default=15, help='turns')
   arguments = parser.parse_args()
-  require(arguments.batch >= 1, '--batch', arguments.batch, '1 or more')
-  require(arguments.repeats >= 1, '--repeats', arguments.repeats, '1 or more')
   runtime.prepare()
   found = speed(arguments.workdir, arguments.batch, arguments.repeats)
   print(table(found), end='\n\n')

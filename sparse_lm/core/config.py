@@ -141,15 +141,20 @@ def from_command_line(parser: argparse.ArgumentParser) -> tuple[argparse.Namespa
   raises.
   """
   parser.add_argument('--config', required=True, help='a config file, such as configs/tiny.py')
-  if not {'-h', '--help'}.isdisjoint(sys.argv):
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _fields(sys.argv[1:])
+  add_fields_to_help(parser)
   arguments, rest = parser.parse_known_args()
   return arguments, load(arguments.config, overrides_from_args(rest))
 
 
-def _fields(arguments: list[str]) -> str:
-  """Every field of the config that the command line names, else of `configs/base.py`, for `--help`."""
+def add_fields_to_help(parser: argparse.ArgumentParser, groups: tuple[str, ...] = ()) -> None:
+  """Lets `--help` list the fields that may be overridden: those of `groups`, by default all."""
+  if not {'-h', '--help'}.isdisjoint(sys.argv):
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _fields(sys.argv[1:], groups)
+
+
+def _fields(arguments: list[str], groups: tuple[str, ...]) -> str:
+  """The fields of the config that the command line names, else of `configs/base.py`."""
   parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
   parser.add_argument('--config', default=str(BASE))
   known, rest = parser.parse_known_args(arguments)
@@ -159,8 +164,9 @@ def _fields(arguments: list[str]) -> str:
   rows = [
     (f'  --config.{field}={value}', str(numbers.get(field, '')))
     for field, value in flat(config).items()
+    if not groups or field.partition('.')[0] in groups
   ]
-  width = max(len(row[0]) for row in rows if row[1])
+  width = max((len(setting) for setting, valid in rows if valid), default=0)
   return '\n'.join(
     [
       f'fields of {known.config}, each with its value and, of a number, what is valid. A method brings '

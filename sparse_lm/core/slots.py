@@ -1,9 +1,10 @@
 """Slots: a folder under `methods/` is a slot, a file in it a method, and a config names it.
 
 There is no registry. `methods/<slot>/<name>.py` defines one public class. A field of it with a
-default is a config key; a field without one is supplied by whoever builds the method. A method of a
-layer slot is a Linen module, and may define
-  check()     raises UserError where its fields are out of range, before anything is compiled
+default is a config key, and a number states its range there (`ranges.ranged`); a field without one is
+supplied by whoever builds the method. A method of a layer slot is a Linen module, and may define
+  check()     raises UserError where its fields do not fit each other or the model, before anything is
+              compiled
   twin        it runs less than the slot's dense method of that name, which costs are compared with
   causal      {mode: False} for modes in which it reads later tokens
 """

@@ -107,7 +107,7 @@ class WeightMethod:
     return pattern(getattr(self, 'pattern', 'unstructured'), self.groups)
 
   def check(self) -> None:
-    """Raises UserError where a field is out of its range; runs before anything is compiled."""
+    """Raises UserError where fields do not fit each other, before anything is compiled."""
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
     """The trainable tree and the sparse state at step 0."""

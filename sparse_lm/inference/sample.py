@@ -5,7 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sparse_lm.core.errors import require
+from sparse_lm.core.ranges import Range
+
+TEMPERATURE = Range(float, '0 or [0.0001, inf)')
+TOP_P = Range(float, '(0, 1]')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +28,9 @@ class Sampling:
 
   def check(self, vocab: int) -> None:
     """Raises UserError for an option out of its range."""
-    hot = self.temperature == 0 or 1e-4 <= self.temperature < float('inf')
-    require(hot, '--temperature', self.temperature, '0 (greedy), or 1e-4 or more')
-    require(0 <= self.top_k <= vocab, '--top_k', self.top_k, f'0 to the vocabulary, {vocab}')
-    require(0 < self.top_p <= 1, '--top_p', self.top_p, 'a probability in (0, 1]')
+    TEMPERATURE.require('--temperature', self.temperature)
+    TOP_P.require('--top_p', self.top_p)
+    Range(int, f'[0, {vocab}]').require('--top_k', self.top_k)
 
   def draw(self, logits_BxV: jax.Array, key: jax.Array) -> jax.Array:
     """int32 `[B]` for float32 logits."""

@@ -2,9 +2,13 @@
 
 import contextlib
 import functools
+import importlib
 import itertools
 import math
 import operator
+import pathlib
+import re
+import sys
 import time
 
 import jax.numpy as jnp
@@ -196,3 +200,37 @@ def test_a_width_of_many_divisors_is_answered_at_once(tiny_config):
   with pytest.raises(UserError, match=r"heads=7 doesn't divide .*width=1048576; valid: 1, 2, 4"):
     build(tiny_config(model__width=2**20, model__heads=7), 256)
   assert time.perf_counter() - begin < 5
+
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+NUMBERS = {
+  'generate': ('--tokens', '--temperature', '--top_k', '--top_p', '--seed'),
+  'speed': ('--batch', '--repeats'),
+  'prune': ('--segments',),
+}
+
+
+def test_numbers_of_a_command_line_have_ranges():
+  """Every `add_argument` of the package whose `type` is a number's names a range instead."""
+  for file in (ROOT / 'sparse_lm').rglob('*.py'):
+    source = file.read_text(encoding='utf-8')
+    assert not re.search(r'type=(int|float)\b', source), file
+    found = re.findall(r"add_argument\(\s*'(--\w+)',\s*type=", source)
+    assert tuple(found) == NUMBERS.get(file.stem, ()) or file.parent.name != 'sparse_lm', file
+
+
+@pytest.mark.parametrize('text', ['-1', 'nan', 'inf', '1e39', 'x', '', '9' * 400])
+@pytest.mark.parametrize(
+  ('command', 'argument'), [(command, name) for command, names in NUMBERS.items() for name in names]
+)
+def test_a_number_of_a_command_line_is_refused_before_anything_is_read(
+  command, argument, text, monkeypatch, capsys
+):
+  module = importlib.import_module(f'sparse_lm.{command}')
+  needed = {'generate': ['--prompt=a'], 'speed': [], 'prune': ['--out=nowhere/else']}[command]
+  monkeypatch.setattr(sys, 'argv', [command, '--workdir=nowhere', *needed, f'{argument}={text}'])
+  with pytest.raises(SystemExit) as stopped:
+    module.main()
+  error = capsys.readouterr().err
+  assert stopped.value.code == 2 and error.count('\n') == 1
+  assert f'argument {argument}: {text!r} is not valid; valid: ' in error or len(text) > 300

@@ -212,11 +212,11 @@ def test_the_generate_command_streams_what_it_makes(packed, monkeypatch, capsys)
   ('argument', 'named'),
   [
     ('--top_q=3', "unknown argument '--top_q': did you mean '--top_p'?"),
-    ('--top_k=x', "argument --top_k: invalid int value: 'x'"),
-    ('--top_p=2', '--top_p=2.0'),
+    ('--top_k=x', "argument --top_k: 'x' is not valid; valid: a whole number in [0, 2^31)"),
+    ('--top_p=2', "argument --top_p: '2' is not valid; valid: a float32 number in (0, 1]"),
     ('--prompt=' + 'the ' * 9, 'tokens; valid: 1 to 15'),
     ('--workdir=nowhere', 'holds no run'),
-    ('--tokens=-1', '--tokens=-1'),
+    ('--tokens=-1', "argument --tokens: '-1' is not valid"),
     ('--tokens=99', '--tokens=99 behind a prompt of 3'),
   ],
 )
