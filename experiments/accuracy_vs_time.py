@@ -109,7 +109,7 @@ def on_one_clock(lines: list[results.Line]) -> list[results.Line]:
   A shared machine is slower in one hour than in the next, so that only ratios within a run compare.
   """
   dense = {
-    study: np.median(
+    study: np.nanmedian(
       [line['metrics']['dense_decode_ms'] for line in lines if line['labels']['study'] == study]
     )
     for study in {line['labels']['study'] for line in lines}

@@ -5,6 +5,7 @@ gates at equal rate, and smaller dense models; over seeds that share initialisat
 """
 
 import functools
+import math
 import pathlib
 
 from experiments.sweep import Overrides, Run, fixed, grid, product
@@ -131,6 +132,7 @@ def _router_health(lines: list[results.Line], folder: pathlib.Path) -> None:
   for line in lines:
     metrics = folder / 'runs' / line['run'] / 'metrics.jsonl'
     # A figure is drawn where the run's folder is: lines may have come without it.
-    if 'max_violation' in line['metrics'] and line['seed'] == SEEDS[0] and metrics.exists():
+    routed = math.isfinite(line['metrics'].get('max_violation', math.nan))
+    if routed and line['seed'] == SEEDS[0] and metrics.exists():
       setting = line['labels']['setting'].split()[0]
       plot.save(health.router_health(metrics), folder, f'router_health_top{setting}')

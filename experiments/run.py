@@ -6,6 +6,10 @@ A study is a module `experiments/<name>.py` with
   `report(lines, folder) -> str`, which writes tables and figures and returns Markdown to print,
   and, where a run is more than training, `execute(run, workdir) -> dict` with the `metrics` and,
   as far as there are any, the `config`, `env` and `data` of the run's line.
+
+Several processes can work on one study: each takes runs that no other one is at. A run that diverges
+is recorded as such, `report` gets nan for its metrics, and the others go on; it is trained again once
+its line is removed from runs.jsonl, or with `--only=RUN_ID`.
 """
 
 import argparse
@@ -13,6 +17,7 @@ import ast
 import dataclasses
 import importlib
 import importlib.util
+import os
 import pathlib
 import pkgutil
 import shlex
@@ -24,7 +29,16 @@ from tqdm import tqdm
 
 import experiments
 from experiments.sweep import Run
-from sparse_lm.core.errors import UserError, one_line, unknown
+from sparse_lm.core import lock
+from sparse_lm.core.errors import (
+  Diverged,
+  Parser,
+  UserError,
+  local_path,
+  one_line,
+  unknown,
+  writing,
+)
 from sparse_lm.report import lines as results
 
 
@@ -66,7 +80,8 @@ class Study:
       if run.id(name) in runs:
         raise UserError(f'study {name} plans the run {run.id(name)} twice')
       runs[run.id(name)] = run
-    return cls(name, module, pathlib.Path(results_folder) / name, runs)
+    root = pathlib.Path(os.path.expanduser(results_folder))
+    return cls(name, module, root / name, runs)
 
   @property
   def file(self) -> pathlib.Path:
@@ -97,21 +112,37 @@ class Study:
     run = self.runs[run_id]
     if not hasattr(self.module, 'execute'):
       return run.command(self.workdir(run_id))
-    root = shlex.join([f'--results={self.folder.parent}'])
-    return f'python -m experiments.run {self.name} {root}  # {run_id}: {run.arguments}'
+    arguments = shlex.join([f'--results={self.folder.parent}', f'--only={run_id}'])
+    return f'python -m experiments.run {self.name} {arguments}  # {run.arguments}'
 
-  def train(self, runs: dict[str, Run]) -> None:
-    """Runs what has no line yet and appends its line.
+  def only(self, run_id: str) -> dict[str, Run]:
+    """One run. Raises UserError where the study plans none of this id."""
+    if run_id not in self.runs:
+      raise unknown(f'run of {self.name}', run_id, self.runs)
+    return {run_id: self.runs[run_id]}
+
+  def missing(self, runs: dict[str, Run], again: bool = False) -> dict[str, Run]:
+    """The runs without a line; `again`: also those whose line says that they diverged."""
+    lines = self.finished()
+    return {
+      run_id: run
+      for run_id, run in runs.items()
+      if run_id not in lines or (again and results.has_diverged(lines[run_id]))
+    }
+
+  def train(self, runs: dict[str, Run], again: bool = False) -> int:
+    """Runs what is missing (see there) and no other process is at, and appends its line.
+
+    Returns:
+      How many runs were left to other processes.
 
     Raises:
       UserError: a config is wrong, before the first run starts; or a run failed (the lines of the
         finished ones are kept).
     """
-    finished = self.finished()
-    missing = {run_id: run for run_id, run in runs.items() if run_id not in finished}
+    missing, left = self.missing(runs, again), 0
     seeds = {run_id: _load(run).seed for run_id, run in missing.items()}
-    execute = getattr(self.module, 'execute', _train)
-    if execute is _train:
+    if not hasattr(self.module, 'execute'):
       _check(missing)
     bar = tqdm(
       total=len(runs),
@@ -124,30 +155,49 @@ class Study:
     with bar:
       for run_id, run in missing.items():
         bar.set_description(run_id)
-        self.workdir(run_id).mkdir(parents=True, exist_ok=True)
+        with writing(self.workdir(run_id)):
+          self.workdir(run_id).mkdir(parents=True, exist_ok=True)
         try:
-          result = execute(run, self.workdir(run_id))
-        except UserError as error:
-          raise UserError(f'run {run_id}: {error}') from error
-        head = {'study': self.name, 'run': run_id, 'labels': run.labels, 'seed': seeds[run_id]}
-        results.append(
-          self.file, head | {'command': self.command(run_id)} | _checked(run_id, result)
-        )
+          # Not the lock of the workdir itself, which training takes.
+          with lock.held(self.workdir(run_id) / 'study.lock', f'run {run_id}'):
+            if self.missing({run_id: run}, again):  # another process may have done it meanwhile
+              results.append(self.file, self._line(run_id, run, seeds[run_id]))
+        except lock.Held:
+          left += 1
         bar.update()
+    return left
+
+  def _line(self, run_id: str, run: Run, seed: int) -> results.Line:
+    """Executes a run. Raises UserError where it fails for another reason than that it diverges."""
+    head = {'study': self.name, 'run': run_id, 'labels': run.labels, 'seed': seed}
+    head['command'] = self.command(run_id)
+    try:
+      result = getattr(self.module, 'execute', _train)(run, self.workdir(run_id))
+    except Diverged as error:
+      return head | results.diverged(str(error))
+    except lock.Held:
+      raise
+    except UserError as error:
+      raise UserError(f'run {run_id}: {error}') from error
+    return head | _checked(run_id, result)
 
   def report(self) -> str:
     """Tables and figures of what has finished, and how much of the study that is."""
     finished = self.finished()
     lacking = len(self.runs) - len(finished)
     note = f'{lacking} of {len(self.runs)} runs are missing'
-    if not finished:
-      return f'{note}: no table yet'
+    lost = [run_id for run_id, line in finished.items() if results.has_diverged(line)]
+    if len(lost) == len(finished):
+      return f'{note}, {len(lost)} diverged: no table yet'
     try:
-      shown = self.module.report(list(finished.values()), self.folder)
+      shown = self.module.report(results.with_diverged(list(finished.values())), self.folder)
     except UserError as error:
       if not lacking:
         raise
       return f'{note}: no table yet ({error})'  # such as a baseline that another shard trains
+    if lost:
+      again = f'python -m experiments.run {self.name} --results={self.folder.parent} --only=RUN_ID'
+      shown += f'\nDiverged: {", ".join(lost)}; to train one again: {again}\n'
     return f'{shown}\n{note}: the table is of the others\n' if lacking else shown
 
 
@@ -198,26 +248,26 @@ def main() -> None:
       print(f'{name}: {question}')
     return
   study = Study.load(arguments.name, arguments.results)
-  runs = study.shard(arguments.index, arguments.num_shards)
+  again = bool(arguments.only)
+  runs = study.only(arguments.only) if again else study.shard(arguments.index, arguments.num_shards)
   if arguments.dry_run:
-    finished = study.finished()
-    print(f'# {len(runs.keys() & finished)} of {len(runs)} runs are finished; missing:')
-    for run_id in runs:
-      if run_id not in finished:
-        print(study.command(run_id))
+    missing = study.missing(runs, again)
+    print(f'# {len(runs) - len(missing)} of {len(runs)} runs are finished; missing:')
+    for run_id in missing:
+      print(study.command(run_id))
     return
-  try:
-    study.train(runs)
-  except KeyboardInterrupt:
-    print('stopped; the same command continues', file=sys.stderr)
-    sys.exit(130)
+  if left := study.train(runs, again):
+    print(f'{left} runs are in the hands of other processes', file=sys.stderr)
   print(study.report())
 
 
 def _arguments() -> argparse.Namespace:
-  parser = argparse.ArgumentParser(prog='python -m experiments.run', allow_abbrev=False)
+  parser = Parser('python -m experiments.run')
   parser.add_argument('name', nargs='?', help='a study')
-  parser.add_argument('--results', default='results', help="folder of all studies' results")
+  parser.add_argument(
+    '--results', type=local_path, default='results', help="folder of all studies' results"
+  )
+  parser.add_argument('--only', metavar='RUN_ID', help='one run, also if it has diverged before')
   parser.add_argument('--list', action='store_true', help='list the studies')
   parser.add_argument('--dry_run', action='store_true', help='print what is missing')
   parser.add_argument('--index', type=int, default=0, help='of this shard')

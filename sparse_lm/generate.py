@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from sparse_lm.core import runtime
-from sparse_lm.core.errors import Parser, UserError, one_line
+from sparse_lm.core.errors import Parser, UserError, local_path, one_line
 from sparse_lm.core.ranges import Range
 from sparse_lm.evals import energy
 from sparse_lm.inference.decode import Decoder
@@ -63,7 +63,9 @@ def _utf8(prompt: str) -> bytes:
 
 def _arguments() -> argparse.Namespace:
   parser = Parser('python -m sparse_lm.generate')
-  parser.add_argument('--workdir', required=True, help='a trained run or a packed model')
+  parser.add_argument(
+    '--workdir', type=local_path, required=True, help='a trained run or a packed model'
+  )
   parser.add_argument('--prompt', required=True, action='append', help='repeat it for a batch')
   parser.add_argument(
     '--tokens', type=Range(int, '[0, 2^31)'), default=0, help='0 = what the context has room for'

@@ -4,12 +4,11 @@ A method's class docstring holds `Paper: ...` and `Saves: ...`; what it declares
 what the tests hold it to.
 """
 
-import argparse
 import inspect
 import re
 
 from sparse_lm.core import slots
-from sparse_lm.core.errors import one_line
+from sparse_lm.core.errors import Parser, one_line
 from sparse_lm.model import lm
 
 HEADER = ('method', 'slot', 'paper', 'saves', 'causal in')
@@ -49,7 +48,7 @@ def table() -> str:
 @one_line
 def main() -> None:
   """Prints the table."""
-  argparse.ArgumentParser(prog='python -m sparse_lm.list_methods', allow_abbrev=False).parse_args()
+  Parser('python -m sparse_lm.list_methods').parse_args()
   print(table())
 
 

@@ -7,12 +7,13 @@ import numpy as np
 from tabulate import tabulate
 
 from sparse_lm.core import runtime
-from sparse_lm.core.errors import Parser, UserError, one_line
+from sparse_lm.core.errors import Parser, UserError, local_path, one_line
 from sparse_lm.inference import saved
 from sparse_lm.inference.decode import Decoder
 from sparse_lm.inference.pack import PackedModel, weights
 from sparse_lm.inference.pack import pack as pack_model
 from sparse_lm.train.trained import Trained, load
+from sparse_lm.train.workdir import check_new
 
 TOLERANCE = 1e-4  # largest error of a logit over the largest logit, in float32
 CHECKED = 4  # sequences of the context's length
@@ -34,7 +35,7 @@ def pack(workdir: str, out: str) -> dict[str, Any]:
   Raises:
     UserError: no checkpoint, a folder that exists, or a packed model that computes something else.
   """
-  saved.check_free(out)
+  check_new(out, '--out')
   trained = load(workdir)
   packed = pack_model(trained.program.model, trained.params, trained.masks, trained.model_state)
   error = largest_error(trained, packed)
@@ -111,8 +112,10 @@ def same_text(trained: Trained, packed: PackedModel) -> dict[str, Any]:
 def main() -> None:
   """Packs a run, and says what became of each matrix."""
   parser = Parser('python -m sparse_lm.pack')
-  parser.add_argument('--workdir', required=True, help='of the trained run')
-  parser.add_argument('--out', required=True, help='new folder of the packed model')
+  parser.add_argument('--workdir', type=local_path, required=True, help='of the trained run')
+  parser.add_argument(
+    '--out', type=local_path, required=True, help='new folder of the packed model'
+  )
   arguments = parser.parse_args()
   runtime.prepare()
   found = pack(arguments.workdir, arguments.out)

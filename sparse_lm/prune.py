@@ -1,11 +1,11 @@
 """`python -m sparse_lm.prune --workdir=PARENT --out=CHILD --config.weight.name=wanda [...]`."""
 
-import pathlib
+import contextlib
 import time
 
 from sparse_lm.core import config as configs
 from sparse_lm.core import rng, runtime, slots
-from sparse_lm.core.errors import Parser, UserError, one_line
+from sparse_lm.core.errors import Parser, UserError, local_path, one_line
 from sparse_lm.core.ranges import Range
 from sparse_lm.train import one_shot
 from sparse_lm.train import state as states
@@ -16,7 +16,7 @@ from sparse_lm.train.history import History
 from sparse_lm.train.setup import Setup, data_of
 from sparse_lm.train.trained import check_fits, load
 from sparse_lm.train.work import Work
-from sparse_lm.train.workdir import Workdir, check_writable
+from sparse_lm.train.workdir import Workdir, check_new, whole_folder
 
 
 def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
@@ -24,7 +24,7 @@ def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
 
   Args:
     parent: workdir of the trained run.
-    out: a new workdir.
+    out: a new workdir; it is there as a whole or not at all.
     overrides: of `config.weight`.
     segments: calibration sequences of `config.data.context` tokens from the training text.
 
@@ -34,9 +34,7 @@ def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
   Raises:
     UserError: bad input, before anything is written.
   """
-  if (pathlib.Path(out) / 'config.json').exists():
-    raise UserError(f'--out={out} holds a run already; valid: a new folder')
-  check_writable(out, '--out')
+  check_new(out, '--out')
   trained = load(parent)
   config = configs.derive(trained.config, overrides, allowed=('weight',))
   data = data_of(config)
@@ -51,7 +49,6 @@ def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
   tokens_NxL = one_shot.calibration(
     data.tokens['train'], segments, config.data.context, config.seed
   )
-  folder = Workdir(out, config, data)
   begin = time.perf_counter()
   trainable, sparse = one_shot.prune(
     program,
@@ -82,16 +79,13 @@ def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
     'parent': parent,
     'pruned_from': trained.source,
   }
-  folder.open()
-  checkpoints = Checkpoints(folder.path)
-  try:
-    # What trains on from here starts the text anew: pruning read other parts of it.
-    batches = data.train_iterator(rng.data_seed(config.seed))
-    checkpoints.save(state, batches, History(masks, config.train.steps, work))
-  finally:
-    checkpoints.close()
-  folder.write_result(result)
-  folder.close()
+  with whole_folder(out) as path, contextlib.closing(Workdir(str(path), config, data)) as folder:
+    folder.open()
+    with contextlib.closing(Checkpoints(folder.path)) as checkpoints:
+      # What trains on from here starts the text anew: pruning read other parts of it.
+      batches = data.train_iterator(rng.data_seed(config.seed))
+      checkpoints.save(state, batches, History(masks, config.train.steps, work))
+    folder.write_result(result)
   return result
 
 
@@ -99,8 +93,8 @@ def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
 def main() -> None:
   """Prunes a trained run and prints the validation loss of what is left."""
   parser = Parser('python -m sparse_lm.prune')
-  parser.add_argument('--workdir', required=True, help='of the trained run')
-  parser.add_argument('--out', required=True, help='new workdir of the pruned one')
+  parser.add_argument('--workdir', type=local_path, required=True, help='of the trained run')
+  parser.add_argument('--out', type=local_path, required=True, help='new workdir of the pruned one')
   parser.add_argument(
     '--segments', type=Range(int, '[1, 2^31)'), default=128, help='calibration sequences'
   )

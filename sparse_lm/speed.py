@@ -6,7 +6,7 @@ import numpy as np
 from tabulate import tabulate
 
 from sparse_lm.core import runtime
-from sparse_lm.core.errors import Parser, UserError, one_line
+from sparse_lm.core.errors import Parser, UserError, local_path, one_line
 from sparse_lm.core.ranges import Range
 from sparse_lm.evals import decoding
 from sparse_lm.inference import saved
@@ -94,7 +94,9 @@ def _ratio(row: dict[str, Any], what: str) -> str:
 def main() -> None:
   """Prints the table, and what it was measured on."""
   parser = Parser('python -m sparse_lm.speed')
-  parser.add_argument('--workdir', required=True, action='append', help='of a run, or packed')
+  parser.add_argument(
+    '--workdir', type=local_path, required=True, action='append', help='of a run, or packed'
+  )
   parser.add_argument(
     '--batch', type=Range(int, '[1, 2^24]'), default=1, help='sequences side by side'
   )

@@ -20,7 +20,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sparse_lm.core import ranges, slots
-from sparse_lm.core.errors import UserError, unknown
+from sparse_lm.core.errors import UserError, local_path, unknown
 
 BASE = pathlib.Path(__file__).parents[2] / 'configs' / 'base.py'
 # The fields of `config.data` that say what is read and how it becomes tokens.
@@ -140,7 +140,9 @@ def from_command_line(parser: argparse.ArgumentParser) -> tuple[argparse.Namespa
   `--help` lists the config's fields too. Raises UserError for any other argument, and what `load`
   raises.
   """
-  parser.add_argument('--config', required=True, help='a config file, such as configs/tiny.py')
+  parser.add_argument(
+    '--config', type=local_path, required=True, help='a config file, such as configs/tiny.py'
+  )
   add_fields_to_help(parser)
   arguments, rest = parser.parse_known_args()
   return arguments, load(arguments.config, overrides_from_args(rest))
@@ -213,7 +215,7 @@ def flat(values: Any, prefix: str = '') -> dict[str, Any]:
 
 
 def _read(path: str) -> ConfigDict:
-  file = pathlib.Path(path)
+  file = pathlib.Path(os.path.expanduser(path))
   if not file.is_file():
     folder = file.parent if file.parent.is_dir() else pathlib.Path('configs')
     raise unknown(

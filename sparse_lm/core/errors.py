@@ -1,15 +1,25 @@
-"""Bad input gets one clear line and exit code 2, before any long work starts."""
+"""Every failure that a user can mend is one clear line and an exit code, whichever command failed."""
 
 import argparse
+import contextlib
 import difflib
 import functools
+import os
+import pathlib
+import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NoReturn
+
+LONGEST_LINE = 300  # characters
 
 
 class UserError(Exception):
   """What the user can mend: the message names the field, the value and what would be valid."""
+
+
+class Diverged(UserError):
+  """A loss or a gradient of a run is no longer finite: trained again, it would diverge again."""
 
 
 def unknown(what: str, name: object, valid: Iterable[str]) -> UserError:
@@ -51,15 +61,80 @@ class Parser(argparse.ArgumentParser):
     raise UserError(message)
 
 
+def local_path(text: str) -> str:
+  """The type of a `Parser`'s argument that names a file or a folder: shells leave the `~` of
+  `--workdir=~/x` as it is, so it is expanded here. An empty path is refused."""
+  if not text:
+    raise argparse.ArgumentTypeError("'' is not valid; valid: a file or a folder")
+  return os.path.expanduser(text)
+
+
+@contextlib.contextmanager
+def writing(path: str | pathlib.Path) -> Iterator[None]:
+  """Turns an `OSError` of the block into a `UserError` that names `path`; the operating system's own
+  error often names no file (a full disk is noticed by `write`, which knows none)."""
+  try:
+    yield
+  except OSError as error:
+    raise UserError(
+      f'{path} cannot be written ({error.strerror or error}); valid: a folder of yours, with room'
+    ) from error
+
+
 def one_line(main: Callable[[], None]) -> Callable[[], None]:
-  """Wraps an entry point: a `UserError` becomes one line on stderr and exit code 2."""
+  """Wraps an entry point, so that it ends in at most one line on stderr instead of a traceback.
+
+  Exit code 2: a `UserError`, an `OSError` (a full disk, a read-only folder, a name that is too long)
+  or text that the encoding of the output does not have. 130 (128 + SIGINT): Ctrl-C. 141 (128 +
+  SIGPIPE), and no line: nobody reads the output any more, as behind `| head -1`.
+  """
 
   @functools.wraps(main)
   def wrapped() -> None:
     try:
-      main()
+      try:
+        main()
+      finally:
+        if sys.stdout is not None:  # closed by `>&-`
+          sys.stdout.flush()
+    except BrokenPipeError:
+      _exit('', 128 + signal.SIGPIPE)
+    except KeyboardInterrupt:
+      _exit('stopped; the same command continues, or starts over', 128 + signal.SIGINT)
     except UserError as error:
-      print(f'error: {error}', file=sys.stderr)
-      sys.exit(2)
+      _exit(f'error: {error}', 2)
+    except OSError as error:
+      what = error.filename or 'a file or the output'
+      _exit(f'error: {what}: {error.strerror or error}', 2)
+    except UnicodeEncodeError as error:
+      lacking = error.object[error.start : error.end]
+      _exit(
+        f'error: the output has the encoding {error.encoding}, which cannot hold {lacking!r}; valid: '
+        'set PYTHONIOENCODING=utf-8',
+        2,
+      )
 
   return wrapped
+
+
+def shortened(message: str) -> str:
+  """`message` as one line of at most `LONGEST_LINE` characters. The middle is left out: it begins
+  with the field and ends with what would be valid."""
+  line = ' '.join(message.splitlines())
+  if len(line) <= LONGEST_LINE:
+    return line
+  head = LONGEST_LINE * 2 // 3
+  return f'{line[:head]} ... {line[head + 5 - LONGEST_LINE :]}'
+
+
+def _exit(message: str, code: int) -> NoReturn:
+  with contextlib.suppress(OSError):
+    if message:
+      print(shortened(message), file=sys.stderr, flush=True)
+  # Python flushes both once more as it ends, and would complain about what cannot be written.
+  for stream in filter(None, (sys.stdout, sys.stderr)):
+    try:
+      stream.flush()
+    except OSError:
+      os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+  sys.exit(code)

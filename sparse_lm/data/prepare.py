@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
 
-from sparse_lm.core.errors import Parser, UserError, one_line
+from sparse_lm.core.errors import Parser, UserError, local_path, one_line
 from sparse_lm.data import sources
 from sparse_lm.data.corpus import SPLITS
 
@@ -134,11 +134,15 @@ def _articles(path: str, split: str) -> list[bytes]:
 
 def _parser() -> Parser:
   parser = Parser('python -m sparse_lm.data.prepare')
-  parser.add_argument('--out', required=True, help='the data goes to OUT/KIND/1.0.0')
+  parser.add_argument(
+    '--out', type=local_path, required=True, help='the data goes to OUT/KIND/1.0.0'
+  )
   parser.add_argument('--kind', required=True, choices=KINDS)
   for split in SPLITS:
-    parser.add_argument(f'--{split}', metavar='FILE', help='of wikitext')
-  parser.add_argument('paths', nargs='*', metavar='PATH', help='files, globs; wikitext: a folder')
+    parser.add_argument(f'--{split}', type=local_path, metavar='FILE', help='of wikitext')
+  parser.add_argument(
+    'paths', type=local_path, nargs='*', metavar='PATH', help='files, globs; wikitext: a folder'
+  )
   return parser
 
 

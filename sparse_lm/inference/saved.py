@@ -9,8 +9,8 @@ model.safetensors            every parameter under its path, zeros where a weigh
 
 import dataclasses
 import hashlib
+import os
 import pathlib
-import tempfile
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ from sparse_lm.data import tokenizers
 from sparse_lm.inference.pack import Matrix, PackedModel, load_format, name_of, nested
 from sparse_lm.model import lm
 from sparse_lm.train.trained import Trained
-from sparse_lm.train.workdir import check_writable, read_json, write_json
+from sparse_lm.train.workdir import check_new, read_json, whole_folder, write_json
 
 VERSION = 2
 MANIFEST, ARRAYS, PLAIN = 'packed.json', 'packed.safetensors', 'model.safetensors'
@@ -59,14 +59,9 @@ def save(packed: PackedModel, trained: Trained, out: str, facts: dict[str, Any])
 
   Raises UserError where it is there already.
   """
-  check_free(out)
-  folder = pathlib.Path(out)
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(prefix=f'{folder.name}.', dir=folder.parent) as scratch:
-    whole = pathlib.Path(scratch) / folder.name
-    whole.mkdir()
+  check_new(out, '--out')
+  with whole_folder(out) as whole:
     _write(packed, trained, whole, facts)
-    whole.rename(folder)
 
 
 def _write(
@@ -85,21 +80,13 @@ def _write(
   )
 
 
-def check_free(out: str) -> None:
-  """Raises UserError where a folder is there already, or none can be made."""
-  folder = pathlib.Path(out)
-  if folder.exists():
-    raise UserError(f'--out={out} exists; valid: a new folder')
-  check_writable(out, '--out')
-
-
 def load(path: str) -> Saved:
   """Loads a packed folder.
 
   Raises:
     UserError: it is none, of another version, or its arrays are not those that were written.
   """
-  folder = pathlib.Path(path)
+  folder = pathlib.Path(os.path.expanduser(path))
   if not (folder / MANIFEST).exists():
     raise UserError(
       f'{path} holds no packed model (no {MANIFEST}); valid: python -m sparse_lm.pack'
@@ -130,7 +117,7 @@ def load(path: str) -> Saved:
 
 def is_saved(path: str) -> bool:
   """Whether a folder holds a packed model."""
-  return (pathlib.Path(path) / MANIFEST).exists()
+  return (pathlib.Path(os.path.expanduser(path)) / MANIFEST).exists()
 
 
 def _arrays(packed: PackedModel) -> tuple[dict[str, jax.Array], dict[str, Any]]:

@@ -9,7 +9,7 @@ import shlex
 import sys
 from typing import Any
 
-from sparse_lm.core.errors import Parser, UserError, one_line, unknown
+from sparse_lm.core.errors import Parser, UserError, local_path, one_line, unknown
 from sparse_lm.report import formats, plot, runs, table
 from sparse_lm.report import lines as results
 
@@ -34,7 +34,10 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
   parser = Parser('python -m sparse_lm.report')
   parser.add_argument(
-    'paths', nargs='+', help='runs.jsonl of studies, workdirs or result.json of single runs'
+    'paths',
+    type=local_path,
+    nargs='+',
+    help='runs.jsonl of studies, workdirs or result.json of single runs',
   )
   parser.add_argument(
     '--rows',
@@ -46,7 +49,7 @@ def _arguments() -> argparse.Namespace:
     '--baseline', default='', help='label=value[,...] of the rows to compare with'
   )
   parser.add_argument('--format', choices=('markdown', 'csv', 'latex'), default='markdown')
-  parser.add_argument('--figure', help='a .png; a .pdf is written beside it')
+  parser.add_argument('--figure', type=local_path, help='a .png; a .pdf is written beside it')
   parser.add_argument('--x', help='of the figure: a label or metric')
   parser.add_argument('--y', help='of the figure: a metric')
   parser.add_argument('--series', help='of the figure: the label with a curve for each value')

@@ -13,12 +13,16 @@ import pandas as pd
 from tabulate import tabulate
 
 ABSENT = '—'
+DIVERGED = 'diverged'  # instead of a mean that would leave a seed out
 
 
 def text(frame: pd.DataFrame) -> pd.DataFrame:
   """A summary as it is printed: strings under headings."""
   printed = {name: [label_text(value) for value in frame[name]] for name in frame.attrs['rows']}
   printed['seeds'] = [str(n) for n in frame['seeds']]
+  if 'diverged' in frame:
+    pairs = zip(frame['seeds'], frame['diverged'])
+    printed['seeds'] = [f'{n}, {lost} {DIVERGED}' if lost else f'{n}' for n, lost in pairs]
   for c in frame.attrs['columns']:
     printed[c.heading] = _cells(frame, c, c.metric)
     if f'{c.metric}_delta_n' in frame and c.paired:
@@ -27,8 +31,11 @@ def text(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _cells(frame: pd.DataFrame, c: Any, name: str, sign: str = '') -> list[str]:
-  numbers = zip(frame[f'{name}_mean'], frame[f'{name}_std'], frame[f'{name}_n'])
-  return [c.text(mean, std, sign) if n else ABSENT for mean, std, n in numbers]
+  diverged = frame['diverged'] if 'diverged' in frame else [0] * len(frame)
+  numbers = zip(frame[f'{name}_mean'], frame[f'{name}_std'], frame[f'{name}_n'], diverged)
+  return [
+    DIVERGED if lost else c.text(mean, std, sign) if n else ABSENT for mean, std, n, lost in numbers
+  ]
 
 
 def label_text(value: Any) -> str:

@@ -1,7 +1,8 @@
 """A study's `runs.jsonl`: one JSON line per finished run, written, read and grouped.
 
 A line holds at least `run` (its id), `labels` (what the run is, without its seed), `seed` and
-`metrics` (numbers by name, each in its own unit).
+`metrics` (numbers by name, each in its own unit). The line of a run that diverged has no metrics, but
+`failed: diverged` and the error's `message`.
 """
 
 import json
@@ -12,7 +13,8 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sparse_lm.core.errors import UserError, unknown
+from sparse_lm.core import lock
+from sparse_lm.core.errors import UserError, unknown, writing
 
 Line = dict[str, Any]
 Key = tuple[Any, ...]
@@ -33,7 +35,7 @@ def read(paths: Iterable[str | pathlib.Path]) -> list[Line]:
     if not lines:
       raise UserError(f'{path} holds no finished run; valid: the runs.jsonl of a study that ran')
     found |= {(line.get('study'), line['run']): line for line in lines}
-  return list(found.values())
+  return with_diverged(list(found.values()))
 
 
 def read_file(path: pathlib.Path) -> list[Line]:
@@ -58,19 +60,42 @@ def read_file(path: pathlib.Path) -> list[Line]:
 
 
 def append(path: pathlib.Path, line: Line) -> None:
-  """Adds a line in one write, so that the lines of several processes never mix."""
-  path.parent.mkdir(parents=True, exist_ok=True)
+  """Adds a line while no other process does, all of it or nothing.
+
+  Raises:
+    UserError: it cannot be written, as on a full disk.
+  """
   content = json.dumps(line).encode() + b'\n'
-  descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-  try:
-    size = os.fstat(descriptor).st_size
-    if size and os.pread(descriptor, 1, size - 1) != b'\n':
-      content = b'\n' + content  # behind half a line, of a process that was killed
-    if os.write(descriptor, content) != len(content):
-      raise OSError(f'{path}: could not write a whole line')
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
+  with writing(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open('ab+', buffering=0) as file, lock.waited_for(file.fileno()):
+      size = os.fstat(file.fileno()).st_size
+      if size and os.pread(file.fileno(), 1, size - 1) != b'\n':
+        content = b'\n' + content  # behind half a line, of a process that was killed
+      try:
+        written = file.write(content)
+        if written < len(content):  # the disk was full within the line: says so itself
+          file.write(content[written:])
+        os.fsync(file.fileno())
+      except OSError:
+        os.ftruncate(file.fileno(), size)
+        raise
+
+
+def diverged(message: str) -> dict[str, Any]:
+  """What the line of a run that diverged holds besides what names the run."""
+  return {'failed': 'diverged', 'message': message, 'metrics': {}}
+
+
+def has_diverged(line: Line) -> bool:
+  """Whether a line is of a run that diverged."""
+  return line.get('failed') == 'diverged'
+
+
+def with_diverged(lines: Sequence[Line]) -> list[Line]:
+  """The lines, with nan for every metric of a run that diverged: no mean may be taken without it."""
+  lost = dict.fromkeys(metric_names(lines), math.nan)
+  return [line | {'metrics': lost} if has_diverged(line) else line for line in lines]
 
 
 def label_names(lines: Iterable[Line]) -> list[str]:

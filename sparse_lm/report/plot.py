@@ -246,7 +246,8 @@ def _series(
     name = label_text(key[0])
     position = _label_position(key[1], x, name) if by_label else _mean_std(members, x)
     point = _Point(*position, *_mean_std(members, y))
-    curves.setdefault(name, []).append(point)
+    if math.isfinite(point.x) and math.isfinite(point.y):  # not of runs that diverged
+      curves.setdefault(name, []).append(point)
   return {name: sorted(points) for name, points in curves.items()}
 
 

@@ -144,7 +144,8 @@ def summarise(
       compared with the one that shares its values of the other labels (its own corpus, say).
 
   Returns:
-    Columns `rows`, `seeds` (their number), and for each metric, in its own unit, `<metric>_mean`,
+    Columns `rows`, `seeds` (their number), `diverged` (how many of them, in a table where any did),
+    and for each metric, in its own unit, `<metric>_mean`,
     `_std` (sample; nan for one seed) and `_n`; where paired `<metric>_delta_mean`, `_delta_std` and
     `_delta_n`, over the seeds that row and baseline share. How to print it is in its `attrs`.
 
@@ -170,6 +171,9 @@ def summarise(
       record |= _numbers(c.metric, members, base if c.paired and baseline else None)
     records.append(record)
   frame = pd.DataFrame(records)
+  diverged = [sum(map(results.has_diverged, members)) for members in groups.values()]
+  if any(diverged):
+    frame.insert(len(rows) + 1, 'diverged', diverged)
   # As objects, or a label that some runs lack would turn the others' integers into floats.
   frame = frame.assign(
     **{name: pd.Series([r[name] for r in records], dtype=object) for name in rows}

@@ -2,7 +2,7 @@
 
 from sparse_lm.core import config as configs
 from sparse_lm.core import runtime
-from sparse_lm.core.errors import Parser, one_line
+from sparse_lm.core.errors import Parser, local_path, one_line
 from sparse_lm.train.loop import train
 
 
@@ -10,7 +10,9 @@ from sparse_lm.train.loop import train
 def main() -> None:
   """Trains a config in a workdir, or continues there, and prints its result."""
   parser = Parser('python -m sparse_lm.train')
-  parser.add_argument('--workdir', required=True, help='folder of the run; running again continues')
+  parser.add_argument(
+    '--workdir', type=local_path, required=True, help='folder of the run; running again continues'
+  )
   arguments, config = configs.from_command_line(parser)
   runtime.prepare()
   result = train(config, arguments.workdir)

@@ -1,12 +1,16 @@
 """Checkpoints, item by item: parameters, sparse state, optimizer, the rest of the state, the position in
 the data, and the history of the run."""
 
+import contextlib
+import glob
 import itertools
 import json
+import logging
 import pathlib
 import sys
+import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -66,6 +70,26 @@ def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
 
 
+@contextlib.contextmanager
+def _quiet_storage() -> Iterator[None]:
+  """Leaves it to the exception to say what went wrong in the block.
+
+  Orbax logs the traceback of each of its threads, and closes its event loop at the first failure, on
+  which TensorStore's threads print a traceback for every array that they still deliver to it. Both
+  may come after the block has failed, so they stay silenced then.
+  """
+  hook, log = sys.unraisablehook, logging.getLogger('absl')
+
+  def without_late_arrays(raised: Any) -> None:
+    if not (raised.exc_type is RuntimeError and str(raised.exc_value) == 'Event loop is closed'):
+      hook(raised)
+
+  sys.unraisablehook, before = without_late_arrays, log.disabled
+  log.disabled = True
+  yield
+  sys.unraisablehook, log.disabled = hook, before
+
+
 def _json_digest(values: Any) -> int:
   """CRC of JSON values."""
   return zlib.crc32(json.dumps(values, sort_keys=True).encode())
@@ -79,6 +103,7 @@ class Checkpoints:
   ) -> None:
     self.path = (workdir / folder).absolute()
     self._keep = keep
+    self._links: tempfile.TemporaryDirectory | None = None
     self._manager = self._open()
 
   def steps(self) -> list[int]:
@@ -95,14 +120,20 @@ class Checkpoints:
   ) -> None:
     """Writes a checkpoint under `state.step`.
 
+    The first one of a folder is read again before it counts: whether the storage can deal with the
+    file system and the folder's name is known only then.
+
     Args:
       state: of which `items` are written.
       data: a grain iterator whose position is written too.
       history: is written too.
       numbers: JSON values to keep beside it, if there is no history; see `newest_numbers`.
+
+    Raises:
+      UserError: it cannot be written, or what was written cannot be read.
     """
-    step = int(state.step)
-    if step in self.steps():
+    step, steps = int(state.step), self.steps()
+    if step in steps:
       return
     trees = {name: item for name, item in _items(state).items() if name in items}
     if history is not None:
@@ -115,7 +146,20 @@ class Checkpoints:
       digests['data'] = _json_digest(data.get_state())
       saved['data'] = grain.checkpoint.CheckpointSave(data)
     meta = {'schema': SCHEMA, 'step': step, 'numbers': numbers, 'digests': digests}
-    self._manager.save(step, args=ocp.args.Composite(**saved, meta=ocp.args.JsonSave(meta)))
+    doing = 'written'
+    try:
+      with _quiet_storage():
+        self._manager.save(step, args=ocp.args.Composite(**saved, meta=ocp.args.JsonSave(meta)))
+        if not steps:
+          doing = 'read after it was written'
+          self._read(step, arrays)
+    # Storage reports a full disk, say, by many types.
+    except Exception as error:
+      self.set_aside_after(step - 1)
+      raise UserError(
+        f'checkpoint {step} in {self.path} cannot be {doing} ({_first_line(error)}); valid: a folder '
+        'of yours, with room, on a file system that keeps what is written'
+      ) from error
 
   def restore(
     self,
@@ -137,7 +181,8 @@ class Checkpoints:
     steps, faults = self.steps(), []
     for step in reversed(steps):
       try:
-        state = self._restore(step, template, data, items, history)
+        with _quiet_storage():
+          state = self._restore(step, template, data, items, history)
       # Storage reports damage by many types; whatever the cause, an older one may be whole.
       except Exception as error:
         faults.append(f'checkpoint {step} ({_first_line(error)})')
@@ -159,7 +204,8 @@ class Checkpoints:
       return None
     step = self.steps()[-1]
     try:
-      return self._meta(step)['numbers']
+      with _quiet_storage():
+        return self._meta(step)['numbers']
     except Exception as error:  # as in `restore`
       print(f'corrupt: checkpoint {step} in {self.path} ({_first_line(error)})', file=sys.stderr)
       return None
@@ -186,12 +232,26 @@ class Checkpoints:
   def close(self) -> None:
     """Waits for the files."""
     self._manager.close()
+    if self._links is not None:
+      self._links.cleanup()
 
   def _open(self) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
       max_to_keep=self._keep, create=True, enable_async_checkpointing=False
     )
-    return ocp.CheckpointManager(self.path, options=options)
+    return ocp.CheckpointManager(self._plain_path(), options=options)
+
+  def _plain_path(self) -> pathlib.Path:
+    """`self.path`, or a link to it where Orbax, which finds files by a glob of their whole path, or
+    TensorStore, which takes a backslash for a slash, would look elsewhere."""
+    if glob.escape(str(self.path)) == str(self.path) and '\\' not in str(self.path):
+      return self.path
+    self.path.mkdir(parents=True, exist_ok=True)
+    self._links = self._links or tempfile.TemporaryDirectory(prefix='sparse_lm.')
+    link = pathlib.Path(self._links.name) / 'checkpoints'
+    if not link.is_symlink():
+      link.symlink_to(self.path)
+    return link
 
   def _meta(self, step: int) -> dict[str, Any]:
     meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
@@ -201,19 +261,10 @@ class Checkpoints:
       raise ValueError('its numbers do not match their digest')
     return meta
 
-  def _restore(
-    self,
-    step: int,
-    template: TrainState,
-    data: Any,
-    names: Sequence[str],
-    history: History | None,
-  ) -> TrainState:
+  def _read(self, step: int, wanted: dict[str, dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
+    """Items of a checkpoint in the shape of `wanted`, checked against their digests, and its meta.
+    Raises an exception of any type where the checkpoint is damaged."""
     meta = self._meta(step)
-    trees = {name: item for name, item in _items(template).items() if name in names}
-    if history is not None:
-      trees['history'] = history.masks
-    wanted = {name: jax.tree.map(_struct, _leaves(item)) for name, item in trees.items()}
     found = self._manager.restore(
       step,
       args=ocp.args.Composite(
@@ -223,6 +274,21 @@ class Checkpoints:
     for name in wanted:
       if _digest(found[name]) != meta['digests'][name]:
         raise ValueError(f'the bytes of item {name!r} do not match their digest')
+    return found, meta
+
+  def _restore(
+    self,
+    step: int,
+    template: TrainState,
+    data: Any,
+    names: Sequence[str],
+    history: History | None,
+  ) -> TrainState:
+    trees = {name: item for name, item in _items(template).items() if name in names}
+    if history is not None:
+      trees['history'] = history.masks
+    wanted = {name: jax.tree.map(_struct, _leaves(item)) for name, item in trees.items()}
+    found, meta = self._read(step, wanted)
     if data is not None:
       position = grain.checkpoint.CheckpointRestore(data)
       self._manager.restore(step, args=ocp.args.Composite(data=position))

@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sparse_lm.core import rng
-from sparse_lm.core.errors import UserError
+from sparse_lm.core.errors import Diverged
 from sparse_lm.core.sparse import Tree
 from sparse_lm.train import observe
 from sparse_lm.train import state as states
@@ -39,17 +39,18 @@ def train(config: ConfigDict, workdir: str, progress: bool = True) -> dict[str, 
     progress: whether to show on stderr what is going on.
 
   Raises:
-    UserError: bad input, before anything is written; or a loss that is no longer finite, with the
-      last good checkpoint named.
+    UserError: bad input, before anything is written; a workdir that another process trains in; a
+      disk that is full.
+    Diverged: a loss that is no longer finite, with the last good checkpoint named.
     SystemExit: SIGTERM or Ctrl-C, after the state has been saved.
   """
   run = setup(config)
   folder = Workdir(workdir, config, run.data)
   if finished := folder.result(config.train.steps):
     return finished
-  folder.open()
   with contextlib.ExitStack() as stack:
     stack.callback(folder.close)
+    folder.open()
     checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder.path)))
     best = stack.enter_context(contextlib.closing(Best(folder.path)))
     return _Loop(run, folder, checkpoints, best, progress).run()
@@ -228,7 +229,7 @@ class _Loop:
       return
     steps = self.checkpoints.steps()
     good = f'checkpoint {steps[-1]} in {self.checkpoints.path}' if steps else 'none yet'
-    raise UserError(
+    raise Diverged(
       f'{name} is {value} at step {step}; nothing was saved from it; last good: {good}; try a lower '
       f'config.optimizer.learning_rate than {self.config.optimizer.learning_rate}'
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
 from typing import Any
 
@@ -80,7 +81,7 @@ class Trained:
 
 def folder_of(workdir: str) -> tuple[pathlib.Path, str]:
   """The folder of a run, and the name in it of the checkpoints that `workdir` means; see `load`."""
-  folder = pathlib.Path(workdir)
+  folder = pathlib.Path(os.path.expanduser(workdir))
   if folder.name == best.FOLDER and not (folder / 'config.json').exists():
     return folder.parent, best.FOLDER
   return folder, 'checkpoints'

@@ -4,16 +4,23 @@ config.json, env.json, data.json, tokenizer.json, metrics.jsonl, TensorBoard eve
 once it has finished, result.json.
 """
 
+import contextlib
 import json
 import os
 import pathlib
+import tempfile
+import time
+from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from sparse_lm.core import config as configs
-from sparse_lm.core.errors import UserError
+from sparse_lm.core import lock
+from sparse_lm.core.errors import UserError, require, writing
 from sparse_lm.data.pipeline import Data
 from sparse_lm.train.environment import environment
 
@@ -27,9 +34,10 @@ def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
 
 
 def _replace(path: pathlib.Path, text: str) -> None:
-  temporary = path.with_name(path.name + '.tmp')
-  temporary.write_text(text)
-  os.replace(temporary, path)
+  with writing(path):
+    temporary = path.with_name(path.name + '.tmp')
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -42,9 +50,13 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     raise UserError(f'{path} is damaged ({error}); valid: a copy of it, or a new workdir') from None
 
 
-def check_writable(path: str, field: str) -> None:
-  """Raises UserError, naming `field`, where no folder can be made or written at `path`."""
-  folder = pathlib.Path(path).absolute()
+def check_new(path: str, field: str) -> None:
+  """Raises UserError, naming `field`, where `path` is there already and no empty folder, or where no
+  folder can be made or written at it."""
+  require(path != '', field, path, 'a new folder')
+  folder = pathlib.Path(os.path.expanduser(path)).absolute()
+  if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    raise UserError(f'{field}={path} is there already; valid: a new folder')
   there = next(part for part in (folder, *folder.parents) if part.exists())
   if not there.is_dir() or not os.access(there, os.W_OK):
     raise UserError(
@@ -52,26 +64,47 @@ def check_writable(path: str, field: str) -> None:
     )
 
 
+@contextlib.contextmanager
+def whole_folder(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+  """A folder to write in, which becomes the new folder `path` at the end of the block: `path` is there
+  with everything in it, or not at all."""
+  path = pathlib.Path(os.path.expanduser(path))
+  with writing(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix='.incomplete-', dir=path.parent) as scratch:
+      whole = pathlib.Path(scratch) / path.name
+      whole.mkdir()
+      yield whole
+      whole.rename(path)
+
+
 class Workdir:
   """A run's folder, opened for the run that it belongs to.
 
   Raises UserError where the folder holds a run with another config or another corpus, or has done
-  more steps than the config asks for. Nothing is written before `open`.
+  more steps than the config asks for. Nothing is written before `open`; from then to `close` no other
+  process can open the folder.
   """
 
   def __init__(self, path: str, config: ConfigDict, data: Data) -> None:
-    self.path = pathlib.Path(path)
+    require(path != '', 'workdir', path, "a new folder, or a run's")
+    self.path = pathlib.Path(os.path.expanduser(path))
     self.config, self.data = config, data
     for part in (self.path, *self.path.parents):
       if part.exists() and not part.is_dir():
         raise UserError(f"workdir {path}: {part} is a file; valid: a new folder, or a run's")
     self._compare()
-    self._events: SummaryWriter | None = None
+    self._lock = contextlib.ExitStack()
+    self._events: EventsWriter | None = None
     self._first = 1  # step that this process logs
 
   def open(self) -> None:
-    """Makes the folder and writes what describes the run."""
-    self.path.mkdir(parents=True, exist_ok=True)
+    """Makes the folder, locks it and writes what describes the run. Raises UserError where another
+    process has locked it."""
+    with writing(self.path):
+      self.path.mkdir(parents=True, exist_ok=True)
+    self._lock.enter_context(lock.held(self.path / 'lock', f'workdir {self.path}'))
+    self._compare()  # again: another process may have trained here since
     write_json(self.path / 'config.json', configs.to_json(self.config))
     write_json(self.path / 'env.json', environment())
     write_json(self.path / 'data.json', self.data.card)
@@ -97,13 +130,12 @@ class Workdir:
 
   def log(self, step: int, values: dict[str, float]) -> None:
     """Appends a line to metrics.jsonl and the same numbers to the TensorBoard events."""
-    with (self.path / 'metrics.jsonl').open('a') as file:
+    with writing(self.path / 'metrics.jsonl'), (self.path / 'metrics.jsonl').open('a') as file:
       file.write(json.dumps({'step': step, **values}) + '\n')
-    if self._events is None:
-      # TensorBoard hides the events from this step on that earlier files hold.
-      self._events = SummaryWriter(str(self.path / 'events'), purge_step=self._first)
-    for name, value in values.items():
-      self._events.add_scalar(name, value, step)
+    with writing(self.path / 'events'):
+      for name, value in values.items():
+        scalar = summary.scalar(name, value)
+        self._open_events().write_event(Event(wall_time=time.time(), step=step, summary=scalar))
 
   def logged(self, name: str) -> list[float]:
     """All values of one number in metrics.jsonl, oldest first."""
@@ -111,9 +143,22 @@ class Workdir:
     return [line[name] for line in lines if name in line]
 
   def close(self) -> None:
-    """Writes out the events."""
+    """Lets other processes open the folder."""
+    self._lock.close()
     if self._events is not None:
-      self._events.close()
+      with writing(self.path / 'events'):
+        self._events.close()
+
+  def _open_events(self) -> EventsWriter:
+    """Writes in this thread: `SummaryWriter` has one of its own, and nobody catches its errors."""
+    if self._events is None:
+      folder = self.path.absolute() / 'events'
+      folder.mkdir(exist_ok=True)
+      self._events = EventsWriter(str(folder / 'events'))
+      # TensorBoard hides the events from this step on that earlier files hold.
+      begin = SessionLog(status=SessionLog.START)
+      self._events.write_event(Event(wall_time=time.time(), step=self._first, session_log=begin))
+    return self._events
 
   def _logs_again(self, line: str, step: int) -> bool:
     try:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import experiments
 from experiments import run as runner
 from experiments.sweep import Run
+from sparse_lm.core import lock
 
 STUDY = '''"""Does it run?
 
@@ -248,3 +249,86 @@ def test_list_is_instant():
   )
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
+
+
+DIVERGE = "from sparse_lm.core.errors import Diverged\nraise Diverged('loss is nan at step 3')"
+
+
+def test_a_diverged_run_is_recorded_and_the_others_go_on(folder, call, tmp_path):
+  (folder / 'fail_none1').write_text(DIVERGE)
+  done = call('fake')
+  assert done.code == 0 and executed(folder) == ['none 0', 'none 1', 'static 0', 'static 1']
+  assert done.out.startswith('TABLE none0=1.5 none1=nan static0=1.5')
+  line = written(tmp_path)[1]
+  assert line['failed'] == 'diverged' and line['message'] == 'loss is nan at step 3'
+  assert (line['metrics'], line['seed'], line['study']) == ({}, 1, 'fake')
+  assert f'Diverged: {line["run"]}; to train one again: ' in done.out and '--only=' in done.out
+  # Again: nothing runs.
+  assert call('fake').out == done.out and len(executed(folder)) == 4
+  # Asked for, it runs again, and its new line counts.
+  assert call('fake', f'--only={line["run"]}').out == done.out and len(executed(folder)) == 5
+  (folder / 'fail_none1').unlink()
+  assert call('fake', f'--only={line["run"]}').out.startswith('TABLE none0=1.5 none1=2.5')
+  assert executed(folder)[4:] == ['none 1', 'none 1']
+
+
+def test_when_all_have_diverged_there_is_no_table(folder, call):
+  for name in ('none0', 'none1', 'static0', 'static1'):
+    (folder / f'fail_{name}').write_text(DIVERGE)
+  done = call('fake')
+  assert done.code == 0 and '4 diverged: no table yet' in done.out
+
+
+def test_only_one_run(folder, call, tmp_path):
+  fresh = call('fake', '--dry_run').out.splitlines()
+  run_id = next(word for word in fresh[2].split() if word.startswith('--only=')).removeprefix(
+    '--only='
+  )
+  assert run_id.startswith('none-seed1-')
+  done = call('fake', f'--only={run_id}')
+  assert executed(folder) == ['none 1'] and '3 of 4 runs are missing' in done.out
+  call('fake', f'--only={run_id}')
+  assert executed(folder) == ['none 1']  # it has its line
+  assert call('fake', f'--only={run_id}', '--dry_run').out.startswith('# 1 of 1 runs are finished')
+  wrong = call('fake', '--only=none-seed1')
+  assert wrong.code == 2 and wrong.err.count('\n') == 1 and f'did you mean {run_id!r}' in wrong.err
+
+
+def test_a_second_worker_takes_other_runs(folder, call, tmp_path):
+  study = runner.Study.load('fake', tmp_path / 'results')
+  first = next(iter(study.runs))
+  study.workdir(first).mkdir(parents=True)
+  with lock.held(study.workdir(first) / 'study.lock', 'x'):
+    done = call('fake')
+  assert done.code == 0 and executed(folder) == ['none 1', 'static 0', 'static 1']
+  assert '1 runs are in the hands of other processes' in done.err
+  assert '1 of 4 runs are missing' in done.out
+  # A run whose training another process has begun by hand is left as well.
+  held = "from sparse_lm.core import lock\nraise lock.Held('workdir w is in use')"
+  (folder / 'fail_none0').write_text(held)
+  again = call('fake')
+  assert again.code == 0 and '1 runs are in the hands' in again.err
+  (folder / 'fail_none0').unlink()
+  assert call('fake').code == 0 and sorted(executed(folder)[-1:]) == ['none 0']
+  assert len(written(tmp_path)) == 4
+
+
+def test_two_workers_run_nothing_twice(folder, tmp_path):
+  """Two processes at once; a run takes long enough for them to meet at every one."""
+  slow = 'def execute(run, workdir):\n  time.sleep(0.3)'
+  study = STUDY.replace('def execute(run, workdir):', slow)
+  (folder / 'fake.py').write_text(study.replace('import json\n', 'import json\nimport time\n'))
+  code = (
+    'import sys, experiments; from experiments import run, sweep; '
+    f'experiments.__path__ = [{str(folder)!r}]; '
+    'sweep.Run.seed = property(lambda r: r.overrides["seed"]); run._load = lambda r: r; '
+    f'sys.argv = ["run", "fake", "--results={tmp_path / "results"}"]; run.main()'
+  )
+  workers = [
+    subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for _ in range(2)
+  ]
+  said = [worker.communicate(timeout=120) for worker in workers]
+  assert all(worker.returncode == 0 for worker in workers), said
+  assert sorted(executed(folder)) == ['none 0', 'none 1', 'static 0', 'static 1']
+  assert len({line['run'] for line in written(tmp_path)}) == len(written(tmp_path)) == 4

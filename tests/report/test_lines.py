@@ -1,6 +1,8 @@
 import json
 import math
 import multiprocessing
+import resource
+import signal
 
 import pytest
 
@@ -108,3 +110,31 @@ def test_mean_and_sample_standard_deviation():
 def test_a_metric_that_is_no_number_is_refused():
   with pytest.raises(UserError, match='not a number'):
     lines.by_seed([line(device='cpu')], 'device')
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path):
+  path = tmp_path / 'runs.jsonl'
+  lines.append(path, {'run': 'a'})
+  before = path.read_bytes()
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  try:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+    with pytest.raises(UserError, match=r'runs\.jsonl cannot be written'):
+      lines.append(path, {'run': 'b' * 500})
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, ignored)
+  assert path.read_bytes() == before
+
+
+def test_a_run_that_diverged_has_nan_for_every_metric(tmp_path):
+  path = tmp_path / 'runs.jsonl'
+  head = {'labels': {'m': 'a'}, 'study': 's'}
+  lines.append(path, head | {'run': 'x', 'seed': 0, 'metrics': {'loss': 1.0, 'time': 2}})
+  lines.append(path, head | {'run': 'y', 'seed': 1} | lines.diverged('loss is nan'))
+  fine, lost = lines.read([path])
+  assert not lines.has_diverged(fine) and lines.has_diverged(lost)
+  assert fine['metrics'] == {'loss': 1.0, 'time': 2}
+  assert lost['metrics'].keys() == fine['metrics'].keys()
+  assert all(math.isnan(value) for value in lost['metrics'].values())

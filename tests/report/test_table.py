@@ -9,6 +9,7 @@ import pytest
 
 from sparse_lm.core.errors import UserError
 from sparse_lm.report import formats, table
+from sparse_lm.report import lines as results
 from sparse_lm.report.table import Column
 
 LOSSES = {
@@ -207,3 +208,19 @@ def test_the_notes_name_every_machine_once(lines):
     'Made on 2 cores of AMD EPYC, AVX2, jax 0.10.2; and on 2 cores of AMD EPYC, AVX-512, jax 0.10.2; '
     'and on H100, jax 0.11.2.'
   )
+
+
+def test_a_row_with_a_diverged_seed_says_so_instead_of_a_mean(lines):
+  lost = line('rigl3', 3, {'method': 'rigl', 'sparsity': 0.9}) | results.diverged('loss is nan')
+  alone = line('l00', 0, {'method': 'l0', 'sparsity': 0.9}) | results.diverged('loss is nan')
+  found = results.with_diverged([*lines, lost, alone])
+  frame = table.summarise(found, ['method', 'sparsity'], COLUMNS, {'method': 'dense'})
+  rows = formats.text(frame).set_index('method')
+  assert rows.loc['rigl'].tolist()[1:] == ['4, 1 diverged', 'diverged', 'diverged', 'diverged']
+  assert rows.loc['l0'].tolist()[1:] == ['1, 1 diverged', 'diverged', 'diverged', 'diverged']
+  # The other rows are what they are without it.
+  plain = table.summarise(lines, ['method', 'sparsity'], COLUMNS, {'method': 'dense'})
+  others = formats.text(plain).set_index('method').drop(index='rigl')
+  assert rows.drop(index=['rigl', 'l0']).equals(others)
+  for written in (formats.markdown(frame, 'c', 'x'), formats.latex(frame, 'c', 'x', 'l')):
+    assert written.count('diverged') == 8
