@@ -62,6 +62,11 @@ class Pattern:
     """Whether units of different layers compete, or are one."""
     return False
 
+  @property
+  def spans_matrices(self) -> bool:
+    """Whether a unit may have weights in several matrices."""
+    return False
+
   def covers(self, path: str, shape: tuple[int, ...]) -> bool:
     """Whether the parameter has units of this pattern; what has none stays dense."""
     return True
@@ -295,6 +300,11 @@ class Grouped(Pattern):
   def spans_layers(self) -> bool:
     """Where the units are the layers."""
     return any(group.kind == 'layer' for group in self.groups)
+
+  @property
+  def spans_matrices(self) -> bool:
+    """Always."""
+    return True
 
   def covers(self, path: str, shape: tuple[int, ...]) -> bool:
     """Members of a group."""

@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from sparse_lm.core.errors import require
 from sparse_lm.core.pattern import by_slice
 from sparse_lm.core.random_start import check, path_key, random_start
 from sparse_lm.core.ranges import ranged
@@ -28,28 +30,29 @@ def drop_and_grow(
   fraction: Array,
   noise: Array,
   top: Callable[[Array, Array], Array] = topk_mask,
-) -> Array:
+) -> tuple[Array, Array]:
   """Drops the smallest connections and grows as many elsewhere (SET 2018; RigL 2020, section 3).
 
   Args:
     mask: bool `[..., in, out]`; the count of each trailing matrix stays what it is.
     weights: their magnitudes rank the drop.
-    growth: scores of the positions to grow, among all that are not kept: a connection just dropped
-      may return.
+    growth: scores of the positions to grow, among all that are not kept: a connection that is dropped
+      may be grown again at once.
     fraction: scalar in [0, 1], the share of a matrix's active connections that is dropped.
     noise: uniform [0, 1) like `mask`; a 1e-5 part of it breaks ties of the drop.
     top: `(scores, count) -> mask`, what a pattern allows to be kept.
 
   Returns:
-    The new mask.
+    The new mask, and which of its connections were not dropped, both bool like `mask`.
   """
 
-  def matrix(mask: Array, weights: Array, growth: Array, noise: Array) -> Array:
+  def matrix(mask: Array, weights: Array, growth: Array, noise: Array) -> tuple[Array, Array]:
     active = jnp.sum(mask, dtype=jnp.int32)
     drops = jnp.floor(fraction * active).astype(jnp.int32)
     keep = topk_mask(jnp.where(mask, jnp.abs(weights) + 1e-5 * noise, -1.0), active - drops)
     # What is kept comes first; where the pattern has no room for all of it, the largest growth does.
-    return top(jnp.where(keep, jnp.inf, growth), active)
+    new = top(jnp.where(keep, jnp.inf, growth), active)
+    return new, keep & new
 
   return by_slice(matrix, mask, weights, growth, noise)
 
@@ -57,6 +60,9 @@ def drop_and_grow(
 @dataclasses.dataclass(frozen=True)
 class Rewiring(WeightMethod):
   """Random masks that drop and grow now and then; a subclass says where to grow.
+
+  New connections start at zero. `regrown_at_zero` says whether a connection that one update drops and
+  grows again starts at zero too, with zeroed moments, or keeps its value.
 
   Attributes:
     period: steps between two updates.
@@ -71,10 +77,17 @@ class Rewiring(WeightMethod):
   drop_fraction: float = ranged(0.3, '[0, 1]')
   pattern: str = 'unstructured'
   rescale: str = 'unit'
+  regrown_at_zero: ClassVar[bool] = False
 
   def check(self) -> None:
-    """Raises UserError for an unknown rescaling."""
+    """Raises UserError for an unknown rescaling, or units that could not grow.
+
+    A unit of several matrices that multiply each other (a neuron, a head, a layer) would be zero in all
+    of them, where every gradient is zero too: it would never learn.
+    """
     check(self.rescale)
+    valid = 'a pattern whose units are each of one matrix: what spans several cannot grow from zero'
+    require(not self.units.spans_matrices, 'config.weight.pattern', self.pattern, valid)
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
     """Random masks at their targets."""
@@ -95,7 +108,7 @@ class Rewiring(WeightMethod):
   def update(
     self, trainable: Tree, sparse: Sparse, signals: dict[str, Tree], step: Array, key: Array
   ) -> Change:
-    """Rewires every leaf; what stayed keeps its value, what is born starts at zero."""
+    """Rewires every leaf."""
     params = trainable['params']
 
     units, magnitudes = self.units, jax.tree.map(jnp.abs, covered(params, sparse.masks))
@@ -105,17 +118,20 @@ class Rewiring(WeightMethod):
       need: units.pool(jax.tree.map(jnp.abs, covered(signals[need], sparse.masks)))
       for need in self.needs
     }
-    rewired = {}
+    rewired, survived = {}, {}
     for name, mask in alive.items():
       key_drop, key_grow = jax.random.split(path_key(key, name))
       growth = self.growth(
         mask.shape, {need: pool[name] for need, pool in signalled.items()}, key_grow
       )
       noise = jax.random.uniform(key_drop, mask.shape)
-      rewired[name] = drop_and_grow(
+      rewired[name], survived[name] = drop_and_grow(
         mask, pooled[name], growth, self.fraction(step), noise, units.top
       )
-    return exchange_masks(trainable, sparse, units.expand(rewired, magnitudes))
+    masks = units.expand(rewired, magnitudes)
+    if self.regrown_at_zero:
+      return exchange_masks(trainable, sparse, masks, units.expand(survived, magnitudes))
+    return exchange_masks(trainable, sparse, masks)
 
   @property
   def _last(self) -> int:

@@ -37,7 +37,12 @@ class Sparse(struct.PyTreeNode):
 
 
 class Change(struct.PyTreeNode):
-  """What an update of the connections did; `changed` (bool, or `None` = dense) was born or dropped."""
+  """What an update of the connections did.
+
+  Attributes:
+    changed: bool like the parameters, `None` = dense: weights that were dropped or set to zero. Their
+      moments and averages start again.
+  """
 
   trainable: Tree
   sparse: Sparse
@@ -56,13 +61,26 @@ def apply_masks(params: Tree, masks: Tree) -> Tree:
   )
 
 
-def exchange_masks(trainable: Tree, sparse: Sparse, masks: Tree) -> Change:
-  """The change from `sparse.masks` to `masks`: what stays keeps its value, what is born is zero."""
+def exchange_masks(
+  trainable: Tree, sparse: Sparse, masks: Tree, survived: Tree | None = None
+) -> Change:
+  """The change from `sparse.masks` to `masks`.
+
+  Connections of both masks keep their values, or those in `survived` alone, where that is given. All
+  other weights become zero.
+  """
   params = trainable['params']
+  if survived is None:
+    survived = jax.tree.map(jnp.logical_and, sparse.masks, masks)
   changed = tree.where_sparse(
-    lambda w, old, new: old != new, params, sparse.masks, masks, dense=lambda w: None
+    lambda w, old, new, kept: (old | new) & ~kept,
+    params,
+    sparse.masks,
+    masks,
+    survived,
+    dense=lambda w: None,
   )
-  masked = trainable | {'params': apply_masks(params, masks)}
+  masked = trainable | {'params': apply_masks(params, survived)}
   return Change(masked, sparse.replace(masks=masks), changed)
 
 

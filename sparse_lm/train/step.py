@@ -183,6 +183,7 @@ class Program:
       metrics |= {'budget/price': control.price, 'budget/measured': control.measured}
 
     trainable, sparse, opt_state = state.trainable, state.sparse, state.opt_state
+    changed = jax.tree.map(lambda x: None, trainable)
     if not (rewire and method.replaces_step):
       updates, opt_state = self.tx.update(trainable_grads, opt_state, trainable)
       if any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(trainable)):
@@ -191,8 +192,7 @@ class Program:
     if rewire:
       change = method.update(trainable, sparse, {'grads': grads[0]}, step, key_update)
       trainable, sparse = change.trainable, change.sparse
-      unmoved = jax.tree.map(lambda x: None, trainable)
-      changed = unmoved | {'params': change.changed}
+      changed = changed | {'params': change.changed}
       opt_state = zero_moments(self.tx, opt_state, changed)
     return (
       state.replace(
@@ -200,17 +200,21 @@ class Program:
         trainable=trainable,
         sparse=sparse,
         opt_state=opt_state,
-        ema=self._average(state.ema, trainable, sparse),
+        ema=self._average(state.ema, trainable, sparse, changed),
         model_state=model_state,
         control=control,
       ),
       metrics,
     )
 
-  def _average(self, ema: Tree, trainable: Tree, sparse: Any) -> Tree:
+  def _average(self, ema: Tree, trainable: Tree, sparse: Any, changed: Tree) -> Tree:
+    """The moving average after a step; that of `changed` weights (bool, `None` = dense) starts at 0."""
     if ema is None:
       return None
     mixed = optax.incremental_update(as_float32(trainable), ema, 1 - self.optimizer.ema)
+    mixed = tree.where_sparse(
+      lambda w, flag: jnp.where(flag, 0, w), mixed, changed, dense=lambda w: w
+    )
     return self.method.constrain(mixed, sparse)
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_lm.core import slots
+from sparse_lm.core.errors import UserError
 from sparse_lm.core.groups import Group, Member
 from sparse_lm.core.pattern import pattern
 from sparse_lm.core.rewire import drop_and_grow
@@ -19,14 +20,20 @@ RIGL, SET = slots.method('weight', 'rigl'), slots.method('weight', 'set')
 FRACTIONS = [0.0, 0.125, 0.25, 0.5, 1.0]  # exact in float32, so that the floor is unambiguous
 
 
+def largest(mask, weights, fraction):
+  """The connections that are not dropped."""
+  active = int(mask.sum())
+  alive = np.flatnonzero(mask)
+  by_magnitude = alive[np.argsort(-np.abs(weights.ravel()[alive]), kind='stable')]
+  kept = np.zeros(mask.size, bool)
+  kept[by_magnitude[: active - math.floor(fraction * active)]] = True
+  return kept.reshape(mask.shape)
+
+
 def oracle(mask, weights, growth, fraction):
   """One matrix, by sorting. Weights are apart by more than the 1e-5 of noise."""
-  flat, active = mask.ravel(), int(mask.sum())
-  drops = math.floor(fraction * active)
-  alive = np.flatnonzero(flat)
-  by_magnitude = alive[np.argsort(-np.abs(weights.ravel()[alive]), kind='stable')]
-  new = np.zeros(flat.size, bool)
-  new[by_magnitude[: active - drops]] = True
+  new = largest(mask, weights, fraction).ravel()
+  drops = int(mask.sum()) - int(new.sum())
   free = np.flatnonzero(~new)
   new[free[np.argsort(-growth.ravel()[free], kind='stable')][:drops]] = True
   return new.reshape(mask.shape)
@@ -50,8 +57,9 @@ def random_case(seed, shape, density):
 @settings(deadline=None, max_examples=80)
 def test_equals_sorting(seed, shape, density, fraction):
   mask, weights, growth, noise = random_case(seed, shape, density)
-  new = np.asarray(JITTED(mask, weights, growth, np.float32(fraction), noise))
+  new, survived = map(np.asarray, JITTED(mask, weights, growth, np.float32(fraction), noise))
   np.testing.assert_array_equal(new, oracle(mask, weights, growth, fraction))
+  np.testing.assert_array_equal(survived, largest(mask, weights, fraction))
   assert new.sum() == mask.sum()
   assert (new & ~mask).sum() <= fraction * mask.sum()
 
@@ -61,7 +69,7 @@ def test_every_expert_rewires_alone_and_keeps_its_own_count(fraction):
   mask, weights, growth, noise = random_case(3, (4, 6, 9), 0.3)
   mask[1] = False  # even one without connections
   weights = weights * mask
-  new = np.asarray(JITTED(mask, weights, growth, np.float32(fraction), noise))
+  new = np.asarray(JITTED(mask, weights, growth, np.float32(fraction), noise)[0])
   for slice_new, *rest in zip(new, mask, weights, growth):
     np.testing.assert_array_equal(slice_new, oracle(*rest, fraction))
 
@@ -71,12 +79,12 @@ def test_a_dropped_connection_may_be_grown_again():
   weights = np.array([[5.0, 0.1, 0.0, 0.0]], np.float32)
   growth = np.array([[0.0, 9.0, 1.0, 2.0]], np.float32)
   noise = np.zeros((1, 4), np.float32)
-  assert drop_and_grow(mask, weights, growth, 0.5, noise).tolist() == mask.tolist()
+  assert drop_and_grow(mask, weights, growth, 0.5, noise)[0].tolist() == mask.tolist()
 
 
 def test_growth_never_picks_what_is_kept_even_where_all_gradients_are_zero():
   mask, weights, _, noise = random_case(0, (6, 9), 0.5)
-  new = np.asarray(JITTED(mask, weights, np.zeros((6, 9), np.float32), np.float32(0.5), noise))
+  new = np.asarray(JITTED(mask, weights, np.zeros((6, 9), np.float32), np.float32(0.5), noise)[0])
   assert new.sum() == mask.sum()
 
 
@@ -84,7 +92,7 @@ def test_noise_breaks_ties_of_the_drop():
   mask = np.array([[True, True, True, True, False, False]])
   noise = np.array([[0.1, 0.9, 0.5, 0.7, 0.0, 0.0]], np.float32)
   growth = np.array([[0, 0, 0, 0, 1, 1]], np.float32)
-  new = drop_and_grow(mask, mask.astype(np.float32), growth, 0.5, noise)
+  new, _ = drop_and_grow(mask, mask.astype(np.float32), growth, 0.5, noise)
   assert new.tolist() == [[False, True, False, True, True, True]]
 
 
@@ -104,7 +112,7 @@ def test_n_of_m_masks_grow_where_their_groups_have_lost_something():
   mask = in_groups(lambda w: np.argsort(np.argsort(-w)) < 2)(weights)
   growth, noise = draw.random((2, 12, 8)).astype(np.float32)
   weights *= mask
-  new = np.asarray(drop_and_grow(mask, weights, growth, 0.25, noise, pattern('2:4').top))
+  new = np.asarray(drop_and_grow(mask, weights, growth, 0.25, noise, pattern('2:4').top)[0])
   smallest = np.sort(weights[mask])[12]  # a quarter of 48 is dropped
   keep = mask & (weights >= smallest)
   want = in_groups(lambda k, g: np.argsort(np.argsort(-np.where(k, 9, g))) < 2)(keep, growth)
@@ -136,15 +144,36 @@ def test_neurons_rewire_as_a_whole_by_the_means_over_their_weights(cls):
   )
   new = jax.tree.map(np.asarray, change.sparse.masks)
   units = new['up'][0]
+  strongest = np.argsort(-np.where(alive, means(params), -1))[:3]
+  survived = spread(np.isin(np.arange(12), strongest)) if cls is SET else masks
   for path, mask in spread(units).items():
     np.testing.assert_array_equal(new[path], mask)
-    np.testing.assert_array_equal(change.trainable['params'][path], params[path] * mask)
-  strongest = np.argsort(-np.where(alive, means(params), -1))[:3]
+    np.testing.assert_array_equal(
+      change.trainable['params'][path], params[path] * (mask & survived[path])
+    )
   assert units.sum() == 6 and units[strongest].all()
   if cls is RIGL:
     free = np.setdiff1d(np.arange(12), strongest)
     grown = free[np.argsort(-means(grads)[free])[:3]]
     assert set(np.flatnonzero(units)) == {*strongest, *grown}
+
+
+@pytest.mark.parametrize('cls', [RIGL, SET])
+def test_units_that_would_be_zero_in_all_of_their_matrices_are_refused(cls):
+  # Of `down(relu2(up(x)))` the gradient of a neuron whose weights are all zero is zero.
+  draw = np.random.default_rng(0)
+  up, down = draw.normal(size=(5, 3)), draw.normal(size=(3, 4))
+  up[:, 1], down[1] = 0, 0
+  loss = lambda up, down: jnp.sum(jax.nn.relu(x @ up) ** 2 @ down)  # noqa: E731
+  x = draw.normal(size=(7, 5))
+  for_up, for_down = jax.grad(loss, (0, 1))(up, down)
+  assert not for_up[:, 1].any() and not for_down[1].any() and for_up[:, 0].any()
+  group = Group('neuron', 'mlp', 3, (Member('up', -1), Member('down', -2)))
+  with pytest.raises(UserError, match=r"config\.weight\.pattern='neuron' is not valid") as refused:
+    cls(total_steps=10, pattern='neuron', groups=(group,)).check()
+  assert '\n' not in str(refused.value)
+  for name in ('unstructured', 'block:4', 'row', 'column', 'per_output', '2:4', 'global'):
+    cls(total_steps=10, pattern=name, groups=(group,)).check()
 
 
 def one_leaf(mask, weights):
@@ -193,6 +222,25 @@ def test_set_grows_at_random():
   counts = grown[free]
   assert counts.mean() == pytest.approx(60 * share, rel=0.02)
   assert counts.var() == pytest.approx(60 * share * (1 - share), rel=0.15)
+
+
+@pytest.mark.parametrize('cls', [RIGL, SET])
+def test_set_grows_what_it_dropped_from_zero_and_rigl_lets_it_keep_its_value(cls):
+  mask, weights, _, _ = random_case(7, (20, 30), 0.7)
+  trainable, sparse = one_leaf(mask, weights)
+  # For RigL: gradients that are largest where the weights are smallest.
+  signals = {'grads': {'w': jnp.asarray(1 / (1 + np.abs(weights))), 'b': jnp.ones(3)}}
+  method = cls(total_steps=1000, drop_fraction=0.5)
+  change = method.update(trainable, sparse, signals, jnp.int32(0), jax.random.key(0))
+  new = np.asarray(change.sparse.masks['w'])
+  survived = largest(mask, weights, 0.5)
+  regrown = new & mask & ~survived
+  assert regrown.sum() > 20 and (weights[regrown] != 0).all()
+  carried = survived if cls is SET else new & mask
+  np.testing.assert_array_equal(change.trainable['params']['w'], np.where(carried, weights, 0))
+  # Moments of all that was dropped or set to zero are zeroed, and of nothing else.
+  np.testing.assert_array_equal(change.changed['w'], (mask | new) & ~carried)
+  assert change.changed['w'][regrown].all() == (cls is SET)
 
 
 def test_set_drops_the_same_share_at_every_step():

@@ -125,6 +125,22 @@ def test_dead_weights_stay_dead(name, method):
   assert changes and (~masks['up']).sum() == 58  # 0.6 of 96 weights
 
 
+@pytest.mark.usefixtures('operation_by_operation')
+def test_what_set_drops_and_grows_again_starts_anew_in_weights_moments_and_average():
+  program, target = toy_program('adamw', 'set', period=4, end=0.9, drop_fraction=0.9)
+  state = program.init(0, target)
+  for step in range(5):
+    before = jax.device_get(state)
+    state, _ = program.step(step)(state, tokens(step))
+  mask = np.asarray(before.sparse.masks['up'] & state.sparse.masks['up'])
+  restarted = mask & (np.asarray(state.trainable['params']['up']) == 0)
+  assert 5 < restarted.sum() < mask.sum()
+  for held in (state.ema, *moments(state)):
+    alive = np.asarray(held['params']['up']) != 0
+    assert not alive[restarted].any() and alive[mask & ~restarted].all()
+  assert len(moments(state)) == 2 and np.asarray(before.ema['params']['up'])[restarted].all()
+
+
 def moments(state):
   """Every tree in the optimizer's state that mirrors the parameters, found by its structure."""
   like = jax.tree.structure(state.trainable)

@@ -1,6 +1,7 @@
 """Sparse evolutionary training."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,15 @@ from sparse_lm.core.sparse import Array
 class SET(Rewiring):
   """Drops a fixed share of the smallest connections and grows as many at random.
 
+  All grown connections start at zero with zeroed moments, those that the same update dropped included.
+
   Paper: Mocanu et al. 2018 (Nature Communications), algorithm 1.
   Saves: weights, gradients and moments of dropped connections, from the first step.
   Differs from the paper: the drop is by magnitude, where the paper drops the weights closest to zero
     of either sign separately; updates stop at `end` (0.75 of the run), as RigL's do.
   """
+
+  regrown_at_zero: ClassVar[bool] = True
 
   def growth(self, shape: tuple[int, ...], signals: dict[str, Array], key: Array) -> Array:
     """Uniform random scores."""
