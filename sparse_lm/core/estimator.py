@@ -6,6 +6,7 @@ gradient of the probability that it runs: so a budget held in training is held w
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -95,6 +96,16 @@ def hard_concrete_probability(logits: Array) -> Array:
   return jax.nn.sigmoid(logits - BETA * jnp.log(-GAMMA / ZETA))
 
 
+def logit(probability: float) -> float:
+  """The inverse of the sigmoid."""
+  return math.log(probability / (1 - probability))
+
+
+def hard_concrete_logit(probability: float) -> float:
+  """The inverse of `hard_concrete_probability`."""
+  return logit(probability) + BETA * math.log(-GAMMA / ZETA)
+
+
 def _reinforce(logits: Array, key: Array, sample: bool) -> Decision:
   log_p, log_q = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
   action = jax.random.bernoulli(key, jax.nn.sigmoid(logits)) if sample else logits > 0
@@ -121,12 +132,16 @@ class Estimator:
     controlled: whether a price on its cost moves it.
     policy: whether it learns from rewards, by its log-probabilities.
     learned: whether it reads the gate's logits; if not it gets those of the rate it starts with.
+    logit: the logit at which a gate is open with a given probability, where it is drawn. Deterministic
+      gates take the same logit: 'soft' and 'straight_through', and in evaluation all but 'random', open
+      where it is above the threshold of their `decide`.
   """
 
   decide: Callable[[Array, Array, bool], Decision]
   controlled: bool = True
   policy: bool = False
   learned: bool = True
+  logit: Callable[[float], float] = logit
 
 
 ESTIMATORS: dict[str, Estimator] = {
@@ -137,7 +152,7 @@ ESTIMATORS: dict[str, Estimator] = {
   # The same on logits with logistic noise (Jang et al. 2017; temperature 1).
   'gumbel_sigmoid': Estimator(_gumbel_sigmoid),
   # A stretched and clipped concrete variable (Louizos et al. 2018).
-  'hard_concrete': Estimator(_hard_concrete),
+  'hard_concrete': Estimator(_hard_concrete, logit=hard_concrete_logit),
   # A sampled policy, trained by its reward (Williams 1992).
   'reinforce': Estimator(_reinforce, policy=True),
   # Opens a fixed share of a batch's gates whatever the input: the baseline of the others.

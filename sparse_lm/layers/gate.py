@@ -1,6 +1,5 @@
 """What every learned gate shares: fields, checks, and how its decision reaches loss and log."""
 
-import math
 import zlib
 from typing import ClassVar
 
@@ -20,7 +19,10 @@ class LearnedGate(nn.Module):
 
   Attributes:
     estimator: a name in `core/estimator.py`.
-    open: probability with which a gate is open at the start; of `random` gates, always.
+    open: probability with which a gate that is drawn in training is open at the start (at the router's
+      bias); of 'random' gates, always. Evaluation draws nothing: it opens gates above a threshold, which
+      is a probability of 0.5, and of 'hard_concrete' gates one of 0.31, since they close only where the
+      stretched sigmoid falls below zero.
   """
 
   spec: Spec
@@ -56,8 +58,8 @@ class LearnedGate(nn.Module):
 
   @property
   def first_logit(self) -> float:
-    """The logit at which a gate is open with probability `open`."""
-    return math.log(self.open / (1 - self.open))
+    """The logit at which a drawn gate is open with probability `open`."""
+    return ESTIMATORS[self.estimator].logit(self.open)
 
   def decide(self, logits_BxLxU: jax.Array, mode: str) -> Decision:
     """The decision for `[B, L or 1, units]` logits; sows its cost, and of a policy its actions.

@@ -230,6 +230,20 @@ def test_sampled_hard_concrete_gates_follow_their_distribution(logit):
     assert as_frequent(weight > level, expit(logit - BETA * np.log(s / (1 - s))))
 
 
+@pytest.mark.parametrize('probability', [0.05, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize('name', ['gumbel_sigmoid', 'hard_concrete', 'reinforce'])
+def test_the_logit_of_a_probability_opens_so_many_drawn_gates(name, probability):
+  at = ESTIMATORS[name].logit(probability)
+  assert as_frequent(at_one_logit(name, at).open, probability)
+
+
+@pytest.mark.parametrize('name', ['straight_through', 'soft', 'reinforce', 'hard_concrete'])
+def test_deterministic_gates_open_above_a_probability_of_a_half_or_of_hard_concrete_031(name):
+  edge = 1 / (1 + 11 ** (1 / 3)) if name == 'hard_concrete' else 0.5  # METHODS.md 2.14's test gate
+  logits = [ESTIMATORS[name].logit(edge + shift) for shift in (-0.01, 0.01)]
+  assert decided(name, False)(jnp.float32(logits), KEY).open.tolist() == [False, True]
+
+
 def test_slopes_of_sampled_hard_concrete_gates_are_finite_differences_at_their_noise():
   logits = np.linspace(-3, 3, 999).astype(np.float32)
   weight = np.asarray(decided('hard_concrete', True)(logits, KEY).weight, np.float64)

@@ -191,12 +191,27 @@ def test_a_layers_logit_moves_ten_times_as_fast_as_its_parameter():
     assert float(found['depth']['logit']) == pytest.approx(want, rel=1e-3)
 
 
-def test_gates_start_open_with_the_configured_probability():
+@BY_ESTIMATOR
+def test_gates_start_open_with_the_configured_probability(estimator):
   for name, leaf, scale in (('token_gate', 'bias', 1), ('layer_gate', 'logit', 10)):
-    _, inputs = numbers(layer(name), 0)
-    gate = layer(name, open=0.8).init(jax.random.key(0), *inputs, 'eval')['params']['depth']
-    logit = scale * gate.get('router', gate)[leaf]
-    assert_allclose(sigmoid(np.asarray(logit, np.float64)), 0.8, rtol=1e-5)
+    module = layer(name, open=0.8, estimator=estimator)
+    _, inputs = numbers(module, 0)
+    gate = module.init(jax.random.key(0), *inputs, 'eval')['params']['depth']
+    logit = scale * np.asarray(gate.get('router', gate)[leaf], np.float64)
+    # P(s (1.1 + 0.1) - 0.1 > 0) of a stretched concrete variable; of others P(logit + noise > 0).
+    shift = 2 / 3 * np.log(0.1 / 1.1) if estimator == 'hard_concrete' else 0.0
+    assert_allclose(sigmoid(logit - shift), 0.8, rtol=1e-5)
+
+
+def test_half_of_the_drawn_hard_concrete_gates_are_open_at_the_start(batch=100):
+  module = layer('token_gate', open=0.5, estimator='hard_concrete')
+  _, inputs = numbers(module, 0, batch)
+  params = module.init(jax.random.key(0), *inputs, 'eval')['params']
+  y, sown = applied(module, 'train')(params, *inputs, DRAWS)
+  opened = np.any(np.asarray(y) != inputs[0], axis=-1)
+  assert opened.mean() == pytest.approx(0.5, abs=0.09)  # 800 draws at logits that differ
+  # What is priced is the deterministic gate, which closes below a probability of 0.31 only.
+  assert float(sown['gates']['depth']['active']) > 0.7
 
 
 @pytest.mark.parametrize('name', ['token_gate', 'layer_gate'])

@@ -1,13 +1,17 @@
 """L0 regularisation: a learned gate on every unit."""
 
 import dataclasses
-import math
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from sparse_lm.core.estimator import BETA, ESTIMATORS, GAMMA, ZETA, hard_concrete_probability
+from sparse_lm.core.estimator import (
+  BETA,
+  ESTIMATORS,
+  hard_concrete_logit,
+  hard_concrete_probability,
+)
 from sparse_lm.core.pattern import by_slice, kept
 from sparse_lm.core.random_start import path_key
 from sparse_lm.core.ranges import ranged
@@ -47,7 +51,7 @@ class L0(WeightMethod):
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
     """One logit for each unit, alike; no masks."""
-    logit = math.log(self.open / (1 - self.open)) + BETA * math.log(-GAMMA / ZETA)
+    logit = hard_concrete_logit(self.open)
     shapes = jax.eval_shape(self.units.pool, covered(params, target))
     logits = {name: jnp.full(units.shape, logit, jnp.float32) for name, units in shapes.items()}
     nothing = jax.tree.map(lambda w: None, params)
