@@ -57,28 +57,29 @@ class Decision(NamedTuple):
   entropy: Array | None = None
 
 
-def _with_gradient_of(value: Array, surrogate: Array) -> Array:
+def with_gradient_of(value: Array, surrogate: Array) -> Array:
+  """`value`, with the gradient of `surrogate`; both of one shape."""
   return jax.lax.stop_gradient(value - surrogate) + surrogate
 
 
 def _soft(logits: Array, key: Array, sample: bool) -> Decision:
   probability, fires = jax.nn.sigmoid(logits), logits > 0
-  cost = _with_gradient_of(fires, probability)
+  cost = with_gradient_of(fires, probability)
   opened = jnp.ones_like(fires) if sample else fires
   return Decision(jnp.where(opened, probability, 0.0), opened, cost)
 
 
 def _straight_through_sigmoid(logits: Array, key: Array, sample: bool) -> Decision:
   fires = logits > 0
-  gate = _with_gradient_of(fires, jax.nn.sigmoid(logits))
+  gate = with_gradient_of(fires, jax.nn.sigmoid(logits))
   return Decision(gate, fires, gate)
 
 
 def _gumbel_sigmoid(logits: Array, key: Array, sample: bool) -> Decision:
   noise = jax.random.logistic(key, logits.shape) if sample else 0.0
   fires = logits + noise > 0
-  gate = _with_gradient_of(fires, jax.nn.sigmoid(logits + noise))
-  return Decision(gate, fires, _with_gradient_of(logits > 0, jax.nn.sigmoid(logits)))
+  gate = with_gradient_of(fires, jax.nn.sigmoid(logits + noise))
+  return Decision(gate, fires, with_gradient_of(logits > 0, jax.nn.sigmoid(logits)))
 
 
 def _hard_concrete(logits: Array, key: Array, sample: bool) -> Decision:
@@ -88,7 +89,7 @@ def _hard_concrete(logits: Array, key: Array, sample: bool) -> Decision:
     s = jax.nn.sigmoid(logits)
   gate = jnp.clip(s * (ZETA - GAMMA) + GAMMA, 0.0, 1.0)
   evaluated = jax.nn.sigmoid(logits) * (ZETA - GAMMA) + GAMMA > 0
-  return Decision(gate, gate > 0, _with_gradient_of(evaluated, hard_concrete_probability(logits)))
+  return Decision(gate, gate > 0, with_gradient_of(evaluated, hard_concrete_probability(logits)))
 
 
 def hard_concrete_probability(logits: Array) -> Array:

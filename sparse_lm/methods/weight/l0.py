@@ -11,10 +11,12 @@ from sparse_lm.core.estimator import (
   ESTIMATORS,
   hard_concrete_logit,
   hard_concrete_probability,
+  with_gradient_of,
 )
 from sparse_lm.core.pattern import by_slice, kept
 from sparse_lm.core.random_start import path_key
 from sparse_lm.core.ranges import ranged
+from sparse_lm.core.select import topk_mask
 from sparse_lm.core.sparse import Array, Sparse, Tree, WeightMethod, apply_masks, covered
 
 EVALUATED = 0.8  # of a logit, in evaluation
@@ -24,15 +26,17 @@ EVALUATED = 0.8  # of a logit, in evaluation
 class L0(WeightMethod):
   """Multiplies each unit by a hard concrete gate whose logit is learned with the weights.
 
-  Training draws the gates and pays for the probability that they are open. Evaluation opens as many as
-  training expects to be open, those of the largest logits, at fixed values. How sparse it ends is
-  learned: `config.budget.target` holds the forward FLOPs, or `price` says what keeping costs.
+  Training draws the gates. Evaluation opens as many as training expects to be open, those of the largest
+  logits, at fixed values. Training pays for what evaluation runs, with the gradient of the probability
+  that a gate is open. How sparse it ends is learned: `config.budget.target` holds the forward FLOPs, or
+  `price` says what keeping costs.
 
   Paper: Louizos et al. 2018 (Learning Sparse Neural Networks through L0 Regularization).
   Saves: the forward pass of closed units; training computes them all.
   Differs from the paper: evaluation keeps the expected number, at `sigmoid(0.8 logit / temperature)` (as
     CoFi does, Xia et al. 2022); the paper keeps what is above a threshold, which logits that move
-    together cross together. Under N:M any number of a group may be open, N is not read.
+    together cross together. Under N:M and per_output any number of a group or of an output's inputs may
+    be open: one number for all could not be held at a budget, so the masks are those of 'unstructured'.
 
   Attributes:
     pattern: the units that have a gate each.
@@ -62,16 +66,18 @@ class L0(WeightMethod):
   ) -> tuple[Tree, Tree]:
     """Weights times their gates; draws where there is a key, in training."""
     logits = trainable['learned']
+    gates, opened = self._evaluated(logits)
     if mode == 'train' and key is not None:
       gates = {
         name: ESTIMATORS['hard_concrete'].decide(units, path_key(key, name), True).weight
         for name, units in logits.items()
       }
-    else:
-      gates, _ = self._evaluated(logits)
     prunable = covered(trainable['params'], sparse.target)
-    likely = {name: hard_concrete_probability(units) for name, units in logits.items()}
-    density = jax.tree.map(jnp.mean, self.units.expand(likely, prunable))
+    priced = {
+      name: with_gradient_of(opened[name].astype(jnp.float32), hard_concrete_probability(units))
+      for name, units in logits.items()
+    }
+    density = jax.tree.map(jnp.mean, self.units.expand(priced, prunable))
     return _times(trainable['params'], self.units.expand(gates, prunable)), density
 
   def penalty(self, density: Array) -> Array:
@@ -89,16 +95,18 @@ class L0(WeightMethod):
 
   def _evaluated(self, logits: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
     """The gates that evaluation runs, and which are open: as many as training expects to be."""
-    opened = {name: by_slice(self._likeliest, units) for name, units in logits.items()}
+    opened = {name: by_slice(_likeliest, units) for name, units in logits.items()}
     gates = {
       name: opened[name] * jax.nn.sigmoid(EVALUATED * units / BETA)
       for name, units in logits.items()
     }
     return gates, opened
 
-  def _likeliest(self, logits: Array) -> Array:
-    count = kept(logits.size, jnp.mean(hard_concrete_probability(logits)))
-    return self.units.top(logits, count)
+
+def _likeliest(logits: Array) -> Array:
+  """As many as are expected to be open, wherever they are: no part of an array has a share of its own."""
+  count = kept(logits.size, jnp.mean(hard_concrete_probability(logits)))
+  return topk_mask(jax.lax.stop_gradient(logits), count)
 
 
 def _times(params: Tree, gates: Tree) -> Tree:
