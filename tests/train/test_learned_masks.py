@@ -58,8 +58,8 @@ def test_a_training_step_moves_logits_by_their_own_rate_and_by_the_price(tiny_co
   )
   assert_allclose(split['learned'][name], moved['d'], rtol=1e-3)
   assert free['auxiliary'] == 0
-  assert priced['auxiliary'] == pytest.approx(5 * 0.9, rel=1e-5)
-  assert priced['density'] == pytest.approx(0.9, rel=1e-5)
+  assert priced['auxiliary'] == pytest.approx(5 * 29 / 32, rel=1e-5)  # 28.8 are expected to be open
+  assert priced['density'] == pytest.approx(29 / 32, rel=1e-5)
 
 
 @pytest.mark.parametrize(('given', 'words'), [
@@ -90,7 +90,7 @@ def test_the_floor_of_a_budget_is_what_no_gate_can_skip(tiny_config):
     build(tiny_config(**own, budget__target=floor - 1e-3), 23)
 
 
-@pytest.mark.parametrize('pattern', ['unstructured', 'neuron'])
+@pytest.mark.parametrize('pattern', ['unstructured', 'neuron', '2:4', 'block:4'])
 def test_a_budget_brings_training_and_evaluation_to_its_target(pattern, tiny_config):
   config = tiny_config(
     weight__name='l0',
@@ -112,6 +112,9 @@ def test_a_budget_brings_training_and_evaluation_to_its_target(pattern, tiny_con
   params, masks = run.program.finalize(state)
   ran = cost.report(run.program, run.target, masks)['flops_forward_ratio']
   assert ran == pytest.approx(0.8, abs=0.05)
+  # What is priced at the last weights is what is evaluated.
+  _, density = run.program.method.effective(state.trainable, state.sparse, 'train', 150, None)
+  assert float(run.program.fraction(density, {})) == pytest.approx(ran, abs=1e-4)
   closed = sum(int((~mask).sum()) for mask in tree.named(masks).values())
   assert closed > 100
   # What evaluation runs has learned the text too: a guess costs ln(vocab).
