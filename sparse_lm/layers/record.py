@@ -28,6 +28,15 @@ def inputs(module: nn.Module, x: jax.Array) -> None:
   record(module, 'intermediates', 'inputs', x)
 
 
+def entering(module: nn.Module, valid_BxL: jax.Array) -> None:
+  """Notes which tokens enter the module, where intermediates are asked for.
+
+  Evaluation runs a layer for the tokens that skip it too and drops what it gives them; calibration is
+  not to count them.
+  """
+  record(module, 'intermediates', 'entering', valid_BxL)
+
+
 def hidden_units(
   module: nn.Module, activation: nn.Module, h_BxLxF: jax.Array, mode: str
 ) -> contextlib.AbstractContextManager[None]:

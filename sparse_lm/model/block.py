@@ -6,7 +6,7 @@ import jax
 from flax import linen as nn
 
 from sparse_lm.core import cost, groups
-from sparse_lm.layers import cache
+from sparse_lm.layers import cache, record
 from sparse_lm.layers.embed import rotate
 from sparse_lm.layers.gate import LearnedGate
 from sparse_lm.layers.linear import Linear, Norm, side_by_side
@@ -71,6 +71,7 @@ class Block(nn.Module):
   ) -> jax.Array:
     """`[B, L, D]` to the addend `[B, L, D]`."""
     spec = self.spec
+    record.entering(self, valid_BxL)
     dropout = nn.Dropout(spec.dropout, deterministic=mode != 'train')
     attention = Attention(spec, self.attention, self.held, name='attention')
     a_BxLxD = attention(Norm(spec, name='norm_1')(x_BxLxD), positions_BxL, valid_BxL, mode)

@@ -16,7 +16,7 @@ from sparse_lm.model.lm import LM, Layer
 from sparse_lm.train.step import Program
 
 Array = jax.Array
-# What a kernel `[in, out]` is pruned by, from the rows `[tokens, in]` that it reads.
+# What a kernel `[in, out]` is pruned by, from the rows `[tokens, in]` that it reads: sums over tokens.
 SIGNALS = {
   'x_sq': lambda x: jnp.sum(jnp.square(x), axis=0),
   'xtx': lambda x: x.T @ x,
@@ -42,7 +42,8 @@ def prune(
     batch: sequences that are run together; one Gram matrix per kernel of one layer is held at a time.
 
   Raises:
-    UserError: a kernel with a target that no signal reaches, before anything is pruned.
+    UserError: a kernel with a target that no signal reaches, before anything is pruned; or a layer that
+      all calibration tokens skip.
   """
   method, model = program.method, program.model
   trainable, sparse = method.init(rng.stream(seed, 'masks'), params, target)
@@ -62,10 +63,7 @@ def prune(
     for x_BxLxD in stream:
       sums = gather(_variables(module, trainable['params'], model_state), x_BxLxD)
       total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-    signals = {
-      need: _like(params, {path: value / tokens_NxL.size for path, value in found.items()}, target)
-      for need, found in total.items()
-    }
+    signals = _means(*total, params, target)
     change = method.update(trainable, sparse, signals, step, key)
     trainable, sparse = change.trainable, change.sparse
     stream = [run(_variables(module, trainable['params'], model_state), x) for x in stream]
@@ -103,14 +101,44 @@ def _variables(module: Layer, params: Tree, model_state: Tree) -> dict[str, Tree
 
 def _signals(
   module: Layer, needs: tuple[str, ...], variables: Tree, x_BxLxD: Array
-) -> dict[str, dict[str, Array]]:
-  """For each need its sum over the batch's tokens, by the path of the kernel."""
+) -> tuple[dict[str, dict[str, Array]], dict[str, Array]]:
+  """For each need its sum over the tokens that reach a kernel, by its path; and how many those are.
+
+  Kernels of the block are reached by the tokens that enter the layer, others of the layer by all.
+  """
   _, seen = module.apply(variables, x_BxLxD, mutable=['intermediates'])
-  rows = {
-    path.removesuffix('inputs') + 'kernel': x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    for path, x in tree.named(seen['intermediates']).items()
+  noted = tree.named(seen['intermediates'])
+  block = f'block_{module.layer}/'
+  enters_BxL = noted[f'{block}entering']
+  everyone_BxL = jnp.ones_like(enters_BxL)
+  rows, counts = {}, {}
+  for path, x in noted.items():
+    if not path.endswith('/inputs'):
+      continue
+    kernel = path.removesuffix('inputs') + 'kernel'
+    reaches_BxL = enters_BxL if path.startswith(block) else everyone_BxL
+    rows[kernel] = jnp.where(reaches_BxL[..., None], x, 0).reshape(-1, x.shape[-1])
+    counts[kernel] = jnp.sum(reaches_BxL, dtype=jnp.int32)
+  sums = {
+    need: {path: SIGNALS[need](x.astype(jnp.float32)) for path, x in rows.items()} for need in needs
   }
-  return {need: {path: SIGNALS[need](x) for path, x in rows.items()} for need in needs}
+  return sums, counts
+
+
+def _means(
+  sums: dict[str, dict[str, Array]], counts: dict[str, Array], params: Tree, target: Tree
+) -> dict[str, Tree]:
+  """The signals of a layer: trees like `params`. Raises UserError where no token reached a kernel."""
+  missed = [path for path in tree.named(target) if path in counts and not int(counts[path])]
+  if missed:
+    raise UserError(
+      f'all calibration tokens skip the layer of {missed[0]} ({len(missed)} such parameters); valid: '
+      'more --segments, or name them in config.weight.dense'
+    )
+  return {
+    need: _like(params, {path: value / counts[path] for path, value in found.items()}, target)
+    for need, found in sums.items()
+  }
 
 
 def _check_reached(model: LM, target: Tree, length: int) -> None:
@@ -119,9 +147,8 @@ def _check_reached(model: LM, target: Tree, length: int) -> None:
   for layer in range(model.spec.layers):
     module = Layer(model.spec, model.choices, layer)
     variables = jax.eval_shape(module.init, jax.random.key(0), x)
-    reached |= jax.eval_shape(functools.partial(_signals, module, ('x_sq',)), variables, x)[
-      'x_sq'
-    ].keys()
+    sums, _ = jax.eval_shape(functools.partial(_signals, module, ('x_sq',)), variables, x)
+    reached |= sums['x_sq'].keys()
   missed = [path for path in tree.named(target) if path not in reached]
   if missed:
     raise UserError(

@@ -43,7 +43,7 @@ class LayerGate(LearnedGate, kw_only=True):
     decision = self.decide(jnp.broadcast_to(logit, (x_BxLxD.shape[0], 1, 1)), mode)
     with cost.gated_by(self):
       enters_BxL = valid_BxL
-      if mode == 'decode':  # in other modes a closed layer is multiplied by zero
+      if mode != 'train':  # where the gradient of a closed layer's gate needs what the layer gives
         enters_BxL = valid_BxL & decision.open[..., 0]
       added = enter(block, x_BxLxD, positions_BxL, enters_BxL, mode)
     return x_BxLxD + decision.weight.astype(x_BxLxD.dtype) * added
