@@ -1,8 +1,11 @@
 # `make ablation` and `make test` each do all their set-up on a machine with Python 3.11+ and make.
 PYTHON ?= python3
+# Colab has Python 3.13; an older one will do.
+PYTHON_COLAB ?= $(shell for python in python3.13 python3.12 python3; do \
+  $$python -c pass 2> /dev/null && echo $$python && break; done)
 BIN := .venv/bin
 
-.PHONY: ablation test test-slow lint notebooks clean
+.PHONY: ablation test test-slow test-colab lint notebooks clean
 .DELETE_ON_ERROR:
 
 ablation: .venv/core
@@ -15,15 +18,20 @@ test: .venv/dev
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist load -m slow
 
+# The notebooks and the contract of the methods with the versions that Colab has.
+test-colab: .venv-colab/dev
+	.venv-colab/bin/python -m pytest -n 2 --dist loadfile -o cache_dir=.venv-colab/pytest \
+	  tests/colab tests/test_contract.py
+
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 notebooks: .venv/dev
-	$(BIN)/jupytext --to ipynb colab/*.py
+	$(BIN)/python tests/colab/execute.py
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-colab build *.egg-info
 
 .venv/core: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -34,4 +42,14 @@ clean:
 
 .venv/dev: .venv/core
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,notebook]'
+	touch $@
+
+# What is there before a notebook starts, then what its first cell installs, then what tests need.
+.venv-colab/dev: colab/preinstalled.txt colab/install.sh requirements.txt pyproject.toml
+	rm -rf .venv-colab
+	$(PYTHON_COLAB) -m venv .venv-colab
+	.venv-colab/bin/pip install --quiet --disable-pip-version-check -r colab/preinstalled.txt
+	PATH="$$PWD/.venv-colab/bin:$$PATH" sh colab/install.sh
+	.venv-colab/bin/pip install --quiet --disable-pip-version-check -c colab/preinstalled.txt \
+	  -e '.[dev,notebook]'
 	touch $@

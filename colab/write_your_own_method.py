@@ -19,13 +19,13 @@
 # train and the budget controller can hold. Then it is checked, trained and looked at.
 
 # %%
-# Installs what is missing; a jax that is already here is left as it is.
+# Installs what is missing; every package that is already here stays as it is.
 import importlib.util
 
 if importlib.util.find_spec('sparse_lm') is None:
   # !git clone -q https://github.com/sparse-lm/sparse_lm
-  # !pip freeze | grep -iE '^jax' > /tmp/jax.txt; pip install -q -c /tmp/jax.txt -r sparse_lm/requirements.txt
   # %cd -q sparse_lm
+  # !sh colab/install.sh
   pass
 
 # %%

@@ -176,7 +176,7 @@ class Program:
       seen, state, (tokens_BxL1, teacher_BxLxV), key_model
     )
     (trainable_grads,) = pull_back(grads)
-    metrics['gradient_norm'] = optax.global_norm(as_float32(trainable_grads))
+    metrics['gradient_norm'] = optax.tree.norm(as_float32(trainable_grads))
     control = state.control
     if control is not None:
       control = self.budget.update(control, metrics['flops_fraction'])

@@ -28,7 +28,9 @@ def numbers(seed, dead=()):
 
 def pruned(weights, gram, density, groups=None, damp=0.01, block=128):
   """`prune_by_obs` in float64; the density is float32, as a target is."""
-  with jax.enable_x64(True):
+  # jax 0.8 moved it; the older place is deprecated there.
+  enable_x64 = jax.enable_x64 if hasattr(jax, 'enable_x64') else jax.experimental.enable_x64
+  with enable_x64(True):
     new, mask = prune_by_obs(
       jnp.asarray(weights), jnp.asarray(gram), jnp.float32(density), groups, damp, block
     )
