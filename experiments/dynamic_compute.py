@@ -10,7 +10,8 @@ import pathlib
 
 from experiments.sweep import Overrides, Run, fixed, grid, product
 from sparse_lm.core import config as configs
-from sparse_lm.core import cost, slots, tree
+from sparse_lm.core import cost, tree
+from sparse_lm.model import lm
 from sparse_lm.report import health, plot, table
 from sparse_lm.report import lines as results
 from sparse_lm.train.build import build
@@ -84,14 +85,11 @@ def _random_rate(target: float) -> float:
 
 
 def _training(overrides: Overrides) -> str:
-  """Whether training keeps to the past, as the methods declare."""
-  methods = [
-    slots.method(field.partition('.')[0], name)
-    for field, name in overrides.items()
-    if field.endswith('.name')
-  ]
-  leaks = any(not getattr(m, 'causal', {}).get('train', True) for m in methods)
-  return 'sees later tokens' if leaks else 'causal'
+  """What training sees besides a token's own past, as the methods declare."""
+  model = lm.from_config(configs.load(CONFIG, overrides), VOCAB)
+  if not lm.causal(model)['train']:
+    return 'sees later tokens'
+  return 'causal' if lm.batch_independent(model)['train'] else 'causal, sequences compete'
 
 
 def report(lines: list[results.Line], folder: pathlib.Path) -> str:

@@ -32,11 +32,20 @@ def rows() -> list[tuple[str, ...]]:
   for slot in slots.SLOTS:
     for name in slots.names(slot):
       cls = slots.method(slot, name)
-      declared = getattr(cls, 'causal', {})
-      modes = ', '.join(mode for mode in lm.MODES if declared.get(mode, True))
+      modes = ', '.join(filter(None, (_mode(slot, name, mode) for mode in lm.MODES)))
       link = f'[{name}](sparse_lm/methods/{slot}/{name}.py)'
       found.append((link, slot, said(cls.__doc__, 'Paper'), said(cls.__doc__, 'Saves'), modes))
   return found
+
+
+def _mode(slot: str, name: str, mode: str) -> str:
+  """The mode, if the method is causal in it, and whether by default the sequences of a batch couple."""
+  if slot == 'weight':
+    return mode
+  choice = slots.Choice(slot, name)
+  if not choice.causal(mode):
+    return ''
+  return f'{mode} (sequences compete)' if choice.couples(mode) else mode
 
 
 def table() -> str:

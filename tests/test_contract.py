@@ -106,6 +106,10 @@ def test_model_without_jit_equals_jit_and_keeps_to_the_past(slot, name, mode, mo
   logits = run(variables, tokens, ALL)
   assert logits.shape == (2, 16, 11) and logits.dtype == jnp.float32
   assert_allclose(logits_of(model, mode)(variables, tokens, ALL), logits, rtol=1e-4, atol=1e-4)
+  if lm.batch_independent(model)[mode]:
+    # Another sequence beside the first one; tests/model/test_batch.py shows that the others couple.
+    beside = run(variables, tokens.at[1].set((tokens[1] + 1) % 11), ALL)
+    assert_allclose(beside[0], logits[0], rtol=1e-6, atol=1e-6)
   if not lm.causal(model)[mode]:
     return  # tests/methods/ shows that these leak
   for cut in (1, 8, 15):

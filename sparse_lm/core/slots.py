@@ -7,6 +7,7 @@ supplied by whoever builds the method. A method of a layer slot is a Linen modul
               compiled
   twin        it runs less than the slot's dense method of that name, which costs are compared with
   causal      {mode: False} for modes in which it reads later tokens
+  couples     {mode: True} for modes in which other sequences of the batch change what it computes
 """
 
 import dataclasses
@@ -138,6 +139,11 @@ class Choice:
   def causal(self, mode: str) -> bool:
     """Whether the method keeps to the past in that mode, as it declares."""
     return getattr(self.cls, 'causal', {}).get(mode, True)
+
+  def couples(self, mode: str) -> bool:
+    """Whether other sequences of a batch change what the method computes in that mode, as it declares."""
+    module = self.make({'spec': None, 'activation': None, 'inner': None, 'parent': None})
+    return getattr(module, 'couples', {}).get(mode, False)
 
   def dense(self) -> 'Choice':
     """What the dense twin runs: `otherwise` if that is dense, else the method's declared twin."""

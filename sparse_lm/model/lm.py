@@ -150,7 +150,10 @@ def _check(choice: Choice, module: nn.Module) -> None:
 
 
 def _check_credit(modules: dict[Choice, nn.Module]) -> None:
-  """A policy's actions are credited with what comes later: in training all else must be causal."""
+  """A policy's actions are credited with what comes later in their own sequence.
+
+  So in training all else must be causal, and no other sequence may change it.
+  """
   policies = {c.group: module for c, module in modules.items() if getattr(module, 'policy', False)}
   for group, module in policies.items():
     for choice in modules:
@@ -159,6 +162,12 @@ def _check_credit(modules: dict[Choice, nn.Module]) -> None:
           f'{group}.estimator={module.estimator!r} credits an action with later tokens only, and '
           f'{choice.group}.name={choice.name!r} is not causal in training; valid: another estimator, '
           'or a method that is causal in both modes'
+        )
+      if choice.couples('train'):
+        raise UserError(
+          f'{group}.estimator={module.estimator!r} credits an action with its own sequence only, and in '
+          f'training {choice.group}.name={choice.name!r} lets the sequences of a batch change each other '
+          'with these fields; valid: another estimator, or no limit on what they compete for'
         )
 
 
@@ -176,6 +185,11 @@ def twin(model: LM) -> LM:
 def causal(model: LM) -> dict[str, bool]:
   """By mode, whether every method that the model runs keeps to the past."""
   return {mode: all(choice.causal(mode) for choice in running(model)) for mode in MODES}
+
+
+def batch_independent(model: LM) -> dict[str, bool]:
+  """By mode, whether a sequence's logits are the same whatever else its batch holds."""
+  return {mode: not any(c.couples(mode) for c in running(model)) for mode in MODES}
 
 
 def shapes(model: LM) -> Any:

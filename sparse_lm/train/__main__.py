@@ -30,6 +30,9 @@ def main() -> None:
   for mode, causal in result['causal'].items():
     if not causal:
       print(f'not causal: in mode {mode!r} the model reads later tokens')
+  for mode, independent in result.get('batch_independent', {}).items():
+    if not independent:
+      print(f'not independent: in mode {mode!r} the sequences of a batch change each other')
 
 
 if __name__ == '__main__':

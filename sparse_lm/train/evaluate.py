@@ -55,6 +55,7 @@ def result_of(
     'data': run.data.card,
     'evaluation': _cards(run.data),
     'causal': lm.causal(run.program.model),
+    'batch_independent': lm.batch_independent(run.program.model),
     'metrics': {
       'steps': int(state.step),
       **measured,

@@ -261,6 +261,10 @@ BAD = {
     POLICY | {'mlp.name': 'expert_choice'},
     ('config.depth.estimator', "config.mlp.name='expert_choice'", 'causal'),
   ),
+  'sequences that compete beside a policy': (
+    POLICY | {'mlp.name': 'moe_topk'},
+    ('config.depth.estimator', "config.mlp.name='moe_topk'", 'sequences of a batch'),
+  ),
   'acausal in the layers of no policy': (
     POLICY | {'depth.otherwise.name': 'mixture_of_depths', 'model.layers': 2},
     ('config.depth.estimator', 'mixture_of_depths', 'causal'),

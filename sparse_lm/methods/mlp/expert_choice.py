@@ -46,6 +46,7 @@ class ExpertChoice(nn.Module):
   executor: str = 'sort'
   twin: ClassVar[str] = 'dense'
   causal: ClassVar[dict[str, bool]] = {'train': False, 'eval': True}
+  couples: ClassVar[dict[str, bool]] = {'train': True, 'eval': False}
 
   def check(self) -> None:
     """Raises UserError where fields do not fit each other or the context."""

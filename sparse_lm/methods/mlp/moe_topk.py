@@ -56,6 +56,14 @@ class MoETopK(nn.Module):
   executor: str = 'sort'
   twin: ClassVar[str] = 'dense'
 
+  @property
+  def couples(self) -> dict[str, bool]:
+    """Where an expert's seats are limited, the sequences of a batch compete for them.
+
+    Seats go by position, so that a token loses none to a later one: it stays causal all the same.
+    """
+    return {mode: self._factor(mode) > 0 for mode in ('train', 'eval')}
+
   def check(self) -> None:
     """Raises UserError where fields do not fit each other or the context."""
     valid = f'1 to the number of experts, {self.experts}'
