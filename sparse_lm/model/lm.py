@@ -224,11 +224,11 @@ def cache_shapes(model: LM, variables: Any, batch: int) -> Any:
 def groups(model: LM) -> tuple[Group, ...]:
   """Units that span matrices, as the modules declare them, and the layers."""
   with noted.recording() as found:
-    variables = shapes(model)
+    paths = list(tree.named(shapes(model)['params']))
   layers = tuple(
     Member(path, None, layer)
     for layer in range(model.spec.layers)
-    for path in tree.named(variables['params'])
+    for path in paths
     if path.startswith(f'block_{layer}/')
   )
   return (*found.values(), Group('layer', '', model.spec.layers, layers))

@@ -83,10 +83,11 @@ def latex(frame: pd.DataFrame, caption: str, command: str, label: str) -> str:
   r"""A `table` float for a document that uses booktabs; `\label{tab:<label>}`."""
   printed = text(frame).map(_tex).rename(columns=_tex)
   width = len(frame.attrs['rows'])
+  verbatim = _tex(command).replace("'", r'\textquotesingle{}')  # as a shell reads it
   return printed.style.hide(axis='index').to_latex(
     hrules=True,
     column_format='l' * width + 'r' * (printed.shape[1] - width),
-    caption=f'{_tex(caption)}. {_tex(notes(frame))} Reproduce: \\texttt{{{_tex(command)}}}',
+    caption=f'{_tex(caption)}. {_tex(notes(frame))} Reproduce: \\texttt{{{verbatim}}}',
     label='tab:' + re.sub(r'[^A-Za-z0-9_.:-]+', '-', label),
     position='t',
     position_float='centering',
@@ -103,7 +104,7 @@ _TEX = (
   | {c: f'{{{c}}}' for c in '[]*'}
   | {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}'}
   | {'<': r'\textless{}', '>': r'\textgreater{}', '|': r'\textbar{}', '"': r'\texttt{"}'}
-  | {"'": r'\textquotesingle{}', '`': r'\textasciigrave{}', '°': r'\textdegree{}'}
+  | {'`': r'\textasciigrave{}', '°': r'\textdegree{}'}
   | {'—': r'\textemdash{}', '–': r'\textendash{}', '…': r'\ldots{}', '•': r'\textbullet{}'}
   | {'²': '$^2$', '³': '$^3$', '−': '$-$', '±': r'$\pm$', '×': r'$\times$', '·': r'$\cdot$'}
   | {'≤': r'$\le$', '≥': r'$\ge$', '≠': r'$\ne$', '≈': r'$\approx$', '→': r'$\to$'}
@@ -117,6 +118,15 @@ _GREEK = {
   'Π': 'Pi', 'Σ': 'Sigma', 'Υ': 'Upsilon', 'Φ': 'Phi', 'Ψ': 'Psi', 'Ω': 'Omega',
 }  # fmt: skip
 _TEX |= {letter: f'$\\{name}$' for letter, name in _GREEK.items()}
+_TEX |= {
+  'ß': r'\ss{}',
+  'æ': r'\ae{}',
+  'Æ': r'\AE{}',
+  'ø': r'\o{}',
+  'Ø': r'\O{}',
+  'ł': r'\l{}',
+  'Ł': r'\L{}',
+}
 _TEX |= dict(zip('ΑΒΕΖΗΙΚΜΝΟΡΤΧο', 'ABEZHIKMNOPTXo'))  # TeX sets these as Latin letters
 # Combining marks: grave, acute, circumflex, tilde, macron, breve, dot, diaeresis, ring, double acute,
 # caron, cedilla.
@@ -131,7 +141,7 @@ def _tex(value: str) -> str:
   A character that TeX's own fonts lack is named by its number, such as U+65E5.
   """
   shown = ''.join(map(_tex_character, ' '.join(value.split())))
-  shown = re.sub('-(?=-)', '-{}', shown)  # two hyphens would become a dash
+  shown = re.sub(r"([-'])(?=\1)", r'\1{}', shown)  # two would become a dash, or a closing quote
   return re.sub(r'^-(?=[\d.])', '$-$', shown)
 
 

@@ -12,8 +12,9 @@ from sparse_lm.report.table import Column
 
 LABELS = [
   '[0, 1]', '*', '[', ']', '**bold**', '#1 of #2', '50 % & more', 'a_b^c~d', '{open', 'close}', '$x$',
-  r'\textbf{x} \\ \end{tabular}', '<a|b>', '"quoted"', "it's `so`", '--config.a=b', '---', '-1.5', '?`!`',
-  'αβγ ΔΩ Αο ς', 'é ü ñ ç š Å ő', '± × ≤ ≥ ≠ ≈ → ∞ √ − · ² µ ° … — –',
+  r'\textbf{x} \\ \end{tabular}', '<a|b>', '"quoted"', "it's `so`", '--config.a=b', '---', '-1.5',
+  "''", '?`!`',
+  'αβγ ΔΩ Αο ς', 'é ü ñ ç š Å ő ß æ Ø ł', '± × ≤ ≥ ≠ ≈ → ∞ √ − · ² µ ° … — –',
   '日本語 🙂 ﬁ ½', 'two\n\nlines\tand a tab',
   '\x00\x1b', '', ' ', ['up', '[down]'], [], (0.5, 0.25), {'a': [1]}, None, True, 0.1, 3,
 ]  # fmt: skip
@@ -33,7 +34,7 @@ def line(number, labels):
 def tex():
   lines = [line(i, {'[la#bel]_α': label, 'row': i}) for i, label in enumerate(LABELS)]
   frame = table.summarise(lines, ['[la#bel]_α', 'row'], [Column('x_%', '* Δ & #', unit='µs')])
-  return formats.latex(frame, '[50 % of #1] *α_β*', 'python -m x --rows=[a],*', '#x_y{ [z]')
+  return formats.latex(frame, '[50 % of #1] *α_β*', "python -m x --rows='[a],*'", '#x_y{ [z]')
 
 
 def test_every_label_is_a_row_of_its_own(tex):
