@@ -40,6 +40,7 @@ def get_config() -> ConfigDict:
         'bias': False,
         'dropout': 0.0,
         'dtype': 'float32',  # of the computation; losses and norms stay in float32
+        # float32 | bfloat16, which loses small updates; averages and moments are float32 with either.
         'param_dtype': 'float32',
         'remat': False,  # recompute activations in the backward pass
       },

@@ -157,7 +157,7 @@ def _documents(builder: Any, split: str, feature: str, what: str) -> list[bytes]
     others = {n: tfds.decode.SkipDecoding() for n in builder.info.features if n != feature}
     source = builder.as_data_source(split, decoders=others or None)
     chunks = range(0, len(source), _CHUNK)
-    for begin in tqdm(chunks, f'reading {split}', delay=2, leave=False):
+    for begin in tqdm(chunks, f'reading {split}', delay=2, leave=False, disable=None):
       examples = source.__getitems__(range(begin, min(begin + _CHUNK, len(source))))
       found += [example[feature] for example in examples]
   except Exception as error:  # a missing, short or altered file, by many types

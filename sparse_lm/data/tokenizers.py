@@ -154,7 +154,8 @@ class Bpe(_Json):
     """`[tokens of text]` uint16. Raises `UserError` where `text` is not UTF-8."""
     text = _utf8(text)
     pieces, found = _pieces(text), [np.empty(0, np.uint16)]
-    with tqdm(total=len(text), desc='encoding', delay=2, leave=False, unit_scale=True) as bar:
+    options = {'delay': 2, 'leave': False, 'unit_scale': True, 'disable': None}
+    with tqdm(total=len(text), desc='encoding', **options) as bar:
       while batch := list(itertools.islice(pieces, _PIECES)):
         encoded = self._model.encode_batch_fast(batch)
         ids = itertools.chain.from_iterable(piece.ids for piece in encoded)

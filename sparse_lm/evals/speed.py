@@ -20,7 +20,7 @@ def interleaved(
   """
   draw, pairs = np.random.default_rng(0), list(calls.items())
   seconds: dict[str, list[float]] = {name: [] for name in calls}
-  for turn in tqdm(range(warmup + repeats), desc=name, unit='turn', leave=False):
+  for turn in tqdm(range(warmup + repeats), desc=name, unit='turn', leave=False, disable=None):
     for place in draw.permutation(len(pairs)):
       label, call = pairs[place]
       getattr(call, 'prepare', lambda: None)()

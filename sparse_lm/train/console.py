@@ -71,13 +71,13 @@ class Console:
     """Shows at the bar what is going on."""
     self._bar.set_postfix_str(text)
 
-  def say(self, line: str) -> None:
-    """Prints a line above the bar."""
-    if self.shown:
+  def say(self, line: str, always: bool = False) -> None:
+    """Prints a line above the bar; `always`: even where nothing else is shown."""
+    if self.shown or always:
       tqdm.write(line, file=sys.stderr)
 
   def warn_once(self, kind: str, line: str) -> None:
     """Prints a line, shown or not, unless there was one of this kind."""
     if kind not in self._warned:
       self._warned.add(kind)
-      tqdm.write(f'warning: {line}', file=sys.stderr)
+      self.say(f'warning: {line}', always=True)

@@ -143,7 +143,7 @@ class _Loop:
       )
       self.console.warn_once(
         'plan',
-        f'steps 1 to {first} were planned as part of {before}, and config.train.steps is {now} now: '
+        f'steps 1 to {first} ran on schedules of {before} steps, and config.train.steps is {now} now: '
         f'from here on all schedules span {now} steps (the learning rate goes from {old:.2g} to '
         f'{new:.2g})',
       )
@@ -235,7 +235,7 @@ class _Loop:
     )
 
   def _leave(self, signum: int, step: int) -> None:
-    self.console.warn_once('stop', f'stopped at step {step}, saved; the same command continues')
+    self.console.say(f'stopped at step {step}, saved; the same command continues', always=True)
     raise SystemExit(128 + signum)
 
   def _finish(self, state: TrainState) -> dict[str, Any]:

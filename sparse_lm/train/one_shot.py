@@ -55,7 +55,8 @@ def prune(
   embed = jax.jit(functools.partial(_embed, model))
   batches = [tokens_NxL[i : i + batch] for i in range(0, len(tokens_NxL), batch)]
   stream = [embed(params['embed'], tokens_BxL) for tokens_BxL in batches]
-  for layer in tqdm(range(model.spec.layers), unit='layer', desc='pruning', dynamic_ncols=True):
+  layers = range(model.spec.layers)
+  for layer in tqdm(layers, 'pruning', unit='layer', dynamic_ncols=True, disable=None):
     module = Layer(model.spec, model.choices, layer)
     run = jax.jit(lambda variables, x, module=module: module.apply(variables, x))
     gather = jax.jit(functools.partial(_signals, module, method.needs))

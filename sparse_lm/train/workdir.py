@@ -154,7 +154,9 @@ class Workdir:
     if self._events is None:
       folder = self.path.absolute() / 'events'
       folder.mkdir(exist_ok=True)
-      self._events = EventsWriter(str(folder / 'events'))
+      # The file is named by the second: without the suffix, a run that is continued within one would
+      # replace its own file.
+      self._events = EventsWriter(str(folder / 'events'), f'.{self._first:012}')
       # TensorBoard hides the events from this step on that earlier files hold.
       begin = SessionLog(status=SessionLog.START)
       self._events.write_event(Event(wall_time=time.time(), step=self._first, session_log=begin))

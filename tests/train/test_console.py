@@ -68,7 +68,7 @@ def test_a_continued_run_says_where_it_is_and_that_schedules_are_stretched(
   lines = shown(io.StringIO(), longer, tmp_path / 'run').splitlines()
   assert 'dense' in lines[0] and 'steps 13 to 24 of 64' in lines[0]
   assert lines[1] == (
-    'warning: steps 1 to 12 were planned as part of 12, and config.train.steps is 24 now: from here on '
+    'warning: steps 1 to 12 ran on schedules of 12 steps, and config.train.steps is 24 now: from here on '
     'all schedules span 24 steps (the learning rate goes from 0.0005 to 0.0029)'
   )
   assert shown(io.StringIO(), longer, tmp_path / 'run') == ''

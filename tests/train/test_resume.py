@@ -142,6 +142,17 @@ def test_the_log_of_a_stopped_run_is_that_of_an_undisturbed_one(
   assert curves(tmp_path) == curves(workdir)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('how', ['kill', 'signal'])
+def test_the_log_is_the_same_wherever_the_run_was_stopped(how, sparse_log, tmp_path, stop_at):
+  config, workdir = sparse_log
+  for cut in range(1, STEPS):
+    stop_at(how, config, tmp_path / str(cut), cut)
+    train(config, str(tmp_path / str(cut)), progress=False)
+    assert comparable(metrics(tmp_path / str(cut))) == comparable(metrics(workdir)), cut
+    assert curves(tmp_path / str(cut)) == curves(workdir), cut
+
+
 def timeless(result):
   return {k: v for k, v in result['metrics'].items() if k != 'train_step_ms'}
 
