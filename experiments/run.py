@@ -144,17 +144,20 @@ class Study:
     seeds = {run_id: _load(run).seed for run_id, run in missing.items()}
     if not hasattr(self.module, 'execute'):
       _check(missing)
+    finished = len(runs) - len(missing)
     bar = tqdm(
       total=len(runs),
-      initial=len(runs) - len(missing),
-      disable=not missing,
+      initial=finished,
+      disable=None if missing else True,  # None: only where stderr is no terminal
       unit='run',
       dynamic_ncols=True,
       file=sys.stderr,
     )
     with bar:
-      for run_id, run in missing.items():
+      for number, (run_id, run) in enumerate(missing.items(), finished + 1):
         bar.set_description(run_id)
+        if bar.disable:
+          print(f'run {number}/{len(runs)}: {run_id}', file=sys.stderr, flush=True)
         with writing(self.workdir(run_id)):
           self.workdir(run_id).mkdir(parents=True, exist_ok=True)
         try:
