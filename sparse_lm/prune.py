@@ -14,9 +14,9 @@ from sparse_lm.train.checkpoint import Checkpoints
 from sparse_lm.train.evaluate import named_losses, result_of
 from sparse_lm.train.history import History
 from sparse_lm.train.setup import Setup, data_of
-from sparse_lm.train.trained import check_fits, load
+from sparse_lm.train.trained import check_fits, folder_of, load
 from sparse_lm.train.work import Work
-from sparse_lm.train.workdir import Workdir, check_new, whole_folder
+from sparse_lm.train.workdir import Workdir, check_new, check_text, whole_folder
 
 
 def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
@@ -40,6 +40,7 @@ def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
   data = data_of(config)
   program, target = build(config, data.tokenizer.vocab_size)
   check_fits(trained, '--workdir', program, data.tokenizer)
+  check_text(folder_of(parent)[0], data, '--workdir')
   if not program.method.one_shot:
     able = [name for name in slots.names('weight') if slots.method('weight', name).one_shot]
     raise UserError(

@@ -60,6 +60,11 @@ class Format(struct.PyTreeNode):
     """`[..., in, out]` with zeros where nothing is stored."""
     raise NotImplementedError(type(self).__name__)
 
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of `kernel()`, by the fields alone."""
+    raise NotImplementedError(type(self).__name__)
+
   def matmul(self, x: Array) -> Array:
     """`[..., in]` to `[..., out]`."""
     raise NotImplementedError(type(self).__name__)
@@ -99,6 +104,11 @@ class InputMajor(Format):
   def kernel(self) -> Array:
     """As stored."""
     return self.inputs
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of `kernel()`."""
+    return self.inputs.shape
 
   def matmul(self, x: Array) -> Array:
     """One product."""

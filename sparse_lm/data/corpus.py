@@ -5,10 +5,19 @@ The card has content hashes, so that two numbers can be known to come from the s
 
 import dataclasses
 import hashlib
-from typing import Any
+from typing import Any, TypedDict
 
 SPLITS = ('train', 'validation', 'test')
 SEPARATOR = b'\0'  # stands between documents; no document contains it
+
+
+class Card(TypedDict):
+  """What every card says, beside what its source adds; by split, `sha256` also of 'all'."""
+
+  source: str
+  documents: dict[str, int]
+  bytes: dict[str, int]
+  sha256: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +26,10 @@ class Corpus:
 
   splits: dict[str, bytes]
   card: dict[str, Any]
+
+  def __repr__(self) -> str:
+    sizes = ', '.join(f'{name} {len(text):,} bytes' for name, text in self.splits.items())
+    return f'Corpus({self.card.get("source")}: {sizes})'
 
 
 def join(members: dict[str, list[bytes]], origin: dict[str, Any]) -> Corpus:

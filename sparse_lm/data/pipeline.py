@@ -133,6 +133,10 @@ class Data:
   batch: int
   spans: dict[str, dict[str, slice]] = dataclasses.field(default_factory=dict)
 
+  def __repr__(self) -> str:
+    sizes = ', '.join(f'{name} {len(ids):,}' for name, ids in self.tokens.items())
+    return f'Data({self.card["source"]}, tokens of {self.card["tokenizer"]}: {sizes})'
+
   def train_iterator(self, seed: int) -> grain.DatasetIterator:
     """`mixed_iterator` over the components of the training split; without any, `train_iterator`."""
     return mixed_iterator(self._shares(), context=self.context, batch=self.batch, seed=seed)

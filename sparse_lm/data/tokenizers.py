@@ -7,16 +7,16 @@ is always a token of its own, the same one, so that joined texts have the joined
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import numpy as np
 from tqdm import tqdm
 
+from sparse_lm.core import records
 from sparse_lm.core.errors import UserError, require, unknown
 from sparse_lm.data.corpus import Corpus
 
@@ -36,9 +36,8 @@ class _Json:
 
   @functools.cached_property
   def digest(self) -> str:
-    """sha256 (hex) of the canonical JSON: equal digests mean equal token ids."""
-    canonical = json.dumps(self.to_json(), sort_keys=True, separators=(',', ':'))
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    """Of the canonical JSON: equal digests mean equal token ids."""
+    return records.digest(self.to_json())
 
   def __repr__(self) -> str:
     return f'{type(self).__name__}({self.vocab_size} tokens)'
@@ -202,13 +201,59 @@ def build(name: str, corpus: Corpus, vocab_size: int) -> Tokenizer:
   raise unknown('config.data.tokenizer', name, NAMES)
 
 
-def from_json(saved: dict[str, Any]) -> Tokenizer:
-  """The inverse of `to_json`. Raises `UserError` for an unknown name."""
-  fields = dict(saved)
-  name = fields.pop('name', None)
-  if name not in NAMES:
-    raise unknown('tokenizer', name, NAMES)
-  return {'bytes': Bytes, 'bpe': Bpe, 'chars': Chars}[name](**fields)
+def from_json(saved: Any) -> Tokenizer:
+  """The inverse of `to_json`.
+
+  Raises `UserError` for an unknown name, and where the fields are not those of a tokenizer that `build`
+  made.
+  """
+  try:
+    records.check(saved, _Named)
+    name = saved['name']
+    if name not in NAMES:
+      raise unknown('tokenizer', name, NAMES)
+    if name == 'bytes':
+      return Bytes()
+    if name == 'chars':
+      records.check(saved, _SavedChars)
+      return Chars(_sorted_characters(saved['chars']))
+    records.check(saved, _SavedBpe)
+    return Bpe(_possible_merges(saved['merges']))
+  except ValueError as error:
+    raise UserError(f'the tokenizer is damaged ({error}); valid: one that training saved') from None
+
+
+class _Named(TypedDict):
+  name: str
+
+
+class _SavedChars(_Named):
+  chars: str
+
+
+class _SavedBpe(_Named):
+  merges: str
+
+
+def _sorted_characters(chars: str) -> str:
+  if list(chars) != sorted(set(chars)):
+    raise ValueError('its chars are not sorted, or some are there twice')
+  chars.encode()  # a lone surrogate, which no text has, is a UnicodeEncodeError: a ValueError
+  return chars
+
+
+def _possible_merges(merges: str) -> str:
+  """Raises `ValueError` unless every pair is of bytes and of tokens that earlier pairs made."""
+  lines = merges.splitlines()
+  if len(lines) > _LARGEST_VOCABULARY:
+    raise ValueError(f'it has {len(lines)} merges, more than {_LARGEST_VOCABULARY}')
+  known = set(_alphabet())
+  for number, line in enumerate(lines, start=1):
+    pair = line.split(' ')
+    if len(pair) != 2 or not known.issuperset(pair):
+      raise ValueError(f'merge {number} is {line[:40]!r} and not a pair of known tokens')
+    known.add(''.join(pair))
+  return merges
 
 
 def _library() -> Any:

@@ -20,7 +20,7 @@ from sparse_lm.model import lm
 from sparse_lm.model.lm import LM
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Matrix:
   """One packed kernel.
 
@@ -37,6 +37,9 @@ class Matrix:
   stored: Format
   dense_bytes: int
   why: str = ''
+
+  def __repr__(self) -> str:
+    return f'Matrix({self.path!r}, runs {name_of(self.runs)}, stored {name_of(self.stored)})'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Kernel:
     return cls(np.concatenate(weights, axis=-1), np.concatenate(masks, axis=-1), total)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class PackedModel:
   """A model's variables, its kernels packed.
 
@@ -76,6 +79,9 @@ class PackedModel:
   variables: Tree
   matrices: dict[str, Matrix]
   removed: list[str]
+
+  def __repr__(self) -> str:
+    return f'PackedModel({len(self.matrices)} matrices, {len(self.removed)} units removed)'
 
 
 def load_format(name: str) -> type[Format]:

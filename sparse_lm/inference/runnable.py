@@ -11,7 +11,7 @@ from sparse_lm.model.lm import LM
 from sparse_lm.train import trained
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Runnable:
   """What decoding needs.
 
@@ -26,6 +26,10 @@ class Runnable:
   tokenizer: tokenizers.Tokenizer
   model: LM
   variables: Tree
+
+  def __repr__(self) -> str:
+    spec = self.model.spec
+    return f'Runnable({self.path!r}, {spec.layers} layers of width {spec.width}, {self.tokenizer})'
 
 
 def load(path: str) -> Runnable:

@@ -1,7 +1,8 @@
 """A packed model as a folder: what it is in JSON, its arrays in safetensors, and a plain copy for others.
 
 config.json, tokenizer.json  of the run that was packed.
-packed.json                  version, digest, and for each matrix the format that is stored and that runs.
+packed.json                  version, digests of the other files that are read, and for each matrix the
+                             format that is stored and that runs.
 packed.safetensors           the arrays: `<path>:<field>` of formats (`<field>/0`, ... of a tuple),
                              `<path>` of the rest.
 model.safetensors            every parameter under its path, zeros where a weight was dropped.
@@ -11,7 +12,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import numpy as np
@@ -20,20 +21,42 @@ from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
 
 from sparse_lm.core import config as configs
-from sparse_lm.core import tree
-from sparse_lm.core.errors import UserError
+from sparse_lm.core import records, tree
+from sparse_lm.core.errors import UserError, unknown
 from sparse_lm.core.packed import Format, is_packed
 from sparse_lm.data import tokenizers
-from sparse_lm.inference.pack import Matrix, PackedModel, load_format, name_of, nested
+from sparse_lm.inference.pack import Matrix, PackedModel, load_format, name_of, names, nested
 from sparse_lm.model import lm
 from sparse_lm.train.trained import Trained
 from sparse_lm.train.workdir import check_new, read_json, whole_folder, write_json
 
-VERSION = 2
+VERSION = 3
 MANIFEST, ARRAYS, PLAIN = 'packed.json', 'packed.safetensors', 'model.safetensors'
+READ = (ARRAYS, 'config.json', 'tokenizer.json')
 
 
-@dataclasses.dataclass(frozen=True)
+class _Entry(TypedDict):
+  """A matrix: names of its formats, and the fields of the stored one that are no arrays."""
+
+  runs: str
+  stored: str
+  fields: dict[str, int | list[int]]
+  dense_bytes: int
+  why: str
+
+
+class _Manifest(TypedDict):
+  """What packed.json holds, beside what `pack` found out: `sha256` by name of a file."""
+
+  version: int
+  sha256: dict[str, str]
+  source: str
+  step: int
+  removed: list[str]
+  matrices: dict[str, _Entry]
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Saved:
   """A packed folder, loaded.
 
@@ -52,6 +75,9 @@ class Saved:
   def source(self) -> str:
     """Which folder and checkpoint it is, in words."""
     return f'{self.path}: packed from {self.manifest["source"]}'
+
+  def __repr__(self) -> str:
+    return f'Saved({self.path!r}, {self.packed}, {self.tokenizer})'
 
 
 def save(packed: PackedModel, trained: Trained, out: str, facts: dict[str, Any]) -> None:
@@ -74,7 +100,8 @@ def _write(
   )
   write_json(folder / 'config.json', configs.to_json(trained.config))
   write_json(folder / 'tokenizer.json', trained.tokenizer.to_json())
-  manifest = {'version': VERSION, 'sha256': _digest(folder / ARRAYS), 'step': trained.step}
+  digests = {name: _digest(folder / name) for name in READ}
+  manifest = {'version': VERSION, 'sha256': digests, 'step': trained.step}
   write_json(
     folder / MANIFEST, manifest | facts | {'removed': packed.removed, 'matrices': matrices}
   )
@@ -84,23 +111,14 @@ def load(path: str) -> Saved:
   """Loads a packed folder.
 
   Raises:
-    UserError: it is none, of another version, or its arrays are not those that were written.
+    UserError: it is none, of another version, or its files are not those that were written.
   """
   folder = pathlib.Path(os.path.expanduser(path))
   if not (folder / MANIFEST).exists():
     raise UserError(
       f'{path} holds no packed model (no {MANIFEST}); valid: python -m sparse_lm.pack'
     )
-  manifest = read_json(folder / MANIFEST)
-  if manifest.get('version') != VERSION:
-    raise UserError(
-      f'{folder / MANIFEST} is of version {manifest.get("version")}, and this one reads {VERSION}; '
-      'valid: pack the run again'
-    )
-  if not (folder / ARRAYS).exists() or _digest(folder / ARRAYS) != manifest['sha256']:
-    raise UserError(
-      f'{folder / ARRAYS} does not match the sha256 in {MANIFEST}; valid: pack the run again'
-    )
+  manifest = _manifest(folder)
   try:
     arrays = load_file(folder / ARRAYS)
   except SafetensorError as error:
@@ -108,11 +126,44 @@ def load(path: str) -> Saved:
   config = configs.from_json(read_json(folder / 'config.json'))
   tokenizer = tokenizers.from_json(read_json(folder / 'tokenizer.json'))
   model = lm.from_config(config, tokenizer.vocab_size)
-  matrices = {p: _matrix(p, entry, arrays) for p, entry in manifest['matrices'].items()}
+  largest = _kernel_shapes(model)
+  matrices = {}
+  for name, entry in manifest['matrices'].items():
+    try:
+      matrices[name] = _matrix(name, entry, arrays, largest[name])
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+      raise UserError(
+        f'{folder / MANIFEST}: the matrix {name[:100]!r} does not fit its arrays or the model ({error}); '
+        'valid: pack the run again'
+      ) from None
   held = {path: array for path, array in arrays.items() if ':' not in path.partition('/')[2]}
   running = {f'packed/{path}': matrix.runs for path, matrix in matrices.items()}
   packed = PackedModel(model, nested(held | running), matrices, manifest['removed'])
   return Saved(path, config, tokenizer, packed, manifest)
+
+
+def _manifest(folder: pathlib.Path) -> dict[str, Any]:
+  """The contents of packed.json, once all digests have been compared."""
+  manifest = read_json(folder / MANIFEST)
+  if manifest.get('version') != VERSION:
+    raise UserError(
+      f'{folder / MANIFEST} is of version {manifest.get("version")}, and this one reads {VERSION}; '
+      'valid: pack the run again'
+    )
+  try:
+    records.check(manifest, _Manifest)
+  except ValueError as error:
+    raise UserError(
+      f'{folder / MANIFEST} is damaged ({error}); valid: pack the run again'
+    ) from None
+  for name in READ:
+    if not (folder / name).is_file():
+      raise UserError(f'{folder / name} cannot be read (no such file); valid: a whole folder')
+    if _digest(folder / name) != manifest['sha256'].get(name):
+      raise UserError(
+        f'{folder / name} does not match the sha256 in {MANIFEST}; valid: pack the run again'
+      )
+  return manifest
 
 
 def is_saved(path: str) -> bool:
@@ -145,12 +196,30 @@ def _arrays(packed: PackedModel) -> tuple[dict[str, jax.Array], dict[str, Any]]:
   return arrays, matrices
 
 
-def _matrix(path: str, entry: dict[str, Any], arrays: dict[str, jax.Array]) -> Matrix:
+def _kernel_shapes(model: lm.LM) -> dict[str, tuple[int, ...]]:
+  """By path, the shape of every kernel before anything was removed, of joined ones too."""
+  shapes = {path: leaf.shape for path, leaf in tree.named(lm.shapes(model)['params']).items()}
+  for path, parts in lm.packable(model).joined.items():
+    kernels = [shapes[f'{part}/kernel'] for part in parts if f'{part}/kernel' in shapes]
+    if kernels:
+      shapes[f'{path}/kernel'] = (*kernels[0][:-1], sum(shape[-1] for shape in kernels))
+  return shapes
+
+
+def _matrix(
+  path: str, entry: dict[str, Any], arrays: dict[str, jax.Array], largest: tuple[int, ...]
+) -> Matrix:
+  """Raises ValueError, before anything is allocated, where the matrix is larger than the model's."""
+  for name in (entry['stored'], entry['runs']):
+    if name not in names():
+      raise unknown('format', name, names())
   cls = load_format(entry['stored'])
   prefix = f'packed/{path}:'
   fields = _fields({k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)})
   static = {k: tuple(v) if isinstance(v, list) else v for k, v in entry['fields'].items()}
   stored = cls(**fields, **static)
+  if len(stored.shape) != len(largest) or any(a > b for a, b in zip(stored.shape, largest)):
+    raise ValueError(f'its shape is {stored.shape}, and that of the model {largest}')
   runs: Format = stored
   if entry['runs'] != entry['stored']:
     kernel = np.asarray(stored.kernel())

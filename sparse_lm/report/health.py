@@ -1,6 +1,5 @@
 """How routing went: the load of every expert and the entropy of the router, over training."""
 
-import json
 import math
 import pathlib
 import re
@@ -11,6 +10,7 @@ from matplotlib.figure import Figure
 
 from sparse_lm.core.errors import UserError
 from sparse_lm.report.plot import COLOURS, STYLE
+from sparse_lm.train.workdir import read_log
 
 # Of a layer, then an expert, as training logs them.
 LOAD = re.compile(r'(?!val/)(.+)/load/(\d+)')
@@ -60,12 +60,12 @@ def read(metrics: str | pathlib.Path) -> dict[str, Curve]:
   if not path.is_file():
     raise UserError(f'no file {path}; valid: the metrics.jsonl of a run')
   curves: dict[str, Curve] = {}
-  for line in map(json.loads, path.read_text(encoding='utf-8').splitlines()):
-    step = line.pop('step')
+  for _, line in read_log(path):
     for name, value in line.items():
-      steps, values = curves.setdefault(name, ([], []))
-      steps.append(step)
-      values.append(value)
+      if name != 'step':
+        steps, values = curves.setdefault(name, ([], []))
+        steps.append(line['step'])
+        values.append(value)
   return curves
 
 

@@ -11,14 +11,25 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
-from sparse_lm.core import lock
+from sparse_lm.core import lock, records
 from sparse_lm.core.errors import UserError, unknown, writing
 
 Line = dict[str, Any]
 Key = tuple[Any, ...]
-NEEDED = ('run', 'labels', 'seed', 'metrics')
+
+
+class _Form(TypedDict):
+  """What every line holds; one of an experiment also the name of its study."""
+
+  run: str
+  labels: dict[str, Any]
+  seed: int
+  metrics: dict[str, float | str | list | dict | None]
+  study: NotRequired[str | None]
+  config: NotRequired[dict[str, Any] | None]
+  env: NotRequired[dict[str, Any] | None]
 
 
 def read(paths: Iterable[str | pathlib.Path]) -> list[Line]:
@@ -43,18 +54,15 @@ def read_file(path: pathlib.Path) -> list[Line]:
   if not path.is_file():
     raise UserError(f'no results file {path}; valid: the runs.jsonl of a study that ran')
   lines = []
-  for number, text in enumerate(path.read_bytes().split(b'\n'), start=1):
-    if not text.strip():
+  for number, _, line, fault in records.read_lines(path, Any):
+    if fault:
+      # Also in the middle: the next process to append starts a new line behind the half one.
+      print(f'{path}:{number}: half a line, left out ({fault})', file=sys.stderr)
       continue
     try:
-      line = json.loads(text)
-    except ValueError:
-      # Also in the middle: the next process to append starts a new line behind the half one.
-      print(f'{path}:{number}: half a line, left out', file=sys.stderr)
-      continue
-    missing = [key for key in NEEDED if not isinstance(line, dict) or key not in line]
-    if missing:
-      raise UserError(f"{path}:{number} is not a run's line: it lacks {', '.join(missing)}")
+      records.check(line, _Form)
+    except ValueError as error:
+      raise UserError(f"{path}:{number} is not a run's line: {error}") from None
     lines.append(line)
   return lines
 
@@ -117,9 +125,9 @@ def machines(lines: Iterable[Line]) -> list[str]:
 def machine(env: Mapping[str, Any]) -> str:
   """A run's `env` in a few words."""
   if env.get('device', 'cpu') != 'cpu':
-    return f'{env["device"]}, jax {env["jax"]}'
+    return f'{env["device"]}, jax {env.get("jax")}'
   instructions = env.get('instruction_set', 'instruction set not recorded')
-  return f'{env["cores"]} cores of {env["cpu"]}, {instructions}, jax {env["jax"]}'
+  return f'{env.get("cores")} cores of {env.get("cpu")}, {instructions}, jax {env.get("jax")}'
 
 
 def group(lines: Sequence[Line], names: Sequence[str]) -> dict[Key, list[Line]]:

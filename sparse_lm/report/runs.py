@@ -6,7 +6,7 @@ in which the given runs differ, and those that a table asks for, become labels.
 
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from sparse_lm.core import config as configs
 from sparse_lm.core.errors import UserError, unknown
@@ -44,23 +44,29 @@ def read(paths: Iterable[str | pathlib.Path], asked: Sequence[str] = ()) -> list
   return list({(line.get('study'), line['run']): line for line in found}.values())
 
 
+class _Config(TypedDict):
+  seed: int
+
+
+class _Result(TypedDict):
+  """What a table needs of a result.json."""
+
+  config: _Config
+  env: dict[str, Any]
+  metrics: dict[str, Any]
+
+
 def _line(path: pathlib.Path) -> results.Line:
   """The line of a workdir or of a result.json, without labels."""
-  from sparse_lm.train.workdir import (
-    read_json,
-  )  # here, because lines of studies are read without JAX
+  from sparse_lm.train.workdir import read_json  # here: lines of studies are read without JAX
 
   file = path / 'result.json' if path.is_dir() else path
   if not file.is_file():
     raise UserError(
       f'{path} holds no finished run (no result.json); valid: a workdir that finished'
     )
-  result = read_json(file)
-  needed = ('config', 'metrics', 'env')
-  if not isinstance(result, dict) or not all(isinstance(result.get(key), dict) for key in needed):
-    raise UserError(f'{file} is no result of a run; valid: the result.json of a workdir')
-  seed = result['config'].get('seed')
-  return result | {'run': str(file.parent), 'labels': {}, 'seed': seed}
+  result = read_json(file, _Result)
+  return result | {'run': str(file.parent), 'labels': {}, 'seed': result['config']['seed']}
 
 
 def _fields(lines: Iterable[results.Line]) -> list[str]:

@@ -11,23 +11,34 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from sparse_lm.core import tree
+from sparse_lm.core import records, tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.sparse import Tree
 from sparse_lm.train.history import History
 from sparse_lm.train.state import TrainState
 from sparse_lm.train.work import Work
+from sparse_lm.train.workdir import fixed, read_json
 
 SCHEMA = 3
 EVALUATED = ('params', 'sparse', 'model')  # what evaluation and export read
 ITEMS = (*EVALUATED, 'optimizer')
+
+
+class _Meta(TypedDict):
+  """What an item `meta` holds: `run` is `Checkpoints._run` when it was saved."""
+
+  schema: int
+  step: int
+  numbers: dict[str, Any] | None
+  digests: dict[str, int]
+  run: dict[str, str]
 
 
 def _items(state: TrainState) -> dict[str, Tree]:
@@ -146,6 +157,7 @@ class Checkpoints:
       digests['data'] = _json_digest(data.get_state())
       saved['data'] = grain.checkpoint.CheckpointSave(data)
     meta = {'schema': SCHEMA, 'step': step, 'numbers': numbers, 'digests': digests}
+    meta |= {'run': self._run()}
     doing = 'written'
     try:
       with _quiet_storage():
@@ -235,6 +247,11 @@ class Checkpoints:
     if self._links is not None:
       self._links.cleanup()
 
+  def _run(self) -> dict[str, str]:
+    """By file, the digest of what says which run the weights are of, but for fields that may change."""
+    paths = [self.path.parent / name for name in ('config.json', 'tokenizer.json')]
+    return {path.name: records.digest(fixed(read_json(path))) for path in paths if path.exists()}
+
   def _open(self) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
       max_to_keep=self._keep, create=True, enable_async_checkpointing=False
@@ -255,8 +272,14 @@ class Checkpoints:
 
   def _meta(self, step: int) -> dict[str, Any]:
     meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
-    if meta['schema'] != SCHEMA:
-      raise ValueError(f'its format is {meta["schema"]}, and this version reads {SCHEMA}')
+    if isinstance(meta, dict) and meta.get('schema') != SCHEMA:
+      raise ValueError(f'its format is {meta.get("schema")}, and this version reads {SCHEMA}')
+    records.check(meta, _Meta)
+    if meta['step'] != step:
+      raise ValueError(f'it is of step {meta["step"]}')
+    for name, digest in self._run().items():
+      if digest != meta['run'].get(name):
+        raise ValueError(f'it was saved beside another {name}')
     if _json_digest(meta['numbers']) != meta['digests']['numbers']:
       raise ValueError('its numbers do not match their digest')
     return meta

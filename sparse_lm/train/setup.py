@@ -89,6 +89,12 @@ def loaded(config: ConfigDict, program: Program, data: Data) -> dict[str, Traine
     if path:
       found[role] = load(path)
       check_fits(found[role], field, program, data.tokenizer)
+  teacher = found.get('teacher')
+  if teacher and teacher.program.model.spec.context < config.data.context:
+    raise UserError(
+      f'config.distill.teacher={teacher.workdir!r} reads {teacher.program.model.spec.context} tokens; '
+      f'valid: a run with config.data.context={config.data.context} or more'
+    )
   return found
 
 

@@ -16,6 +16,7 @@ from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.sparse import Tree, densities
 from sparse_lm.data import tokenizers
+from sparse_lm.layers.spec import Spec
 from sparse_lm.model import lm
 from sparse_lm.train import best, cost
 from sparse_lm.train.build import build
@@ -25,7 +26,7 @@ from sparse_lm.train.work import Work
 from sparse_lm.train.workdir import read_json
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Trained:
   """The model of a workdir's newest intact checkpoint, or of its best one.
 
@@ -56,8 +57,17 @@ class Trained:
     variables = {'params': self.params, **self.model_state}
     return jax.jit(lambda tokens: self.program.model.apply(variables, tokens, mode='eval'))
 
+  def __repr__(self) -> str:
+    count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+    return f'Trained({self.workdir!r}, step {self.step}, {count:,} parameters, {self.tokenizer})'
+
   def logits(self, tokens_BxL: np.ndarray) -> jax.Array:
-    """float32 `[B, L, V]` for int32 `[B, L]`."""
+    """float32 `[B, L, V]` for int32 `[B, L]`.
+
+    Raises UserError for an array of another shape or type, and for more than `config.data.context` tokens
+    or ids outside the vocabulary.
+    """
+    check_tokens(tokens_BxL, self.program.model.spec)
     return self._apply(tokens_BxL)
 
   def costs(self) -> dict[str, Any]:
@@ -79,6 +89,24 @@ class Trained:
     return not all(np.all(mask) for mask in masks.values())
 
 
+def check_tokens(tokens: Any, spec: Spec) -> None:
+  """Raises UserError unless these are `[B, L]` ids of the vocabulary, L no longer than the context."""
+  shape, dtype = np.shape(tokens), getattr(tokens, 'dtype', None)
+  if len(shape) != 2 or dtype is None or not np.issubdtype(dtype, np.integer):
+    raise UserError(
+      f'tokens of shape {shape} and type {dtype or type(tokens).__name__}; valid: an integer array '
+      '[sequences, tokens], such as tokenizer.encode(text)[None]'
+    )
+  if not 1 <= shape[1] <= spec.context:
+    raise UserError(
+      f'tokens of shape {shape}: {shape[1]} in a sequence; valid: 1 to {spec.context}, the context'
+    )
+  if shape[0] and not 0 <= np.min(tokens) <= np.max(tokens) < spec.vocab:
+    raise UserError(
+      f'tokens from {np.min(tokens)} to {np.max(tokens)}; valid: 0 to {spec.vocab - 1}, the vocabulary'
+    )
+
+
 def folder_of(workdir: str) -> tuple[pathlib.Path, str]:
   """The folder of a run, and the name in it of the checkpoints that `workdir` means; see `load`."""
   folder = pathlib.Path(os.path.expanduser(workdir))
@@ -95,9 +123,15 @@ def load(workdir: str) -> Trained:
       validation loss.
 
   Raises:
-    UserError: the folder holds no run, or no intact checkpoint.
+    UserError: the folder holds no run, or no intact checkpoint, or its config or tokenizer is not the one
+      that was saved with the weights, or it holds a packed model.
   """
   folder, kind = folder_of(workdir)
+  if (folder / 'packed.json').exists():
+    raise UserError(
+      f'workdir {workdir} holds a packed model; valid: a run, or sparse_lm.inference.runnable.load, '
+      'which takes both'
+    )
   if not (folder / 'config.json').exists():
     raise UserError(f'workdir {workdir} holds no run (no config.json)')
   config = configs.from_json(read_json(folder / 'config.json'))

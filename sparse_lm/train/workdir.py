@@ -8,10 +8,11 @@ import contextlib
 import json
 import os
 import pathlib
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypedDict
 
 from ml_collections import ConfigDict
 from tensorboardX import summary
@@ -19,8 +20,9 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from sparse_lm.core import config as configs
-from sparse_lm.core import lock
+from sparse_lm.core import lock, records
 from sparse_lm.core.errors import UserError, require, writing
+from sparse_lm.data.corpus import Card
 from sparse_lm.data.pipeline import Data
 from sparse_lm.train.environment import environment
 
@@ -28,26 +30,76 @@ from sparse_lm.train.environment import environment
 FREE = ('train.steps', 'train.log_every', 'train.eval_every', 'train.checkpoint_every')
 
 
+class _Metrics(TypedDict):
+  """Numbers by name; what was not measured is `None`."""
+
+  steps: int
+
+
+class Result(TypedDict):
+  """What result.json holds."""
+
+  config: dict[str, Any]
+  env: dict[str, Any]
+  data: Card
+  evaluation: dict[str, dict[str, Any]]
+  causal: dict[str, bool]
+  metrics: _Metrics
+
+
 def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
-  """Replaces `path` as a whole: a reader never sees half of it."""
-  _replace(path, json.dumps(values, indent=2) + '\n')
+  """Replaces `path` as a whole, sealed by a digest of its content: a reader never sees half of it."""
+  _replace(path, records.sealed(values).encode())
 
 
-def _replace(path: pathlib.Path, text: str) -> None:
+def _replace(path: pathlib.Path, text: bytes) -> None:
   with writing(path):
     temporary = path.with_name(path.name + '.tmp')
-    temporary.write_text(text)
+    temporary.write_bytes(text)
     os.replace(temporary, path)
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """Raises UserError where the file cannot be read, or is no longer JSON."""
-  try:
-    return json.loads(path.read_text())
-  except OSError as error:
-    raise UserError(f'{path} cannot be read ({error.strerror}); valid: a whole folder') from None
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise UserError(f'{path} is damaged ({error}); valid: a copy of it, or a new workdir') from None
+def read_json(path: pathlib.Path, form: Any = dict[str, Any]) -> Any:
+  """What `write_json` wrote, checked; see `core.records.read` for forms and the `UserError`."""
+  return records.read(path, form)
+
+
+def read_log(path: pathlib.Path) -> list[tuple[bytes, dict[str, float]]]:
+  """Text and numbers of the intact lines of a metrics.jsonl, each with its `step`.
+
+  One line on stderr says which are damaged and left out.
+  """
+  intact, faults = [], []
+  for number, text, values, fault in records.read_lines(path, dict[str, float | None]):
+    if not fault and not isinstance(values.get('step'), int):
+      fault = "it has no whole number 'step'"
+    if fault:
+      faults.append(f'line {number} ({fault})')
+    else:
+      intact.append((text.rstrip(b'\n') + b'\n', values))
+  if faults:
+    print(f'{path}: {len(faults)} damaged lines are left out, first {faults[0]}', file=sys.stderr)
+  return intact
+
+
+def check_text(folder: pathlib.Path, data: Data, field: str) -> None:
+  """Raises UserError, naming `field`, where a workdir's run was on other text or tokens."""
+  card = read_json(folder / 'data.json', Card)
+  if card['sha256'] != data.card['sha256']:
+    raise UserError(
+      f'{field}={folder} holds a run on other text (its sha256 in data.json differs); valid: the same '
+      'text, or another workdir'
+    )
+  if records.digest(read_json(folder / 'tokenizer.json')) != data.tokenizer.digest:
+    raise UserError(
+      f'{field}={folder} holds a run with another tokenizer (its tokenizer.json differs); valid: the '
+      'same tokenizer, or another workdir'
+    )
+
+
+def fixed(config: dict[str, Any]) -> dict[str, Any]:
+  """The fields of a config.json, by dotted name, that are the same for the whole life of a run."""
+  return {field: value for field, value in configs.flat(config).items() if field not in FREE}
 
 
 def check_new(path: str, field: str) -> None:
@@ -111,22 +163,33 @@ class Workdir:
     write_json(self.path / 'tokenizer.json', self.data.tokenizer.to_json())
 
   def result(self, steps: int) -> dict[str, Any] | None:
-    """`result.json` of the run if it has finished `steps` steps."""
+    """`result.json` of the run if it has finished `steps` steps.
+
+    Raises UserError where it is damaged or of another run.
+    """
     file = self.path / 'result.json'
-    result = read_json(file) if file.exists() else None
-    return result if result and result['metrics']['steps'] == steps else None
+    result = read_json(file, Result) if file.exists() else None
+    if not result or result['metrics']['steps'] != steps:
+      return None
+    if fixed(result['config']) != fixed(configs.to_json(self.config)):
+      raise UserError(
+        f"{file} is of a run with another config; valid: the run's own, or none: it is written anew"
+      )
+    return result
 
   def write_result(self, values: dict[str, Any]) -> None:
     """Marks the run as finished."""
     write_json(self.path / 'result.json', values)
 
   def resume_metrics(self, step: int) -> None:
-    """Drops what continuing from `step` logs again: the lines and the events of later steps."""
+    """Drops what continuing from `step` logs again: the lines and the events of later steps.
+
+    Damaged lines are dropped too, such as the half line of a process that was killed.
+    """
     self._first = step + 1
-    file = self.path / 'metrics.jsonl'
-    if file.exists():
-      kept = [line for line in file.read_text().splitlines() if not self._logs_again(line, step)]
-      _replace(file, ''.join(f'{line}\n' for line in kept))
+    if (self.path / 'metrics.jsonl').exists():
+      kept = [text for text, values in self._lines() if values['step'] <= step]
+      _replace(self.path / 'metrics.jsonl', b''.join(kept))
 
   def log(self, step: int, values: dict[str, float]) -> None:
     """Appends a line to metrics.jsonl and the same numbers to the TensorBoard events."""
@@ -139,8 +202,7 @@ class Workdir:
 
   def logged(self, name: str) -> list[float]:
     """All values of one number in metrics.jsonl, oldest first."""
-    lines = map(json.loads, (self.path / 'metrics.jsonl').read_text().splitlines())
-    return [line[name] for line in lines if name in line]
+    return [line[name] for _, line in self._lines() if name in line]
 
   def close(self) -> None:
     """Lets other processes open the folder."""
@@ -162,12 +224,10 @@ class Workdir:
       self._events.write_event(Event(wall_time=time.time(), step=self._first, session_log=begin))
     return self._events
 
-  def _logs_again(self, line: str, step: int) -> bool:
-    try:
-      values = json.loads(line)
-    except json.JSONDecodeError:
-      return True  # half a line, of a run that was killed
-    return values['step'] > step
+  def _lines(self) -> list[tuple[bytes, dict[str, float]]]:
+    """`read_log` of the run, perhaps none."""
+    file = self.path / 'metrics.jsonl'
+    return read_log(file) if file.exists() else []
 
   def _compare(self) -> None:
     file = self.path / 'config.json'
@@ -182,12 +242,8 @@ class Workdir:
           f'workdir {self.path} holds a run with config.{field}={old.get(field)!r}, not '
           f'{new.get(field)!r}; valid: that value, or another workdir'
         )
-    card = self.path / 'data.json'
-    if card.exists() and read_json(card)['sha256'] != self.data.card['sha256']:
-      raise UserError(
-        f'workdir {self.path} holds a run on other text (its sha256 in data.json differs); valid: '
-        'the same text, or another workdir'
-      )
+    if (self.path / 'tokenizer.json').exists():  # the last of what `open` writes
+      check_text(self.path, self.data, 'workdir')
     names = [folder.name for folder in self.path.glob('checkpoints/*')]
     done = max((int(name) for name in names if name.isdigit()), default=0)
     if done > self.config.train.steps:

@@ -52,7 +52,9 @@ def test_what_is_stored_is_the_masked_kernel(name, seed, shape, kind):
   if cls.refuses(mask):
     return
   kernel = draw.normal(size=shape).astype('f')
-  assert_array_equal(np.asarray(cls.pack(kernel, mask).kernel()), np.where(mask, kernel, 0))
+  stored = cls.pack(kernel, mask)
+  assert stored.shape == shape
+  assert_array_equal(np.asarray(stored.kernel()), np.where(mask, kernel, 0))
 
 
 @pytest.mark.parametrize('name', RUNNING)

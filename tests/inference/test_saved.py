@@ -1,7 +1,6 @@
 """Packed folders: written whole, read back alike, refused where they do not fit; and the commands."""
 
 import dataclasses
-import json
 import shutil
 import sys
 
@@ -20,6 +19,7 @@ from sparse_lm.inference import pack, runnable, saved
 from sparse_lm.inference.sample import Sampling
 from sparse_lm.train.loop import train
 from sparse_lm.train.trained import load
+from sparse_lm.train.workdir import read_json, write_json
 
 FIELDS = {
   'tiles': {
@@ -113,16 +113,16 @@ def flip(folder):
 
 
 def other_version(folder):
-  manifest = json.loads((folder / 'packed.json').read_text())
-  (folder / 'packed.json').write_text(json.dumps(manifest | {'version': 99}))
+  manifest = read_json(folder / 'packed.json')
+  write_json(folder / 'packed.json', manifest | {'version': 99})
 
 
 @pytest.mark.parametrize(
   ('harm', 'named'),
   [
     (flip, 'does not match the sha256'),
-    (lambda folder: (folder / 'packed.safetensors').unlink(), 'does not match the sha256'),
-    (other_version, 'version 99, and this one reads 2'),
+    (lambda folder: (folder / 'packed.safetensors').unlink(), 'no such file'),
+    (other_version, 'version 99, and this one reads 3'),
     (lambda folder: (folder / 'packed.json').write_text('{'), 'damaged'),
     (lambda folder: (folder / 'packed.json').unlink(), 'holds no run'),
   ],
@@ -133,6 +133,89 @@ def test_a_folder_that_does_not_fit_is_refused(harm, named, packed, tmp_path):
   (copied / 'config.json').unlink() if named == 'holds no run' else None
   with pytest.raises(UserError, match=named):
     runnable.load(str(copied))
+
+
+def rewritten(folder, change):
+  """Changes packed.json and gives it the digest that belongs to what it holds."""
+  manifest = read_json(folder / 'packed.json')
+  change(manifest)
+  write_json(folder / 'packed.json', manifest)
+
+
+@pytest.mark.parametrize('name', (*saved.READ, saved.MANIFEST))
+def test_a_flipped_bit_is_refused(name, packed, tmp_path):
+  folder = copy(packed('n of m')[1], tmp_path)
+  file = folder / name
+  whole = file.read_bytes()
+  ends = range(8 * 8, 8 * 80, 61)  # of safetensors: within the header
+  for place in (*ends, 8 * (len(whole) // 2)):
+    flipped = bytearray(whole)
+    flipped[place // 8] ^= 1 << place % 8
+    file.write_bytes(flipped)
+    with pytest.raises(UserError, match=name) as refused:
+      saved.load(str(folder))
+    assert '\n' not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+  ('change', 'said'),
+  [
+    (lambda m: m.pop('matrices'), "it has no 'matrices'"),
+    (lambda m: m.update(matrices=[1, 2]), 'matrices is a list and not an object'),
+    (lambda m: m.update(step='3'), "step is '3' and not a whole number"),
+    (lambda m: m['sha256'].clear(), 'does not match the sha256'),
+    (lambda m: matrix(m).pop('runs'), "has no 'runs'"),
+    (lambda m: matrix(m).update(stored='os'), "unknown format 'os'"),
+    (lambda m: matrix(m).update(runs='..pack'), "unknown format '..pack'"),
+    (lambda m: matrix(m).update(stored='block'), 'does not fit its arrays'),
+    (lambda m: matrix(m)['fields'].update(inputs=10**12), 'that of the model (16, 32)'),
+    (lambda m: matrix(m)['fields'].update(m=2**60), 'does not fit its arrays'),
+    (lambda m: matrix(m)['fields'].update(inputs=1), 'does not fit its arrays'),
+    (lambda m: m['matrices'].update(none=matrix(m)), "the matrix 'none' does not fit"),
+  ],
+)
+def test_another_manifest_is_one_line_before_anything_is_allocated(change, said, packed, tmp_path):
+  folder = copy(packed('n of m')[1], tmp_path)
+  rewritten(folder, change)
+  with pytest.raises(UserError) as refused:
+    saved.load(str(folder))
+  assert said in str(refused.value) and '\n' not in str(refused.value)
+
+
+def matrix(manifest):
+  return manifest['matrices']['block_0/mlp/up/kernel']
+
+
+def test_bits_of_a_larger_kernel_than_the_models_are_not_unpacked(packed, tmp_path):
+  folder = copy(packed('weights')[1], tmp_path)
+  rewritten(folder, lambda m: matrix(m)['fields'].update(dimensions=[10**9, 10**9]))
+  with pytest.raises(
+    UserError, match=r'\(1000000000, 1000000000\), and that of the model \(16, 32\)'
+  ):
+    saved.load(str(folder))
+
+
+def test_files_of_another_run_do_not_fit(packed, tmp_path):
+  folder = copy(packed('n of m')[1], tmp_path)
+  values = read_json(folder / 'config.json')
+  values['model']['norm'] = 'layernorm'
+  write_json(folder / 'config.json', values)
+  with pytest.raises(UserError, match=r'config\.json does not match the sha256 in packed\.json'):
+    saved.load(str(folder))
+
+
+def test_what_loads_runs_points_to_what_loads_packed_folders(packed):
+  with pytest.raises(UserError, match=r'holds a packed model; valid: .*runnable\.load'):
+    load(packed('n of m')[1])
+
+
+def test_loaded_models_are_shown_in_one_short_line(packed):
+  run = runnable.load(packed('n of m')[1])
+  shown = saved.load(packed('n of m')[1])
+  assert repr(run).startswith(f'Runnable({run.path!r}, 1 layers of width 16, Chars(')
+  assert repr(shown).startswith(f'Saved({run.path!r}, PackedModel(') and len(repr(shown)) < 250
+  one = shown.packed.matrices['block_0/mlp/up/kernel']
+  assert repr(one) == "Matrix('block_0/mlp/up/kernel', runs wide, stored n_of_m)"
 
 
 def test_what_computes_something_else_is_not_written(packed, tmp_path, monkeypatch):

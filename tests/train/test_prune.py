@@ -22,6 +22,7 @@ from sparse_lm.layers.record import SOWN
 from sparse_lm.methods.weight.wanda import Wanda
 from sparse_lm.model import lm
 from sparse_lm.train import one_shot
+from sparse_lm.train import setup as setups
 from sparse_lm.train.build import build
 from sparse_lm.train.evaluate import evaluate
 from sparse_lm.train.loop import train
@@ -349,6 +350,22 @@ def test_a_folder_that_cannot_be_made_is_named_before_anything_is_pruned(main, t
   (tmp_path / 'file').write_text('')
   code, _, err = main(tmp_path / 'none', tmp_path / 'file' / 'out', **WANDA)
   assert code == 2 and err.count('\n') == 1 and f'{tmp_path}/file is no folder to write to' in err
+
+
+def test_a_changed_text_is_noticed_before_anything_is_pruned(main, parent, text_file, tmp_path):
+  text = text_file.read_text()
+  try:
+    text_file.write_text(
+      text.replace('river', 'revir')
+    )  # the same characters, so the same tokenizer
+    setups._load_data.cache_clear()
+    code, out, err = main(parent, tmp_path / 'out', **WANDA)
+  finally:
+    text_file.write_text(text)
+    setups._load_data.cache_clear()
+  assert code == 2 and not out and err.count('\n') == 1
+  assert f'--workdir={parent} holds a run on other text' in err
+  assert not (tmp_path / 'out').exists()
 
 
 def files(folder):

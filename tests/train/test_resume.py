@@ -18,7 +18,7 @@ from sparse_lm.train.loop import _Loop, train
 from sparse_lm.train.setup import setup
 from sparse_lm.train.step import Program
 from sparse_lm.train.trained import load
-from sparse_lm.train.workdir import FREE
+from sparse_lm.train.workdir import FREE, read_json
 
 STEPS, CUT = 20, 10
 
@@ -217,6 +217,22 @@ def test_masks_moved_on_both_sides_of_the_cut(rigl, whole):
   assert due == [3, 6, 9, 12]
 
 
+def test_damaged_lines_of_the_log_are_dropped_and_said(rigl, whole, tmp_path, train_until, capfd):
+  train_until(rigl, tmp_path, 7)
+  log = tmp_path / 'metrics.jsonl'
+  bad = [b'{"step": 3, "l\xff": 1}', b'{"stfp": 3, "loss": 1.0}', b'[1, 2]', b'{"step": 2.5}']
+  bad += [b'{"step": 3, "loss": "low"}', b'[' * 10_000]
+  first, *others = log.read_bytes().splitlines()
+  log.write_bytes(b'\n'.join([first, *bad, *others, b'{"step": 8, "lo']))
+  capfd.readouterr()
+  train(rigl, str(tmp_path), progress=False)
+  said = capfd.readouterr().err
+  assert (
+    said.count(f'{log}: 7 damaged lines are left out, first line 2 (byte 14 is not UTF-8)') == 1
+  )
+  assert comparable(metrics(tmp_path)) == comparable(metrics(whole[0]))
+
+
 def test_stopped_at_the_last_step_it_only_finishes(rigl, whole, tmp_path, train_until):
   train_until(rigl, tmp_path, STEPS)
   result = train(rigl, str(tmp_path), progress=False)
@@ -233,9 +249,7 @@ def test_finished_run_returns_at_once(rigl, whole, finished, monkeypatch):
   monkeypatch.setattr(Program, 'step', fail)
   monkeypatch.setattr(Checkpoints, 'restore', fail)
   before = {f: f.read_bytes() for f in finished.rglob('*') if f.is_file()}
-  assert train(rigl, str(finished), progress=False) == json.loads(
-    (whole[0] / 'result.json').read_text()
-  )
+  assert train(rigl, str(finished), progress=False) == read_json(whole[0] / 'result.json')
   assert {f: f.read_bytes() for f in finished.rglob('*') if f.is_file()} == before
 
 

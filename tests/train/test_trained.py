@@ -1,6 +1,7 @@
 """A workdir loaded as a plain object against the run that wrote it."""
 
 import pathlib
+import re
 import shutil
 
 import jax
@@ -10,11 +11,13 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from sparse_lm.core import rng, tree
 from sparse_lm.core.errors import UserError
+from sparse_lm.data import tokenizers
 from sparse_lm.train.checkpoint import Checkpoints
 from sparse_lm.train.evaluate import evaluate
 from sparse_lm.train.loop import train
 from sparse_lm.train.setup import setup
 from sparse_lm.train.trained import load
+from sparse_lm.train.workdir import Workdir, read_json, write_json
 
 
 @pytest.fixture(scope='module', params=['static', 'ste'])
@@ -98,6 +101,125 @@ def test_loading_changes_no_file_and_needs_no_corpus(run, tmp_path, monkeypatch)
   loaded = load(str(copy))
   assert loaded.step == 8
   assert {f: f.read_bytes() for f in copy.rglob('*') if f.is_file()} == before
+
+
+def changed_copy(workdir, tmp_path, name, change):
+  """A copy whose file `name` holds other values, with the digest that belongs to them."""
+  copy = pathlib.Path(shutil.copytree(workdir, tmp_path / 'copy'))
+  values = read_json(copy / name)
+  change(values)
+  write_json(copy / name, values)
+  return copy
+
+
+@pytest.mark.parametrize('name', ['config.json', 'tokenizer.json'])
+def test_a_flipped_bit_is_refused(name, run, tmp_path):
+  copy = pathlib.Path(shutil.copytree(run[1], tmp_path / 'copy'))
+  data = bytearray((copy / name).read_bytes())
+  data[len(data) // 2] ^= 1
+  (copy / name).write_bytes(data)
+  with pytest.raises(UserError, match=rf'{name} (is damaged|has no)'):
+    load(str(copy))
+
+
+def test_files_of_another_run_are_refused(run, tmp_path):
+  """They are intact, fit the weights' shapes and would give other logits."""
+
+  def other_config(values):
+    values['model']['norm'] = 'layernorm'
+
+  def other_tokenizer(values):
+    values['chars'] = values['chars'].replace('z', '~')
+
+  for name, change in (('config.json', other_config), ('tokenizer.json', other_tokenizer)):
+    copy = changed_copy(run[1], tmp_path / name, name, change)
+    with pytest.raises(UserError, match=rf'it was saved beside another {name}'):
+      load(str(copy))
+
+
+def test_a_longer_run_is_the_same_run(run, trained, tmp_path):
+  copy = changed_copy(run[1], tmp_path, 'config.json', lambda v: v['train'].update(steps=9))
+  assert load(str(copy)).step == trained.step
+
+
+@pytest.mark.parametrize('name', ['config.json', 'tokenizer.json', 'data.json', 'result.json'])
+@pytest.mark.parametrize('text', [b'[1, 2]', b'{}', b'{"a": ', b'[' * 10_000, b'\xff', b''])
+def test_a_file_of_another_shape_is_one_line(name, text, run, tmp_path):
+  copy = pathlib.Path(shutil.copytree(run[1], tmp_path / 'copy'))
+  (copy / name).write_bytes(text)
+  with pytest.raises(UserError) as refused:
+    Workdir(str(copy), run[0], setup(run[0]).data).result(8)
+  assert f'{name} ' in str(refused.value) and '\n' not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+  ('saved', 'said'),
+  [
+    ({}, "has no 'name'"),
+    ({'name': 'words'}, "unknown tokenizer 'words'"),
+    ({'name': 'chars'}, "has no 'chars'"),
+    ({'name': 'chars', 'chars': 5}, 'chars is 5 and not a string'),
+    ({'name': 'chars', 'chars': 'ba'}, 'not sorted'),
+    ({'name': 'chars', 'chars': '\ud800'}, 'surrogates not allowed'),
+    ({'name': 'chars', 'chars': ''}, '0 different characters'),
+    ({'name': 'bpe', 'merges': 'a b c'}, "merge 1 is 'a b c'"),
+    ({'name': 'bpe', 'merges': 'a b\nabc d'}, "merge 2 is 'abc d'"),
+    ({'name': 'bpe', 'merges': 'a b\n' * 70_000}, '70000 merges, more than'),
+  ],
+)
+def test_a_tokenizer_that_training_never_saves_is_one_line(saved, said):
+  with pytest.raises(UserError) as refused:
+    tokenizers.from_json(saved)
+  assert said in str(refused.value) and '\n' not in str(refused.value)
+
+
+def test_a_result_is_returned_only_if_it_is_the_runs(run, tmp_path):
+  def other_run(values):
+    values['config']['seed'] += 1
+
+  def no_steps(values):
+    del values['metrics']['steps']
+
+  for change, said in ((other_run, 'a run with another config'), (no_steps, "has no 'steps'")):
+    copy = changed_copy(run[1], tmp_path / change.__name__, 'result.json', change)
+    with pytest.raises(UserError, match=said):
+      train(run[0], str(copy), progress=False)
+  copy = shutil.copytree(run[1], tmp_path / 'flipped')
+  text = (copy / 'result.json').read_text()
+  digit = re.search(r'"val_loss": \d\.(\d)', text).start(1)
+  (copy / 'result.json').write_text(f'{text[:digit]}{9 - int(text[digit])}{text[digit + 1 :]}')
+  with pytest.raises(UserError, match=r'result\.json is damaged \(it was changed'):
+    train(run[0], str(copy), progress=False)
+
+
+@pytest.mark.parametrize(
+  ('tokens', 'said'),
+  [
+    (np.zeros(4, np.int32), r'shape \(4,\) and type int32; valid: .*\[sequences, tokens\]'),
+    (np.zeros((1, 2, 3), np.int32), r'shape \(1, 2, 3\)'),
+    (np.zeros((1, 4)), 'type float64'),
+    ([[1, 2]], 'type list'),
+    (np.zeros((1, 17), np.int32), r'17 in a sequence; valid: 1 to 16'),
+    (np.zeros((1, 0), np.int32), r'0 in a sequence'),
+    (np.full((1, 4), 999), r'from 999 to 999; valid: 0 to'),
+    (np.full((1, 4), -1), r'from -1 to -1'),
+  ],
+)
+def test_logits_of_other_arrays_are_refused(tokens, said, trained):
+  with pytest.raises(UserError, match=said):
+    trained.logits(tokens)
+
+
+def test_text_goes_into_logits_directly(trained):
+  assert trained.logits(trained.tokenizer.encode('the cat')[None]).shape[:2] == (1, 7)
+
+
+def test_a_loaded_run_is_shown_in_one_short_line(run, trained):
+  count = sum(w.size for w in jax.tree.leaves(trained.params))
+  shown = f'Trained({str(run[1])!r}, step 8, {count:,} parameters, {trained.tokenizer!r})'
+  assert repr(trained) == shown
+  data = setup(run[0]).data
+  assert len(repr(data)) < 200 and repr(data).startswith('Data(files, tokens of chars: train ')
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

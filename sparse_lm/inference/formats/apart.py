@@ -33,6 +33,11 @@ class Apart(Format):
     """A stack of copies."""
     return jnp.stack([one.T for one in self.outputs])
 
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of `kernel()`."""
+    return (len(self.outputs), *self.outputs[0].shape[::-1])
+
   def of_expert(self, x: Array, expert: int) -> Array:
     """Reads that expert's array alone."""
     kernel = self.outputs[expert]

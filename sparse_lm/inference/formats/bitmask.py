@@ -14,12 +14,12 @@ class Bitmask(Format):
   Attributes:
     values: the kept weights, in the kernel's order.
     bits: uint8, the mask, eight weights to the byte.
-    shape: of the kernel.
+    dimensions: of the kernel.
   """
 
   values: Array
   bits: Array
-  shape: tuple[int, ...] = struct.field(pytree_node=False)
+  dimensions: tuple[int, ...] = struct.field(pytree_node=False)
   runs: ClassVar[bool] = False
   stacks: ClassVar[bool] = True
 
@@ -33,10 +33,15 @@ class Bitmask(Format):
     """Zeros among the kept weights are kept."""
     return cls(kernel[mask], np.packbits(mask), tuple(mask.shape))
 
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of `kernel()`."""
+    return self.dimensions
+
   def kernel(self) -> Array:
     """The weights in their places."""
-    size = int(np.prod(self.shape))
-    mask = np.unpackbits(np.asarray(self.bits), count=size).astype(bool).reshape(self.shape)
-    full = np.zeros(self.shape, self.values.dtype)
+    size = int(np.prod(self.dimensions))
+    mask = np.unpackbits(np.asarray(self.bits), count=size).astype(bool).reshape(self.dimensions)
+    full = np.zeros(self.dimensions, self.values.dtype)
     full[mask] = self.values
     return full

@@ -61,6 +61,11 @@ class Block(Format):
         full[out, :, int(self.source[part])] = self.tiles[part]
     return jnp.asarray(full.reshape(len(self.parts) * size, -1).T)
 
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of `kernel()`."""
+    return (self.groups * self.tiles.shape[1], len(self.parts) * self.tiles.shape[1])
+
   def matmul(self, x: Array) -> Array:
     """As many small products as there are tiles."""
     size = self.tiles.shape[1]

@@ -47,6 +47,11 @@ class Channels(Format):
     rows[:-1, self.source] = self.weights
     return jnp.asarray(rows[self.place].T)
 
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of `kernel()`."""
+    return (self.inputs, len(self.place))
+
   def matmul(self, x: Array) -> Array:
     """Gathers the inputs, and puts the outputs in their places."""
     flat = x.reshape(-1, x.shape[-1])[:, self.source] @ self.weights.T

@@ -30,6 +30,11 @@ class Dense(Format):
     """A transposed view."""
     return self.outputs.T
 
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of `kernel()`."""
+    return self.outputs.shape[::-1]
+
   def matmul(self, x: Array) -> Array:
     """One product."""
     if x.size == x.shape[-1]:

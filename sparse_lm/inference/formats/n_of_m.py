@@ -42,6 +42,11 @@ class NOfM(Format):
     bits = (place[..., None] >> np.arange(_bits(m))) & 1
     return cls(values.reshape(-1, mask.shape[1]), np.packbits(bits.astype(np.uint8)), m, len(mask))
 
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of `kernel()`."""
+    return (self.inputs, self.values.shape[1])
+
   def kernel(self) -> Array:
     """The weights in their places."""
     rows, out = self.values.shape

@@ -1,0 +1,134 @@
+"""What JSON holds: declared as a type, checked when it is read, and sealed by a digest of its content.
+
+A form is a type: `str`, `bool`, `int` (of 64 bits), `float` (whole numbers too), `None`, `Any`, a union,
+`list[form]`, `dict[str, form]`, or a `TypedDict`, beside whose keys there may be others. So a damaged
+file ends in one line where it is read, and not in a traceback, or in other numbers, where it is used.
+"""
+
+import hashlib
+import json
+import pathlib
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from sparse_lm.core.errors import UserError
+
+SEAL = 'content_sha256'
+LARGEST = 2**26  # bytes of a file that is read as a whole
+
+_NAMES = {dict: 'an object', list: 'a list', str: 'a string', bool: 'true or false'}
+_NAMES |= {int: 'a whole number', float: 'a number', type(None): 'null'}
+
+
+def digest(values: Any) -> str:
+  """sha256 (hex) of the canonical JSON of `values`: no white space, keys in their order."""
+  plain = json.loads(json.dumps(values))  # tuples become lists, and all keys strings
+  canonical = json.dumps(plain, sort_keys=True, separators=(',', ':'))
+  return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def sealed(values: dict[str, Any]) -> str:
+  """The text of a JSON file with `values` and, as `content_sha256`, their `digest`."""
+  return json.dumps(values | {SEAL: digest(values)}, indent=2) + '\n'
+
+
+def read(path: pathlib.Path, form: Any) -> Any:
+  """The values of a JSON file that `sealed` made, of the given form and without their digest.
+
+  Raises UserError, naming the file, where it cannot be read, is no JSON, has another form, or was
+  changed since it was written.
+  """
+  try:
+    size = path.stat().st_size
+    data = path.read_bytes() if path.is_file() and size <= LARGEST else None
+  except OSError as error:
+    raise UserError(f'{path} cannot be read ({error.strerror}); valid: a whole folder') from None
+  try:
+    if data is None:
+      raise ValueError(f'{size} bytes, more than {LARGEST}' if size > LARGEST else 'it is no file')
+    values = parse(data, dict[str, Any])
+    if SEAL not in values:
+      raise UserError(
+        f'{path} has no {SEAL}: it was changed, or written by a version that saved checkpoints of '
+        'schema 2 or before; valid: an unchanged copy of it, or the version that wrote it'
+      )
+    if values.pop(SEAL) != digest(values):
+      raise ValueError(f'it was changed since it was written: its {SEAL} differs')
+    check(values, form)
+  except ValueError as error:
+    raise UserError(f'{path} is damaged ({error}); valid: an unchanged copy of it') from None
+  return values
+
+
+def read_lines(path: pathlib.Path, form: Any) -> Iterator[tuple[int, bytes, Any, str]]:
+  """For each line of a file that is not blank: its number, text, values, and what is wrong with it.
+
+  Where something is, the values are `None`.
+  """
+  with path.open('rb') as file:
+    for number, text in enumerate(file, start=1):
+      if text.strip():
+        try:
+          yield number, text, parse(text, form), ''
+        except ValueError as error:
+          yield number, text, None, str(error)
+
+
+def parse(text: bytes, form: Any) -> Any:
+  """The values of JSON in UTF-8. Raises `ValueError` where it is none, or they have another form."""
+  try:
+    values = json.loads(text)
+    check(values, form)
+  except UnicodeDecodeError as error:
+    raise ValueError(f'byte {error.start} is not UTF-8') from None
+  except RecursionError:
+    raise ValueError('it is nested too deeply') from None
+  return values
+
+
+def check(value: Any, form: Any, where: str = '') -> None:
+  """Raises `ValueError`, naming the place, where a JSON value does not have the form."""
+  origin, arguments = typing.get_origin(form), typing.get_args(form)
+  if form is Any:
+    return
+  if origin in (typing.Union, types.UnionType):
+    _check_union(value, arguments, where)
+  elif typing.is_typeddict(form):
+    _expect(value, dict, where)
+    if missing := sorted(form.__required_keys__ - value.keys()):
+      raise ValueError(f'{where or "it"} has no {missing[0]!r}')
+    for name, part in typing.get_type_hints(form).items():
+      if name in value:
+        check(value[name], part, f'{where}.{name}'.lstrip('.'))
+  elif origin is dict:
+    _expect(value, dict, where)
+    for name, part in value.items():
+      check(part, arguments[1], f'{where}.{name}'.lstrip('.'))
+  elif origin is list:
+    _expect(value, list, where)
+    for number, part in enumerate(value):
+      check(part, arguments[0], f'{where}[{number}]')
+  else:
+    _expect(value, form, where)
+
+
+def _check_union(value: Any, forms: tuple[Any, ...], where: str) -> None:
+  faults = []
+  for form in forms:
+    try:
+      return check(value, form, where)
+    except ValueError as error:
+      faults.append(str(error))
+  raise ValueError('; '.join(faults))
+
+
+def _expect(value: Any, kind: type, where: str) -> None:
+  allowed = (int, float) if kind is float else kind
+  fits = isinstance(value, allowed) and (kind is bool or not isinstance(value, bool))
+  if fits and isinstance(value, int):  # of any size in JSON
+    fits = abs(value) < (2**63 if kind is int else 2**1023)
+  if not fits:
+    shown = _NAMES[type(value)] if isinstance(value, dict | list) else repr(value)[:40]
+    raise ValueError(f'{where[:100] or "it"} is {shown} and not {_NAMES[kind]}')
