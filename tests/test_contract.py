@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from sparse_lm.core import pattern, rewire, rng, slots, tree
+from sparse_lm.core import cost, executed, pattern, rewire, rng, slots, tree
 from sparse_lm.layers.record import SOWN
 from sparse_lm.model import lm
-from sparse_lm.train import cost
+from sparse_lm.train import cost as train_cost
+from sparse_lm.train.build import build
 from sparse_lm.train.checkpoint import Checkpoints
 from sparse_lm.train.setup import setup
 from sparse_lm.train.step import Program
@@ -139,6 +140,62 @@ def test_method_may_be_named_for_some_layers(slot, name, tiny_config):
   assert lm.shapes(lm.from_config(tiny_config(model__layers=2, **choice), vocab=11))
 
 
+CONTEXT = 64  # longer than a window, and more than the keys that a query may choose
+
+
+def by_reason(model, traced, mode):
+  """FLOPs per token that are executed less those that are charged; every one has a reason."""
+  # A training step is charged for what gates close.
+  trains = mode == 'train'
+  charged = cost.ungated(lm.ledger(model, CONTEXT, mode)) if trains else lm.ledger(model, CONTEXT)
+  found = executed.differences(charged, traced)
+  print(f'executed {traced.flops:.0f}, by reason beyond what is charged: {found}')
+  assert not [reason for reason in found if reason.startswith(executed.NO_REASON)], found
+  read = cost.forward_flops(cost.causal_pairs(charged), {})
+  assert_allclose(traced.flops, read + sum(found.values()))
+  if mode != 'decode':  # the charge by all pairs is what is computed before the mask
+    whole = cost.forward_flops(charged, {})
+    assert_allclose(whole, read + found[executed.PAIRS])
+  return found
+
+
+@pytest.mark.parametrize('mode', ['train', 'eval', 'decode'])
+@LAYERS
+def test_flops_that_are_executed_are_charged_or_have_a_reason(slot, name, mode, tiny_config):
+  chosen = {f'{slot}.name': name, 'model.bias': True, 'data.context': CONTEXT}
+  model = lm.from_config(tiny_config(**chosen), vocab=11)
+  found = by_reason(model, lm.traced(model, CONTEXT, mode), mode)
+  # A method that says it saves nothing executes what it charges, but for keys that it does not read.
+  if not hasattr(slots.method(slot, name), 'twin'):
+    assert set(found) == {executed.KEYS if mode == 'decode' else executed.PAIRS}
+
+
+@pytest.mark.parametrize('mode', ['train', 'eval', 'decode'])
+def test_flops_of_methods_inside_each_other_have_a_reason_too(mode, tiny_config):
+  gates = {'depth.name': 'token_gate', 'attention.name': 'head_gate', 'activation.name': 'topk'}
+  inner = {'attention.otherwise.name': 'topk_keys', 'mlp.name': 'moe_topk', 'model.tied': True}
+  more = {'model.layers': 2, 'depth.layers': '1:', 'model.kv_heads': 1, 'data.context': CONTEXT}
+  model = lm.from_config(tiny_config(**gates, **inner, **more), vocab=11)
+  assert by_reason(model, lm.traced(model, CONTEXT, mode), mode)
+
+
+@pytest.mark.parametrize('mode', ['train', 'eval'])
+@over_weights(WEIGHTS)
+def test_the_weights_that_a_model_sees_cost_no_matmul(name, mode, tiny_config):
+  sparsity = 0.75 if sparsity_for(name) else 0.0  # rows of 16 weights have no fifth
+  program, target = build(tiny_config(weight__name=name, weight__sparsity=sparsity), vocab=11)
+  state = jax.eval_shape(lambda: program.init(0, target))
+
+  def run(state, tokens):
+    key = jax.random.key(0)
+    params, _ = program.method.effective(state.trainable, state.sparse, mode, state.step, key)
+    return program.model.apply({'params': params}, tokens, mode=mode)
+
+  tokens = jax.ShapeDtypeStruct((1, CONTEXT), jnp.int32)
+  traced = executed.trace(run, state, tokens).per_token(CONTEXT)
+  assert set(by_reason(program.model, traced, mode)) == {executed.PAIRS}
+
+
 @pytest.fixture(scope='module')
 def trained(tiny_config):
   """`trained(name, sparsity) -> (setup, states, metrics)`, every state of a run on the host."""
@@ -239,7 +296,7 @@ def test_training_costs_what_the_config_predicts(name, trained):
   target = {path: float(density) for path, density in tree.named(run.target).items()}
   spent = work.over(cost.tokens(run.config, STEPS))
   # Whole counts of small matrices differ a little from the density that was asked for.
-  assert spent.own == pytest.approx(cost.predicted(run.program, target), rel=2e-3)
+  assert spent.own == pytest.approx(train_cost.predicted(run.program, target), rel=2e-3)
   assert spent.ancestors == 0
 
 

@@ -1,10 +1,12 @@
-"""The cost ledger: every matmul notes itself beside its einsum while it is traced.
+"""The cost ledger: every matmul marks its result with what it costs while it is traced.
 
-Notes live in a dict keyed by path, so that tracing twice counts once. `flops` are counted over the
-whole traced call and divided by its tokens, so a layer that sees fewer tokens notes less. What a gate
-can skip is noted inside `gated`, and costs as much as the gate is active.
+`core/executed.py` collects the marks from the traced program, so a matmul in a loop is charged as often
+as the loop runs. `flops` are counted over the whole traced call and divided by its tokens, so a layer
+that sees fewer tokens notes less. What a gate can skip is noted inside `gated`, and costs as much as the
+gate is active.
 """
 
+import abc
 import contextlib
 import contextvars
 import dataclasses
@@ -12,10 +14,13 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from sparse_lm.core import tree
+from sparse_lm.core.errors import UserError
 
 Tree = Any
 
@@ -57,22 +62,70 @@ class Matmul:
   causal: float = 1.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Note:
+  """What a traced array is marked with.
+
+  Attributes:
+    name: of the entry in the ledger, or the reason why the FLOPs are not charged.
+    matmul: with its FLOPs for one array of `size` elements: under `vmap` the array becomes larger.
+    charged: whether it belongs to the ledger.
+  """
+
+  name: str
+  matmul: Matmul
+  size: int
+  charged: bool = True
+
+
 Ledger = dict[str, Matmul]
-_open: contextvars.ContextVar[Ledger | None] = contextvars.ContextVar('ledger', default=None)
+# By the text that marks an array: equal notes share it, so a function that JAX traced once and cached
+# carries marks that stay readable.
+NOTES: dict[str, Note] = {}
+_recording: contextvars.ContextVar[bool] = contextvars.ContextVar('recording', default=False)
 _gates: contextvars.ContextVar[tuple[Gate, ...]] = contextvars.ContextVar('gates', default=())
 
 
 def note(
-  path: tuple[str, ...], kind: str, flops: float, kernel: str | None = None, causal: float = 1.0
-) -> None:
-  """Notes a matmul of the module at `path`; does nothing unless a ledger is open."""
-  ledger = _open.get()
-  if ledger is not None:
-    name = (
-      '/'.join((*path, kind)) if kernel in (None, 'kernel') else '/'.join((*path, kernel, kind))
-    )
-    parameter = None if kernel is None else '/'.join((*path, kernel))
-    ledger[name] = Matmul(kind, float(flops), parameter, _gates.get(), causal)
+  y: jax.Array,
+  path: tuple[str, ...],
+  kind: str,
+  flops: float,
+  kernel: str | None = None,
+  causal: float = 1.0,
+) -> jax.Array:
+  """Returns `y`, the result of a matmul of the module at `path`, marked with the matmul's cost.
+
+  Unless a trace is recorded `y` is returned as it is. A parameter that is looked up or added, not
+  multiplied, is noted with zero FLOPs, because a parameter of two axes or more that no note names is
+  refused (`lm.ledger`).
+
+  Args:
+    flops: multiplications and additions of the whole matmul.
+    kernel: name of the parameter in the module, `None` for activations with activations.
+    causal: see `Matmul`.
+  """
+  parts = (*path, kind) if kernel in (None, 'kernel') else (*path, kernel, kind)
+  parameter = None if kernel is None else '/'.join((*path, kernel))
+  matmul = Matmul(kind, float(flops), parameter, _gates.get(), causal)
+  return _mark(y, '/'.join(parts), matmul)
+
+
+def uncharged(y: jax.Array, reason: str, flops: float) -> jax.Array:
+  """Returns `y`, marked with FLOPs that its computation executes and that are charged to nobody.
+
+  Args:
+    reason: why they are not, in a few words; the contract test lists FLOPs by reason.
+  """
+  return _mark(y, reason, Matmul('uncharged', float(flops)), charged=False)
+
+
+def _mark(y: jax.Array, name: str, matmul: Matmul, charged: bool = True) -> jax.Array:
+  if not _recording.get():
+    return y
+  found = Note(name, matmul, y.size, charged)
+  NOTES[repr(found)] = found
+  return checkpoint_name(y, repr(found))
 
 
 @contextlib.contextmanager
@@ -88,23 +141,45 @@ def gated(
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[Ledger]:
-  """Opens a ledger for the traces inside."""
-  token = _open.set({})
+def recording() -> Iterator[None]:
+  """Marks arrays in the traces inside."""
+  token = _recording.set(True)
   try:
-    yield _open.get()
+    yield
   finally:
-    _open.reset(token)
+    _recording.reset(token)
 
 
-def gated_by(module: Any) -> contextlib.AbstractContextManager[None]:
-  """`gated` by a module that sows `active` into `gates`, or by one that is no gate: then nothing.
+class Gating(abc.ABC):
+  """The base class of modules that decide what runs; a gate that leaves one of these out is refused.
 
-  A consumer need not know which: it runs what a closed gate would have made zero inside of this.
+  It sows `active` into `gates`, as `Gate` says.
   """
-  planned = getattr(module, 'planned', 1.0)
-  skips = getattr(module, 'skips', True)
-  return gated(module.path, planned, getattr(module, 'controlled', False), skips)
+
+  @property
+  @abc.abstractmethod
+  def planned(self) -> float:
+    """See `Gate`."""
+
+  @property
+  @abc.abstractmethod
+  def controlled(self) -> bool:
+    """See `Gate`."""
+
+  @property
+  @abc.abstractmethod
+  def skips(self) -> bool:
+    """See `Gate`."""
+
+
+def gated_by(gate: Gating) -> contextlib.AbstractContextManager[None]:
+  """`gated` by a module that says for itself what it plans. Raises UserError for any other module."""
+  if not isinstance(gate, Gating):
+    raise UserError(
+      f'{"/".join(gate.path)} ({type(gate).__name__}) gates matmuls without saying what it plans; '
+      'valid: a class derived from sparse_lm.core.cost.Gating'
+    )
+  return gated(gate.path, gate.planned, gate.controlled, gate.skips)
 
 
 def forward_flops(

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sparse_lm.core import cost
+
 Array = jax.Array
 
 EXECUTORS = ('sort', 'einsum')
@@ -85,7 +87,9 @@ def dispatch(x_TxD: Array, plan: Plan, executor: str) -> Array:
   """Token rows in their slots, zeros in empty ones: `[N, S / N, D]`."""
   tokens, choices = plan.slot_TxJ.shape
   if executor == 'einsum':
-    x_SxD = jnp.einsum('tjs,td->sd', _seats(plan, x_TxD.dtype), x_TxD)
+    seats_TxJxS = _seats(plan, x_TxD.dtype)
+    x_SxD = jnp.einsum('ts,td->sd', jnp.sum(seats_TxJxS, axis=1), x_TxD)
+    x_SxD = cost.uncharged(x_SxD, 'tokens moved by one-hot matrices', 2 * tokens * x_SxD.size)
   else:
     token_S = jnp.where(plan.pair_S < tokens * choices, plan.pair_S // choices, tokens)
     x_SxD = _rows(x_TxD, token_S, plan.slot_TxJ)
@@ -97,9 +101,18 @@ def combine(y_NxPxD: Array, plan: Plan, weight_TxJ: Array, executor: str) -> Arr
   y_SxD = y_NxPxD.reshape(-1, y_NxPxD.shape[-1])
   weight_TxJ = weight_TxJ.astype(y_SxD.dtype)
   if executor == 'einsum':
-    return jnp.einsum('tjs,tj,sd->td', _seats(plan, y_SxD.dtype), weight_TxJ, y_SxD)
+    weight_TxS = weighted_sum(_seats(plan, y_SxD.dtype), weight_TxJ)
+    y_TxD = weight_TxS @ y_SxD
+    flops = 2 * weight_TxS.size * y_SxD.shape[1]
+    return cost.uncharged(y_TxD, 'tokens moved by one-hot matrices', flops)
   rows = _rows(y_SxD, plan.slot_TxJ.reshape(-1), plan.pair_S[:, None])
-  return jnp.einsum('tjd,tj->td', rows.reshape(*weight_TxJ.shape, -1), weight_TxJ)
+  return weighted_sum(rows.reshape(*weight_TxJ.shape, -1), weight_TxJ)
+
+
+def weighted_sum(y_TxJxD: Array, weight_TxJ: Array) -> Array:
+  """What a token's choices give, weighted and summed: `[T, D]`."""
+  y_TxD = jnp.einsum('tjd,tj->td', y_TxJxD, weight_TxJ)
+  return cost.uncharged(y_TxD, "weighted sum of a token's experts", 2 * y_TxJxD.size)
 
 
 def _seats(plan: Plan, dtype: jnp.dtype) -> Array:

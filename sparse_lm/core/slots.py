@@ -48,6 +48,11 @@ def method(slot: str, name: str, field: str = '') -> type:
   ]
   if len(public) != 1:
     raise TypeError(f'{module.__name__} is to define one public class, not {len(public)}')
+  if missing := getattr(public[0], '__abstractmethods__', None):
+    raise UserError(
+      f'{module.__name__}.{public[0].__name__} does not define {", ".join(sorted(missing))}, which its '
+      'base class asks for; valid: a name spelt as it is there'
+    )
   return public[0]
 
 

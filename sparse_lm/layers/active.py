@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sparse_lm.core import cost
 from sparse_lm.core.select import compact
 from sparse_lm.layers.linear import Linear
 
@@ -16,7 +17,7 @@ LANES = 32
 
 def selects(activation: nn.Module) -> bool:
   """Whether an activation keeps some units of each token and zeroes the others."""
-  return hasattr(activation, 'twin')
+  return isinstance(activation, cost.Gating)
 
 
 def one_token(x_BxLxD: jax.Array, mode: str) -> bool:

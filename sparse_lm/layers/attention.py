@@ -30,29 +30,46 @@ def causal(
 
 
 def note(
-  path: tuple[str, ...], q_BxLxHxK: jax.Array, keys: int, scored: float = 1.0, read: float = 1.0
-) -> None:
-  """Notes both matmuls, by the convention of all pairs.
+  q_BxLxHxK: jax.Array,
+  path: tuple[str, ...],
+  keys: int,
+  scored: float = 1.0,
+  read: float = 1.0,
+  most: int | None = None,
+) -> jax.Array:
+  """Returns the queries, marked with the cost of both matmuls of `attend`, by all pairs (`cost.note`).
 
   Every query is charged with every key, those behind it included, because that is what dense attention
   computes before its mask. A method that reads fewer keys is charged with the share that it reads of
   the causal ones, so that a share means the same by both conventions; `cost.causal_pairs` turns the
-  notes into exact counts of what is read.
+  notes into exact counts of what is read. What `attend` computes beyond that is marked as uncharged.
 
   Args:
     keys: S.
-    scored: share of the causal keys whose scores are computed; `read`, of those whose values are read.
+    scored: share of the causal keys whose scores are charged; `read`, of those whose values are.
+    most: as in `attend`.
   """
-  flops = 2 * q_BxLxHxK.size * keys
-  causal = (keys + 1) / (2 * keys)
-  cost.note(path, 'scores', flops * scored, causal=causal)
-  cost.note(path, 'values', flops * read, causal=causal)
+  queries, pair = q_BxLxHxK.shape[1], 2 * q_BxLxHxK.size
+  gathered = keys if most is None or queries > 1 else min(most, keys)
+  causal = sum(_causal_keys(queries, keys)) / (queries * keys)
+  q_BxLxHxK = cost.note(q_BxLxHxK, path, 'scores', pair * keys * scored, causal=causal)
+  q_BxLxHxK = cost.note(q_BxLxHxK, path, 'values', pair * keys * read, causal=causal)
+  computed, charged = keys + gathered, keys * (scored + read)
+  return cost.uncharged(q_BxLxHxK, 'keys that a query does not read', pair * (computed - charged))
 
 
-def share_of_keys(most: int, length: int) -> float:
-  """Keys that causal queries read where each reads `most` at most, over those there are."""
-  read = sum(min(t + 1, most) for t in range(length))
-  return read / (length * (length + 1) / 2)
+def share_of_keys(most: int, queries: int, keys: int) -> float:
+  """Keys that causal queries read where each reads `most` at most, over those there are.
+
+  The queries are the last ones: all of a sequence, or in decoding the newest.
+  """
+  there = _causal_keys(queries, keys)
+  return sum(min(count, most) for count in there) / sum(there)
+
+
+def _causal_keys(queries: int, keys: int) -> range:
+  """How many keys each query may read, its own included."""
+  return range(keys - queries + 1, keys + 1)
 
 
 def attend(

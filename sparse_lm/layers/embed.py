@@ -28,17 +28,19 @@ class Embed(nn.Module):
 
   def __call__(self, tokens_BxL: jax.Array, positions_BxL: jax.Array) -> jax.Array:
     """int32 `[B, L]` to `[B, L, D]`."""
-    x_BxLxD = self.tokens[tokens_BxL]
+    x_BxLxD = cost.note(self.tokens[tokens_BxL], self.path, 'lookup', 0, kernel='tokens')
     if self.spec.positions == 'learned':
-      x_BxLxD = x_BxLxD + self.positions[positions_BxL]
+      row_BxLxD = self.positions[positions_BxL]
+      x_BxLxD = x_BxLxD + cost.note(row_BxLxD, self.path, 'lookup', 0, kernel='positions')
     return x_BxLxD.astype(self.spec.compute)
 
   def logits(self, x_BxLxD: jax.Array) -> jax.Array:
     """`[B, L, D]` to float32 logits `[B, L, V]`."""
     if not self.spec.tied:
       return self.head(x_BxLxD).astype(jnp.float32)
-    cost.note(self.path, 'linear', 2 * x_BxLxD.size * self.spec.vocab, kernel='tokens')
-    return matmul(x_BxLxD, self.tokens.astype(self.spec.compute).T).astype(jnp.float32)
+    logits_BxLxV = matmul(x_BxLxD, self.tokens.astype(self.spec.compute).T)
+    flops = 2 * x_BxLxD.size * self.spec.vocab
+    return cost.note(logits_BxLxV, self.path, 'linear', flops, kernel='tokens').astype(jnp.float32)
 
 
 def rotate(x_BxLxHxK: jax.Array, positions_BxL: jax.Array) -> jax.Array:

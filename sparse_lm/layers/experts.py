@@ -28,7 +28,7 @@ class Experts(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_NxPxD: jax.Array, expert_N: jax.Array | None, rows: int, mode: str
+    self, x_NxPxD: jax.Array, expert_N: jax.Array | None, rows: float, mode: str
   ) -> jax.Array:
     """Blocks of rows through their experts: `[N, P, D]` to `[N, P, D]`.
 
@@ -57,14 +57,14 @@ class Experts(nn.Module):
     activation: nn.Module,
     x_NxPxD: jax.Array,
     expert_N: jax.Array | None,
-    rows: int,
+    rows: float,
     mode: str,
   ) -> jax.Array:
     h_NxPxF = self._linear('up', 'in', self.hidden, x_NxPxD, expert_N, rows, mode)
     h_NxPxF = activation(h_NxPxF, mode)
     return self._linear('down', 'residual', self.spec.width, h_NxPxF, expert_N, rows, mode)
 
-  def _linear(self, name, role, features, x_NxPxI, expert_N, rows: int, mode: str) -> jax.Array:
+  def _linear(self, name, role, features, x_NxPxI, expert_N, rows: float, mode: str) -> jax.Array:
     spec, width = self.spec, x_NxPxI.shape[-1]
     one = INITS[spec.init](role, spec.layers)
 
@@ -78,13 +78,16 @@ class Experts(nn.Module):
     else:
       packed.note(self.path, name, f'{name}_bias')
       kernel = self.param(name, each, (self.experts, width, features), spec.stored)
-      cost.note(self.path, 'linear', 2 * rows * width * features, kernel=name)
       if mode == 'decode' and expert_N is not None and x_NxPxI.shape[1] == 1:
         of_expert = lambda x, expert: x @ kernel[expert].astype(spec.compute)  # noqa: E731
         y = _through(of_expert, self.experts, x_NxPxI, expert_N)
       else:
         kernel_NxIxF = self._of_block(kernel.astype(spec.compute), expert_N)
         y = jnp.einsum('npi,nif->npf', x_NxPxI, kernel_NxIxF)
+      row = 2 * width * features
+      y = cost.note(y, self.path, 'linear', row * rows, kernel=name)
+      slots = x_NxPxI.shape[0] * x_NxPxI.shape[1]
+      y = cost.uncharged(y, 'slots of experts, less the visits charged', row * (slots - rows))
     y = y.astype(spec.compute)
     if spec.bias:
       if self.has_variable('packed', f'{name}_bias'):
@@ -92,6 +95,7 @@ class Experts(nn.Module):
       else:
         shape = (self.experts, features)
         bias = self.param(f'{name}_bias', nn.initializers.zeros, shape, spec.stored)
+        bias = cost.note(bias, self.path, 'bias', 0, kernel=f'{name}_bias')
       y = y + self._of_block(bias.astype(spec.compute), expert_N)[:, None]
     return y
 
@@ -101,6 +105,8 @@ class Experts(nn.Module):
     # A product with one-hot rows: its gradient is one too, where that of indexing is a scatter-add.
     chosen = jax.nn.one_hot(expert_N, len(stacked), dtype=stacked.dtype)
     flat = chosen @ stacked.reshape(len(stacked), -1)
+    flops = 2 * expert_N.size * stacked.size
+    flat = cost.uncharged(flat, "experts' parameters copied to the blocks of their tokens", flops)
     return flat.reshape(-1, *stacked.shape[1:])
 
 

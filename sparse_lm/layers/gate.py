@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sparse_lm.core import cost
 from sparse_lm.core.errors import unknown
 from sparse_lm.core.estimator import ESTIMATORS, Decision
 from sparse_lm.core.ranges import ranged
@@ -14,7 +15,7 @@ from sparse_lm.layers.record import record
 from sparse_lm.layers.spec import Spec
 
 
-class LearnedGate(nn.Module):
+class LearnedGate(cost.Gating, nn.Module):
   """A gate whose logits any estimator turns into a decision.
 
   Attributes:

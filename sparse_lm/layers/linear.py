@@ -44,9 +44,9 @@ class Linear(nn.Module):
     packed.note(self.path, 'kernel', 'bias')
     init = INITS[spec.init](self.role, spec.layers)
     kernel = self.param('kernel', init, (x.shape[-1], self.features), spec.stored)
-    cost.note(self.path, 'linear', 2 * x.size * self.features, kernel='kernel')
     record.inputs(self, x)
     y = matmul(x, kernel.astype(spec.compute))
+    y = cost.note(y, self.path, 'linear', 2 * x.size * self.features, kernel='kernel')
     if spec.bias:
       bias = self.param('bias', nn.initializers.zeros, (self.features,), spec.stored)
       y = y + bias.astype(spec.compute)

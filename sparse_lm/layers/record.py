@@ -45,8 +45,8 @@ def hidden_units(
   Sows `active`, the fraction of units that are not zero; `dead`, of units that fire for no token of
   the batch; `union_8` and `union_32`, of units that fire for one of that many consecutive tokens at
   least, which is what they must all load together. These are observations, and no cost follows from
-  them, because nothing bounds how many units happen to be zero. An activation with a dense `twin` is a
-  gate of what reads them, at the fraction of units that it selects (see `selected`).
+  them, because nothing bounds how many units happen to be zero. An activation that is a gate
+  (`cost.Gating`) gates what reads them, at the fraction of units that it selects (see `selected`).
   """
   if mode != 'train':
     fires = h_BxLxF != 0
@@ -54,7 +54,8 @@ def hidden_units(
     record(module, 'stats', 'dead', 1 - jnp.mean(jnp.any(fires, axis=(0, 1)), dtype=jnp.float32))
     for chunk in CHUNKS:
       record(module, 'stats', f'union_{chunk}', _union(fires, chunk))
-  return cost.gated_by(activation) if hasattr(activation, 'twin') else contextlib.nullcontext()
+  gates = isinstance(activation, cost.Gating)
+  return cost.gated_by(activation) if gates else contextlib.nullcontext()
 
 
 def selected(activation: nn.Module, mask_BxLxF: jax.Array, mode: str) -> None:

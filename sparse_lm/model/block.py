@@ -1,5 +1,6 @@
 """One layer: attention, then the MLP."""
 
+import contextlib
 from collections.abc import Callable
 
 import jax
@@ -47,7 +48,7 @@ class Attention(nn.Module):
     if mode == 'decode' and self.is_mutable_collection('cache'):
       keys = cache.extend(self, self.held, *keys)
     out_BxLxHxK = inner(x_BxLxD, q_BxLxHxK, *keys[:2], positions_BxL, *keys[2:], mode)
-    with cost.gated_by(inner):
+    with cost.gated_by(inner) if isinstance(inner, cost.Gating) else contextlib.nullcontext():
       return Linear(spec, spec.width, role='residual', name='out')(out_BxLxHxK.reshape(b, l, -1))
 
 

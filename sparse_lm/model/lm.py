@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_lm.core import cost, packed, tree
+from sparse_lm.core import cost, executed, packed, tree
 from sparse_lm.core import groups as noted
 from sparse_lm.core.errors import UserError
+from sparse_lm.core.executed import Traced
 from sparse_lm.core.groups import Group, Member
 from sparse_lm.core.slots import Choice
 from sparse_lm.layers.embed import Embed
 from sparse_lm.layers.linear import Norm
+from sparse_lm.layers.record import SOWN
 from sparse_lm.layers.spec import Spec
 from sparse_lm.model.block import Block
 
@@ -242,15 +244,49 @@ def packable(model: LM) -> packed.Packable:
 
 
 def ledger(model: LM, length: int, mode: str = 'eval') -> cost.Ledger:
-  """FLOPs per token of every matmul of a forward pass over `length` tokens, from a trace alone."""
-  variables = shapes(model)
-  tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
-  with cost.recording() as notes:
+  """FLOPs per token of every matmul of a forward pass over `length` tokens, from a trace alone.
+
+  Raises UserError where a parameter of two axes or more is in no entry, or an entry names none.
+  """
+  found = traced(model, length, mode).ledger
+  _check_accounted(tree.named(shapes(model)['params']), found)
+  return found
+
+
+@functools.lru_cache(maxsize=32)
+def traced(model: LM, length: int, mode: str = 'eval') -> Traced:
+  """What one sequence of `length` tokens executes and charges, in FLOPs per token.
+
+  In mode 'decode' it is one token that is decoded with a cache for `length` tokens.
+  """
+  tokens, mutable = length, True
+  if mode == 'decode':
+    tokens, mutable = 1, ['cache']
+    model = model.clone(spec=dataclasses.replace(model.spec, context=length))
+  variables = {name: v for name, v in shapes(model).items() if name not in SOWN}
+  if mode == 'decode':
+    variables['cache'] = cache_shapes(model, variables, 1)
+
+  def run(variables: Any, tokens_BxL: jax.Array) -> Any:
     key = jax.random.key(0)
-    run = functools.partial(
-      model.apply, mode=mode, mutable=True, rngs={'dropout': key, 'gates': key}
+    rngs = {'dropout': key, 'gates': key} if mode == 'train' else None
+    return model.apply(variables, tokens_BxL, mode=mode, mutable=mutable, rngs=rngs)
+
+  tokens_BxL = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+  return executed.trace(run, variables, tokens_BxL).per_token(tokens)
+
+
+def _check_accounted(params: dict[str, Any], ledger: cost.Ledger) -> None:
+  noted = {m.kernel for m in ledger.values()} - {None}
+  missing = [path for path, leaf in params.items() if leaf.ndim > 1 and path not in noted]
+  if missing:
+    raise UserError(
+      f'parameter {missing[0]}{list(params[missing[0]].shape)} ({len(missing)} such) would multiply for '
+      'free: no FLOPs are noted for it; valid: the Linear of sparse_lm.layers.linear, or cost.note on '
+      'the product (0 FLOPs for a table that is looked up)'
     )
-    jax.eval_shape(run, variables, tokens)
-  return {
-    path: dataclasses.replace(matmul, flops=matmul.flops / length) for path, matmul in notes.items()
-  }
+  if unknown_kernels := sorted(noted - params.keys()):
+    raise UserError(
+      f'FLOPs are noted for {unknown_kernels[0]}, which is no parameter of the model; valid: '
+      f'{", ".join(path for path, leaf in params.items() if leaf.ndim > 1)}'
+    )

@@ -61,6 +61,16 @@ def build(config: ConfigDict, vocab: int) -> tuple[Program, Tree]:
   return shared(program), target
 
 
+def check_costs(config: ConfigDict) -> None:
+  """Refuses a model, or a dense twin, with parameters that no cost is noted for: see `lm.ledger`.
+
+  Which those are does not depend on the vocabulary, so this runs before any data is read.
+  """
+  model = lm.from_config(config, vocab=1)
+  for one in (model, lm.twin(model)):
+    lm.ledger(one, config.data.context)
+
+
 def _check_floor(program: Program, target: Tree) -> None:
   """Raises UserError for a budget that the gates cannot reach, naming what they don't gate."""
   ledger, dense = program.costs

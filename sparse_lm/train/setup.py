@@ -16,7 +16,7 @@ from sparse_lm.data.pipeline import Data
 from sparse_lm.data.pipeline import load as load_data
 from sparse_lm.data.tokenizers import Tokenizer
 from sparse_lm.train import state as states
-from sparse_lm.train.build import build
+from sparse_lm.train.build import build, check_costs
 from sparse_lm.train.state import TrainState
 from sparse_lm.train.step import Program
 from sparse_lm.train.trained import Trained, check_fits, inherited_tokenizer, load
@@ -65,6 +65,7 @@ class Setup:
 def setup(config: ConfigDict) -> Setup:
   """Checks a config and builds what it describes. Raises UserError in one line."""
   _check_accumulation(config)
+  check_costs(config)
   data = data_of(config)
   program, target = build(config, data.tokenizer.vocab_size)
   _check_memory(program, data, target)

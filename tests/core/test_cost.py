@@ -7,7 +7,7 @@ import pytest
 
 from configs import base
 from sparse_lm.core import config as configs
-from sparse_lm.core import cost, slots
+from sparse_lm.core import cost, executed, slots
 from sparse_lm.core.cost import Matmul
 from sparse_lm.model import lm
 from sparse_lm.train import cost as train_cost
@@ -48,7 +48,7 @@ def by_hand(gated):
   if gated:
     block['mlp/gate/linear'] = 2 * WIDTH * HIDDEN
   whole = {f'block_{i}/{name}': flops for i in range(LAYERS) for name, flops in block.items()}
-  return whole | {'embed/head/linear': 2 * WIDTH * VOCAB}
+  return whole | {'embed/tokens/lookup': 0, 'embed/head/linear': 2 * WIDTH * VOCAB}
 
 
 @pytest.mark.parametrize('changes', [
@@ -60,13 +60,17 @@ def by_hand(gated):
 def test_ledger_of_a_small_model_equals_a_hand_count(changes):
   model = lm.from_config(small(**changes), VOCAB)
   ledger = lm.ledger(model, LENGTH)
-  assert {path: m.flops for path, m in ledger.items()} == by_hand('mlp__name' in changes)
+  want = by_hand('mlp__name' in changes)
+  if 'model__positions' in changes:
+    want['embed/positions/lookup'] = 0
+  assert {path: m.flops for path, m in ledger.items()} == want
 
 
 def test_a_tied_head_multiplies_with_the_embedding():
   ledger = lm.ledger(lm.from_config(small(model__tied=True), VOCAB), LENGTH)
   heads = [m for path, m in ledger.items() if not path.startswith('block_')]
-  assert heads == [Matmul('linear', 2 * WIDTH * VOCAB, 'embed/tokens')]
+  lookup = Matmul('lookup', 0, 'embed/tokens')
+  assert heads == [lookup, Matmul('linear', 2 * WIDTH * VOCAB, 'embed/tokens')]
 
 
 def test_kernels_are_named_as_the_parameters():
@@ -77,38 +81,32 @@ def test_kernels_are_named_as_the_parameters():
       assert path.endswith(('scores', 'values'))
       continue
     leaf = functools.reduce(lambda node, key: node[key], matmul.kernel.split('/'), params)
-    assert 2 * leaf.size == matmul.flops
+    assert matmul.flops == (0 if matmul.kind == 'lookup' else 2 * leaf.size)
 
 
 def test_attention_grows_with_the_length_and_the_rest_does_not():
   model = lm.from_config(small(), VOCAB)
   short, long = lm.ledger(model, LENGTH // 2), lm.ledger(model, LENGTH)
   for path, matmul in long.items():
-    factor = 2 if matmul.kernel is None else 1
+    factor = 2 if matmul.kernel is None else 1  # a lookup's zero has any
     assert matmul.flops == factor * short[path].flops
 
 
-def test_tracing_twice_counts_once():
+def test_what_runs_twice_is_charged_twice():
   model = lm.from_config(small(), VOCAB)
-  tokens = jnp.zeros((1, LENGTH), jnp.int32)
-  variables = lm.shapes(model)
-
-  def loss(v):
-    return jnp.sum(model.apply(v, tokens)) + jnp.sum(model.apply(v, tokens))
-
-  with cost.recording() as notes:
-    jax.eval_shape(loss, variables)
-    jax.eval_shape(jax.grad(loss), variables)
-  assert {path: m.flops / LENGTH for path, m in notes.items()} == by_hand(False)
+  tokens = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
+  twice = lambda v, t: (model.apply(v, t), model.apply(v, t, mode='train'))  # noqa: E731
+  found = executed.trace(twice, lm.shapes(model), tokens).per_token(LENGTH).ledger
+  assert {path: m.flops for path, m in found.items()} == {
+    path: 2 * flops for path, flops in by_hand(False).items()
+  }
 
 
-def test_nothing_is_noted_outside_a_recording():
-  with cost.recording() as notes:
-    pass
-  cost.note(('a',), 'linear', 5)
-  with cost.recording() as others:
-    cost.note(('b',), 'linear', 7, kernel='kernel')
-  assert notes == {} and others == {'b/linear': Matmul('linear', 7.0, 'b/kernel')}
+def test_arrays_are_marked_in_a_recording_alone():
+  y, path = jnp.ones(3), ('a',)
+  assert cost.note(y, path, 'linear', 5) is y and cost.uncharged(y, 'why', 5) is y
+  found = executed.trace(lambda y: cost.note(y, path, 'linear', 7, kernel='kernel'), y)
+  assert found.ledger == {'a/linear': Matmul('linear', 7.0, 'a/kernel')} and found.flops == 0
 
 
 def test_ledger_agrees_with_xlas_own_count():

@@ -1,12 +1,16 @@
 """One optimizer step against what is written out by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from sparse_lm.core import tree
+from sparse_lm.core import executed, tree
+from sparse_lm.model import lm
+from sparse_lm.train.build import build
 from sparse_lm.train.evaluate import evaluate
 from sparse_lm.train.setup import setup
 
@@ -194,3 +198,22 @@ def test_evaluation_is_the_mean_over_every_prediction(rigl):
     count += len(window) - 1
   assert count == len(text) - 1 and count % (16 * 4), 'the last batch is to be padded'
   assert_allclose(evaluate(run, params, {})[0], nats / count, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'passes'),
+  [
+    ({}, 3.0),
+    ({'train.accumulation': 2}, 3.0),
+    ({'depth.name': 'token_gate'}, 3.0),
+    # The greedy baseline is a forward pass of its own.
+    ({'depth.name': 'token_gate', 'depth.estimator': 'reinforce'}, 4.0),
+  ],
+)
+def test_a_step_executes_so_many_forward_passes(fields, passes, tiny_config):
+  program, target = build(tiny_config(**fields), 11)
+  state = jax.eval_shape(lambda: program.init(0, target))
+  tokens = jax.ShapeDtypeStruct((4, 17), jnp.int32)
+  step = functools.partial(program.transition, rewire=False)
+  forward = lm.traced(program.model, 16, 'train').flops
+  assert executed.trace(step, state, tokens).per_token(4 * 16).flops == passes * forward

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sparse_lm.core import cost
 from sparse_lm.core.ranges import ranged
 from sparse_lm.core.select import gaussian_threshold
 from sparse_lm.layers import record
 
 
-class StatisticalTopK(nn.Module):
+class StatisticalTopK(cost.Gating, nn.Module):
   """Subtracts the threshold that a Gaussian row exceeds `density` of the time, drops what is below.
 
   `inner(relu(h - threshold))`: exact if the pre-activations are Gaussian, off if they are not (heavy
@@ -29,6 +30,8 @@ class StatisticalTopK(nn.Module):
   inner: Callable[[], nn.Module]
   density: float = ranged(0.125, '(0, 1]')
   twin: ClassVar[str] = 'relu2'
+  controlled: ClassVar[bool] = False
+  skips: ClassVar[bool] = True
 
   @property
   def planned(self) -> float:

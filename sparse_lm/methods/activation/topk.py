@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sparse_lm.core import cost
 from sparse_lm.core.ranges import ranged
 from sparse_lm.core.select import topk_rows
 from sparse_lm.layers import record
 
 
-class TopK(nn.Module):
+class TopK(cost.Gating, nn.Module):
   """Keeps the units with the largest pre-activations of each token, after another activation.
 
   Paper: as in Spark (You et al. 2025), but exact.
@@ -26,6 +27,8 @@ class TopK(nn.Module):
   inner: Callable[[], nn.Module]
   density: float = ranged(0.125, '(0, 1]')
   twin: ClassVar[str] = 'relu2'
+  controlled: ClassVar[bool] = False
+  skips: ClassVar[bool] = True
 
   @property
   def planned(self) -> float:

@@ -32,7 +32,7 @@ class Full(nn.Module):
     mode: str,
   ) -> jax.Array:
     """Returns `[B, L, H, K]`; `x` (the layer's normalised input) is what gates may decide by."""
-    note(self.path, q_BxLxHxK, k_BxSxGxK.shape[1])
+    q_BxLxHxK = note(q_BxLxHxK, self.path, k_BxSxGxK.shape[1])
     mask_BxLxS = causal(positions_BxL, key_positions_BxS, valid_BxS)
     dropout = nn.Dropout(self.spec.dropout, deterministic=mode != 'train')
     return attend(q_BxLxHxK, k_BxSxGxK, v_BxSxGxK, mask_BxLxS, dropout)

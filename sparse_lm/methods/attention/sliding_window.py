@@ -38,8 +38,8 @@ class SlidingWindow(nn.Module):
   ) -> jax.Array:
     """Returns `[B, L, H, K]`, see `Full`."""
     keys = k_BxSxGxK.shape[1]
-    share = share_of_keys(self.window, keys)
-    note(self.path, q_BxLxHxK, keys, scored=share, read=share)
+    share = share_of_keys(self.window, q_BxLxHxK.shape[1], keys)
+    q_BxLxHxK = note(q_BxLxHxK, self.path, keys, scored=share, read=share)
     mask_BxLxS = causal(positions_BxL, key_positions_BxS, valid_BxS, self.window)
     dropout = nn.Dropout(self.spec.dropout, deterministic=mode != 'train')
     return attend(q_BxLxHxK, k_BxSxGxK, v_BxSxGxK, mask_BxLxS, dropout)

@@ -46,7 +46,8 @@ class TopKKeys(nn.Module):
   ) -> jax.Array:
     """Returns `[B, L, H, K]`, see `Full`."""
     keys = k_BxSxGxK.shape[1]
-    note(self.path, q_BxLxHxK, keys, read=share_of_keys(self.k, keys))
+    share = share_of_keys(self.k, q_BxLxHxK.shape[1], keys)
+    q_BxLxHxK = note(q_BxLxHxK, self.path, keys, read=share, most=self.k)
     mask_BxLxS = causal(positions_BxL, key_positions_BxS, valid_BxS)
     dropout = nn.Dropout(self.spec.dropout, deterministic=mode != 'train')
     select, most = self._largest, self.k

@@ -26,6 +26,7 @@ class LayerGate(LearnedGate, kw_only=True):
 
   slot: ClassVar[str] = 'depth'
   twin: ClassVar[str] = 'every'
+  skips: ClassVar[bool] = True
   same_for_all_inputs: ClassVar[bool] = True  # packing removes layers that are closed
 
   @nn.compact

@@ -17,7 +17,7 @@ from sparse_lm.layers.skip import enter, seated
 from sparse_lm.layers.spec import Spec
 
 
-class MixtureOfDepths(nn.Module):
+class MixtureOfDepths(cost.Gating, nn.Module):
   """The `capacity` of the tokens that the router likes best enter: `x + r * block(x)`.
 
   Top-k over a sequence is not causal, so training alone routes like that, on gathered tokens. A small
@@ -35,6 +35,8 @@ class MixtureOfDepths(nn.Module):
   spec: Spec
   capacity: float = ranged(0.125, '(0, 1]')
   twin: ClassVar[str] = 'every'
+  controlled: ClassVar[bool] = False
+  skips: ClassVar[bool] = True
   causal: ClassVar[dict[str, bool]] = {'train': False, 'eval': True}
 
   def check(self) -> None:

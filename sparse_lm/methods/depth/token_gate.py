@@ -21,6 +21,7 @@ class TokenGate(LearnedGate, kw_only=True):
 
   slot: ClassVar[str] = 'depth'
   twin: ClassVar[str] = 'every'
+  skips: ClassVar[bool] = True
 
   @nn.compact
   def __call__(

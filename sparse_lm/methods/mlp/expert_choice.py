@@ -18,7 +18,7 @@ from sparse_lm.layers.router import Router
 from sparse_lm.layers.spec import Spec
 
 
-class ExpertChoice(nn.Module):
+class ExpertChoice(cost.Gating, nn.Module):
   """Each expert takes the `visits / experts` of the batch's tokens that score highest with it.
 
   Perfectly balanced, and not causal: whether an expert takes a token depends on all the others. So
@@ -45,6 +45,9 @@ class ExpertChoice(nn.Module):
   decay: float = ranged(0.95, '[0, 1)')
   executor: str = 'sort'
   twin: ClassVar[str] = 'dense'
+  planned: ClassVar[float] = 1.0
+  controlled: ClassVar[bool] = False
+  skips: ClassVar[bool] = True
   causal: ClassVar[dict[str, bool]] = {'train': False, 'eval': True}
   couples: ClassVar[dict[str, bool]] = {'train': True, 'eval': False}
 
@@ -80,11 +83,12 @@ class ExpertChoice(nn.Module):
     )
     if mode == 'decode' and tokens == 1:
       x_ExCxD = jnp.broadcast_to(x_TxD, (self.experts, 1, d))
-      y_ExCxD = experts(x_ExCxD, choice_TxE[0], round(self.visits), mode)
-      return (probability_TxE.astype(x_TxD.dtype) * taken_TxE @ y_ExCxD[:, 0]).reshape(b, l, d)
+      y_ExCxD = experts(x_ExCxD, choice_TxE[0], self.visits, mode)
+      weight_TxE = probability_TxE.astype(x_TxD.dtype) * taken_TxE
+      return seats.weighted_sum(y_ExCxD.swapaxes(0, 1), weight_TxE).reshape(b, l, d)
     x_ExCxD = seats.dispatch(x_TxD, plan, self.executor)
     with cost.gated_by(self):
-      y_ExCxD = experts(x_ExCxD, None, round(tokens * self.visits), mode)
+      y_ExCxD = experts(x_ExCxD, None, tokens * self.visits, mode)
     y_TxD = seats.combine(y_ExCxD, plan, probability_TxE, self.executor)
     return y_TxD.reshape(b, l, d)
 

@@ -17,7 +17,7 @@ from sparse_lm.layers.router import Router
 from sparse_lm.layers.spec import Spec
 
 
-class MoETopK(nn.Module):
+class MoETopK(cost.Gating, nn.Module):
   """Each token goes to the `k` experts that its router likes best.
 
   With k = 1 an expert's output is weighted by its probability (Switch), with more by the chosen
@@ -55,6 +55,9 @@ class MoETopK(nn.Module):
   jitter: float = ranged(0.01, '[0, 1)')
   executor: str = 'sort'
   twin: ClassVar[str] = 'dense'
+  planned: ClassVar[float] = 1.0
+  controlled: ClassVar[bool] = False
+  skips: ClassVar[bool] = True
 
   @property
   def couples(self) -> dict[str, bool]:
@@ -100,9 +103,8 @@ class MoETopK(nn.Module):
       y_NxPxD = experts(
         jnp.repeat(x_TxD, self.k, axis=0)[:, None], expert_TxK.ravel(), b * self.k, mode
       )
-      y_TxD = jnp.einsum(
-        'tkd,tk->td', y_NxPxD.reshape(b, self.k, d), weight_TxK.astype(x_TxD.dtype)
-      )
+      y_TxKxD = y_NxPxD.reshape(b, self.k, d)
+      y_TxD = seats.weighted_sum(y_TxKxD, weight_TxK.astype(x_TxD.dtype))
       return y_TxD.reshape(b, l, d)
     x_NxPxD = seats.dispatch(x_TxD, plan, self.executor)
     expert_N = plan.expert_N if self._factor(mode) == 0 else None

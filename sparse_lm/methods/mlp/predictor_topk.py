@@ -19,7 +19,7 @@ from sparse_lm.layers.spec import Spec
 SELECTORS = ('statistical', 'exact')
 
 
-class PredictorTopK(nn.Module):
+class PredictorTopK(cost.Gating, nn.Module):
   """The first inputs predict which units fire; the others compute those that do.
 
   `down(activation(top-k(predictor(x[:r]))) * up(x[r:]))`: as many weights as the plain MLP.
@@ -41,6 +41,8 @@ class PredictorTopK(nn.Module):
   split: float = ranged(0.5, '(0, 1)')
   selector: str = 'statistical'
   twin: ClassVar[str] = 'dense'
+  controlled: ClassVar[bool] = False
+  skips: ClassVar[bool] = True
 
   def check(self) -> None:
     """Raises UserError for an unknown selector, or a split that leaves one side no input."""
