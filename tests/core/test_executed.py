@@ -271,15 +271,18 @@ def test_differences_name_every_reason_and_what_has_none():
   def run(x):
     with cost.gated(('gate',), planned=0.25):
       y = cost.note(x @ x, ('a',), 'linear', ONCE, kernel='kernel')
+    y = cost.note(y @ x, ('scores',), 'scores', ONCE, causal=0.625)
     y = cost.uncharged(y @ x, 'a reason', ONCE)
     return y @ x
 
   traced = executed.trace(run, SQUARE)
   found = executed.differences(traced.ledger, traced)
-  want = {executed.GATES: 0.75, 'a reason': 1.0, executed.NO_REASON: 1.0}
+  want = {executed.GATES: 0.75, executed.PAIRS: 0.375, 'a reason': 1.0, executed.NO_REASON: 1.0}
   assert found == {reason: products * ONCE for reason, products in want.items()}
-  charged = cost.forward_flops(traced.ledger, {})
-  assert charged + sum(found.values()) == traced.flops == 3 * ONCE
-  # A kernel that is charged otherwise than it runs has no reason either.
+  charged = cost.forward_flops(cost.causal_pairs(traced.ledger), {})
+  assert charged + sum(found.values()) == traced.flops == 4 * ONCE
+  # A kernel that is charged otherwise than it runs has no reason either; keys have one.
   more = {path: dataclasses.replace(m, flops=2 * m.flops) for path, m in traced.ledger.items()}
-  assert executed.differences(more, traced)['no reason: a/linear'] == -0.25 * ONCE
+  found = executed.differences(more, traced)
+  assert found['no reason: a/linear'] == -ONCE
+  assert found[executed.KEYS] == (-1 + 2 * 0.375) * ONCE and executed.PAIRS not in found
