@@ -19,7 +19,6 @@ from experiments.sweep import Run
 from sparse_lm.core import config as configs
 from sparse_lm.core import runtime
 from sparse_lm.evals import speed
-from sparse_lm.model import lm
 from sparse_lm.report import lines as results
 from sparse_lm.report import plot, table
 from sparse_lm.train.build import build
@@ -93,7 +92,7 @@ def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
   average = seconds['step']
   if updates:
     average = (1 - updates) * average + updates * seconds['update']
-  flops = 3 * sum(m.flops for m in lm.ledger(program.model, config.data.context).values())
+  flops = program.step_flops(0, program.pass_flops({}))
   peak = peak_flops / np.median(seconds['peak'])
   metrics = {
     'step_ms': 1e3 * float(np.median(average)),
