@@ -1,7 +1,10 @@
 """What training costs: what the steps ran, not what the config would have cost."""
 
+import functools
 import json
+import math
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,6 +17,42 @@ from sparse_lm.train.work import Work
 def forward_flops(density, vocab):
   """Per token of conftest's model: its matrices, scores and values of 16 keys, and the head."""
   return 2 * (4 * 16 * 16 + 2 * 16 * 32) * density + 2 * 2 * 16 * 16 + 2 * 16 * vocab
+
+
+def products(jaxpr):
+  """FLOPs of the products in a jaxpr, those of the functions that it calls included."""
+  total = 0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'dot_general':
+      (contracted, _), _ = equation.params['dimension_numbers']
+      left, result = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+      total += 2 * math.prod(result) * math.prod(left[axis] for axis in contracted)
+    for value in equation.params.values():
+      inside = getattr(value, 'jaxpr', value)
+      total += products(inside) if hasattr(inside, 'eqns') else 0
+  return total
+
+
+@pytest.mark.parametrize(
+  ('fields', 'left_out'),
+  [
+    ({}, 0),
+    ({'activation.name': 'topk'}, 0),
+    ({'depth.name': 'token_gate', 'attention.name': 'head_gate'}, 0),
+    ({'depth.name': 'token_gate', 'depth.estimator': 'reinforce'}, 0),
+    # The predictor learns, and nothing before it learns from it: one product less for 17 inputs.
+    ({'depth.name': 'mixture_of_depths', 'depth.capacity': 0.25}, 2 * 17),
+  ],
+)
+def test_a_step_is_charged_what_its_program_executes(fields, left_out, tiny_config):
+  run = setup(tiny_config(**fields))
+  program, batch = run.program, run.config.data.batch
+  state = jax.eval_shape(program.init, 0, run.target)
+  tokens = jax.ShapeDtypeStruct((batch, 17), np.int32)
+  step = functools.partial(program.transition, rewire=False)
+  executed = products(jax.make_jaxpr(step)(state, tokens).jaxpr) / (batch * 16)
+  charged = cost.report(program, run.target)['flops_training']
+  assert executed == pytest.approx(charged - left_out)
 
 
 def test_work_adds_up_and_is_spread_over_tokens():
