@@ -63,6 +63,7 @@ def speed(paths: list[str], batch: int = 1, repeats: int = 15) -> dict[str, dict
 ROWS = (
   ('decode (ms/token)', 'decode_ms', '.3f', 1),
   ('prefill (tokens/s)', 'prefill_tokens_per_second', ',.0f', 1),
+  ('weights left', 'kept_weights', '.2%', 1),
   ('weights (MB)', 'weights_bytes', '.2f', 1e-6),
   ('read per token (MB)', 'read_bytes', '.2f', 1e-6),
   ('of the bandwidth', 'bandwidth', '.0%', 1),

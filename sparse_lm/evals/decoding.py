@@ -12,7 +12,7 @@ from sparse_lm.core.errors import UserError
 from sparse_lm.core.packed import is_packed
 from sparse_lm.evals import speed
 from sparse_lm.inference.decode import Decoder
-from sparse_lm.inference.pack import PackedModel, shares, weights
+from sparse_lm.inference.pack import PackedModel, kept_weights, shares, weights
 from sparse_lm.model import lm
 
 DECODED = 16  # tokens of a turn
@@ -65,8 +65,9 @@ class _Decode:
     )
     self.prepare()
 
-  def prepare(self) -> None:
+  def prepare(self) -> Any:
     self.cache = jax.tree.map(jnp.copy, self.begun)
+    return self.cache
 
   def __call__(self) -> jax.Array:
     for place in range(self.work.prompt, self.work.prompt + DECODED):
@@ -94,8 +95,9 @@ class _Prefill:
     self.empty = decoder.cache(work.batch)
     self.prepare()
 
-  def prepare(self) -> None:
+  def prepare(self) -> Any:
     self.cache = jax.tree.map(jnp.copy, self.empty)
+    return self.cache
 
   def __call__(self) -> jax.Array:
     return self.decoder.prefill(
@@ -110,7 +112,8 @@ def measure(
 
   Returns:
     By name `decode_ms` (of a token of every sequence), `prefill_tokens_per_second`, `peak_memory`
-    (bytes), `weights_bytes`, `read_bytes` (of weights that a token reads, gates as measured on the
+    (bytes), `weights_bytes`, `kept_weights` (share of the kernels' weights that packing left: units that
+    masks disconnect are removed), `read_bytes` (of weights that a token reads, gates as measured on the
     text; of batch 1 only), `bandwidth` (of them, over the machine's measured one), the same with
     `dense_` before it, and `decode_speedup`, `prefill_speedup` with `_low` and `_high`, their quartiles
     over the turns.
@@ -134,6 +137,7 @@ def measure(
     row: dict[str, Any] = {'memory_bandwidth': peak}
     for role, packed in zip(('', 'dense_'), pair):
       row[f'{role}weights_bytes'] = weights(packed.variables)
+      row[f'{role}kept_weights'] = kept_weights(packed)
       medians = {what: float(np.median(seconds[what, name, role])) for what in work.what}
       if 'prefill' in medians:
         row[f'{role}prefill_tokens_per_second'] = work.tokens_BxL.size / medians['prefill']

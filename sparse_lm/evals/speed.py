@@ -15,7 +15,8 @@ def interleaved(
 ) -> dict[str, np.ndarray]:
   """Seconds of each call, `[repeats]`, in turns; each waits for its arrays.
 
-  What a call has as `prepare` runs before it and is not timed. The order is drawn anew for each turn:
+  What a call has as `prepare` runs before it and is not timed; the arrays that it returns are awaited
+  before the clock starts. The order is drawn anew for each turn:
   what follows a large call finds the caches cold.
   """
   draw, pairs = np.random.default_rng(0), list(calls.items())
@@ -23,7 +24,7 @@ def interleaved(
   for turn in tqdm(range(warmup + repeats), desc=name, unit='turn', leave=False, disable=None):
     for place in draw.permutation(len(pairs)):
       label, call = pairs[place]
-      getattr(call, 'prepare', lambda: None)()
+      jax.block_until_ready(getattr(call, 'prepare', lambda: None)())
       start = time.perf_counter()
       jax.block_until_ready(call())
       if turn >= warmup:

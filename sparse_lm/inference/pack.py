@@ -119,7 +119,7 @@ def pack(model: LM, params: Tree, masks: Tree, state: Tree) -> PackedModel:
   fractions = shares(model, model.spec.context)
   packable = lm.packable(model)
   held = {path: left.params.pop(path) for path in packable.paths if path in left.params}
-  small = {p: array for p, array in held.items() if array.ndim < 2 or p.endswith('bias')}
+  small = {path: array for path, array in held.items() if not _is_kernel(path, array.shape)}
   kernels = {
     path: Kernel(array, left.masks.get(path, np.ones(array.shape, bool)), original[path].nbytes)
     for path, array in held.items()
@@ -132,6 +132,11 @@ def pack(model: LM, params: Tree, masks: Tree, state: Tree) -> PackedModel:
     if f'{path}/kernel' in matrices and biases[0] in small:
       small[f'{path}/bias'] = np.concatenate([small.pop(bias) for bias in biases])
   return assemble(model, left, matrices, small, state)
+
+
+def _is_kernel(path: str, shape: tuple[int, ...]) -> bool:
+  """Whether a packable parameter is a matrix, or a stack of them, and no bias (experts have a stack)."""
+  return len(shape) >= 2 and not path.endswith('bias')
 
 
 def _chosen(
@@ -274,6 +279,20 @@ def shares(
       # A stack of experts is read as far as tokens visit it, and never more than once.
       found[m.kernel] = min(1.0, flops / (2 * sizes[m.kernel]))
   return found
+
+
+def kept_weights(packed_model: PackedModel) -> float:
+  """Share of the weights of all packed kernels that are left, those of removed units counting as dropped.
+
+  Masks that disconnect units leave fewer weights than they keep: packing removes those units.
+  """
+  params = tree.named(lm.shapes(packed_model.model)['params'])
+  shapes = {
+    path: params[path].shape for path in lm.packable(packed_model.model).paths if path in params
+  }
+  whole = sum(math.prod(shape) for path, shape in shapes.items() if _is_kernel(path, shape))
+  left = sum(np.count_nonzero(m.runs.kernel()) for m in packed_model.matrices.values())
+  return left / whole
 
 
 def weights(tree_: Tree) -> int:

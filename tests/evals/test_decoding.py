@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from sparse_lm import speed as speed_command
+from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
-from sparse_lm.evals import decoding
+from sparse_lm.evals import decoding, speed
 from sparse_lm.inference import pack
 from sparse_lm.model import lm
 
@@ -74,11 +75,57 @@ def test_a_packed_model_is_timed_beside_its_twin(tokens, tiny_config):
   for what in ('decode', 'prefill'):
     low, mid, high = (row[f'{what}_speedup{end}'] for end in ('_low', '', '_high'))
     assert 0 < low <= mid <= high
+  assert row['kept_weights'] == row['dense_kept_weights'] == 1
   assert row['weights_bytes'] == row['dense_weights_bytes'] == pack.weights(packed.variables)
   step = row['read_bytes'] / (row['bandwidth'] * row['memory_bandwidth'])
   assert 1e3 * step == pytest.approx(row['decode_ms'])
   shown = speed_command.table({'x': row})
   assert '... its dense twin' in shown and f'{row["decode_speedup"]:.2f} (' in shown
+
+
+def test_weights_left_are_those_of_units_that_are_still_connected(tiny_config):
+  model = lm.from_config(tiny_config(), VOCAB)
+  draw = np.random.default_rng(0)
+  params = {
+    p: draw.normal(size=a.shape).astype('f')
+    for p, a in tree.named(lm.shapes(model)['params']).items()
+  }
+  up, down = (f'block_0/mlp/{name}/kernel' for name in ('up', 'down'))
+  masks = {path: draw.random(params[path].shape) < 0.5 for path in (up, down)}
+  # Two neurons that nothing leaves, and one that nothing enters.
+  masks[down][:2], masks[up][:, 2] = False, False
+  alive = masks[up].any(axis=0) & masks[down].any(axis=1)
+  asked = masks[up].sum() + masks[down].sum()
+  # Packing removes neurons that nothing leaves; one that nothing enters keeps its outgoing weights.
+  gone = ~masks[down].any(axis=1)
+  left = asked - masks[up][:, gone].sum()
+  params = {p: np.where(masks[p], w, 0) if p in masks else w for p, w in params.items()}
+  as_tree = pack.nested(params)
+  packed = pack.pack(model, as_tree, tree.map_named(lambda path, _: masks.get(path), as_tree), {})
+  dense = ATTENTION + HEAD
+  assert gone.sum() == 2 and alive.sum() == HIDDEN - 3
+  assert pack.kept_weights(packed) == pytest.approx((dense + left) / (dense + 2 * WIDTH * HIDDEN))
+  assert pack.kept_weights(pack.dense_twin(model)) == 1
+
+
+def test_what_a_turn_prepares_is_there_before_its_clock_starts():
+  seen = []
+
+  class Array:
+    def block_until_ready(self):
+      seen.append('awaited')
+      return self
+
+  class Call:
+    def prepare(self):
+      seen.append('prepared')
+      return {'cache': Array()}
+
+    def __call__(self):
+      seen.append('called')
+
+  speed.interleaved({'one': Call()}, repeats=1, warmup=0)
+  assert seen == ['prepared', 'awaited', 'called']
 
 
 @pytest.mark.parametrize(('context', 'batch'), [(16, 1), (32, 3)])
