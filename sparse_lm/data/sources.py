@@ -89,9 +89,13 @@ def files(path_glob: str, split: tuple[float, float, float] = FRACTIONS) -> Corp
 
 
 def matching(path_glob: str, field: str = 'config.data.path') -> list[str]:
-  """The files that a glob matches, sorted. Raises `UserError`, naming `field`, where none does."""
-  pattern = os.path.expanduser(path_glob)
-  paths = [path for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
+  """The files that a glob matches, sorted. Folders and files that exist are taken by their name, even
+  if it holds brackets or a star. Raises `UserError`, naming `field`, where no file matches."""
+  pattern = pathlib.Path(os.path.expanduser(path_glob))
+  there = next(part for part in (pattern, *pattern.parents) if os.path.lexists(part))
+  rest = [str(pattern.relative_to(there))] if pattern != there else []
+  found = glob.glob(os.path.join(glob.escape(str(there)), *rest), recursive=True)
+  paths = [path for path in sorted(found) if os.path.isfile(path)]
   if not paths:
     raise UserError(f'{field} {path_glob!r} matches no file; valid: a text file or a glob (**)')
   return paths

@@ -194,3 +194,36 @@ def test_tiny_shakespeare_splits_are_the_published_ones():
   assert tfds == {'train': 1_003_854, 'validation': 55_770, 'test': 55_770}
   nanogpt = sources.files(str(SHAKESPEARE), (0.9, 0.1, 0.0)).card['bytes']
   assert nanogpt == {'train': 1_003_854, 'validation': 111_540, 'test': 0}
+
+
+NAMES = ('a[1].txt', 'b*.txt', 'c?.txt', 'd[!x].txt', 'e e.txt', 'ü雪.txt', r'f\g.txt', '[', 'h**')
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_an_existing_file_is_read_whatever_its_name(name, tmp_path, monkeypatch):
+  folder = tmp_path / 'in [these]'
+  folder.mkdir()
+  (folder / name).write_text('x' * 100)
+  for other in ('a1.txt', 'bb.txt', 'cc.txt', 'dd.txt', 'fg.txt', 'hh'):  # what a glob would match
+    (folder / other).write_text('y' * 100)
+  assert sources.matching(str(folder / name)) == [str(folder / name)]
+  monkeypatch.setenv('HOME', str(folder))
+  assert sources.files(f'~/{name}').splits['train'] == b'x' * 90
+  monkeypatch.chdir(folder)
+  assert [os.path.normpath(path) for path in sources.matching(name)] == [name]
+
+
+def test_a_glob_in_a_folder_with_brackets(tmp_path):
+  for folder in ('in [1]', 'in 1'):
+    (tmp_path / folder / 'deep').mkdir(parents=True)
+    for name in ('a.txt', 'b.txt', 'deep/c.txt'):
+      (tmp_path / folder / name).write_text('x')
+
+  def names(pattern):
+    return [str(pathlib.Path(path).relative_to(tmp_path)) for path in sources.matching(pattern)]
+
+  assert names(f'{tmp_path}/in [1]/*.txt') == ['in [1]/a.txt', 'in [1]/b.txt']
+  assert names(f'{tmp_path}/in [1]/**/[ac].txt') == ['in [1]/a.txt', 'in [1]/deep/c.txt']
+  assert names(f'{tmp_path}/in [1-9]/a.txt') == ['in 1/a.txt']
+  with pytest.raises(UserError, match='matches no file'):
+    sources.matching(f'{tmp_path}/in [1]/*.md')
