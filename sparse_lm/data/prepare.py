@@ -72,8 +72,12 @@ def prepare(out: str, name: str, documents: dict[str, list[bytes]]) -> pathlib.P
       if builder.data_path.exists():
         raise UserError(f'{builder.data_path} is there already; valid: another --out, or remove it')
       builder.download_and_prepare(download_dir=downloads)
-  except OSError as error:
-    raise UserError(f'--out={out} cannot be written: {error}; valid: a folder of yours') from error
+  # TFDS reports a full disk by a RuntimeError of several lines.
+  except (OSError, RuntimeError) as error:
+    reason = str(error).strip().partition('\n')[0]
+    raise UserError(
+      f'--out={out} cannot be written: {reason}; valid: a folder of yours, with room'
+    ) from error
   return pathlib.Path(builder.data_path)
 
 

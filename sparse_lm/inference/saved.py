@@ -87,7 +87,10 @@ def save(packed: PackedModel, trained: Trained, out: str, facts: dict[str, Any])
   """
   check_new(out, '--out')
   with whole_folder(out) as whole:
-    _write(packed, trained, whole, facts)
+    try:
+      _write(packed, trained, whole, facts)
+    except SafetensorError as error:  # its own type, for a full disk too
+      raise UserError(f'{out} cannot be written ({error}); valid: a folder with room') from error
 
 
 def _write(

@@ -8,8 +8,8 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any, TypedDict
@@ -119,15 +119,20 @@ def check_new(path: str, field: str) -> None:
 @contextlib.contextmanager
 def whole_folder(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
   """A folder to write in, which becomes the new folder `path` at the end of the block: `path` is there
-  with everything in it, or not at all."""
-  path = pathlib.Path(os.path.expanduser(path))
+  with everything in it, or not at all. What a process that was killed has left is removed."""
+  path = pathlib.Path(os.path.expanduser(path)).absolute()
+  scratch = path.parent / f'.incomplete-{path.name}'
   with writing(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix='.incomplete-', dir=path.parent) as scratch:
-      whole = pathlib.Path(scratch) / path.name
-      whole.mkdir()
-      yield whole
-      whole.rename(path)
+    scratch.mkdir(parents=True, exist_ok=True)
+    with lock.held(scratch / 'lock', str(path)):
+      whole = scratch / path.name
+      shutil.rmtree(whole, ignore_errors=True)
+      try:
+        whole.mkdir()
+        yield whole
+        whole.rename(path)
+      finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 class Workdir:
