@@ -5,18 +5,22 @@ PYTHON_COLAB ?= $(shell for python in python3.13 python3.12 python3; do \
   $$python -c pass 2> /dev/null && echo $$python && break; done)
 BIN := .venv/bin
 
-.PHONY: ablation test test-slow test-colab lint notebooks clean
+.PHONY: ablation test test-slow test-colab fuzz lint notebooks clean
 .DELETE_ON_ERROR:
 
 ablation: .venv/core
 	$(BIN)/python -m experiments.run sparsity_vs_accuracy
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not fuzz'
 
-# What takes too long for every run of the tests: fuzzing, and inputs of many megabytes.
+# What takes too long for every run of the tests, such as inputs of many megabytes.
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist load -m slow
+
+# 500 random configs and 300 damaged files; a failure names the command that repeats it.
+fuzz: .venv/dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m fuzz tests/fuzz
 
 # The notebooks and the contract of the methods with the versions that Colab has.
 test-colab: .venv-colab/dev
