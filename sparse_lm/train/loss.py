@@ -66,7 +66,7 @@ def _policies(variables: Tree) -> dict[str, policy.Policy]:
 def observed(program: Any, variables: Tree) -> Metrics:
   """What modules sowed into `stats`, and the fractions that gates, alone and nested, let through."""
   stats = tree.named(variables.get('stats', {}))
-  fractions = cost.fractions(program.costs[0], activity_of(variables))
+  fractions = cost.fractions(program.ledger, activity_of(variables))
   return stats | {f'gates/{path}': value for path, value in fractions.items()}
 
 

@@ -83,8 +83,12 @@ class Program:
   @functools.cached_property
   def costs(self) -> tuple[cost.Ledger, float]:
     """The ledger, and the forward FLOPs of the dense twin."""
-    ledger = lm.ledger(self.model, self.model.spec.context)
-    return ledger, cost.forward_flops(self.twin_costs, {})
+    return self.ledger, cost.forward_flops(self.twin_costs, {})
+
+  @functools.cached_property
+  def ledger(self) -> cost.Ledger:
+    """Every matmul of a forward pass over the context, in FLOPs per token."""
+    return lm.ledger(self.model, self.model.spec.context)
 
   @functools.cached_property
   def twin_costs(self) -> cost.Ledger:

@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 from numpy.testing import assert_allclose, assert_array_equal
 
-from sparse_lm.core import budget, pattern, rewire, slots
+from sparse_lm.core import budget, cost, pattern, rewire, slots
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.sparse import Sparse
 from sparse_lm.model import lm
@@ -57,9 +57,13 @@ class Toy(nn.Module):
   def __call__(self, tokens_BxL, mode='eval'):
     init = functools.partial(nn.initializers.normal(0.5), dtype=self.stored)
     x_BxLxD = self.param('embed', init, (self.spec.vocab, 8))[tokens_BxL]
+    x_BxLxD = cost.note(x_BxLxD, self.path, 'lookup', 0, kernel='embed')
     bias = self.param('bias', nn.initializers.zeros, (12,), self.stored)
-    h_BxLxF = jnp.tanh(x_BxLxD @ self.param('up', init, (8, 12)) + bias)
-    return h_BxLxF @ self.param('head', init, (12, self.spec.vocab))
+    h_BxLxF = x_BxLxD @ self.param('up', init, (8, 12)) + bias
+    h_BxLxF = jnp.tanh(cost.note(h_BxLxF, self.path, 'up', 2 * 8 * h_BxLxF.size, kernel='up'))
+    logits_BxLxV = h_BxLxF @ self.param('head', init, (12, self.spec.vocab))
+    flops = 2 * 12 * logits_BxLxV.size
+    return cost.note(logits_BxLxV, self.path, 'head', flops, kernel='head')
 
 
 def tokens(step):
@@ -341,7 +345,7 @@ def test_the_average_of_bfloat16_parameters_is_kept_in_float32():
   want = 1.0
   for step in range(1, 201):
     weights = jnp.full((3,), 1 + step / 128, jnp.bfloat16)
-    average = program._average(average, {'params': weights}, Sparse(None, None))
+    average = program._average(average, {'params': weights}, Sparse(None, None), {'params': None})
     want = 0.99 * want + 0.01 * float(weights[0])
   assert average['params'].dtype == jnp.float32
   assert_allclose(average['params'], want, rtol=1e-5)
