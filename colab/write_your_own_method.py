@@ -83,6 +83,7 @@ class SkipMLP(LearnedGate, kw_only=True):
   inner: Callable[[], nn.Module]
   slot: ClassVar[str] = 'mlp'
   twin: ClassVar[str] = 'dense'
+  skips: ClassVar[bool] = False  # decoding computes closed MLPs too
 
   @nn.compact
   def __call__(self, x_BxLxD, mode):

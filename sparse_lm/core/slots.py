@@ -8,6 +8,7 @@ supplied by whoever builds the method. A method of a layer slot is a Linen modul
   twin        it runs less than the slot's dense method of that name, which costs are compared with
   causal      {mode: False} for modes in which it reads later tokens
   couples     {mode: True} for modes in which other sequences of the batch change what it computes
+A method whose decisions leave out matmuls derives from `cost.Gating` too, and says what it plans.
 """
 
 import dataclasses
