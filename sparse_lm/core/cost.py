@@ -251,7 +251,9 @@ def ungated(ledger: Ledger) -> Ledger:
   return {path: dataclasses.replace(m, gates=()) for path, m in ledger.items()}
 
 
-def training_flops(forward: float, weight_gradient: float | None = None, passes: int = 1) -> float:
+def training_flops(
+  forward: float, weight_gradient: float | None = None, passes: float = 1
+) -> float:
   """FLOPs of a training step: its forward passes, gradient of the inputs, gradient of the weights.
 
   Each costs as much as a forward pass at the densities of that step, but where a step needs the
@@ -261,7 +263,7 @@ def training_flops(forward: float, weight_gradient: float | None = None, passes:
   Args:
     forward: FLOPs of one forward pass.
     weight_gradient: FLOPs of the gradient of the weights, by default as many.
-    passes: forward passes, of which one is differentiated.
+    passes: forward passes, of which one is differentiated; a part of one where a part is recomputed.
   """
   return (passes + 1) * forward + (forward if weight_gradient is None else weight_gradient)
 

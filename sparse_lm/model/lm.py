@@ -276,6 +276,30 @@ def traced(model: LM, length: int, mode: str = 'eval') -> Traced:
   return executed.trace(run, variables, tokens_BxL).per_token(tokens)
 
 
+@functools.lru_cache(maxsize=32)
+def recomputed(model: LM, length: int) -> float:
+  """Share of a training step's forward pass that its backward pass computes again: 0 without remat."""
+  if not model.spec.remat:
+    return 0.0
+  variables = {name: v for name, v in shapes(model).items() if name not in SOWN}
+  params = variables.pop('params')
+  tokens_BxL = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+  def flops(remat: bool) -> float:
+    """Of a pass and its gradients."""
+    same = model.clone(spec=dataclasses.replace(model.spec, remat=remat))
+    key = jax.random.key(0)
+    rngs = {'dropout': key, 'gates': key}
+
+    def total(params: Any, state: Any, tokens_BxL: jax.Array) -> jax.Array:
+      found = same.apply({'params': params, **state}, tokens_BxL, 'train', mutable=True, rngs=rngs)
+      return jnp.sum(found[0])
+
+    return executed.trace(jax.grad(total), params, variables, tokens_BxL).flops
+
+  return (flops(True) - flops(False)) / (length * traced(model, length, 'train').flops)
+
+
 def _check_accounted(params: dict[str, Any], ledger: cost.Ledger) -> None:
   noted = {m.kernel for m in ledger.values()} - {None}
   missing = [path for path, leaf in params.items() if leaf.ndim > 1 and path not in noted]

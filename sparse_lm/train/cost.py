@@ -45,9 +45,10 @@ def report(
     charged for the causal pairs alone, which are about half, and a window for the keys that it reads.
 
     A training step is charged three times its forward pass at the densities of that step, and what ran
-    besides: a dense gradient of the weights, the second forward pass of a sampled policy, the teacher's
-    forward pass. Weights that a mask drops are not charged. What gates close is, whatever kind of gate:
-    training computes it and multiplies by zero. Only routers of fixed capacity leave tokens out.
+    besides: a dense gradient of the weights, the second forward pass of a sampled policy, what
+    `config.model.remat` recomputes, the teacher's forward pass. Weights that a mask drops are not
+    charged. What gates close is, whatever kind of gate: training computes it and multiplies by zero.
+    Only routers of fixed capacity leave tokens out.
   """
   params = lm.shapes(program.model)['params']
   final = {path: float(density) for path, density in tree.named(target).items()}

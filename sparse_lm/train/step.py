@@ -117,7 +117,8 @@ class Program:
     """FLOPs per token of optimizer step `step`, whose forward pass takes `forward`; no teacher's."""
     dense = self.pass_flops({}) if self.method.dense_gradient(step) else None
     # A sampled policy's baseline is a second forward pass, without draws.
-    return cost.training_flops(forward, dense, passes=2 if lm.samples(self.model) else 1)
+    passes = 1 + lm.samples(self.model) + lm.recomputed(self.model, self.model.spec.context)
+    return cost.training_flops(forward, dense, passes)
 
   def fraction(self, density: Tree, activity: dict[str, Array]) -> Array:
     """Forward FLOPs over the dense twin's: kernels at `density`, gates as they sowed `activity`."""
