@@ -8,8 +8,9 @@ import os
 import pathlib
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 LONGEST_LINE = 300  # characters
 
@@ -93,7 +94,8 @@ def one_line(main: Callable[[], None]) -> Callable[[], None]:
   def wrapped() -> None:
     try:
       try:
-        main()
+        with _no_lost_interrupt():
+          main()
       finally:
         if sys.stdout is not None:  # closed by `>&-`
           sys.stdout.flush()
@@ -115,6 +117,26 @@ def one_line(main: Callable[[], None]) -> Callable[[], None]:
       )
 
   return wrapped
+
+
+@contextlib.contextmanager
+def _no_lost_interrupt() -> Iterator[None]:
+  """Repeats a Ctrl-C that came within a callback (JAX has one for the garbage collector), where Python
+  can only print `KeyboardInterrupt` and forget it."""
+  hook = sys.unraisablehook
+
+  def repeat(raised: Any) -> None:
+    if raised.exc_type is KeyboardInterrupt:
+      main = threading.main_thread().ident
+      threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT)).start()
+    else:
+      hook(raised)
+
+  sys.unraisablehook = repeat
+  try:
+    yield
+  finally:
+    sys.unraisablehook = hook
 
 
 def shortened(message: str) -> str:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -60,6 +61,20 @@ def test_one_line_and_the_exit_code(error, code, line, capsys):
   got, said = outcome(raising(error), capsys)
   assert got == code and said.endswith(line) and said.count('\n') == (1 if line else 0)
   assert len(said) <= LONGEST_LINE + 1
+
+
+def test_ctrl_c_within_a_callback_is_not_forgotten(capsys):
+  class Collected:
+    def __del__(self):
+      raise KeyboardInterrupt  # Python prints what a destructor raises, and goes on
+
+  def main():
+    Collected()
+    time.sleep(20)
+
+  begin = time.monotonic()
+  code, said = outcome(main, capsys)
+  assert code == 130 and said.count('\n') == 1 and time.monotonic() - begin < 10
 
 
 def test_a_defect_keeps_its_traceback():
