@@ -294,7 +294,7 @@ def test_training_costs_what_the_config_predicts(name, trained):
   for step, metrics in enumerate(logged):
     work = work.plus(meter.step(step, float(metrics['flops_pass'])))
   target = {path: float(density) for path, density in tree.named(run.target).items()}
-  spent = work.over(cost.tokens(run.config, STEPS))
+  spent = work.over(train_cost.tokens(run.config, STEPS))
   # Whole counts of small matrices differ a little from the density that was asked for.
   assert spent.own == pytest.approx(train_cost.predicted(run.program, target), rel=2e-3)
   assert spent.ancestors == 0
