@@ -19,7 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sparse_lm.core import ranges, slots
+from sparse_lm.core import ranges, records, slots
 from sparse_lm.core.errors import UserError, local_path, unknown
 
 BASE = pathlib.Path(__file__).parents[2] / 'configs' / 'base.py'
@@ -83,10 +83,9 @@ def _saved_data(workdir: str) -> dict[str, Any]:
   if folder.name == 'best':  # the checkpoint of lowest validation loss, in the folder of its run
     folder = folder.parent
   try:
-    saved = json.loads((folder / 'config.json').read_text())
-  except (OSError, ValueError, RecursionError):
+    data = records.read(folder / 'config.json', dict[str, Any]).get('data')
+  except UserError:
     return {}
-  data = saved.get('data') if isinstance(saved, dict) else None
   return data if isinstance(data, dict) else {}
 
 
@@ -203,6 +202,44 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
     return {k: plain(v) for k, v in value.items()} if isinstance(value, dict) else value
 
   return ConfigDict(plain(values)).lock()
+
+
+def of_run(values: dict[str, Any], path: pathlib.Path) -> ConfigDict:
+  """The config of a run from the values of its config.json at `path`.
+
+  Raises UserError, naming the file, where it lacks a field of this version, or a field has another type
+  or range: another version wrote it.
+  """
+  config = from_json(values)
+  try:
+    _check_types(config, _shared_defaults())
+    for slot, group, node in _methods(config):
+      own = slots.defaults(slot, node.name, f'config.{group}.name')
+      _check_types(config, {f'{group}.{key}': default for key, default in own.items()})
+    check(config)
+  except UserError as error:
+    raise UserError(f'{path} does not fit this version: {error}') from None
+  return config
+
+
+def _shared_defaults() -> dict[str, Any]:
+  """The defaults of the fields that every config has, whatever methods it names."""
+
+  def shared(field: str) -> bool:
+    slot, last = field.partition('.')[0], field.rpartition('.')[2]
+    return slot not in slots.SLOTS or last in slots.SHARED[slot]
+
+  return {field: value for field, value in flat(_read(str(BASE))).items() if shared(field)}
+
+
+def _check_types(config: ConfigDict, defaults: dict[str, Any]) -> None:
+  fields = flat(config)
+  for field, default in defaults.items():
+    if field not in fields:
+      raise _missing(field)
+    if isinstance(fields[field], str) != isinstance(default, str):
+      raise _wrong_type(field, fields[field], default)
+    _convert(field, fields[field], default)
 
 
 def flat(values: Any, prefix: str = '') -> dict[str, Any]:

@@ -126,7 +126,8 @@ def load(path: str) -> Saved:
     arrays = load_file(folder / ARRAYS)
   except SafetensorError as error:
     raise UserError(f'{folder / ARRAYS} is damaged ({error}); valid: pack the run again') from None
-  config = configs.from_json(read_json(folder / 'config.json'))
+  file = folder / 'config.json'
+  config = configs.of_run(read_json(file), file)
   tokenizer = tokenizers.from_json(read_json(folder / 'tokenizer.json'))
   model = lm.from_config(config, tokenizer.vocab_size)
   largest = _kernel_shapes(model)

@@ -134,7 +134,8 @@ def load(workdir: str) -> Trained:
     )
   if not (folder / 'config.json').exists():
     raise UserError(f'workdir {workdir} holds no run (no config.json)')
-  config = configs.from_json(read_json(folder / 'config.json'))
+  file = folder / 'config.json'
+  config = configs.of_run(read_json(file), file)
   tokenizer = tokenizers.from_json(read_json(folder / 'tokenizer.json'))
   program, target = build(config, tokenizer.vocab_size)
   template = jax.eval_shape(program.init, config.seed, target)

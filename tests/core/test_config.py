@@ -1,5 +1,6 @@
 import argparse
 import json
+import pathlib
 import sys
 
 import pytest
@@ -7,7 +8,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 from sparse_lm.core import config as configs
-from sparse_lm.core import errors
+from sparse_lm.core import errors, records
 from sparse_lm.core.errors import UserError
 
 
@@ -248,7 +249,7 @@ def parent(tmp_path):
   )
   folder = tmp_path / 'parent'
   folder.mkdir()
-  (folder / 'config.json').write_text(json.dumps(configs.to_json(config)))
+  (folder / 'config.json').write_text(records.sealed(configs.to_json(config)))
   return str(folder), config.data.to_dict()
 
 
@@ -281,3 +282,25 @@ def test_a_parent_without_a_config_changes_nothing(text, tmp_path, write):
     (tmp_path / 'config.json').write_text(text)
   config = configs.load(write(), {'init_from': str(tmp_path)})
   assert config.data.to_dict() == base.get_config().data.to_dict()
+
+
+def test_a_saved_config_of_another_version_is_one_line():
+  """Without any one field, or with a value of another type in it."""
+  config = configs.load('configs/rigl.py')
+  path = pathlib.Path('run/config.json')
+  assert configs.of_run(configs.to_json(config), path) == config
+  for field in configs.flat(config):
+    *groups, last = field.split('.')
+    for change in ('missing', 'null', 'group'):
+      values = node = configs.to_json(config)
+      for group in groups:
+        node = node[group]
+      if change == 'missing':
+        del node[last]
+      else:
+        node[last] = None if change == 'null' else {'a': {'b': 1}}
+      with pytest.raises(
+        UserError, match=r'^run/config\.json does not fit this version: '
+      ) as refused:
+        configs.of_run(values, path)
+      assert '\n' not in str(refused.value)
