@@ -39,6 +39,7 @@ from sparse_lm.core.errors import (
   unknown,
   writing,
 )
+from sparse_lm.core.ranges import Range
 from sparse_lm.report import lines as results
 
 
@@ -273,8 +274,10 @@ def _arguments() -> argparse.Namespace:
   parser.add_argument('--only', metavar='RUN_ID', help='one run, also if it has diverged before')
   parser.add_argument('--list', action='store_true', help='list the studies')
   parser.add_argument('--dry_run', action='store_true', help='print what is missing')
-  parser.add_argument('--index', type=int, default=0, help='of this shard')
-  parser.add_argument('--num_shards', type=int, default=1, help='processes that share the study')
+  parser.add_argument('--index', type=Range(int, '[0, 2^31)'), default=0, help='of this shard')
+  parser.add_argument(
+    '--num_shards', type=Range(int, '[1, 2^31)'), default=1, help='processes that share the study'
+  )
   arguments = parser.parse_args()
   if not arguments.name and not arguments.list:
     parser.error('name a study, or ask for --list')

@@ -221,8 +221,8 @@ def test_a_run_planned_twice_is_refused(folder, call):
     (['fak'], "did you mean 'fake'"),
     (['sweep'], 'valid: fake'),
     (['fake', '--index=2', '--num_shards=2'], '--index=2'),
-    (['fake', '--index=-1'], '--index=-1'),
-    (['fake', '--num_shards=0'], '--num_shards=0'),
+    (['fake', '--index=-1'], "--index: '-1' is not valid"),
+    (['fake', '--num_shards=0'], "--num_shards: '0' is not valid"),
   ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(folder, call, arguments, hint):
