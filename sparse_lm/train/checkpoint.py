@@ -256,7 +256,14 @@ class Checkpoints:
     options = ocp.CheckpointManagerOptions(
       max_to_keep=self._keep, create=True, enable_async_checkpointing=False
     )
-    return ocp.CheckpointManager(self._plain_path(), options=options)
+    try:
+      return ocp.CheckpointManager(self._plain_path(), options=options)
+    except OSError:
+      raise
+    except Exception as error:  # as in `restore`: it reads what each checkpoint says of itself
+      raise UserError(
+        f'{self.path} cannot be opened ({_first_line(error)}); valid: a copy of it that is whole'
+      ) from error
 
   def _plain_path(self) -> pathlib.Path:
     """`self.path`, or a link to it where Orbax, which finds files by a glob of their whole path, or
