@@ -125,8 +125,11 @@ class Rewiring(WeightMethod):
         mask.shape, {need: pool[name] for need, pool in signalled.items()}, key_grow
       )
       noise = jax.random.uniform(key_drop, mask.shape)
+      fraction = jnp.where(
+        mask.all(), 0.0, self.fraction(step)
+      )  # a dense matrix has nowhere to grow
       rewired[name], survived[name] = drop_and_grow(
-        mask, pooled[name], growth, self.fraction(step), noise, units.top
+        mask, pooled[name], growth, fraction, noise, units.top
       )
     masks = units.expand(rewired, magnitudes)
     if self.regrown_at_zero:

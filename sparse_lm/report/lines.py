@@ -206,7 +206,7 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.nan
   if all(value == values[0] for value in values):
     return values[0], 0.0  # exactly: a rounding error would pass for a spread
-  return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
+  return mean, math.dist(values, n * [mean]) / math.sqrt(n - 1)  # no square of its own overflows
 
 
 def check_metric(lines: Iterable[Line], metric: str) -> None:
