@@ -161,9 +161,10 @@ class _Loop:
 
   @contextlib.contextmanager
   def _paused(self) -> Iterator[None]:
-    """Waits for the steps so far, and leaves the time of the block out of theirs."""
-    self._fetch()
+    """Waits for the steps so far. Their time holds neither that of the block nor of their metrics."""
+    jax.device_get(self.pending[-1:])
     self.timer.stop()
+    self._fetch()
     yield
     self.timer.start()
 

@@ -105,6 +105,12 @@ class Program:
     """
     return cost.ungated(lm.ledger(self.model, self.model.spec.context, mode='train'))
 
+  @functools.cached_property
+  def forward_passes(self) -> float:
+    """Forward passes of a training step; a part of one where a part is computed again."""
+    # A sampled policy's baseline is a second forward pass, without draws.
+    return 1 + lm.samples(self.model) + lm.recomputed(self.model, self.model.spec.context)
+
   def pass_flops(self, density: Tree) -> Any:
     """FLOPs per token of a training step's forward pass, kernels at the `density` of that step.
 
@@ -116,9 +122,7 @@ class Program:
   def step_flops(self, step: int, forward: float) -> float:
     """FLOPs per token of optimizer step `step`, whose forward pass takes `forward`; no teacher's."""
     dense = self.pass_flops({}) if self.method.dense_gradient(step) else None
-    # A sampled policy's baseline is a second forward pass, without draws.
-    passes = 1 + lm.samples(self.model) + lm.recomputed(self.model, self.model.spec.context)
-    return cost.training_flops(forward, dense, passes)
+    return cost.training_flops(forward, dense, self.forward_passes)
 
   def fraction(self, density: Tree, activity: dict[str, Array]) -> Array:
     """Forward FLOPs over the dense twin's: kernels at `density`, gates as they sowed `activity`."""

@@ -10,6 +10,7 @@ from sparse_lm.train import loop, timing
 from sparse_lm.train.checkpoint import Checkpoints
 from sparse_lm.train.loop import train
 from sparse_lm.train.step import Program
+from sparse_lm.train.work import Meter
 
 
 @pytest.fixture
@@ -54,7 +55,8 @@ def test_another_shape_compiles_again_and_is_left_out(clock):
 
 
 def run(config, workdir, clock, monkeypatch, compiled=()):
-  """Trains where a step takes 1 s, one in `compiled` 51, an evaluation 100 and a checkpoint 1000."""
+  """Trains where a step takes 1 s, one in `compiled` 51, counting its FLOPs 10, an evaluation 100 and a
+  checkpoint 1000."""
   step, losses, save = Program.step, loop.named_losses, Checkpoints.save
 
   def slow_step(program, number):
@@ -73,6 +75,7 @@ def run(config, workdir, clock, monkeypatch, compiled=()):
     patch.setattr(Program, 'step', slow_step)
     patch.setattr(loop, 'named_losses', slow(losses, 100.0))
     patch.setattr(Checkpoints, 'save', slow(save, 1000.0))
+    patch.setattr(Meter, 'step', slow(Meter.step, 10.0))
     result = train(config, str(workdir), progress=False)
   lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
   return result['metrics'], [line for line in lines if 'loss' in line]
