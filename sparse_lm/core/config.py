@@ -80,8 +80,8 @@ def _inherit_data(config: ConfigDict, overrides: dict[str, Any]) -> None:
 
 def _saved_data(workdir: str) -> dict[str, Any]:
   folder = pathlib.Path(os.path.expanduser(workdir))
-  if folder.name == 'best':  # the checkpoint of lowest validation loss, in the folder of its run
-    folder = folder.parent
+  if folder.name == 'best' and not (folder / 'config.json').exists():
+    folder = folder.parent  # of a run, whose checkpoint of lowest validation loss is in `best`
   try:
     data = records.read(folder / 'config.json', dict[str, Any]).get('data')
   except UserError:

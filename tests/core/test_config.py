@@ -263,6 +263,12 @@ def test_a_run_that_starts_from_another_has_its_data(below, parent, write):
     assert config.is_locked
 
 
+def test_a_run_in_a_folder_named_best_is_a_parent_too(parent, write):
+  workdir, data = parent
+  renamed = pathlib.Path(workdir).rename(pathlib.Path(workdir).with_name('best'))
+  assert configs.load(write(), {'init_from': str(renamed)}).data.to_dict() == data
+
+
 def test_data_that_the_command_line_or_the_file_names_is_not_inherited(parent, write):
   workdir, data = parent
   overrides = {'init_from': workdir, 'data.path': 'b.txt', 'data.batch': '8'}
