@@ -72,12 +72,10 @@ def predict(config: ConfigDict) -> tuple[Program, Tree, dict[str, Any]]:
   data = data_of(config)
   program, target = build(config, data.tokenizer.vocab_size)
   run = Setup(config, data, program, target, **loaded(config, program, data))
-  if run.parent is not None and run.parent.is_sparse and program.method.takes_masks:
-    target = run.parent.target
-  final = {path: float(density) for path, density in tree.named(target).items()}
+  final = {path: float(density) for path, density in tree.named(run.final).items()}
   own = cost.predicted(program, final) + run.meter().teacher
   before = run.inherited.over(cost.tokens(config, config.train.steps))
-  return program, target, cost.report(program, target, work=before.plus(own))
+  return program, run.final, cost.report(program, run.final, work=before.plus(own))
 
 
 @one_line

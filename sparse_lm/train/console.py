@@ -19,9 +19,9 @@ def opening(run: Setup, name: str, first: int) -> str:
     first: steps that are done already.
   """
   shapes = tree.named(lm.shapes(run.program.model)['params'])
-  target = {path: float(density) for path, density in tree.named(run.target).items()}
-  prunable = sum(shapes[path].size for path in target)
-  kept = sum(shapes[path].size * density for path, density in target.items())
+  final = {path: float(density) for path, density in tree.named(run.final).items()}
+  prunable = sum(shapes[path].size for path in final)
+  kept = sum(shapes[path].size * density for path, density in final.items())
   dropped = f'{1 - kept / prunable:.1%} of {prunable:,} to be dropped' if prunable else 'dense'
   data, train = run.config.data, run.config.train
   relatives = ''.join(

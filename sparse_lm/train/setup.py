@@ -49,6 +49,13 @@ class Setup:
     return Meter(self.program, data.batch * data.context, teacher)
 
   @property
+  def final(self) -> Tree:
+    """Densities that the run ends with: `target`, or those of the parent's masks where it keeps them."""
+    if self.parent and self.parent.is_sparse and self.program.method.takes_masks:
+      return self.parent.target
+    return self.target
+
+  @property
   def inherited(self) -> Work:
     """What training had spent before step 0."""
     return Work(ancestors=self.parent.work.total if self.parent else 0.0)

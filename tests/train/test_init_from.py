@@ -18,6 +18,7 @@ from sparse_lm.core.errors import UserError
 from sparse_lm.cost import predict
 from sparse_lm.prune import prune
 from sparse_lm.train.checkpoint import Checkpoints
+from sparse_lm.train.console import opening
 from sparse_lm.train.loop import train
 from sparse_lm.train.loss import Distillation
 from sparse_lm.train.setup import setup
@@ -171,6 +172,7 @@ def test_a_teachers_forward_pass_is_part_of_a_step(dense, sparse, tiny_config):
     assert run.meter().teacher == pytest.approx(forward_flops(density, vocab))
   meter, tokens = run.meter(), run.config.data.batch * run.config.data.context
   assert meter.step(0, 1000.0) == pytest.approx(tokens * (3 * 1000 + meter.teacher))
+  assert f'{SPARSITY:.1%} of 2,048 to be dropped' in opening(run, 'x', 0)
   assert run.inherited == Work(0.0, load(sparse).work.total) and run.inherited.total > 0
 
 
