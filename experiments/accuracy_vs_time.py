@@ -2,7 +2,8 @@
 
 The trained models of `sparsity_vs_accuracy` and `dynamic_compute` (its hybrid of sparse weights and
 gates included), packed, each timed in turns with its study's dense model of random weights. What those
-studies have trained is taken from their folders; what they lack is trained there.
+studies have trained is taken from their folders; what they lack is trained there. A line of this study
+holds times alone and the id of the run that it timed: losses and FLOPs stand in that run's line.
 """
 
 import pathlib
@@ -11,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from experiments import dynamic_compute, sparsity_vs_accuracy
+from experiments.run import Study
 from experiments.sweep import Run
 from sparse_lm.core import config as configs
 from sparse_lm.core import runtime
+from sparse_lm.core.errors import UserError
 from sparse_lm.evals import decoding
 from sparse_lm.inference.pack import dense_twin, pack
 from sparse_lm.model import lm
@@ -21,7 +24,6 @@ from sparse_lm.report import lines as results
 from sparse_lm.report import plot, table
 from sparse_lm.train import trained
 from sparse_lm.train.environment import environment
-from sparse_lm.train.loop import train
 from sparse_lm.train.setup import data_of
 
 STUDIES = {'sparsity_vs_accuracy': sparsity_vs_accuracy, 'dynamic_compute': dynamic_compute}
@@ -49,20 +51,24 @@ def _row(run: Run) -> dict[str, str]:
 def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
   """Trains the model if its study has not, packs it and times it."""
   runtime.prepare()
-  study = run.labels['study']
-  (origin,) = [other for other in STUDIES[study].runs() if other.overrides == run.overrides]
-  folder = str(workdir.parents[2] / study / 'runs' / origin.id(study))
-  config = configs.load(run.config, run.overrides)
-  result = train(config, folder)
-  model = trained.load(folder)
+  study = Study.load(run.labels['study'], workdir.parents[2])
+  (origin,) = [found for found, other in study.runs.items() if other.overrides == run.overrides]
+  study.train({origin: study.runs[origin]})
+  model = trained.load(str(study.workdir(origin)))
   packed = pack(model.program.model, model.params, model.masks, model.model_state)
-  dense = dense_twin(lm.from_config(_dense(study), model.tokenizer.vocab_size))
+  dense = dense_twin(lm.from_config(_dense(study.name), model.tokenizer.vocab_size))
+  config = model.config
   text = np.asarray(data_of(config).tokens['validation'])
-  metrics = {name: result['metrics'][name] for name in ('val_loss', 'flops_forward')}
+  metrics = {}
   for what, batch in (('decode', 1), ('prefill', PREFILLED)):
     work = decoding.workload(text, config.data.context, batch, REPEATS[what], what)
     metrics |= decoding.measure({'': (packed, dense)}, work)['']
-  return {'metrics': metrics, 'config': configs.to_json(config), 'env': environment()}
+  return {
+    'origin': origin,
+    'metrics': metrics,
+    'config': configs.to_json(config),
+    'env': environment(),
+  }
 
 
 def _dense(study: str) -> Any:
@@ -74,7 +80,7 @@ def _dense(study: str) -> Any:
 
 def report(lines: list[results.Line], folder: pathlib.Path) -> str:
   """The table, and the figure of loss against theoretical and measured cost."""
-  lines = [_labelled(line) for line in on_one_clock(lines)]
+  lines = [_labelled(line) for line in on_one_clock(_joined(lines, folder))]
   flops = table.column('flops_forward')
   time = table.Column('time_ms', 'decode', '.3f', 'ms/token')
   columns = [
@@ -96,6 +102,25 @@ def report(lines: list[results.Line], folder: pathlib.Path) -> str:
   figure = plot.fronts(lines, [flops, time], table.column('val_loss'), 'method')
   plot.save(figure, folder, 'accuracy_vs_time')
   return table.write(frame, folder, caption, 'python -m experiments.run accuracy_vs_time')
+
+
+def _joined(lines: list[results.Line], folder: pathlib.Path) -> list[results.Line]:
+  """The lines with the loss and the FLOPs of the runs that they timed, from those runs' own lines."""
+  found = {}
+  for study in {line['labels']['study'] for line in lines}:
+    for origin in results.read_file(folder.parent / study / 'runs.jsonl'):
+      found[study, origin['run']] = origin['metrics']
+  joined = []
+  for line in lines:
+    metrics = found.get((line['labels']['study'], line['origin']))
+    if metrics is None:
+      raise UserError(
+        f'{line["labels"]["study"]} has no line of the run {line["origin"]}, which was timed; valid: '
+        'the lines of both studies from one folder of results'
+      )
+    measured = {name: metrics[name] for name in ('val_loss', 'flops_forward')}
+    joined.append(line | {'metrics': measured | line['metrics']})
+  return joined
 
 
 def _labelled(line: results.Line) -> results.Line:

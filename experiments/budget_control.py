@@ -13,24 +13,31 @@ from sparse_lm.report import lines as results
 from sparse_lm.report import plot, table
 
 CONFIG = 'configs/token_gate.py'
+SEEDS = (0, 1, 2)
 TARGET = 0.6
 CAPTION = (
   f'Forward FLOPs of token gates held at {TARGET} of the dense model, measured on the validation text '
-  'at the end: configs/tiny.py, one seed'
+  'at the end: configs/tiny.py'
 )
 
 
 def runs() -> list[Run]:
-  """Each estimator that the controller can move, under each controller."""
+  """Each estimator that the controller can move, under each controller, over seeds."""
   return [
     Run(
       CONFIG,
-      {'depth.estimator': name, 'budget.controller': controller, 'budget.target': TARGET},
+      {
+        'depth.estimator': name,
+        'budget.controller': controller,
+        'budget.target': TARGET,
+        'seed': seed,
+      },
       {'estimator': name, 'controller': controller},
     )
     for name, estimator in ESTIMATORS.items()
     if estimator.controlled
     for controller in CONTROLLERS
+    for seed in SEEDS
   ]
 
 

@@ -20,7 +20,9 @@ from experiments import (
 from experiments.plain_twin import PlainLM
 from experiments.sweep import Run
 from sparse_lm.core import config as configs
+from sparse_lm.core.errors import UserError
 from sparse_lm.model import lm
+from sparse_lm.report.lines import append
 from sparse_lm.train import cost
 from sparse_lm.train.build import build
 
@@ -117,7 +119,7 @@ def test_times_of_runs_from_busy_and_idle_hours_compare_by_their_ratios():
   assert [line['metrics']['time_ms'] for line in lines] == [1.0, 1.0, 4.0, 5.0]
 
 
-def test_each_study_is_compared_with_its_own_dense_model(tmp_path):
+def test_each_study_is_compared_with_its_own_dense_model_at_the_losses_of_its_own_lines(tmp_path):
   lines = []
   for run in accuracy_vs_time.runs():
     dense, deep = run.labels['method'] == 'dense', run.labels['study'] == 'dynamic_compute'
@@ -126,16 +128,23 @@ def test_each_study_is_compared_with_its_own_dense_model(tmp_path):
         (f'{what}_speedup{end}' for what in ('decode', 'prefill') for end in ('', '_low', '_high')),
         1.0,
       )
-      metrics |= dict.fromkeys(('weights_bytes', 'read_bytes', 'flops_forward'), 1e3)
-      metrics |= {'val_loss': 2.0 + deep + 0.25 * (not dense), 'dense_decode_ms': 0.2 + deep}
+      metrics |= dict.fromkeys(('weights_bytes', 'read_bytes'), 1e3) | {
+        'dense_decode_ms': 0.2 + deep
+      }
+      measured = {'val_loss': 2.0 + deep + 0.25 * (not dense), 'flops_forward': 1e3}
       line = {'run': run.id('x'), 'labels': run.labels, 'seed': run.overrides['seed']}
       env = {'cpu': 'c', 'cores': 2, 'device': 'cpu', 'jax': '0'}
-      lines.append(line | {'metrics': metrics, 'env': env})
-  shown = accuracy_vs_time.report(lines, tmp_path).splitlines()
+      lines.append(line | {'origin': run.id('origin'), 'metrics': metrics, 'env': env})
+      origin = line | {'run': run.id('origin'), 'metrics': measured}
+      append(tmp_path / run.labels['study'] / 'runs.jsonl', origin)
+  folder = tmp_path / 'accuracy_vs_time'
+  shown = accuracy_vs_time.report(lines, folder).splitlines()
   rows = [line for line in shown if 'rigl' in line or 'moe_topk' in line]
   assert len(rows) == 3 + 3 and all('+0.2500' in row for row in rows)
   assert [('1.200' if 'moe' in row else '0.200') in row for row in rows] == [True] * 6
-  assert (tmp_path / 'accuracy_vs_time.png').exists()
+  assert (folder / 'accuracy_vs_time.png').exists()
+  with pytest.raises(UserError, match='no line of the run'):
+    accuracy_vs_time.report([lines[0] | {'origin': 'another'}], folder)
 
 
 def test_random_masks_of_the_speed_study_keep_their_share():
@@ -149,12 +158,13 @@ def test_random_masks_of_the_speed_study_keep_their_share():
 
 def test_the_budget_study_holds_every_estimator_that_a_price_moves_by_both_controllers(tmp_path):
   runs = budget_control.runs()
-  assert len({tuple(run.labels.values()) for run in runs}) == len(runs) == 5 * 2
+  assert len({tuple(run.labels.values()) for run in runs}) == len(runs) / 3 == 5 * 2
   assert 'random' not in {run.labels['estimator'] for run in runs}
   lines = [
     {'run': run.id('x'), 'labels': run.labels, 'seed': 0, 'metrics': metrics}
     for run, metrics in zip(
-      runs, [{'flops_forward_ratio': 0.58 + i / 100, 'val_loss': 2.0 + i} for i in range(10)]
+      [run for run in runs if run.overrides['seed'] == 0],
+      [{'flops_forward_ratio': 0.58 + i / 100, 'val_loss': 2.0 + i} for i in range(10)],
     )
   ]
   table = budget_control.report(lines, tmp_path)

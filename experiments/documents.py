@@ -1,0 +1,127 @@
+"""`python -m experiments.documents [NAME ...]`: writes README.md and docs/ from the lines of studies.
+
+Every table, figure and quoted number of a study comes from one set of lines, docs/lines/<study>.jsonl.
+With names, the lines of those studies are first taken from the folder of results. Prose stands in
+docs/templates, one Jinja template for each document. It quotes numbers as
+`{{ study('patterns').text('val_loss', scope='MLP', ...) }}` (see `findings`), and states what a sentence
+claims as `{{ claim('neurons cost nothing', ...) }}`: a claim that the lines refute stops the command.
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+
+import jinja2
+
+from experiments.findings import Findings
+from experiments.run import Study
+from sparse_lm import list_methods
+from sparse_lm.core.errors import Parser, UserError, one_line
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+LINES, TEMPLATES = ROOT / 'docs' / 'lines', ROOT / 'docs' / 'templates'
+# What follows from a run's command is not kept.
+DROPPED = ('config', 'data', 'evaluation', 'causal')
+
+
+def take(name: str, folder: str) -> None:
+  """Copies the lines of a finished study from a folder of results to docs/lines.
+
+  Raises:
+    UserError: there is no such study, or runs of it are missing.
+  """
+  lines = Findings(Study.load(name, folder)).lines
+  kept = [{key: value for key, value in line.items() if key not in DROPPED} for line in lines]
+  LINES.mkdir(parents=True, exist_ok=True)
+  (LINES / f'{name}.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in kept))
+
+
+def documents(folder: pathlib.Path) -> dict[pathlib.Path, str]:
+  """The contents of every document by its path, made from docs/lines and docs/templates.
+
+  Args:
+    folder: where studies write their tables and figures.
+
+  Raises:
+    UserError: lines are missing, a template is malformed, or lines refute a claim.
+  """
+  for file in LINES.glob('*.jsonl'):
+    target = folder / file.stem / 'runs.jsonl'
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(file, target)
+  environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(TEMPLATES),
+    undefined=jinja2.StrictUndefined,
+    keep_trailing_newline=True,
+  )
+  environment.globals |= {'study': _studies(folder), 'methods': list_methods.table, 'claim': claim}
+  found = {}
+  for name in sorted(environment.list_templates()):
+    try:
+      text = environment.get_template(name).render()
+    except (jinja2.TemplateError, UserError) as error:
+      raise UserError(f'docs/templates/{name}: {error}') from error
+    found[ROOT / name if name == 'README.md' else ROOT / 'docs' / name] = text
+  return found
+
+
+def claim(statement: str, holds: bool) -> str:
+  """Nothing, where what a sentence says holds. Raises UserError where it does not."""
+  if not holds:
+    raise UserError(f'the lines refute {statement!r}; valid: a sentence that they support')
+  return ''
+
+
+def _studies(folder: pathlib.Path) -> Callable[[str], Findings]:
+  opened: dict[str, Findings] = {}
+
+  def study(name: str) -> Findings:
+    if name not in opened:
+      opened[name] = Findings(Study.load(name, folder))
+    return opened[name]
+
+  return study
+
+
+def _figures(folder: pathlib.Path) -> dict[pathlib.Path, pathlib.Path]:
+  """Every figure that the studies drew, and its place in docs/."""
+  return {figure: ROOT / 'docs' / figure.name for figure in folder.glob('*/*.png')}
+
+
+def write(names: list[str], folder: str) -> list[pathlib.Path]:
+  """Takes the lines of `names` from a folder of results, then writes all documents and figures."""
+  for name in names:
+    take(name, folder)
+  with tempfile.TemporaryDirectory() as temporary:
+    root = pathlib.Path(temporary)
+    for name in names:
+      # The health of routers is drawn from a run's own log, which lies beside its lines.
+      if (runs := Study.load(name, folder).folder / 'runs').is_dir():
+        (root / name).mkdir()
+        (root / name / 'runs').symlink_to(runs.resolve())
+    contents = documents(root)
+    for path, text in contents.items():
+      path.write_text(text, encoding='utf-8')
+    figures = _figures(root)
+    for figure, path in figures.items():
+      shutil.copy(figure, path)
+  return [*contents, *figures.values()]
+
+
+@one_line
+def main() -> None:
+  """Writes the documents and names them."""
+  parser = Parser('python -m experiments.documents')
+  parser.add_argument('names', nargs='*', help='studies whose lines are taken first')
+  parser.add_argument('--results', default='results', help="folder of all studies' results")
+  arguments: argparse.Namespace = parser.parse_args()
+  for path in write(arguments.names, arguments.results):
+    print(f'wrote {path.relative_to(ROOT)}', file=sys.stderr)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,40 @@
+"""How does the default architecture compare with nanoGPT's, in nanoGPT's CPU setting on Shakespeare?
+
+The text is read from data/tiny_shakespeare.txt (char-rnn's, 1,115,394 bytes), where you placed it.
+"""
+
+import pathlib
+
+from experiments.sweep import Run
+from sparse_lm.report import lines as results
+from sparse_lm.report import table
+
+SEEDS = (0, 1, 2)
+ARCHITECTURES = {
+  "nanoGPT's": 'configs/shakespeare_char_nanogpt.py',
+  "this project's default": 'configs/shakespeare_char.py',
+}
+CAPTION = (
+  "nanoGPT's CPU setting: 4 layers, 4 heads, width 128, context 64, batch 12, 2000 steps on tiny "
+  'Shakespeare; loss over the whole validation split, at the last step and at the best evaluation'
+)
+
+
+def runs() -> list[Run]:
+  """Both architectures over seeds."""
+  return [
+    Run(config, {'seed': seed}, {'architecture': name})
+    for name, config in ARCHITECTURES.items()
+    for seed in SEEDS
+  ]
+
+
+def report(lines: list[results.Line], folder: pathlib.Path) -> str:
+  """The table."""
+  columns = [
+    table.column('val_loss'),
+    table.Column('best_val_loss', 'lowest validation loss', '.4f', 'nats/token'),
+    *map(table.column, ('params', 'train_step_ms')),
+  ]
+  frame = table.summarise(lines, ['architecture'], columns)
+  return table.write(frame, folder, CAPTION, f'python -m experiments.run {folder.name}')

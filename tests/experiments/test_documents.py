@@ -1,0 +1,124 @@
+"""Documents are made from lines, and what lines refute is not printed."""
+
+import json
+
+import pytest
+
+from experiments import documents, smoke
+from experiments.findings import Findings
+from experiments.run import Study
+from sparse_lm.core.errors import UserError
+from sparse_lm.report import plot
+
+ENV = {'device': 'cpu', 'cores': 2, 'cpu': 'A CPU', 'instruction_set': 'AVX2', 'jax': '0.10.2'}
+METRICS = (
+  'sparsity_prunable',
+  'sparsity_total',
+  'nonzero_params',
+  'flops_forward',
+  'flops_forward_ratio',
+  'flops_training_ratio',
+  'stored_bytes',
+  'train_step_ms',
+)
+
+
+def test_the_committed_documents_are_those_of_the_committed_lines(tmp_path, monkeypatch):
+  monkeypatch.setattr(plot, 'save', lambda *_: [])
+  written = documents.documents(tmp_path)
+  assert documents.ROOT / 'README.md' in written
+  stale = [str(path) for path, text in written.items() if path.read_text(encoding='utf-8') != text]
+  assert stale == [], 'run: python -m experiments.documents'
+
+
+def lines_of(runs, loss):
+  for run in runs:
+    metrics = dict.fromkeys(METRICS, 1.0) | {'val_loss': loss[run.labels['method']]}
+    yield {
+      'study': 'smoke',
+      'run': run.id('smoke'),
+      'labels': run.labels,
+      'seed': run.overrides['seed'],
+      'env': ENV,
+      'config': {'dropped': True},
+      'metrics': metrics,
+    }
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+  """An empty project, and results in which static masks lose most."""
+  root = tmp_path / 'project'
+  monkeypatch.setattr(documents, 'ROOT', root)
+  monkeypatch.setattr(documents, 'LINES', root / 'docs' / 'lines')
+  monkeypatch.setattr(documents, 'TEMPLATES', root / 'docs' / 'templates')
+  documents.TEMPLATES.mkdir(parents=True)
+  losses = {run.labels['method']: 2.0 + i / 8 for i, run in enumerate(smoke.runs())}
+  losses['static'] = 5.0
+  file = tmp_path / 'results' / 'smoke' / 'runs.jsonl'
+  file.parent.mkdir(parents=True)
+  file.write_text(''.join(json.dumps(line) + '\n' for line in lines_of(smoke.runs(), losses)))
+  return root
+
+
+def write(project, template):
+  (documents.TEMPLATES / 'README.md').write_text(template)
+  documents.write(['smoke'], str(project.parent / 'results'))
+  return (project / 'README.md').read_text()
+
+
+def test_prose_quotes_the_lines_and_figures_lie_beside_it(project):
+  template = (
+    "{% set s = study('smoke') %}Static: {{ s.text('val_loss', method='static') }},\n"
+    "worst {{ s.highest('val_loss', by='method') }}, best {{ s.lowest('val_loss', by='method') }}.\n"
+    "{{- claim('static loses', s.mean('val_loss', method='static') > 4) }}\n"
+    "{{ s.differences('val_loss', {'method': 'dense'}, method='static') }} on {{ s.machine }}\n"
+    "off 4.5: {{ s.furthest('val_loss', 4.5, method='static') }}\n"
+  )
+  shown = write(project, template)
+  assert shown == (
+    'Static: 5.000,\nworst static, best dense.\n'
+    '[3.0] on 2 cores of A CPU, AVX2, jax 0.10.2\noff 4.5: 0.5\n'
+  )
+  assert (documents.LINES / 'smoke.jsonl').read_text().count('\n') == len(smoke.runs())
+  assert 'dropped' not in (documents.LINES / 'smoke.jsonl').read_text()
+  template = "{{ study('smoke').table }}\n"
+  assert '| static' in write(project, template)
+  assert (project / 'docs' / 'sparsity_vs_accuracy.png').stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+  ('template', 'message'),
+  [
+    (
+      "{{ claim('static wins', study('smoke').mean('val_loss', method='static') < 3) }}",
+      'static wins',
+    ),
+    ("{{ study('smoke').mean('val_loss', sparsity=0.95) }}", '5 rows'),
+    ("{{ study('smoke').mean('val_loss', method='stat') }}", '0 rows'),
+    ("{{ study('smoke').mean('val_los', method='static') }}", 'val_loss'),
+    ('{{ unknown }}', 'unknown'),
+    ('{{ study("smoke" }}', 'README.md'),
+    ("{{ study('sparsity_vs_accuracy').machine }}", 'sparsity_vs_accuracy'),
+  ],
+)
+def test_what_the_lines_do_not_say_stops_the_command_and_writes_nothing(project, template, message):
+  with pytest.raises(UserError, match=message) as caught:
+    write(project, template)
+  assert 'docs/templates/README.md' in str(caught.value)
+  assert not (project / 'README.md').exists()
+
+
+def test_an_unfinished_study_is_not_taken(project):
+  file = project.parent / 'results' / 'smoke' / 'runs.jsonl'
+  file.write_text(file.read_text().partition('\n')[2])
+  with pytest.raises(UserError, match='lacks 1 of the 7 runs'):
+    documents.take('smoke', str(project.parent / 'results'))
+  assert not documents.LINES.exists()
+
+
+def test_means_are_over_the_seeds_of_one_row(tmp_path):
+  study = Study.load('sparsity_vs_accuracy', tmp_path)
+  found = Findings(study)
+  with pytest.raises(UserError, match='lacks 34 of the 34 runs'):
+    _ = found.lines
