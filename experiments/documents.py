@@ -20,7 +20,8 @@ import jinja2
 from experiments.findings import Findings
 from experiments.run import Study
 from sparse_lm import list_methods
-from sparse_lm.core.errors import Parser, UserError, one_line
+from sparse_lm.core import records
+from sparse_lm.core.errors import Parser, UserError, local_path, one_line
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LINES, TEMPLATES = ROOT / 'docs' / 'lines', ROOT / 'docs' / 'templates'
@@ -37,7 +38,8 @@ def take(name: str, folder: str) -> None:
   lines = Findings(Study.load(name, folder)).lines
   kept = [{key: value for key, value in line.items() if key not in DROPPED} for line in lines]
   LINES.mkdir(parents=True, exist_ok=True)
-  (LINES / f'{name}.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in kept))
+  text = ''.join(json.dumps(records.seal(line)) + '\n' for line in kept)
+  (LINES / f'{name}.jsonl').write_text(text)
 
 
 def documents(folder: pathlib.Path) -> dict[pathlib.Path, str]:
@@ -117,7 +119,9 @@ def main() -> None:
   """Writes the documents and names them."""
   parser = Parser('python -m experiments.documents')
   parser.add_argument('names', nargs='*', help='studies whose lines are taken first')
-  parser.add_argument('--results', default='results', help="folder of all studies' results")
+  parser.add_argument(
+    '--results', type=local_path, default='results', help="folder of all studies' results"
+  )
   arguments: argparse.Namespace = parser.parse_args()
   for path in write(arguments.names, arguments.results):
     print(f'wrote {path.relative_to(ROOT)}', file=sys.stderr)

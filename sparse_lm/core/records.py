@@ -29,9 +29,22 @@ def digest(values: Any) -> str:
   return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def seal(values: dict[str, Any]) -> dict[str, Any]:
+  """The values and, as `content_sha256`, their `digest`."""
+  return values | {SEAL: digest(values)}
+
+
+def unseal(values: dict[str, Any]) -> dict[str, Any]:
+  """What `seal` was given. Raises `ValueError` where it was changed since."""
+  content = {name: value for name, value in values.items() if name != SEAL}
+  if values[SEAL] != digest(content):
+    raise ValueError(f'it was changed since it was written: its {SEAL} differs')
+  return content
+
+
 def sealed(values: dict[str, Any]) -> str:
-  """The text of a JSON file with `values` and, as `content_sha256`, their `digest`."""
-  return json.dumps(values | {SEAL: digest(values)}, indent=2) + '\n'
+  """The text of a JSON file with the sealed `values`."""
+  return json.dumps(seal(values), indent=2) + '\n'
 
 
 def read(path: pathlib.Path, form: Any) -> Any:
@@ -54,8 +67,7 @@ def read(path: pathlib.Path, form: Any) -> Any:
         f'{path} has no {SEAL}: it was changed, or written by a version that saved checkpoints of '
         'schema 2 or before; valid: an unchanged copy of it, or the version that wrote it'
       )
-    if values.pop(SEAL) != digest(values):
-      raise ValueError(f'it was changed since it was written: its {SEAL} differs')
+    values = unseal(values)
     check(values, form)
   except ValueError as error:
     raise UserError(f'{path} is damaged ({error}); valid: an unchanged copy of it') from None

@@ -1,8 +1,9 @@
 """A study's `runs.jsonl`: one JSON line per finished run, written, read and grouped.
 
 A line holds at least `run` (its id), `labels` (what the run is, without its seed), `seed` and
-`metrics` (numbers by name, each in its own unit). The line of a run that diverged has no metrics, but
-`failed: diverged` and the error's `message`.
+`metrics` (numbers by name, each in its own unit). Lines that this module wrote also hold a digest, so
+that a changed one is noticed; lines from elsewhere need none. The line of a run that diverged has no
+metrics, but `failed: diverged` and the error's `message`.
 """
 
 import json
@@ -38,7 +39,7 @@ def read(paths: Iterable[str | pathlib.Path]) -> list[Line]:
   Half a line, left by a process that was killed while writing, is left out and named on stderr.
 
   Raises:
-    UserError: a file is missing, holds no line, or holds JSON that is not a run's.
+    UserError: a file is missing, holds no line, or holds JSON that is not a run's or was changed.
   """
   found: dict[tuple[str | None, str], Line] = {}
   for path in map(pathlib.Path, paths):
@@ -61,6 +62,7 @@ def read_file(path: pathlib.Path) -> list[Line]:
       continue
     try:
       records.check(line, _Form)
+      line = records.unseal(line) if records.SEAL in line else line
     except ValueError as error:
       raise UserError(f"{path}:{number} is not a run's line: {error}") from None
     lines.append(line)
@@ -73,7 +75,7 @@ def append(path: pathlib.Path, line: Line) -> None:
   Raises:
     UserError: it cannot be written, as on a full disk.
   """
-  content = json.dumps(line).encode() + b'\n'
+  content = json.dumps(records.seal(line)).encode() + b'\n'
   with writing(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open('ab+', buffering=0) as file, lock.waited_for(file.fileno()):

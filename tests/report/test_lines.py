@@ -138,3 +138,16 @@ def test_a_run_that_diverged_has_nan_for_every_metric(tmp_path):
   assert fine['metrics'] == {'loss': 1.0, 'time': 2}
   assert lost['metrics'].keys() == fine['metrics'].keys()
   assert all(math.isnan(value) for value in lost['metrics'].values())
+
+
+def test_a_line_that_was_changed_is_refused_and_one_without_a_digest_is_read(tmp_path):
+  path = tmp_path / 'runs.jsonl'
+  lines.append(path, line(val_loss=2.0432))
+  (read,) = lines.read([path])
+  assert read == line(val_loss=2.0432)
+  text = path.read_text()
+  path.write_text(text.replace('2.0432', '2.0332'))
+  with pytest.raises(UserError, match=r'runs.jsonl:1 .* changed since it was written'):
+    lines.read([path])
+  path.write_text(json.dumps(line(val_loss=2.0332)))
+  assert lines.read([path])[0]['metrics'] == {'val_loss': 2.0332}
