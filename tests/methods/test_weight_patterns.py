@@ -115,10 +115,12 @@ def accepted(name, pattern):
 PAIRS = [pair for pair in itertools.product(METHODS, PATTERNS) if accepted(*pair)]
 
 
-def test_every_method_but_those_that_prune_layer_by_layer_takes_every_pattern():
+def test_every_method_takes_every_pattern_but_those_that_it_cannot_rank_or_grow():
   refused = {pair for pair in itertools.product(METHODS, PATTERNS) if pair not in PAIRS}
   several_layers = {('wanda', 'global'), ('wanda', 'layer')}
-  assert refused == several_layers | {
+  # What grows from zero in all of its matrices at once gets no gradient.
+  grown = set(itertools.product(('rigl', 'set'), ('neuron', 'head', 'layer')))
+  assert refused == several_layers | grown | {
     ('sparsegpt', p) for p in PATTERNS if p not in ('unstructured', '2:4')
   }
   with pytest.raises(UserError, match=r'config\.weight\.pattern=.*neuron.*valid: unstructured'):
@@ -190,7 +192,12 @@ def test_units_stay_whole_and_their_count_is_exact(name, pattern):
     trainable, sparse = change.trainable, change.sparse
     shares_of_whole_units(sparse.masks, pattern)
   final, masks = jax.jit(method.finalize)(trainable, sparse, jnp.int32(STEPS))
-  assert set(shares_of_whole_units(masks, pattern)) == {HALF}
+  if (
+    method.controlled and pattern == '2:4'
+  ):  # it learns how much of a matrix is left: groups differ
+    assert [np.mean(mask) for mask in masks.values()] == [HALF] * len(masks)
+  else:
+    assert set(shares_of_whole_units(masks, pattern)) == {HALF}
   for leaf, mask in masks.items():
     assert not np.asarray(final[leaf])[~np.asarray(mask)].any()
   # Of one layer or two heads that are left, what is dropped may be nothing, or grow again.
