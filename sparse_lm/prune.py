@@ -7,6 +7,7 @@ from sparse_lm.core import config as configs
 from sparse_lm.core import rng, runtime, slots
 from sparse_lm.core.errors import Parser, UserError, local_path, one_line
 from sparse_lm.core.ranges import Range
+from sparse_lm.core.sparse import WeightMethod
 from sparse_lm.train import one_shot
 from sparse_lm.train import state as states
 from sparse_lm.train.build import build
@@ -14,6 +15,7 @@ from sparse_lm.train.checkpoint import Checkpoints
 from sparse_lm.train.evaluate import named_losses, result_of
 from sparse_lm.train.history import History
 from sparse_lm.train.setup import Setup, data_of
+from sparse_lm.train.state import TrainState
 from sparse_lm.train.trained import check_fits, folder_of, load
 from sparse_lm.train.work import Work
 from sparse_lm.train.workdir import Workdir, check_new, check_text, whole_folder
@@ -41,12 +43,7 @@ def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
   program, target = build(config, data.tokenizer.vocab_size)
   check_fits(trained, '--workdir', program, data.tokenizer)
   check_text(folder_of(parent)[0], data, '--workdir')
-  if not program.method.one_shot:
-    able = [name for name in slots.names('weight') if slots.method('weight', name).one_shot]
-    raise UserError(
-      f'config.weight.name={config.weight.name!r} does not prune trained models; valid: '
-      + ', '.join(able)
-    )
+  _check_method(program.method, config.weight.name)
   tokens_NxL = one_shot.calibration(
     data.tokens['train'], segments, config.data.context, config.seed
   )
@@ -80,14 +77,30 @@ def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
     'parent': parent,
     'pruned_from': trained.source,
   }
-  with whole_folder(out) as path, contextlib.closing(Workdir(str(path), config, data)) as folder:
+  _write(out, run, state, History(masks, config.train.steps, work), result)
+  return result
+
+
+def _check_method(method: WeightMethod, name: str) -> None:
+  if not method.one_shot:
+    able = [other for other in slots.names('weight') if slots.method('weight', other).one_shot]
+    raise UserError(
+      f'config.weight.name={name!r} does not prune trained models; valid: {", ".join(able)}'
+    )
+
+
+def _write(out: str, run: Setup, state: TrainState, history: History, result: dict) -> None:
+  """Makes the workdir of the pruned run."""
+  with (
+    whole_folder(out) as path,
+    contextlib.closing(Workdir(str(path), run.config, run.data)) as folder,
+  ):
     folder.open()
     with contextlib.closing(Checkpoints(folder.path)) as checkpoints:
       # What trains on from here starts the text anew: pruning read other parts of it.
-      batches = data.train_iterator(rng.data_seed(config.seed))
-      checkpoints.save(state, batches, History(masks, config.train.steps, work))
+      batches = run.data.train_iterator(rng.data_seed(run.config.seed))
+      checkpoints.save(state, batches, history)
     folder.write_result(result)
-  return result
 
 
 @one_line

@@ -59,23 +59,31 @@ def report(
     kept = {path: int(jax.numpy.sum(mask)) for path, mask in tree.named(masks).items()}
   sizes = cost.sizes(params, kept)
   twin = cost.sizes(lm.shapes(lm.twin(program.model))['params'], {})
-  ledger, dense = program.costs
   density = {path: count / math.prod(shapes[path]) for path, count in kept.items()}
   active = observe.activity(observed or {})
-  forward = cost.forward_flops(ledger, density, active)
-  causal = cost.forward_flops(cost.causal_pairs(ledger), density, active)
-  dense_causal = cost.forward_flops(cost.causal_pairs(program.twin_costs), {})
-  work = work or Work(own=predicted(program, final))
   return {
     'params': sizes.params,
     'prunable_params': sizes.prunable,
     'nonzero_params': sizes.nonzero,
-    'active_params': round(cost.active_params(ledger, density, active)),
+    'active_params': round(cost.active_params(program.ledger, density, active)),
     'sparsity_prunable': sizes.sparsity_prunable,
     'sparsity_total': sizes.sparsity_total,
     'stored_bytes': sizes.stored_bytes,
     'dense_params': twin.params,
     'dense_bytes': twin.stored_bytes,
+    **_flops(program, density, active, work or Work(own=predicted(program, final))),
+  }
+
+
+def _flops(
+  program: Program, density: dict[str, float], active: dict[str, float], work: Work
+) -> dict[str, float]:
+  """The part of `report` that is in FLOPs per token, and its ratios over the dense twin's."""
+  ledger, dense = program.costs
+  forward = cost.forward_flops(ledger, density, active)
+  causal = cost.forward_flops(cost.causal_pairs(ledger), density, active)
+  dense_causal = cost.forward_flops(cost.causal_pairs(program.twin_costs), {})
+  return {
     'flops_forward': forward,
     'flops_forward_ratio': forward / dense,
     'flops_forward_causal': causal,
