@@ -310,3 +310,11 @@ def test_a_saved_config_of_another_version_is_one_line():
       ) as refused:
         configs.of_run(values, path)
       assert '\n' not in str(refused.value)
+
+
+def test_deriving_a_config_leaves_the_first_as_it_was(tiny_config):
+  config = tiny_config()
+  before = configs.to_json(config)
+  derived = configs.derive(config, {'weight.name': 'wanda', 'weight.sparsity': 0.75}, ('weight',))
+  assert derived.weight.name == 'wanda' and derived.weight.sparsity == 0.75
+  assert configs.to_json(config) == before and config.is_locked and config.weight.is_locked

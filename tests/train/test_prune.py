@@ -13,7 +13,6 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 import sparse_lm.prune as prune_command
-from sparse_lm.core import config as configs
 from sparse_lm.core import runtime, tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.layers.embed import Embed
@@ -183,14 +182,6 @@ def test_signals_are_of_the_pruned_layers_before(trained, tokens, tiny_config):
   jax.tree.map(lambda a, b: assert_array_equal(a, b), trainable['params'], want)
   for path, mask in tree.named(sparse.masks).items():
     assert_array_equal(mask, tree.named(want)[path] != 0)
-
-
-def test_deriving_a_config_leaves_the_first_as_it_was(tiny_config):
-  config = tiny_config()
-  before = configs.to_json(config)
-  derived = configs.derive(config, {'weight.name': 'wanda', 'weight.sparsity': 0.75}, ('weight',))
-  assert derived.weight.name == 'wanda' and derived.weight.sparsity == 0.75
-  assert configs.to_json(config) == before and config.is_locked and config.weight.is_locked
 
 
 def test_calibration_cuts_distinct_segments_of_the_text():
