@@ -5,14 +5,17 @@ With names, the lines of those studies are first taken from the folder of result
 docs/templates, one Jinja template for each document. It quotes numbers as
 `{{ study('patterns').text('val_loss', scope='MLP', ...) }}` (see `findings`), and states what a sentence
 claims as `{{ claim('neurons cost nothing', ...) }}`: a claim that the lines refute stops the command.
+Lists that quote numbers stand in `{% filter bullets %}`, which breaks their lines anew.
 """
 
 import argparse
 import json
 import pathlib
+import re
 import shutil
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable
 
 import jinja2
@@ -61,6 +64,7 @@ def documents(folder: pathlib.Path) -> dict[pathlib.Path, str]:
     keep_trailing_newline=True,
   )
   environment.globals |= {'study': _studies(folder), 'methods': list_methods.table, 'claim': claim}
+  environment.filters['bullets'] = bullets
   found = {}
   for name in sorted(environment.list_templates()):
     try:
@@ -76,6 +80,16 @@ def claim(statement: str, holds: bool) -> str:
   if not holds:
     raise UserError(f'the lines refute {statement!r}; valid: a sentence that they support')
   return ''
+
+
+def bullets(text: str) -> str:
+  """A Markdown list, its lines broken where they are full."""
+  items = re.split(r'^- ', text.strip(), flags=re.MULTILINE)[1:]
+  whole = {'break_long_words': False, 'break_on_hyphens': False}
+  return '\n'.join(
+    textwrap.fill(' '.join(item.split()), 110, initial_indent='- ', subsequent_indent='  ', **whole)
+    for item in items
+  )
 
 
 def _studies(folder: pathlib.Path) -> Callable[[str], Findings]:

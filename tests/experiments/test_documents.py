@@ -109,6 +109,14 @@ def test_what_the_lines_do_not_say_stops_the_command_and_writes_nothing(project,
   assert not (project / 'README.md').exists()
 
 
+def test_lines_of_a_list_are_broken_anew():
+  long = 'word ' * 40
+  first, *rest = documents.bullets(f'- one\n  two-\n  three\n- {long}').splitlines()
+  assert first == '- one two- three'
+  assert rest[0].startswith('- word') and all(line.startswith('  word') for line in rest[1:])
+  assert len(rest) == 2 and max(map(len, rest)) <= 110
+
+
 def test_an_unfinished_study_is_not_taken(project):
   file = project.parent / 'results' / 'smoke' / 'runs.jsonl'
   file.write_text(file.read_text().partition('\n')[2])
