@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jinja2
 
@@ -103,9 +103,11 @@ def _studies(folder: pathlib.Path) -> Callable[[str], Findings]:
   return study
 
 
-def _figures(folder: pathlib.Path) -> dict[pathlib.Path, pathlib.Path]:
-  """Every figure that the studies drew, and its place in docs/."""
-  return {figure: ROOT / 'docs' / figure.name for figure in folder.glob('*/*.png')}
+def _figures(folder: pathlib.Path, texts: Iterable[str]) -> dict[pathlib.Path, pathlib.Path]:
+  """Every figure that the studies drew and a document shows, and its place in docs/."""
+  shown = ' '.join(texts)
+  drawn = (figure for figure in folder.glob('*/*.png') if figure.name in shown)
+  return {figure: ROOT / 'docs' / figure.name for figure in drawn}
 
 
 def write(names: list[str], folder: str) -> list[pathlib.Path]:
@@ -122,7 +124,7 @@ def write(names: list[str], folder: str) -> list[pathlib.Path]:
     contents = documents(root)
     for path, text in contents.items():
       path.write_text(text, encoding='utf-8')
-    figures = _figures(root)
+    figures = _figures(root, contents.values())
     for figure, path in figures.items():
       shutil.copy(figure, path)
   return [*contents, *figures.values()]

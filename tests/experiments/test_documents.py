@@ -82,7 +82,7 @@ def test_prose_quotes_the_lines_and_figures_lie_beside_it(project):
   )
   assert (documents.LINES / 'smoke.jsonl').read_text().count('\n') == len(smoke.runs())
   assert 'dropped' not in (documents.LINES / 'smoke.jsonl').read_text()
-  template = "{{ study('smoke').table }}\n"
+  template = "{{ study('smoke').table }}\n![](docs/sparsity_vs_accuracy.png)\n"
   assert '| static' in write(project, template)
   assert (project / 'docs' / 'sparsity_vs_accuracy.png').stat().st_size > 1000
 
