@@ -12,6 +12,7 @@ import experiments
 from experiments import run as runner
 from experiments.sweep import Run
 from sparse_lm.core import lock
+from sparse_lm.report import lines as results
 
 STUDY = '''"""Does it run?
 
@@ -130,7 +131,7 @@ def test_a_lost_line_is_made_again_in_the_studys_order(folder, call, tmp_path):
 def test_lines_of_runs_no_longer_planned_are_left_out(folder, call, tmp_path):
   first = call('fake')
   file = tmp_path / 'results/fake/runs.jsonl'
-  file.write_text(file.read_text() + json.dumps(written(tmp_path)[0] | {'run': 'old'}) + '\n')
+  results.append(file, results.read_file(file)[0] | {'run': 'old'})
   assert call('fake').out == first.out
 
 
