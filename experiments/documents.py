@@ -9,6 +9,7 @@ Lists that quote numbers stand in `{% filter bullets %}`, which breaks their lin
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import re
@@ -16,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import jinja2
 
@@ -63,7 +64,9 @@ def documents(folder: pathlib.Path) -> dict[pathlib.Path, str]:
     undefined=jinja2.StrictUndefined,
     keep_trailing_newline=True,
   )
-  environment.globals |= {'study': _studies(folder), 'methods': list_methods.table, 'claim': claim}
+  # Each study is read once, however many documents quote it.
+  study = functools.cache(lambda name: Findings(Study.load(name, folder)))
+  environment.globals |= {'study': study, 'methods': list_methods.table, 'claim': claim}
   environment.filters['bullets'] = bullets
   found = {}
   for name in sorted(environment.list_templates()):
@@ -90,17 +93,6 @@ def bullets(text: str) -> str:
     textwrap.fill(' '.join(item.split()), 110, initial_indent='- ', subsequent_indent='  ', **whole)
     for item in items
   )
-
-
-def _studies(folder: pathlib.Path) -> Callable[[str], Findings]:
-  opened: dict[str, Findings] = {}
-
-  def study(name: str) -> Findings:
-    if name not in opened:
-      opened[name] = Findings(Study.load(name, folder))
-    return opened[name]
-
-  return study
 
 
 def _figures(folder: pathlib.Path, texts: Iterable[str]) -> dict[pathlib.Path, pathlib.Path]:

@@ -30,7 +30,7 @@ def runs() -> list[Run]:
 
 
 def report(lines: list[results.Line], folder: pathlib.Path) -> str:
-  """The table."""
+  """Writes the table and returns it in Markdown."""
   columns = [
     table.column('val_loss'),
     table.Column('best_val_loss', 'lowest validation loss', '.4f', 'nats/token'),

@@ -159,17 +159,17 @@ class Gating(abc.ABC):
   @property
   @abc.abstractmethod
   def planned(self) -> float:
-    """See `Gate`."""
+    """The fraction that runs as far as the config fixes it."""
 
   @property
   @abc.abstractmethod
   def controlled(self) -> bool:
-    """See `Gate`."""
+    """Whether the budget controller can move it."""
 
   @property
   @abc.abstractmethod
   def skips(self) -> bool:
-    """See `Gate`."""
+    """Whether decoding leaves out what it closes."""
 
 
 def gated_by(gate: Gating) -> contextlib.AbstractContextManager[None]:

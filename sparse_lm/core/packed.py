@@ -107,7 +107,7 @@ class InputMajor(Format):
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Of `kernel()`."""
+    """The shape of what `kernel()` returns."""
     return self.inputs.shape
 
   def matmul(self, x: Array) -> Array:

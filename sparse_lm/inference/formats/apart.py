@@ -35,7 +35,7 @@ class Apart(Format):
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Of `kernel()`."""
+    """The shape of what `kernel()` returns."""
     return (len(self.outputs), *self.outputs[0].shape[::-1])
 
   def of_expert(self, x: Array, expert: int) -> Array:

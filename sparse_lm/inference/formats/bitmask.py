@@ -35,7 +35,7 @@ class Bitmask(Format):
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Of `kernel()`."""
+    """The shape of what `kernel()` returns."""
     return self.dimensions
 
   def kernel(self) -> Array:

@@ -63,7 +63,7 @@ class Block(Format):
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Of `kernel()`."""
+    """The shape of what `kernel()` returns."""
     return (self.groups * self.tiles.shape[1], len(self.parts) * self.tiles.shape[1])
 
   def matmul(self, x: Array) -> Array:

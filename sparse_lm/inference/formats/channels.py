@@ -49,7 +49,7 @@ class Channels(Format):
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Of `kernel()`."""
+    """The shape of what `kernel()` returns."""
     return (self.inputs, len(self.place))
 
   def matmul(self, x: Array) -> Array:

@@ -32,7 +32,7 @@ class Dense(Format):
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Of `kernel()`."""
+    """The shape of what `kernel()` returns."""
     return self.outputs.shape[::-1]
 
   def matmul(self, x: Array) -> Array:

@@ -44,7 +44,7 @@ class NOfM(Format):
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Of `kernel()`."""
+    """The shape of what `kernel()` returns."""
     return (self.inputs, self.values.shape[1])
 
   def kernel(self) -> Array:
