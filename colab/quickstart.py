@@ -33,10 +33,10 @@ import tempfile
 
 import numpy as np
 
-from sparse_lm.core import config, runtime
-from sparse_lm.train.trained import load
+from sparse_lm.runs import configs as config, runtime
+from sparse_lm.runs.trained import load
 from sparse_lm.report import plot, table
-from sparse_lm.train.loop import train
+from sparse_lm.runs.loop import train
 
 # %matplotlib inline
 runtime.prepare()

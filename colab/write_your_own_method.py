@@ -38,12 +38,12 @@ from matplotlib.figure import Figure
 
 import sparse_lm.methods.mlp
 from sparse_lm.cost import summary
-from sparse_lm.core import config, runtime
-from sparse_lm.train.trained import load
+from sparse_lm.runs import configs as config, runtime
+from sparse_lm.runs.trained import load
 from sparse_lm.report import plot, table
-from sparse_lm.train import cost
-from sparse_lm.train.loop import train
-from sparse_lm.train.setup import setup
+from sparse_lm.runs import cost_report as cost
+from sparse_lm.runs.loop import train
+from sparse_lm.runs.setup import setup
 
 # %matplotlib inline
 runtime.prepare()

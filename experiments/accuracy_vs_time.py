@@ -14,17 +14,14 @@ import numpy as np
 from experiments import dynamic_compute, sparsity_vs_accuracy
 from experiments.run import Study
 from experiments.sweep import Run
-from sparse_lm.core import config as configs
-from sparse_lm.core import runtime
 from sparse_lm.core.errors import UserError
 from sparse_lm.evals import decoding
 from sparse_lm.inference.pack import dense_twin, pack
 from sparse_lm.model import lm
-from sparse_lm.report import lines as results
-from sparse_lm.report import plot, table
-from sparse_lm.train import trained
-from sparse_lm.train.environment import environment
-from sparse_lm.train.setup import data_of
+from sparse_lm.report import plot, results, table
+from sparse_lm.runs import configs, runtime, trained
+from sparse_lm.runs.environment import environment
+from sparse_lm.runs.setup import data_of
 
 STUDIES = {'sparsity_vs_accuracy': sparsity_vs_accuracy, 'dynamic_compute': dynamic_compute}
 PREFILLED = 8

@@ -15,14 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.sweep import Run
-from sparse_lm.core import config as configs
-from sparse_lm.core import runtime
-from sparse_lm.core.packed import Format
+from sparse_lm.core.format import Format
 from sparse_lm.evals import speed
 from sparse_lm.inference.pack import load_format
-from sparse_lm.report import lines as results
-from sparse_lm.report import plot, table
-from sparse_lm.train.environment import environment
+from sparse_lm.report import plot, results, table
+from sparse_lm.runs import configs, runtime
+from sparse_lm.runs.environment import environment
 
 CONFIG = 'configs/base.py'
 SHAPES = ((128, 512), (768, 768), (768, 3072))

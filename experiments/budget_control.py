@@ -7,10 +7,9 @@ through is measured on the validation text after the last step.
 import pathlib
 
 from experiments.sweep import Run
-from sparse_lm.core.control import CONTROLLERS
 from sparse_lm.core.estimator import ESTIMATORS
-from sparse_lm.report import lines as results
-from sparse_lm.report import plot, table
+from sparse_lm.report import plot, results, table
+from sparse_lm.train.control import CONTROLLERS
 
 CONFIG = 'configs/token_gate.py'
 SEEDS = (0, 1, 2)

@@ -13,15 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.sweep import Run
-from sparse_lm.core import config as configs
-from sparse_lm.core import runtime
-from sparse_lm.core.select import topk_mask, topk_rows
 from sparse_lm.data.pipeline import train_iterator
 from sparse_lm.evals import speed
-from sparse_lm.report import lines as results
-from sparse_lm.report import table
-from sparse_lm.train.build import build
-from sparse_lm.train.environment import environment
+from sparse_lm.kernels.topk import topk_mask, topk_rows
+from sparse_lm.report import results, table
+from sparse_lm.runs import configs, runtime
+from sparse_lm.runs.build import build
+from sparse_lm.runs.environment import environment
 
 CONFIG = 'configs/base.py'
 VOCAB = 256

@@ -24,8 +24,9 @@ import jinja2
 from experiments.findings import Findings
 from experiments.run import Study
 from sparse_lm import list_methods
+from sparse_lm.commands.parser import Parser, local_path, one_line
 from sparse_lm.core import records
-from sparse_lm.core.errors import Parser, UserError, local_path, one_line
+from sparse_lm.core.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LINES, TEMPLATES = ROOT / 'docs' / 'lines', ROOT / 'docs' / 'templates'

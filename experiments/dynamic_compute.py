@@ -9,12 +9,12 @@ import math
 import pathlib
 
 from experiments.sweep import Overrides, Run, fixed, grid, product
-from sparse_lm.core import config as configs
-from sparse_lm.core import cost, tree
+from sparse_lm.core import tree
 from sparse_lm.model import lm
-from sparse_lm.report import health, plot, table
-from sparse_lm.report import lines as results
-from sparse_lm.train.build import build
+from sparse_lm.plan import cost
+from sparse_lm.report import health, plot, results, table
+from sparse_lm.runs import configs
+from sparse_lm.runs.build import build
 
 CONFIG = 'configs/ablation.py'
 MODEL = {'model.layers': 4}

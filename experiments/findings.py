@@ -6,7 +6,7 @@ from typing import Any
 
 from experiments.run import Study
 from sparse_lm.core.errors import UserError
-from sparse_lm.report import lines as results
+from sparse_lm.report import results
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,7 @@ The text is read from data/tiny_shakespeare.txt (char-rnn's, 1,115,394 bytes), w
 import pathlib
 
 from experiments.sweep import Run
-from sparse_lm.report import lines as results
-from sparse_lm.report import table
+from sparse_lm.report import results, table
 
 SEEDS = (0, 1, 2)
 ARCHITECTURES = {

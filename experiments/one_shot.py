@@ -10,12 +10,10 @@ import shutil
 from typing import Any
 
 from experiments.sweep import Run
-from sparse_lm.core import config as configs
-from sparse_lm.core import runtime
 from sparse_lm.prune import prune
-from sparse_lm.report import lines as results
-from sparse_lm.report import plot, table
-from sparse_lm.train.loop import train
+from sparse_lm.report import plot, results, table
+from sparse_lm.runs import configs, runtime
+from sparse_lm.runs.loop import train
 
 CONFIG = 'configs/ablation.py'
 SEEDS = (0, 1, 2)

@@ -21,17 +21,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.sweep import Run
-from sparse_lm.core import config as configs
-from sparse_lm.core import runtime, tree
-from sparse_lm.core.pattern import kept, pattern
-from sparse_lm.core.slots import Choice
-from sparse_lm.core.sparse import Tree, apply_masks
+from sparse_lm.core import tree
+from sparse_lm.core.tree import Tree
+from sparse_lm.core.units import kept
 from sparse_lm.evals import decoding, speed
 from sparse_lm.inference.pack import PackedModel, dense_twin, pack
 from sparse_lm.model import lm
-from sparse_lm.report import lines as results
-from sparse_lm.report import plot, table
-from sparse_lm.train.environment import environment
+from sparse_lm.model.slots import Choice
+from sparse_lm.patterns import pattern
+from sparse_lm.report import plot, results, table
+from sparse_lm.runs import configs, runtime
+from sparse_lm.runs.environment import environment
+from sparse_lm.weights.method import apply_masks
 
 CONFIG = 'configs/base.py'
 SIZE = {

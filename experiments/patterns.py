@@ -7,8 +7,7 @@ attention; for magnitude and STE, over seeds.
 import pathlib
 
 from experiments.sweep import Run
-from sparse_lm.report import lines as results
-from sparse_lm.report import plot, table
+from sparse_lm.report import plot, results, table
 
 CONFIG = 'configs/ablation.py'
 MODEL = {'model.heads': 4, 'model.kv_heads': 4}

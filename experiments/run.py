@@ -29,18 +29,11 @@ from tqdm import tqdm
 
 import experiments
 from experiments.sweep import Run
-from sparse_lm.core import lock
-from sparse_lm.core.errors import (
-  Diverged,
-  Parser,
-  UserError,
-  local_path,
-  one_line,
-  unknown,
-  writing,
-)
+from sparse_lm.commands.parser import Parser, local_path, one_line
+from sparse_lm.core.errors import Diverged, UserError, unknown, writing
 from sparse_lm.core.ranges import Range
-from sparse_lm.report import lines as results
+from sparse_lm.report import results
+from sparse_lm.runs import lock
 
 
 def studies() -> dict[str, str]:
@@ -213,14 +206,14 @@ def _checked(run_id: str, result: dict[str, Any]) -> dict[str, Any]:
 
 def _load(run: Run) -> Any:
   """The run's config, which validates it. Imported here: `--list` needs no JAX."""
-  from sparse_lm.core import config
+  from sparse_lm.runs import configs as config
 
   return config.load(run.config, run.overrides)
 
 
 def _check(runs: dict[str, Run]) -> None:
   """Sets up every run that differs from the others in more than its seed. Raises UserError."""
-  from sparse_lm.train.setup import setup
+  from sparse_lm.runs.setup import setup
 
   seen = []
   for run_id, run in runs.items():
@@ -235,10 +228,10 @@ def _check(runs: dict[str, Run]) -> None:
 
 def _train(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
   """Trains or continues a run and returns its result.json. Imported here, as in `_load`."""
-  from sparse_lm.core import runtime
+  from sparse_lm.runs import runtime
 
   runtime.prepare()
-  from sparse_lm.train.loop import train
+  from sparse_lm.runs.loop import train
 
   return train(_load(run), str(workdir))
 

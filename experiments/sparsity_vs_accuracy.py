@@ -7,8 +7,7 @@ RigL and STE at several sparsities, over seeds that share initialisation and dat
 import pathlib
 
 from experiments.sweep import Run, Sweep, chain, fixed, grid, product
-from sparse_lm.report import lines as results
-from sparse_lm.report import plot, table
+from sparse_lm.report import plot, results, table
 
 CONFIG = 'configs/ablation.py'
 SEEDS = (0, 1)

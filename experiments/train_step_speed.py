@@ -16,13 +16,11 @@ import numpy as np
 
 from experiments import plain_twin
 from experiments.sweep import Run
-from sparse_lm.core import config as configs
-from sparse_lm.core import runtime
 from sparse_lm.evals import speed
-from sparse_lm.report import lines as results
-from sparse_lm.report import plot, table
-from sparse_lm.train.build import build
-from sparse_lm.train.environment import environment
+from sparse_lm.report import plot, results, table
+from sparse_lm.runs import configs, runtime
+from sparse_lm.runs.build import build
+from sparse_lm.runs.environment import environment
 
 CONFIG = 'configs/base.py'
 VOCAB = 256

@@ -6,14 +6,14 @@ from typing import Any
 from ml_collections import ConfigDict
 from tabulate import tabulate
 
-from sparse_lm.core import config as configs
-from sparse_lm.core import cost as ledger
+from sparse_lm.commands.parser import Parser, one_line
 from sparse_lm.core import tree
-from sparse_lm.core.errors import Parser, one_line
-from sparse_lm.core.sparse import Tree
-from sparse_lm.train import cost
-from sparse_lm.train.build import build
-from sparse_lm.train.setup import Setup, data_of, loaded
+from sparse_lm.core.tree import Tree
+from sparse_lm.plan import cost as ledger
+from sparse_lm.runs import configs
+from sparse_lm.runs import cost_report as cost
+from sparse_lm.runs.build import build
+from sparse_lm.runs.setup import Setup, data_of, loaded
 from sparse_lm.train.step import Program
 
 

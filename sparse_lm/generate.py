@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from sparse_lm.core import runtime
-from sparse_lm.core.errors import Parser, UserError, local_path, one_line
+from sparse_lm.commands.parser import Parser, local_path, one_line
+from sparse_lm.core.errors import UserError
 from sparse_lm.core.ranges import Range
 from sparse_lm.evals import energy
 from sparse_lm.inference.decode import Decoder
-from sparse_lm.inference.runnable import Runnable, load
 from sparse_lm.inference.sample import TEMPERATURE, TOP_P, Sampling
+from sparse_lm.runs import runtime
+from sparse_lm.runs.runnable import Runnable, load
 
 PLAIN = Sampling()
 

@@ -7,9 +7,8 @@ what the tests hold it to.
 import inspect
 import re
 
-from sparse_lm.core import slots
-from sparse_lm.core.errors import Parser, one_line
-from sparse_lm.model import lm
+from sparse_lm.commands.parser import Parser, one_line
+from sparse_lm.model import lm, slots
 
 HEADER = ('method', 'slot', 'paper', 'saves', 'causal in')
 

@@ -6,14 +6,15 @@ import jax
 import numpy as np
 from tabulate import tabulate
 
-from sparse_lm.core import runtime
-from sparse_lm.core.errors import Parser, UserError, local_path, one_line
-from sparse_lm.inference import saved
+from sparse_lm.commands.parser import Parser, local_path, one_line
+from sparse_lm.core.errors import UserError
 from sparse_lm.inference.decode import Decoder
 from sparse_lm.inference.pack import PackedModel, weights
 from sparse_lm.inference.pack import pack as pack_model
-from sparse_lm.train.trained import Trained, load
-from sparse_lm.train.workdir import check_new
+from sparse_lm.runs import packed_folder as saved
+from sparse_lm.runs import runtime
+from sparse_lm.runs.trained import Trained, load
+from sparse_lm.runs.workdir import check_new
 
 TOLERANCE = 1e-4  # largest error of a logit over the largest logit, in float32
 CHECKED = 4  # sequences of the context's length
@@ -25,7 +26,7 @@ def pack(workdir: str, out: str) -> dict[str, Any]:
 
   Args:
     workdir: of the run.
-    out: a new folder, see `inference/saved.py`.
+    out: a new folder, see `runs/packed_folder.py`.
 
   Returns:
     `source` (which checkpoint, in words), `largest_error` (of a logit over the largest logit),

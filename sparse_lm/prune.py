@@ -3,22 +3,23 @@
 import contextlib
 import time
 
-from sparse_lm.core import config as configs
-from sparse_lm.core import rng, runtime, slots
-from sparse_lm.core.errors import Parser, UserError, local_path, one_line
+from sparse_lm.commands.parser import Parser, local_path, one_line
+from sparse_lm.core import rng
+from sparse_lm.core.errors import UserError
 from sparse_lm.core.ranges import Range
-from sparse_lm.core.sparse import WeightMethod
-from sparse_lm.train import one_shot
-from sparse_lm.train import state as states
-from sparse_lm.train.build import build
-from sparse_lm.train.checkpoint import Checkpoints
-from sparse_lm.train.evaluate import named_losses, result_of
-from sparse_lm.train.history import History
-from sparse_lm.train.setup import Setup, data_of
-from sparse_lm.train.state import TrainState
-from sparse_lm.train.trained import check_fits, folder_of, load
+from sparse_lm.model import slots
+from sparse_lm.runs import configs, runtime
+from sparse_lm.runs.build import build
+from sparse_lm.runs.checkpoint import Checkpoints
+from sparse_lm.runs.evaluate import named_losses, result_of
+from sparse_lm.runs.history import History
+from sparse_lm.runs.setup import Setup, data_of
+from sparse_lm.runs.trained import check_fits, folder_of, load
+from sparse_lm.runs.workdir import Workdir, check_new, check_text, whole_folder
+from sparse_lm.train import one_shot, states
+from sparse_lm.train.states import TrainState
 from sparse_lm.train.work import Work
-from sparse_lm.train.workdir import Workdir, check_new, check_text, whole_folder
+from sparse_lm.weights.method import WeightMethod
 
 
 def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:

@@ -5,16 +5,16 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from sparse_lm.core import runtime
-from sparse_lm.core.errors import Parser, UserError, local_path, one_line
+from sparse_lm.commands.parser import Parser, local_path, one_line
+from sparse_lm.core.errors import UserError
 from sparse_lm.core.ranges import Range
 from sparse_lm.evals import decoding
-from sparse_lm.inference import saved
 from sparse_lm.inference.pack import PackedModel, dense_twin, pack
-from sparse_lm.report.lines import machine
-from sparse_lm.train import trained
-from sparse_lm.train.environment import environment
-from sparse_lm.train.setup import data_of
+from sparse_lm.report.results import machine
+from sparse_lm.runs import packed_folder as saved
+from sparse_lm.runs import runtime, trained
+from sparse_lm.runs.environment import environment
+from sparse_lm.runs.setup import data_of
 
 
 def packed_of(path: str) -> tuple[PackedModel, Any, Any, str]:

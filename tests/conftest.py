@@ -20,9 +20,9 @@ if os.environ.setdefault(
 import jax
 import pytest
 
-from sparse_lm.core import config as configs
 from sparse_lm.inference import pack
-from sparse_lm.train.loop import train
+from sparse_lm.runs import configs
+from sparse_lm.runs.loop import train
 from sparse_lm.train.step import Program
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

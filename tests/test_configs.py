@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_lm.core import config as configs
-from sparse_lm.core import slots
 from sparse_lm.layers.record import SOWN
-from sparse_lm.model import lm
-from sparse_lm.train.setup import setup
+from sparse_lm.model import lm, slots
+from sparse_lm.runs import configs
+from sparse_lm.runs.setup import setup
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FILES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py') if path.stem != '__init__')

@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from sparse_lm.core import cost, executed, pattern, rewire, rng, slots, tree
+from sparse_lm.core import rng, tree
+from sparse_lm.core import units as pattern
 from sparse_lm.layers.record import SOWN
-from sparse_lm.model import lm
-from sparse_lm.train import cost as train_cost
-from sparse_lm.train.build import build
-from sparse_lm.train.checkpoint import Checkpoints
-from sparse_lm.train.setup import setup
+from sparse_lm.model import lm, slots
+from sparse_lm.plan import cost, executed
+from sparse_lm.runs import cost_report as train_cost
+from sparse_lm.runs.build import build
+from sparse_lm.runs.checkpoint import Checkpoints
+from sparse_lm.runs.setup import setup
 from sparse_lm.train.step import Program
+from sparse_lm.weights import rewire
 
 LAYERS = pytest.mark.parametrize(
   ('slot', 'name'), [(slot, name) for slot in lm.LAYER_SLOTS for name in slots.names(slot)]

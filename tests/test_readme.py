@@ -8,7 +8,7 @@ import pytest
 import sparse_lm.methods.mlp
 import sparse_lm.methods.weight
 from sparse_lm import list_methods
-from sparse_lm.train.loop import train
+from sparse_lm.runs.loop import train
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')

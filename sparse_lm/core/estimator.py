@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparse_lm.core.select import topk_mask
+from sparse_lm.kernels.topk import topk_mask
 
 Array = jax.Array
 

@@ -89,6 +89,11 @@ def ranged(default: Any, interval: str) -> Any:
   return dataclasses.field(default=default, metadata={'range': Range(type(default), interval)})
 
 
+def supplied(default: Any) -> Any:
+  """A dataclass field that whoever builds the method fills in: it has a default and is no config key."""
+  return dataclasses.field(default=default, kw_only=True, metadata={'supplied': True})
+
+
 def of_fields(cls: type) -> dict[str, Range]:
   """The ranges that the fields of a dataclass state, by field name."""
   return {f.name: f.metadata['range'] for f in dataclasses.fields(cls) if 'range' in f.metadata}

@@ -20,7 +20,8 @@ from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
 
-from sparse_lm.core.errors import Parser, UserError, local_path, one_line
+from sparse_lm.commands.parser import Parser, local_path, one_line
+from sparse_lm.core.errors import UserError
 from sparse_lm.data import sources
 from sparse_lm.data.corpus import SPLITS
 

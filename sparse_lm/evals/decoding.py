@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_lm.core import cost, tree
+from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
-from sparse_lm.core.packed import is_packed
+from sparse_lm.core.format import is_packed
 from sparse_lm.evals import speed
 from sparse_lm.inference.decode import Decoder
 from sparse_lm.inference.pack import PackedModel, kept_weights, shares, weights
 from sparse_lm.model import lm
+from sparse_lm.plan import cost
 
 DECODED = 16  # tokens of a turn
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparse_lm.core.errors import UserError
-from sparse_lm.core.sparse import Tree
+from sparse_lm.core.tree import Tree
 from sparse_lm.inference.sample import Sampling
 from sparse_lm.model import lm
 from sparse_lm.model.lm import LM

@@ -10,14 +10,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from sparse_lm.core import cost, packed, tree
+from sparse_lm.core import tree
+from sparse_lm.core.format import Format, is_packed
 from sparse_lm.core.groups import Group
-from sparse_lm.core.packed import Format
-from sparse_lm.core.sparse import Tree
+from sparse_lm.core.tree import Tree
 from sparse_lm.inference import formats
 from sparse_lm.inference.shrink import Shrunk, shrink
 from sparse_lm.model import lm
 from sparse_lm.model.lm import LM
+from sparse_lm.plan import cost
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -297,5 +298,5 @@ def kept_weights(packed_model: PackedModel) -> float:
 
 def weights(tree_: Tree) -> int:
   """Bytes of all arrays in a tree, formats included."""
-  leaves = jax.tree.leaves(tree_, is_leaf=packed.is_packed)
+  leaves = jax.tree.leaves(tree_, is_leaf=is_packed)
   return sum(leaf.nbytes for leaf in leaves)

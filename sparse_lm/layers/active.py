@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_lm.core import cost
-from sparse_lm.core.select import compact
+from sparse_lm.kernels.topk import compact
 from sparse_lm.layers.linear import Linear
+from sparse_lm.plan import cost
 
 # Units that are read at once, over what is planned: mostly all of them.
 SPARE = 1.15

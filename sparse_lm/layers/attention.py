@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_lm.core import cost
+from sparse_lm.plan import cost
 
 Select = Callable[[jax.Array, jax.Array], jax.Array]
 

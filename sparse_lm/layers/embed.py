@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_lm.core import cost
 from sparse_lm.layers.init import INITS
 from sparse_lm.layers.linear import Linear, matmul
 from sparse_lm.layers.spec import Spec
+from sparse_lm.plan import cost
 
 
 class Embed(nn.Module):

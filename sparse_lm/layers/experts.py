@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_lm.core import cost, groups, packed
+from sparse_lm.core import groups
 from sparse_lm.layers.active import selects
 from sparse_lm.layers.init import INITS
 from sparse_lm.layers.record import record
 from sparse_lm.layers.spec import Spec
+from sparse_lm.plan import cost, packable
 
 
 class Experts(nn.Module):
@@ -76,7 +77,7 @@ class Experts(nn.Module):
       left = jax.eval_shape(stored.kernel).shape[0]
       y = _through(stored.of_expert, left, x_NxPxI, expert_N)
     else:
-      packed.note(self.path, name, f'{name}_bias')
+      packable.note(self.path, name, f'{name}_bias')
       kernel = self.param(name, each, (self.experts, width, features), spec.stored)
       if mode == 'decode' and expert_N is not None and x_NxPxI.shape[1] == 1:
         of_expert = lambda x, expert: x @ kernel[expert].astype(spec.compute)  # noqa: E731

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_lm.core import cost
 from sparse_lm.core.errors import unknown
 from sparse_lm.core.estimator import ESTIMATORS, Decision
 from sparse_lm.core.ranges import ranged
 from sparse_lm.layers.record import record
 from sparse_lm.layers.spec import Spec
+from sparse_lm.plan import cost
 
 
 class LearnedGate(cost.Gating, nn.Module):

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from sparse_lm.core import cost, packed
+from sparse_lm.core.format import Format
 from sparse_lm.layers import record
 from sparse_lm.layers.init import INITS
 from sparse_lm.layers.spec import Spec
+from sparse_lm.plan import cost, packable
 
 
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -41,7 +42,7 @@ class Linear(nn.Module):
     spec, x = self.spec, x.astype(self.spec.compute)
     if run := self.packed():
       return run(x)
-    packed.note(self.path, 'kernel', 'bias')
+    packable.note(self.path, 'kernel', 'bias')
     init = INITS[spec.init](self.role, spec.layers)
     kernel = self.param('kernel', init, (x.shape[-1], self.features), spec.stored)
     record.inputs(self, x)
@@ -77,7 +78,7 @@ def side_by_side(
   """
   joined = '_'.join(features)
   if not module.has_variable('packed', joined):
-    packed.note_joined(module.path, joined, features)
+    packable.note_joined(module.path, joined, features)
     return [Linear(spec, count, name=name)(x) for name, count in features.items()]
   y = Linear(spec, sum(features.values()), name=joined)(x)
   ends = np.cumsum(list(features.values())) * y.shape[-1] // sum(features.values())
@@ -93,7 +94,7 @@ class PackedLinear:
     dtype: of what it returns.
   """
 
-  kernel: packed.Format
+  kernel: Format
   bias: jax.Array | None
   dtype: jnp.dtype
 

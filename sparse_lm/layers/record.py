@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_lm.core import cost
+from sparse_lm.plan import cost
 
 # Written anew in every forward pass, never state.
 SOWN = ('losses', 'stats', 'gates', 'policy')

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_lm.core import cost
 from sparse_lm.layers.spec import Spec
+from sparse_lm.plan import cost
 
 
 class Router(nn.Module):

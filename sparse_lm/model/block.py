@@ -6,12 +6,13 @@ from collections.abc import Callable
 import jax
 from flax import linen as nn
 
-from sparse_lm.core import cost, groups
+from sparse_lm.core import groups
 from sparse_lm.layers import cache, record
 from sparse_lm.layers.embed import rotate
 from sparse_lm.layers.gate import LearnedGate
 from sparse_lm.layers.linear import Linear, Norm, side_by_side
 from sparse_lm.layers.spec import Spec
+from sparse_lm.plan import cost
 
 
 class Attention(nn.Module):

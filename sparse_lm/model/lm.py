@@ -9,17 +9,19 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_lm.core import cost, executed, packed, tree
 from sparse_lm.core import groups as noted
+from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
-from sparse_lm.core.executed import Traced
 from sparse_lm.core.groups import Group, Member
-from sparse_lm.core.slots import Choice
 from sparse_lm.layers.embed import Embed
 from sparse_lm.layers.linear import Norm
 from sparse_lm.layers.record import SOWN
 from sparse_lm.layers.spec import Spec
 from sparse_lm.model.block import Block
+from sparse_lm.model.slots import Choice
+from sparse_lm.plan import cost, executed
+from sparse_lm.plan import packable as packables
+from sparse_lm.plan.executed import Traced
 
 MODES = ('train', 'eval')  # 'decode' is 'eval' for one reader at a time
 LAYER_SLOTS = ('activation', 'attention', 'mlp', 'depth')
@@ -236,11 +238,11 @@ def groups(model: LM) -> tuple[Group, ...]:
   return (*found.values(), Group('layer', '', model.spec.layers, layers))
 
 
-def packable(model: LM) -> packed.Packable:
+def packable(model: LM) -> packables.Packable:
   """What the modules take packed, each path once."""
-  with packed.recording() as found:
+  with packables.recording() as found:
     shapes(model)
-  return packed.Packable(list(dict.fromkeys(found.paths)), found.joined)
+  return packables.Packable(list(dict.fromkeys(found.paths)), found.joined)
 
 
 def ledger(model: LM, length: int, mode: str = 'eval') -> cost.Ledger:

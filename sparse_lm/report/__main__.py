@@ -9,9 +9,9 @@ import shlex
 import sys
 from typing import Any
 
-from sparse_lm.core.errors import Parser, UserError, local_path, one_line, unknown
-from sparse_lm.report import formats, plot, runs, table
-from sparse_lm.report import lines as results
+from sparse_lm.commands.parser import Parser, local_path, one_line
+from sparse_lm.core.errors import UserError, unknown
+from sparse_lm.report import formats, plot, results, runs, table
 
 
 @one_line

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from sparse_lm.core.errors import UserError
 from sparse_lm.report.plot import COLOURS, STYLE
-from sparse_lm.train.workdir import read_log
+from sparse_lm.runs.workdir import read_log
 
 # Of a layer, then an expert, as training logs them.
 LOAD = re.compile(r'(?!val/)(.+)/load/(\d+)')

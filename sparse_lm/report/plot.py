@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from sparse_lm.core.errors import UserError, unknown
-from sparse_lm.report import lines as results
+from sparse_lm.report import results
 from sparse_lm.report.formats import label_text
 from sparse_lm.report.table import Column, column
 

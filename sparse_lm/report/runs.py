@@ -8,9 +8,9 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any, TypedDict
 
-from sparse_lm.core import config as configs
 from sparse_lm.core.errors import UserError, unknown
-from sparse_lm.report import lines as results
+from sparse_lm.report import results
+from sparse_lm.runs import configs
 
 # Fields that don't tell runs apart: means are taken over seeds, and the others only say what is logged.
 LOGGING = ('seed', 'train.log_every', 'train.eval_every', 'train.checkpoint_every')
@@ -58,7 +58,7 @@ class _Result(TypedDict):
 
 def _line(path: pathlib.Path) -> results.Line:
   """The line of a workdir or of a result.json, without labels."""
-  from sparse_lm.train.workdir import read_json  # here: lines of studies are read without JAX
+  from sparse_lm.runs.workdir import read_json
 
   file = path / 'result.json' if path.is_dir() else path
   if not file.is_file():

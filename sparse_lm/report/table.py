@@ -14,8 +14,7 @@ from typing import Any
 import pandas as pd
 
 from sparse_lm.core.errors import UserError
-from sparse_lm.report import formats
-from sparse_lm.report import lines as results
+from sparse_lm.report import formats, results
 
 TIMES = ('s', 'ms', 'µs', 'tokens/s')
 

@@ -1,9 +1,8 @@
 """`python -m sparse_lm.train --config=configs/x.py --workdir=... [--config.a.b=c ...]`."""
 
-from sparse_lm.core import config as configs
-from sparse_lm.core import runtime
-from sparse_lm.core.errors import Parser, local_path, one_line
-from sparse_lm.train.loop import train
+from sparse_lm.commands.parser import Parser, local_path, one_line
+from sparse_lm.runs import configs, runtime
+from sparse_lm.runs.loop import train
 
 
 @one_line

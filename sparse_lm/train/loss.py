@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparse_lm.core import cost, policy, tree
+from sparse_lm.core import tree
 from sparse_lm.core.estimator import ENTROPY_BONUS
-from sparse_lm.core.sparse import Tree, mean_density
+from sparse_lm.core.tree import Tree
 from sparse_lm.layers.record import SOWN
-from sparse_lm.train import state as states
-from sparse_lm.train.state import TrainState
+from sparse_lm.plan import cost
+from sparse_lm.train import policy, states
+from sparse_lm.train.states import TrainState
+from sparse_lm.weights.method import mean_density
 
 Array = jax.Array
 Metrics = dict[str, Array]

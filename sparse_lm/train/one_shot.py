@@ -10,10 +10,11 @@ from tqdm import tqdm
 
 from sparse_lm.core import rng, tree
 from sparse_lm.core.errors import UserError
-from sparse_lm.core.sparse import Sparse, Tree
+from sparse_lm.core.tree import Tree
 from sparse_lm.layers.embed import Embed
 from sparse_lm.model.lm import LM, Layer
 from sparse_lm.train.step import Program
+from sparse_lm.weights.method import Sparse
 
 Array = jax.Array
 # What a kernel `[in, out]` is pruned by, from the rows `[tokens, in]` that it reads: sums over tokens.

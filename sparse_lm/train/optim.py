@@ -10,7 +10,7 @@ import optax
 
 from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError, unknown
-from sparse_lm.core.sparse import Tree
+from sparse_lm.core.tree import Tree
 
 SCHEDULES = ('cosine', 'linear', 'constant')
 

@@ -14,17 +14,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparse_lm.core import cost, tree
-from sparse_lm.core.control import Budget
-from sparse_lm.core.sparse import Tree, WeightMethod
+from sparse_lm.core import tree
+from sparse_lm.core.tree import Tree
 from sparse_lm.layers.record import SOWN
 from sparse_lm.model import lm
 from sparse_lm.model.lm import LM
-from sparse_lm.train import loss
-from sparse_lm.train import state as states
+from sparse_lm.plan import cost
+from sparse_lm.train import loss, states
+from sparse_lm.train.control import Budget
 from sparse_lm.train.loss import Metrics
 from sparse_lm.train.optim import Optimizer, as_float32, lost_updates, zero_moments
-from sparse_lm.train.state import TrainState
+from sparse_lm.train.states import TrainState
+from sparse_lm.weights.method import WeightMethod
 
 Array = jax.Array
 

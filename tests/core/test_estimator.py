@@ -11,8 +11,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy import stats
 from scipy.special import expit, logit
 
-from sparse_lm.core import slots
 from sparse_lm.core.estimator import ESTIMATORS, hard_concrete_probability, straight_through
+from sparse_lm.model import slots
 
 STE = slots.method('weight', 'ste')
 

@@ -6,8 +6,8 @@ import pytest
 
 from sparse_lm.core import groups, tree
 from sparse_lm.core.groups import Group, Member
-from sparse_lm.core.pattern import pattern
 from sparse_lm.model import lm
+from sparse_lm.patterns import pattern
 
 # An MLP of 4 units whose matrices have units of one and two columns or rows, and 2 experts of 3.
 PLAIN = Group('neuron', 'mlp', 4, (Member('up', -1), Member('down', -2), Member('absent', -1)))

@@ -19,12 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import base
-from sparse_lm.core import config as configs
-from sparse_lm.core import ranges, slots
-from sparse_lm.core.errors import Parser, UserError
+from sparse_lm.commands.parser import Parser
+from sparse_lm.core import ranges
+from sparse_lm.core.errors import UserError
 from sparse_lm.core.ranges import Range
-from sparse_lm.train import setup
-from sparse_lm.train.build import build
+from sparse_lm.model import slots
+from sparse_lm.runs import configs, setup
+from sparse_lm.runs.build import build
 from sparse_lm.train.optim import DENSE_ONLY, TESTED, Optimizer
 
 METHODS = [(slot, name) for slot in slots.SLOTS for name in slots.names(slot)]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import experiments
 from experiments import run as runner
 from experiments.sweep import Run
-from sparse_lm.core import lock
-from sparse_lm.report import lines as results
+from sparse_lm.report import results
+from sparse_lm.runs import lock
 
 STUDY = '''"""Does it run?
 

@@ -19,12 +19,12 @@ from experiments import (
 )
 from experiments.plain_twin import PlainLM
 from experiments.sweep import Run
-from sparse_lm.core import config as configs
 from sparse_lm.core.errors import UserError
 from sparse_lm.model import lm
-from sparse_lm.report.lines import append
-from sparse_lm.train import cost
-from sparse_lm.train.build import build
+from sparse_lm.report.results import append
+from sparse_lm.runs import configs
+from sparse_lm.runs import cost_report as cost
+from sparse_lm.runs.build import build
 
 
 def sizes(run):

@@ -107,7 +107,7 @@ def test_command_survives_the_shell():
 
 
 def test_the_command_gives_the_config_that_the_runner_loads():
-  from sparse_lm.core import config
+  from sparse_lm.runs import configs as config
 
   overrides = {'weight.name': 'rigl', 'weight.sparsity': 0.9, 'model.tied': True, 'seed': 3}
   overrides['data.split'] = (0.8, 0.1, 0.1)

@@ -12,9 +12,9 @@ import shutil
 from fuzz_worker import Shown, allow, command
 
 from sparse_lm import cost
-from sparse_lm.core import config as configs
-from sparse_lm.core import slots
 from sparse_lm.core.errors import UserError
+from sparse_lm.model import slots
+from sparse_lm.runs import configs
 from sparse_lm.train import __main__ as train
 
 STEPS = 3

@@ -22,15 +22,13 @@ from fuzz_configs import SMALL, words
 from fuzz_worker import Shown, allow, command
 
 from sparse_lm import cost, generate, pack
-from sparse_lm.core import config as configs
-from sparse_lm.core.errors import one_line
+from sparse_lm.commands.parser import one_line
 from sparse_lm.data import pipeline, prepared
 from sparse_lm.data import prepare as prepare_data
-from sparse_lm.inference import runnable
 from sparse_lm.report import __main__ as report
-from sparse_lm.report import lines
+from sparse_lm.report import results as lines
+from sparse_lm.runs import configs, runnable, trained
 from sparse_lm.train import __main__ as train
-from sparse_lm.train import trained
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STEPS, MORE, EVERY = 6, 8, 2  # of the run, of the run continued, between its checkpoints

@@ -11,13 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
-from sparse_lm.core import slots
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.estimator import ESTIMATORS
 from sparse_lm.inference.decode import Decoder
 from sparse_lm.inference.sample import Sampling
 from sparse_lm.layers.record import SOWN
-from sparse_lm.model import lm
+from sparse_lm.model import lm, slots
 
 VOCAB, CONTEXT, BATCH = 11, 16, 3
 GATES = {'depth': ('token_gate', 'layer_gate'), 'attention': ('head_gate',)}

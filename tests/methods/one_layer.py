@@ -11,10 +11,10 @@ from flax import linen as nn
 from hypothesis import strategies as st
 
 from configs import base
-from sparse_lm.core import slots
 from sparse_lm.core.estimator import ESTIMATORS
 from sparse_lm.layers.record import SOWN
 from sparse_lm.layers.spec import Spec
+from sparse_lm.model import slots
 from sparse_lm.model.block import Block
 
 BATCH, LENGTH, WIDTH, HIDDEN, VOCAB = 2, 8, 8, 12, 11

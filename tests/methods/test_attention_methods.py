@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from configs import base
-from sparse_lm.core import cost, slots
 from sparse_lm.core.errors import UserError
 from sparse_lm.layers.spec import Spec
-from sparse_lm.model import lm
+from sparse_lm.model import lm, slots
+from sparse_lm.plan import cost
 
 VOCAB, CONTEXT, WIDTH, HEADS, LAYERS = 13, 8, 16, 4, 2
 BATCH, QUERIES, KEYS, HEAD = 2, 5, 7, 4

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from configs import base
-from sparse_lm.core import executed, slots, tree
+from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.layers.record import SOWN
 from sparse_lm.layers.spec import Spec
-from sparse_lm.model import lm
-from sparse_lm.train.evaluate import evaluate
-from sparse_lm.train.setup import setup
+from sparse_lm.model import lm, slots
+from sparse_lm.plan import executed
+from sparse_lm.runs.evaluate import evaluate
+from sparse_lm.runs.setup import setup
 
 BATCH, LENGTH, WIDTH, HIDDEN, EXPERTS = 4, 8, 8, 12, 4
 TOKENS = BATCH * LENGTH

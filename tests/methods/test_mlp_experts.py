@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from configs import base
-from sparse_lm.core import executed, slots
 from sparse_lm.core.errors import UserError
 from sparse_lm.layers.spec import Spec
+from sparse_lm.model import slots
+from sparse_lm.plan import executed
 
 BATCH, LENGTH, WIDTH, HIDDEN, EXPERTS = 3, 8, 8, 12, 4
 TOKENS = BATCH * LENGTH

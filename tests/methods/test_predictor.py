@@ -12,10 +12,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy.stats import norm
 
 from configs import base
-from sparse_lm.core import cost, slots, tree
+from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.layers.spec import Spec
-from sparse_lm.model import lm
+from sparse_lm.model import lm, slots
+from sparse_lm.plan import cost
 
 VOCAB, BATCH, LENGTH, WIDTH, HIDDEN = 11, 2, 5, 10, 24
 SEEDS = st.integers(0, 2**31)

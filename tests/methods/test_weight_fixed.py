@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_lm.core import slots
-from sparse_lm.core.sparse import mean_density
+from sparse_lm.model import slots
+from sparse_lm.weights.method import mean_density
 
 TARGET = {'w': jnp.float32(0.25), 'b': None}
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.special import expit
 
-from sparse_lm.core import slots
 from sparse_lm.core.groups import Group, Member
-from sparse_lm.core.sparse import mean_density
+from sparse_lm.model import slots
+from sparse_lm.weights.method import mean_density
 
 L0 = slots.method('weight', 'l0')
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1

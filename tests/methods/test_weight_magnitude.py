@@ -5,8 +5,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sparse_lm.core import slots
 from sparse_lm.core.errors import UserError
+from sparse_lm.model import slots
 
 MAGNITUDE = slots.method('weight', 'magnitude')
 SIZE = 40 * 30

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_lm.core import slots, tree
+from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.groups import Group, Member
-from sparse_lm.core.sparse import WeightMethod
-from sparse_lm.train.build import build
+from sparse_lm.model import slots
+from sparse_lm.runs.build import build
+from sparse_lm.weights.method import WeightMethod
 
 METHODS = {
   name: slots.method('weight', name)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparse_lm.core import slots
+from sparse_lm.model import slots
 
 STE = slots.method('weight', 'ste')
 

@@ -10,10 +10,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from sparse_lm.core import slots
 from sparse_lm.core.errors import UserError
-from sparse_lm.core.one_shot import prune_by_obs
-from sparse_lm.core.pattern import NOfM
+from sparse_lm.model import slots
+from sparse_lm.patterns.n_of_m import NOfM
+from sparse_lm.weights.one_shot import prune_by_obs
 
 WANDA, SPARSEGPT = (slots.method('weight', name) for name in ('wanda', 'sparsegpt'))
 INPUTS, OUTPUTS = 12, 6

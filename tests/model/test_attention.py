@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import base
-from sparse_lm.core import slots
 from sparse_lm.layers.embed import rotate
-from sparse_lm.model import lm
+from sparse_lm.model import lm, slots
 
 VOCAB, LENGTH, WIDTH, HEADS = 13, 8, 16, 4
 

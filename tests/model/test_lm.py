@@ -9,8 +9,7 @@ import pytest
 
 from configs import base
 from experiments.plain_twin import PlainLM
-from sparse_lm.core import slots
-from sparse_lm.model import lm
+from sparse_lm.model import lm, slots
 
 VOCAB, LENGTH = 13, 8
 COMBINATIONS = {

@@ -9,9 +9,9 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from sparse_lm.core import tree
-from sparse_lm.core.pattern import pattern
-from sparse_lm.core.sparse import apply_masks
 from sparse_lm.model import lm
+from sparse_lm.patterns import pattern
+from sparse_lm.weights.method import apply_masks
 
 
 def model_of(tiny_config, **fields):

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from sparse_lm.report.__main__ import main
-from sparse_lm.train.workdir import write_json
+from sparse_lm.runs.workdir import write_json
 
 
 @pytest.fixture

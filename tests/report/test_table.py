@@ -8,8 +8,7 @@ import pandas as pd
 import pytest
 
 from sparse_lm.core.errors import UserError
-from sparse_lm.report import formats, table
-from sparse_lm.report import lines as results
+from sparse_lm.report import formats, results, table
 from sparse_lm.report.table import Column
 
 LOSSES = {

@@ -10,12 +10,12 @@ from numpy.testing import assert_array_equal
 
 from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
-from sparse_lm.core.one_shot import prune_by_obs
 from sparse_lm.layers.record import SOWN
 from sparse_lm.model import lm
 from sparse_lm.model.block import Block
+from sparse_lm.runs.build import build
 from sparse_lm.train import one_shot
-from sparse_lm.train.build import build
+from sparse_lm.weights.one_shot import prune_by_obs
 
 VOCAB, DENSITY = 23, 0.5
 ROUTES = {

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
 from sparse_lm.core import rng
-from sparse_lm.train.loop import train
+from sparse_lm.runs.loop import train
+from sparse_lm.runs.setup import setup
+from sparse_lm.runs.trained import load
 from sparse_lm.train.loss import Distillation
-from sparse_lm.train.setup import setup
-from sparse_lm.train.trained import load
 
 
 @pytest.fixture(scope='module')

@@ -12,15 +12,16 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy.special import expit, logsumexp
 
 import sparse_lm.train.__main__ as train_command
-from sparse_lm.core import runtime
-from sparse_lm.core.control import Control
 from sparse_lm.core.errors import UserError
-from sparse_lm.core.sparse import densities
 from sparse_lm.methods.depth.token_gate import TokenGate
-from sparse_lm.train import cost, loss
-from sparse_lm.train.evaluate import evaluate
-from sparse_lm.train.setup import setup
+from sparse_lm.runs import cost_report as cost
+from sparse_lm.runs import runtime
+from sparse_lm.runs.evaluate import evaluate
+from sparse_lm.runs.setup import setup
+from sparse_lm.train import loss
+from sparse_lm.train.control import Control
 from sparse_lm.train.step import Program
+from sparse_lm.weights.method import densities
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STEPS = 150

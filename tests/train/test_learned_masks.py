@@ -9,10 +9,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
-from sparse_lm.train import cost
-from sparse_lm.train.build import build
-from sparse_lm.train.evaluate import evaluate
-from sparse_lm.train.setup import setup
+from sparse_lm.runs import cost_report as cost
+from sparse_lm.runs.build import build
+from sparse_lm.runs.evaluate import evaluate
+from sparse_lm.runs.setup import setup
 
 # Plain gradient descent on a head that is not zero: updates are gradients.
 PLAIN = {

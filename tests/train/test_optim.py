@@ -11,14 +11,16 @@ import pytest
 from flax import linen as nn
 from numpy.testing import assert_allclose, assert_array_equal
 
-from sparse_lm.core import budget, cost, pattern, rewire, slots
+from sparse_lm.core import distribution as budget
+from sparse_lm.core import units as pattern
 from sparse_lm.core.errors import UserError
-from sparse_lm.core.sparse import Sparse
-from sparse_lm.model import lm
-from sparse_lm.train import optim
-from sparse_lm.train import state as states
-from sparse_lm.train.build import build
+from sparse_lm.model import lm, slots
+from sparse_lm.plan import cost
+from sparse_lm.runs.build import build
+from sparse_lm.train import optim, states
 from sparse_lm.train.step import Program
+from sparse_lm.weights import rewire
+from sparse_lm.weights.method import Sparse
 
 STEPS = 14
 ALL = [*optim.TESTED, *optim.DENSE_ONLY]

@@ -13,20 +13,21 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 import sparse_lm.prune as prune_command
-from sparse_lm.core import runtime, tree
+from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.layers.embed import Embed
 from sparse_lm.layers.linear import Norm
 from sparse_lm.layers.record import SOWN
 from sparse_lm.methods.weight.wanda import Wanda
 from sparse_lm.model import lm
+from sparse_lm.runs import runtime
+from sparse_lm.runs import setup as setups
+from sparse_lm.runs.build import build
+from sparse_lm.runs.evaluate import evaluate
+from sparse_lm.runs.loop import train
+from sparse_lm.runs.setup import setup
+from sparse_lm.runs.trained import load
 from sparse_lm.train import one_shot
-from sparse_lm.train import setup as setups
-from sparse_lm.train.build import build
-from sparse_lm.train.evaluate import evaluate
-from sparse_lm.train.loop import train
-from sparse_lm.train.setup import setup
-from sparse_lm.train.trained import load
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STEPS, CONTEXT, SEGMENTS = 20, 16, 6

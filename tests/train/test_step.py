@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from sparse_lm.core import executed, tree
+from sparse_lm.core import tree
 from sparse_lm.model import lm
-from sparse_lm.train.build import build
-from sparse_lm.train.evaluate import evaluate
-from sparse_lm.train.setup import setup
+from sparse_lm.plan import executed
+from sparse_lm.runs.build import build
+from sparse_lm.runs.evaluate import evaluate
+from sparse_lm.runs.setup import setup
 
 # Plain gradient descent: the update is the gradient itself, and rounding is not amplified.
 PLAIN = {

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from sparse_lm.train import cost
-from sparse_lm.train.loop import train
-from sparse_lm.train.setup import setup
+from sparse_lm.runs import cost_report as cost
+from sparse_lm.runs.loop import train
+from sparse_lm.runs.setup import setup
 from sparse_lm.train.work import Work
 
 

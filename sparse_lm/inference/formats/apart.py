@@ -5,7 +5,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_lm.core.packed import Array, Format
+from sparse_lm.core.format import Array, Format
 
 
 class Apart(Format):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from sparse_lm.core.packed import Array, Format
+from sparse_lm.core.format import Array, Format
 
 SIZES = (128, 64, 32, 16)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparse_lm.core.packed import Array, Format, rows
+from sparse_lm.core.format import Array, Format, rows
 
 LANES = 32
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from sparse_lm.core.packed import Array, InputMajor, rows
+from sparse_lm.core.format import Array, InputMajor, rows
 
 ROWS = 16
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 import numpy as np
 from flax import struct
 
-from sparse_lm.core.packed import Array, Format
+from sparse_lm.core.format import Array, Format
 
 GROUPS = (4, 8, 16, 32)
 

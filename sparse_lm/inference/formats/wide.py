@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from sparse_lm.core.packed import InputMajor
+from sparse_lm.core.format import InputMajor
 
 MOST_INPUTS = 511
 

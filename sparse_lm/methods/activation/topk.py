@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_lm.core import cost
 from sparse_lm.core.ranges import ranged
-from sparse_lm.core.select import topk_rows
+from sparse_lm.kernels.topk import topk_rows
 from sparse_lm.layers import record
+from sparse_lm.plan import cost
 
 
 class TopK(cost.Gating, nn.Module):

@@ -6,9 +6,9 @@ from typing import ClassVar
 import jax
 from flax import linen as nn
 
-from sparse_lm.core import cost
 from sparse_lm.layers.gate import LearnedGate
 from sparse_lm.layers.router import Router
+from sparse_lm.plan import cost
 
 
 class HeadGate(LearnedGate, kw_only=True):

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from sparse_lm.core.errors import require
 from sparse_lm.core.ranges import ranged
-from sparse_lm.core.select import topk_rows
+from sparse_lm.kernels.topk import topk_rows
 from sparse_lm.layers.attention import attend, causal, note, share_of_keys
 from sparse_lm.layers.spec import Spec
 

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_lm.core import cost
 from sparse_lm.layers.gate import LearnedGate
 from sparse_lm.layers.skip import enter
+from sparse_lm.plan import cost
 
 # A logit moves this much faster than other parameters: an optimizer of the Adam family moves each by
 # the learning rate at most, and one number has no others to move along with it.

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from sparse_lm.core import cost
 from sparse_lm.core.errors import require
 from sparse_lm.core.ranges import ranged
 from sparse_lm.layers.gate import normalised
@@ -15,6 +14,7 @@ from sparse_lm.layers.record import record
 from sparse_lm.layers.router import Router
 from sparse_lm.layers.skip import enter, seated
 from sparse_lm.layers.spec import Spec
+from sparse_lm.plan import cost
 
 
 class MixtureOfDepths(cost.Gating, nn.Module):

@@ -5,10 +5,10 @@ from typing import ClassVar
 import jax
 from flax import linen as nn
 
-from sparse_lm.core import cost
 from sparse_lm.layers.gate import LearnedGate, normalised
 from sparse_lm.layers.router import Router
 from sparse_lm.layers.skip import enter
+from sparse_lm.plan import cost
 
 
 class TokenGate(LearnedGate, kw_only=True):

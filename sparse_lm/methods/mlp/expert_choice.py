@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_lm.core import cost
-from sparse_lm.core import dispatch as seats
 from sparse_lm.core.errors import require, unknown
 from sparse_lm.core.ranges import ranged
-from sparse_lm.core.select import topk_rows
+from sparse_lm.kernels.topk import topk_rows
+from sparse_lm.layers import dispatch as seats
 from sparse_lm.layers.experts import Experts, observe_routing
 from sparse_lm.layers.record import record
 from sparse_lm.layers.router import Router
 from sparse_lm.layers.spec import Spec
+from sparse_lm.plan import cost
 
 
 class ExpertChoice(cost.Gating, nn.Module):

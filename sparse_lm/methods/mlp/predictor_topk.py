@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_lm.core import cost, groups
+from sparse_lm.core import groups
 from sparse_lm.core.errors import require, unknown
 from sparse_lm.core.ranges import ranged
-from sparse_lm.core.select import gaussian_threshold, topk_rows
+from sparse_lm.kernels.topk import gaussian_threshold, topk_rows
 from sparse_lm.layers.active import up_and_down
 from sparse_lm.layers.linear import Linear
 from sparse_lm.layers.record import hidden_units, record
 from sparse_lm.layers.spec import Spec
+from sparse_lm.plan import cost
 
 SELECTORS = ('statistical', 'exact')
 

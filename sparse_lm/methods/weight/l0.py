@@ -13,11 +13,12 @@ from sparse_lm.core.estimator import (
   hard_concrete_probability,
   with_gradient_of,
 )
-from sparse_lm.core.pattern import by_slice, kept
-from sparse_lm.core.random_start import path_key
 from sparse_lm.core.ranges import ranged
-from sparse_lm.core.select import topk_mask
-from sparse_lm.core.sparse import Array, Sparse, Tree, WeightMethod, apply_masks, covered
+from sparse_lm.core.tree import Tree
+from sparse_lm.core.units import by_slice, kept
+from sparse_lm.kernels.topk import topk_mask
+from sparse_lm.weights.method import Array, Sparse, WeightMethod, apply_masks, covered
+from sparse_lm.weights.random_start import path_key
 
 EVALUATED = 0.8  # of a logit, in evaluation
 

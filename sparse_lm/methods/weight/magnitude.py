@@ -8,15 +8,8 @@ import jax.numpy as jnp
 
 from sparse_lm.core import schedule, tree
 from sparse_lm.core.ranges import ranged
-from sparse_lm.core.sparse import (
-  Array,
-  Change,
-  Sparse,
-  Tree,
-  WeightMethod,
-  covered,
-  exchange_masks,
-)
+from sparse_lm.core.tree import Tree
+from sparse_lm.weights.method import Array, Change, Sparse, WeightMethod, covered, exchange_masks
 
 
 @dataclasses.dataclass(frozen=True)

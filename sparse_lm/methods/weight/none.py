@@ -5,7 +5,8 @@ from typing import ClassVar
 
 import jax
 
-from sparse_lm.core.sparse import Array, Sparse, Tree, WeightMethod
+from sparse_lm.core.tree import Tree
+from sparse_lm.weights.method import Array, Sparse, WeightMethod
 
 
 @dataclasses.dataclass(frozen=True)

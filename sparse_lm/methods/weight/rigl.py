@@ -4,8 +4,8 @@ import dataclasses
 from typing import ClassVar
 
 from sparse_lm.core import schedule
-from sparse_lm.core.rewire import Rewiring
-from sparse_lm.core.sparse import Array
+from sparse_lm.weights.method import Array
+from sparse_lm.weights.rewire import Rewiring
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from sparse_lm.core.rewire import Rewiring
-from sparse_lm.core.sparse import Array
+from sparse_lm.weights.method import Array
+from sparse_lm.weights.rewire import Rewiring
 
 
 @dataclasses.dataclass(frozen=True)

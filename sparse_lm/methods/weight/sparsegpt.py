@@ -6,10 +6,9 @@ from typing import ClassVar
 import jax
 
 from sparse_lm.core.errors import require
-from sparse_lm.core.one_shot import OneShot, prune_by_obs
-from sparse_lm.core.pattern import NOfM, Pattern
 from sparse_lm.core.ranges import ranged
-from sparse_lm.core.sparse import Tree
+from sparse_lm.core.tree import Tree
+from sparse_lm.weights.one_shot import OneShot, prune_by_obs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +31,13 @@ class SparseGPT(OneShot):
   needs: ClassVar[tuple[str, ...]] = ('xtx',)
 
   def check(self) -> None:
-    """Raises UserError for another pattern."""
-    takes = type(self.units) is Pattern or isinstance(self.units, NOfM)
-    require(takes, 'config.weight.pattern', self.pattern, 'unstructured, or N:M such as 2:4')
+    """Raises UserError for a pattern that cannot be decided input by input."""
+    decides = self.units.lookahead is not None
+    require(decides, 'config.weight.pattern', self.pattern, 'unstructured, or N:M such as 2:4')
 
   def prune(self, params: Tree, signals: dict[str, Tree], target: Tree) -> tuple[Tree, Tree]:
     """New weights and masks; `xtx` holds the mean outer product `[in, in]` of each kernel's inputs."""
-    groups = self.units if isinstance(self.units, NOfM) else None
+    groups = self.units if self.units.lookahead > 1 else None
     pairs = jax.tree.map(
       lambda w, gram, density: prune_by_obs(w, gram, density, groups, self.damp, self.block),
       params,

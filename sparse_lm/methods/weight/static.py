@@ -3,8 +3,9 @@
 import dataclasses
 from typing import ClassVar
 
-from sparse_lm.core.random_start import check, random_start
-from sparse_lm.core.sparse import Array, Sparse, Tree, WeightMethod
+from sparse_lm.core.tree import Tree
+from sparse_lm.weights.method import Array, Sparse, WeightMethod
+from sparse_lm.weights.random_start import check, random_start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Static(WeightMethod):
 
   Attributes:
     pattern: which sets of weights may be kept.
-    rescale: 'none' | 'layer' | 'unit', see `core/random_start.py`.
+    rescale: 'none' | 'layer' | 'unit', see `weights/random_start.py`.
   """
 
   pattern: str = 'unstructured'

@@ -9,15 +9,8 @@ import jax.numpy as jnp
 from sparse_lm.core import schedule, tree
 from sparse_lm.core.estimator import straight_through
 from sparse_lm.core.ranges import ranged
-from sparse_lm.core.sparse import (
-  Array,
-  Sparse,
-  Tree,
-  WeightMethod,
-  apply_masks,
-  covered,
-  densities,
-)
+from sparse_lm.core.tree import Tree
+from sparse_lm.weights.method import Array, Sparse, WeightMethod, apply_masks, covered, densities
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from sparse_lm.core.errors import require
-from sparse_lm.core.one_shot import OneShot
-from sparse_lm.core.sparse import Tree, apply_masks
+from sparse_lm.core.tree import Tree
+from sparse_lm.weights.method import apply_masks
+from sparse_lm.weights.one_shot import OneShot
 
 
 @dataclasses.dataclass(frozen=True)

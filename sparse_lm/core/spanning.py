@@ -1,0 +1,78 @@
+"""Units that span several matrices: what neurons, heads and layers have in common as patterns."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from sparse_lm.core import groups, tree
+from sparse_lm.core.errors import UserError
+from sparse_lm.core.groups import Group
+from sparse_lm.core.tree import Tree
+from sparse_lm.core.units import Array, Pattern, Shapes, Units, mean_density, rounded_to_units
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanningUnits(Pattern):
+  """Units that span matrices, as the modules declare them; the pattern's spelling is their kind.
+
+  Leaves of no group stay dense.
+  """
+
+  groups: tuple[Group, ...]
+
+  @classmethod
+  def parse(cls, name: str, declared: tuple[Group, ...]) -> 'SpanningUnits | None':
+    """The declared groups of this kind. Raises UserError where the model declares none."""
+    if name != cls.spelling:
+      return None
+    groups_of_kind = tuple(group for group in declared if group.kind == name)
+    if not groups_of_kind:
+      raise UserError(f'config.weight.pattern {name!r}: the model declares no {name} to prune')
+    return cls(groups_of_kind)
+
+  @property
+  def spans_matrices(self) -> bool:
+    """A unit has weights in every matrix of its group."""
+    return True
+
+  def covers(self, path: str, shape: tuple[int, ...]) -> bool:
+    """Members of a group."""
+    return any(member.path == path for group in self.groups for member in group.members)
+
+  def _present(self, leaves: Mapping[str, Array]) -> dict[str, Group]:
+    return {
+      group.name: group for group in self.groups if any(m.path in leaves for m in group.members)
+    }
+
+  def pool(self, leaves: Tree) -> Units:
+    """Mean over all weights of each unit."""
+    named = tree.named(leaves)
+    return {name: groups.pool(group, named) for name, group in self._present(named).items()}
+
+  def expand(self, units: Units, like: Tree) -> Tree:
+    """Each unit's value at every weight of it."""
+    shapes = {path: leaf.shape for path, leaf in tree.named(like).items()}
+    parts: dict[str, Array] = {}
+    for name, group in self._present(shapes).items():
+      parts |= groups.expand(group, units[name], shapes)
+    return tree.map_named(lambda path, leaf: parts[path], like)
+
+  def densities(self, target: Tree, like: Tree) -> dict[str, Array]:
+    """The mean over the weights of each group."""
+    density, leaves = tree.named(target), tree.named(like)
+    found = {}
+    for name, group in self._present(leaves).items():
+      members = {m.path: leaves[m.path] for m in group.members if m.path in leaves}
+      found[name] = mean_density({path: density[path] for path in members}, members)
+    return found
+
+  def round_to_units(self, shapes: Shapes, density: Mapping[str, float]) -> dict[str, float]:
+    """Whole units of each group, the same share of all its members."""
+    like = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+    asked, found = self.densities(density, like), {}
+    for name, group in self._present(shapes).items():
+      share = rounded_to_units(group.units, float(asked[name]), name)
+      found |= {m.path: share for m in group.members if m.path in shapes}
+    return found

@@ -1,0 +1,44 @@
+"""What connections and gates did: leaf by leaf, gate by gate, and in a few numbers for a table."""
+
+import statistics
+
+import jax
+import jax.numpy as jnp
+
+from sparse_lm.core import tree
+from sparse_lm.core.tree import Tree
+
+
+@jax.jit
+def _counts(masks: Tree, before: Tree) -> Tree:
+  return jax.tree.map(lambda new, old: (jnp.mean(new), jnp.mean(new != old)), masks, before)
+
+
+def connections(masks: Tree, before: Tree) -> dict[str, float]:
+  """`density/<path>` and `flips/<path>`, the share of a mask's bits that differ from `before`."""
+  counted = jax.device_get(_counts(masks, before))
+  observed: dict[str, float] = {}
+  for path, value in tree.named(counted).items():
+    leaf, _, which = path.rpartition('/')
+    observed[f'{"density" if which == "0" else "flips"}/{leaf}'] = float(value)
+  return observed
+
+
+GATES = 'gates/'  # before the path of a gate, in front of the fraction that it let through
+
+
+def activity(observed: dict[str, float]) -> dict[str, float]:
+  """The fraction that each gate let through, by the gate's path."""
+  return {
+    name.removeprefix(GATES): value for name, value in observed.items() if name.startswith(GATES)
+  }
+
+
+def summary(observed: dict[str, float]) -> dict[str, float]:
+  """Means over the layers of what they observed: 'active', 'dead', 'entropy', 'drop_rate', ..."""
+  found: dict[str, list[float]] = {}
+  for name, value in observed.items():
+    what = name.rpartition('/')[2]
+    if not name.startswith(GATES) and not what.isdigit():
+      found.setdefault(what, []).append(value)
+  return {what: statistics.fmean(values) for what, values in found.items()}

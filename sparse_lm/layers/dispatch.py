@@ -1,0 +1,145 @@
+"""Tokens to experts and back: one plan, and two executors of it.
+
+A plan seats (token, choice) pairs in slots; slots come in blocks of equal size and a block belongs to
+one expert, so that experts run as one batched matmul. `sort` moves rows by index; `einsum` multiplies
+by one-hot matrices, as GShard does, and is the reference.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sparse_lm.plan import cost
+
+Array = jax.Array
+
+EXECUTORS = ('sort', 'einsum')
+
+
+class Plan(NamedTuple):
+  """Who sits where: T tokens, J choices each, S slots.
+
+  Attributes:
+    slot_TxJ: int32, the slot of a choice, S where it was dropped.
+    pair_S: int32, `token * J + choice` of the pair in a slot, T * J where it is empty.
+    expert_N: int32, the expert of each block of S / N slots; without a capacity E behind the last
+      block that is used.
+    load_E: int32, pairs that asked for each expert, dropped ones included.
+  """
+
+  slot_TxJ: Array
+  pair_S: Array
+  expert_N: Array
+  load_E: Array
+
+  @property
+  def seated_TxJ(self) -> Array:
+    """Whether a choice got a slot, bool."""
+    return self.slot_TxJ < self.pair_S.size
+
+  @property
+  def dropped(self) -> Array:
+    """Fraction of the pairs that asked for an expert and got no slot, float32."""
+    asked = jnp.sum(self.load_E)
+    return (asked - jnp.sum(self.seated_TxJ)) / jnp.maximum(asked, 1)
+
+
+def plan(expert_TxJ: Array, experts: int, capacity: int | None, block: int = 64) -> Plan:
+  """Seats pairs in order: earlier tokens first, of one token the earlier choice.
+
+  Args:
+    expert_TxJ: int32, the expert of each choice; `experts` = none.
+    experts: E.
+    capacity: slots of each expert; pairs beyond are dropped. `None` = none are: every expert gets as
+      many blocks as it needs, at a cost of at most `block - 1` empty slots each.
+    block: slots of a block without a capacity.
+  """
+  tokens, choices = expert_TxJ.shape
+  pairs = tokens * choices
+  flat = expert_TxJ.reshape(-1)
+  load_E = jnp.sum(flat[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
+  order = jnp.argsort(flat, stable=True)  # by expert, and within an expert by arrival
+  first_E = jnp.cumsum(load_E) - load_E
+  sorted_expert = flat[order]
+  one_of = jnp.minimum(sorted_expert, experts - 1)
+  place = jnp.arange(pairs) - first_E[one_of]
+  if capacity is not None:
+    slots = experts * capacity
+    start_E = jnp.arange(experts) * capacity
+    expert_N = jnp.arange(experts)
+    seated = place < capacity
+  else:
+    blocks_E = -(-load_E // block)
+    blocks = -(-pairs // block) + experts
+    slots = blocks * block
+    start_E = (jnp.cumsum(blocks_E) - blocks_E) * block
+    # Behind the last block with a pair in it they are no expert's.
+    expert_N = jnp.searchsorted(jnp.cumsum(blocks_E), jnp.arange(blocks), side='right')
+    seated = True
+  slot = jnp.where(seated & (sorted_expert < experts), start_E[one_of] + place, slots)
+  slot_TxJ = jnp.zeros(pairs, jnp.int32).at[order].set(slot.astype(jnp.int32))
+  pair_S = jnp.full(slots, pairs, jnp.int32).at[slot].set(order.astype(jnp.int32), mode='drop')
+  return Plan(slot_TxJ.reshape(tokens, choices), pair_S, expert_N.astype(jnp.int32), load_E)
+
+
+def dispatch(x_TxD: Array, plan: Plan, executor: str) -> Array:
+  """Token rows in their slots, zeros in empty ones: `[N, S / N, D]`."""
+  tokens, choices = plan.slot_TxJ.shape
+  if executor == 'einsum':
+    seats_TxJxS = _seats(plan, x_TxD.dtype)
+    x_SxD = jnp.einsum('ts,td->sd', jnp.sum(seats_TxJxS, axis=1), x_TxD)
+    x_SxD = cost.uncharged(x_SxD, 'tokens moved by one-hot matrices', 2 * tokens * x_SxD.size)
+  else:
+    token_S = jnp.where(plan.pair_S < tokens * choices, plan.pair_S // choices, tokens)
+    x_SxD = _rows(x_TxD, token_S, plan.slot_TxJ)
+  return x_SxD.reshape(plan.expert_N.size, -1, x_TxD.shape[1])
+
+
+def combine(y_NxPxD: Array, plan: Plan, weight_TxJ: Array, executor: str) -> Array:
+  """Each token's slots, weighted and summed: `[T, D]`; dropped pairs count as zero."""
+  y_SxD = y_NxPxD.reshape(-1, y_NxPxD.shape[-1])
+  weight_TxJ = weight_TxJ.astype(y_SxD.dtype)
+  if executor == 'einsum':
+    weight_TxS = weighted_sum(_seats(plan, y_SxD.dtype), weight_TxJ)
+    y_TxD = weight_TxS @ y_SxD
+    flops = 2 * weight_TxS.size * y_SxD.shape[1]
+    return cost.uncharged(y_TxD, 'tokens moved by one-hot matrices', flops)
+  rows = _rows(y_SxD, plan.slot_TxJ.reshape(-1), plan.pair_S[:, None])
+  return weighted_sum(rows.reshape(*weight_TxJ.shape, -1), weight_TxJ)
+
+
+def weighted_sum(y_TxJxD: Array, weight_TxJ: Array) -> Array:
+  """What a token's choices give, weighted and summed: `[T, D]`."""
+  y_TxD = jnp.einsum('tjd,tj->td', y_TxJxD, weight_TxJ)
+  return cost.uncharged(y_TxD, "weighted sum of a token's experts", 2 * y_TxJxD.size)
+
+
+def _seats(plan: Plan, dtype: jnp.dtype) -> Array:
+  """One-hot `[T, J, S]`; all zero where a pair was dropped."""
+  return jax.nn.one_hot(plan.slot_TxJ, plan.pair_S.size, dtype=dtype)
+
+
+@jax.custom_vjp
+def _rows(x: Array, index: Array, inverse: Array) -> Array:
+  """`x[index]`, zeros where the index is out of range.
+
+  `inverse[i]` lists where row i went, so that the gradient is a gather too: a scatter-add is many
+  times slower on a CPU.
+  """
+  return jnp.take(x, index, axis=0, mode='fill', fill_value=0)
+
+
+def _rows_forward(x: Array, index: Array, inverse: Array) -> tuple[Array, Array]:
+  return _rows(x, index, inverse), inverse
+
+
+def _rows_backward(inverse: Array, gradient: Array) -> tuple[Array, None, None]:
+  parts = [
+    jnp.take(gradient, inverse[:, i], axis=0, mode='fill', fill_value=0)
+    for i in range(inverse.shape[1])
+  ]
+  return sum(parts), None, None
+
+
+_rows.defvjp(_rows_forward, _rows_backward)

@@ -1,0 +1,21 @@
+"""Square tiles of weights."""
+
+import dataclasses
+import re
+from typing import ClassVar
+
+from sparse_lm.core.groups import Group
+from sparse_lm.core.tiles import Tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Block(Tiles):
+  """Tiles of B x B weights, written 'block:B'."""
+
+  spelling: ClassVar[str] = 'block:16'
+
+  @classmethod
+  def parse(cls, name: str, declared: tuple[Group, ...]) -> 'Block | None':
+    """'block:B' for any B from 1 on."""
+    match = re.fullmatch(r'block:([1-9]\d{0,8})', name)
+    return match and cls(int(match[1]), int(match[1]))

@@ -1,0 +1,27 @@
+"""As many inputs of every output."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+from sparse_lm.core.units import Array, Pattern, Shapes, is_matrix, kept, rounded_to_units
+from sparse_lm.kernels.topk import topk_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class PerOutput(Pattern):
+  """As many inputs of every output: a constant fan-in."""
+
+  spelling: ClassVar[str] = 'per_output'
+
+  def covers(self, path: str, shape: tuple[int, ...]) -> bool:
+    """Matrices."""
+    return is_matrix(shape)
+
+  def top(self, units: Array, count: Array) -> Array:
+    """The same number of each column."""
+    return topk_rows(units.T, kept(units.shape[0], count / units.size)).T
+
+  def round_to_units(self, shapes: Shapes, density: Mapping[str, float]) -> dict[str, float]:
+    """Whole counts of each output's inputs."""
+    return {path: rounded_to_units(shapes[path][-2], d, path) for path, d in density.items()}

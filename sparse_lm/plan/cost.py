@@ -1,0 +1,309 @@
+"""The cost ledger: every matmul marks its result with what it costs while it is traced.
+
+`plan/executed.py` collects the marks from the traced program, so a matmul in a loop is charged as often
+as the loop runs. `flops` are counted over the whole traced call and divided by its tokens, so a layer
+that sees fewer tokens notes less. What a gate can skip is noted inside `gated`, and costs as much as the
+gate is active.
+"""
+
+import abc
+import contextlib
+import contextvars
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from sparse_lm.core import tree
+from sparse_lm.core.errors import UserError
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+  """What may skip a matmul.
+
+  Attributes:
+    path: of the module that decides; it sows `active` into `gates`, the fraction of its units that run
+      for each token, float32 `[B, L]`.
+    planned: that fraction as far as the config fixes it, before anything is measured.
+    controlled: whether the budget controller can move it.
+    skips: whether decoding leaves out what it closes, where a head's gate, say, only zeroes it.
+  """
+
+  path: str
+  planned: float = 1.0
+  controlled: bool = False
+  skips: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Matmul:
+  """One matmul of the forward pass.
+
+  Attributes:
+    kind: 'linear', or what else ran ('attention').
+    flops: multiplications and additions, over the traced call, every gate open.
+    kernel: path of the parameter that it multiplies with, `None` for activations with activations.
+    gates: what may skip it, from the outermost in.
+    causal: share of the FLOPs of attention that falls to pairs whose key is not behind the query.
+  """
+
+  kind: str
+  flops: float
+  kernel: str | None = None
+  gates: tuple[Gate, ...] = ()
+  causal: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+  """What a traced array is marked with.
+
+  Attributes:
+    name: of the entry in the ledger, or the reason why the FLOPs are not charged.
+    matmul: with its FLOPs for one array of `size` elements: under `vmap` the array becomes larger.
+    charged: whether it belongs to the ledger.
+  """
+
+  name: str
+  matmul: Matmul
+  size: int
+  charged: bool = True
+
+
+Ledger = dict[str, Matmul]
+# By the text that marks an array: equal notes share it, so a function that JAX traced once and cached
+# carries marks that stay readable.
+NOTES: dict[str, Note] = {}
+_recording: contextvars.ContextVar[bool] = contextvars.ContextVar('recording', default=False)
+_gates: contextvars.ContextVar[tuple[Gate, ...]] = contextvars.ContextVar('gates', default=())
+
+
+def note(
+  y: jax.Array,
+  path: tuple[str, ...],
+  kind: str,
+  flops: float,
+  kernel: str | None = None,
+  causal: float = 1.0,
+) -> jax.Array:
+  """Returns `y`, the result of a matmul of the module at `path`, marked with the matmul's cost.
+
+  Unless a trace is recorded `y` is returned as it is. A parameter that is looked up or added, not
+  multiplied, is noted with zero FLOPs, because a parameter of two axes or more that no note names is
+  refused (`lm.ledger`).
+
+  Args:
+    flops: multiplications and additions of the whole matmul.
+    kernel: name of the parameter in the module, `None` for activations with activations.
+    causal: see `Matmul`.
+  """
+  parts = (*path, kind) if kernel in (None, 'kernel') else (*path, kernel, kind)
+  parameter = None if kernel is None else '/'.join((*path, kernel))
+  matmul = Matmul(kind, float(flops), parameter, _gates.get(), causal)
+  return _mark(y, '/'.join(parts), matmul)
+
+
+def uncharged(y: jax.Array, reason: str, flops: float) -> jax.Array:
+  """Returns `y`, marked with FLOPs that its computation executes and that are charged to nobody.
+
+  Args:
+    reason: why they are not, in a few words; the contract test lists FLOPs by reason.
+  """
+  return _mark(y, reason, Matmul('uncharged', float(flops)), charged=False)
+
+
+def _mark(y: jax.Array, name: str, matmul: Matmul, charged: bool = True) -> jax.Array:
+  if not _recording.get():
+    return y
+  found = Note(name, matmul, y.size, charged)
+  NOTES[repr(found)] = found
+  return checkpoint_name(y, repr(found))
+
+
+@contextlib.contextmanager
+def gated(
+  path: tuple[str, ...], planned: float = 1.0, controlled: bool = False, skips: bool = True
+) -> Iterator[None]:
+  """Notes made inside belong to the gate at `path`, and to those that are open already."""
+  token = _gates.set((*_gates.get(), Gate('/'.join(path), planned, controlled, skips)))
+  try:
+    yield
+  finally:
+    _gates.reset(token)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[None]:
+  """Marks arrays in the traces inside."""
+  token = _recording.set(True)
+  try:
+    yield
+  finally:
+    _recording.reset(token)
+
+
+class Gating(abc.ABC):
+  """The base class of modules that decide what runs; a gate that leaves one of these out is refused.
+
+  It sows `active` into `gates`, as `Gate` says.
+  """
+
+  @property
+  @abc.abstractmethod
+  def planned(self) -> float:
+    """The fraction that runs as far as the config fixes it."""
+
+  @property
+  @abc.abstractmethod
+  def controlled(self) -> bool:
+    """Whether the budget controller can move it."""
+
+  @property
+  @abc.abstractmethod
+  def skips(self) -> bool:
+    """Whether decoding leaves out what it closes."""
+
+
+def gated_by(gate: Gating) -> contextlib.AbstractContextManager[None]:
+  """`gated` by a module that says for itself what it plans. Raises UserError for any other module."""
+  if not isinstance(gate, Gating):
+    raise UserError(
+      f'{"/".join(gate.path)} ({type(gate).__name__}) gates matmuls without saying what it plans; '
+      'valid: a class derived from sparse_lm.plan.cost.Gating'
+    )
+  return gated(gate.path, gate.planned, gate.controlled, gate.skips)
+
+
+def forward_flops(
+  ledger: Ledger, density: dict[str, Any], activity: dict[str, Any] | None = None
+) -> Any:
+  """FLOPs of the ledger, each kernel at its density (1 where not named), each gate at its activity.
+
+  Densities and activities may be traced. Nested gates count at the joint fraction where `activity` has
+  it (see `fractions`), else at the product of theirs; a gate that was not measured counts as planned.
+  """
+  return sum(
+    m.flops * density.get(m.kernel, 1.0) * _active(m, activity or {}) for m in ledger.values()
+  )
+
+
+def _active(matmul: Matmul, activity: dict[str, Any]) -> Any:
+  separate = math.prod(activity.get(gate.path, gate.planned) for gate in matmul.gates)
+  return activity.get(_joint(matmul.gates), separate)
+
+
+def fractions(ledger: Ledger, active: dict[str, Any]) -> dict[str, Any]:
+  """The fraction of the work behind each gate that runs, and of the work behind nested gates.
+
+  Gates that open for the same tokens leave more than the product of their means, so nested gates are
+  multiplied token by token before the mean is taken.
+
+  Args:
+    active: what the gates sowed, by their paths: `[B, L]`, or what broadcasts to it.
+
+  Returns:
+    Scalars by the path of a gate, or by the paths of nested gates, outermost first, with `&` between
+    them. Gates of which none was measured are left out.
+  """
+  nested = dict.fromkeys(m.gates for m in ledger.values())
+  single = dict.fromkeys((gate,) for gates in nested for gate in gates)
+  return {
+    _joint(gates): jnp.mean(math.prod(active.get(gate.path, gate.planned) for gate in gates))
+    for gates in single | nested
+    if any(gate.path in active for gate in gates)
+  }
+
+
+def _joint(gates: tuple[Gate, ...]) -> str:
+  return '&'.join(gate.path for gate in gates)
+
+
+def active_params(ledger: Ledger, density: dict[str, float], activity: dict[str, float]) -> float:
+  """Weights that a token is multiplied with: half the FLOPs of the matmuls with parameters."""
+  linear = {path: m for path, m in ledger.items() if m.kernel is not None}
+  return forward_flops(linear, density, activity) / 2
+
+
+def extremes(ledger: Ledger, density: dict[str, float]) -> tuple[float, float]:
+  """FLOPs with every gate that the controller can move closed, and with all of them open."""
+  moved = {gate.path for m in ledger.values() for gate in m.gates if gate.controlled}
+  closed, opened = (
+    forward_flops(ledger, density, dict.fromkeys(moved, fraction)) for fraction in (0.0, 1.0)
+  )
+  return closed, opened
+
+
+def causal_pairs(ledger: Ledger) -> Ledger:
+  """The ledger in which attention is charged for the pairs of query and key that it reads alone."""
+  return {path: dataclasses.replace(m, flops=m.flops * m.causal) for path, m in ledger.items()}
+
+
+def ungated(ledger: Ledger) -> Ledger:
+  """The ledger of a pass that computes what gates close and multiplies it by zero."""
+  return {path: dataclasses.replace(m, gates=()) for path, m in ledger.items()}
+
+
+def training_flops(
+  forward: float, weight_gradient: float | None = None, passes: float = 1
+) -> float:
+  """FLOPs of a training step: its forward passes, gradient of the inputs, gradient of the weights.
+
+  Each costs as much as a forward pass at the densities of that step, but where a step needs the
+  gradient of dropped weights the last one is dense (RigL 2020, appendix H: on average
+  `(3 f_S (T - 1) + 2 f_S + f_D) / T` with an update every T steps).
+
+  Args:
+    forward: FLOPs of one forward pass.
+    weight_gradient: FLOPs of the gradient of the weights, by default as many.
+    passes: forward passes, of which one is differentiated; a part of one where a part is recomputed.
+  """
+  return (passes + 1) * forward + (forward if weight_gradient is None else weight_gradient)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """Counts of parameters and bytes.
+
+  Attributes:
+    params: all parameters.
+    prunable: those in leaves with a mask or a target.
+    nonzero: parameters left.
+    stored_bytes: the kept weights and, for masked leaves, a bit for every weight.
+  """
+
+  params: int
+  prunable: int
+  nonzero: int
+  stored_bytes: int
+
+  @property
+  def sparsity_prunable(self) -> float:
+    """Dropped over prunable parameters."""
+    return (self.params - self.nonzero) / max(self.prunable, 1)
+
+  @property
+  def sparsity_total(self) -> float:
+    """Dropped over all parameters."""
+    return (self.params - self.nonzero) / self.params
+
+
+def sizes(params: Tree, kept: dict[str, int]) -> Sizes:
+  """Counts of `params` (arrays or shape structs), with `kept` weights in the leaves named there."""
+  total = prunable = nonzero = stored = 0
+  for path, leaf in tree.named(params).items():
+    size, itemsize = math.prod(leaf.shape), np.dtype(leaf.dtype).itemsize
+    left = kept.get(path, size)
+    # A leaf at density 1 needs no mask.
+    mask_bytes = 0 if left == size else math.ceil(size / 8)
+    total, nonzero = total + size, nonzero + left
+    prunable += size if path in kept else 0
+    stored += left * itemsize + mask_bytes
+  return Sizes(total, prunable, nonzero, stored)

@@ -1,0 +1,224 @@
+"""The FLOPs of the matmuls that a traced program executes, and the ledger that is noted in it.
+
+Everything is read from the jaxpr: a scan counts as often as it runs, a conditional as its most expensive
+branch, and functions that are called inside (jit, remat, custom derivatives) are entered. Nothing is
+compiled. FLOPs are those of matmuls alone, two for each multiplication with its addition.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from sparse_lm.core.errors import UserError
+from sparse_lm.plan import cost
+
+# Equations that run the one function inside once. Their names differ between versions of JAX.
+CALLS = (
+  'jit',
+  'pjit',
+  'closed_call',
+  'core_call',
+  'remat',
+  'remat2',
+  'checkpoint',
+  'custom_jvp_call',
+  'custom_vjp_call',
+  'custom_vjp_call_jaxpr',
+)
+# Products behind a foreign call. (Pallas kernels are functions, and found as such.)
+OPAQUE = ('ffi_call', 'dot_product_attention_fwd_wrapper')
+NO_REASON = 'no reason'
+GATES = 'gates that are open'
+PAIRS = 'keys that come after their query'
+KEYS = 'keys that a cache has room for'
+_NOTHING = cost.Matmul('nothing', 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Executed:
+  """What a program executes.
+
+  Attributes:
+    flops: of all matmuls.
+    marks: how often each mark of `cost.NOTES` is passed.
+  """
+
+  flops: float = 0.0
+  marks: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+  def times(self, factor: float) -> 'Executed':
+    """The program run so often."""
+    return Executed(factor * self.flops, {mark: factor * n for mark, n in self.marks.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+  """A program's matmuls: what is executed, and what the modules in it say of themselves.
+
+  Attributes:
+    flops: executed, at density 1 and with every gate open.
+    ledger: what is charged.
+    uncharged: what the modules declare to execute and not to charge, by reason.
+  """
+
+  flops: float
+  ledger: cost.Ledger
+  uncharged: dict[str, float]
+
+  def per_token(self, tokens: int) -> 'Traced':
+    """All FLOPs divided by a number of tokens."""
+    return Traced(
+      self.flops / tokens,
+      {path: dataclasses.replace(m, flops=m.flops / tokens) for path, m in self.ledger.items()},
+      {reason: flops / tokens for reason, flops in self.uncharged.items()},
+    )
+
+
+def trace(function: Callable[..., Any], *arguments: Any) -> Traced:
+  """Traces a function of arrays or shape structs, and counts. Raises what `count` raises."""
+  with cost.recording():
+    jaxpr = jax.make_jaxpr(function)(*arguments)
+  executed = count(jaxpr.jaxpr)
+  ledger: cost.Ledger = {}
+  reasons: dict[str, float] = collections.defaultdict(float)
+  for mark, times in executed.marks.items():
+    noted = cost.NOTES[mark]
+    if noted.charged:
+      _add(ledger, noted.name, noted.matmul, times)
+    else:
+      reasons[noted.name] += times * noted.matmul.flops
+  return Traced(executed.flops, ledger, dict(reasons))
+
+
+def _add(ledger: cost.Ledger, name: str, matmul: cost.Matmul, times: float) -> None:
+  """Adds a matmul to the entry of its name, or beside it where other gates skip that one."""
+  there = ledger.get(name)
+  while there is not None and not _alike(there, matmul):
+    name = f'{name} again'
+    there = ledger.get(name)
+  before = 0.0 if there is None else there.flops
+  ledger[name] = dataclasses.replace(matmul, flops=before + times * matmul.flops)
+
+
+def _alike(a: cost.Matmul, b: cost.Matmul) -> bool:
+  return dataclasses.replace(a, flops=0.0) == dataclasses.replace(b, flops=0.0)
+
+
+def differences(claimed: cost.Ledger, traced: Traced) -> dict[str, float]:
+  """The FLOPs that a program executes less those that are charged, by reason.
+
+  Attention is charged for the pairs of query and key that it reads (`cost.causal_pairs`); the charge by
+  all pairs is more by the FLOPs under `PAIRS`.
+
+  Args:
+    claimed: the ledger that costs are reported by, for as many tokens.
+    traced: the program.
+
+  Returns:
+    FLOPs by reason: `GATES`, what is behind gates that are not planned to be open; `PAIRS`, keys that
+    come after their query; `KEYS`, attention with another number of keys than is charged (those that
+    a cache has room for); what modules declare (`cost.uncharged`), under the words they use.
+    FLOPs without a reason are under `NO_REASON`, and so is a kernel that the program multiplies with
+    more or less often than is charged. Reasons that come to nothing are left out.
+  """
+  found: dict[str, float] = collections.defaultdict(float, traced.uncharged)
+  found[NO_REASON] = traced.flops - sum(traced.uncharged.values())
+  for path in dict.fromkeys([*traced.ledger, *claimed]):
+    own = traced.ledger.get(path, _NOTHING)
+    claim = claimed.get(path, dataclasses.replace(own, flops=0.0))
+    found[NO_REASON] -= own.flops
+    planned = cost.forward_flops({'': claim}, {})
+    found[GATES] += claim.flops - planned
+    same = math.isclose(own.flops, claim.flops, rel_tol=1e-6, abs_tol=1e-6)
+    found[PAIRS if same else KEYS] += planned * (1 - claim.causal)
+    if not same:
+      reason = KEYS if claim.kernel is None else f'{NO_REASON}: {path}'
+      found[reason] += own.flops - claim.flops
+  least = 1e-6 * traced.flops
+  return {reason: flops for reason, flops in found.items() if abs(flops) > least}
+
+
+def count(jaxpr: Jaxpr) -> Executed:
+  """What a jaxpr executes.
+
+  Raises:
+    UserError: matmuls that run an unknown number of times (in a while loop, say) or out of sight.
+  """
+  return _sum(_equation(equation) for equation in jaxpr.eqns)
+
+
+def _sum(parts: Iterable[Executed]) -> Executed:
+  flops, marks = 0.0, collections.Counter()
+  for part in parts:
+    flops += part.flops
+    for mark, times in part.marks.items():
+      marks[mark] += times
+  return Executed(flops, marks)
+
+
+def _equation(equation: Any) -> Executed:
+  name, params = equation.primitive.name, equation.params
+  if name in _MATMULS:
+    return Executed(_MATMULS[name](equation))
+  if name == 'name' and params['name'] in cost.NOTES:
+    grown = equation.outvars[0].aval.size / max(cost.NOTES[params['name']].size, 1)
+    return Executed(marks={params['name']: grown})
+  if name in OPAQUE:
+    raise UserError(f'FLOPs of {name} cannot be counted; valid: matmuls that JAX can see')
+  inside = [count(jaxpr) for jaxpr in _functions(params)]
+  if name == 'cond':
+    return max(inside, key=lambda branch: branch.flops)
+  if name == 'scan':
+    return _sum(inside).times(params['length'])
+  if name not in CALLS and any(part.flops or part.marks for part in inside):
+    raise UserError(
+      f'matmuls inside of {name!r} run a number of times that their program does not fix, so their '
+      'FLOPs cannot be counted; valid: jax.lax.scan, or fori_loop with bounds that are Python numbers'
+    )
+  return _sum(inside)
+
+
+def _functions(params: Mapping[str, Any]) -> Iterator[Jaxpr]:
+  for value in params.values():
+    for item in value if isinstance(value, tuple | list) else (value,):
+      if isinstance(item, ClosedJaxpr):
+        yield item.jaxpr
+      elif isinstance(item, Jaxpr):
+        yield item
+
+
+def _dot(equation: Any) -> float:
+  (contract, _), (batch, _) = equation.params['dimension_numbers']
+  left, right = (v.aval.shape for v in equation.invars)
+  shared = math.prod(left[axis] for axis in (*contract, *batch))
+  # The axes that both have are once in the product.
+  return 2.0 * math.prod(left) * math.prod(right) / shared if shared else 0.0
+
+
+def _ragged_dot(equation: Any) -> float:
+  # Each row with the matrix of its own group. (XLA on a CPU multiplies it with all of them.)
+  numbers = equation.params['ragged_dot_dimension_numbers']
+  (_, contract), (_, batch) = numbers.dot_dimension_numbers
+  left, right = (v.aval.shape for v in equation.invars[:2])
+  gone = (*contract, *batch, *numbers.rhs_group_dimensions)
+  free = [size for axis, size in enumerate(right) if axis not in gone]
+  return 2.0 * math.prod(left) * math.prod(free)
+
+
+def _convolution(equation: Any) -> float:
+  kernel = equation.invars[1].aval
+  features = kernel.shape[equation.params['dimension_numbers'].rhs_spec[0]]
+  return 2.0 * equation.outvars[0].aval.size * kernel.size / features
+
+
+_MATMULS: dict[str, Callable[[Any], float]] = {
+  'dot_general': _dot,
+  'ragged_dot': _ragged_dot,
+  'ragged_dot_general': _ragged_dot,
+  'conv_general_dilated': _convolution,
+}

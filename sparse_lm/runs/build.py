@@ -1,0 +1,101 @@
+"""From a config to the program that it describes, with every check that needs no data."""
+
+import jax
+from ml_collections import ConfigDict
+
+from sparse_lm.core import distribution as budget
+from sparse_lm.core import tree
+from sparse_lm.core.errors import UserError
+from sparse_lm.core.tree import Tree
+from sparse_lm.model import lm, slots
+from sparse_lm.plan import cost
+from sparse_lm.runs import configs
+from sparse_lm.train.control import Budget
+from sparse_lm.train.loss import Distillation
+from sparse_lm.train.optim import Optimizer
+from sparse_lm.train.step import Program, shared
+
+
+def build(config: ConfigDict, vocab: int) -> tuple[Program, Tree]:
+  """The program and target densities for a vocabulary of that size, without reading the corpus' text.
+
+  Raises UserError where the config describes none.
+  """
+  configs.check(config)
+  model = lm.from_config(config, vocab)
+  fields = slots.fields('weight', config.weight)
+  method = slots.method('weight', config.weight.name)(
+    total_steps=config.train.steps, groups=lm.groups(model), **fields
+  )
+  method.check()
+  optimizer = Optimizer.from_config(config, method.masked, method.learned_rate)
+  target = budget.targets(
+    lm.shapes(model)['params'],
+    config.weight.sparsity,
+    config.weight.budget,
+    config.weight.dense,
+    method.units,
+  )
+  if method.controlled and any(float(d) < 1 for d in tree.named(target).values()):
+    raise UserError(
+      f'config.weight.sparsity={config.weight.sparsity} with config.weight.budget='
+      f'{config.weight.budget!r}: {config.weight.name} learns its sparsity; valid: 0 without a map, and '
+      'config.budget.target or a price'
+    )
+  if not method.masked:
+    if config.weight.sparsity:
+      raise UserError(
+        f'config.weight.sparsity={config.weight.sparsity} needs a method; config.weight.name='
+        f'{config.weight.name!r} prunes nothing; valid: {", ".join(slots.names("weight"))}'
+      )
+    target = jax.tree.map(lambda _: None, target)
+  budget_ = Budget.from_config(config)
+  program = Program(
+    model,
+    method,
+    optimizer,
+    config.train.accumulation,
+    budget_,
+    Distillation.from_config(config),
+  )
+  if budget_:
+    _check_floor(program, target)
+  return shared(program), target
+
+
+def check_costs(config: ConfigDict) -> None:
+  """Refuses a model, or a dense twin, with parameters that no cost is noted for: see `lm.ledger`.
+
+  Which those are does not depend on the vocabulary, so this runs before any data is read.
+  """
+  model = lm.from_config(config, vocab=1)
+  for one in (model, lm.twin(model)):
+    lm.ledger(one, config.data.context)
+
+
+def _check_floor(program: Program, target: Tree) -> None:
+  """Raises UserError for a budget that the gates cannot reach, naming what they don't gate."""
+  ledger, dense = program.costs
+  density = {path: float(final) for path, final in tree.named(target).items()}
+  if program.method.controlled:
+    density = dict.fromkeys(density, 0.0)  # as far as the controller can bring it down
+  field = f'config.budget.target={program.budget.target}'
+  gates = any(gate.controlled for m in ledger.values() for gate in m.gates)
+  if not gates and not program.method.controlled:
+    raise UserError(
+      f'{field} needs something that the controller can move; valid: a learned gate such as '
+      'config.depth.name=token_gate, or learned masks such as config.weight.name=l0 (methods of fixed '
+      'capacity and random gates have rates of their own)'
+    )
+  floor = cost.extremes(ledger, density)[0] / dense
+  if program.budget.target < floor:
+    ungated = {
+      path: m.flops * density.get(m.kernel, 1.0)
+      for path, m in ledger.items()
+      if not any(gate.controlled for gate in m.gates)
+    }
+    largest = sorted(ungated, key=ungated.get, reverse=True)[:3]
+    shares = ', '.join(f'{path} {ungated[path] / dense:.3f}' for path in largest)
+    raise UserError(
+      f'{field} is below {floor:.3f}, what no gate can skip ({shares}, ...); valid: from there to 1'
+    )

@@ -1,0 +1,281 @@
+"""Config files, method defaults and command-line overrides, in that order of precedence.
+
+A config is a Python file with `get_config()` that returns an `ml_collections.ConfigDict`. Which keys
+a slot has depends on the method that it names, so names are overridden first, the method's defaults
+are merged next and the other overrides come last; `config_flags` cannot do this in one pass.
+"""
+
+import ast
+import contextlib
+import importlib.util
+import json
+import os
+import pathlib
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sparse_lm.core import ranges, records
+from sparse_lm.core.errors import UserError, unknown
+from sparse_lm.model import slots
+
+BASE = pathlib.Path(__file__).parents[2] / 'configs' / 'base.py'
+# The fields of `config.data` that say what is read and how it becomes tokens.
+TEXT = ('source', 'path', 'split', 'tokenizer', 'vocab_size')
+
+
+def load(path: str, overrides: dict[str, Any] | None = None) -> ConfigDict:
+  """The locked config of a file; one with `init_from` takes that run's `data`, see `_inherit_data`.
+
+  Args:
+    path: of the Python file.
+    overrides: values by dotted name (`{'weight.sparsity': 0.9}`); strings are parsed to the type of
+      the value that they replace.
+
+  Raises:
+    UserError: the file, a field or a method does not exist, the file fails, or a value has another
+      type or lies outside its range.
+  """
+  config, overrides = _read(path), dict(overrides or {})
+  _inherit_data(config, overrides)
+  return _overridden(config, overrides, path)
+
+
+def derive(config: ConfigDict, overrides: dict[str, Any], allowed: tuple[str, ...]) -> ConfigDict:
+  """A complete config with overrides; where they name another method its own fields are dropped.
+
+  Raises UserError for an override outside the groups `allowed`, and what `load` raises.
+  """
+  for field in overrides:
+    if field.partition('.')[0] not in allowed:
+      valid = [f'config.{path}' for path in flat(config) if path.partition('.')[0] in allowed]
+      raise unknown('field to override here', f'config.{field}', valid)
+  config = config.copy_and_resolve_references().unlock()
+  for slot, group, node in _methods(config):
+    if overrides.get(f'{group}.name', node.name) != node.name:
+      for key in slots.fields(slot, node):
+        del node[key]
+  return _overridden(config, dict(overrides), 'the run')
+
+
+def _inherit_data(config: ConfigDict, overrides: dict[str, Any]) -> None:
+  """Has a run that starts from another one read that one's text, in the same tokens.
+
+  Of the parent's `data` group all fields are taken but those that an override sets, and those of `TEXT`
+  to which the file gives another value than `configs/base.py`. Where the parent has no config (yet),
+  nothing changes: setting the run up says what is missing.
+  """
+  parent = overrides.get('init_from', config.get('init_from', ''))
+  if not (parent and isinstance(parent, str) and isinstance(config.get('data'), ConfigDict)):
+    return  # what is wrong here, `_overridden` says
+  default = _read(str(BASE)).data
+  for field, value in _saved_data(parent).items():
+    told = field in TEXT and config.data.get(field) != default[field]
+    if field in config.data and not told and f'data.{field}' not in overrides:
+      config.data[field] = _convert(f'data.{field}', value, config.data[field])
+
+
+def _saved_data(workdir: str) -> dict[str, Any]:
+  folder = pathlib.Path(os.path.expanduser(workdir))
+  if folder.name == 'best' and not (folder / 'config.json').exists():
+    folder = folder.parent  # of a run, whose checkpoint of lowest validation loss is in `best`
+  try:
+    data = records.read(folder / 'config.json', dict[str, Any]).get('data')
+  except UserError:
+    return {}
+  return data if isinstance(data, dict) else {}
+
+
+def _overridden(config: ConfigDict, overrides: dict[str, Any], path: str) -> ConfigDict:
+  for _, group, node in _methods(config):
+    name = overrides.pop(f'{group}.name', node.name)
+    _merge_defaults(node, group, name, path)
+  for field, value in overrides.items():
+    _override(config, field, value)
+  check(config)
+  return config.lock()
+
+
+def check(config: ConfigDict) -> None:
+  """Raises UserError, naming the field, for a number that is missing or outside its field's range."""
+  values = flat(config)
+  for field, range_ in ranges_of(config).items():
+    if field not in values:
+      raise _missing(field)
+    range_.require(f'config.{field}', values[field])
+
+
+def ranges_of(config: ConfigDict) -> dict[str, ranges.Range]:
+  """The range of every numeric field of the config, by dotted name."""
+  found = dict(ranges.SHARED)
+  for slot, group, node in _methods(config):
+    own = ranges.of_fields(slots.method(slot, node.name, f'config.{group}.name'))
+    found |= {f'{group}.{key}': range_ for key, range_ in own.items()}
+  return found
+
+
+def _methods(config: ConfigDict) -> Iterator[tuple[str, str, ConfigDict]]:
+  """Slot, dotted name and contents of every group that names a method."""
+  for slot in slots.SLOTS:
+    for key in slots.SHARED[slot]:
+      if not isinstance(config.get(slot), ConfigDict) or key not in config[slot]:
+        raise _missing(f'{slot}.{key}')
+    for group, node in slots.groups(slot, config).items():
+      yield slot, group, node
+
+
+def _missing(field: str) -> UserError:
+  return UserError(
+    f'the config has no config.{field}; valid: what configs.base.get_config() returns, changed'
+  )
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+  """Plain JSON values (tuples become lists)."""
+  return json.loads(config.to_json())
+
+
+def from_json(values: dict[str, Any]) -> ConfigDict:
+  """The inverse of `to_json`."""
+
+  def plain(value: Any) -> Any:
+    if isinstance(value, list):
+      return tuple(plain(item) for item in value)
+    return {k: plain(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+  return ConfigDict(plain(values)).lock()
+
+
+def of_run(values: dict[str, Any], path: pathlib.Path) -> ConfigDict:
+  """The config of a run from the values of its config.json at `path`.
+
+  Raises UserError, naming the file, where it lacks a field of this version, or a field has another type
+  or range: another version wrote it.
+  """
+  config = from_json(values)
+  try:
+    _check_types(config, _shared_defaults())
+    for slot, group, node in _methods(config):
+      own = slots.defaults(slot, node.name, f'config.{group}.name')
+      _check_types(config, {f'{group}.{key}': default for key, default in own.items()})
+    check(config)
+  except UserError as error:
+    raise UserError(f'{path} does not fit this version: {error}') from None
+  return config
+
+
+def _shared_defaults() -> dict[str, Any]:
+  """The defaults of the fields that every config has, whatever methods it names."""
+
+  def shared(field: str) -> bool:
+    slot, last = field.partition('.')[0], field.rpartition('.')[2]
+    return slot not in slots.SLOTS or last in slots.SHARED[slot]
+
+  return {field: value for field, value in flat(_read(str(BASE))).items() if shared(field)}
+
+
+def _check_types(config: ConfigDict, defaults: dict[str, Any]) -> None:
+  fields = flat(config)
+  for field, default in defaults.items():
+    if field not in fields:
+      raise _missing(field)
+    if isinstance(fields[field], str) != isinstance(default, str):
+      raise _wrong_type(field, fields[field], default)
+    _convert(field, fields[field], default)
+
+
+def flat(values: Any, prefix: str = '') -> dict[str, Any]:
+  """`{'weight': {'name': 'set'}}` as `{'weight.name': 'set'}`."""
+  out = {}
+  for key, value in values.items():
+    nested = isinstance(value, dict | ConfigDict)
+    out |= flat(value, f'{prefix}{key}.') if nested else {prefix + key: value}
+  return out
+
+
+def _read(path: str) -> ConfigDict:
+  file = pathlib.Path(os.path.expanduser(path))
+  if not file.is_file():
+    folder = file.parent if file.parent.is_dir() else pathlib.Path('configs')
+    raise unknown(
+      'config file', path, [str(f) for f in folder.glob('*.py') if f.stem != '__init__']
+    )
+  spec = importlib.util.spec_from_file_location(f'config_{file.stem}', file)
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    if not hasattr(module, 'get_config'):
+      raise UserError(f'config file {path} defines no get_config()')
+    config = module.get_config()
+  except UserError:
+    raise
+  except Exception as error:
+    raise UserError(f'config file {path} {_failure(error, str(file))}') from error
+  if not isinstance(config, ConfigDict):
+    raise UserError(
+      f'config file {path}: get_config() returns a value of type {type(config).__name__}; valid: the '
+      'ConfigDict of configs.base.get_config(), changed'
+    )
+  return config
+
+
+def _failure(error: Exception, file: str) -> str:
+  """In which line of `file` an error arose, and the error, in one line."""
+  lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+  line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+  said = ' '.join(str(error).split())
+  return f'fails{f" in line {line}" if line else ""}: {type(error).__name__}: {said}'
+
+
+def _merge_defaults(config: ConfigDict, group: str, name: str, path: str) -> None:
+  """Joins the fields of method `name` to `config`, the group 'mlp' or 'mlp.otherwise', say."""
+  slot = group.partition('.')[0]
+  defaults = slots.defaults(slot, name, f'config.{group}.name')
+  config.name = name
+  for key in slots.fields(slot, config):
+    if key not in defaults:
+      valid = [*defaults, *slots.SHARED[slot]]
+      raise unknown(f'field of method {name!r} in {path}: config.{group}', key, valid)
+  with config.unlocked(), config.ignore_type():
+    for key, value in defaults.items():
+      config[key] = _convert(f'{group}.{key}', config.get(key, value), value)
+
+
+def _override(config: ConfigDict, field: str, value: Any) -> None:
+  *parents, last = field.split('.')
+  node = config
+  for depth, key in enumerate([*parents, last]):
+    if not isinstance(node, ConfigDict) or key not in node:
+      group = '.'.join(parents[:depth]) if isinstance(node, ConfigDict) else ''
+      known = [f'config.{path}' for path in flat(config) if path.startswith(group)]
+      raise unknown('field', f'config.{field}', known)
+    node = node[key] if depth < len(parents) else node
+  if isinstance(node[last], ConfigDict):
+    raise UserError(f'config.{field} is a group of fields; valid: {", ".join(flat(node[last]))}')
+  node[last] = _convert(field, value, node[last])
+
+
+def _convert(field: str, value: Any, default: Any) -> Any:
+  """`value` in the type of `default`: an int passes for a float, a list for a tuple."""
+  if isinstance(value, str) and not isinstance(default, str):
+    text = {'true': 'True', 'false': 'False'}.get(value.lower(), value)
+    try:
+      value = ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+      raise _wrong_type(field, value, default) from None
+  if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+    with contextlib.suppress(OverflowError):  # an int that no float holds stays one, and is refused
+      value = float(value)
+  if isinstance(default, tuple) and isinstance(value, list | tuple):
+    value = tuple(_convert(field, item, default[0]) if default else item for item in value)
+  if type(value) is not type(default):
+    raise _wrong_type(field, value, default)
+  return value
+
+
+def _wrong_type(field: str, value: Any, default: Any) -> UserError:
+  return UserError(
+    f'config.{field}={ranges.shown(value)} is not of type {type(default).__name__}, such as {default!r}'
+  )

@@ -1,0 +1,83 @@
+"""What a run shows on stderr while it trains."""
+
+import sys
+
+import jax
+from tqdm import tqdm
+
+from sparse_lm.core import tree
+from sparse_lm.model import lm
+from sparse_lm.runs.setup import Setup
+
+
+def opening(run: Setup, name: str, first: int) -> str:
+  """One line on what is about to train: parameters, sparsity, device, tokens and steps.
+
+  Args:
+    run: a checked config.
+    name: of the run.
+    first: steps that are done already.
+  """
+  shapes = tree.named(lm.shapes(run.program.model)['params'])
+  final = {path: float(density) for path, density in tree.named(run.final).items()}
+  prunable = sum(shapes[path].size for path in final)
+  kept = sum(shapes[path].size * density for path, density in final.items())
+  dropped = f'{1 - kept / prunable:.1%} of {prunable:,} to be dropped' if prunable else 'dense'
+  data, train = run.config.data, run.config.train
+  relatives = ''.join(
+    f'; {role} {relative.source}'
+    for role, relative in (('starts from', run.parent), ('learns from', run.teacher))
+    if relative is not None
+  )
+  devices = f'{jax.device_count()} × {jax.devices()[0].device_kind} ({jax.default_backend()})'
+  return (
+    f'{name}: {sum(leaf.size for leaf in shapes.values()):,} parameters, {dropped}; {devices}; '
+    f'{len(run.data.tokens["train"]):,} training tokens; steps {first + 1:,} to {train.steps:,} of '
+    f'{data.batch * data.context:,} tokens each{relatives}'
+  )
+
+
+class Console:
+  """A progress bar, and lines that stay. A stderr that is no terminal gets the lines alone.
+
+  Attributes:
+    shown: whether to show anything but warnings.
+  """
+
+  def __init__(self, shown: bool, name: str, first: int, steps: int) -> None:
+    self.shown = shown
+    self._bar = tqdm(
+      total=steps,
+      initial=first,
+      disable=None if shown else True,  # None: only where stderr is no terminal
+      unit='step',
+      desc=name[-40:],
+      dynamic_ncols=True,
+      file=sys.stderr,
+    )
+    self._warned: set[str] = set()
+
+  def __enter__(self) -> 'Console':
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._bar.close()
+
+  def step(self) -> None:
+    """One more step was dispatched."""
+    self._bar.update()
+
+  def status(self, text: str) -> None:
+    """Shows at the bar what is going on."""
+    self._bar.set_postfix_str(text)
+
+  def say(self, line: str, always: bool = False) -> None:
+    """Prints a line above the bar; `always`: even where nothing else is shown."""
+    if self.shown or always:
+      tqdm.write(line, file=sys.stderr)
+
+  def warn_once(self, kind: str, line: str) -> None:
+    """Prints a line, shown or not, unless there was one of this kind."""
+    if kind not in self._warned:
+      self._warned.add(kind)
+      self.say(f'warning: {line}', always=True)

@@ -1,0 +1,166 @@
+"""From a config to everything that a run needs, with every check made before any long work."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from sparse_lm.core import tree
+from sparse_lm.core.errors import UserError
+from sparse_lm.core.tree import Tree
+from sparse_lm.data.pipeline import Data
+from sparse_lm.data.pipeline import load as load_data
+from sparse_lm.data.tokenizers import Tokenizer
+from sparse_lm.runs import configs, runtime
+from sparse_lm.runs.build import build, check_costs
+from sparse_lm.runs.trained import Trained, check_fits, inherited_tokenizer, load
+from sparse_lm.train import states
+from sparse_lm.train.states import TrainState
+from sparse_lm.train.step import Program
+from sparse_lm.train.work import Meter, Work
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """A checked config.
+
+  Attributes:
+    data: tokens and pipelines.
+    program: the model, method and optimizer, with their compiled steps.
+    target: final density of each prunable leaf, `None` = dense.
+    parent: the run that this one starts from, or `None`.
+    teacher: the run that it learns from besides the text, or `None`.
+  """
+
+  config: ConfigDict
+  data: Data
+  program: Program
+  target: Tree
+  parent: Trained | None = None
+  teacher: Trained | None = None
+
+  def meter(self) -> Meter:
+    """Counts the FLOPs of the run's steps."""
+    data = self.config.data
+    teacher = self.teacher.forward_flops(data.context) if self.teacher else 0.0
+    return Meter(self.program, data.batch * data.context, teacher)
+
+  @property
+  def final(self) -> Tree:
+    """Densities that the run ends with: `target`, or those of the parent's masks where it keeps them."""
+    if self.parent and self.parent.is_sparse and self.program.method.takes_masks:
+      return self.parent.target
+    return self.target
+
+  @property
+  def inherited(self) -> Work:
+    """What training had spent before step 0."""
+    return Work(ancestors=self.parent.work.total if self.parent else 0.0)
+
+  def start(self) -> TrainState:
+    """The state at step 0."""
+    state = self.program.init(self.config.seed, self.target)
+    if self.parent is None:
+      return state
+    masks = self.parent.masks if self.parent.is_sparse else None
+    return states.restart(self.program, self.config.seed, state, self.parent, masks)
+
+
+def setup(config: ConfigDict) -> Setup:
+  """Checks a config and builds what it describes. Raises UserError in one line."""
+  _check_accumulation(config)
+  check_costs(config)
+  data = data_of(config)
+  program, target = build(config, data.tokenizer.vocab_size)
+  _check_memory(program, data, target)
+  if signals := set(program.method.needs) - {'grads'}:
+    raise UserError(
+      f'config.weight.name={config.weight.name!r} prunes trained models by their {", ".join(signals)}; '
+      'valid: python -m sparse_lm.prune, or a method that trains'
+    )
+  run = Setup(config, data, program, target, **loaded(config, program, data))
+  if run.parent is not None:
+    _check_masks(run.parent, program, target, config)
+  return run
+
+
+def loaded(config: ConfigDict, program: Program, data: Data) -> dict[str, Trained]:
+  """The runs that a config names, by the attribute of `Setup`."""
+  found = {}
+  for role, field, path in (
+    ('parent', 'config.init_from', config.init_from),
+    ('teacher', 'config.distill.teacher', config.distill.teacher),
+  ):
+    if path:
+      found[role] = load(path)
+      check_fits(found[role], field, program, data.tokenizer)
+  teacher = found.get('teacher')
+  if teacher and teacher.program.model.spec.context < config.data.context:
+    raise UserError(
+      f'config.distill.teacher={teacher.workdir!r} reads {teacher.program.model.spec.context} tokens; '
+      f'valid: a run with config.data.context={config.data.context} or more'
+    )
+  return found
+
+
+def _check_masks(parent: Trained, program: Program, target: Tree, config: ConfigDict) -> None:
+  if not parent.is_sparse:
+    return
+  if not program.method.takes_masks:
+    raise UserError(
+      f'config.init_from={parent.workdir!r} is sparse, and config.weight.name={config.weight.name!r} '
+      "would lose its masks; valid: 'static', which keeps them"
+    )
+  if config.weight.sparsity:
+    raise UserError(
+      f'config.weight.sparsity={config.weight.sparsity}: the masks are those of config.init_from='
+      f'{parent.workdir!r}; valid: 0'
+    )
+  masks, prunable = tree.named(jax.device_get(parent.masks)), tree.named(target)
+  lost = [path for path, mask in masks.items() if path not in prunable and not np.all(mask)]
+  if lost:
+    raise UserError(
+      f'config.weight.dense={tuple(config.weight.dense)} names {lost[0]}, which config.init_from='
+      f'{parent.workdir!r} has pruned; valid: what that run has, {tuple(parent.config.weight.dense)}'
+    )
+
+
+def _check_memory(program: Program, data: Data, target: Tree) -> None:
+  """Raises UserError for a model or batch that no step could hold, from shapes alone."""
+  state = jax.eval_shape(program.init, 0, target).replace(key=None)
+  held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+  tokens = data.batch // program.accumulation * data.context
+  logits = 4 * tokens * program.model.spec.vocab
+  room = runtime.memory()
+  if held + logits > room:
+    raise UserError(
+      f'config.model and config.data.batch: weights, moments, masks and averages take '
+      f'{held / 2**30:,.2f} GiB and the logits of {tokens} tokens {logits / 2**30:,.2f} GiB, of '
+      f'{room / 2**30:,.2f} GiB of memory; valid: a smaller model, or fewer tokens in a microbatch'
+    )
+
+
+def data_of(config: ConfigDict) -> Data:
+  """The corpus in tokens; cached, because the runs of a study share it.
+
+  A run that starts from another one has the tokenizer of that one, unless it names one of its own: one
+  that is learned anew from another text would give other tokens.
+  """
+  tokenizer = inherited_tokenizer(config) if config.init_from else None
+  return _load_data(json.dumps(configs.to_json(config.data)), tokenizer)
+
+
+@functools.lru_cache(maxsize=4)
+def _load_data(config: str, tokenizer: Tokenizer | None) -> Data:
+  return load_data(configs.from_json(json.loads(config)), tokenizer)
+
+
+def _check_accumulation(config: ConfigDict) -> None:
+  if config.data.batch % config.train.accumulation:
+    raise UserError(
+      f"config.train.accumulation={config.train.accumulation} doesn't divide "
+      f'config.data.batch={config.data.batch}'
+    )

@@ -1,0 +1,213 @@
+"""A trained run as a plain Python object: to look at, to start from, to learn from."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from sparse_lm.core import tree
+from sparse_lm.core.errors import UserError
+from sparse_lm.core.tree import Tree
+from sparse_lm.data import tokenizers
+from sparse_lm.layers.spec import Spec
+from sparse_lm.model import lm
+from sparse_lm.plan import cost as ledgers
+from sparse_lm.runs import best, configs
+from sparse_lm.runs import cost_report as cost
+from sparse_lm.runs.build import build
+from sparse_lm.runs.checkpoint import EVALUATED, Checkpoints
+from sparse_lm.runs.workdir import read_json
+from sparse_lm.train.step import Program
+from sparse_lm.train.work import Work
+from sparse_lm.weights.method import densities
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Trained:
+  """The model of a workdir's newest intact checkpoint, or of its best one.
+
+  Attributes:
+    source: which checkpoint it is, in words.
+    target: final densities of the prunable leaves, `None` = dense.
+    params: with exact zeros where a weight was dropped.
+    masks: like `params`, bool, `None` = dense.
+    model_state: the model's other collections.
+    step: optimizer steps completed.
+    work: FLOPs of training that led to it.
+  """
+
+  workdir: str
+  source: str
+  config: ConfigDict
+  program: Program
+  tokenizer: tokenizers.Tokenizer
+  target: Tree
+  params: Tree
+  masks: Tree
+  model_state: Tree
+  step: int
+  work: Work
+
+  @functools.cached_property
+  def _apply(self) -> Any:
+    variables = {'params': self.params, **self.model_state}
+    return jax.jit(lambda tokens: self.program.model.apply(variables, tokens, mode='eval'))
+
+  def __repr__(self) -> str:
+    count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+    return f'Trained({self.workdir!r}, step {self.step}, {count:,} parameters, {self.tokenizer})'
+
+  def logits(self, tokens_BxL: np.ndarray) -> jax.Array:
+    """float32 `[B, L, V]` for int32 `[B, L]`.
+
+    Raises UserError for an array of another shape or type, and for more than `config.data.context` tokens
+    or ids outside the vocabulary.
+    """
+    check_tokens(tokens_BxL, self.program.model.spec)
+    return self._apply(tokens_BxL)
+
+  def costs(self) -> dict[str, Any]:
+    """Sizes and FLOPs beside the dense twin's, gates as planned; see `runs/cost_report.py`.
+
+    What gates let through on the validation text stands in the workdir's result.json.
+    """
+    work = self.work.over(cost.tokens(self.config, self.step))
+    return cost.report(self.program, self.target, self.masks, work=work)
+
+  def forward_flops(self, length: int) -> float:
+    """FLOPs per token of a forward pass over `length` tokens that computes what gates close too."""
+    kept = tree.named(jax.device_get(densities(self.masks)))
+    ledger = ledgers.ungated(lm.ledger(self.program.model, length))
+    return ledgers.forward_flops(ledger, {path: float(d) for path, d in kept.items()})
+
+  @property
+  def is_sparse(self) -> bool:
+    """Whether any weight was dropped."""
+    masks = tree.named(jax.device_get(self.masks))
+    return not all(np.all(mask) for mask in masks.values())
+
+
+def check_tokens(tokens: Any, spec: Spec) -> None:
+  """Raises UserError unless these are `[B, L]` ids of the vocabulary, L no longer than the context."""
+  shape, dtype = np.shape(tokens), getattr(tokens, 'dtype', None)
+  if len(shape) != 2 or dtype is None or not np.issubdtype(dtype, np.integer):
+    raise UserError(
+      f'tokens of shape {shape} and type {dtype or type(tokens).__name__}; valid: an integer array '
+      '[sequences, tokens], such as tokenizer.encode(text)[None]'
+    )
+  if not 1 <= shape[1] <= spec.context:
+    raise UserError(
+      f'tokens of shape {shape}: {shape[1]} in a sequence; valid: 1 to {spec.context}, the context'
+    )
+  if shape[0] and not 0 <= np.min(tokens) <= np.max(tokens) < spec.vocab:
+    raise UserError(
+      f'tokens from {np.min(tokens)} to {np.max(tokens)}; valid: 0 to {spec.vocab - 1}, the vocabulary'
+    )
+
+
+def folder_of(workdir: str) -> tuple[pathlib.Path, str]:
+  """The folder of a run, and the name in it of the checkpoints that `workdir` means; see `load`."""
+  folder = pathlib.Path(os.path.expanduser(workdir))
+  if folder.name == best.FOLDER and not (folder / 'config.json').exists():
+    return folder.parent, best.FOLDER
+  return folder, 'checkpoints'
+
+
+def load(workdir: str) -> Trained:
+  """Loads a workdir, without its optimizer.
+
+  Args:
+    workdir: of the run, for its newest intact checkpoint; `<workdir>/best` for the one of lowest
+      validation loss.
+
+  Raises:
+    UserError: the folder holds no run, or no intact checkpoint, or its config or tokenizer is not the one
+      that was saved with the weights, or it holds a packed model.
+  """
+  folder, kind = folder_of(workdir)
+  if (folder / 'packed.json').exists():
+    raise UserError(
+      f'workdir {workdir} holds a packed model; valid: a run, or sparse_lm.runs.runnable.load, '
+      'which takes both'
+    )
+  if not (folder / 'config.json').exists():
+    raise UserError(f'workdir {workdir} holds no run (no config.json)')
+  file = folder / 'config.json'
+  config = configs.of_run(read_json(file), file)
+  tokenizer = tokenizers.from_json(read_json(folder / 'tokenizer.json'))
+  program, target = build(config, tokenizer.vocab_size)
+  template = jax.eval_shape(program.init, config.seed, target)
+  if not (folder / kind).is_dir():
+    raise UserError(f'workdir {workdir} has no checkpoint yet')
+  checkpoints = Checkpoints(folder, kind)
+  try:
+    state = checkpoints.restore(template, items=EVALUATED)
+    work = Work() if state is None else checkpoints.work(int(state.step))
+  finally:
+    checkpoints.close()
+  if state is None:
+    raise UserError(f'workdir {workdir} has no checkpoint yet')
+  params, masks = program.finalize(state.replace(opt_state=None))
+  return Trained(
+    workdir,
+    _source(folder, kind, int(state.step)),
+    config,
+    program,
+    tokenizer,
+    state.sparse.target,
+    params,
+    masks,
+    state.model_state,
+    int(state.step),
+    work,
+  )
+
+
+def _source(folder: pathlib.Path, kind: str, step: int) -> str:
+  if kind == best.FOLDER:
+    return f'{folder}: the checkpoint of lowest validation loss, step {step}'
+  lowest = best.step_in(folder)
+  hint = f' (that of lowest validation loss, step {lowest}, is {folder / best.FOLDER})'
+  return f'{folder}: the newest checkpoint, step {step}{"" if lowest in (None, step) else hint}'
+
+
+def inherited_tokenizer(config: ConfigDict) -> tokenizers.Tokenizer | None:
+  """The tokenizer of the run that `config` starts from, where both name the same kind and size.
+
+  `None` where they do not, or where the folder holds no run: setting the run up says so.
+  """
+  try:
+    folder, _ = folder_of(config.init_from)
+    parent = configs.from_json(read_json(folder / 'config.json')).data
+    if any(parent[field] != config.data[field] for field in ('tokenizer', 'vocab_size')):
+      return None
+    return tokenizers.from_json(read_json(folder / 'tokenizer.json'))
+  except UserError:
+    return None
+
+
+def check_fits(
+  trained: Trained, field: str, program: Program, tokenizer: tokenizers.Tokenizer
+) -> None:
+  """Raises UserError, naming the config's `field`, where its model has another shape or
+  tokenizer than the run's."""
+  if trained.tokenizer.digest != tokenizer.digest:
+    raise UserError(
+      f'{field}={trained.workdir!r} was trained on other tokens; valid: a run with this tokenizer'
+    )
+  shapes = [
+    {path: (leaf.shape, str(leaf.dtype)) for path, leaf in tree.named(params).items()}
+    for params in (trained.params, lm.shapes(program.model)['params'])
+  ]
+  for path in sorted({*shapes[0], *shapes[1]}):
+    there, here = (found.get(path) for found in shapes)
+    if there != here:
+      raise UserError(
+        f'{field}={trained.workdir!r} has another shape: {path} is {there or "missing"} there and '
+        f'{here or "missing"} here; valid: a run of the same model'
+      )

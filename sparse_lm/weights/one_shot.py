@@ -1,0 +1,141 @@
+"""Pruning of trained matrices from what they read: the base of one-shot methods, and OBS updates.
+
+`python -m sparse_lm.prune` calls `update` once for each layer, with signals for that layer's matrices
+alone, so that each is fed by the pruned ones before it.
+"""
+
+import dataclasses
+import functools
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from sparse_lm.core import tree
+from sparse_lm.core.tree import Tree
+from sparse_lm.core.units import Pattern
+from sparse_lm.kernels.topk import topk_mask
+from sparse_lm.weights.method import Array, Change, Sparse, WeightMethod, covered
+
+
+@dataclasses.dataclass(frozen=True)
+class OneShot(WeightMethod):
+  """Full masks until `update` prunes the leaves that it has signals for."""
+
+  one_shot: ClassVar[bool] = True
+
+  def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
+    """Full masks."""
+    masks = jax.tree.map(lambda w: jnp.ones(w.shape, bool), covered(params, target))
+    return {'params': params, 'learned': {}}, Sparse(masks, target)
+
+  def prune(self, params: Tree, signals: dict[str, Tree], target: Tree) -> tuple[Tree, Tree]:
+    """New weights and masks of the leaves in `params`; the three trees hold the same leaves."""
+    raise NotImplementedError(type(self).__name__)
+
+  def update(
+    self, trainable: Tree, sparse: Sparse, signals: dict[str, Tree], step: Array, key: Array
+  ) -> Change:
+    """Prunes the leaves that have signals; the others stay as they are."""
+    params, present = trainable['params'], next(iter(signals.values()))
+    weights, masks = self.prune(covered(params, present), signals, covered(sparse.target, present))
+    kept = _replaced(sparse.masks, masks)
+    changed = jax.tree.map(lambda old, new: old != new, sparse.masks, kept)
+    return Change(
+      trainable | {'params': _replaced(params, weights)}, sparse.replace(masks=kept), changed
+    )
+
+
+def _replaced(leaves: Tree, new: Tree) -> Tree:
+  """`leaves` with those of `new` in their places."""
+  found = tree.named(new)
+  return tree.map_named(lambda path, leaf: found.get(path, leaf), leaves)
+
+
+@functools.partial(jax.jit, static_argnames=('groups', 'damp', 'block'))
+def prune_by_obs(
+  weights: Array,
+  gram: Array,
+  density: Array,
+  groups: Pattern | None = None,
+  damp: float = 0.01,
+  block: int = 128,
+) -> tuple[Array, Array]:
+  """SparseGPT on one matrix (Frantar and Alistarh 2023, algorithm 1; its `sparsegpt.py`).
+
+  Inputs are visited in order. What pruning input j loses is made up for by the inputs after it, through
+  the rows of the upper Cholesky factor U of the inverse Gram matrix: `err = (w - q) / U_jj`,
+  `W[j:] -= U[j, j:] err`. The mask of a block of inputs is chosen at its start, by least `w^2 / U_jj^2`
+  over inputs and outputs together; that of an N:M group at the group's start.
+
+  Args:
+    weights: `[in, out]`; computed with in the dtype of `gram`.
+    gram: `[in, in]`, mean outer product of the inputs (any positive scale).
+    density: scalar, the fraction of the weights that is kept; exact over the whole matrix.
+    groups: a pattern that decides about so many consecutive inputs at once, such as N:M; `None` =
+      unstructured.
+    damp: what is added to the Gram matrix' diagonal, over its mean.
+    block: inputs whose updates of later ones are applied at once.
+
+  Returns:
+    The new weights, zero outside the mask, and the mask.
+  """
+  inputs, outputs = weights.shape
+  if groups:
+    block = groups.lookahead * max(1, block // groups.lookahead)
+  w = weights.astype(gram.dtype)
+  u, dead = _inverse_factor(gram, damp)
+  w = jnp.where(dead[:, None], 0, w)
+  diagonal = jnp.diagonal(u)
+  mask = jnp.zeros(w.shape, bool)
+  for begin in range(0, inputs, block):
+    end = min(begin + block, inputs)
+    rows, factor = w[begin:end], u[begin:end, begin:end]
+    if groups is None:
+      # Whole counts that add up to the matrix': the share up to here less the share before.
+      before, after = (jnp.round(n * outputs * density) for n in (begin, end))
+      count = (after - before).astype(jnp.int32)
+      kept = topk_mask(jnp.square(rows / diagonal[begin:end, None]), count)
+    else:
+      kept = jnp.zeros(rows.shape, bool)
+    rows, kept, errors = _sweep(rows, factor, kept, density, groups)
+    w = w.at[begin:end].set(rows).at[end:].add(-u[begin:end, end:].T @ errors)
+    mask = mask.at[begin:end].set(kept)
+  return jnp.where(mask, w, 0).astype(weights.dtype), mask
+
+
+def _inverse_factor(gram: Array, damp: float) -> tuple[Array, Array]:
+  """U with `U^T U` the inverse of the damped Gram matrix, and which inputs are always zero."""
+  dead = jnp.diagonal(gram) == 0
+  h = gram + jnp.diag(dead.astype(gram.dtype))
+  h = h + damp * jnp.mean(jnp.diagonal(h)) * jnp.eye(len(h), dtype=h.dtype)
+  inverse = jax.scipy.linalg.cho_solve(
+    (jnp.linalg.cholesky(h), True), jnp.eye(len(h), dtype=h.dtype)
+  )
+  return jnp.linalg.cholesky((inverse + inverse.T) / 2).T, dead
+
+
+def _sweep(
+  rows: Array, factor: Array, kept: Array, density: Array, groups: Pattern | None
+) -> tuple[Array, Array, Array]:
+  """Prunes a block input by input: its rows, mask and errors `[block, out]`."""
+  diagonal = jnp.diagonal(factor)
+
+  def regroup(j: Array, rows: Array, kept: Array) -> Array:
+    here = jax.lax.dynamic_slice_in_dim(rows, j, groups.lookahead)
+    scores = jnp.square(here / jax.lax.dynamic_slice_in_dim(diagonal, j, groups.lookahead)[:, None])
+    chosen = groups.top(scores, jnp.round(density * scores.size))  # all of what stays dense
+    return jax.lax.dynamic_update_slice_in_dim(kept, chosen, j, axis=0)
+
+  def prune_one(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    rows, kept, errors = carry
+    if groups is not None:
+      kept = jax.lax.cond(
+        j % groups.lookahead == 0, lambda k: regroup(j, rows, k), lambda k: k, kept
+      )
+    error = jnp.where(kept[j], 0, rows[j]) / diagonal[j]
+    # U is upper triangular: its row is zero before j.
+    rows = rows - factor[j][:, None] * error[None]
+    return rows, kept, errors.at[j].set(error)
+
+  return jax.lax.fori_loop(0, len(rows), prune_one, (rows, kept, jnp.zeros_like(rows)))

@@ -1,0 +1,56 @@
+"""Random masks at step 0, and the rescaling that keeps a masked layer's output variance."""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+
+from sparse_lm.core import tree
+from sparse_lm.core.errors import unknown
+from sparse_lm.core.tree import Tree
+from sparse_lm.core.units import Pattern
+from sparse_lm.weights.method import Array, Sparse, apply_masks, covered
+
+RESCALES = ('none', 'layer', 'unit')
+
+
+def random_start(
+  key: Array, params: Tree, target: Tree, units: Pattern, rescale: str
+) -> tuple[Tree, Sparse]:
+  """Random masks of `target` density, on weights rescaled for their smaller fan-in.
+
+  Args:
+    key: of the masks' stream.
+    params: initial dense parameters, kernels `[..., in, out]`.
+    target: densities, `None` = dense.
+    units: what is kept or dropped as a whole.
+    rescale: 'none'; 'layer' divides a kernel by sqrt(density); 'unit' divides each output's column
+      by the square root of its own density (both from RigL's initialisers; Evci et al. 2020, 2022).
+  """
+  prunable = covered(params, target)
+  shapes = jax.eval_shape(units.pool, prunable)
+  draws = {name: jax.random.uniform(path_key(key, name), u.shape) for name, u in shapes.items()}
+  masks = units.expand(units.select(draws, units.densities(target, prunable)), prunable)
+  if rescale != 'none':
+    params = tree.where_sparse(
+      lambda w, m, d: _rescaled(w, m, d, rescale), params, masks, target, dense=lambda w: w
+    )
+  return {'params': apply_masks(params, masks), 'learned': {}}, Sparse(masks, target)
+
+
+def check(rescale: str) -> None:
+  """Raises UserError for an unknown rescaling."""
+  if rescale not in RESCALES:
+    raise unknown('config.weight.rescale', rescale, RESCALES)
+
+
+def path_key(key: Array, path: str) -> Array:
+  """An own key for each leaf, which does not move when another leaf joins."""
+  return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def _rescaled(w: Array, mask: Array, density: Array, rescale: str) -> Array:
+  if rescale == 'layer' or w.ndim < 2:
+    return (w / jnp.sqrt(density)).astype(w.dtype)
+  fan_in = jnp.maximum(1, jnp.sum(mask, axis=-2, keepdims=True))
+  return (w * jnp.sqrt(w.shape[-2] / fan_in)).astype(w.dtype)

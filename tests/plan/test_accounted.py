@@ -1,0 +1,199 @@
+"""No kernel multiplies for free, and no gate closes at a price that it does not say."""
+
+import importlib
+import re
+import sys
+import textwrap
+
+import pytest
+
+from sparse_lm.core.errors import UserError
+from sparse_lm.model import lm, slots
+from sparse_lm.plan import cost, executed
+from sparse_lm.runs import cost_report as train_cost
+from sparse_lm.runs import setup as setups
+from sparse_lm.runs.build import build
+from sparse_lm.runs.setup import setup
+
+VOCAB, CONTEXT, WIDTH, HIDDEN = 11, 16, 16, 32
+HEADER = '''
+  """A method of a user's."""
+
+  from typing import Any, ClassVar
+
+  import jax
+  import jax.numpy as jnp
+  from flax import linen as nn
+
+  from sparse_lm.core import cost
+  from sparse_lm.layers.linear import Linear
+  from sparse_lm.layers.record import record
+
+
+'''
+
+
+@pytest.fixture
+def method(tmp_path, monkeypatch):
+  """`method(slot, name, text)` puts a class into a file of its own among the slot's methods."""
+  made = []
+
+  def make(slot, name, text):
+    file = textwrap.dedent(HEADER).lstrip() + textwrap.dedent(text).lstrip()
+    (tmp_path / f'{name}.py').write_text(file)
+    package = importlib.import_module(f'sparse_lm.methods.{slot}')
+    monkeypatch.setattr(package, '__path__', [*package.__path__, str(tmp_path)])
+    importlib.invalidate_caches()
+    made.append((package, name))
+
+  yield make
+  for package, name in made:
+    sys.modules.pop(f'{package.__name__}.{name}', None)
+    vars(package).pop(name, None)
+
+
+def refused(tiny_config, **fields):
+  with pytest.raises(UserError) as error:
+    setup(tiny_config(**fields))
+  message = str(error.value)
+  assert '\n' not in message and '; valid: ' in message
+  return message
+
+
+FOUR = """
+  class FourDense(nn.Module):
+    spec: Any
+
+    @nn.compact
+    def __call__(self, x, mode):
+      for features in (self.spec.hidden, self.spec.hidden, self.spec.hidden, self.spec.width):
+        x = nn.Dense(features, use_bias=False)(x)
+      return x
+"""
+
+
+def test_plain_flax_layers_are_refused_by_name_before_data_is_read(
+  method, tiny_config, monkeypatch
+):
+  method('mlp', 'four_dense', FOUR)
+
+  def read(config):
+    raise AssertionError('data was read')
+
+  monkeypatch.setattr(setups, 'data_of', read)
+  found = refused(tiny_config, mlp__name='four_dense')
+  assert 'parameter block_0/mlp/Dense_0/kernel[16, 32] (4 such) would multiply for free' in found
+  assert 'Linear of sparse_lm.layers.linear' in found and 'cost.note' in found
+
+
+def test_a_dense_twin_of_plain_flax_layers_is_refused_too(method, tiny_config):
+  method('mlp', 'four_plain', FOUR)
+  found = refused(tiny_config, mlp__name='moe_topk', mlp__otherwise__name='four_plain')
+  assert 'block_0/mlp/Dense_0/kernel' in found
+
+
+NOTED = """
+  class Noted(nn.Module):
+    spec: Any
+
+    @nn.compact
+    def __call__(self, x, mode):
+      for i, features in enumerate((self.spec.hidden, self.spec.hidden, self.spec.width)):
+        y = nn.Dense(features, use_bias=False, name=f'dense_{i}')(x)
+        x = cost.note(y, (*self.path, f'dense_{i}'), 'linear', 2 * x.size * features, 'kernel')
+      return x
+"""
+
+
+def test_noted_layers_of_any_kind_are_charged_at_the_density_of_their_kernels(method, tiny_config):
+  method('mlp', 'noted', NOTED)
+  weights = {'weight.name': 'static', 'weight.sparsity': 0.75}
+  weights['weight.dense'] = ('embed', 'norm', 'attention')
+  program, target = build(tiny_config(**{'mlp.name': 'noted', **weights}), VOCAB)
+  ledger = lm.ledger(program.model, CONTEXT)
+  mlp = 2 * (WIDTH * HIDDEN + HIDDEN * HIDDEN + HIDDEN * WIDTH)
+  charged = {path: m.flops for path, m in ledger.items() if path.startswith('block_0/mlp/')}
+  assert sum(charged.values()) == mlp and len(charged) == 3
+  traced = lm.traced(program.model, CONTEXT)
+  assert set(executed.differences(ledger, traced)) == {executed.PAIRS}
+  whole = cost.forward_flops(ledger, {})
+  report = train_cost.report(program, target)
+  assert report['flops_forward'] == pytest.approx(whole - 0.75 * mlp)
+
+
+MISSPELT = """
+  class Misspelt(nn.Module):
+    spec: Any
+
+    @nn.compact
+    def __call__(self, x, mode):
+      kernel = self.param('weight', nn.initializers.zeros, (self.spec.width, self.spec.width))
+      y = cost.note(x @ kernel, self.path, 'linear', 2 * x.size * self.spec.width, 'wieght')
+      other = self.param('other', nn.initializers.zeros, (self.spec.width, self.spec.width))
+      return y + other[0] * 0
+"""
+
+
+def test_flops_that_are_noted_for_no_parameter_are_refused(method, tiny_config):
+  method('mlp', 'misspelt', MISSPELT.replace("'wieght'", "'weight'"))
+  assert 'parameter block_0/mlp/other[16, 16] (1 such)' in refused(
+    tiny_config, mlp__name='misspelt'
+  )
+  declared = "cost.note(other[0], self.path, 'lookup', 0, 'other')"
+  text = MISSPELT.replace('other[0]', declared)
+  method('mlp', 'misspelt_kernel', text.replace("'wieght'", "'weight'"))
+  assert setup(tiny_config(mlp__name='misspelt_kernel'))
+  method('mlp', 'misspelt_twice', text.replace("self.param('weight'", "self.param('wait'"))
+  assert 'block_0/mlp/wait[16, 16]' in refused(tiny_config, mlp__name='misspelt_twice')
+  text = text.replace('return y', "return cost.note(y, self.path, 'again', 0, 'weight')")
+  method('mlp', 'misspelt_note', text)
+  found = refused(tiny_config, mlp__name='misspelt_note')
+  assert 'FLOPs are noted for block_0/mlp/wieght, which is no parameter' in found
+  assert 'block_0/mlp/weight' in found
+
+
+GATE = """
+  class Halves(cost.Gating, nn.Module):
+    spec: Any
+    open: float = 0.25
+    planned: ClassVar[float] = 0.25
+    controlled: ClassVar[bool] = False
+    skips: ClassVar[bool] = True
+
+    @nn.compact
+    def __call__(self, x, mode):
+      record(self, 'gates', 'active', jnp.float32(0.25))
+      with cost.gated_by(self):
+        return Linear(self.spec, self.spec.width, name='only')(x)
+"""
+
+
+def test_a_gate_is_charged_as_it_plans(method, tiny_config):
+  method('mlp', 'halves', GATE)
+  program, _ = build(tiny_config(mlp__name='halves'), VOCAB)
+  ledger = lm.ledger(program.model, CONTEXT)
+  gate = cost.Gate('block_0/mlp', planned=0.25)
+  assert ledger['block_0/mlp/only/linear'].gates == (gate,)
+  found = executed.differences(ledger, lm.traced(program.model, CONTEXT))
+  assert found.keys() == {executed.GATES, executed.PAIRS}
+  assert found[executed.GATES] == 0.75 * 2 * WIDTH * WIDTH
+
+
+@pytest.mark.parametrize('word', ['planned', 'controlled', 'skips'])
+def test_a_gate_that_misspells_what_it_declares_is_refused(word, method, tiny_config):
+  name = f'halves_without_{word}'
+  method('mlp', name, re.sub(rf'\b{word}:', f'{word[:-2]}:', GATE))
+  assert f'{name}.Halves does not define {word}' in refused(tiny_config, mlp__name=name)
+
+
+def test_what_gates_without_the_base_class_is_refused(method, tiny_config):
+  method('mlp', 'halves_alone', GATE.replace('cost.Gating, ', '').replace('planned', 'planed'))
+  found = refused(tiny_config, mlp__name='halves_alone')
+  assert 'block_0/mlp (Halves) gates matmuls' in found and 'sparse_lm.plan.cost.Gating' in found
+
+
+def test_every_method_that_saves_by_gates_says_what_it_plans():
+  for slot in lm.LAYER_SLOTS:
+    for name in slots.names(slot):
+      cls = slots.method(slot, name)
+      assert issubclass(cls, cost.Gating) == hasattr(cls, 'planned'), cls

@@ -1,0 +1,322 @@
+"""Damaged checkpoints: an older intact one is used, said aloud, and nothing is lost."""
+
+import json
+import pathlib
+import re
+import resource
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from sparse_lm.core import rng
+from sparse_lm.core.errors import UserError
+from sparse_lm.runs.checkpoint import Checkpoints
+from sparse_lm.runs.history import History
+from sparse_lm.runs.loop import train
+from sparse_lm.runs.setup import setup
+from sparse_lm.runs.trained import load
+from sparse_lm.train.work import Work
+
+ITEMS = {'params', 'sparse', 'optimizer', 'model', 'history', 'data', 'meta'}
+BIG = 1000  # bytes: arrays and their descriptions, not the markers of a finished write
+
+
+@pytest.fixture(scope='module')
+def config(tiny_config):
+  return tiny_config(
+    weight__name='static',
+    weight__sparsity=0.8,
+    optimizer__ema=0.9,
+    train__steps=6,
+    train__checkpoint_every=2,
+  )
+
+
+@pytest.fixture(scope='module')
+def whole(config, tmp_path_factory):
+  """A workdir with checkpoints 2, 4 and 6."""
+  workdir = tmp_path_factory.mktemp('run')
+  train(config, str(workdir), progress=False)
+  return workdir
+
+
+@pytest.fixture
+def workdir(whole, tmp_path):
+  """A copy to damage."""
+  return pathlib.Path(shutil.copytree(whole, tmp_path / 'run'))
+
+
+@pytest.fixture(scope='module')
+def restored(config):
+  """`restored(workdir)`: the state on the host without its key, the next batch of data, the history."""
+  run = setup(config)
+  template = run.program.init(0, run.target)
+
+  def restore(workdir):
+    batches = run.data.train_iterator(rng.data_seed(config.seed))
+    history = History(run.program.finalize(template)[1], 0, Work())
+    checkpoints = Checkpoints(pathlib.Path(workdir))
+    try:
+      state = checkpoints.restore(template, batches, history=history)
+    finally:
+      checkpoints.close()
+    return jax.device_get(state.replace(key=None)), next(batches), history
+
+  return restore
+
+
+@pytest.fixture(scope='module')
+def intact(whole, restored, tmp_path_factory):
+  """What restoring gives from step 4 and from step 6."""
+  older = shutil.copytree(whole, tmp_path_factory.mktemp('older') / 'run')
+  shutil.rmtree(older / 'checkpoints' / '6')
+  return {4: restored(older), 6: restored(whole)}
+
+
+def truncate(path):
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 0x01
+  path.write_bytes(content)
+
+
+def remove(path):
+  path.unlink()
+
+
+def files(folder):
+  return {f.relative_to(folder): f.read_bytes() for f in folder.rglob('*') if f.is_file()}
+
+
+def same(a, b):
+  assert int(a[0].step) == int(b[0].step)
+  assert jax.tree.structure(a[0]) == jax.tree.structure(b[0])
+  jax.tree.map(assert_array_equal, a[0], b[0])
+  assert_array_equal(a[1], b[1])
+  assert a[2].numbers() == b[2].numbers()
+  jax.tree.map(assert_array_equal, a[2].masks, b[2].masks)
+
+
+def test_items_are_separate(whole, intact):
+  newest = whole / 'checkpoints' / '6'
+  assert {path.name for path in newest.iterdir() if path.is_dir()} == ITEMS
+  assert sorted(int(p.name) for p in (whole / 'checkpoints').iterdir()) == [2, 4, 6]
+  # Masks are bits of their own, never inferred from zeros.
+  assert all(m.dtype == bool for m in jax.tree.leaves(intact[6][0].sparse.masks))
+
+
+def test_the_two_checkpoints_differ(intact):
+  # Otherwise no test here could tell which one was used.
+  assert intact[4][0].step == 4 and intact[6][0].step == 6
+  assert not np.array_equal(intact[4][1], intact[6][1])
+  assert intact[4][2].planned_steps == intact[6][2].planned_steps == 6
+
+
+def rewind(path):
+  """A digit of a number, in what is text: still well-formed, and wrong."""
+  path.write_bytes(
+    re.sub(rb'[0-9](?=\D*$)', lambda m: b'4' if m[0] == b'3' else b'3', path.read_bytes())
+  )
+
+
+@pytest.mark.parametrize(('damage', 'first'), [(flip, 0), (truncate, 1), (remove, 2)])
+def test_one_damaged_file_never_gives_a_wrong_state(
+  damage, first, workdir, restored, intact, capfd
+):
+  """Whatever file is hit: the newest state if it is whole for all that, or the older one, aloud."""
+  newest, wrong = workdir / 'checkpoints' / '6', []
+  for path in sorted(f for f in newest.rglob('*') if f.is_file())[first::2]:
+    content = path.read_bytes()
+    damage(path)
+    damaged = files(workdir)
+    capfd.readouterr()
+    got = restored(workdir)
+    said = capfd.readouterr().err
+    step = int(got[0].step)
+    name = str(path.relative_to(newest))
+    try:
+      same(got, intact[step])
+      if step == 4:
+        assert 'corrupt: checkpoint 6' in said and 'using checkpoint 4' in said
+        assert 'Traceback' not in said
+      assert files(workdir) == damaged, 'restoring changed files'
+    except (AssertionError, KeyError) as error:
+      wrong.append(f'{name} ({len(content)} bytes), step {step}: {str(error).strip()[:80]!r}')
+    path.write_bytes(content)
+  assert not wrong, '\n'.join(wrong)
+
+
+@pytest.mark.parametrize('name', ['data', 'meta'])
+def test_a_wrong_number_in_a_small_file_is_noticed(name, workdir, restored, intact):
+  # 6 becomes 3 in the position of the data, a digit changes in the last digest.
+  (path,) = (f for f in (workdir / 'checkpoints' / '6' / name).iterdir() if f.name[0] in 'pm')
+  before = path.read_bytes()
+  rewind(path)
+  assert path.read_bytes() != before
+  got = restored(workdir)
+  same(got, intact[int(got[0].step)])
+
+
+@pytest.mark.parametrize('damage', [truncate, flip, remove])
+@pytest.mark.parametrize('item', ['params', 'sparse', 'optimizer'])
+def test_all_big_files_of_an_item_damaged(item, damage, workdir, restored, intact, capfd):
+  paths = [f for f in (workdir / 'checkpoints' / '6' / item).rglob('*') if f.is_file()]
+  paths = [f for f in paths if f.stat().st_size > BIG]
+  assert paths
+  for path in paths:
+    damage(path)
+  same(restored(workdir), intact[4])
+  assert capfd.readouterr().err.count('checkpoint 6') == 1
+
+
+@pytest.mark.parametrize('item', sorted(ITEMS))
+def test_missing_item_falls_back(item, workdir, restored, intact, capfd):
+  shutil.rmtree(workdir / 'checkpoints' / '6' / item)
+  same(restored(workdir), intact[4])
+  assert 'using checkpoint 4' in capfd.readouterr().err
+
+
+def test_two_damaged_fall_back_to_the_third(workdir, restored, capfd):
+  for step in (4, 6):
+    for path in (workdir / 'checkpoints' / str(step) / 'params').rglob('*'):
+      if path.is_file():
+        truncate(path)
+  assert int(restored(workdir)[0].step) == 2
+  said = capfd.readouterr().err
+  assert 'checkpoint 4' in said and 'checkpoint 6' in said and 'using checkpoint 2' in said
+
+
+def test_training_on_sets_the_damaged_one_aside(config, whole, workdir, restored, intact):
+  newest = workdir / 'checkpoints' / '6'
+  for path in (newest / 'params').rglob('*'):
+    if path.is_file() and path.stat().st_size > BIG:
+      flip(path)
+  damaged = files(newest)
+  (workdir / 'result.json').unlink()
+  result = train(config, str(workdir), progress=False)
+  assert files(workdir / 'corrupt-6') == damaged
+  want = json.loads((whole / 'result.json').read_text())['metrics']
+  assert result['metrics']['val_loss'] == want['val_loss']
+  same(restored(workdir), intact[6])
+
+
+def test_all_damaged_is_refused_and_touches_nothing(config, workdir, restored):
+  for path in (workdir / 'checkpoints').rglob('*'):
+    if path.is_file() and path.stat().st_size > BIG:
+      flip(path)
+  (workdir / 'result.json').unlink()
+  before = files(workdir)
+  with pytest.raises(UserError) as refused:
+    restored(workdir)
+  with pytest.raises(UserError):
+    train(config, str(workdir), progress=False)
+  line = str(refused.value)
+  assert 'no intact checkpoint' in line and '\n' not in line
+  assert all(f'checkpoint {step} (' in line for step in (2, 4, 6))
+  left_out = {pathlib.Path('env.json')}  # of the process that tried
+  after = files(workdir)
+  assert {k: v for k, v in after.items() if k not in left_out} == {
+    k: v for k, v in before.items() if k not in left_out
+  }
+
+
+def test_no_checkpoint_at_all_is_none(config, tmp_path):
+  run = setup(config)
+  checkpoints = Checkpoints(tmp_path)
+  assert checkpoints.restore(run.program.init(0, run.target)) is None
+  checkpoints.close()
+
+
+def test_parameters_load_without_the_optimizer(workdir, whole):
+  for step in (2, 4, 6):
+    shutil.rmtree(workdir / 'checkpoints' / str(step) / 'optimizer')
+    shutil.rmtree(workdir / 'checkpoints' / str(step) / 'data')
+  trained, want = load(str(workdir)), load(str(whole))
+  assert trained.step == want.step == 6
+  jax.tree.map(assert_array_equal, trained.params, want.params)
+  jax.tree.map(assert_array_equal, trained.masks, want.masks)
+
+
+NAMES = (
+  'w[a]',
+  'w[!a-z]',
+  'a\\b',
+  'w*',
+  'w?',
+  '{a,b}',
+  'a b',
+  'ü雪',
+  '~',
+  '%41',
+  'gs:w',
+  '-w',
+  "a'b",
+)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_folder_of_any_name_holds_checkpoints(name, config, tmp_path, monkeypatch):
+  run = setup(config)
+  state = run.program.init(0, run.target)
+  # A pattern would match this one too, and would take the other's arrays.
+  for other in ('wa', 'w', 'ab', 'a'):
+    (tmp_path / other).mkdir()
+  monkeypatch.chdir(tmp_path)
+  for _ in range(2):  # written once, then read by another
+    checkpoints = Checkpoints(pathlib.Path(name))
+    checkpoints.save(state, run.data.train_iterator(0))
+    restored = checkpoints.restore(jax.eval_shape(lambda: state))
+    checkpoints.close()
+    jax.tree.map(assert_array_equal, restored.trainable, state.trainable)
+  assert sorted(path.name for path in (tmp_path / name / 'checkpoints').iterdir()) == ['0']
+  assert sorted(path.name for path in tmp_path.iterdir()) == sorted(['wa', 'w', 'ab', 'a', name])
+
+
+def test_what_cannot_be_read_again_does_not_count(config, tmp_path, monkeypatch):
+  run = setup(config)
+  state = run.program.init(0, run.target)
+  checkpoints = Checkpoints(tmp_path)
+  read = Checkpoints._read
+
+  def damaged(self, step, wanted):
+    for path in (tmp_path / 'checkpoints' / str(step) / 'params').rglob('*'):
+      if path.is_file() and path.stat().st_size > BIG:
+        flip(path)
+    return read(self, step, wanted)
+
+  monkeypatch.setattr(Checkpoints, '_read', damaged)
+  with pytest.raises(UserError, match=r'checkpoint 0 .* cannot be read after it was written'):
+    checkpoints.save(state, run.data.train_iterator(0))
+  assert checkpoints.steps() == [] and (tmp_path / 'corrupt-0').is_dir()
+  checkpoints.close()
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_older_checkpoint(config, tmp_path, capfd):
+  """A limit on the size of a file stands for a full disk, with another number of the error."""
+  run = setup(config)
+  state = run.program.init(0, run.target)
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(state, run.data.train_iterator(0))
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  try:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    with pytest.raises(UserError) as refused:
+      checkpoints.save(state.replace(step=state.step + 1), run.data.train_iterator(0))
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, ignored)
+  checkpoints.close()
+  line = str(refused.value)
+  assert 'checkpoint 1' in line and 'cannot be written' in line and '\n' not in line
+  assert capfd.readouterr().err == ''
+  again = Checkpoints(tmp_path)
+  assert int(again.restore(state).step) == 0 and again.steps() == [0]
+  again.close()

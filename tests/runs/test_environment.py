@@ -1,0 +1,40 @@
+"""A run says on which processor it was made."""
+
+import pytest
+
+from sparse_lm.runs.environment import environment, processor
+
+AMD = """processor\t: 0
+vendor_id\t: AuthenticAMD
+cpu family\t: 25
+model\t\t: 1
+model name\t: AMD EPYC
+flags\t\t: fpu sse2 avx avx2 bmi2
+
+processor\t: 1
+cpu family\t: 99
+model name\t: another core
+flags\t\t: fpu avx512f
+"""
+INTEL = AMD.replace('AMD EPYC', 'Intel(R) Xeon(R)').replace('avx2', 'avx2 avx512f')
+ARM = 'processor : 0\nBogoMIPS : 50.00\nFeatures : fp asimd sha2\n'
+
+
+@pytest.mark.parametrize(
+  ('cpuinfo', 'cpu', 'instructions'),
+  [
+    (AMD, 'AMD EPYC (family 25, model 1)', 'AVX2'),
+    (INTEL, 'Intel(R) Xeon(R) (family 25, model 1)', 'AVX-512'),
+  ],
+)
+def test_the_first_core_tells_the_generation_and_the_widest_vectors(cpuinfo, cpu, instructions):
+  assert processor(cpuinfo) == {'cpu': cpu, 'instruction_set': instructions}
+
+
+def test_a_processor_without_a_model_name_is_its_architecture():
+  assert processor(ARM)['instruction_set'] == 'NEON'
+  assert processor('')['cpu'] and processor('')['instruction_set']
+
+
+def test_a_run_records_both():
+  assert {'cpu', 'instruction_set', 'cores', 'device', 'jax', 'git'} <= set(environment())
