@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
       'weight': {
         'name': 'none',
         'sparsity': 0.0,  # over all prunable weights together
-        'budget': 'uniform',  # uniform | er | erk | a map such as 'attention=0.5,mlp=0.9'
+        'distribution': 'uniform',  # uniform | er | erk | a map such as 'attention=0.5,mlp=0.9'
         'dense': (
           'embed',
           'head',
@@ -61,7 +61,7 @@ def get_config() -> ConfigDict:
       'activation': {'name': 'relu2', 'layers': ':', 'otherwise': {'name': 'relu2'}},
       'attention': {'name': 'full', 'layers': ':', 'otherwise': {'name': 'full'}},
       'mlp': {'name': 'dense', 'layers': ':', 'otherwise': {'name': 'dense'}},
-      'depth': {'name': 'every', 'layers': ':', 'otherwise': {'name': 'every'}},
+      'depth': {'name': 'residual', 'layers': ':', 'otherwise': {'name': 'residual'}},
       # Holds what the gates let through: weights at their density times gates, over the dense twin.
       'budget': {
         'target': 1.0,  # fraction of the dense twin's forward FLOPs, 1 = no controller

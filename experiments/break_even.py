@@ -66,7 +66,7 @@ def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
   draw = np.random.default_rng(0)
   kernels = [draw.standard_normal(shape, np.float32) for _ in range(MATRICES)]
   whole = np.ones(shape, bool)
-  dense = jax.device_put([load_format('dense').pack(k, whole) for k in kernels])
+  dense = jax.device_put([load_format('dense_out_in').pack(k, whole) for k in kernels])
   masks = [_mask(draw, shape, density, size, name) for _ in kernels]
   packed = jax.device_put([load_format(name).pack(k, m) for k, m in zip(kernels, masks)])
   x = jnp.ones((batch, shape[0]))

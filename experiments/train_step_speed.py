@@ -80,10 +80,14 @@ def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
   shape = (config.data.batch, config.data.context + 1)
   tokens = np.random.default_rng(0).integers(0, VOCAB, shape).astype(np.int32)
   make = functools.partial(program.init, 0, target)
-  calls = {'step': _Stepper(functools.partial(program.transition, rewire=False), make(), tokens)}
+  calls = {
+    'step': _Stepper(functools.partial(program.transition, update_masks=False), make(), tokens)
+  }
   updates = _updates_per_step(program.method, program.optimizer.steps)
   if updates:
-    calls['update'] = _Stepper(functools.partial(program.transition, rewire=True), make(), tokens)
+    calls['update'] = _Stepper(
+      functools.partial(program.transition, update_masks=True), make(), tokens
+    )
   calls['reference'] = _reference(run.labels['reference'], program, tokens)
   calls['peak'], peak_flops = speed.matmul()
   seconds = speed.interleaved(calls, REPEATS, run.labels['step'])
@@ -115,7 +119,9 @@ def _reference(name: str, program: Any, tokens: np.ndarray) -> _Stepper:
     state = plain_twin.create(program.model.spec, program.tx, seed=0)
     return _Stepper(plain_twin.train_step, state, tokens)
   dense, target = build(configs.load(CONFIG), VOCAB)
-  return _Stepper(functools.partial(dense.transition, rewire=False), dense.init(0, target), tokens)
+  return _Stepper(
+    functools.partial(dense.transition, update_masks=False), dense.init(0, target), tokens
+  )
 
 
 def report(lines: list[results.Line], folder: pathlib.Path) -> str:

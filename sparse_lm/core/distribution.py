@@ -16,13 +16,13 @@ from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError, unknown
 from sparse_lm.core.units import Pattern
 
-BUDGETS = ('uniform', 'er', 'erk')
+DISTRIBUTIONS = ('uniform', 'er', 'erk')
 COARSEST = 0.1  # of a density: how far rounding to whole units may lead from what was asked for
 
 
 def solve(shapes: dict[str, tuple[int, ...]], sparsity: float, budget: str) -> dict[str, float]:
   """Density for each path. Raises UserError for an unknown budget or one that cannot be met."""
-  if budget in BUDGETS and not sparsity:
+  if budget in DISTRIBUTIONS and not sparsity:
     return dict.fromkeys(shapes, 1.0)  # whatever rounding makes of a share of everything
   if '=' in budget:
     return _mapped(shapes, sparsity, budget)
@@ -30,7 +30,9 @@ def solve(shapes: dict[str, tuple[int, ...]], sparsity: float, budget: str) -> d
     return dict.fromkeys(shapes, 1 - sparsity)
   if budget in ('er', 'erk'):
     return _erdos_renyi(shapes, 1 - sparsity)
-  raise unknown('config.weight.budget', budget, [*BUDGETS, 'a map such as attention=0.5,mlp=0.9'])
+  raise unknown(
+    'config.weight.distribution', budget, [*DISTRIBUTIONS, 'a map such as attention=0.5,mlp=0.9']
+  )
 
 
 def _erdos_renyi(shapes: dict[str, tuple[int, ...]], density: float) -> dict[str, float]:
@@ -59,12 +61,14 @@ def _mapped(shapes: dict[str, tuple[int, ...]], sparsity: float, budget: str) ->
       share = math.nan
     if not 0 <= share < 1:
       raise UserError(
-        f'config.weight.budget entry {entry.strip()!r}: sparsity is to be a number in [0, 1)'
+        f'config.weight.distribution entry {entry.strip()!r}: sparsity is to be a number in [0, 1)'
       )
-    found = [path for path in shapes if tree.matches((expression,), path, 'config.weight.budget')]
+    found = [
+      path for path in shapes if tree.matches((expression,), path, 'config.weight.distribution')
+    ]
     if not found:
       raise UserError(
-        f'config.weight.budget entry {entry.strip()!r} matches no prunable parameter; there are: '
+        f'config.weight.distribution entry {entry.strip()!r} matches no prunable parameter; there are: '
         + ', '.join(shapes)
       )
     densities |= {path: 1 - share for path in found if path not in claimed}
@@ -88,7 +92,7 @@ def _expressed(
   for paths in parts.values():
     want, got = (_total({path: shapes[path] for path in paths}, d) for d in (asked, found))
     if abs(got - want) > COARSEST * want:
-      field = 'config.weight.budget' if '=' in budget else 'config.weight.sparsity'
+      field = 'config.weight.distribution' if '=' in budget else 'config.weight.sparsity'
       near = _nearest({path: shapes[path] for path in paths}, got, budget, units)
       raise UserError(
         f'{field}: whole units cannot come to a sparsity of {1 - want:.9g}, only to {1 - got:.9g}; '

@@ -42,7 +42,7 @@ class Group:
     path: of the module that declares it.
     units: how many there are.
     members: the parameters that they are made of; leading axes (experts) multiply the units.
-    compete: whether a method selects among them in every forward pass. Then decoding may read the
+    dynamic: whether a method selects among them in every forward pass. Then decoding may read the
       selected alone, and none can be removed: how many there are decides which are selected.
   """
 
@@ -50,7 +50,7 @@ class Group:
   path: str
   units: int
   members: tuple[Member, ...]
-  compete: bool = False
+  dynamic: bool = False
 
   @property
   def name(self) -> str:
@@ -64,7 +64,7 @@ _open: contextvars.ContextVar[dict[str, Group] | None] = contextvars.ContextVar(
 
 
 def note(
-  path: tuple[str, ...], kind: str, units: int, axes: Mapping[str, int], compete: bool = False
+  path: tuple[str, ...], kind: str, units: int, axes: Mapping[str, int], dynamic: bool = False
 ) -> None:
   """Declares a group of the module at `path`; does nothing unless groups are being recorded.
 
@@ -74,7 +74,7 @@ def note(
   groups = _open.get()
   if groups is not None:
     members = tuple(Member('/'.join((*path, name)), axis) for name, axis in axes.items())
-    group = Group(kind, '/'.join(path), units, members, compete)
+    group = Group(kind, '/'.join(path), units, members, dynamic)
     groups[group.name] = group
 
 

@@ -178,7 +178,7 @@ def read_bytes(packed: PackedModel, tokens_BxL: np.ndarray) -> int:
     return gate.skips and (down is None or down.runs.selects == -2)
 
   read = shares(model, tokens_BxL.shape[1], active, skips)
-  for path, parts in lm.packable(model).joined.items():
+  for path, parts in lm.packable(model).fused.items():
     read[f'{path}/kernel'] = read[f'{parts[0]}/kernel']  # all parts run under the same gates
   stored = {p: held.get(f'packed/{p}', held.get(f'params/{p}', 0)) for p in read}
   return round(sum(stored[path] * share for path, share in read.items()))

@@ -58,7 +58,7 @@ class Kernel:
   dense_bytes: int
 
   @classmethod
-  def side_by_side(cls, kernels: Sequence['Kernel']) -> 'Kernel':
+  def fused(cls, kernels: Sequence['Kernel']) -> 'Kernel':
     """One kernel with the outputs of several of the same inputs."""
     weights, masks = ([getattr(k, name) for k in kernels] for name in ('weights', 'mask'))
     total = sum(kernel.dense_bytes for kernel in kernels)
@@ -127,8 +127,8 @@ def pack(model: LM, params: Tree, masks: Tree, state: Tree) -> PackedModel:
     if path not in small
   }
   matrices = _chosen(declared, kernels, fractions)
-  for path, parts in packable.joined.items():
-    matrices = _joined(f'{path}/kernel', [f'{part}/kernel' for part in parts], kernels, matrices)
+  for path, parts in packable.fused.items():
+    matrices = _fused(f'{path}/kernel', [f'{part}/kernel' for part in parts], kernels, matrices)
     biases = [f'{part}/bias' for part in parts]
     if f'{path}/kernel' in matrices and biases[0] in small:
       small[f'{path}/bias'] = np.concatenate([small.pop(bias) for bias in biases])
@@ -150,7 +150,7 @@ def _chosen(
   """
   chosen: dict[str, Matrix] = {}
   for group in groups:
-    if group.kind == 'neuron' and group.compete:
+    if group.kind == 'neuron' and group.dynamic:
       members = [member for member in group.members if member.path in kernels]
       down, up = ([m.path for m in members if m.axis == axis] for axis in (-2, -1))
       chosen |= {path: choose(path, kernels[path], {-2: fractions[path]}) for path in down}
@@ -162,7 +162,7 @@ def _chosen(
   return {path: chosen[path] for path in kernels}
 
 
-def _joined(
+def _fused(
   path: str, parts: list[str], kernels: dict[str, Kernel], matrices: dict[str, Matrix]
 ) -> dict[str, Matrix]:
   """With one matrix in the place of several, where that is to take no longer.
@@ -171,7 +171,7 @@ def _joined(
   """
   if not all(part in kernels for part in parts):
     return matrices
-  one = choose(path, Kernel.side_by_side([kernels[part] for part in parts]), {})
+  one = choose(path, Kernel.fused([kernels[part] for part in parts]), {})
   if one.runs.cost() > sum(matrices[part].runs.cost() for part in parts):
     return matrices
   first, *others = parts
@@ -196,7 +196,7 @@ def assemble(
   """The variables of a packed model from its parts."""
   held: dict[str, Any] = {path: matrix.runs for path, matrix in matrices.items()} | small
   held |= {f'{path}/kept': kept for path, kept in left.kept.items()}
-  held |= {f'without_{layer}': np.zeros((), np.int32) for layer in left.without}
+  held |= {f'removed_layer_{layer}': np.zeros((), np.int32) for layer in left.removed_layers}
   variables = {'params': nested(left.params), 'packed': nested(held), **state}
   return PackedModel(model, jax.device_put(variables), matrices, left.removed)
 

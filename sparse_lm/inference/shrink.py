@@ -22,14 +22,14 @@ class Shrunk:
     params: by path.
     masks: bool, by path; a parameter without one is kept in full.
     kept: of experts that lost some, by the path of their module: int32, which are left.
-    without: numbers of the layers that add nothing.
+    removed_layers: numbers of the layers that add nothing.
     removed: lines for people, one for each group that lost units.
   """
 
   params: Arrays
   masks: Arrays
   kept: Arrays
-  without: tuple[int, ...]
+  removed_layers: tuple[int, ...]
   removed: list[str]
 
 
@@ -38,16 +38,16 @@ def shrink(params: Arrays, masks: Arrays, groups: Iterable[Group], closed: Itera
   out = Shrunk(dict(params), dict(masks), {}, (), [])
   layers = {group.kind: group.units for group in groups}.get('layer', 0)
   dead = [i for i in range(layers) if i in closed or _adds_nothing(out, groups, f'block_{i}/')]
-  out.without = tuple(dead[: layers - 1])  # a model keeps one layer
-  for layer in out.without:
+  out.removed_layers = tuple(dead[: layers - 1])  # a model keeps one layer
+  for layer in out.removed_layers:
     prefixes = f'block_{layer}/', f'depth_{layer}/'
     for arrays in (out.params, out.masks):
       for path in [path for path in arrays if path.startswith(prefixes)]:
         del arrays[path]
-  if out.without:
-    out.removed.append(f'layers {", ".join(map(str, out.without))}: removed')
+  if out.removed_layers:
+    out.removed.append(f'layers {", ".join(map(str, out.removed_layers))}: removed')
   for group in groups:
-    if group.kind != 'layer' and not group.compete:
+    if group.kind != 'layer' and not group.dynamic:
       _shrink_group(out, group)
   return out
 

@@ -1,6 +1,6 @@
 """Tokens to experts and back: one plan, and two executors of it.
 
-A plan seats (token, choice) pairs in slots; slots come in blocks of equal size and a block belongs to
+A plan gives (token, choice) pairs slots; slots come in blocks of equal size and a block belongs to
 one expert, so that experts run as one batched matmul. `sort` moves rows by index; `einsum` multiplies
 by one-hot matrices, as GShard does, and is the reference.
 """
@@ -18,7 +18,7 @@ EXECUTORS = ('sort', 'einsum')
 
 
 class Plan(NamedTuple):
-  """Who sits where: T tokens, J choices each, S slots.
+  """Which pair has which slot: T tokens, J choices each, S slots.
 
   Attributes:
     slot_TxJ: int32, the slot of a choice, S where it was dropped.
@@ -34,7 +34,7 @@ class Plan(NamedTuple):
   load_E: Array
 
   @property
-  def seated_TxJ(self) -> Array:
+  def served_TxJ(self) -> Array:
     """Whether a choice got a slot, bool."""
     return self.slot_TxJ < self.pair_S.size
 
@@ -42,11 +42,11 @@ class Plan(NamedTuple):
   def dropped(self) -> Array:
     """Fraction of the pairs that asked for an expert and got no slot, float32."""
     asked = jnp.sum(self.load_E)
-    return (asked - jnp.sum(self.seated_TxJ)) / jnp.maximum(asked, 1)
+    return (asked - jnp.sum(self.served_TxJ)) / jnp.maximum(asked, 1)
 
 
 def plan(expert_TxJ: Array, experts: int, capacity: int | None, block: int = 64) -> Plan:
-  """Seats pairs in order: earlier tokens first, of one token the earlier choice.
+  """Gives pairs slots in order: earlier tokens first, of one token the earlier choice.
 
   Args:
     expert_TxJ: int32, the expert of each choice; `experts` = none.
@@ -68,7 +68,7 @@ def plan(expert_TxJ: Array, experts: int, capacity: int | None, block: int = 64)
     slots = experts * capacity
     start_E = jnp.arange(experts) * capacity
     expert_N = jnp.arange(experts)
-    seated = place < capacity
+    served = place < capacity
   else:
     blocks_E = -(-load_E // block)
     blocks = -(-pairs // block) + experts
@@ -76,8 +76,8 @@ def plan(expert_TxJ: Array, experts: int, capacity: int | None, block: int = 64)
     start_E = (jnp.cumsum(blocks_E) - blocks_E) * block
     # Behind the last block with a pair in it they are no expert's.
     expert_N = jnp.searchsorted(jnp.cumsum(blocks_E), jnp.arange(blocks), side='right')
-    seated = True
-  slot = jnp.where(seated & (sorted_expert < experts), start_E[one_of] + place, slots)
+    served = True
+  slot = jnp.where(served & (sorted_expert < experts), start_E[one_of] + place, slots)
   slot_TxJ = jnp.zeros(pairs, jnp.int32).at[order].set(slot.astype(jnp.int32))
   pair_S = jnp.full(slots, pairs, jnp.int32).at[slot].set(order.astype(jnp.int32), mode='drop')
   return Plan(slot_TxJ.reshape(tokens, choices), pair_S, expert_N.astype(jnp.int32), load_E)
@@ -87,8 +87,8 @@ def dispatch(x_TxD: Array, plan: Plan, executor: str) -> Array:
   """Token rows in their slots, zeros in empty ones: `[N, S / N, D]`."""
   tokens, choices = plan.slot_TxJ.shape
   if executor == 'einsum':
-    seats_TxJxS = _seats(plan, x_TxD.dtype)
-    x_SxD = jnp.einsum('ts,td->sd', jnp.sum(seats_TxJxS, axis=1), x_TxD)
+    one_hot_TxJxS = _one_hot(plan, x_TxD.dtype)
+    x_SxD = jnp.einsum('ts,td->sd', jnp.sum(one_hot_TxJxS, axis=1), x_TxD)
     x_SxD = cost.uncharged(x_SxD, 'tokens moved by one-hot matrices', 2 * tokens * x_SxD.size)
   else:
     token_S = jnp.where(plan.pair_S < tokens * choices, plan.pair_S // choices, tokens)
@@ -101,7 +101,7 @@ def combine(y_NxPxD: Array, plan: Plan, weight_TxJ: Array, executor: str) -> Arr
   y_SxD = y_NxPxD.reshape(-1, y_NxPxD.shape[-1])
   weight_TxJ = weight_TxJ.astype(y_SxD.dtype)
   if executor == 'einsum':
-    weight_TxS = weighted_sum(_seats(plan, y_SxD.dtype), weight_TxJ)
+    weight_TxS = weighted_sum(_one_hot(plan, y_SxD.dtype), weight_TxJ)
     y_TxD = weight_TxS @ y_SxD
     flops = 2 * weight_TxS.size * y_SxD.shape[1]
     return cost.uncharged(y_TxD, 'tokens moved by one-hot matrices', flops)
@@ -115,7 +115,7 @@ def weighted_sum(y_TxJxD: Array, weight_TxJ: Array) -> Array:
   return cost.uncharged(y_TxD, "weighted sum of a token's experts", 2 * y_TxJxD.size)
 
 
-def _seats(plan: Plan, dtype: jnp.dtype) -> Array:
+def _one_hot(plan: Plan, dtype: jnp.dtype) -> Array:
   """One-hot `[T, J, S]`; all zero where a pair was dropped."""
   return jax.nn.one_hot(plan.slot_TxJ, plan.pair_S.size, dtype=dtype)
 

@@ -40,8 +40,8 @@ class Experts(nn.Module):
     """
     activation = self.activation()
     run = functools.partial(self._run, activation, rows=rows, mode=mode)
-    axes, compete = {'up': -1, 'down': -2}, selects(activation)
-    groups.note(self.path, 'neuron', self.experts * self.hidden, axes, compete)
+    axes, dynamic = {'up': -1, 'down': -2}, selects(activation)
+    groups.note(self.path, 'neuron', self.experts * self.hidden, axes, dynamic)
     if not self.has_variable('packed', 'kept'):
       return run(x_NxPxD, expert_N)
     kept_R = self.get_variable('packed', 'kept')  # the others add nothing and were removed

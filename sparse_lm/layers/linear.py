@@ -68,7 +68,7 @@ class Linear(nn.Module):
     return PackedLinear(self.get_variable('packed', 'kernel'), bias, self.spec.compute)
 
 
-def side_by_side(
+def fused_projections(
   module: nn.Module, spec: Spec, x: jax.Array, features: dict[str, int]
 ) -> list[jax.Array]:
   """Linear layers of the same inputs, by name: `[..., features]` each. `module` is what calls this.
@@ -76,11 +76,11 @@ def side_by_side(
   Packed they can be one, which a CPU multiplies at more of its memory's bandwidth than several smaller
   ones. Units that were removed were removed of all alike.
   """
-  joined = '_'.join(features)
-  if not module.has_variable('packed', joined):
-    packable.note_joined(module.path, joined, features)
+  fused = '_'.join(features)
+  if not module.has_variable('packed', fused):
+    packable.note_fused(module.path, fused, features)
     return [Linear(spec, count, name=name)(x) for name, count in features.items()]
-  y = Linear(spec, sum(features.values()), name=joined)(x)
+  y = Linear(spec, sum(features.values()), name=fused)(x)
   ends = np.cumsum(list(features.values())) * y.shape[-1] // sum(features.values())
   return jnp.split(y, ends[:-1], axis=-1)
 

@@ -10,7 +10,7 @@ from sparse_lm.core import groups
 from sparse_lm.layers import cache, record
 from sparse_lm.layers.embed import rotate
 from sparse_lm.layers.gate import LearnedGate
-from sparse_lm.layers.linear import Linear, Norm, side_by_side
+from sparse_lm.layers.linear import Linear, Norm, fused_projections
 from sparse_lm.layers.spec import Spec
 from sparse_lm.plan import cost
 
@@ -36,7 +36,9 @@ class Attention(nn.Module):
     b, l, _ = x_BxLxD.shape
 
     wide, narrow = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    projected = side_by_side(self, spec, x_BxLxD, {'query': wide, 'key': narrow, 'value': narrow})
+    projected = fused_projections(
+      self, spec, x_BxLxD, {'query': wide, 'key': narrow, 'value': narrow}
+    )
     # Fewer heads where some were removed.
     q_BxLxHxK, k_BxLxGxK, v_BxLxGxK = (y.reshape(b, l, -1, spec.head_dim) for y in projected)
     if spec.positions == 'rotary':
@@ -44,7 +46,7 @@ class Attention(nn.Module):
     # Query heads that share a key head are pruned with it.
     axes = {'query/kernel': -1, 'key/kernel': -1, 'value/kernel': -1, 'out/kernel': -2}
     inner = self.inner()
-    groups.note(self.path, 'head', spec.kv_heads, axes, compete=isinstance(inner, LearnedGate))
+    groups.note(self.path, 'head', spec.kv_heads, axes, dynamic=isinstance(inner, LearnedGate))
     keys = k_BxLxGxK, v_BxLxGxK, positions_BxL, valid_BxL
     if mode == 'decode' and self.is_mutable_collection('cache'):
       keys = cache.extend(self, self.held, *keys)

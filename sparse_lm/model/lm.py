@@ -72,7 +72,7 @@ class LM(nn.Module):
     x_BxLxD = embed(tokens_BxL, positions_BxL)
     x_BxLxD = nn.Dropout(spec.dropout, deterministic=mode != 'train')(x_BxLxD)
     for layer in range(spec.layers):
-      if self.has_variable('packed', f'without_{layer}'):
+      if self.has_variable('packed', f'removed_layer_{layer}'):
         continue
       x_BxLxD = _layer(spec, self.choices, layer, x_BxLxD, positions_BxL, valid_BxL, mode)
     return embed.logits(Norm(spec, name='norm')(x_BxLxD))
@@ -242,7 +242,7 @@ def packable(model: LM) -> packables.Packable:
   """What the modules take packed, each path once."""
   with packables.recording() as found:
     shapes(model)
-  return packables.Packable(list(dict.fromkeys(found.paths)), found.joined)
+  return packables.Packable(list(dict.fromkeys(found.paths)), found.fused)
 
 
 def ledger(model: LM, length: int, mode: str = 'eval') -> cost.Ledger:

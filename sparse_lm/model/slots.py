@@ -21,7 +21,9 @@ from sparse_lm.core.errors import UserError
 SLOTS = ('weight', 'activation', 'attention', 'mlp', 'depth')
 # The keys of a slot's config besides its method's own.
 _LAYER_KEYS = ('name', 'layers', 'otherwise')
-SHARED = dict.fromkeys(SLOTS, _LAYER_KEYS) | {'weight': ('name', 'sparsity', 'budget', 'dense')}
+SHARED = dict.fromkeys(SLOTS, _LAYER_KEYS) | {
+  'weight': ('name', 'sparsity', 'distribution', 'dense')
+}
 
 
 def names(slot: str) -> list[str]:

@@ -67,6 +67,6 @@ class NOfM(Pattern):
         raise UserError(
           f"config.weight.pattern '{self.n}:{self.m}' cannot express a sparsity of {1 - asked:.4g} "
           f'(of {path}); valid: config.weight.sparsity={1 - self.n / self.m:.6g} with '
-          "config.weight.budget='uniform'"
+          "config.weight.distribution='uniform'"
         )
     return dict(density)

@@ -12,11 +12,11 @@ class Packable:
 
   Attributes:
     paths: of parameters.
-    joined: by the path of a linear layer, the layers that it can replace, in the order of their outputs.
+    fused: by the path of a linear layer, the layers that it can replace, in the order of their outputs.
   """
 
   paths: list[str] = dataclasses.field(default_factory=list)
-  joined: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+  fused: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 _open: contextvars.ContextVar[Packable | None] = contextvars.ContextVar('packable', default=None)
@@ -29,11 +29,11 @@ def note(path: tuple[str, ...], *names: str) -> None:
     found.paths.extend('/'.join((*path, name)) for name in names)
 
 
-def note_joined(path: tuple[str, ...], name: str, parts: Iterable[str]) -> None:
+def note_fused(path: tuple[str, ...], name: str, parts: Iterable[str]) -> None:
   """Says that the module at `path` takes one linear layer in place of several of the same inputs."""
   found = _open.get()
   if found is not None:
-    found.joined['/'.join((*path, name))] = tuple('/'.join((*path, part)) for part in parts)
+    found.fused['/'.join((*path, name))] = tuple('/'.join((*path, part)) for part in parts)
 
 
 @contextlib.contextmanager

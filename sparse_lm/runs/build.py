@@ -32,15 +32,15 @@ def build(config: ConfigDict, vocab: int) -> tuple[Program, Tree]:
   target = budget.targets(
     lm.shapes(model)['params'],
     config.weight.sparsity,
-    config.weight.budget,
+    config.weight.distribution,
     config.weight.dense,
     method.units,
   )
   if method.controlled and any(float(d) < 1 for d in tree.named(target).values()):
     raise UserError(
-      f'config.weight.sparsity={config.weight.sparsity} with config.weight.budget='
-      f'{config.weight.budget!r}: {config.weight.name} learns its sparsity; valid: 0 without a map, and '
-      'config.budget.target or a price'
+      f'config.weight.sparsity={config.weight.sparsity} with '
+      f'config.weight.distribution={config.weight.distribution!r}: {config.weight.name} learns its '
+      'sparsity; valid: 0 without a map, and config.budget.target or a price'
     )
   if not method.masked:
     if config.weight.sparsity:

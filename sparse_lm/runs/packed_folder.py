@@ -30,7 +30,7 @@ from sparse_lm.runs import configs
 from sparse_lm.runs.trained import Trained
 from sparse_lm.runs.workdir import check_new, read_json, whole_folder, write_json
 
-VERSION = 3
+VERSION = 4
 MANIFEST, ARRAYS, PLAIN = 'packed.json', 'packed.safetensors', 'model.safetensors'
 READ = (ARRAYS, 'config.json', 'tokenizer.json')
 
@@ -203,7 +203,7 @@ def _arrays(packed: PackedModel) -> tuple[dict[str, jax.Array], dict[str, Any]]:
 def _kernel_shapes(model: lm.LM) -> dict[str, tuple[int, ...]]:
   """By path, the shape of every kernel before anything was removed, of joined ones too."""
   shapes = {path: leaf.shape for path, leaf in tree.named(lm.shapes(model)['params']).items()}
-  for path, parts in lm.packable(model).joined.items():
+  for path, parts in lm.packable(model).fused.items():
     kernels = [shapes[f'{part}/kernel'] for part in parts if f'{part}/kernel' in shapes]
     if kernels:
       shapes[f'{path}/kernel'] = (*kernels[0][:-1], sum(shape[-1] for shape in kernels))

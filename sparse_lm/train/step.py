@@ -60,12 +60,12 @@ class Program:
   @functools.cached_property
   def train_step(self) -> Any:
     """`(state, tokens_BxL+1, teacher's logits or None) -> (state, metrics)`; the state is donated."""
-    return jax.jit(functools.partial(self.transition, rewire=False), donate_argnums=0)
+    return jax.jit(functools.partial(self.transition, update_masks=False), donate_argnums=0)
 
   @functools.cached_property
-  def rewire_step(self) -> Any:
+  def mask_update_step(self) -> Any:
     """The same for the steps in which the method's `update` is due: selection stays out of the rest."""
-    return jax.jit(functools.partial(self.transition, rewire=True), donate_argnums=0)
+    return jax.jit(functools.partial(self.transition, update_masks=True), donate_argnums=0)
 
   @functools.cached_property
   def eval_step(self) -> Any:
@@ -79,7 +79,7 @@ class Program:
 
   def step(self, step: int) -> Any:
     """The compiled step for optimizer step `step`."""
-    return self.rewire_step if self.method.due(step) else self.train_step
+    return self.mask_update_step if self.method.due(step) else self.train_step
 
   @functools.cached_property
   def costs(self) -> tuple[cost.Ledger, float]:
@@ -174,9 +174,12 @@ class Program:
     tokens_BxL1: Array,
     teacher_BxLxV: Array | None = None,
     *,
-    rewire: bool,
+    update_masks: bool,
   ) -> tuple[TrainState, Metrics]:
-    """One optimizer step, uncompiled; with `rewire` the method's `update` follows it or replaces it."""
+    """One optimizer step, uncompiled.
+
+    With `update_masks` the method's `update` follows the optimizer's update, or replaces it.
+    """
     method, step = self.method, state.step
     key_mask, key_model, key_update = jax.random.split(jax.random.fold_in(state.key, step), 3)
     seen, pull_back = jax.vjp(
@@ -194,15 +197,15 @@ class Program:
 
     trainable, sparse, opt_state = state.trainable, state.sparse, state.opt_state
     changed = jax.tree.map(lambda x: None, trainable)
-    if not (rewire and method.replaces_step):
+    if not (update_masks and method.replaces_step):
       updates, opt_state = self.tx.update(trainable_grads, opt_state, trainable)
       if any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(trainable)):
         metrics['lost_updates'] = lost_updates(trainable, updates)
       trainable = method.constrain(optax.apply_updates(trainable, updates), sparse)
-    if rewire:
+    if update_masks:
       change = method.update(trainable, sparse, {'grads': grads[0]}, step, key_update)
       trainable, sparse = change.trainable, change.sparse
-      changed = changed | {'params': change.changed}
+      changed = changed | {'params': change.toggled}
       opt_state = zero_moments(self.tx, opt_state, changed)
     return (
       state.replace(

@@ -37,20 +37,20 @@ class Sparse(struct.PyTreeNode):
   extra: Tree = None
 
 
-class Change(struct.PyTreeNode):
+class MaskUpdate(struct.PyTreeNode):
   """What an update of the connections did.
 
   Attributes:
-    changed: bool like the parameters, `None` = dense: weights that were dropped or set to zero. Their
+    toggled: bool like the parameters, `None` = dense: weights that were dropped or set to zero. Their
       moments and averages start again.
   """
 
   trainable: Tree
   sparse: Sparse
-  changed: Tree
+  toggled: Tree
 
 
-def covered(leaves: Tree, like: Tree) -> Tree:
+def restrict_to(leaves: Tree, like: Tree) -> Tree:
   """The leaves where `like` has one, `None` elsewhere."""
   return tree.where_sparse(lambda leaf, _: leaf, leaves, like, dense=lambda _: None)
 
@@ -64,7 +64,7 @@ def apply_masks(params: Tree, masks: Tree) -> Tree:
 
 def exchange_masks(
   trainable: Tree, sparse: Sparse, masks: Tree, survived: Tree | None = None
-) -> Change:
+) -> MaskUpdate:
   """The change from `sparse.masks` to `masks`.
 
   Connections of both masks keep their values, or those in `survived` alone, where that is given. All
@@ -82,7 +82,7 @@ def exchange_masks(
     dense=lambda w: None,
   )
   masked = trainable | {'params': apply_masks(params, survived)}
-  return Change(masked, sparse.replace(masks=masks), changed)
+  return MaskUpdate(masked, sparse.replace(masks=masks), changed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +157,7 @@ class WeightMethod:
 
   def update(
     self, trainable: Tree, sparse: Sparse, signals: dict[str, Tree], step: Array, key: Array
-  ) -> Change:
+  ) -> MaskUpdate:
     """Changes the connections."""
     raise NotImplementedError(type(self).__name__)
 

@@ -15,7 +15,7 @@ from sparse_lm.core import tree
 from sparse_lm.core.tree import Tree
 from sparse_lm.core.units import Pattern
 from sparse_lm.kernels.topk import topk_mask
-from sparse_lm.weights.method import Array, Change, Sparse, WeightMethod, covered
+from sparse_lm.weights.method import Array, MaskUpdate, Sparse, WeightMethod, restrict_to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class OneShot(WeightMethod):
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
     """Full masks."""
-    masks = jax.tree.map(lambda w: jnp.ones(w.shape, bool), covered(params, target))
+    masks = jax.tree.map(lambda w: jnp.ones(w.shape, bool), restrict_to(params, target))
     return {'params': params, 'learned': {}}, Sparse(masks, target)
 
   def prune(self, params: Tree, signals: dict[str, Tree], target: Tree) -> tuple[Tree, Tree]:
@@ -35,13 +35,15 @@ class OneShot(WeightMethod):
 
   def update(
     self, trainable: Tree, sparse: Sparse, signals: dict[str, Tree], step: Array, key: Array
-  ) -> Change:
+  ) -> MaskUpdate:
     """Prunes the leaves that have signals; the others stay as they are."""
     params, present = trainable['params'], next(iter(signals.values()))
-    weights, masks = self.prune(covered(params, present), signals, covered(sparse.target, present))
+    weights, masks = self.prune(
+      restrict_to(params, present), signals, restrict_to(sparse.target, present)
+    )
     kept = _replaced(sparse.masks, masks)
     changed = jax.tree.map(lambda old, new: old != new, sparse.masks, kept)
-    return Change(
+    return MaskUpdate(
       trainable | {'params': _replaced(params, weights)}, sparse.replace(masks=kept), changed
     )
 

@@ -9,7 +9,7 @@ from sparse_lm.core import tree
 from sparse_lm.core.errors import unknown
 from sparse_lm.core.tree import Tree
 from sparse_lm.core.units import Pattern
-from sparse_lm.weights.method import Array, Sparse, apply_masks, covered
+from sparse_lm.weights.method import Array, Sparse, apply_masks, restrict_to
 
 RESCALES = ('none', 'layer', 'unit')
 
@@ -27,7 +27,7 @@ def random_start(
     rescale: 'none'; 'layer' divides a kernel by sqrt(density); 'unit' divides each output's column
       by the square root of its own density (both from RigL's initialisers; Evci et al. 2020, 2022).
   """
-  prunable = covered(params, target)
+  prunable = restrict_to(params, target)
   shapes = jax.eval_shape(units.pool, prunable)
   draws = {name: jax.random.uniform(path_key(key, name), u.shape) for name, u in shapes.items()}
   masks = units.expand(units.select(draws, units.densities(target, prunable)), prunable)

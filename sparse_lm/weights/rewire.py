@@ -12,7 +12,14 @@ from sparse_lm.core.ranges import ranged
 from sparse_lm.core.tree import Tree
 from sparse_lm.core.units import by_slice
 from sparse_lm.kernels.topk import topk_mask
-from sparse_lm.weights.method import Array, Change, Sparse, WeightMethod, covered, exchange_masks
+from sparse_lm.weights.method import (
+  Array,
+  MaskUpdate,
+  Sparse,
+  WeightMethod,
+  exchange_masks,
+  restrict_to,
+)
 from sparse_lm.weights.random_start import check, path_key, random_start
 
 
@@ -100,15 +107,15 @@ class Rewiring(WeightMethod):
 
   def update(
     self, trainable: Tree, sparse: Sparse, signals: dict[str, Tree], step: Array, key: Array
-  ) -> Change:
+  ) -> MaskUpdate:
     """Rewires every leaf."""
     params = trainable['params']
 
-    units, magnitudes = self.units, jax.tree.map(jnp.abs, covered(params, sparse.masks))
+    units, magnitudes = self.units, jax.tree.map(jnp.abs, restrict_to(params, sparse.masks))
     alive = units.alive(sparse.masks)
     pooled = units.pool(magnitudes)
     signalled = {
-      need: units.pool(jax.tree.map(jnp.abs, covered(signals[need], sparse.masks)))
+      need: units.pool(jax.tree.map(jnp.abs, restrict_to(signals[need], sparse.masks)))
       for need in self.needs
     }
     rewired, survived = {}, {}

@@ -93,8 +93,11 @@ BAD = {
   'pattern': ({'config.weight.name': 'set', 'config.weight.pattern': 'unstruct'}, "'unstructured'"),
   'rescale': ({'config.weight.name': 'static', 'config.weight.rescale': 'units'}, "'unit'"),
   'period': ({'config.weight.name': 'rigl', 'config.weight.period': 0}, 'config.weight.period'),
-  'budget': ({'config.weight.name': 'set', 'config.weight.budget': 'erq'}, 'erk'),
-  'budget expression': ({'config.weight.name': 'set', 'config.weight.budget': '(=0.5'}, 'budget'),
+  'budget': ({'config.weight.name': 'set', 'config.weight.distribution': 'erq'}, 'erk'),
+  'budget expression': (
+    {'config.weight.name': 'set', 'config.weight.distribution': '(=0.5'},
+    'budget',
+  ),
   'dense expression': ({'config.weight.name': 'set', 'config.weight.dense': "('(',)"}, 'dense'),
   'nothing to prune': ({'config.weight.name': 'set', 'config.weight.dense': "('.',)"}, 'dense'),
   'layers': ({'config.mlp.layers': '5:'}, 'config.mlp.layers'),
@@ -104,7 +107,7 @@ BAD = {
     {'config.depth.name': 'mixture_of_depths', 'config.depth.capacity': 0.001},
     'config.depth.capacity',
   ),
-  'seats of an expert': (
+  'slots of an expert': (
     {'config.mlp.name': 'moe_topk', 'config.mlp.capacity': 0.01},
     'config.mlp.capacity',
   ),

@@ -100,11 +100,11 @@ def test_a_map_takes_the_first_match_and_the_rest_the_target():
 
 
 @pytest.mark.parametrize('sparsity, name, words', [
-  (0.5, 'unifrom', ['config.weight.budget', "'unifrom'", "did you mean 'uniform'?", 'erk']),
-  (0.5, 'mlp=1.0', ['config.weight.budget', "'mlp=1.0'", '[0, 1)']),
+  (0.5, 'unifrom', ['config.weight.distribution', "'unifrom'", "did you mean 'uniform'?", 'erk']),
+  (0.5, 'mlp=1.0', ['config.weight.distribution', "'mlp=1.0'", '[0, 1)']),
   (0.5, 'mlp=high', ["'mlp=high'", 'number']),
   (0.5, 'attn=0.5', ["'attn=0.5'", 'matches no prunable', 'mlp/up']),
-  (0.5, 'mlp=0.5,', ['config.weight.budget']),
+  (0.5, 'mlp=0.5,', ['config.weight.distribution']),
 ])  # fmt: skip
 def test_a_bad_budget_is_one_line_that_says_what_is_valid(sparsity, name, words):
   with pytest.raises(UserError) as error:
@@ -226,7 +226,7 @@ def test_densities_that_the_units_cannot_express_are_refused():
     UserError, match=r'^config\.weight\.pattern.*4 units of a.*0\.4; valid: 0\.25 or'
   ):
     budget.targets(tree, 0.4, 'uniform', (), pattern('row'))
-  with pytest.raises(UserError, match=r"^config\.weight\.pattern '2:4'.*b.*budget='uniform'"):
+  with pytest.raises(UserError, match=r"^config\.weight\.pattern '2:4'.*b.*distribution='uniform'"):
     budget.targets(tree, 0.5, 'a=0.5,b=0.6', (), pattern('2:4'))
 
 

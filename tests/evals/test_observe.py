@@ -54,7 +54,7 @@ def test_connections_are_densities_and_shares_of_bits_that_flipped():
 LAYERS, WIDTH, HIDDEN, HEADS, LENGTH, VOCAB, EXPERTS = 2, 16, 24, 4, 8, 19, 4
 
 
-def small(depth='every', attention='full', mlp='dense', **fields):
+def small(depth='residual', attention='full', mlp='dense', **fields):
   """A config; `depth__open=0.3` is a field of its group."""
   config = base.get_config()
   config.data.update({'context': LENGTH, 'batch': 2})

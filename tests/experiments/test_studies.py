@@ -106,7 +106,7 @@ def test_every_model_of_both_studies_that_decodes_is_timed_and_each_is_found_aga
   for study, origins in studies.items():
     assert len({str(sorted(run.overrides.items())) for run in origins}) == len(origins)
     dense = accuracy_vs_time._dense(study)
-    assert dense.weight.name == 'none' and dense.depth.name == 'every'
+    assert dense.weight.name == 'none' and dense.depth.name == 'residual'
 
 
 def test_times_of_runs_from_busy_and_idle_hours_compare_by_their_ratios():
@@ -214,7 +214,7 @@ def test_each_row_of_the_dynamic_study_has_three_seeds_and_says_what_its_trainin
     training[run.labels['method']] = run.labels['training']
   assert set(map(frozenset, seeds.values())) == {frozenset({0, 1, 2})}
   assert training['mixture_of_depths'] == 'sees later tokens'
-  assert training['moe_topk'] == 'causal, sequences compete'  # for the seats of an expert
+  assert training['moe_topk'] == 'causal, sequences compete'  # for the slots of an expert
   assert training['hybrid: rigl + token_gate'] == 'causal'
 
 

@@ -97,11 +97,15 @@ def test_id_is_a_safe_folder_name(labels):
 
 
 def test_command_survives_the_shell():
-  overrides = {'weight.budget': 'attention=0.5, mlp=$HOME', 'data.split': (0.9, 0.1), 'seed': 3}
+  overrides = {
+    'weight.distribution': 'attention=0.5, mlp=$HOME',
+    'data.split': (0.9, 0.1),
+    'seed': 3,
+  }
   words = shlex.split(a_run(overrides=overrides).command('results/a b/runs/x'))
   assert words == [
     'python', '-m', 'sparse_lm.train', '--config=configs/tiny.py',
-    '--config.weight.budget=attention=0.5, mlp=$HOME', '--config.data.split=(0.9, 0.1)',
+    '--config.weight.distribution=attention=0.5, mlp=$HOME', '--config.data.split=(0.9, 0.1)',
     '--config.seed=3', '--workdir=results/a b/runs/x',
   ]  # fmt: skip
 

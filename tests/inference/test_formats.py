@@ -81,7 +81,7 @@ def test_products_are_those_of_the_masked_kernel(name, seed, shape, kind):
     assert_allclose(stored.of_inputs(x[0, 0][inputs], inputs), some, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', ['gather', 'dense'])
+@pytest.mark.parametrize('name', ['gather', 'dense_out_in'])
 def test_rows_in_bfloat16_add_up_in_float32(name):
   draw = np.random.default_rng(0)
   kernel, x = draw.random((512, 8)).astype(jnp.bfloat16), draw.random(512).astype(jnp.bfloat16)
@@ -97,7 +97,7 @@ def test_rows_in_bfloat16_add_up_in_float32(name):
 def test_experts_apart_multiply_as_a_stack(rows):
   draw = np.random.default_rng(0)
   kernel, mask = draw.normal(size=(3, 32, 16)).astype('f'), draw.random((3, 32, 16)) < 0.5
-  stored = jax.device_put(load_format('apart').pack(kernel, mask))
+  stored = jax.device_put(load_format('unstacked_experts').pack(kernel, mask))
   assert_array_equal(stored.kernel(), kernel * mask)
   x = draw.normal(size=(rows, 32)).astype('f')
   for expert, one in enumerate(kernel * mask):
@@ -105,7 +105,8 @@ def test_experts_apart_multiply_as_a_stack(rows):
 
 
 @pytest.mark.parametrize(
-  ('shape', 'names'), [((64, 256), ['wide', 'wide']), ((768, 3072), ['block', 'gather'])]
+  ('shape', 'names'),
+  [((64, 256), ['dense_in_out', 'dense_in_out']), ((768, 3072), ['block', 'gather'])],
 )
 def test_small_matrices_run_dense_where_large_ones_run_packed(shape, names):
   kernel = np.random.default_rng(0).normal(size=shape).astype('f')
@@ -122,8 +123,8 @@ def test_which_masks_a_format_takes():
     name: {k for k in KINDS if not load_format(name).refuses(mask_of(k, (64, 48), draw))}
     for name in names()
   }
-  assert taken['dense'] == taken['gather'] == set(KINDS)
-  assert taken['wide'] == set()  # neither few inputs nor many outputs
+  assert taken['dense_out_in'] == taken['gather'] == set(KINDS)
+  assert taken['dense_in_out'] == set()  # neither few inputs nor many outputs
   assert taken['block'] >= {'tiles', 'one weight', 'nothing'}
   assert taken['block'].isdisjoint({'full', 'weights', '2:4', '1:8'})
   assert taken['channels'] >= {'rows', 'columns', 'one weight'}
@@ -136,7 +137,7 @@ def test_which_masks_a_format_takes():
 def test_stacked_kernels_are_refused_but_by_formats_made_for_them(name):
   stacked = np.ones((3, 32, 32), bool)
   stacked[1] = False
-  assert bool(load_format(name).refuses(stacked)) == (name not in ('apart', 'bitmask'))
+  assert bool(load_format(name).refuses(stacked)) == (name not in ('unstacked_experts', 'bitmask'))
 
 
 def test_a_block_that_no_tile_divides_is_refused_with_the_shape():
@@ -151,7 +152,7 @@ def test_bytes_are_counted_to_the_index():
   def nbytes(name, mask):
     return load_format(name).pack(kernel, mask).nbytes
 
-  assert nbytes('dense', np.ones(shape, bool)) == 64 * 48 * 4
+  assert nbytes('dense_out_in', np.ones(shape, bool)) == 64 * 48 * 4
   weights = mask_of('weights', shape, draw)
   assert nbytes('bitmask', weights) == weights.sum() * 4 + 64 * 48 // 8
   # 2 of 4: half the values, and two bits for each of them.

@@ -26,21 +26,29 @@ WIDE = {
 }
 # Pattern of the masks, overrides, and formats that some matrix is to run in.
 CASES = {
-  'dense': (None, {}, {'dense'}),
-  'weights': ('unstructured', {}, {'dense'}),
-  '2:4': ('2:4', {}, {'dense'}),
+  'dense': (None, {}, {'dense_out_in'}),
+  'weights': ('unstructured', {}, {'dense_out_in'}),
+  '2:4': ('2:4', {}, {'dense_out_in'}),
   'tiles': ('block:16', {}, {'block'}),
   'rows': ('row', {}, {'channels'}),
   'columns': ('column', {}, {'channels'}),
-  'neurons': ('neuron', {'model.bias': True}, {'dense'}),
-  'gated neurons': ('neuron', {'mlp.name': 'gated', 'activation.name': 'silu'}, {'dense'}),
-  'heads': ('head', {'model.bias': True}, {'dense'}),
-  'heads that share keys': ('head', {'model.kv_heads': 2}, {'dense'}),
-  'heads behind gates': ('head', {'attention.name': 'head_gate'}, {'dense'}),
-  'layers': ('layer', {}, {'dense'}),
-  'neurons of experts': ('neuron', {'mlp.name': 'moe_topk', 'model.bias': True}, {'apart'}),
-  'experts of top-k': ('neuron', {'mlp.name': 'moe_topk', 'activation.name': 'topk'}, {'apart'}),
-  'experts by choice': (None, {'mlp.name': 'expert_choice'}, {'apart'}),
+  'neurons': ('neuron', {'model.bias': True}, {'dense_out_in'}),
+  'gated neurons': ('neuron', {'mlp.name': 'gated', 'activation.name': 'silu'}, {'dense_out_in'}),
+  'heads': ('head', {'model.bias': True}, {'dense_out_in'}),
+  'heads that share keys': ('head', {'model.kv_heads': 2}, {'dense_out_in'}),
+  'heads behind gates': ('head', {'attention.name': 'head_gate'}, {'dense_out_in'}),
+  'layers': ('layer', {}, {'dense_out_in'}),
+  'neurons of experts': (
+    'neuron',
+    {'mlp.name': 'moe_topk', 'model.bias': True},
+    {'unstacked_experts'},
+  ),
+  'experts of top-k': (
+    'neuron',
+    {'mlp.name': 'moe_topk', 'activation.name': 'topk'},
+    {'unstacked_experts'},
+  ),
+  'experts by choice': (None, {'mlp.name': 'expert_choice'}, {'unstacked_experts'}),
   'top-k': (None, {'activation.name': 'topk'}, {'gather'}),
   'top-k neurons': ('neuron', {'activation.name': 'topk', 'model.bias': True}, {'gather'}),
   'statistical top-k': (None, {'activation.name': 'statistical_topk'}, {'gather'}),
@@ -53,7 +61,7 @@ CASES = {
   'top-k and tiles': ('block:16', {'activation.name': 'topk'}, {'block'}),
   'predictor': (None, {'mlp.name': 'predictor_topk', 'model.bias': True}, {'gather'}),
   'exact predictor': (None, {'mlp.name': 'predictor_topk', 'mlp.selector': 'exact'}, {'gather'}),
-  'layer gates': (None, {'depth.name': 'layer_gate'}, {'dense'}),
+  'layer gates': (None, {'depth.name': 'layer_gate'}, {'dense_out_in'}),
   'depth and tiles': ('block:16', {'depth.name': 'mixture_of_depths'}, {'block'}),
 }
 
@@ -130,7 +138,9 @@ def test_each_matrix_runs_in_the_format_made_for_it(name, case):
   _, _, masks, packed = case(name)
   found = {pack.name_of(matrix.runs) for matrix in packed.matrices.values()}
   assert (
-    CASES[name][2] <= found <= CASES[name][2] | {'dense', 'wide', 'channels', 'block', 'gather'}
+    CASES[name][2]
+    <= found
+    <= CASES[name][2] | {'dense_out_in', 'dense_in_out', 'channels', 'block', 'gather'}
   )
   for path, matrix in packed.matrices.items():
     # What runs dense although something was dropped says why.
@@ -147,7 +157,7 @@ def test_what_is_stored_is_in_the_smallest_format(case):
     for name in ('weights', '2:4', 'tiles', 'dense')
   }
   assert stored['weights'] == {'bitmask'} and stored['2:4'] == {'n_of_m'}
-  assert 'block' in stored['tiles'] and stored['dense'] == {'dense', 'wide'}
+  assert 'block' in stored['tiles'] and stored['dense'] == {'dense_out_in', 'dense_in_out'}
 
 
 def test_outputs_are_selected_only_where_the_inputs_behind_them_are(case):
@@ -155,7 +165,7 @@ def test_outputs_are_selected_only_where_the_inputs_behind_them_are(case):
     mlp = 'block_0/mlp/{}/kernel'.format
     return [pack.name_of(case(name)[3].matrices[mlp(part)].runs) for part in ('up', 'down')]
 
-  assert formats('predictor') == ['dense', 'gather']
+  assert formats('predictor') == ['dense_out_in', 'gather']
   # Where the down-projection runs its tiles all units are computed, and `dense` is not the fastest.
   assert formats('predictor and tiles') == ['channels', 'block']
   # Both sides of a gated MLP are computed in full whatever is selected behind them.
@@ -259,10 +269,10 @@ def test_the_dense_twin_is_the_model_without_sparsity(case):
   model, *_ = case('depth and tiles')
   twin = pack.dense_twin(model)
   layouts = {path: pack.name_of(m.runs) for path, m in twin.matrices.items()}
-  assert set(layouts.values()) == {'dense', 'wide'}
+  assert set(layouts.values()) == {'dense_out_in', 'dense_in_out'}
   # 32 inputs and 64 units.
-  assert layouts['block_0/mlp/up/kernel'] == 'wide'
-  assert layouts['block_0/mlp/down/kernel'] == 'dense'
+  assert layouts['block_0/mlp/up/kernel'] == 'dense_in_out'
+  assert layouts['block_0/mlp/down/kernel'] == 'dense_out_in'
   assert twin.model == lm.twin(model) and not twin.removed
   dense_bytes = sum(
     np.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(lm.shapes(lm.twin(model))['params'])

@@ -81,7 +81,7 @@ REAL = functools.partial(
 
 @functools.cache
 def layer(name, /, real=False, **fields):
-  spec = {} if name == 'every' else {'spec': SPEC}
+  spec = {} if name == 'residual' else {'spec': SPEC}
   return Layer(method('depth', name, name='depth', **spec, **fields), real)
 
 

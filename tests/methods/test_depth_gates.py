@@ -127,8 +127,8 @@ def forced(name, estimator, opened):
 
 @MODES
 def test_every_token_enters_every_layer(mode):
-  params, inputs = numbers(layer('every'), 6)
-  y, _ = applied(layer('every'), mode)(params, *inputs)
+  params, inputs = numbers(layer('residual'), 6)
+  y, _ = applied(layer('residual'), mode)(params, *inputs)
   assert_allclose(y, inputs[0] + plain_loop(*inputs), rtol=1e-4, atol=1e-5)
 
 

@@ -74,7 +74,7 @@ def test_masks_follow_argsort_along_the_cubic_ramp():
     count = max(1, round(SIZE * ramp_density(step, 20, 60, 0.13)))
     assert old.sum() >= run.mask.sum() == count
     assert not (run.mask & ~old).any()  # what is dropped does not return
-    np.testing.assert_array_equal(change.changed['w'], old != run.mask)
+    np.testing.assert_array_equal(change.toggled['w'], old != run.mask)
     w = np.asarray(run.trainable['params']['w'])
     assert not w[~run.mask].any()
   assert seen == due_steps(20, 60, 6)

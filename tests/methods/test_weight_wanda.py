@@ -158,9 +158,9 @@ def test_an_update_changes_the_leaves_that_have_signals_and_no_other(cls):
   counts = [[int(change.sparse.masks[name].sum()) for name in 'abc'] for change in (first, second)]
   assert counts == [[36, 72, 72], [36, 18, 72]]
   for change, name in ((first, 'a'), (second, 'b')):
-    assert [n for n in 'abc' if change.changed[n].any()] == [name]
-    assert_array_equal(change.changed[name], ~change.sparse.masks[name])
-    assert change.sparse.target == target and change.changed['scale'] is None
+    assert [n for n in 'abc' if change.toggled[n].any()] == [name]
+    assert_array_equal(change.toggled[name], ~change.sparse.masks[name])
+    assert change.sparse.target == target and change.toggled['scale'] is None
   new = second.trainable['params']
   assert_array_equal(new['a'], first.trainable['params']['a'])
   for name in ('c', 'scale'):

@@ -69,7 +69,7 @@ def test_every_method_of_a_layer_slot_merges(write):
   ('data.split', '[0.8, 0.1, 0.1]', (0.8, 0.1, 0.1)),
   ('weight.dense', "('embed',)", ('embed',)),
   ('data.path', '123', '123'),
-  ('weight.budget', 'attention=0.5,mlp=0.9', 'attention=0.5,mlp=0.9'),
+  ('weight.distribution', 'attention=0.5,mlp=0.9', 'attention=0.5,mlp=0.9'),
   ('train.steps', 12, 12),
   ('weight.sparsity', 0, 0.0),
 ])  # fmt: skip

@@ -215,6 +215,6 @@ def test_a_step_executes_so_many_forward_passes(fields, passes, tiny_config):
   program, target = build(tiny_config(**fields), 11)
   state = jax.eval_shape(lambda: program.init(0, target))
   tokens = jax.ShapeDtypeStruct((4, 17), jnp.int32)
-  step = functools.partial(program.transition, rewire=False)
+  step = functools.partial(program.transition, update_masks=False)
   forward = lm.traced(program.model, 16, 'train').flops
   assert executed.trace(step, state, tokens).per_token(4 * 16).flops == passes * forward

@@ -198,8 +198,8 @@ def test_rigl_grows_where_the_gradient_of_a_linear_layer_is_largest():
 
   params = change.trainable['params']
   np.testing.assert_array_equal(params['w'], weights * new)  # born ones start at zero
-  np.testing.assert_array_equal(change.changed['w'], mask != new)
-  assert change.changed['b'] is None and change.sparse.masks['b'] is None
+  np.testing.assert_array_equal(change.toggled['w'], mask != new)
+  assert change.toggled['b'] is None and change.sparse.masks['b'] is None
   np.testing.assert_array_equal(params['b'], np.ones(3))
 
 
@@ -239,8 +239,8 @@ def test_set_grows_what_it_dropped_from_zero_and_rigl_lets_it_keep_its_value(cls
   carried = survived if cls is SET else new & mask
   np.testing.assert_array_equal(change.trainable['params']['w'], np.where(carried, weights, 0))
   # Moments of all that was dropped or set to zero are zeroed, and of nothing else.
-  np.testing.assert_array_equal(change.changed['w'], (mask | new) & ~carried)
-  assert change.changed['w'][regrown].all() == (cls is SET)
+  np.testing.assert_array_equal(change.toggled['w'], (mask | new) & ~carried)
+  assert change.toggled['w'][regrown].all() == (cls is SET)
 
 
 def test_set_drops_the_same_share_at_every_step():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sparse_lm.layers.gate import LearnedGate
-from sparse_lm.layers.skip import enter
+from sparse_lm.layers.routed import run_routed
 from sparse_lm.plan import cost
 
 # A logit moves this much faster than other parameters: an optimizer of the Adam family moves each by
@@ -25,7 +25,7 @@ class LayerGate(LearnedGate, kw_only=True):
   """
 
   slot: ClassVar[str] = 'depth'
-  twin: ClassVar[str] = 'every'
+  twin: ClassVar[str] = 'residual'
   skips: ClassVar[bool] = True
   same_for_all_inputs: ClassVar[bool] = True  # packing removes layers that are closed
 
@@ -38,7 +38,7 @@ class LayerGate(LearnedGate, kw_only=True):
     valid_BxL: jax.Array,
     mode: str,
   ) -> jax.Array:
-    """Returns the residual stream `[B, L, D]` after the layer, see `Every`."""
+    """Returns the residual stream `[B, L, D]` after the layer, see `Residual`."""
     start = nn.initializers.constant(self.first_logit / RATE)
     logit = RATE * self.param('logit', start, (), jnp.float32)
     decision = self.decide(jnp.broadcast_to(logit, (x_BxLxD.shape[0], 1, 1)), mode)
@@ -46,5 +46,5 @@ class LayerGate(LearnedGate, kw_only=True):
       enters_BxL = valid_BxL
       if mode != 'train':  # where the gradient of a closed layer's gate needs what the layer gives
         enters_BxL = valid_BxL & decision.open[..., 0]
-      added = enter(block, x_BxLxD, positions_BxL, enters_BxL, mode)
+      added = run_routed(block, x_BxLxD, positions_BxL, enters_BxL, mode)
     return x_BxLxD + decision.weight.astype(x_BxLxD.dtype) * added

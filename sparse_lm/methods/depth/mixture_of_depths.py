@@ -11,8 +11,8 @@ from sparse_lm.core.errors import require
 from sparse_lm.core.ranges import ranged
 from sparse_lm.layers.gate import normalised
 from sparse_lm.layers.record import record
+from sparse_lm.layers.routed import gather_run_scatter, run_routed
 from sparse_lm.layers.router import Router
-from sparse_lm.layers.skip import enter, seated
 from sparse_lm.layers.spec import Spec
 from sparse_lm.plan import cost
 
@@ -34,7 +34,7 @@ class MixtureOfDepths(cost.Gating, nn.Module):
 
   spec: Spec
   capacity: float = ranged(0.125, '(0, 1]')
-  twin: ClassVar[str] = 'every'
+  twin: ClassVar[str] = 'residual'
   controlled: ClassVar[bool] = False
   skips: ClassVar[bool] = True
   causal: ClassVar[dict[str, bool]] = {'train': False, 'eval': True}
@@ -52,9 +52,9 @@ class MixtureOfDepths(cost.Gating, nn.Module):
   @property
   def planned(self) -> float:
     """Fraction of the tokens that enters."""
-    return self._seats(self.spec.context) / self.spec.context
+    return self._entering(self.spec.context) / self.spec.context
 
-  def _seats(self, length: int) -> int:
+  def _entering(self, length: int) -> int:
     return max(1, round(self.capacity * length))
 
   @nn.compact
@@ -66,7 +66,7 @@ class MixtureOfDepths(cost.Gating, nn.Module):
     valid_BxL: jax.Array,
     mode: str,
   ) -> jax.Array:
-    """Returns the residual stream `[B, L, D]` after the layer, see `Every`."""
+    """Returns the residual stream `[B, L, D]` after the layer, see `Residual`."""
     weight_BxLx1 = Router(self.spec, 1, name='router')(normalised(x_BxLxD))
     likely_BxL = self._predict(x_BxLxD, weight_BxLx1)
     if mode == 'train':
@@ -74,7 +74,7 @@ class MixtureOfDepths(cost.Gating, nn.Module):
     enters_BxL = (likely_BxL > 0) & valid_BxL
     record(self, 'gates', 'active', enters_BxL.astype(jnp.float32))
     with cost.gated_by(self):
-      added = enter(block, x_BxLxD, positions_BxL, enters_BxL, mode)
+      added = run_routed(block, x_BxLxD, positions_BxL, enters_BxL, mode)
     added = added * weight_BxLx1.astype(added.dtype)
     return x_BxLxD + jnp.where(enters_BxL[..., None], added, 0)
 
@@ -88,7 +88,7 @@ class MixtureOfDepths(cost.Gating, nn.Module):
     length = x_BxLxD.shape[1]
     scores_BxL = jnp.where(valid_BxL, weight_BxLx1[..., 0], -jnp.inf)
     index_BxC = jnp.sort(
-      jax.lax.top_k(jax.lax.stop_gradient(scores_BxL), self._seats(length))[1], axis=1
+      jax.lax.top_k(jax.lax.stop_gradient(scores_BxL), self._entering(length))[1], axis=1
     )
     # Of a short sequence's padding some may be seated; none of it enters.
     enters_BxL = jax.nn.one_hot(index_BxC, length, dtype=jnp.float32).sum(axis=1) * valid_BxL
@@ -97,5 +97,5 @@ class MixtureOfDepths(cost.Gating, nn.Module):
     agrees_BxL = (likely_BxL > 0) == (enters_BxL > 0)
     accuracy = jnp.mean(agrees_BxL, dtype=jnp.float32, where=valid_BxL)
     record(self, 'stats', 'predictor_accuracy', accuracy)
-    added = seated(block, x_BxLxD, positions_BxL, valid_BxL, index_BxC, 'train')
+    added = gather_run_scatter(block, x_BxLxD, positions_BxL, valid_BxL, index_BxC, 'train')
     return x_BxLxD + added * weight_BxLx1.astype(added.dtype)

@@ -6,8 +6,8 @@ import jax
 from flax import linen as nn
 
 from sparse_lm.layers.gate import LearnedGate, normalised
+from sparse_lm.layers.routed import run_routed
 from sparse_lm.layers.router import Router
-from sparse_lm.layers.skip import enter
 from sparse_lm.plan import cost
 
 
@@ -20,7 +20,7 @@ class TokenGate(LearnedGate, kw_only=True):
   """
 
   slot: ClassVar[str] = 'depth'
-  twin: ClassVar[str] = 'every'
+  twin: ClassVar[str] = 'residual'
   skips: ClassVar[bool] = True
 
   @nn.compact
@@ -32,10 +32,10 @@ class TokenGate(LearnedGate, kw_only=True):
     valid_BxL: jax.Array,
     mode: str,
   ) -> jax.Array:
-    """Returns the residual stream `[B, L, D]` after the layer, see `Every`."""
+    """Returns the residual stream `[B, L, D]` after the layer, see `Residual`."""
     router = Router(self.spec, 1, bias=self.first_logit, name='router')
     decision = self.decide(router(normalised(x_BxLxD)), mode)
     with cost.gated_by(self):
       enters_BxL = valid_BxL & decision.open[..., 0]
-      added = enter(block, x_BxLxD, positions_BxL, enters_BxL, mode)
+      added = run_routed(block, x_BxLxD, positions_BxL, enters_BxL, mode)
     return x_BxLxD + decision.weight.astype(x_BxLxD.dtype) * added

@@ -30,7 +30,7 @@ class Dense(nn.Module):
     """`[B, L, D]` to `[B, L, D]`."""
     activation = self.activation()
     axes = {'up/kernel': -1, 'down/kernel': -2}
-    groups.note(self.path, 'neuron', self.spec.hidden, axes, compete=selects(activation))
+    groups.note(self.path, 'neuron', self.spec.hidden, axes, dynamic=selects(activation))
     h_BxLxF = Linear(self.spec, self.spec.hidden, name='up')(x_BxLxD)
     h_BxLxF = activation(h_BxLxF, mode)
     with hidden_units(self, activation, h_BxLxF, mode):

@@ -10,7 +10,7 @@ from flax import linen as nn
 from sparse_lm.core.errors import require, unknown
 from sparse_lm.core.ranges import ranged
 from sparse_lm.kernels.topk import topk_rows
-from sparse_lm.layers import dispatch as seats
+from sparse_lm.layers import dispatch
 from sparse_lm.layers.experts import Experts, observe_routing
 from sparse_lm.layers.record import record
 from sparse_lm.layers.router import Router
@@ -61,8 +61,8 @@ class ExpertChoice(cost.Gating, nn.Module):
       f'{least:.4g} (below, an expert takes no token of a sequence) to the number of experts, '
       f'{self.experts}',
     )
-    if self.executor not in seats.EXECUTORS:
-      raise unknown('config.mlp.executor', self.executor, seats.EXECUTORS)
+    if self.executor not in dispatch.EXECUTORS:
+      raise unknown('config.mlp.executor', self.executor, dispatch.EXECUTORS)
 
   @nn.compact
   def __call__(self, x_BxLxD: jax.Array, mode: str) -> jax.Array:
@@ -74,9 +74,9 @@ class ExpertChoice(cost.Gating, nn.Module):
     probability_TxE = jax.nn.softmax(logits_TxE)
     taken_TxE, capacity = self._take(probability_TxE, mode)
     choice_TxE = jnp.where(taken_TxE, jnp.arange(self.experts), self.experts)
-    plan = seats.plan(choice_TxE, self.experts, capacity)
+    plan = dispatch.plan(choice_TxE, self.experts, capacity)
     observe_routing(self, plan.load_E, probability_TxE, plan.dropped)
-    visits_T = jnp.sum(plan.seated_TxJ, axis=-1, dtype=jnp.float32)
+    visits_T = jnp.sum(plan.served_TxJ, axis=-1, dtype=jnp.float32)
     record(self, 'gates', 'active', (visits_T / self.visits).reshape(b, l))
     experts = Experts(
       self.spec, self.activation, self.experts, self.hidden or self.spec.hidden, name='experts'
@@ -85,11 +85,11 @@ class ExpertChoice(cost.Gating, nn.Module):
       x_ExCxD = jnp.broadcast_to(x_TxD, (self.experts, 1, d))
       y_ExCxD = experts(x_ExCxD, choice_TxE[0], self.visits, mode)
       weight_TxE = probability_TxE.astype(x_TxD.dtype) * taken_TxE
-      return seats.weighted_sum(y_ExCxD.swapaxes(0, 1), weight_TxE).reshape(b, l, d)
-    x_ExCxD = seats.dispatch(x_TxD, plan, self.executor)
+      return dispatch.weighted_sum(y_ExCxD.swapaxes(0, 1), weight_TxE).reshape(b, l, d)
+    x_ExCxD = dispatch.dispatch(x_TxD, plan, self.executor)
     with cost.gated_by(self):
       y_ExCxD = experts(x_ExCxD, None, tokens * self.visits, mode)
-    y_TxD = seats.combine(y_ExCxD, plan, probability_TxE, self.executor)
+    y_TxD = dispatch.combine(y_ExCxD, plan, probability_TxE, self.executor)
     return y_TxD.reshape(b, l, d)
 
   def _take(self, probability_TxE: jax.Array, mode: str) -> tuple[jax.Array, int]:

@@ -7,7 +7,7 @@ from flax import linen as nn
 
 from sparse_lm.core import groups
 from sparse_lm.layers.active import project, selects
-from sparse_lm.layers.linear import Linear, side_by_side
+from sparse_lm.layers.linear import Linear, fused_projections
 from sparse_lm.layers.record import hidden_units
 from sparse_lm.layers.spec import Spec
 
@@ -32,9 +32,9 @@ class Gated(nn.Module):
     """`[B, L, D]` to `[B, L, D]`."""
     activation = self.activation()
     axes = {'gate/kernel': -1, 'up/kernel': -1, 'down/kernel': -2}
-    groups.note(self.path, 'neuron', self.spec.hidden, axes, compete=selects(activation))
+    groups.note(self.path, 'neuron', self.spec.hidden, axes, dynamic=selects(activation))
     units = {'gate': self.spec.hidden, 'up': self.spec.hidden}
-    gate_BxLxF, up_BxLxF = side_by_side(self, self.spec, x_BxLxD, units)
+    gate_BxLxF, up_BxLxF = fused_projections(self, self.spec, x_BxLxD, units)
     h_BxLxF = activation(gate_BxLxF, mode) * up_BxLxF
     with hidden_units(self, activation, h_BxLxF, mode):
       down = Linear(self.spec, self.spec.width, role='residual', name='down')

@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from sparse_lm.core.errors import require, unknown
 from sparse_lm.core.ranges import ranged
-from sparse_lm.layers import dispatch as seats
+from sparse_lm.layers import dispatch
 from sparse_lm.layers.experts import Experts, observe_routing
 from sparse_lm.layers.record import record
 from sparse_lm.layers.router import Router
@@ -21,7 +21,7 @@ class MoETopK(cost.Gating, nn.Module):
   """Each token goes to the `k` experts that its router likes best.
 
   With k = 1 an expert's output is weighted by its probability (Switch), with more by the chosen
-  probabilities made to sum to 1. A full expert drops tokens; seats go by position (then sequence,
+  probabilities made to sum to 1. A full expert drops tokens; its slots go by position (then sequence,
   then choice), so that no token is dropped for a later one.
 
   Paper: Switch (Fedus et al. 2021) and top-2 (Shazeer et al. 2017, GShard 2020); z-loss of ST-MoE
@@ -35,7 +35,7 @@ class MoETopK(cost.Gating, nn.Module):
     experts: how many there are.
     k: experts that a token visits.
     hidden: units of an expert, 0 = `config.model.hidden`.
-    capacity: seats of an expert in training, over its share of the tokens; 0 = as many as it needs.
+    capacity: slots of an expert in training, over its share of the tokens; 0 = as many as it needs.
     eval_capacity: the same in evaluation; decoding drops nothing.
     balance: coefficient of the load-balancing loss, which is that number at uniform routing.
     z: coefficient of the mean squared log-partition function of the router.
@@ -61,9 +61,9 @@ class MoETopK(cost.Gating, nn.Module):
 
   @property
   def couples(self) -> dict[str, bool]:
-    """Where an expert's seats are limited, the sequences of a batch compete for them.
+    """Where an expert's slots are limited, the sequences of a batch compete for them.
 
-    Seats go by position, so that a token loses none to a later one: it stays causal all the same.
+    Slots go by position, so that a token loses none to a later one: it stays causal all the same.
     """
     return {mode: self._factor(mode) > 0 for mode in ('train', 'eval')}
 
@@ -72,30 +72,30 @@ class MoETopK(cost.Gating, nn.Module):
     valid = f'1 to the number of experts, {self.experts}'
     require(self.k <= self.experts, 'config.mlp.k', self.k, valid)
     for field in ('capacity', 'eval_capacity'):
-      seats_of_one = getattr(self, field) * self.k * self.spec.context / self.experts
+      slots_of_one = getattr(self, field) * self.k * self.spec.context / self.experts
       least = self.experts / (self.k * self.spec.context)
       require(
-        getattr(self, field) == 0 or seats_of_one >= 1,
+        getattr(self, field) == 0 or slots_of_one >= 1,
         f'config.mlp.{field}',
         getattr(self, field),
-        f'{least:.4g} or more (below, an expert has no seat for a sequence), or 0 for no limit',
+        f'{least:.4g} or more (below, an expert has no slot for a sequence), or 0 for no limit',
       )
-    if self.executor not in seats.EXECUTORS:
-      raise unknown('config.mlp.executor', self.executor, seats.EXECUTORS)
+    if self.executor not in dispatch.EXECUTORS:
+      raise unknown('config.mlp.executor', self.executor, dispatch.EXECUTORS)
 
   @nn.compact
   def __call__(self, x_BxLxD: jax.Array, mode: str) -> jax.Array:
     """`[B, L, D]` to `[B, L, D]`."""
     b, l, d = x_BxLxD.shape
-    # In order of position: that is how seats are given out.
+    # In order of position: that is how slots are given out.
     x_TxD = x_BxLxD.transpose(1, 0, 2).reshape(b * l, d)
     probability_TxE, expert_TxK, weight_TxK = self._route(x_TxD, mode)
     plan = self._plan(expert_TxK, mode)
     if mode == 'train':
       self._balance(plan.load_E, probability_TxE)
     observe_routing(self, plan.load_E, probability_TxE, plan.dropped)
-    seated_T = jnp.mean(plan.seated_TxJ, axis=-1, dtype=jnp.float32)
-    record(self, 'gates', 'active', seated_T.reshape(l, b).T)
+    served_T = jnp.mean(plan.served_TxJ, axis=-1, dtype=jnp.float32)
+    record(self, 'gates', 'active', served_T.reshape(l, b).T)
     experts = Experts(
       self.spec, self.activation, self.experts, self.hidden or self.spec.hidden, name='experts'
     )
@@ -104,25 +104,25 @@ class MoETopK(cost.Gating, nn.Module):
         jnp.repeat(x_TxD, self.k, axis=0)[:, None], expert_TxK.ravel(), b * self.k, mode
       )
       y_TxKxD = y_NxPxD.reshape(b, self.k, d)
-      y_TxD = seats.weighted_sum(y_TxKxD, weight_TxK.astype(x_TxD.dtype))
+      y_TxD = dispatch.weighted_sum(y_TxKxD, weight_TxK.astype(x_TxD.dtype))
       return y_TxD.reshape(b, l, d)
-    x_NxPxD = seats.dispatch(x_TxD, plan, self.executor)
+    x_NxPxD = dispatch.dispatch(x_TxD, plan, self.executor)
     expert_N = plan.expert_N if self._factor(mode) == 0 else None
     with cost.gated_by(self):
       y_NxPxD = experts(x_NxPxD, expert_N, b * l * self.k, mode)
-    y_TxD = seats.combine(y_NxPxD, plan, weight_TxK, self.executor)
+    y_TxD = dispatch.combine(y_NxPxD, plan, weight_TxK, self.executor)
     return y_TxD.reshape(l, b, d).transpose(1, 0, 2)
 
   def _factor(self, mode: str) -> float:
     return {'train': self.capacity, 'eval': self.eval_capacity, 'decode': 0.0}[mode]
 
-  def _plan(self, expert_TxK: jax.Array, mode: str) -> seats.Plan:
+  def _plan(self, expert_TxK: jax.Array, mode: str) -> dispatch.Plan:
     factor, pairs = self._factor(mode), expert_TxK.size
     if not factor:
-      return seats.plan(expert_TxK, self.experts, None)
+      return dispatch.plan(expert_TxK, self.experts, None)
     # More slots than tokens could never be filled.
     capacity = min(-int(-factor * pairs // self.experts), expert_TxK.shape[0])
-    return seats.plan(expert_TxK, self.experts, capacity)
+    return dispatch.plan(expert_TxK, self.experts, capacity)
 
   def _route(self, x_TxD: jax.Array, mode: str) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Probabilities `[T, E]`, and the chosen experts and their weights `[T, K]`."""

@@ -64,7 +64,7 @@ class PredictorTopK(cost.Gating, nn.Module):
     spec, r = self.spec, round(self.split * x_BxLxD.shape[-1])
     activation = self.activation()
     axes = {'predictor/kernel': -1, 'up/kernel': -1, 'down/kernel': -2}
-    groups.note(self.path, 'neuron', spec.hidden, axes, compete=self.density < 1)
+    groups.note(self.path, 'neuron', spec.hidden, axes, dynamic=self.density < 1)
     score_BxLxF = Linear(spec, spec.hidden, name='predictor')(x_BxLxD[..., :r])
     gate_BxLxF, chosen_BxLxF = self._select(activation, score_BxLxF, mode)
     if mode != 'train':

@@ -17,7 +17,7 @@ from sparse_lm.core.ranges import ranged
 from sparse_lm.core.tree import Tree
 from sparse_lm.core.units import by_slice, kept
 from sparse_lm.kernels.topk import topk_mask
-from sparse_lm.weights.method import Array, Sparse, WeightMethod, apply_masks, covered
+from sparse_lm.weights.method import Array, Sparse, WeightMethod, apply_masks, restrict_to
 from sparse_lm.weights.random_start import path_key
 
 EVALUATED = 0.8  # of a logit, in evaluation
@@ -57,7 +57,7 @@ class L0(WeightMethod):
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
     """One logit for each unit, alike; no masks."""
     logit = hard_concrete_logit(self.open)
-    shapes = jax.eval_shape(self.units.pool, covered(params, target))
+    shapes = jax.eval_shape(self.units.pool, restrict_to(params, target))
     logits = {name: jnp.full(units.shape, logit, jnp.float32) for name, units in shapes.items()}
     nothing = jax.tree.map(lambda w: None, params)
     return {'params': params, 'learned': logits}, Sparse(nothing, target)
@@ -73,7 +73,7 @@ class L0(WeightMethod):
         name: ESTIMATORS['hard_concrete'].decide(units, path_key(key, name), True).weight
         for name, units in logits.items()
       }
-    prunable = covered(trainable['params'], sparse.target)
+    prunable = restrict_to(trainable['params'], sparse.target)
     priced = {
       name: with_gradient_of(opened[name].astype(jnp.float32), hard_concrete_probability(units))
       for name, units in logits.items()
@@ -88,7 +88,7 @@ class L0(WeightMethod):
   def finalize(self, trainable: Tree, sparse: Sparse, step: Array) -> tuple[Tree, Tree]:
     """Weights times their gates, and which gates are open."""
     gates, opened = self._evaluated(trainable['learned'])
-    prunable = covered(trainable['params'], sparse.target)
+    prunable = restrict_to(trainable['params'], sparse.target)
     masks = self.units.expand(opened, prunable)
     return apply_masks(
       _times(trainable['params'], self.units.expand(gates, prunable)), masks

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 from sparse_lm.core import schedule, tree
 from sparse_lm.core.ranges import ranged
 from sparse_lm.core.tree import Tree
-from sparse_lm.weights.method import Array, Change, Sparse, WeightMethod, covered, exchange_masks
+from sparse_lm.weights.method import (
+  Array,
+  MaskUpdate,
+  Sparse,
+  WeightMethod,
+  exchange_masks,
+  restrict_to,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +58,9 @@ class Magnitude(WeightMethod):
 
   def update(
     self, trainable: Tree, sparse: Sparse, signals: dict[str, Tree], step: Array, key: Array
-  ) -> Change:
+  ) -> MaskUpdate:
     """Keeps the largest magnitudes of the living weights, as many as the ramp allows at `step`."""
-    magnitudes = jax.tree.map(jnp.abs, covered(trainable['params'], sparse.masks))
+    magnitudes = jax.tree.map(jnp.abs, restrict_to(trainable['params'], sparse.masks))
     alive, units = self.units.alive(sparse.masks), self.units.pool(magnitudes)
     # Dropped units rank last even among the exact zeros of living ones.
     scores = {name: jnp.where(alive[name], array, -1.0) for name, array in units.items()}

@@ -10,7 +10,14 @@ from sparse_lm.core import schedule, tree
 from sparse_lm.core.estimator import straight_through
 from sparse_lm.core.ranges import ranged
 from sparse_lm.core.tree import Tree
-from sparse_lm.weights.method import Array, Sparse, WeightMethod, apply_masks, covered, densities
+from sparse_lm.weights.method import (
+  Array,
+  Sparse,
+  WeightMethod,
+  apply_masks,
+  densities,
+  restrict_to,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +71,7 @@ class STE(WeightMethod):
     return apply_masks(trainable['params'], masks), masks
 
   def _masks(self, params: Tree, sparse: Sparse, step: Array) -> Tree:
-    prunable = covered(jax.lax.stop_gradient(params), sparse.target)
+    prunable = restrict_to(jax.lax.stop_gradient(params), sparse.target)
     target = jax.tree.map(
       lambda final: schedule.cubic_density(step, *self._span, final), sparse.target
     )

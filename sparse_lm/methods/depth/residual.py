@@ -4,7 +4,7 @@ import jax
 from flax import linen as nn
 
 
-class Every(nn.Module):
+class Residual(nn.Module):
   """`x + block(x)`.
 
   Paper: Vaswani et al. 2017, with the norm first (Xiong et al. 2020).

@@ -8,7 +8,7 @@ import numpy as np
 from sparse_lm.core.format import Array, Format
 
 
-class Apart(Format):
+class UnstackedExperts(Format):
   """The transposed kernels `[out, in]` of experts, as many arrays.
 
   An array is read where it lies. Out of a stack XLA:CPU first copies the matrix that it multiplies with,
@@ -25,7 +25,7 @@ class Apart(Format):
     return '' if mask.ndim == 3 else 'not a stack of kernels'
 
   @classmethod
-  def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'Apart':
+  def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'UnstackedExperts':
     """Zeros are stored like other weights."""
     return cls(tuple(np.ascontiguousarray(one.T) for one in kernel * mask))
 

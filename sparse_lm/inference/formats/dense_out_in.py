@@ -11,7 +11,7 @@ from sparse_lm.core.format import Array, Format, rows
 LANES = 32
 
 
-class Dense(Format):
+class DenseOutIn(Format):
   """The transposed kernel `[out, in]`: a product with one token reads each output's weights in turn.
 
   On a CPU that reaches nine tenths of the memory's bandwidth, where `[in, out]` reaches eight.
@@ -22,7 +22,7 @@ class Dense(Format):
   selects: ClassVar[int | None] = -1
 
   @classmethod
-  def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'Dense':
+  def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'DenseOutIn':
     """Zeros are stored like other weights."""
     return cls(np.ascontiguousarray((kernel * mask).T))
 

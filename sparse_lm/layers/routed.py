@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 
-def seated(
+def gather_run_scatter(
   block: nn.Module,
   x_BxLxD: jax.Array,
   positions_BxL: jax.Array,
@@ -25,7 +25,7 @@ def seated(
   return jnp.zeros_like(x_BxLxD).at[row, index_BxC].set(added_BxCxD.astype(x_BxLxD.dtype))
 
 
-def enter(
+def run_routed(
   block: nn.Module,
   x_BxLxD: jax.Array,
   positions_BxL: jax.Array,
@@ -59,6 +59,6 @@ def _of_size(size: int, mode: str):
       added = block(x_BxLxD, positions_BxL, enters_BxL, mode)
       return jnp.where(enters_BxL[..., None], added, 0).astype(x_BxLxD.dtype)
     index_BxC = jnp.argsort(~enters_BxL, axis=1, stable=True)[:, :size]  # in order of position
-    return seated(block, x_BxLxD, positions_BxL, enters_BxL, index_BxC, mode)
+    return gather_run_scatter(block, x_BxLxD, positions_BxL, enters_BxL, index_BxC, mode)
 
   return run

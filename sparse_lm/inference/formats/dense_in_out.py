@@ -9,11 +9,11 @@ from sparse_lm.core.format import InputMajor
 MOST_INPUTS = 511
 
 
-class Wide(InputMajor):
+class DenseInOut(InputMajor):
   """The kernel `[in, out]` as it is: one token multiplies long rows, not many short ones.
 
-  On a CPU a product with one token then takes 0.6 to 0.8 of the time of `dense`, and from 768 inputs on
-  none is saved.
+  On a CPU a product with one token then takes 0.6 to 0.8 of the time of `dense_out_in`, and from 768
+  inputs on none is saved.
   """
 
   plain: ClassVar[bool] = True
