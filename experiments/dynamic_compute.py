@@ -79,9 +79,8 @@ def _held(method: str, overrides: Overrides, target: float) -> tuple[str, str, O
 def _random_rate(target: float) -> float:
   """The rate at which random token gates cost `target` of the dense model's FLOPs."""
   program, masks = build(configs.load(CONFIG, MODEL | GATE), VOCAB)
-  ledger, dense = program.costs
-  closed, opened = cost.extremes(ledger, tree.named(masks))
-  return round((target * dense - closed) / (opened - closed), 4)
+  closed, opened = cost.extremes(program.costs.ledger, tree.named(masks))
+  return round((target * program.costs.dense - closed) / (opened - closed), 4)
 
 
 def _training(overrides: Overrides) -> str:

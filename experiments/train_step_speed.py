@@ -94,7 +94,7 @@ def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
   average = seconds['step']
   if updates:
     average = (1 - updates) * average + updates * seconds['update']
-  flops = program.step_flops(0, program.pass_flops({}))
+  flops = program.step_flops(0, program.costs.training_pass({}))
   peak = peak_flops / np.median(seconds['peak'])
   metrics = {
     'step_ms': 1e3 * float(np.median(average)),

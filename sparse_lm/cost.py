@@ -28,7 +28,7 @@ def matmuls(program: Program, target: Tree) -> str:
       math.prod(gate.planned for gate in m.gates),
       ledger.forward_flops({path: m}, densities),
     )
-    for path, m in program.costs[0].items()
+    for path, m in program.costs.ledger.items()
   ]
   header = ('matmul', 'FLOPs per token', 'density', 'gates', 'left')
   return tabulate(rows, header, tablefmt='github', floatfmt=('', ',.0f', '.4f', '.4f', ',.0f'))

@@ -66,10 +66,10 @@ def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
     trainable=trainable,
     sparse=sparse,
     opt_state=program.tx.init(trainable),
-    ema=states.first_average(program, trainable),
+    ema=states.first_average(program.optimizer, trainable),
     model_state=trained.model_state,
   )
-  states.check_masks(program, state)
+  states.check_masks(program.method, state)
   pruned, masks = program.finalize(state)
   losses, observed = named_losses(run, pruned, state.model_state)
   measured = losses | {'prune_seconds': seconds, 'segments': segments}

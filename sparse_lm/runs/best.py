@@ -45,7 +45,7 @@ class Best:
     """Keeps `state` if its validation loss is the lowest so far, and says whether it is."""
     if not loss < self.loss:
       return False
-    states.check_masks(program, state)
+    states.check_masks(program.method, state)
     self.loss, self.step = loss, int(state.step)
     numbers = {'val_loss': loss, 'step': self.step, 'work': dataclasses.asdict(work)}
     self._checkpoints.save(state, items=EVALUATED, numbers=numbers)

@@ -3,15 +3,15 @@
 import jax
 from ml_collections import ConfigDict
 
-from sparse_lm.core import distribution as budget
-from sparse_lm.core import tree
+from sparse_lm.core import distribution, tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.tree import Tree
 from sparse_lm.model import lm, slots
 from sparse_lm.plan import cost
 from sparse_lm.runs import configs
 from sparse_lm.train.control import Budget
-from sparse_lm.train.loss import Distillation
+from sparse_lm.train.distillation import Distillation
+from sparse_lm.train.objective import Objective
 from sparse_lm.train.optim import Optimizer
 from sparse_lm.train.step import Program, shared
 
@@ -29,7 +29,7 @@ def build(config: ConfigDict, vocab: int) -> tuple[Program, Tree]:
   )
   method.check()
   optimizer = Optimizer.from_config(config, method.masked, method.learned_rate)
-  target = budget.targets(
+  target = distribution.targets(
     lm.shapes(model)['params'],
     config.weight.sparsity,
     config.weight.distribution,
@@ -49,17 +49,10 @@ def build(config: ConfigDict, vocab: int) -> tuple[Program, Tree]:
         f'{config.weight.name!r} prunes nothing; valid: {", ".join(slots.names("weight"))}'
       )
     target = jax.tree.map(lambda _: None, target)
-  budget_ = Budget.from_config(config)
-  program = Program(
-    model,
-    method,
-    optimizer,
-    config.train.accumulation,
-    budget_,
-    Distillation.from_config(config),
-  )
-  if budget_:
-    _check_floor(program, target)
+  objective = Objective(model, method, Budget.from_config(config), Distillation.from_config(config))
+  program = Program(objective, optimizer, config.train.accumulation)
+  if objective.budget:
+    _check_floor(objective, target)
   return shared(program), target
 
 
@@ -73,22 +66,22 @@ def check_costs(config: ConfigDict) -> None:
     lm.ledger(one, config.data.context)
 
 
-def _check_floor(program: Program, target: Tree) -> None:
+def _check_floor(objective: Objective, target: Tree) -> None:
   """Raises UserError for a budget that the gates cannot reach, naming what they don't gate."""
-  ledger, dense = program.costs
+  ledger, dense = objective.costs.ledger, objective.costs.dense
   density = {path: float(final) for path, final in tree.named(target).items()}
-  if program.method.controlled:
+  if objective.method.controlled:
     density = dict.fromkeys(density, 0.0)  # as far as the controller can bring it down
-  field = f'config.budget.target={program.budget.target}'
+  field = f'config.budget.target={objective.budget.target}'
   gates = any(gate.controlled for m in ledger.values() for gate in m.gates)
-  if not gates and not program.method.controlled:
+  if not gates and not objective.method.controlled:
     raise UserError(
       f'{field} needs something that the controller can move; valid: a learned gate such as '
       'config.depth.name=token_gate, or learned masks such as config.weight.name=l0 (methods of fixed '
       'capacity and random gates have rates of their own)'
     )
   floor = cost.extremes(ledger, density)[0] / dense
-  if program.budget.target < floor:
+  if objective.budget.target < floor:
     ungated = {
       path: m.flops * density.get(m.kernel, 1.0)
       for path, m in ledger.items()

@@ -66,7 +66,7 @@ def report(
     'params': sizes.params,
     'prunable_params': sizes.prunable,
     'nonzero_params': sizes.nonzero,
-    'active_params': round(cost.active_params(program.ledger, density, active)),
+    'active_params': round(cost.active_params(program.costs.ledger, density, active)),
     'sparsity_prunable': sizes.sparsity_prunable,
     'sparsity_total': sizes.sparsity_total,
     'stored_bytes': sizes.stored_bytes,
@@ -80,10 +80,10 @@ def _flops(
   program: Program, density: dict[str, float], active: dict[str, float], work: Work
 ) -> dict[str, float]:
   """The part of `report` that is in FLOPs per token, and its ratios over the dense twin's."""
-  ledger, dense = program.costs
+  ledger, dense = program.costs.ledger, program.costs.dense
   forward = cost.forward_flops(ledger, density, active)
   causal = cost.forward_flops(cost.causal_pairs(ledger), density, active)
-  dense_causal = cost.forward_flops(cost.causal_pairs(program.twin_costs), {})
+  dense_causal = cost.forward_flops(cost.causal_pairs(program.costs.dense_ledger), {})
   return {
     'flops_forward': forward,
     'flops_forward_ratio': forward / dense,
@@ -109,7 +109,7 @@ def predicted(program: Program, target: dict[str, float]) -> float:
     # Once for each target: leaves of a uniform distribution share theirs.
     densities = {final: float(method.density(final, step)) for final in set(target.values())}
     at = {path: densities[final] for path, final in target.items()}
-    forward = passes.setdefault(tuple(at.values()), program.pass_flops(at))
+    forward = passes.setdefault(tuple(at.values()), program.costs.training_pass(at))
     total += program.step_flops(step, forward)
   return total / steps
 

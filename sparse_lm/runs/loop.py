@@ -221,7 +221,7 @@ class _Loop:
   def _save(self, state: TrainState, batches: Any) -> None:
     """Never saves a state whose losses were not seen to be finite, or less sparse than its masks."""
     with self._paused():
-      states.check_masks(self.program, state)
+      states.check_masks(self.program.method, state)
       self.checkpoints.save(state, batches, self.history)
       self.best.settle()
 

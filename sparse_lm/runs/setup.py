@@ -66,7 +66,10 @@ class Setup:
     if self.parent is None:
       return state
     masks = self.parent.masks if self.parent.is_sparse else None
-    return states.restart(self.program, self.config.seed, state, self.parent, masks)
+    start = states.Start(self.parent.params, masks, self.parent.model_state)
+    return states.restart(
+      self.program.method, self.program.optimizer, self.config.seed, state, start
+    )
 
 
 def setup(config: ConfigDict) -> Setup:

@@ -5,6 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sparse_lm.core import tree
+from sparse_lm.core.tree import Tree
+
 Array = jax.Array
 
 
@@ -20,6 +23,15 @@ class Policy(NamedTuple):
   log_prob: Array
   entropy: Array
   open: Array
+
+
+def sown(variables: Tree) -> dict[str, Policy]:
+  """What every sampled gate sowed into the collection `policy`, by the gate's path."""
+  named = tree.named(variables['policy'])
+  paths = {path.rpartition('/')[0] for path in named}
+  return {
+    path: Policy(*(named[f'{path}/{field}'] for field in Policy._fields)) for path in sorted(paths)
+  }
 
 
 def reward(losses_BxL: Array, policies: dict[str, Policy], shares: dict[str, Array]) -> Array:

@@ -1,6 +1,6 @@
-"""What a run is at a step."""
+"""Training state: what a step reads and writes, how it begins, and what must hold of it."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,10 @@ from flax import struct
 from sparse_lm.core import rng, tree
 from sparse_lm.core.tree import Tree
 from sparse_lm.layers.record import SOWN
-from sparse_lm.train.control import Control
-from sparse_lm.train.optim import as_float32
-from sparse_lm.weights.method import Sparse, densities
+from sparse_lm.model.lm import LM
+from sparse_lm.train.control import Budget, Control
+from sparse_lm.train.optim import Optimizer, as_float32
+from sparse_lm.weights.method import Sparse, WeightMethod, densities
 
 
 class TrainState(struct.PyTreeNode):
@@ -45,49 +46,93 @@ class TrainState(struct.PyTreeNode):
     return jax.tree.map(lambda mean, p: mean.astype(p.dtype), self.ema, self.trainable)
 
 
-def first_average(program: Any, trainable: Tree) -> Tree:
-  """The moving average of a run that starts from `trainable`: float32, or `None` without one."""
-  return as_float32(trainable) if program.optimizer.ema else None
+class Start(NamedTuple):
+  """A trained model that a run starts from.
+
+  Attributes:
+    params: with zeros where a weight was dropped.
+    masks: like `params`, bool, where the run is to keep them; else `None`.
+    model_state: its collections that are not parameters.
+  """
+
+  params: Tree
+  masks: Tree
+  model_state: Tree
 
 
-def restart(program: Any, seed: int, state: TrainState, parent: Any, masks: Tree) -> TrainState:
-  """`state`, at step 0, with the weights of a trained `parent` and, if given, its masks."""
+def create(
+  model: LM,
+  method: WeightMethod,
+  optimizer: Optimizer,
+  budget: Budget | None,
+  seed: int,
+  target: Tree,
+) -> TrainState:
+  """The state at step 0; pure, so that it is jitted as a whole.
+
+  Args:
+    seed: of the run; may be traced.
+    target: final densities like the parameters, float32, `None` = dense.
+  """
+  tokens = jnp.zeros((1, model.spec.context), jnp.int32)
+  variables = model.init(rng.stream(seed, 'init'), tokens, mode='eval')
+  trainable, sparse = method.init(rng.stream(seed, 'masks'), variables['params'], target)
+  return TrainState(
+    step=jnp.int32(0),
+    trainable=trainable,
+    sparse=sparse,
+    opt_state=optimizer.transform().init(trainable),
+    ema=first_average(optimizer, trainable),
+    model_state=collections(variables),
+    control=budget and budget.init(),
+    key=rng.stream(seed, 'steps'),
+  )
+
+
+def restart(
+  method: WeightMethod, optimizer: Optimizer, seed: int, state: TrainState, start: Start
+) -> TrainState:
+  """`state`, at step 0, with the weights of a trained model and, if given, its masks."""
   target = state.sparse.target
-  trainable, sparse = program.method.init(rng.stream(seed, 'masks'), parent.params, target)
-  if masks is not None:
+  trainable, sparse = method.init(rng.stream(seed, 'masks'), start.params, target)
+  if start.masks is not None:
     given = tree.where_sparse(
       lambda w, _, mask: jnp.ones(w.shape, bool) if mask is None else mask,
-      parent.params,
+      start.params,
       target,
-      masks,
+      start.masks,
       dense=lambda _: None,
     )
     sparse = sparse.replace(masks=given, target=densities(given))
-    trainable = trainable | {'params': parent.params}
+    trainable = trainable | {'params': start.params}
   # A parent's thresholds and biases are its routers'; another kind of router starts its own.
-  theirs, fresh = (jax.tree.map(jnp.shape, s) for s in (parent.model_state, state.model_state))
+  theirs, fresh = (jax.tree.map(jnp.shape, s) for s in (start.model_state, state.model_state))
   started = state.replace(
     trainable=trainable,
     sparse=sparse,
-    opt_state=program.tx.init(trainable),
-    ema=first_average(program, trainable),
-    model_state=parent.model_state if theirs == fresh else state.model_state,
+    opt_state=optimizer.transform().init(trainable),
+    ema=first_average(optimizer, trainable),
+    model_state=start.model_state if theirs == fresh else state.model_state,
   )
   # Steps donate their state: no buffer of it may be the parent's, or in it twice.
   return jax.tree.map(jnp.copy, started)
 
 
-def check_masks(program: Any, state: TrainState) -> None:
+def first_average(optimizer: Optimizer, trainable: Tree) -> Tree:
+  """The moving average of a run that starts from `trainable`: float32, or `None` without one."""
+  return as_float32(trainable) if optimizer.ema else None
+
+
+def check_masks(method: WeightMethod, state: TrainState) -> None:
   """Raises ValueError where weights outside the masks are not zero: the sparsity is not the masks'."""
-  if program.method.keeps_dense:
+  if method.keeps_dense:
     return
-  for name in ('trainable', 'ema'):
-    held = getattr(state, name)
-    for path, found in tree.named({} if held is None else _awake(held, state.sparse)).items():
+  for name, trees in (('trainable', state.trainable), ('ema', state.ema)):
+    for path, found in tree.named({} if trees is None else _awake(trees, state.sparse)).items():
       if found:
         raise ValueError(
           f'{found} dropped weights of {path} ({name}) are not zero at step {state.step}: '
-          f'{type(program.method).__name__}.constrain let them wake'
+          f'{type(method).__name__}.constrain let them wake'
         )
 
 
@@ -104,20 +149,3 @@ def _awake(trainable: Tree, sparse: Sparse) -> Tree:
 def collections(variables: dict[str, Any]) -> dict[str, Any]:
   """The collections of `variables` that live from step to step, besides the parameters."""
   return {name: value for name, value in variables.items() if name not in ('params', *SOWN)}
-
-
-def create(program: Any, seed: int, target: Tree) -> TrainState:
-  """The state at step 0 (see `step.Program`); pure, so that it is jitted as a whole."""
-  tokens = jnp.zeros((1, program.model.spec.context), jnp.int32)
-  variables = program.model.init(rng.stream(seed, 'init'), tokens, mode='eval')
-  trainable, sparse = program.method.init(rng.stream(seed, 'masks'), variables['params'], target)
-  return TrainState(
-    step=jnp.int32(0),
-    trainable=trainable,
-    sparse=sparse,
-    opt_state=program.tx.init(trainable),
-    ema=first_average(program, trainable),
-    model_state=collections(variables),
-    control=program.budget and program.budget.init(),
-    key=rng.stream(seed, 'steps'),
-  )

@@ -186,8 +186,8 @@ def test_selected_units_of_gated_layers_are_measured_together(tiny_config):
   assert joint == pytest.approx(both / count, rel=1e-4)
   assert 0 < joint < active['depth_0'] < 1
   report = train_cost.report(run.program, run.target, observed=observed)
-  down = run.program.costs[0]['block_0/mlp/down/linear'].flops
-  rest = {path: m for path, m in run.program.costs[0].items() if 'down' not in path}
+  down = run.program.costs.ledger['block_0/mlp/down/linear'].flops
+  rest = {path: m for path, m in run.program.costs.ledger.items() if 'down' not in path}
   want = cost.forward_flops(rest, {}, {'depth_0': active['depth_0']}) + joint * down
   assert report['flops_forward'] == pytest.approx(want)
 
@@ -281,7 +281,7 @@ def test_evaluation_observes_every_gate_of_the_ledger(tiny_config):
     )
   _, observed = evaluate(run, params, state.model_state)
   active = observe.activity(observed)
-  ledger, _ = run.program.costs
+  ledger = run.program.costs.ledger
   single = {gate.path for m in ledger.values() for gate in m.gates}
   nested = {
     f'depth_{i}&block_{i}/{inner}' for i in (0, 1) for inner in ('attention/attention', 'mlp')

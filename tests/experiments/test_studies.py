@@ -169,7 +169,8 @@ def test_the_budget_study_holds_every_estimator_that_a_price_moves_by_both_contr
   ]
   table = budget_control.report(lines, tmp_path)
   assert '-0.020' in table and '+0.070' in table and (tmp_path / 'budget_control.png').exists()
-  assert build(configs.load(runs[0].config, runs[0].overrides), vocab=256)[0].budget.target == 0.6
+  program, _ = build(configs.load(runs[0].config, runs[0].overrides), vocab=256)
+  assert program.objective.budget.target == 0.6
 
 
 def test_the_twin_has_as_many_parameters_as_the_default_model():

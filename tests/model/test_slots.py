@@ -213,12 +213,11 @@ def test_a_new_method_is_one_file_and_one_config(new_method, tmp_path):
 
 def test_a_new_method_is_in_the_ledger_and_the_trainers_loss(new_method, tmp_path):
   from sparse_lm.runs.build import build
-  from sparse_lm.train.states import create
 
   config = configs.load(config_file(tmp_path))
   program, target = build(config, 11)
   assert 'block_1/mlp/up/linear' in lm.ledger(program.model, 8)
-  state = jax.jit(lambda: create(program, 0, target))()
+  state = program.init(0, target)
   assert set(state.model_state) == {'router'}
   tokens = jax.random.randint(jax.random.key(0), (4, 9), 0, 11)
   state, metrics = program.train_step(state, tokens)

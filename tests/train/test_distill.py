@@ -15,7 +15,7 @@ from sparse_lm.core import rng
 from sparse_lm.runs.loop import train
 from sparse_lm.runs.setup import setup
 from sparse_lm.runs.trained import load
-from sparse_lm.train.loss import Distillation
+from sparse_lm.train.distillation import Distillation
 
 
 @pytest.fixture(scope='module')

@@ -18,7 +18,6 @@ from sparse_lm.runs import cost_report as cost
 from sparse_lm.runs import runtime
 from sparse_lm.runs.evaluate import evaluate
 from sparse_lm.runs.setup import setup
-from sparse_lm.train import loss
 from sparse_lm.train.control import Control
 from sparse_lm.train.step import Program
 from sparse_lm.weights.method import densities
@@ -118,8 +117,8 @@ def policy(tiny_config):
   @jax.jit
   def gradient(params, key):
     seen = params, densities(state.sparse.masks)
-    (grads, _), (_, metrics) = jax.grad(loss.loss, argnums=1, has_aux=True)(
-      run.program, seen, state, {}, (tokens, None), key
+    (grads, _), (_, metrics) = jax.grad(run.program.objective.loss, has_aux=True)(
+      seen, state, {}, (tokens, None), key
     )
     return grads['depth_0']['router'], metrics
 
@@ -196,7 +195,7 @@ def test_draws_equal_to_the_greedy_actions_leave_the_entropy_bonus_alone(policy)
 
 def test_random_gates_are_out_of_control_and_run_at_their_rate(tiny_config):
   run = setup(tiny_config(depth__name='token_gate', depth__estimator='random', depth__open=0.3))
-  gates = {gate for matmul in run.program.costs[0].values() for gate in matmul.gates}
+  gates = {gate for matmul in run.program.costs.ledger.values() for gate in matmul.gates}
   (gate,) = (gate for gate in gates if gate.path == 'depth_0')
   assert gate.planned == 0.3 and not gate.controlled
   vocab = run.data.tokenizer.vocab_size

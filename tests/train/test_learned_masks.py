@@ -114,7 +114,7 @@ def test_a_budget_brings_training_and_evaluation_to_its_target(pattern, tiny_con
   assert ran == pytest.approx(0.8, abs=0.05)
   # What is priced at the last weights is what is evaluated.
   _, density = run.program.method.effective(state.trainable, state.sparse, 'train', 150, None)
-  assert float(run.program.fraction(density, {})) == pytest.approx(ran, abs=1e-4)
+  assert float(run.program.costs.fraction(density, {})) == pytest.approx(ran, abs=1e-4)
   closed = sum(int((~mask).sum()) for mask in tree.named(masks).values())
   assert closed > 100
   # What evaluation runs has learned the text too: a guess costs ln(vocab).

@@ -18,6 +18,7 @@ from sparse_lm.model import lm, slots
 from sparse_lm.plan import cost
 from sparse_lm.runs.build import build
 from sparse_lm.train import optim, states
+from sparse_lm.train.objective import Objective
 from sparse_lm.train.step import Program
 from sparse_lm.weights import rewire
 from sparse_lm.weights.method import Sparse
@@ -74,7 +75,7 @@ def tokens(step):
 
 def toy_program(optimizer_name, method_name, **fields):
   method = slots.method('weight', method_name)(total_steps=STEPS, **fields)
-  program = Program(Toy(ToySpec()), method, optimizer(optimizer_name))
+  program = Program(Objective(Toy(ToySpec()), method), optimizer(optimizer_name))
   params = lm.shapes(program.model)['params']
   return program, budget.targets(params, 0.6, 'uniform', ('embed', 'bias'), method.units)
 
@@ -343,7 +344,7 @@ def test_the_average_of_bfloat16_parameters_is_kept_in_float32():
   program, _ = toy_program('adamw', 'none')
   program = dataclasses.replace(program, optimizer=optimizer('adamw', ema=0.99))
   weights = jnp.full((3,), 1.0, jnp.bfloat16)
-  average = states.first_average(program, {'params': weights})
+  average = states.first_average(program.optimizer, {'params': weights})
   want = 1.0
   for step in range(1, 201):
     weights = jnp.full((3,), 1 + step / 128, jnp.bfloat16)
@@ -377,7 +378,8 @@ def test_lost_updates_are_those_that_rounding_undoes():
 
 def test_microbatches_of_bfloat16_gradients_add_up_in_float32():
   program, _ = toy_program('sgd', 'none')
-  program = dataclasses.replace(program, model=Toy(ToySpec(), jnp.bfloat16))
+  objective = dataclasses.replace(program.objective, model=Toy(ToySpec(), jnp.bfloat16))
+  program = dataclasses.replace(program, objective=objective)
   params = program.init(0, jax.tree.map(lambda _: None, lm.shapes(program.model)['params']))
   batch = np.random.default_rng(3).integers(7, size=(64, 7)).astype(np.int32)
 

@@ -156,7 +156,8 @@ def pruned_by_hand(params, inputs, layer, fan_in):
 def test_signals_are_of_the_pruned_layers_before(trained, tokens, tiny_config):
   config = tiny_config(model__layers=2, weight__name='wanda', weight__sparsity=0.75)
   program, target = build(config, trained.tokenizer.vocab_size)
-  program = dataclasses.replace(program, method=Recording(total_steps=STEPS))
+  objective = dataclasses.replace(program.objective, method=Recording(total_steps=STEPS))
+  program = dataclasses.replace(program, objective=objective)
   Recording.seen.clear()
   # Batches of four and two.
   trainable, sparse = one_shot.prune(program, trained.params, {}, target, tokens, 4, seed=0)

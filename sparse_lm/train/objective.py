@@ -1,0 +1,188 @@
+"""What training minimises: cross-entropy, what modules add to it, and what running costs."""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparse_lm.core import tree
+from sparse_lm.core.estimator import ENTROPY_BONUS
+from sparse_lm.core.tree import Tree
+from sparse_lm.layers.record import SOWN
+from sparse_lm.model.lm import LM
+from sparse_lm.plan import cost
+from sparse_lm.train import policy, states
+from sparse_lm.train.control import Budget
+from sparse_lm.train.distillation import Distillation
+from sparse_lm.train.pass_costs import PassCosts
+from sparse_lm.train.states import TrainState
+from sparse_lm.weights.method import WeightMethod, mean_density
+
+Array = jax.Array
+Metrics = dict[str, Array]
+
+
+class EffectiveParams(NamedTuple):
+  """What a weight method's `effective` returns.
+
+  Attributes:
+    params: as the model sees them.
+    density: the fraction of each prunable leaf that runs, float32 scalars, `None` = dense.
+  """
+
+  params: Tree
+  density: Tree
+
+
+class Batch(NamedTuple):
+  """What a step learns from.
+
+  Attributes:
+    tokens_BxL1: int32 `[B, L + 1]`; each token but the first is predicted.
+    teacher_BxLxV: a teacher's logits, float32, or `None`.
+  """
+
+  tokens_BxL1: Array
+  teacher_BxLxV: Array | None
+
+
+class _Pass(NamedTuple):
+  """A forward pass in training: the cross-entropy of each token, and what modules sowed."""
+
+  losses_BxL: Array
+  variables: Tree
+
+
+def token_losses(logits_BxLxV: Array, targets_BxL: Array) -> Array:
+  """Cross-entropy of each token in nats, float32 `[B, L]`."""
+  return optax.softmax_cross_entropy_with_integer_labels(logits_BxLxV, targets_BxL)
+
+
+def activity_of(variables: Tree) -> dict[str, Array]:
+  """The fraction of its units that every gate opened for each token, by the gate's path."""
+  named = tree.named(variables.get('gates', {}))
+  return {path.removesuffix('/active'): value for path, value in named.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """The loss of a model whose connections a weight method decides.
+
+  Attributes:
+    budget: holds the FLOPs that run at a target, or `None`.
+    distillation: how a teacher's logits count, or `None`.
+  """
+
+  model: LM
+  method: WeightMethod
+  budget: Budget | None = None
+  distillation: Distillation | None = None
+
+  @functools.cached_property
+  def costs(self) -> PassCosts:
+    """FLOPs per token of the model's passes."""
+    return PassCosts(self.model, self.method.controlled)
+
+  def observed(self, variables: Tree) -> Metrics:
+    """What modules sowed into `stats`, and the fractions that gates, alone and nested, opened."""
+    stats = tree.named(variables.get('stats', {}))
+    fractions = cost.fractions(self.costs.ledger, activity_of(variables))
+    return stats | {f'gates/{path}': value for path, value in fractions.items()}
+
+  def evaluate(
+    self, params: Tree, model_state: Tree, tokens_BxL1: Array, weight_BxL: Array
+  ) -> tuple[Array, Metrics]:
+    """Nats summed over the tokens, each times its weight, and what modules observed; all float32."""
+    logits, variables = self.model.apply(
+      {'params': params, **model_state}, tokens_BxL1[:, :-1], mode='eval', mutable=SOWN
+    )
+    nats = jnp.sum(token_losses(logits, tokens_BxL1[:, 1:]) * weight_BxL)
+    return nats, self.observed(variables)
+
+  def loss(
+    self,
+    effective: EffectiveParams,
+    state: TrainState,
+    model_state: Tree,
+    batch: Batch,
+    key: Array,
+  ) -> tuple[Array, tuple[Tree, Metrics]]:
+    """The scalar to minimise.
+
+    It is the mean in nats per token, with a teacher's part in it, plus what modules sowed into `losses`,
+    the weight method's penalty, the budget's penalty and the loss of sampled policies.
+
+    Args:
+      effective: what is differentiated.
+      state: of the step; its trainable tree is not read.
+      model_state: collections of the model that are not parameters, before this pass.
+      key: of dropout and of the gates' draws.
+
+    Returns:
+      The loss, and beside it the collections after this pass and the metrics.
+    """
+    params, density = effective
+    tokens_BxL1, teacher_BxLxV = batch
+    # A density that is not learned is charged as what it will be in the end.
+    charged_density = density if self.method.controlled else state.sparse.target
+
+    def forward(**rngs: Array) -> tuple[Array, _Pass]:
+      logits, variables = self.model.apply(
+        {'params': params, **model_state},
+        tokens_BxL1[:, :-1],
+        mode='train',
+        rngs=rngs,
+        mutable=[*SOWN, *model_state],
+      )
+      return logits, _Pass(token_losses(logits, tokens_BxL1[:, 1:]), variables)
+
+    logits, sampled = forward(dropout=key, gates=jax.random.fold_in(key, 1))
+    variables = sampled.variables
+    nats = jnp.mean(sampled.losses_BxL)
+    kept = mean_density(density, params)
+    metrics = {'loss': nats, 'density': kept} | self.observed(variables)
+    metrics['flops_pass'] = self.costs.training_pass(density)
+    auxiliary = sum(jax.tree.leaves(variables.get('losses', {})), self.method.penalty(kept))
+    activity = activity_of(variables)
+    if activity or self.method.controlled:
+      fraction = self.costs.fraction(charged_density, activity)
+      metrics['flops_fraction'] = fraction
+      if self.budget:
+        auxiliary += self.budget.penalty(state.control, fraction)
+    if 'policy' in variables:
+      # Without draws gates act greedily: the self-critical baseline.
+      _, greedy = forward(dropout=key)
+      auxiliary += self._policy_loss(state, charged_density, activity, sampled, greedy)
+    metrics['auxiliary'] = auxiliary
+    if teacher_BxLxV is not None:
+      divergence = self.distillation.divergence(logits, teacher_BxLxV)
+      metrics['divergence'] = divergence
+      nats += self.distillation.weight * (divergence - nats)
+    return nats + auxiliary, (states.collections(variables), metrics)
+
+  def _policy_loss(
+    self,
+    state: TrainState,
+    charged_density: Tree,
+    activity: dict[str, Array],
+    sampled: _Pass,
+    greedy: _Pass,
+  ) -> Array:
+    """REINFORCE with the greedy pass as baseline."""
+    shares = jax.tree.map(jnp.zeros_like, activity)
+    if self.budget:
+      fraction, shares = jax.value_and_grad(lambda a: self.costs.fraction(charged_density, a))(
+        activity
+      )
+      price = self.budget.price(state.control, fraction)
+      # The gradient of a mean over tokens, times their number, is what opening costs each of them.
+      shares = jax.tree.map(lambda share: price * share * share.size, shares)
+    policies = [policy.sown(found.variables) for found in (sampled, greedy)]
+    rewards = [
+      policy.reward(found.losses_BxL, policies_of, shares)
+      for found, policies_of in zip((sampled, greedy), policies)
+    ]
+    return policy.loss(policies[0], *rewards, ENTROPY_BONUS)
