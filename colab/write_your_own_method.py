@@ -54,7 +54,7 @@ folder = pathlib.Path(tempfile.mkdtemp())
 #
 # A layer method is a Linen module. Fields with a default are config keys (`estimator` and `open` come
 # with `LearnedGate`); fields without one are supplied. `inner` makes what the slot runs otherwise.
-# What runs inside `cost.gated_by(self)` costs as much as the gate is open.
+# What runs inside `record.gated_by(self)` costs as much as the gate is open.
 #
 # In a clone of the repository the file's place is `sparse_lm/methods/mlp/skip.py`; while you try it
 # out, a folder of your own will do.
@@ -68,9 +68,9 @@ from typing import ClassVar
 
 from flax import linen as nn
 
-from sparse_lm.core import cost
 from sparse_lm.layers.gate import LearnedGate
 from sparse_lm.layers.router import Router
+from sparse_lm.plan import record
 
 
 class SkipMLP(LearnedGate, kw_only=True):
@@ -89,7 +89,7 @@ class SkipMLP(LearnedGate, kw_only=True):
   def __call__(self, x_BxLxD, mode):
     router = Router(self.spec, 1, bias=self.first_logit, name='router')
     decision = self.decide(router(x_BxLxD), mode)
-    with cost.gated_by(self):
+    with record.gated_by(self):
       y_BxLxD = self.inner()(x_BxLxD, mode)
     return y_BxLxD * decision.weight.astype(y_BxLxD.dtype)
 '''

@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from sparse_lm.core import rng, tree
 from sparse_lm.core import units as pattern
-from sparse_lm.layers.record import SOWN
+from sparse_lm.layers.sow import SOWN
 from sparse_lm.model import lm, slots
 from sparse_lm.plan import cost, executed
 from sparse_lm.runs import cost_report as train_cost

@@ -1,15 +1,13 @@
 """Groups: units that span several matrices, as the modules that own the matrices declare them.
 
 A neuron is a column of `up` and a row of `down`; a head is columns of the query, key and value
-projections and rows of the output projection. A module notes its groups while it is traced, as matmuls
-note themselves in the ledger; patterns, learned masks and the removal of units read what was noted.
+projections and rows of the output projection. A module declares its groups while it is traced
+(`plan/record.py`); patterns, learned masks and the removal of units read what was declared.
 """
 
-import contextlib
-import contextvars
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -56,36 +54,6 @@ class Group:
   def name(self) -> str:
     """Such as 'block_0/mlp/neuron'."""
     return '/'.join(filter(None, (self.path, self.kind)))
-
-
-_open: contextvars.ContextVar[dict[str, Group] | None] = contextvars.ContextVar(
-  'groups', default=None
-)
-
-
-def note(
-  path: tuple[str, ...], kind: str, units: int, axes: Mapping[str, int], dynamic: bool = False
-) -> None:
-  """Declares a group of the module at `path`; does nothing unless groups are being recorded.
-
-  Args:
-    axes: the axis of each parameter, by its path below the module (`{'up/kernel': -1}`).
-  """
-  groups = _open.get()
-  if groups is not None:
-    members = tuple(Member('/'.join((*path, name)), axis) for name, axis in axes.items())
-    group = Group(kind, '/'.join(path), units, members, dynamic)
-    groups[group.name] = group
-
-
-@contextlib.contextmanager
-def recording() -> Iterator[dict[str, Group]]:
-  """Collects the groups, by name, of the traces inside."""
-  token = _open.set({})
-  try:
-    yield _open.get()
-  finally:
-    _open.reset(token)
 
 
 def pool(group: Group, leaves: Mapping[str, Array]) -> Array:

@@ -119,7 +119,7 @@ def pack(model: LM, params: Tree, masks: Tree, state: Tree) -> PackedModel:
   left = shrink(original, dropped, declared, _closed(model, params, state))
   fractions = shares(model, model.spec.context)
   packable = lm.packable(model)
-  held = {path: left.params.pop(path) for path in packable.paths if path in left.params}
+  held = {path: left.params.pop(path) for path in packable.packable if path in left.params}
   small = {path: array for path, array in held.items() if not _is_kernel(path, array.shape)}
   kernels = {
     path: Kernel(array, left.masks.get(path, np.ones(array.shape, bool)), original[path].nbytes)
@@ -289,7 +289,7 @@ def kept_weights(packed_model: PackedModel) -> float:
   """
   params = tree.named(lm.shapes(packed_model.model)['params'])
   shapes = {
-    path: params[path].shape for path in lm.packable(packed_model.model).paths if path in params
+    path: params[path].shape for path in lm.packable(packed_model.model).packable if path in params
   }
   whole = sum(math.prod(shape) for path, shape in shapes.items() if _is_kernel(path, shape))
   left = sum(np.count_nonzero(m.runs.kernel()) for m in packed_model.matrices.values())

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_lm.plan import cost
+from sparse_lm.plan import record
 
 Select = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -37,7 +37,7 @@ def note(
   read: float = 1.0,
   most: int | None = None,
 ) -> jax.Array:
-  """Returns the queries, marked with the cost of both matmuls of `attend`, by all pairs (`cost.note`).
+  """Returns the queries, marked with the cost of both matmuls of `attend`, by all pairs.
 
   Every query is charged with every key, those behind it included, because that is what dense attention
   computes before its mask. A method that reads fewer keys is charged with the share that it reads of
@@ -52,10 +52,10 @@ def note(
   queries, pair = q_BxLxHxK.shape[1], 2 * q_BxLxHxK.size
   gathered = keys if most is None or queries > 1 else min(most, keys)
   causal = sum(_causal_keys(queries, keys)) / (queries * keys)
-  q_BxLxHxK = cost.note(q_BxLxHxK, path, 'scores', pair * keys * scored, causal=causal)
-  q_BxLxHxK = cost.note(q_BxLxHxK, path, 'values', pair * keys * read, causal=causal)
+  q_BxLxHxK = record.matmul(q_BxLxHxK, path, 'scores', pair * keys * scored, causal=causal)
+  q_BxLxHxK = record.matmul(q_BxLxHxK, path, 'values', pair * keys * read, causal=causal)
   computed, charged = keys + gathered, keys * (scored + read)
-  return cost.uncharged(q_BxLxHxK, 'keys that a query does not read', pair * (computed - charged))
+  return record.uncharged(q_BxLxHxK, 'keys that a query does not read', pair * (computed - charged))
 
 
 def share_of_keys(most: int, queries: int, keys: int) -> float:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparse_lm.plan import cost
+from sparse_lm.plan import record
 
 Array = jax.Array
 
@@ -89,7 +89,7 @@ def dispatch(x_TxD: Array, plan: Plan, executor: str) -> Array:
   if executor == 'einsum':
     one_hot_TxJxS = _one_hot(plan, x_TxD.dtype)
     x_SxD = jnp.einsum('ts,td->sd', jnp.sum(one_hot_TxJxS, axis=1), x_TxD)
-    x_SxD = cost.uncharged(x_SxD, 'tokens moved by one-hot matrices', 2 * tokens * x_SxD.size)
+    x_SxD = record.uncharged(x_SxD, 'tokens moved by one-hot matrices', 2 * tokens * x_SxD.size)
   else:
     token_S = jnp.where(plan.pair_S < tokens * choices, plan.pair_S // choices, tokens)
     x_SxD = _rows(x_TxD, token_S, plan.slot_TxJ)
@@ -104,7 +104,7 @@ def combine(y_NxPxD: Array, plan: Plan, weight_TxJ: Array, executor: str) -> Arr
     weight_TxS = weighted_sum(_one_hot(plan, y_SxD.dtype), weight_TxJ)
     y_TxD = weight_TxS @ y_SxD
     flops = 2 * weight_TxS.size * y_SxD.shape[1]
-    return cost.uncharged(y_TxD, 'tokens moved by one-hot matrices', flops)
+    return record.uncharged(y_TxD, 'tokens moved by one-hot matrices', flops)
   rows = _rows(y_SxD, plan.slot_TxJ.reshape(-1), plan.pair_S[:, None])
   return weighted_sum(rows.reshape(*weight_TxJ.shape, -1), weight_TxJ)
 
@@ -112,7 +112,7 @@ def combine(y_NxPxD: Array, plan: Plan, weight_TxJ: Array, executor: str) -> Arr
 def weighted_sum(y_TxJxD: Array, weight_TxJ: Array) -> Array:
   """What a token's choices give, weighted and summed: `[T, D]`."""
   y_TxD = jnp.einsum('tjd,tj->td', y_TxJxD, weight_TxJ)
-  return cost.uncharged(y_TxD, "weighted sum of a token's experts", 2 * y_TxJxD.size)
+  return record.uncharged(y_TxD, "weighted sum of a token's experts", 2 * y_TxJxD.size)
 
 
 def _one_hot(plan: Plan, dtype: jnp.dtype) -> Array:

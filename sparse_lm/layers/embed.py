@@ -7,7 +7,7 @@ from flax import linen as nn
 from sparse_lm.layers.init import INITS
 from sparse_lm.layers.linear import Linear, matmul
 from sparse_lm.layers.spec import Spec
-from sparse_lm.plan import cost
+from sparse_lm.plan import record
 
 
 class Embed(nn.Module):
@@ -28,10 +28,10 @@ class Embed(nn.Module):
 
   def __call__(self, tokens_BxL: jax.Array, positions_BxL: jax.Array) -> jax.Array:
     """int32 `[B, L]` to `[B, L, D]`."""
-    x_BxLxD = cost.note(self.tokens[tokens_BxL], self.path, 'lookup', 0, kernel='tokens')
+    x_BxLxD = record.matmul(self.tokens[tokens_BxL], self.path, 'lookup', 0, kernel='tokens')
     if self.spec.positions == 'learned':
       row_BxLxD = self.positions[positions_BxL]
-      x_BxLxD = x_BxLxD + cost.note(row_BxLxD, self.path, 'lookup', 0, kernel='positions')
+      x_BxLxD = x_BxLxD + record.matmul(row_BxLxD, self.path, 'lookup', 0, kernel='positions')
     return x_BxLxD.astype(self.spec.compute)
 
   def logits(self, x_BxLxD: jax.Array) -> jax.Array:
@@ -40,7 +40,9 @@ class Embed(nn.Module):
       return self.head(x_BxLxD).astype(jnp.float32)
     logits_BxLxV = matmul(x_BxLxD, self.tokens.astype(self.spec.compute).T)
     flops = 2 * x_BxLxD.size * self.spec.vocab
-    return cost.note(logits_BxLxV, self.path, 'linear', flops, kernel='tokens').astype(jnp.float32)
+    return record.matmul(logits_BxLxV, self.path, 'linear', flops, kernel='tokens').astype(
+      jnp.float32
+    )
 
 
 def rotate(x_BxLxHxK: jax.Array, positions_BxL: jax.Array) -> jax.Array:

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_lm.core import groups
 from sparse_lm.layers.active import selects
 from sparse_lm.layers.init import INITS
-from sparse_lm.layers.record import record
+from sparse_lm.layers.sow import sow
 from sparse_lm.layers.spec import Spec
-from sparse_lm.plan import cost, packable
+from sparse_lm.plan import record
 
 
 class Experts(nn.Module):
@@ -41,7 +40,7 @@ class Experts(nn.Module):
     activation = self.activation()
     run = functools.partial(self._run, activation, rows=rows, mode=mode)
     axes, dynamic = {'up': -1, 'down': -2}, selects(activation)
-    groups.note(self.path, 'neuron', self.experts * self.hidden, axes, dynamic)
+    record.units(self.path, 'neuron', self.experts * self.hidden, axes, dynamic)
     if not self.has_variable('packed', 'kept'):
       return run(x_NxPxD, expert_N)
     kept_R = self.get_variable('packed', 'kept')  # the others add nothing and were removed
@@ -77,7 +76,7 @@ class Experts(nn.Module):
       left = jax.eval_shape(stored.kernel).shape[0]
       y = _through(stored.of_expert, left, x_NxPxI, expert_N)
     else:
-      packable.note(self.path, name, f'{name}_bias')
+      record.packable(self.path, name, f'{name}_bias')
       kernel = self.param(name, each, (self.experts, width, features), spec.stored)
       if mode == 'decode' and expert_N is not None and x_NxPxI.shape[1] == 1:
         of_expert = lambda x, expert: x @ kernel[expert].astype(spec.compute)  # noqa: E731
@@ -86,9 +85,9 @@ class Experts(nn.Module):
         kernel_NxIxF = self._of_block(kernel.astype(spec.compute), expert_N)
         y = jnp.einsum('npi,nif->npf', x_NxPxI, kernel_NxIxF)
       row = 2 * width * features
-      y = cost.note(y, self.path, 'linear', row * rows, kernel=name)
+      y = record.matmul(y, self.path, 'linear', row * rows, kernel=name)
       slots = x_NxPxI.shape[0] * x_NxPxI.shape[1]
-      y = cost.uncharged(y, 'slots of experts, less the visits charged', row * (slots - rows))
+      y = record.uncharged(y, 'slots of experts, less the visits charged', row * (slots - rows))
     y = y.astype(spec.compute)
     if spec.bias:
       if self.has_variable('packed', f'{name}_bias'):
@@ -96,7 +95,7 @@ class Experts(nn.Module):
       else:
         shape = (self.experts, features)
         bias = self.param(f'{name}_bias', nn.initializers.zeros, shape, spec.stored)
-        bias = cost.note(bias, self.path, 'bias', 0, kernel=f'{name}_bias')
+        bias = record.matmul(bias, self.path, 'bias', 0, kernel=f'{name}_bias')
       y = y + self._of_block(bias.astype(spec.compute), expert_N)[:, None]
     return y
 
@@ -107,7 +106,7 @@ class Experts(nn.Module):
     chosen = jax.nn.one_hot(expert_N, len(stacked), dtype=stacked.dtype)
     flat = chosen @ stacked.reshape(len(stacked), -1)
     flops = 2 * expert_N.size * stacked.size
-    flat = cost.uncharged(flat, "experts' parameters copied to the blocks of their tokens", flops)
+    flat = record.uncharged(flat, "experts' parameters copied to the blocks of their tokens", flops)
     return flat.reshape(-1, *stacked.shape[1:])
 
 
@@ -139,8 +138,8 @@ def observe_routing(
   less 1), `entropy` (of a token's routing in nats), `drop_rate` and `dead_experts` (fraction)."""
   share_E = load_E / jnp.maximum(jnp.sum(load_E), 1)
   entropy = -jnp.sum(probability_TxE * jnp.log(jnp.maximum(probability_TxE, 1e-20)), axis=-1)
-  record(module, 'stats', 'load', share_E)
-  record(module, 'stats', 'max_violation', jnp.max(share_E) * load_E.size - 1)
-  record(module, 'stats', 'entropy', jnp.mean(entropy))
-  record(module, 'stats', 'drop_rate', dropped.astype(jnp.float32))
-  record(module, 'stats', 'dead_experts', jnp.mean(load_E == 0, dtype=jnp.float32))
+  sow(module, 'stats', 'load', share_E)
+  sow(module, 'stats', 'max_violation', jnp.max(share_E) * load_E.size - 1)
+  sow(module, 'stats', 'entropy', jnp.mean(entropy))
+  sow(module, 'stats', 'drop_rate', dropped.astype(jnp.float32))
+  sow(module, 'stats', 'dead_experts', jnp.mean(load_E == 0, dtype=jnp.float32))

@@ -10,7 +10,7 @@ from flax import linen as nn
 from sparse_lm.core.errors import unknown
 from sparse_lm.core.estimator import ESTIMATORS, Decision
 from sparse_lm.core.ranges import ranged
-from sparse_lm.layers.record import record
+from sparse_lm.layers.sow import sow
 from sparse_lm.layers.spec import Spec
 from sparse_lm.plan import cost
 
@@ -75,11 +75,11 @@ class LearnedGate(cost.Gating, nn.Module):
     if not estimator.learned:  # the rate is the config's, whatever the router says
       logits_BxLxU = jnp.full_like(logits_BxLxU, self.first_logit)
     decision = estimator.decide(logits_BxLxU, key, sample)
-    record(self, 'gates', 'active', jnp.mean(decision.cost, axis=-1))
+    sow(self, 'gates', 'active', jnp.mean(decision.cost, axis=-1))
     if decision.log_prob is not None:
-      record(self, 'policy', 'log_prob', jnp.sum(decision.log_prob, axis=-1))
-      record(self, 'policy', 'entropy', jnp.sum(decision.entropy, axis=-1))
-      record(self, 'policy', 'open', jnp.mean(decision.weight, axis=-1))
+      sow(self, 'policy', 'log_prob', jnp.sum(decision.log_prob, axis=-1))
+      sow(self, 'policy', 'entropy', jnp.sum(decision.entropy, axis=-1))
+      sow(self, 'policy', 'open', jnp.mean(decision.weight, axis=-1))
     return decision
 
 

@@ -8,10 +8,10 @@ import numpy as np
 from flax import linen as nn
 
 from sparse_lm.core.format import Format
-from sparse_lm.layers import record
+from sparse_lm.layers import sow
 from sparse_lm.layers.init import INITS
 from sparse_lm.layers.spec import Spec
-from sparse_lm.plan import cost, packable
+from sparse_lm.plan import record
 
 
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -42,12 +42,12 @@ class Linear(nn.Module):
     spec, x = self.spec, x.astype(self.spec.compute)
     if run := self.packed():
       return run(x)
-    packable.note(self.path, 'kernel', 'bias')
+    record.packable(self.path, 'kernel', 'bias')
     init = INITS[spec.init](self.role, spec.layers)
     kernel = self.param('kernel', init, (x.shape[-1], self.features), spec.stored)
-    record.inputs(self, x)
+    sow.inputs(self, x)
     y = matmul(x, kernel.astype(spec.compute))
-    y = cost.note(y, self.path, 'linear', 2 * x.size * self.features, kernel='kernel')
+    y = record.matmul(y, self.path, 'linear', 2 * x.size * self.features, kernel='kernel')
     if spec.bias:
       bias = self.param('bias', nn.initializers.zeros, (self.features,), spec.stored)
       y = y + bias.astype(spec.compute)
@@ -78,7 +78,7 @@ def fused_projections(
   """
   fused = '_'.join(features)
   if not module.has_variable('packed', fused):
-    packable.note_fused(module.path, fused, features)
+    record.fused(module.path, fused, features)
     return [Linear(spec, count, name=name)(x) for name, count in features.items()]
   y = Linear(spec, sum(features.values()), name=fused)(x)
   ends = np.cumsum(list(features.values())) * y.shape[-1] // sum(features.values())

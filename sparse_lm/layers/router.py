@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sparse_lm.layers.spec import Spec
-from sparse_lm.plan import cost
+from sparse_lm.plan import record
 
 
 class Router(nn.Module):
@@ -30,7 +30,7 @@ class Router(nn.Module):
     init = nn.initializers.normal(self.scale * x.shape[-1] ** -0.5)
     kernel = self.param('kernel', init, (x.shape[-1], self.features), self.spec.stored)
     logits = x.astype(jnp.float32) @ kernel.astype(jnp.float32)
-    logits = cost.note(logits, self.path, 'linear', 2 * x.size * self.features, kernel='kernel')
+    logits = record.matmul(logits, self.path, 'linear', 2 * x.size * self.features, kernel='kernel')
     if self.bias is not None:
       start = nn.initializers.constant(self.bias)
       logits += self.param('bias', start, (self.features,), self.spec.stored).astype(jnp.float32)

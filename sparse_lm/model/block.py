@@ -6,13 +6,12 @@ from collections.abc import Callable
 import jax
 from flax import linen as nn
 
-from sparse_lm.core import groups
-from sparse_lm.layers import cache, record
+from sparse_lm.layers import cache, sow
 from sparse_lm.layers.embed import rotate
 from sparse_lm.layers.gate import LearnedGate
 from sparse_lm.layers.linear import Linear, Norm, fused_projections
 from sparse_lm.layers.spec import Spec
-from sparse_lm.plan import cost
+from sparse_lm.plan import cost, record
 
 
 class Attention(nn.Module):
@@ -46,12 +45,12 @@ class Attention(nn.Module):
     # Query heads that share a key head are pruned with it.
     axes = {'query/kernel': -1, 'key/kernel': -1, 'value/kernel': -1, 'out/kernel': -2}
     inner = self.inner()
-    groups.note(self.path, 'head', spec.kv_heads, axes, dynamic=isinstance(inner, LearnedGate))
+    record.units(self.path, 'head', spec.kv_heads, axes, dynamic=isinstance(inner, LearnedGate))
     keys = k_BxLxGxK, v_BxLxGxK, positions_BxL, valid_BxL
     if mode == 'decode' and self.is_mutable_collection('cache'):
       keys = cache.extend(self, self.held, *keys)
     out_BxLxHxK = inner(x_BxLxD, q_BxLxHxK, *keys[:2], positions_BxL, *keys[2:], mode)
-    with cost.gated_by(inner) if isinstance(inner, cost.Gating) else contextlib.nullcontext():
+    with record.gated_by(inner) if isinstance(inner, cost.Gating) else contextlib.nullcontext():
       return Linear(spec, spec.width, role='residual', name='out')(out_BxLxHxK.reshape(b, l, -1))
 
 
@@ -75,7 +74,7 @@ class Block(nn.Module):
   ) -> jax.Array:
     """`[B, L, D]` to the addend `[B, L, D]`."""
     spec = self.spec
-    record.entering(self, valid_BxL)
+    sow.entering(self, valid_BxL)
     dropout = nn.Dropout(spec.dropout, deterministic=mode != 'train')
     attention = Attention(spec, self.attention, self.held, name='attention')
     a_BxLxD = attention(Norm(spec, name='norm_1')(x_BxLxD), positions_BxL, valid_BxL, mode)

@@ -9,18 +9,16 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_lm.core import groups as noted
 from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.groups import Group, Member
 from sparse_lm.layers.embed import Embed
 from sparse_lm.layers.linear import Norm
-from sparse_lm.layers.record import SOWN
+from sparse_lm.layers.sow import SOWN
 from sparse_lm.layers.spec import Spec
 from sparse_lm.model.block import Block
 from sparse_lm.model.slots import Choice
-from sparse_lm.plan import cost, executed
-from sparse_lm.plan import packable as packables
+from sparse_lm.plan import cost, executed, record
 from sparse_lm.plan.executed import Traced
 
 MODES = ('train', 'eval')  # 'decode' is 'eval' for one reader at a time
@@ -30,7 +28,7 @@ LAYER_SLOTS = ('activation', 'attention', 'mlp', 'depth')
 class LM(nn.Module):
   """Decoder-only transformer whose activation, attention, MLP and depth are slots.
 
-  What methods may sow is said in `layers/record.py`; they keep variables of their own in any other
+  What methods may sow is said in `layers/sow.py`; they keep variables of their own in any other
   collection.
 
   Attributes:
@@ -227,7 +225,7 @@ def cache_shapes(model: LM, variables: Any, batch: int) -> Any:
 
 def groups(model: LM) -> tuple[Group, ...]:
   """Units that span matrices, as the modules declare them, and the layers."""
-  with noted.recording() as found:
+  with record.recording() as found:
     paths = list(tree.named(shapes(model)['params']))
   layers = tuple(
     Member(path, None, layer)
@@ -235,14 +233,14 @@ def groups(model: LM) -> tuple[Group, ...]:
     for path in paths
     if path.startswith(f'block_{layer}/')
   )
-  return (*found.values(), Group('layer', '', model.spec.layers, layers))
+  return (*found.units.values(), Group('layer', '', model.spec.layers, layers))
 
 
-def packable(model: LM) -> packables.Packable:
-  """What the modules take packed, each path once."""
-  with packables.recording() as found:
+def packable(model: LM) -> record.Recording:
+  """What the modules take packed."""
+  with record.recording() as found:
     shapes(model)
-  return packables.Packable(list(dict.fromkeys(found.paths)), found.fused)
+  return found
 
 
 def ledger(model: LM, length: int, mode: str = 'eval') -> cost.Ledger:
@@ -308,8 +306,8 @@ def _check_accounted(params: dict[str, Any], ledger: cost.Ledger) -> None:
   if missing:
     raise UserError(
       f'parameter {missing[0]}{list(params[missing[0]].shape)} ({len(missing)} such) would multiply for '
-      'free: no FLOPs are noted for it; valid: the Linear of sparse_lm.layers.linear, or cost.note on '
-      'the product (0 FLOPs for a table that is looked up)'
+      'free: no FLOPs are noted for it; valid: the Linear of sparse_lm.layers.linear, or record.matmul '
+      'on the product (0 FLOPs for a table that is looked up)'
     )
   if unknown_kernels := sorted(noted - params.keys()):
     raise UserError(

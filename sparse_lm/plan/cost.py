@@ -1,26 +1,20 @@
-"""The cost ledger: every matmul marks its result with what it costs while it is traced.
+"""The cost ledger: the matmuls of a forward pass, what may skip them, and sums over them.
 
-`plan/executed.py` collects the marks from the traced program, so a matmul in a loop is charged as often
-as the loop runs. `flops` are counted over the whole traced call and divided by its tokens, so a layer
-that sees fewer tokens notes less. What a gate can skip is noted inside `gated`, and costs as much as the
-gate is active.
+Matmuls are noted with `record.matmul`, and `plan/executed.py` collects the notes from the traced program,
+so a matmul in a loop is charged as often as the loop runs. `flops` are counted over the whole traced call
+and divided by its tokens, so a layer that sees fewer tokens notes less. What a gate can skip is noted
+inside `record.gated`, and costs as much as the gate is active.
 """
 
 import abc
-import contextlib
-import contextvars
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from sparse_lm.core import tree
-from sparse_lm.core.errors import UserError
 
 Tree = Any
 
@@ -62,92 +56,7 @@ class Matmul:
   causal: float = 1.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Note:
-  """What a traced array is marked with.
-
-  Attributes:
-    name: of the entry in the ledger, or the reason why the FLOPs are not charged.
-    matmul: with its FLOPs for one array of `size` elements: under `vmap` the array becomes larger.
-    charged: whether it belongs to the ledger.
-  """
-
-  name: str
-  matmul: Matmul
-  size: int
-  charged: bool = True
-
-
 Ledger = dict[str, Matmul]
-# By the text that marks an array: equal notes share it, so a function that JAX traced once and cached
-# carries marks that stay readable.
-NOTES: dict[str, Note] = {}
-_recording: contextvars.ContextVar[bool] = contextvars.ContextVar('recording', default=False)
-_gates: contextvars.ContextVar[tuple[Gate, ...]] = contextvars.ContextVar('gates', default=())
-
-
-def note(
-  y: jax.Array,
-  path: tuple[str, ...],
-  kind: str,
-  flops: float,
-  kernel: str | None = None,
-  causal: float = 1.0,
-) -> jax.Array:
-  """Returns `y`, the result of a matmul of the module at `path`, marked with the matmul's cost.
-
-  Unless a trace is recorded `y` is returned as it is. A parameter that is looked up or added, not
-  multiplied, is noted with zero FLOPs, because a parameter of two axes or more that no note names is
-  refused (`lm.ledger`).
-
-  Args:
-    flops: multiplications and additions of the whole matmul.
-    kernel: name of the parameter in the module, `None` for activations with activations.
-    causal: see `Matmul`.
-  """
-  parts = (*path, kind) if kernel in (None, 'kernel') else (*path, kernel, kind)
-  parameter = None if kernel is None else '/'.join((*path, kernel))
-  matmul = Matmul(kind, float(flops), parameter, _gates.get(), causal)
-  return _mark(y, '/'.join(parts), matmul)
-
-
-def uncharged(y: jax.Array, reason: str, flops: float) -> jax.Array:
-  """Returns `y`, marked with FLOPs that its computation executes and that are charged to nobody.
-
-  Args:
-    reason: why they are not, in a few words; the contract test lists FLOPs by reason.
-  """
-  return _mark(y, reason, Matmul('uncharged', float(flops)), charged=False)
-
-
-def _mark(y: jax.Array, name: str, matmul: Matmul, charged: bool = True) -> jax.Array:
-  if not _recording.get():
-    return y
-  found = Note(name, matmul, y.size, charged)
-  NOTES[repr(found)] = found
-  return checkpoint_name(y, repr(found))
-
-
-@contextlib.contextmanager
-def gated(
-  path: tuple[str, ...], planned: float = 1.0, controlled: bool = False, skips: bool = True
-) -> Iterator[None]:
-  """Notes made inside belong to the gate at `path`, and to those that are open already."""
-  token = _gates.set((*_gates.get(), Gate('/'.join(path), planned, controlled, skips)))
-  try:
-    yield
-  finally:
-    _gates.reset(token)
-
-
-@contextlib.contextmanager
-def recording() -> Iterator[None]:
-  """Marks arrays in the traces inside."""
-  token = _recording.set(True)
-  try:
-    yield
-  finally:
-    _recording.reset(token)
 
 
 class Gating(abc.ABC):
@@ -170,16 +79,6 @@ class Gating(abc.ABC):
   @abc.abstractmethod
   def skips(self) -> bool:
     """Whether decoding leaves out what it closes."""
-
-
-def gated_by(gate: Gating) -> contextlib.AbstractContextManager[None]:
-  """`gated` by a module that says for itself what it plans. Raises UserError for any other module."""
-  if not isinstance(gate, Gating):
-    raise UserError(
-      f'{"/".join(gate.path)} ({type(gate).__name__}) gates matmuls without saying what it plans; '
-      'valid: a class derived from sparse_lm.plan.cost.Gating'
-    )
-  return gated(gate.path, gate.planned, gate.controlled, gate.skips)
 
 
 def forward_flops(

@@ -15,7 +15,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from sparse_lm.core.errors import UserError
-from sparse_lm.plan import cost
+from sparse_lm.plan import cost, record
 
 # Equations that run the one function inside once. Their names differ between versions of JAX.
 CALLS = (
@@ -45,7 +45,7 @@ class Executed:
 
   Attributes:
     flops: of all matmuls.
-    marks: how often each mark of `cost.NOTES` is passed.
+    marks: how often each mark of `record.MARKS` is passed.
   """
 
   flops: float = 0.0
@@ -81,13 +81,13 @@ class Traced:
 
 def trace(function: Callable[..., Any], *arguments: Any) -> Traced:
   """Traces a function of arrays or shape structs, and counts. Raises what `count` raises."""
-  with cost.recording():
+  with record.recording():
     jaxpr = jax.make_jaxpr(function)(*arguments)
   executed = count(jaxpr.jaxpr)
   ledger: cost.Ledger = {}
   reasons: dict[str, float] = collections.defaultdict(float)
   for mark, times in executed.marks.items():
-    noted = cost.NOTES[mark]
+    noted = record.MARKS[mark]
     if noted.charged:
       _add(ledger, noted.name, noted.matmul, times)
     else:
@@ -122,7 +122,7 @@ def differences(claimed: cost.Ledger, traced: Traced) -> dict[str, float]:
   Returns:
     FLOPs by reason: `GATES`, what is behind gates that are not planned to be open; `PAIRS`, keys that
     come after their query; `KEYS`, attention with another number of keys than is charged (those that
-    a cache has room for); what modules declare (`cost.uncharged`), under the words they use.
+    a cache has room for); what modules declare (`record.uncharged`), under the words they use.
     FLOPs without a reason are under `NO_REASON`, and so is a kernel that the program multiplies with
     more or less often than is charged. Reasons that come to nothing are left out.
   """
@@ -165,8 +165,8 @@ def _equation(equation: Any) -> Executed:
   name, params = equation.primitive.name, equation.params
   if name in _MATMULS:
     return Executed(_MATMULS[name](equation))
-  if name == 'name' and params['name'] in cost.NOTES:
-    grown = equation.outvars[0].aval.size / max(cost.NOTES[params['name']].size, 1)
+  if name == 'name' and params['name'] in record.MARKS:
+    grown = equation.outvars[0].aval.size / max(record.MARKS[params['name']].size, 1)
     return Executed(marks={params['name']: grown})
   if name in OPAQUE:
     raise UserError(f'FLOPs of {name} cannot be counted; valid: matmuls that JAX can see')

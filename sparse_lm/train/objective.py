@@ -11,7 +11,7 @@ import optax
 from sparse_lm.core import tree
 from sparse_lm.core.estimator import ENTROPY_BONUS
 from sparse_lm.core.tree import Tree
-from sparse_lm.layers.record import SOWN
+from sparse_lm.layers.sow import SOWN
 from sparse_lm.model.lm import LM
 from sparse_lm.plan import cost
 from sparse_lm.train import policy, states

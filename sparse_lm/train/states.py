@@ -8,7 +8,7 @@ from flax import struct
 
 from sparse_lm.core import rng, tree
 from sparse_lm.core.tree import Tree
-from sparse_lm.layers.record import SOWN
+from sparse_lm.layers.sow import SOWN
 from sparse_lm.model.lm import LM
 from sparse_lm.train.control import Budget, Control
 from sparse_lm.train.optim import Optimizer, as_float32

@@ -8,6 +8,7 @@ from sparse_lm.core import groups, tree
 from sparse_lm.core.groups import Group, Member
 from sparse_lm.model import lm
 from sparse_lm.patterns import pattern
+from sparse_lm.plan import record
 
 # An MLP of 4 units whose matrices have units of one and two columns or rows, and 2 experts of 3.
 PLAIN = Group('neuron', 'mlp', 4, (Member('up', -1), Member('down', -2), Member('absent', -1)))
@@ -62,15 +63,15 @@ def test_pool_and_expand_equal_loops_over_weights(group):
 
 def test_groups_are_noted_only_while_they_are_recorded():
   axes = {'up/kernel': -1, 'down': -2}
-  groups.note(('nobody', 'listens'), 'neuron', 3, axes)
+  record.units(('nobody', 'listens'), 'neuron', 3, axes)
   with groups.recording() as outer:
-    groups.note(('block_0', 'mlp'), 'neuron', 3, axes)
+    record.units(('block_0', 'mlp'), 'neuron', 3, axes)
     with groups.recording() as inner:
-      groups.note(('other',), 'head', 2, {'q': -1})
-    groups.note(('block_0', 'mlp'), 'neuron', 3, axes)  # a second trace
-  assert set(inner) == {'other/head'} and set(outer) == {'block_0/mlp/neuron'}
+      record.units(('other',), 'head', 2, {'q': -1})
+    record.units(('block_0', 'mlp'), 'neuron', 3, axes)  # a second trace
+  assert set(inner.units) == {'other/head'} and set(outer.units) == {'block_0/mlp/neuron'}
   members = (Member('block_0/mlp/up/kernel', -1), Member('block_0/mlp/down', -2))
-  assert outer['block_0/mlp/neuron'] == Group('neuron', 'block_0/mlp', 3, members)
+  assert outer.units['block_0/mlp/neuron'] == Group('neuron', 'block_0/mlp', 3, members)
 
 
 def model_of(tiny_config, **fields):

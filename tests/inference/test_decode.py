@@ -15,7 +15,7 @@ from sparse_lm.core.errors import UserError
 from sparse_lm.core.estimator import ESTIMATORS
 from sparse_lm.inference.decode import Decoder
 from sparse_lm.inference.sample import Sampling
-from sparse_lm.layers.record import SOWN
+from sparse_lm.layers.sow import SOWN
 from sparse_lm.model import lm, slots
 
 VOCAB, CONTEXT, BATCH = 11, 16, 3

@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from sparse_lm.core import tree
 from sparse_lm.inference import pack
 from sparse_lm.inference.decode import Decoder
-from sparse_lm.layers.record import SOWN
+from sparse_lm.layers.sow import SOWN
 from sparse_lm.model import lm
 from sparse_lm.patterns import pattern
 from sparse_lm.weights.method import apply_masks

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from configs import base
 from sparse_lm.core.estimator import ESTIMATORS
-from sparse_lm.layers.record import SOWN
+from sparse_lm.layers.sow import SOWN
 from sparse_lm.layers.spec import Spec
 from sparse_lm.model import slots
 from sparse_lm.model.block import Block

@@ -27,7 +27,7 @@ from one_layer import (
 
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.estimator import ESTIMATORS
-from sparse_lm.layers.record import SOWN
+from sparse_lm.layers.sow import SOWN
 from sparse_lm.model import lm
 
 

@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from configs import base
 from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
-from sparse_lm.layers.record import SOWN
+from sparse_lm.layers.sow import SOWN
 from sparse_lm.layers.spec import Spec
 from sparse_lm.model import lm, slots
 from sparse_lm.plan import executed

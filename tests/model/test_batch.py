@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sparse_lm.core.errors import UserError
-from sparse_lm.layers.record import SOWN
+from sparse_lm.layers.sow import SOWN
 from sparse_lm.model import lm
 
 CASES = {

@@ -25,9 +25,9 @@ HEADER = '''
   import jax.numpy as jnp
   from flax import linen as nn
 
-  from sparse_lm.core import cost
   from sparse_lm.layers.linear import Linear
-  from sparse_lm.layers.record import record
+  from sparse_lm.layers.sow import sow
+  from sparse_lm.plan import cost, record
 
 
 '''
@@ -83,7 +83,7 @@ def test_plain_flax_layers_are_refused_by_name_before_data_is_read(
   monkeypatch.setattr(setups, 'data_of', read)
   found = refused(tiny_config, mlp__name='four_dense')
   assert 'parameter block_0/mlp/Dense_0/kernel[16, 32] (4 such) would multiply for free' in found
-  assert 'Linear of sparse_lm.layers.linear' in found and 'cost.note' in found
+  assert 'Linear of sparse_lm.layers.linear' in found and 'record.matmul' in found
 
 
 def test_a_dense_twin_of_plain_flax_layers_is_refused_too(method, tiny_config):
@@ -100,7 +100,7 @@ NOTED = """
     def __call__(self, x, mode):
       for i, features in enumerate((self.spec.hidden, self.spec.hidden, self.spec.width)):
         y = nn.Dense(features, use_bias=False, name=f'dense_{i}')(x)
-        x = cost.note(y, (*self.path, f'dense_{i}'), 'linear', 2 * x.size * features, 'kernel')
+        x = record.matmul(y, (*self.path, f'dense_{i}'), 'linear', 2 * x.size * features, 'kernel')
       return x
 """
 
@@ -128,7 +128,7 @@ MISSPELT = """
     @nn.compact
     def __call__(self, x, mode):
       kernel = self.param('weight', nn.initializers.zeros, (self.spec.width, self.spec.width))
-      y = cost.note(x @ kernel, self.path, 'linear', 2 * x.size * self.spec.width, 'wieght')
+      y = record.matmul(x @ kernel, self.path, 'linear', 2 * x.size * self.spec.width, 'wieght')
       other = self.param('other', nn.initializers.zeros, (self.spec.width, self.spec.width))
       return y + other[0] * 0
 """
@@ -139,13 +139,13 @@ def test_flops_that_are_noted_for_no_parameter_are_refused(method, tiny_config):
   assert 'parameter block_0/mlp/other[16, 16] (1 such)' in refused(
     tiny_config, mlp__name='misspelt'
   )
-  declared = "cost.note(other[0], self.path, 'lookup', 0, 'other')"
+  declared = "record.matmul(other[0], self.path, 'lookup', 0, 'other')"
   text = MISSPELT.replace('other[0]', declared)
   method('mlp', 'misspelt_kernel', text.replace("'wieght'", "'weight'"))
   assert setup(tiny_config(mlp__name='misspelt_kernel'))
   method('mlp', 'misspelt_twice', text.replace("self.param('weight'", "self.param('wait'"))
   assert 'block_0/mlp/wait[16, 16]' in refused(tiny_config, mlp__name='misspelt_twice')
-  text = text.replace('return y', "return cost.note(y, self.path, 'again', 0, 'weight')")
+  text = text.replace('return y', "return record.matmul(y, self.path, 'again', 0, 'weight')")
   method('mlp', 'misspelt_note', text)
   found = refused(tiny_config, mlp__name='misspelt_note')
   assert 'FLOPs are noted for block_0/mlp/wieght, which is no parameter' in found
@@ -162,8 +162,8 @@ GATE = """
 
     @nn.compact
     def __call__(self, x, mode):
-      record(self, 'gates', 'active', jnp.float32(0.25))
-      with cost.gated_by(self):
+      sow(self, 'gates', 'active', jnp.float32(0.25))
+      with record.gated_by(self):
         return Linear(self.spec, self.spec.width, name='only')(x)
 """
 

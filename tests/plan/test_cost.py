@@ -7,7 +7,7 @@ import pytest
 
 from configs import base
 from sparse_lm.model import lm, slots
-from sparse_lm.plan import cost, executed
+from sparse_lm.plan import cost, executed, record
 from sparse_lm.plan.cost import Matmul
 from sparse_lm.runs import configs
 from sparse_lm.runs import cost_report as train_cost
@@ -104,8 +104,8 @@ def test_what_runs_twice_is_charged_twice():
 
 def test_arrays_are_marked_in_a_recording_alone():
   y, path = jnp.ones(3), ('a',)
-  assert cost.note(y, path, 'linear', 5) is y and cost.uncharged(y, 'why', 5) is y
-  found = executed.trace(lambda y: cost.note(y, path, 'linear', 7, kernel='kernel'), y)
+  assert record.matmul(y, path, 'linear', 5) is y and record.uncharged(y, 'why', 5) is y
+  found = executed.trace(lambda y: record.matmul(y, path, 'linear', 7, kernel='kernel'), y)
   assert found.ledger == {'a/linear': Matmul('linear', 7.0, 'a/kernel')} and found.flops == 0
 
 

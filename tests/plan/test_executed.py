@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sparse_lm.core.errors import UserError
 from sparse_lm.layers.linear import Linear
 from sparse_lm.layers.spec import Spec
-from sparse_lm.plan import cost, executed
+from sparse_lm.plan import cost, executed, record
 
 N = 4
 SQUARE = jax.ShapeDtypeStruct((N, N), jnp.float32)
@@ -174,7 +174,7 @@ class Cell(nn.Module):
 
   @nn.compact
   def __call__(self, x, _=None):
-    with cost.gated(('gate',), planned=0.5):
+    with record.gated(('gate',), planned=0.5):
       x = x + Linear(SPEC, SPEC.width, name='linear')(jnp.sin(x))
     return x, None
 
@@ -235,7 +235,7 @@ def test_a_conditional_charges_the_branch_that_it_executes():
   def run(x):
     def branch(name, times, x):
       for _ in range(times):
-        x = cost.note(x @ x, (name,), 'linear', ONCE)
+        x = record.matmul(x @ x, (name,), 'linear', ONCE)
       return x
 
     branches = [functools.partial(branch, 'short', 1), functools.partial(branch, 'long', 3)]
@@ -249,8 +249,8 @@ def test_a_conditional_charges_the_branch_that_it_executes():
 def test_one_matmul_behind_two_gates_in_turn_stays_two_entries():
   def run(x):
     for gate in ('a', 'b', 'a'):
-      with cost.gated((gate,), planned=0.5):
-        x = cost.note(x @ x, ('shared',), 'linear', ONCE, kernel='kernel')
+      with record.gated((gate,), planned=0.5):
+        x = record.matmul(x @ x, ('shared',), 'linear', ONCE, kernel='kernel')
     return x
 
   ledger = executed.trace(run, SQUARE).ledger
@@ -261,7 +261,7 @@ def test_one_matmul_behind_two_gates_in_turn_stays_two_entries():
 def test_a_function_that_jax_has_cached_is_charged_again():
   @jax.jit
   def inner(x):
-    return cost.note(x @ x, ('inner',), 'linear', ONCE)
+    return record.matmul(x @ x, ('inner',), 'linear', ONCE)
 
   ledgers = [executed.trace(lambda x: inner(inner(x)), SQUARE).ledger for _ in range(2)]
   assert ledgers[0] == ledgers[1] == {'inner/linear': cost.Matmul('linear', 2 * ONCE)}
@@ -269,10 +269,10 @@ def test_a_function_that_jax_has_cached_is_charged_again():
 
 def test_differences_name_every_reason_and_what_has_none():
   def run(x):
-    with cost.gated(('gate',), planned=0.25):
-      y = cost.note(x @ x, ('a',), 'linear', ONCE, kernel='kernel')
-    y = cost.note(y @ x, ('scores',), 'scores', ONCE, causal=0.625)
-    y = cost.uncharged(y @ x, 'a reason', ONCE)
+    with record.gated(('gate',), planned=0.25):
+      y = record.matmul(x @ x, ('a',), 'linear', ONCE, kernel='kernel')
+    y = record.matmul(y @ x, ('scores',), 'scores', ONCE, causal=0.625)
+    y = record.uncharged(y @ x, 'a reason', ONCE)
     return y @ x
 
   traced = executed.trace(run, SQUARE)

@@ -10,7 +10,7 @@ from numpy.testing import assert_array_equal
 
 from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
-from sparse_lm.layers.record import SOWN
+from sparse_lm.layers.sow import SOWN
 from sparse_lm.model import lm
 from sparse_lm.model.block import Block
 from sparse_lm.runs.build import build

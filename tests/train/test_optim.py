@@ -15,7 +15,7 @@ from sparse_lm.core import distribution as budget
 from sparse_lm.core import units as pattern
 from sparse_lm.core.errors import UserError
 from sparse_lm.model import lm, slots
-from sparse_lm.plan import cost
+from sparse_lm.plan import record
 from sparse_lm.runs.build import build
 from sparse_lm.train import optim, states
 from sparse_lm.train.objective import Objective
@@ -60,13 +60,13 @@ class Toy(nn.Module):
   def __call__(self, tokens_BxL, mode='eval'):
     init = functools.partial(nn.initializers.normal(0.5), dtype=self.stored)
     x_BxLxD = self.param('embed', init, (self.spec.vocab, 8))[tokens_BxL]
-    x_BxLxD = cost.note(x_BxLxD, self.path, 'lookup', 0, kernel='embed')
+    x_BxLxD = record.matmul(x_BxLxD, self.path, 'lookup', 0, kernel='embed')
     bias = self.param('bias', nn.initializers.zeros, (12,), self.stored)
     h_BxLxF = x_BxLxD @ self.param('up', init, (8, 12)) + bias
-    h_BxLxF = jnp.tanh(cost.note(h_BxLxF, self.path, 'up', 2 * 8 * h_BxLxF.size, kernel='up'))
+    h_BxLxF = jnp.tanh(record.matmul(h_BxLxF, self.path, 'up', 2 * 8 * h_BxLxF.size, kernel='up'))
     logits_BxLxV = h_BxLxF @ self.param('head', init, (12, self.spec.vocab))
     flops = 2 * 12 * logits_BxLxV.size
-    return cost.note(logits_BxLxV, self.path, 'head', flops, kernel='head')
+    return record.matmul(logits_BxLxV, self.path, 'head', flops, kernel='head')
 
 
 def tokens(step):

@@ -17,7 +17,7 @@ from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.layers.embed import Embed
 from sparse_lm.layers.linear import Norm
-from sparse_lm.layers.record import SOWN
+from sparse_lm.layers.sow import SOWN
 from sparse_lm.methods.weight.wanda import Wanda
 from sparse_lm.model import lm
 from sparse_lm.runs import runtime

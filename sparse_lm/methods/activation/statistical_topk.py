@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from sparse_lm.core.ranges import ranged
 from sparse_lm.kernels.topk import gaussian_threshold
-from sparse_lm.layers import record
+from sparse_lm.layers import sow
 from sparse_lm.plan import cost
 
 
@@ -43,5 +43,5 @@ class StatisticalTopK(cost.Gating, nn.Module):
     """`[..., F]` to `[..., F]`."""
     if self.density < 1:
       h = jnp.maximum(h - gaussian_threshold(h, self.density).astype(h.dtype), 0)
-      record.selected(self, h > 0, mode)
+      sow.selected(self, h > 0, mode)
     return self.inner()(h, mode)

@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from sparse_lm.core.ranges import ranged
 from sparse_lm.kernels.topk import topk_rows
-from sparse_lm.layers import record
+from sparse_lm.layers import sow
 from sparse_lm.plan import cost
 
 
@@ -42,5 +42,5 @@ class TopK(cost.Gating, nn.Module):
       return self.inner()(h, mode)
     k = max(1, round(self.density * h.shape[-1]))
     mask = topk_rows(jax.lax.stop_gradient(h), k)
-    record.selected(self, mask, mode)
+    sow.selected(self, mask, mode)
     return jnp.where(mask, self.inner()(h, mode), 0)

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from sparse_lm.layers.gate import LearnedGate
 from sparse_lm.layers.router import Router
-from sparse_lm.plan import cost
+from sparse_lm.plan import record
 
 
 class HeadGate(LearnedGate, kw_only=True):
@@ -43,7 +43,7 @@ class HeadGate(LearnedGate, kw_only=True):
     heads = q_BxLxHxK.shape[2]
     logits_BxLxH = Router(self.spec, heads, bias=self.first_logit, name='router')(x_BxLxD)
     decision = self.decide(logits_BxLxH, mode)
-    with cost.gated_by(self):
+    with record.gated_by(self):
       out_BxLxHxK = self.inner()(
         x_BxLxD,
         q_BxLxHxK,

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from sparse_lm.layers.gate import LearnedGate
 from sparse_lm.layers.routed import run_routed
-from sparse_lm.plan import cost
+from sparse_lm.plan import record
 
 # A logit moves this much faster than other parameters: an optimizer of the Adam family moves each by
 # the learning rate at most, and one number has no others to move along with it.
@@ -42,7 +42,7 @@ class LayerGate(LearnedGate, kw_only=True):
     start = nn.initializers.constant(self.first_logit / RATE)
     logit = RATE * self.param('logit', start, (), jnp.float32)
     decision = self.decide(jnp.broadcast_to(logit, (x_BxLxD.shape[0], 1, 1)), mode)
-    with cost.gated_by(self):
+    with record.gated_by(self):
       enters_BxL = valid_BxL
       if mode != 'train':  # where the gradient of a closed layer's gate needs what the layer gives
         enters_BxL = valid_BxL & decision.open[..., 0]

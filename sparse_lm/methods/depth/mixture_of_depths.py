@@ -10,11 +10,11 @@ from flax import linen as nn
 from sparse_lm.core.errors import require
 from sparse_lm.core.ranges import ranged
 from sparse_lm.layers.gate import normalised
-from sparse_lm.layers.record import record
 from sparse_lm.layers.routed import gather_run_scatter, run_routed
 from sparse_lm.layers.router import Router
+from sparse_lm.layers.sow import sow
 from sparse_lm.layers.spec import Spec
-from sparse_lm.plan import cost
+from sparse_lm.plan import cost, record
 
 
 class MixtureOfDepths(cost.Gating, nn.Module):
@@ -72,8 +72,8 @@ class MixtureOfDepths(cost.Gating, nn.Module):
     if mode == 'train':
       return self._train(block, x_BxLxD, weight_BxLx1, likely_BxL, positions_BxL, valid_BxL)
     enters_BxL = (likely_BxL > 0) & valid_BxL
-    record(self, 'gates', 'active', enters_BxL.astype(jnp.float32))
-    with cost.gated_by(self):
+    sow(self, 'gates', 'active', enters_BxL.astype(jnp.float32))
+    with record.gated_by(self):
       added = run_routed(block, x_BxLxD, positions_BxL, enters_BxL, mode)
     added = added * weight_BxLx1.astype(added.dtype)
     return x_BxLxD + jnp.where(enters_BxL[..., None], added, 0)
@@ -93,9 +93,9 @@ class MixtureOfDepths(cost.Gating, nn.Module):
     # Of a short sequence's padding some may be seated; none of it enters.
     enters_BxL = jax.nn.one_hot(index_BxC, length, dtype=jnp.float32).sum(axis=1) * valid_BxL
     surprise_BxL = optax.sigmoid_binary_cross_entropy(likely_BxL, enters_BxL)
-    record(self, 'losses', 'predictor', jnp.mean(surprise_BxL, where=valid_BxL))
+    sow(self, 'losses', 'predictor', jnp.mean(surprise_BxL, where=valid_BxL))
     agrees_BxL = (likely_BxL > 0) == (enters_BxL > 0)
     accuracy = jnp.mean(agrees_BxL, dtype=jnp.float32, where=valid_BxL)
-    record(self, 'stats', 'predictor_accuracy', accuracy)
+    sow(self, 'stats', 'predictor_accuracy', accuracy)
     added = gather_run_scatter(block, x_BxLxD, positions_BxL, valid_BxL, index_BxC, 'train')
     return x_BxLxD + added * weight_BxLx1.astype(added.dtype)

@@ -8,7 +8,7 @@ from flax import linen as nn
 from sparse_lm.layers.gate import LearnedGate, normalised
 from sparse_lm.layers.routed import run_routed
 from sparse_lm.layers.router import Router
-from sparse_lm.plan import cost
+from sparse_lm.plan import record
 
 
 class TokenGate(LearnedGate, kw_only=True):
@@ -35,7 +35,7 @@ class TokenGate(LearnedGate, kw_only=True):
     """Returns the residual stream `[B, L, D]` after the layer, see `Residual`."""
     router = Router(self.spec, 1, bias=self.first_logit, name='router')
     decision = self.decide(router(normalised(x_BxLxD)), mode)
-    with cost.gated_by(self):
+    with record.gated_by(self):
       enters_BxL = valid_BxL & decision.open[..., 0]
       added = run_routed(block, x_BxLxD, positions_BxL, enters_BxL, mode)
     return x_BxLxD + decision.weight.astype(x_BxLxD.dtype) * added

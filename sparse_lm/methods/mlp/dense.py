@@ -5,11 +5,11 @@ from collections.abc import Callable
 import jax
 from flax import linen as nn
 
-from sparse_lm.core import groups
 from sparse_lm.layers.active import project, selects
 from sparse_lm.layers.linear import Linear
-from sparse_lm.layers.record import hidden_units
+from sparse_lm.layers.sow import hidden_units
 from sparse_lm.layers.spec import Spec
+from sparse_lm.plan import record
 
 
 class Dense(nn.Module):
@@ -30,7 +30,7 @@ class Dense(nn.Module):
     """`[B, L, D]` to `[B, L, D]`."""
     activation = self.activation()
     axes = {'up/kernel': -1, 'down/kernel': -2}
-    groups.note(self.path, 'neuron', self.spec.hidden, axes, dynamic=selects(activation))
+    record.units(self.path, 'neuron', self.spec.hidden, axes, dynamic=selects(activation))
     h_BxLxF = Linear(self.spec, self.spec.hidden, name='up')(x_BxLxD)
     h_BxLxF = activation(h_BxLxF, mode)
     with hidden_units(self, activation, h_BxLxF, mode):

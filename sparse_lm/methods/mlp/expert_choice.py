@@ -12,10 +12,10 @@ from sparse_lm.core.ranges import ranged
 from sparse_lm.kernels.topk import topk_rows
 from sparse_lm.layers import dispatch
 from sparse_lm.layers.experts import Experts, observe_routing
-from sparse_lm.layers.record import record
 from sparse_lm.layers.router import Router
+from sparse_lm.layers.sow import sow
 from sparse_lm.layers.spec import Spec
-from sparse_lm.plan import cost
+from sparse_lm.plan import cost, record
 
 
 class ExpertChoice(cost.Gating, nn.Module):
@@ -77,7 +77,7 @@ class ExpertChoice(cost.Gating, nn.Module):
     plan = dispatch.plan(choice_TxE, self.experts, capacity)
     observe_routing(self, plan.load_E, probability_TxE, plan.dropped)
     visits_T = jnp.sum(plan.served_TxJ, axis=-1, dtype=jnp.float32)
-    record(self, 'gates', 'active', (visits_T / self.visits).reshape(b, l))
+    sow(self, 'gates', 'active', (visits_T / self.visits).reshape(b, l))
     experts = Experts(
       self.spec, self.activation, self.experts, self.hidden or self.spec.hidden, name='experts'
     )
@@ -87,7 +87,7 @@ class ExpertChoice(cost.Gating, nn.Module):
       weight_TxE = probability_TxE.astype(x_TxD.dtype) * taken_TxE
       return dispatch.weighted_sum(y_ExCxD.swapaxes(0, 1), weight_TxE).reshape(b, l, d)
     x_ExCxD = dispatch.dispatch(x_TxD, plan, self.executor)
-    with cost.gated_by(self):
+    with record.gated_by(self):
       y_ExCxD = experts(x_ExCxD, None, tokens * self.visits, mode)
     y_TxD = dispatch.combine(y_ExCxD, plan, probability_TxE, self.executor)
     return y_TxD.reshape(b, l, d)

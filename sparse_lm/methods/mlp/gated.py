@@ -5,11 +5,11 @@ from collections.abc import Callable
 import jax
 from flax import linen as nn
 
-from sparse_lm.core import groups
 from sparse_lm.layers.active import project, selects
 from sparse_lm.layers.linear import Linear, fused_projections
-from sparse_lm.layers.record import hidden_units
+from sparse_lm.layers.sow import hidden_units
 from sparse_lm.layers.spec import Spec
+from sparse_lm.plan import record
 
 
 class Gated(nn.Module):
@@ -32,7 +32,7 @@ class Gated(nn.Module):
     """`[B, L, D]` to `[B, L, D]`."""
     activation = self.activation()
     axes = {'gate/kernel': -1, 'up/kernel': -1, 'down/kernel': -2}
-    groups.note(self.path, 'neuron', self.spec.hidden, axes, dynamic=selects(activation))
+    record.units(self.path, 'neuron', self.spec.hidden, axes, dynamic=selects(activation))
     units = {'gate': self.spec.hidden, 'up': self.spec.hidden}
     gate_BxLxF, up_BxLxF = fused_projections(self, self.spec, x_BxLxD, units)
     h_BxLxF = activation(gate_BxLxF, mode) * up_BxLxF

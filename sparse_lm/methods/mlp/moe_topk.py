@@ -11,10 +11,10 @@ from sparse_lm.core.errors import require, unknown
 from sparse_lm.core.ranges import ranged
 from sparse_lm.layers import dispatch
 from sparse_lm.layers.experts import Experts, observe_routing
-from sparse_lm.layers.record import record
 from sparse_lm.layers.router import Router
+from sparse_lm.layers.sow import sow
 from sparse_lm.layers.spec import Spec
-from sparse_lm.plan import cost
+from sparse_lm.plan import cost, record
 
 
 class MoETopK(cost.Gating, nn.Module):
@@ -95,7 +95,7 @@ class MoETopK(cost.Gating, nn.Module):
       self._balance(plan.load_E, probability_TxE)
     observe_routing(self, plan.load_E, probability_TxE, plan.dropped)
     served_T = jnp.mean(plan.served_TxJ, axis=-1, dtype=jnp.float32)
-    record(self, 'gates', 'active', served_T.reshape(l, b).T)
+    sow(self, 'gates', 'active', served_T.reshape(l, b).T)
     experts = Experts(
       self.spec, self.activation, self.experts, self.hidden or self.spec.hidden, name='experts'
     )
@@ -108,7 +108,7 @@ class MoETopK(cost.Gating, nn.Module):
       return y_TxD.reshape(b, l, d)
     x_NxPxD = dispatch.dispatch(x_TxD, plan, self.executor)
     expert_N = plan.expert_N if self._factor(mode) == 0 else None
-    with cost.gated_by(self):
+    with record.gated_by(self):
       y_NxPxD = experts(x_NxPxD, expert_N, b * l * self.k, mode)
     y_TxD = dispatch.combine(y_NxPxD, plan, weight_TxK, self.executor)
     return y_TxD.reshape(l, b, d).transpose(1, 0, 2)
@@ -137,10 +137,10 @@ class MoETopK(cost.Gating, nn.Module):
       weight_TxK = weight_TxK / jnp.sum(weight_TxK, axis=-1, keepdims=True)
     if mode == 'train':
       square = jnp.mean(jnp.square(jax.nn.logsumexp(logits_TxE, axis=-1)))
-      record(self, 'losses', 'z', self.z * square)
+      sow(self, 'losses', 'z', self.z * square)
     return probability_TxE, expert_TxK, weight_TxK
 
   def _balance(self, load_E: jax.Array, probability_TxE: jax.Array) -> None:
     share_E = load_E / jnp.sum(load_E)
     mean_E = jnp.mean(probability_TxE, axis=0)
-    record(self, 'losses', 'balance', self.balance * self.experts * jnp.sum(share_E * mean_E))
+    sow(self, 'losses', 'balance', self.balance * self.experts * jnp.sum(share_E * mean_E))

@@ -7,15 +7,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_lm.core import groups
 from sparse_lm.core.errors import require, unknown
 from sparse_lm.core.ranges import ranged
 from sparse_lm.kernels.topk import gaussian_threshold, topk_rows
 from sparse_lm.layers.active import up_and_down
 from sparse_lm.layers.linear import Linear
-from sparse_lm.layers.record import hidden_units, record
+from sparse_lm.layers.sow import hidden_units, sow
 from sparse_lm.layers.spec import Spec
-from sparse_lm.plan import cost
+from sparse_lm.plan import cost, record
 
 SELECTORS = ('statistical', 'exact')
 
@@ -64,18 +63,18 @@ class PredictorTopK(cost.Gating, nn.Module):
     spec, r = self.spec, round(self.split * x_BxLxD.shape[-1])
     activation = self.activation()
     axes = {'predictor/kernel': -1, 'up/kernel': -1, 'down/kernel': -2}
-    groups.note(self.path, 'neuron', spec.hidden, axes, dynamic=self.density < 1)
+    record.units(self.path, 'neuron', spec.hidden, axes, dynamic=self.density < 1)
     score_BxLxF = Linear(spec, spec.hidden, name='predictor')(x_BxLxD[..., :r])
     gate_BxLxF, chosen_BxLxF = self._select(activation, score_BxLxF, mode)
     if mode != 'train':
-      record(self, 'gates', 'active', jnp.mean(chosen_BxLxF, axis=-1, dtype=jnp.float32))
+      sow(self, 'gates', 'active', jnp.mean(chosen_BxLxF, axis=-1, dtype=jnp.float32))
     up = Linear(spec, spec.hidden, name='up')
     down = Linear(spec, spec.width, role='residual', name='down')
     read_BxLxD = x_BxLxD[..., r:]
     gathered = up_and_down(up, down, read_BxLxD, gate_BxLxF, chosen_BxLxF, self.density, mode)
     if gathered is not None:
       return gathered
-    with cost.gated_by(self):
+    with record.gated_by(self):
       h_BxLxF = gate_BxLxF * up(read_BxLxD)
       with hidden_units(self, None, h_BxLxF, mode):
         return down(h_BxLxF)

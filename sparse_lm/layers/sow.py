@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_lm.plan import cost
+from sparse_lm.plan import cost, record
 
 # Written anew in every forward pass, never state.
 SOWN = ('losses', 'stats', 'gates', 'policy')
 CHUNKS = (8, 32)  # consecutive tokens that a batched or speculative decoder runs together
 
 
-def record(module: nn.Module, collection: str, name: str, value: Any) -> None:
+def sow(module: nn.Module, collection: str, name: str, value: Any) -> None:
   """Sows `value` at the module's path; a second call of the module replaces it.
 
   `losses` are added to the training loss as they are, `stats` and `gates` are logged, `policy` is
@@ -25,7 +25,7 @@ def record(module: nn.Module, collection: str, name: str, value: Any) -> None:
 
 def inputs(module: nn.Module, x: jax.Array) -> None:
   """Notes what the module's kernel reads, where intermediates are asked for: calibration does."""
-  record(module, 'intermediates', 'inputs', x)
+  sow(module, 'intermediates', 'inputs', x)
 
 
 def entering(module: nn.Module, valid_BxL: jax.Array) -> None:
@@ -34,7 +34,7 @@ def entering(module: nn.Module, valid_BxL: jax.Array) -> None:
   Evaluation runs a layer for the tokens that skip it too and drops what it gives them; calibration is
   not to count them.
   """
-  record(module, 'intermediates', 'entering', valid_BxL)
+  sow(module, 'intermediates', 'entering', valid_BxL)
 
 
 def hidden_units(
@@ -50,18 +50,18 @@ def hidden_units(
   """
   if mode != 'train':
     fires = h_BxLxF != 0
-    record(module, 'stats', 'active', jnp.mean(fires, dtype=jnp.float32))
-    record(module, 'stats', 'dead', 1 - jnp.mean(jnp.any(fires, axis=(0, 1)), dtype=jnp.float32))
+    sow(module, 'stats', 'active', jnp.mean(fires, dtype=jnp.float32))
+    sow(module, 'stats', 'dead', 1 - jnp.mean(jnp.any(fires, axis=(0, 1)), dtype=jnp.float32))
     for chunk in CHUNKS:
-      record(module, 'stats', f'union_{chunk}', _union(fires, chunk))
+      sow(module, 'stats', f'union_{chunk}', _union(fires, chunk))
   gates = isinstance(activation, cost.Gating)
-  return cost.gated_by(activation) if gates else contextlib.nullcontext()
+  return record.gated_by(activation) if gates else contextlib.nullcontext()
 
 
 def selected(activation: nn.Module, mask_BxLxF: jax.Array, mode: str) -> None:
   """Sows, in evaluation, the fraction of units that the activation selects for each token."""
   if mode != 'train':
-    record(activation, 'gates', 'active', jnp.mean(mask_BxLxF, axis=-1, dtype=jnp.float32))
+    sow(activation, 'gates', 'active', jnp.mean(mask_BxLxF, axis=-1, dtype=jnp.float32))
 
 
 def _union(fires_BxLxF: jax.Array, chunk: int) -> jax.Array:
