@@ -4,25 +4,20 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sparse_lm.kernels.attention import KeyValues
+
 LANES = 16
-Keys = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
-def extend(
-  module: nn.Module,
-  size: int,
-  k_BxLxGxK: jax.Array,
-  v_BxLxGxK: jax.Array,
-  positions_BxL: jax.Array,
-  valid_BxL: jax.Array,
-) -> Keys:
-  """Writes valid tokens behind those that are held; returns keys, values, positions and validity.
+def extend(module: nn.Module, size: int, new: KeyValues) -> KeyValues:
+  """Writes the valid ones of new keys behind those that are held; returns what is to be read.
 
   The `cache` collection is allocated once, with `size` slots. Each sequence of each layer counts its
   own tokens: what skips a layer takes no slot of it. Full, the oldest token's slot is the next one's.
   One token reads all that is held, itself included. Several begin a sequence and read each other:
   what `size` slots cannot hold is still read by them.
   """
+  k_BxLxGxK, v_BxLxGxK, valid_BxL = new.k, new.v, new.valid
   b, l, g, width = k_BxLxGxK.shape
   # Room for what is not written: one slot that nobody reads, and whole vectors of them.
   slots = -(-(size + 1) // LANES) * LANES
@@ -32,7 +27,7 @@ def extend(
   position = module.variable('cache', 'position', jnp.zeros, (b, slots), jnp.int32)
   length = module.variable('cache', 'length', jnp.zeros, (b,), jnp.int32)
   if module.is_initializing():
-    return k_BxLxGxK, v_BxLxGxK, positions_BxL, valid_BxL
+    return new
   index_BxL = length.value[:, None] + jnp.cumsum(valid_BxL, axis=1) - 1
   length.value = length.value + jnp.sum(valid_BxL, axis=1, dtype=jnp.int32)
   stays_BxL = valid_BxL & (index_BxL >= length.value[:, None] - size)
@@ -41,13 +36,13 @@ def extend(
   v_NxLxK = v_BxLxGxK.transpose(0, 2, 1, 3).reshape(b * g, l, width)
   key.value = _write(key.value, k_NxKxL, slot_BxL, axis=2)
   value.value = _write(value.value, v_NxLxK, slot_BxL, axis=1)
-  position.value = _write(position.value, positions_BxL, slot_BxL, axis=1)
+  position.value = _write(position.value, new.positions, slot_BxL, axis=1)
   if l > 1:
-    return k_BxLxGxK, v_BxLxGxK, positions_BxL, valid_BxL
+    return new
   held_BxS = jnp.arange(slots) < jnp.minimum(length.value, size)[:, None]
   k_BxSxGxK = key.value.reshape(b, g, width, slots).transpose(0, 3, 1, 2)
   v_BxSxGxK = value.value.reshape(b, g, slots, width).transpose(0, 2, 1, 3)
-  return k_BxSxGxK, v_BxSxGxK, position.value, held_BxS
+  return KeyValues(k_BxSxGxK, v_BxSxGxK, position.value, held_BxS)
 
 
 def _write(held: jax.Array, new: jax.Array, slot_BxL: jax.Array, axis: int) -> jax.Array:

@@ -1,51 +1,39 @@
 """Running a layer on some tokens only."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sparse_lm.layers.tokens import Tokens
+
 
 def gather_run_scatter(
-  block: nn.Module,
-  x_BxLxD: jax.Array,
-  positions_BxL: jax.Array,
-  valid_BxL: jax.Array,
-  index_BxC: jax.Array,
-  mode: str,
+  block: nn.Module, tokens: Tokens, index_BxC: jax.Array, mode: str
 ) -> jax.Array:
   """What the block adds, `[B, L, D]`, to the valid ones of the tokens at `index`; zeros elsewhere."""
-
-  def take(a: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(a, index_BxC.reshape(*index_BxC.shape, *[1] * (a.ndim - 2)), axis=1)
-
-  taken_BxC = take(valid_BxL)
-  added_BxCxD = block(take(x_BxLxD), take(positions_BxL), taken_BxC, mode)
-  added_BxCxD = jnp.where(taken_BxC[..., None], added_BxCxD, 0)
-  row = jnp.arange(x_BxLxD.shape[0])[:, None]
-  return jnp.zeros_like(x_BxLxD).at[row, index_BxC].set(added_BxCxD.astype(x_BxLxD.dtype))
+  taken = tokens.take(index_BxC)
+  added_BxCxD = jnp.where(taken.valid[..., None], block(taken, mode), 0)
+  row = jnp.arange(len(index_BxC))[:, None]
+  return jnp.zeros_like(tokens.x).at[row, index_BxC].set(added_BxCxD.astype(tokens.x.dtype))
 
 
-def run_routed(
-  block: nn.Module,
-  x_BxLxD: jax.Array,
-  positions_BxL: jax.Array,
-  enters_BxL: jax.Array,
-  mode: str,
-) -> jax.Array:
-  """What the block adds, `[B, L, D]`, to the tokens that enter.
+def run_routed(block: nn.Module, tokens: Tokens, mode: str) -> jax.Array:
+  """What the block adds, `[B, L, D]`, to the tokens that enter: those that are valid.
 
   Decoding runs it for as many tokens of each sequence as enter, rounded up to a half, a quarter, ...
   of them, or not at all, and gives zeros to the others. In other modes it runs for all of them, and
   what it gives to the others is to be dropped.
   """
   if mode != 'decode' or block.is_initializing():
-    return block(x_BxLxD, positions_BxL, enters_BxL, mode)
-  sizes = _sizes(x_BxLxD.shape[1])
-  most = jnp.max(jnp.sum(enters_BxL, axis=1))
+    return block(tokens, mode)
+  sizes = _sizes(tokens.x.shape[1])
+  most = jnp.max(jnp.sum(tokens.valid, axis=1))
   branch = jnp.searchsorted(jnp.array([0, *sizes]), most)
-  branches = [lambda block, x, positions, enters: jnp.zeros_like(x)]
+  branches = [lambda block, tokens: jnp.zeros_like(tokens.x)]
   branches += [_of_size(size, mode) for size in sizes]
-  return nn.switch(branch, branches, block, x_BxLxD, positions_BxL, enters_BxL)
+  return nn.switch(branch, branches, block, tokens)
 
 
 def _sizes(length: int) -> list[int]:
@@ -53,12 +41,12 @@ def _sizes(length: int) -> list[int]:
   return sorted({-(-length // 2**i) for i in range(5)})
 
 
-def _of_size(size: int, mode: str):
-  def run(block, x_BxLxD, positions_BxL, enters_BxL):
-    if size == x_BxLxD.shape[1]:
-      added = block(x_BxLxD, positions_BxL, enters_BxL, mode)
-      return jnp.where(enters_BxL[..., None], added, 0).astype(x_BxLxD.dtype)
-    index_BxC = jnp.argsort(~enters_BxL, axis=1, stable=True)[:, :size]  # in order of position
-    return gather_run_scatter(block, x_BxLxD, positions_BxL, enters_BxL, index_BxC, mode)
+def _of_size(size: int, mode: str) -> Callable[[nn.Module, Tokens], jax.Array]:
+  def run(block: nn.Module, tokens: Tokens) -> jax.Array:
+    if size == tokens.x.shape[1]:
+      added = block(tokens, mode)
+      return jnp.where(tokens.valid[..., None], added, 0).astype(tokens.x.dtype)
+    index_BxC = jnp.argsort(~tokens.valid, axis=1, stable=True)[:, :size]  # in order of position
+    return gather_run_scatter(block, tokens, index_BxC, mode)
 
   return run

@@ -16,6 +16,7 @@ from sparse_lm.layers.embed import Embed
 from sparse_lm.layers.linear import Norm
 from sparse_lm.layers.sow import SOWN
 from sparse_lm.layers.spec import Spec
+from sparse_lm.layers.tokens import Tokens
 from sparse_lm.model.block import Block
 from sparse_lm.model.slots import Choice
 from sparse_lm.plan import cost, executed, record
@@ -72,18 +73,13 @@ class LM(nn.Module):
     for layer in range(spec.layers):
       if self.has_variable('packed', f'removed_layer_{layer}'):
         continue
-      x_BxLxD = _layer(spec, self.choices, layer, x_BxLxD, positions_BxL, valid_BxL, mode)
+      tokens = Tokens(x_BxLxD, positions_BxL, valid_BxL)
+      x_BxLxD = _layer(spec, self.choices, layer, tokens, mode)
     return embed.logits(Norm(spec, name='norm')(x_BxLxD))
 
 
 def _layer(
-  spec: Spec,
-  choices: tuple[Choice, ...],
-  layer: int,
-  x_BxLxD: jax.Array,
-  positions_BxL: jax.Array,
-  valid_BxL: jax.Array,
-  mode: str,
+  spec: Spec, choices: tuple[Choice, ...], layer: int, tokens: Tokens, mode: str
 ) -> jax.Array:
   """The residual stream after a layer, whose modules belong to the module that this is called in."""
   made: dict[str, Any] = {}
@@ -91,16 +87,16 @@ def _layer(
     # A maker: a module is made where it is called, so that it lives there.
     supplied = {'spec': spec, 'activation': made.get('activation'), 'name': choice.slot}
     made[choice.slot] = functools.partial(choice.build, layer, spec.layers, **supplied)
-  block_type = nn.remat(Block, static_argnums=(4,)) if spec.remat else Block
-  held = _held(spec, choices, layer)
-  block = block_type(spec, made['attention'], made['mlp'], held, name=f'block_{layer}')
+  block_type = nn.remat(Block, static_argnums=(2,)) if spec.remat else Block
+  cache_size = _cache_size(spec, choices, layer)
+  block = block_type(spec, made['attention'], made['mlp'], cache_size, name=f'block_{layer}')
   depth = made['depth'](name=f'depth_{layer}')
-  return depth(block, x_BxLxD, positions_BxL, valid_BxL, mode)
+  return depth(block, tokens, mode)
 
 
 @functools.lru_cache
-def _held(spec: Spec, choices: tuple[Choice, ...], layer: int) -> int:
-  """Keys that a layer has to hold for decoding: a method may read no more than its `window`."""
+def _cache_size(spec: Spec, choices: tuple[Choice, ...], layer: int) -> int:
+  """Keys that a layer has to keep for decoding: a method may read no more than its `window`."""
   choice = next(c for c in choices if c.slot == 'attention')
   modules = [
     c.make({'spec': spec, 'inner': None, 'parent': None}) for c in choice.at(layer, spec.layers)
@@ -120,7 +116,8 @@ class Layer(nn.Module):
     """The residual stream `[B, L, D]` after it, of whole sequences."""
     positions_BxL = jnp.broadcast_to(jnp.arange(x_BxLxD.shape[1]), x_BxLxD.shape[:2])
     valid_BxL = jnp.ones(x_BxLxD.shape[:2], bool)
-    return _layer(self.spec, self.choices, self.layer, x_BxLxD, positions_BxL, valid_BxL, mode)
+    tokens = Tokens(x_BxLxD, positions_BxL, valid_BxL)
+    return _layer(self.spec, self.choices, self.layer, tokens, mode)
 
 
 def from_config(config: Any, vocab: int) -> LM:

@@ -14,6 +14,7 @@ from configs import base
 from sparse_lm.core.estimator import ESTIMATORS
 from sparse_lm.layers.sow import SOWN
 from sparse_lm.layers.spec import Spec
+from sparse_lm.layers.tokens import Tokens
 from sparse_lm.model import slots
 from sparse_lm.model.block import Block
 
@@ -37,11 +38,11 @@ def small(**depth):
 SPEC = Spec.from_config(small().model, vocab=VOCAB, context=LENGTH)
 
 
-def plain_block(x_BxLxD, positions_BxL, valid_BxL, mode):
+def plain_block(tokens, mode):
   """A block that is soon written twice: reads earlier valid tokens, the less the farther away."""
-  apart = positions_BxL[:, :, None] - positions_BxL[:, None, :]
-  reads = jnp.where((apart > 0) & valid_BxL[:, None, :], 1 / (1 + jnp.abs(apart)), 0.0)
-  return jnp.tanh(HERE * x_BxLxD + jnp.einsum('bls,bsd->bld', reads, x_BxLxD))
+  apart = tokens.positions[:, :, None] - tokens.positions[:, None, :]
+  reads = jnp.where((apart > 0) & tokens.valid[:, None, :], 1 / (1 + jnp.abs(apart)), 0.0)
+  return jnp.tanh(HERE * tokens.x + jnp.einsum('bls,bsd->bld', reads, tokens.x))
 
 
 def plain_loop(x_BxLxD, positions_BxL, enters_BxL):
@@ -63,7 +64,8 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(self, x, positions, valid, mode):
-    return self.depth()(REAL(name='block') if self.real else plain_block, x, positions, valid, mode)
+    block = REAL(name='block') if self.real else plain_block
+    return self.depth()(block, Tokens(x, positions, valid), mode)
 
 
 def method(slot, name, /, **fields):

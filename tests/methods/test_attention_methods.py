@@ -12,7 +12,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from configs import base
 from sparse_lm.core.errors import UserError
+from sparse_lm.kernels.attention import KeyValues
 from sparse_lm.layers.spec import Spec
+from sparse_lm.layers.tokens import Tokens
 from sparse_lm.model import lm, slots
 from sparse_lm.plan import cost
 
@@ -42,7 +44,13 @@ def method(name, **fields):
 @functools.cache
 def applied(module, mode='eval'):
   """`(variables, *arrays) -> (y, what was sown)`."""
-  return jax.jit(lambda v, *arrays: module.apply(v, *arrays, mode, mutable=['gates']))
+
+  def run(variables, x, q, k, v, positions, key_positions, valid):
+    tokens = Tokens(x, positions, jnp.ones(positions.shape, bool))
+    keys = KeyValues(k, v, key_positions, valid)
+    return module.apply(variables, tokens, q, keys, mode, mutable=['gates'])
+
+  return jax.jit(run)
 
 
 def arrays_of(seed, groups, reach=4, whole=False):

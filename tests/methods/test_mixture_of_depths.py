@@ -24,6 +24,7 @@ from one_layer import (
 )
 
 from sparse_lm.core.errors import UserError
+from sparse_lm.layers.tokens import Tokens
 from sparse_lm.model import lm
 
 
@@ -102,7 +103,7 @@ def test_of_equal_tokens_the_earlier_enters(seed):
 def test_with_capacity_for_all_every_token_enters_the_real_block():
   module = layer('mixture_of_depths', real=True, capacity=1.0)
   params, inputs = numbers(module, 0)
-  added = REAL().apply({'params': params['block']}, *inputs, 'train')
+  added = REAL().apply({'params': params['block']}, Tokens(*inputs), 'train')
   want = inputs[0] + weights(params, inputs[0])[..., None] * added
   assert_allclose(applied(module, 'train')(params, *inputs)[0], want, rtol=1e-4, atol=1e-5)
 
@@ -126,7 +127,7 @@ def test_in_the_real_block_tokens_keep_their_places_and_read_only_what_enters(se
 
 @jax.jit
 def masked_block(params, x, positions, enters):
-  return REAL().apply({'params': params}, x, positions, enters, 'eval')
+  return REAL().apply({'params': params}, Tokens(x, positions, enters), 'eval')
 
 
 def test_gradients_reach_the_router_and_the_predictors_loss_trains_the_predictor_alone():

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import base
+from sparse_lm.kernels.attention import KeyValues
 from sparse_lm.layers.embed import rotate
+from sparse_lm.layers.tokens import Tokens
 from sparse_lm.model import lm, slots
 
 VOCAB, LENGTH, WIDTH, HEADS = 13, 8, 16, 4
@@ -89,7 +91,8 @@ def full_attention(q, k, v, positions, key_positions, valid):
   module = slots.method('attention', 'full')(spec=model_of().spec)
   x = jnp.zeros((*q.shape[:2], WIDTH))
   q, k, v = (jnp.asarray(a, jnp.float32) for a in (q, k, v))
-  return module.apply({}, x, q, k, v, positions, key_positions, valid, 'eval')
+  tokens = Tokens(x, positions, jnp.ones(positions.shape, bool))
+  return module.apply({}, tokens, q, KeyValues(k, v, key_positions, valid), 'eval')
 
 
 @pytest.mark.parametrize('kv_heads', [1, 2])

@@ -11,6 +11,7 @@ from numpy.testing import assert_array_equal
 from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.layers.sow import SOWN
+from sparse_lm.layers.tokens import Tokens
 from sparse_lm.model import lm
 from sparse_lm.model.block import Block
 from sparse_lm.runs.build import build
@@ -72,9 +73,7 @@ def inputs_of_entering(model, params, x_BxLxD, enters_BxL):
     positions = np.flatnonzero(enters_L)[None]
     _, seen = block.apply(
       {'params': params['block_0']},
-      x_LxD[enters_L][None],
-      positions,
-      np.ones_like(positions, bool),
+      Tokens(x_LxD[enters_L][None], positions, np.ones_like(positions, bool)),
       'eval',
       mutable=['intermediates'],
     )

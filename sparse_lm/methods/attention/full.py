@@ -3,8 +3,10 @@
 import jax
 from flax import linen as nn
 
+from sparse_lm.kernels.attention import KeyValues
 from sparse_lm.layers.attention import attend, causal, note
 from sparse_lm.layers.spec import Spec
+from sparse_lm.layers.tokens import Tokens
 
 
 class Full(nn.Module):
@@ -20,19 +22,9 @@ class Full(nn.Module):
   spec: Spec
 
   @nn.compact
-  def __call__(
-    self,
-    x_BxLxD: jax.Array,
-    q_BxLxHxK: jax.Array,
-    k_BxSxGxK: jax.Array,
-    v_BxSxGxK: jax.Array,
-    positions_BxL: jax.Array,
-    key_positions_BxS: jax.Array,
-    valid_BxS: jax.Array,
-    mode: str,
-  ) -> jax.Array:
-    """Returns `[B, L, H, K]`; `x` (the layer's normalised input) is what gates may decide by."""
-    q_BxLxHxK = note(q_BxLxHxK, self.path, k_BxSxGxK.shape[1])
-    mask_BxLxS = causal(positions_BxL, key_positions_BxS, valid_BxS)
+  def __call__(self, tokens: Tokens, q_BxLxHxK: jax.Array, keys: KeyValues, mode: str) -> jax.Array:
+    """Returns `[B, L, H, K]`; `tokens` (the layer's normalised input) is what gates may decide by."""
+    q_BxLxHxK = note(q_BxLxHxK, self.path, keys.k.shape[1])
+    mask_BxLxS = causal(tokens.positions, keys.positions, keys.valid)
     dropout = nn.Dropout(self.spec.dropout, deterministic=mode != 'train')
-    return attend(q_BxLxHxK, k_BxSxGxK, v_BxSxGxK, mask_BxLxS, dropout)
+    return attend(q_BxLxHxK, keys.k, keys.v, mask_BxLxS, dropout)

@@ -6,8 +6,10 @@ from typing import ClassVar
 import jax
 from flax import linen as nn
 
+from sparse_lm.kernels.attention import KeyValues
 from sparse_lm.layers.gate import LearnedGate
 from sparse_lm.layers.router import Router
+from sparse_lm.layers.tokens import Tokens
 from sparse_lm.plan import record
 
 
@@ -28,30 +30,11 @@ class HeadGate(LearnedGate, kw_only=True):
   skips: ClassVar[bool] = False  # decoding computes closed heads too
 
   @nn.compact
-  def __call__(
-    self,
-    x_BxLxD: jax.Array,
-    q_BxLxHxK: jax.Array,
-    k_BxSxGxK: jax.Array,
-    v_BxSxGxK: jax.Array,
-    positions_BxL: jax.Array,
-    key_positions_BxS: jax.Array,
-    valid_BxS: jax.Array,
-    mode: str,
-  ) -> jax.Array:
+  def __call__(self, tokens: Tokens, q_BxLxHxK: jax.Array, keys: KeyValues, mode: str) -> jax.Array:
     """Returns `[B, L, H, K]`, zeros where a head is closed; see `Full`."""
     heads = q_BxLxHxK.shape[2]
-    logits_BxLxH = Router(self.spec, heads, bias=self.first_logit, name='router')(x_BxLxD)
+    logits_BxLxH = Router(self.spec, heads, bias=self.first_logit, name='router')(tokens.x)
     decision = self.decide(logits_BxLxH, mode)
     with record.gated_by(self):
-      out_BxLxHxK = self.inner()(
-        x_BxLxD,
-        q_BxLxHxK,
-        k_BxSxGxK,
-        v_BxSxGxK,
-        positions_BxL,
-        key_positions_BxS,
-        valid_BxS,
-        mode,
-      )
+      out_BxLxHxK = self.inner()(tokens, q_BxLxHxK, keys, mode)
     return out_BxLxHxK * decision.weight[..., None].astype(out_BxLxHxK.dtype)

@@ -6,8 +6,10 @@ import jax
 from flax import linen as nn
 
 from sparse_lm.core.ranges import ranged
+from sparse_lm.kernels.attention import KeyValues
 from sparse_lm.layers.attention import attend, causal, note, share_of_keys
 from sparse_lm.layers.spec import Spec
+from sparse_lm.layers.tokens import Tokens
 
 
 class SlidingWindow(nn.Module):
@@ -25,21 +27,11 @@ class SlidingWindow(nn.Module):
   twin: ClassVar[str] = 'full'
 
   @nn.compact
-  def __call__(
-    self,
-    x_BxLxD: jax.Array,
-    q_BxLxHxK: jax.Array,
-    k_BxSxGxK: jax.Array,
-    v_BxSxGxK: jax.Array,
-    positions_BxL: jax.Array,
-    key_positions_BxS: jax.Array,
-    valid_BxS: jax.Array,
-    mode: str,
-  ) -> jax.Array:
+  def __call__(self, tokens: Tokens, q_BxLxHxK: jax.Array, keys: KeyValues, mode: str) -> jax.Array:
     """Returns `[B, L, H, K]`, see `Full`."""
-    keys = k_BxSxGxK.shape[1]
-    share = share_of_keys(self.window, q_BxLxHxK.shape[1], keys)
-    q_BxLxHxK = note(q_BxLxHxK, self.path, keys, scored=share, read=share)
-    mask_BxLxS = causal(positions_BxL, key_positions_BxS, valid_BxS, self.window)
+    count = keys.k.shape[1]
+    share = share_of_keys(self.window, q_BxLxHxK.shape[1], count)
+    q_BxLxHxK = note(q_BxLxHxK, self.path, count, scored=share, read=share)
+    mask_BxLxS = causal(tokens.positions, keys.positions, keys.valid, self.window)
     dropout = nn.Dropout(self.spec.dropout, deterministic=mode != 'train')
-    return attend(q_BxLxHxK, k_BxSxGxK, v_BxSxGxK, mask_BxLxS, dropout)
+    return attend(q_BxLxHxK, keys.k, keys.v, mask_BxLxS, dropout)

@@ -8,9 +8,11 @@ from flax import linen as nn
 
 from sparse_lm.core.errors import require
 from sparse_lm.core.ranges import ranged
+from sparse_lm.kernels.attention import KeyValues
 from sparse_lm.kernels.topk import topk_rows
 from sparse_lm.layers.attention import attend, causal, note, share_of_keys
 from sparse_lm.layers.spec import Spec
+from sparse_lm.layers.tokens import Tokens
 
 
 class TopKKeys(nn.Module):
@@ -33,25 +35,15 @@ class TopKKeys(nn.Module):
     require(self.k <= self.spec.context, 'config.attention.k', self.k, valid)
 
   @nn.compact
-  def __call__(
-    self,
-    x_BxLxD: jax.Array,
-    q_BxLxHxK: jax.Array,
-    k_BxSxGxK: jax.Array,
-    v_BxSxGxK: jax.Array,
-    positions_BxL: jax.Array,
-    key_positions_BxS: jax.Array,
-    valid_BxS: jax.Array,
-    mode: str,
-  ) -> jax.Array:
+  def __call__(self, tokens: Tokens, q_BxLxHxK: jax.Array, keys: KeyValues, mode: str) -> jax.Array:
     """Returns `[B, L, H, K]`, see `Full`."""
-    keys = k_BxSxGxK.shape[1]
-    share = share_of_keys(self.k, q_BxLxHxK.shape[1], keys)
-    q_BxLxHxK = note(q_BxLxHxK, self.path, keys, read=share, most=self.k)
-    mask_BxLxS = causal(positions_BxL, key_positions_BxS, valid_BxS)
+    count = keys.k.shape[1]
+    share = share_of_keys(self.k, q_BxLxHxK.shape[1], count)
+    q_BxLxHxK = note(q_BxLxHxK, self.path, count, read=share, most=self.k)
+    mask_BxLxS = causal(tokens.positions, keys.positions, keys.valid)
     dropout = nn.Dropout(self.spec.dropout, deterministic=mode != 'train')
     select, most = self._largest, self.k
-    return attend(q_BxLxHxK, k_BxSxGxK, v_BxSxGxK, mask_BxLxS, dropout, select, most)
+    return attend(q_BxLxHxK, keys.k, keys.v, mask_BxLxS, dropout, select, most)
 
   def _largest(self, scores: jax.Array, mask: jax.Array) -> jax.Array:
     scores = jax.lax.stop_gradient(jnp.where(mask, scores, -jnp.inf))

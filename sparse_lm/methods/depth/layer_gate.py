@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from sparse_lm.layers.gate import LearnedGate
 from sparse_lm.layers.routed import run_routed
+from sparse_lm.layers.tokens import Tokens
 from sparse_lm.plan import record
 
 # A logit moves this much faster than other parameters: an optimizer of the Adam family moves each by
@@ -30,21 +31,14 @@ class LayerGate(LearnedGate, kw_only=True):
   same_for_all_inputs: ClassVar[bool] = True  # packing removes layers that are closed
 
   @nn.compact
-  def __call__(
-    self,
-    block: nn.Module,
-    x_BxLxD: jax.Array,
-    positions_BxL: jax.Array,
-    valid_BxL: jax.Array,
-    mode: str,
-  ) -> jax.Array:
+  def __call__(self, block: nn.Module, tokens: Tokens, mode: str) -> jax.Array:
     """Returns the residual stream `[B, L, D]` after the layer, see `Residual`."""
     start = nn.initializers.constant(self.first_logit / RATE)
     logit = RATE * self.param('logit', start, (), jnp.float32)
-    decision = self.decide(jnp.broadcast_to(logit, (x_BxLxD.shape[0], 1, 1)), mode)
+    decision = self.decide(jnp.broadcast_to(logit, (tokens.x.shape[0], 1, 1)), mode)
     with record.gated_by(self):
-      enters_BxL = valid_BxL
+      entering = tokens
       if mode != 'train':  # where the gradient of a closed layer's gate needs what the layer gives
-        enters_BxL = valid_BxL & decision.open[..., 0]
-      added = run_routed(block, x_BxLxD, positions_BxL, enters_BxL, mode)
-    return x_BxLxD + decision.weight.astype(x_BxLxD.dtype) * added
+        entering = tokens.only(decision.open[..., 0])
+      added = run_routed(block, entering, mode)
+    return tokens.x + decision.weight.astype(tokens.x.dtype) * added

@@ -14,6 +14,7 @@ from sparse_lm.layers.routed import gather_run_scatter, run_routed
 from sparse_lm.layers.router import Router
 from sparse_lm.layers.sow import sow
 from sparse_lm.layers.spec import Spec
+from sparse_lm.layers.tokens import Tokens
 from sparse_lm.plan import cost, record
 
 
@@ -58,25 +59,18 @@ class MixtureOfDepths(cost.Gating, nn.Module):
     return max(1, round(self.capacity * length))
 
   @nn.compact
-  def __call__(
-    self,
-    block: nn.Module,
-    x_BxLxD: jax.Array,
-    positions_BxL: jax.Array,
-    valid_BxL: jax.Array,
-    mode: str,
-  ) -> jax.Array:
+  def __call__(self, block: nn.Module, tokens: Tokens, mode: str) -> jax.Array:
     """Returns the residual stream `[B, L, D]` after the layer, see `Residual`."""
-    weight_BxLx1 = Router(self.spec, 1, name='router')(normalised(x_BxLxD))
-    likely_BxL = self._predict(x_BxLxD, weight_BxLx1)
+    weight_BxLx1 = Router(self.spec, 1, name='router')(normalised(tokens.x))
+    likely_BxL = self._predict(tokens.x, weight_BxLx1)
     if mode == 'train':
-      return self._train(block, x_BxLxD, weight_BxLx1, likely_BxL, positions_BxL, valid_BxL)
-    enters_BxL = (likely_BxL > 0) & valid_BxL
-    sow(self, 'gates', 'active', enters_BxL.astype(jnp.float32))
+      return self._train(block, tokens, weight_BxLx1, likely_BxL)
+    entering = tokens.only(likely_BxL > 0)
+    sow(self, 'gates', 'active', entering.valid.astype(jnp.float32))
     with record.gated_by(self):
-      added = run_routed(block, x_BxLxD, positions_BxL, enters_BxL, mode)
+      added = run_routed(block, entering, mode)
     added = added * weight_BxLx1.astype(added.dtype)
-    return x_BxLxD + jnp.where(enters_BxL[..., None], added, 0)
+    return tokens.x + jnp.where(entering.valid[..., None], added, 0)
 
   def _predict(self, x_BxLxD: jax.Array, weight_BxLx1: jax.Array) -> jax.Array:
     """Logits that a token is chosen; trains nothing but the predictor."""
@@ -84,8 +78,10 @@ class MixtureOfDepths(cost.Gating, nn.Module):
     predictor = Router(self.spec, 1, scale=0.1, bias=0.0, name='router_predictor')
     return predictor(jax.lax.stop_gradient(seen))[..., 0]
 
-  def _train(self, block, x_BxLxD, weight_BxLx1, likely_BxL, positions_BxL, valid_BxL):
-    length = x_BxLxD.shape[1]
+  def _train(
+    self, block: nn.Module, tokens: Tokens, weight_BxLx1: jax.Array, likely_BxL: jax.Array
+  ) -> jax.Array:
+    valid_BxL, length = tokens.valid, tokens.x.shape[1]
     scores_BxL = jnp.where(valid_BxL, weight_BxLx1[..., 0], -jnp.inf)
     index_BxC = jnp.sort(
       jax.lax.top_k(jax.lax.stop_gradient(scores_BxL), self._entering(length))[1], axis=1
@@ -97,5 +93,5 @@ class MixtureOfDepths(cost.Gating, nn.Module):
     agrees_BxL = (likely_BxL > 0) == (enters_BxL > 0)
     accuracy = jnp.mean(agrees_BxL, dtype=jnp.float32, where=valid_BxL)
     sow(self, 'stats', 'predictor_accuracy', accuracy)
-    added = gather_run_scatter(block, x_BxLxD, positions_BxL, valid_BxL, index_BxC, 'train')
-    return x_BxLxD + added * weight_BxLx1.astype(added.dtype)
+    added = gather_run_scatter(block, tokens, index_BxC, 'train')
+    return tokens.x + added * weight_BxLx1.astype(added.dtype)

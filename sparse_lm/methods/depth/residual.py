@@ -3,6 +3,8 @@
 import jax
 from flax import linen as nn
 
+from sparse_lm.layers.tokens import Tokens
+
 
 class Residual(nn.Module):
   """`x + block(x)`.
@@ -11,16 +13,9 @@ class Residual(nn.Module):
   Saves: nothing.
   """
 
-  def __call__(
-    self,
-    block: nn.Module,
-    x_BxLxD: jax.Array,
-    positions_BxL: jax.Array,
-    valid_BxL: jax.Array,
-    mode: str,
-  ) -> jax.Array:
+  def __call__(self, block: nn.Module, tokens: Tokens, mode: str) -> jax.Array:
     """Returns the residual stream `[B, L, D]` after the layer.
 
-    `block(x, positions, valid, mode)` returns what is to be added to it, for any subset of tokens.
+    `block(tokens, mode)` returns what is to be added to it, for any subset of the tokens.
     """
-    return x_BxLxD + block(x_BxLxD, positions_BxL, valid_BxL, mode)
+    return tokens.x + block(tokens, mode)

@@ -8,6 +8,7 @@ from flax import linen as nn
 from sparse_lm.layers.gate import LearnedGate, normalised
 from sparse_lm.layers.routed import run_routed
 from sparse_lm.layers.router import Router
+from sparse_lm.layers.tokens import Tokens
 from sparse_lm.plan import record
 
 
@@ -24,18 +25,10 @@ class TokenGate(LearnedGate, kw_only=True):
   skips: ClassVar[bool] = True
 
   @nn.compact
-  def __call__(
-    self,
-    block: nn.Module,
-    x_BxLxD: jax.Array,
-    positions_BxL: jax.Array,
-    valid_BxL: jax.Array,
-    mode: str,
-  ) -> jax.Array:
+  def __call__(self, block: nn.Module, tokens: Tokens, mode: str) -> jax.Array:
     """Returns the residual stream `[B, L, D]` after the layer, see `Residual`."""
     router = Router(self.spec, 1, bias=self.first_logit, name='router')
-    decision = self.decide(router(normalised(x_BxLxD)), mode)
+    decision = self.decide(router(normalised(tokens.x)), mode)
     with record.gated_by(self):
-      enters_BxL = valid_BxL & decision.open[..., 0]
-      added = run_routed(block, x_BxLxD, positions_BxL, enters_BxL, mode)
-    return x_BxLxD + decision.weight.astype(x_BxLxD.dtype) * added
+      added = run_routed(block, tokens.only(decision.open[..., 0]), mode)
+    return tokens.x + decision.weight.astype(tokens.x.dtype) * added

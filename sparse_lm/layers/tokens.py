@@ -1,0 +1,34 @@
+"""The tokens that a layer sees, with what it has to know of each of them."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+@struct.dataclass
+class Tokens:
+  """Tokens of a batch of sequences: all of them, or those that enter a layer.
+
+  Attributes:
+    x: `[B, L, D]`, the residual stream, or what a norm made of it.
+    positions: int32 `[B, L]`, the place of each token in its sequence. Where others are left out, a token
+      keeps its own.
+    valid: bool `[B, L]`, whether others may read the token.
+  """
+
+  x: jax.Array
+  positions: jax.Array
+  valid: jax.Array
+
+  def only(self, chosen_BxL: jax.Array) -> 'Tokens':
+    """The same tokens, of which those that are not chosen, bool `[B, L or 1]`, are not valid."""
+    return self.replace(valid=self.valid & chosen_BxL)
+
+  def take(self, index_BxC: jax.Array) -> 'Tokens':
+    """The tokens at int32 `[B, C]` of each sequence."""
+
+    def rows(a: jax.Array) -> jax.Array:
+      index = index_BxC.reshape(*index_BxC.shape, *[1] * (a.ndim - 2))
+      return jnp.take_along_axis(a, index, axis=1)
+
+    return jax.tree.map(rows, self)
