@@ -15,7 +15,8 @@ from experiments import dynamic_compute, sparsity_vs_accuracy
 from experiments.run import Study
 from experiments.sweep import Run
 from sparse_lm.core.errors import UserError
-from sparse_lm.evals import decoding
+from sparse_lm.evals import EvalData, EvalModel
+from sparse_lm.evals.speed import Speed
 from sparse_lm.inference.pack import dense_twin, pack
 from sparse_lm.model import lm
 from sparse_lm.report import plot, results, table
@@ -58,8 +59,8 @@ def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
   text = np.asarray(data_of(config).tokens['validation'])
   metrics = {}
   for what, batch in (('decode', 1), ('prefill', PREFILLED)):
-    work = decoding.workload(text, config.data.context, batch, REPEATS[what], what)
-    metrics |= decoding.measure({'': (packed, dense)}, work)['']
+    data = EvalData(text, config.data.context, batch)
+    metrics |= Speed(REPEATS[what], (what,)).run(EvalModel.of_packed(packed, dense), data)
   return {
     'origin': origin,
     'metrics': metrics,

@@ -16,8 +16,8 @@ import numpy as np
 
 from experiments.sweep import Run
 from sparse_lm.core.format import Format
-from sparse_lm.evals import speed
 from sparse_lm.inference.pack import load_format
+from sparse_lm.measure import turns
 from sparse_lm.report import plot, results, table
 from sparse_lm.runs import configs, runtime
 from sparse_lm.runs.environment import environment
@@ -85,8 +85,8 @@ def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
     calls['packed'] = functools.partial(gather, packed, x, index)
   else:
     calls['packed'] = functools.partial(multiply, packed, x)
-  seconds = speed.interleaved(calls, REPEATS)
-  ratio = speed.ratio(seconds['dense'], seconds['packed'])
+  seconds = turns.interleaved(calls, REPEATS)
+  ratio = turns.ratio(seconds['dense'], seconds['packed'])
   metrics = {key.replace('ratio', 'speedup'): value for key, value in ratio.items()}
   metrics |= {f'{k}_us': 1e6 * float(np.median(v)) / MATRICES for k, v in seconds.items()}
   # Of whole tiles: 4 of 36 where a tenth is asked for.

@@ -14,8 +14,8 @@ import numpy as np
 
 from experiments.sweep import Run
 from sparse_lm.data.pipeline import train_iterator
-from sparse_lm.evals import speed
 from sparse_lm.kernels.topk import topk_mask, topk_rows
+from sparse_lm.measure import turns
 from sparse_lm.report import results, table
 from sparse_lm.runs import configs, runtime
 from sparse_lm.runs.build import build
@@ -45,7 +45,7 @@ def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
   metrics = {
     'ms': 1e3 * float(np.median(seconds['component'])),
     'reference_ms': 1e3 * float(np.median(seconds['reference'])),
-    **speed.ratio(seconds['reference'], seconds['component']),
+    **turns.ratio(seconds['reference'], seconds['component']),
   }
   return {'metrics': metrics, 'config': configs.to_json(config), 'env': environment()}
 
@@ -59,7 +59,7 @@ def _selection(config: Any) -> dict[str, np.ndarray]:
 
   select, sort = jax.jit(topk_mask), jax.jit(by_sorting)
   calls = {'component': lambda: select(scores, k), 'reference': lambda: sort(scores, k)}
-  return speed.interleaved(calls, REPEATS, 'mask update')
+  return turns.interleaved(calls, REPEATS, 'mask update')
 
 
 def _rows(config: Any) -> dict[str, np.ndarray]:
@@ -67,7 +67,7 @@ def _rows(config: Any) -> dict[str, np.ndarray]:
   select = jax.jit(lambda scores: topk_rows(scores, k))
   top_k = jax.jit(lambda scores: jax.lax.top_k(scores, k))
   calls = {'component': lambda: select(scores), 'reference': lambda: top_k(scores)}
-  return speed.interleaved(calls, REPEATS, 'rows')
+  return turns.interleaved(calls, REPEATS, 'rows')
 
 
 def _pipeline(config: Any) -> dict[str, np.ndarray]:
@@ -82,7 +82,7 @@ def _pipeline(config: Any) -> dict[str, np.ndarray]:
     return metrics
 
   calls = {'component': lambda: [next(batches) for _ in range(BATCHES)], 'reference': step}
-  seconds = speed.interleaved(calls, REPEATS, 'input pipeline')
+  seconds = turns.interleaved(calls, REPEATS, 'input pipeline')
   return seconds | {'component': seconds['component'] / BATCHES}
 
 

@@ -24,8 +24,10 @@ from experiments.sweep import Run
 from sparse_lm.core import tree
 from sparse_lm.core.tree import Tree
 from sparse_lm.core.units import kept
-from sparse_lm.evals import decoding, speed
+from sparse_lm.evals import EvalData, EvalModel
+from sparse_lm.evals.speed import Speed
 from sparse_lm.inference.pack import PackedModel, dense_twin, pack
+from sparse_lm.measure import turns
 from sparse_lm.model import lm
 from sparse_lm.model.slots import Choice
 from sparse_lm.patterns import pattern
@@ -98,8 +100,8 @@ def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
   metrics: dict[str, Any] = {}
   for what, batch in (('prefill', PREFILLED), ('decode', 1)):
     text = np.random.default_rng(0).integers(0, VOCAB, batch * config.data.context)
-    work = decoding.workload(text, config.data.context, batch, REPEATS[what], what)
-    metrics |= decoding.measure({'': (packed, twin)}, work)['']
+    data = EvalData(text, config.data.context, batch)
+    metrics |= Speed(REPEATS[what], (what,)).run(EvalModel.of_packed(packed, twin), data)
   if beside is None and _neurons(model) != _neurons(twin.model):
     metrics |= _mlps_alone(packed, twin)
   metrics['params'] = sum(math.prod(a.shape) for a in jax.tree.leaves(lm.shapes(model)['params']))
@@ -114,8 +116,8 @@ def _neurons(model: lm.LM) -> list[Choice]:
 def _mlps_alone(packed: PackedModel, twin: PackedModel) -> dict[str, float]:
   """Speed of all MLPs, one token through one after the other."""
   calls = {'packed': _mlps(packed), 'dense': _mlps(twin)}
-  seconds = speed.interleaved(calls, REPEATS['decode'])
-  ratio = speed.ratio(seconds['dense'], seconds['packed'])
+  seconds = turns.interleaved(calls, REPEATS['decode'])
+  ratio = turns.ratio(seconds['dense'], seconds['packed'])
   return {key.replace('ratio', 'mlp_speedup'): value for key, value in ratio.items()}
 
 

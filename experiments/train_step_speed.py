@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments import plain_twin
 from experiments.sweep import Run
-from sparse_lm.evals import speed
+from sparse_lm.measure import machine, turns
 from sparse_lm.report import plot, results, table
 from sparse_lm.runs import configs, runtime
 from sparse_lm.runs.build import build
@@ -89,8 +89,8 @@ def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
       functools.partial(program.transition, update_masks=True), make(), tokens
     )
   calls['reference'] = _reference(run.labels['reference'], program, tokens)
-  calls['peak'], peak_flops = speed.matmul()
-  seconds = speed.interleaved(calls, REPEATS, run.labels['step'])
+  calls['peak'], peak_flops = machine.matmul()
+  seconds = turns.interleaved(calls, REPEATS, run.labels['step'])
   average = seconds['step']
   if updates:
     average = (1 - updates) * average + updates * seconds['update']
@@ -99,11 +99,11 @@ def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
   metrics = {
     'step_ms': 1e3 * float(np.median(average)),
     'reference_ms': 1e3 * float(np.median(seconds['reference'])),
-    **speed.ratio(average, seconds['reference']),
+    **turns.ratio(average, seconds['reference']),
     'fraction_of_peak': float(flops * tokens[:, 1:].size / np.median(average) / peak),
     'peak_gflops': float(peak / 1e9),
-    'peak_memory': speed.peak_memory(calls['step'].compiled),
-    'reference_memory': speed.peak_memory(calls['reference'].compiled),
+    'peak_memory': machine.peak_memory(calls['step'].compiled),
+    'reference_memory': machine.peak_memory(calls['reference'].compiled),
   }
   return {'metrics': metrics, 'config': configs.to_json(config), 'env': environment()}
 

@@ -10,9 +10,9 @@ import numpy as np
 from sparse_lm.commands.parser import Parser, local_path, one_line
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.ranges import Range
-from sparse_lm.evals import energy
 from sparse_lm.inference.decode import Decoder
 from sparse_lm.inference.sample import TEMPERATURE, TOP_P, Sampling
+from sparse_lm.measure import energy
 from sparse_lm.runs import runtime
 from sparse_lm.runs.runnable import Runnable, load
 

@@ -11,7 +11,7 @@ from sparse_lm.model import slots
 from sparse_lm.runs import configs, runtime
 from sparse_lm.runs.build import build
 from sparse_lm.runs.checkpoint import Checkpoints
-from sparse_lm.runs.evaluate import named_losses, result_of
+from sparse_lm.runs.evaluate import evaluate, result_of
 from sparse_lm.runs.history import History
 from sparse_lm.runs.setup import Setup, data_of
 from sparse_lm.runs.trained import check_fits, folder_of, load
@@ -71,10 +71,10 @@ def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
   )
   states.check_masks(program.method, state)
   pruned, masks = program.finalize(state)
-  losses, observed = named_losses(run, pruned, state.model_state)
-  measured = losses | {'prune_seconds': seconds, 'segments': segments}
+  found = evaluate(run, pruned, state.model_state)
+  measured = found | {'prune_seconds': seconds, 'segments': segments}
   work = Work(ancestors=trained.work.total)
-  result = result_of(run, state, masks, measured, observed, work) | {
+  result = result_of(run, state, masks, measured, work) | {
     'parent': parent,
     'pruned_from': trained.source,
   }

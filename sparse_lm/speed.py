@@ -8,7 +8,8 @@ from tabulate import tabulate
 from sparse_lm.commands.parser import Parser, local_path, one_line
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.ranges import Range
-from sparse_lm.evals import decoding
+from sparse_lm.evals import EvalData, EvalModel
+from sparse_lm.evals.speed import Speed
 from sparse_lm.inference.pack import PackedModel, dense_twin, pack
 from sparse_lm.report.results import machine
 from sparse_lm.runs import packed_folder as saved
@@ -34,7 +35,7 @@ def speed(paths: list[str], batch: int = 1, repeats: int = 15) -> dict[str, dict
   """Times each model beside its dense twin, all in turns, on the first one's validation text.
 
   Returns:
-    By path, numbers (see `evals/decoding.measure`) and `source`, which checkpoint it is in words.
+    By path, numbers (see `evals.speed.Speed`) and `source`, which checkpoint it is in words.
 
   Raises:
     UserError: a folder without a model, models of different tokenizer or context, or too little text.
@@ -54,9 +55,11 @@ def speed(paths: list[str], batch: int = 1, repeats: int = 15) -> dict[str, dict
       'the text that it was trained on'
     )
   text = np.asarray(data.tokens['validation'])
-  work = decoding.workload(text, config.data.context, batch, repeats)
-  pairs = {path: (packed, dense_twin(packed.model)) for path, (packed, *_) in found.items()}
-  measured = decoding.measure(pairs, work)
+  models = {
+    path: EvalModel.of_packed(packed, dense_twin(packed.model))
+    for path, (packed, *_) in found.items()
+  }
+  measured = Speed(repeats).compare(models, EvalData(text, config.data.context, batch))
   return {path: row | {'source': found[path][-1]} for path, row in measured.items()}
 
 

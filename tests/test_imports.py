@@ -21,6 +21,7 @@ MODULES = sorted(
 ROOMS = (
   'kernels',
   'core',
+  'measure',
   'patterns',
   'signals',
   'plan',
@@ -39,10 +40,20 @@ ROOMS = (
 )
 # What a room does without, though it lies lower.
 NOT = {
-  'data': ('kernels', 'patterns', 'signals', 'plan', 'weights', 'layers', 'methods', 'model'),
+  'data': (
+    'kernels',
+    'measure',
+    'patterns',
+    'signals',
+    'plan',
+    'weights',
+    'layers',
+    'methods',
+    'model',
+  ),
   'layers': ('patterns', 'signals', 'weights'),
   'methods': ('patterns', 'signals'),
-  **dict.fromkeys(ROOMS[8:], ('methods',)),
+  **dict.fromkeys(ROOMS[ROOMS.index('model') :], ('methods',)),
 }
 # Modules that `python -m` runs may use what commands share.
 ENTRIES = (

@@ -1,68 +1,34 @@
-"""Energy, where a meter exists: NVML on a GPU, RAPL on a CPU that lets it be read."""
+"""Energy of decoding."""
 
-import contextlib
 import dataclasses
-import pathlib
-from collections.abc import Callable, Iterator
 
 import jax
 
-RAPL = pathlib.Path('/sys/class/powercap/intel-rapl:0')
+from sparse_lm.evals import EvalData, EvalModel, Evaluation, Values
+from sparse_lm.inference.decode import Decoder
+from sparse_lm.inference.workload import DECODED, DecodeCall, workload
+from sparse_lm.measure import energy
 
 
-@dataclasses.dataclass
-class Measured:
-  """What a meter read: joules of the whole device while it was on, `None` without a meter."""
+@dataclasses.dataclass(frozen=True)
+class Energy(Evaluation):
+  """Gives `joules_per_token`, of the whole device while it decodes real text; `None` without a meter.
 
-  joules: float | None = None
+  Attributes:
+    repeats: turns of a few tokens each, after a first one that compiles.
+  """
 
+  repeats: int = 15
 
-@contextlib.contextmanager
-def meter() -> Iterator[Measured]:
-  """Measures what runs inside; `joules` is there afterwards. What else the device did counts too."""
-  measured = Measured()
-  read = _nvml() if jax.default_backend() == 'gpu' else _rapl(RAPL)
-  before = read() if read else None
-  try:
-    yield measured
-  finally:
-    if read:
-      measured.joules = read() - before
-
-
-def per_token(joules: float | None, tokens: int) -> str:
-  """'1.234 J/token', or 'not measured'."""
-  return 'not measured' if joules is None or not tokens else f'{joules / tokens:.3g} J/token'
-
-
-def _nvml() -> Callable[[], float] | None:
-  """Joules since the driver was loaded, if the NVML bindings are installed."""
-  try:
-    import pynvml
-  except ImportError:
-    return None
-  try:
-    pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-    pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-  except pynvml.NVMLError:
-    return None
-  return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
-
-
-def _rapl(folder: pathlib.Path) -> Callable[[], float] | None:
-  """Joules on a counter that is made to run on where it wraps around, if it may be read."""
-  try:
-    wraps = int((folder / 'max_energy_range_uj').read_text())
-    last = int((folder / 'energy_uj').read_text())
-  except (OSError, ValueError):
-    return None
-  total = 0
-
-  def read() -> float:
-    nonlocal last, total
-    now = int((folder / 'energy_uj').read_text())
-    total, last = total + (now - last) % wraps, now
-    return total / 1e6
-
-  return read
+  def run(self, model: EvalModel, data: EvalData) -> Values:
+    """See the class. Raises UserError for too little text, or a model that cannot decode."""
+    work = workload(data.tokens, data.context, data.batch)
+    call = DecodeCall(Decoder(model.model, model.variables), work)
+    jax.block_until_ready(call())
+    with energy.meter() as measured:
+      for _ in range(self.repeats):
+        jax.block_until_ready(call.prepare())
+        jax.block_until_ready(call())
+    tokens = self.repeats * DECODED * work.batch
+    joules = measured.joules
+    return {'joules_per_token': None if joules is None else joules / tokens}

@@ -1,61 +1,134 @@
-"""Timing that survives a noisy machine: candidates take turns in one process, ratios turn by turn."""
+"""How fast a packed model prefills and decodes beside its dense twin, in turns in one process."""
 
-import time
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
+
+from sparse_lm.core import tree
+from sparse_lm.core.errors import UserError
+from sparse_lm.core.format import is_packed
+from sparse_lm.core.tree import Tree
+from sparse_lm.evals import EvalData, EvalModel, Evaluation, Values
+from sparse_lm.inference.decode import Decoder
+from sparse_lm.inference.pack import PackedModel, kept_weights, shares, weights
+from sparse_lm.inference.workload import DECODED, DecodeCall, PrefillCall, Workload, workload
+from sparse_lm.measure import machine, turns
+from sparse_lm.model import lm
+from sparse_lm.plan import cost
+from sparse_lm.train.objective import activity_of
+
+ROLES = ('', 'dense_')  # before the names of numbers: of the packed model, and of its twin
 
 
-def interleaved(
-  calls: dict[str, Callable[[], Any]], repeats: int, name: str = '', warmup: int = 2
-) -> dict[str, np.ndarray]:
-  """Seconds of each call, `[repeats]`, in turns; each waits for its arrays.
+@dataclasses.dataclass(frozen=True)
+class Speed(Evaluation):
+  """Times a packed model and its twin on real text: what gates let through depends on it.
 
-  What a call has as `prepare` runs before it and is not timed; the arrays that it returns are awaited
-  before the clock starts. The order is drawn anew for each turn:
-  what follows a large call finds the caches cold.
+  Attributes:
+    repeats: turns.
+    what: 'decode', 'prefill', or both.
   """
-  draw, pairs = np.random.default_rng(0), list(calls.items())
-  seconds: dict[str, list[float]] = {name: [] for name in calls}
-  for turn in tqdm(range(warmup + repeats), desc=name, unit='turn', leave=False, disable=None):
-    for place in draw.permutation(len(pairs)):
-      label, call = pairs[place]
-      jax.block_until_ready(getattr(call, 'prepare', lambda: None)())
-      start = time.perf_counter()
-      jax.block_until_ready(call())
-      if turn >= warmup:
-        seconds[label].append(time.perf_counter() - start)
-  return {label: np.array(values) for label, values in seconds.items()}
+
+  repeats: int = 15
+  what: tuple[str, ...] = ('decode', 'prefill')
+
+  def run(self, model: EvalModel, data: EvalData) -> Values:
+    """The numbers of one model; see `compare`."""
+    return self.compare({'': model}, data)['']
+
+  def compare(self, models: Mapping[str, EvalModel], data: EvalData) -> dict[str, Values]:
+    """Numbers of each packed model and its twin, all timed in turns.
+
+    Returns:
+      By name `decode_ms` (of a token of every sequence), `prefill_tokens_per_second`, `peak_memory`
+      (bytes), `weights_bytes`, `kept_weights` (share of the kernels' weights that packing left: units
+      that masks disconnect are removed), `read_bytes` (of weights that a token reads, gates as measured
+      on the text; of batch 1 only), `bandwidth` (of them, over the machine's measured one), the same
+      with `dense_` before it, and `decode_speedup`, `prefill_speedup` with `_low` and `_high`, their
+      quartiles over the turns.
+
+    Raises:
+      UserError: too little text, a context that is too short, or a model that is not packed.
+    """
+    work = workload(data.tokens, data.context, data.batch)
+    pairs = {name: _pair(model) for name, model in models.items()}
+    kinds = {'decode': DecodeCall, 'prefill': PrefillCall}
+    calls = {
+      (what, name, role): kinds[what](Decoder(packed.model, packed.variables), work)
+      for what in self.what
+      for name, pair in pairs.items()
+      for role, packed in zip(ROLES, pair)
+    }
+    reading, bytes_ = machine.read()
+    timed: dict[tuple[str, str, str], Callable[[], Tree]] = calls | {('read', '', ''): reading}
+    seconds = turns.interleaved(timed, self.repeats, 'decoding')
+    bandwidth = bytes_ / float(np.median(seconds['read', '', '']))
+    found = {}
+    for name, pair in pairs.items():
+      row: Values = {'memory_bandwidth': bandwidth}
+      for role, packed in zip(ROLES, pair):
+        times = {what: float(np.median(seconds[what, name, role])) for what in self.what}
+        row |= {f'{role}{key}': value for key, value in _sizes(packed).items()}
+        if 'prefill' in times:
+          row[f'{role}prefill_tokens_per_second'] = work.tokens_BxL.size / times['prefill']
+        if 'decode' in times:
+          call = calls['decode', name, role]
+          numbers = _decoding(packed, call, work, times['decode'] / DECODED, bandwidth)
+          row |= {f'{role}{key}': value for key, value in numbers.items()}
+      for what in self.what:
+        ratio = turns.ratio(seconds[what, name, 'dense_'], seconds[what, name, ''])
+        row |= {f'{what}_{key.replace("ratio", "speedup")}': value for key, value in ratio.items()}
+      found[name] = row
+    return found
 
 
-def ratio(seconds: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-  """Median and quartiles of `seconds / reference`, turn by turn."""
-  low, median, high = np.percentile(seconds / reference, (25, 50, 75))
-  return {'ratio': float(median), 'ratio_low': float(low), 'ratio_high': float(high)}
+def _pair(model: EvalModel) -> tuple[PackedModel, PackedModel]:
+  if model.packed is None or model.twin is None:
+    raise UserError(
+      'speed is measured of a packed model beside its twin; valid: one that is packed'
+    )
+  return model.packed, model.twin
 
 
-def matmul(size: int = 2048) -> tuple[Callable[[], jax.Array], float]:
-  """A float32 square matmul and its FLOPs: what this machine's library reaches at best."""
-  a = jax.random.normal(jax.random.key(0), (size, size), jnp.float32)
-  multiply = jax.jit(jnp.matmul)
-  return (lambda: multiply(a, a)), 2.0 * size**3
+def _sizes(packed: PackedModel) -> Values:
+  return {'weights_bytes': weights(packed.variables), 'kept_weights': kept_weights(packed)}
 
 
-def read(bytes_: int = 400_000_000) -> tuple[Callable[[], jax.Array], float]:
-  """A sum over a large float32 array and its bytes: what this machine's memory reaches at best."""
-  a = jnp.ones(bytes_ // 4, jnp.float32)
-  total = jax.jit(jnp.sum)
-  return (lambda: total(a)), float(a.nbytes)
+def _decoding(
+  packed: PackedModel, call: DecodeCall, work: Workload, step: float, bandwidth: float
+) -> Values:
+  """Numbers of decoding: `step` is in seconds a token, `bandwidth` in bytes a second."""
+  # Side by side, sequences share what they read.
+  read = read_bytes(packed, work.tokens_BxL) if work.batch == 1 else None
+  return {
+    'decode_ms': 1e3 * step,
+    'peak_memory': call.peak_memory,
+    'read_bytes': read,
+    'bandwidth': None if read is None else read / step / bandwidth,
+  }
 
 
-def peak_memory(compiled: Any) -> int | None:
-  """Bytes that a compiled step holds at once, by XLA's own account: arguments, results and scratch."""
-  memory = compiled.memory_analysis()
-  if memory is None:
-    return None
-  sizes = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
-  return int(sum(sizes) - memory.alias_size_in_bytes)
+def read_bytes(packed: PackedModel, tokens_BxL: np.ndarray) -> int:
+  """Bytes of weights that a token of a batch of one reads, gates as they are on the text."""
+  model = packed.model
+  run = jax.jit(lambda v, t: model.apply(v, t, mode='eval', mutable=['gates'])[1])
+  active = activity_of(run(packed.variables, tokens_BxL))
+  held = {
+    tree.path_name(path): leaf.nbytes
+    for path, leaf in jax.tree_util.tree_leaves_with_path(packed.variables, is_leaf=is_packed)
+  }
+
+  def skips(gate: cost.Gate) -> bool:
+    # Hidden units, selected by an MLP or by its activation, are skipped where the rows behind them are
+    # gathered.
+    paths = (f'{module}/down/kernel' for module in (gate.path, gate.path.rpartition('/')[0]))
+    down = next((packed.matrices[path] for path in paths if path in packed.matrices), None)
+    return gate.skips and (down is None or down.runs.selects == -2)
+
+  read = shares(model, tokens_BxL.shape[1], active, skips)
+  for path, parts in lm.packable(model).fused.items():
+    read[f'{path}/kernel'] = read[f'{parts[0]}/kernel']  # all parts run under the same gates
+  stored = {p: held.get(f'packed/{p}', held.get(f'params/{p}', 0)) for p in read}
+  return round(sum(stored[path] * share for path, share in read.items()))

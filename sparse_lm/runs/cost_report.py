@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from sparse_lm.core import tree
 from sparse_lm.core.tree import Tree
-from sparse_lm.evals import observe
+from sparse_lm.measure import observe
 from sparse_lm.model import lm
 from sparse_lm.plan import cost
 from sparse_lm.train.step import Program

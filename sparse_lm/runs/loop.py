@@ -15,11 +15,13 @@ from ml_collections import ConfigDict
 from sparse_lm.core import rng
 from sparse_lm.core.errors import Diverged
 from sparse_lm.core.tree import Tree
-from sparse_lm.evals import observe
+from sparse_lm.evals import Values
+from sparse_lm.measure import observe
+from sparse_lm.measure.observe import scalars
 from sparse_lm.runs.best import Best
 from sparse_lm.runs.checkpoint import Checkpoints
 from sparse_lm.runs.console import Console, opening
-from sparse_lm.runs.evaluate import named_losses, result_of, scalars
+from sparse_lm.runs.evaluate import evaluate, result_of
 from sparse_lm.runs.history import History
 from sparse_lm.runs.setup import Setup, setup
 from sparse_lm.runs.timing import StepTimer
@@ -79,10 +81,9 @@ class _Stop:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluated:
-  """An evaluation: losses by name, what modules observed, and the masks."""
+  """An evaluation: its values by name, and the masks of what was evaluated."""
 
-  values: dict[str, float]
-  observed: dict[str, float]
+  values: Values
   masks: Tree
 
 
@@ -205,9 +206,8 @@ class _Loop:
       self.console.status('evaluating')
       self.evaluated = found = self._measure(state)
       self._check_finite('validation loss', found.values['val_loss'], step)
-      seen = {f'val/{name}': value for name, value in found.observed.items()}
       moved = observe.connections(found.masks, self.history.masks)
-      self.folder.log(step, found.values | seen | moved)
+      self.folder.log(step, found.values | moved)
       self.history.masks = found.masks
       best = self.best.offer(self.program, state, found.values['val_loss'], self.history.work)
       self.console.say(
@@ -216,7 +216,7 @@ class _Loop:
 
   def _measure(self, state: TrainState) -> Evaluated:
     params, masks = self.program.finalize(state)
-    return Evaluated(*named_losses(self.setup, params, state.model_state), masks)
+    return Evaluated(evaluate(self.setup, params, state.model_state), masks)
 
   def _save(self, state: TrainState, batches: Any) -> None:
     """Never saves a state whose losses were not seen to be finite, or less sparse than its masks."""
@@ -250,6 +250,6 @@ class _Loop:
       'train_step_ms': 1e3 * tokens / float(np.median(speeds)) if speeds else None,
     }
     measured |= found.values
-    result = result_of(self.setup, state, found.masks, measured, found.observed, self.history.work)
+    result = result_of(self.setup, state, found.masks, measured, self.history.work)
     self.folder.write_result(result)
     return result

@@ -12,6 +12,7 @@ from sparse_lm.core import tree
 from sparse_lm.core.estimator import ENTROPY_BONUS
 from sparse_lm.core.tree import Tree
 from sparse_lm.layers.sow import SOWN
+from sparse_lm.measure.observe import GATES
 from sparse_lm.model.lm import LM
 from sparse_lm.plan import cost
 from sparse_lm.train import policy, states
@@ -67,6 +68,13 @@ def activity_of(variables: Tree) -> dict[str, Array]:
   return {path.removesuffix('/active'): value for path, value in named.items()}
 
 
+def observed(ledger: cost.Ledger, variables: Tree) -> Metrics:
+  """What modules sowed into `stats`, and the fractions that gates, alone and nested, opened."""
+  stats = tree.named(variables.get('stats', {}))
+  fractions = cost.fractions(ledger, activity_of(variables))
+  return stats | {f'{GATES}{path}': value for path, value in fractions.items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
   """The loss of a model whose connections a weight method decides.
@@ -85,22 +93,6 @@ class Objective:
   def costs(self) -> PassCosts:
     """FLOPs per token of the model's passes."""
     return PassCosts(self.model, self.method.controlled)
-
-  def observed(self, variables: Tree) -> Metrics:
-    """What modules sowed into `stats`, and the fractions that gates, alone and nested, opened."""
-    stats = tree.named(variables.get('stats', {}))
-    fractions = cost.fractions(self.costs.ledger, activity_of(variables))
-    return stats | {f'gates/{path}': value for path, value in fractions.items()}
-
-  def evaluate(
-    self, params: Tree, model_state: Tree, tokens_BxL1: Array, weight_BxL: Array
-  ) -> tuple[Array, Metrics]:
-    """Nats summed over the tokens, each times its weight, and what modules observed; all float32."""
-    logits, variables = self.model.apply(
-      {'params': params, **model_state}, tokens_BxL1[:, :-1], mode='eval', mutable=SOWN
-    )
-    nats = jnp.sum(token_losses(logits, tokens_BxL1[:, 1:]) * weight_BxL)
-    return nats, self.observed(variables)
 
   def loss(
     self,
@@ -143,7 +135,7 @@ class Objective:
     variables = sampled.variables
     nats = jnp.mean(sampled.losses_BxL)
     kept = mean_density(density, params)
-    metrics = {'loss': nats, 'density': kept} | self.observed(variables)
+    metrics = {'loss': nats, 'density': kept} | observed(self.costs.ledger, variables)
     metrics['flops_pass'] = self.costs.training_pass(density)
     auxiliary = sum(jax.tree.leaves(variables.get('losses', {})), self.method.penalty(kept))
     activity = activity_of(variables)

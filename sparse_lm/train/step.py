@@ -81,11 +81,6 @@ class Program:
     return jax.jit(functools.partial(self.transition, update_masks=True), donate_argnums=0)
 
   @functools.cached_property
-  def eval_step(self) -> Wrapped:
-    """`(params, model_state, tokens_BxL+1, weight_BxL) -> (summed nats, observations)`, float32."""
-    return jax.jit(self.objective.evaluate)
-
-  @functools.cached_property
   def finalize(self) -> Wrapped:
     """`state -> (params, masks)` as evaluated, reported and exported."""
     return jax.jit(lambda s: self.method.finalize(s.evaluated, s.sparse, s.step))

@@ -302,11 +302,11 @@ def test_evaluation_reads_the_thresholds_and_leaves_them(two_steps):
   state = states[-1]
   params, _ = run.program.finalize(state)
   kept = jax.tree.map(np.array, state.model_state)
-  _, seen = evaluate(run, params, state.model_state)
+  seen = evaluate(run, params, state.model_state)
   jax.tree.map(assert_array_equal, state.model_state, kept)
   none = jax.tree.map(np.ones_like, state.model_state)
-  assert seen['gates/block_0/mlp'] > 0.1
-  assert evaluate(run, params, none)[1]['gates/block_0/mlp'] == 0
+  assert seen['val/gates/block_0/mlp'] > 0.1
+  assert evaluate(run, params, none)['val/gates/block_0/mlp'] == 0
 
 
 def test_the_ledger_counts_the_configured_visits(two_steps):

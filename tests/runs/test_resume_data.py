@@ -75,7 +75,7 @@ def test_continued_run_is_bit_exact(config, tmp_path, train_until):
 
   trained = load(str(tmp_path / 'cut'))  # which finds the tokenizer in the workdir
   assert trained.tokenizer == run.data.tokenizer
-  loss, _ = evaluate(run, trained.params, trained.model_state)
+  loss = evaluate(run, trained.params, trained.model_state)['val_loss']
   assert loss == pytest.approx(losses['val_loss'])
 
 

@@ -68,7 +68,7 @@ def test_logits_are_the_training_programs(run, trained, state):
     trained.params['embed']['tokens'], state.trainable['params']['embed']['tokens']
   )
   assert trained.step == 8
-  loss, _ = evaluate(prepared, trained.params, trained.model_state)
+  loss = evaluate(prepared, trained.params, trained.model_state)['val_loss']
   assert_allclose(loss, result['metrics']['val_loss'], rtol=1e-6)
 
 

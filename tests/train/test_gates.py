@@ -59,8 +59,8 @@ def trained(config, price=None):
     state, seen = run.program.step(step)(state, next(batches))
     metrics.append(seen)
   params, _ = run.program.finalize(state)
-  _, seen = evaluate(run, params, state.model_state, 'train')
-  active = seen['gates/depth_0']
+  seen = evaluate(run, params, state.model_state, 'train')
+  active = seen['train/gates/depth_0']
   return active, fraction(active, run.data.tokenizer.vocab_size), jax.device_get(metrics)
 
 
@@ -202,8 +202,8 @@ def test_random_gates_are_out_of_control_and_run_at_their_rate(tiny_config):
   planned = cost.report(run.program, run.target)
   assert planned['flops_forward_ratio'] == pytest.approx(fraction(0.3, vocab))
   state = run.program.init(0, run.target)
-  _, seen = evaluate(run, state.trainable['params'], {})
-  assert seen['gates/depth_0'] == 19 / 64  # the nearest to 0.3 of 4 x 16 tokens
+  seen = evaluate(run, state.trainable['params'], {})
+  assert seen['val/gates/depth_0'] == 19 / 64  # the nearest to 0.3 of 4 x 16 tokens
   assert not hasattr(state.control, 'price')
 
 

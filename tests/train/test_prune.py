@@ -287,7 +287,7 @@ def test_the_command_writes_a_run_of_exact_density(
 
   result = json.loads((tmp_path / 'out' / 'result.json').read_text())
   metrics = result['metrics']
-  loss, _ = evaluate(setup(trained.config), pruned.params, pruned.model_state)
+  loss = evaluate(setup(trained.config), pruned.params, pruned.model_state)['val_loss']
   assert metrics['val_loss'] == pytest.approx(loss, rel=1e-5)
   assert f'validation loss {metrics["val_loss"]:.4f}' in out
   dropped = sum(int((~np.asarray(mask)).sum()) for mask in masks.values())

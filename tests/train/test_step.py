@@ -9,6 +9,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from sparse_lm.core import tree
+from sparse_lm.evals.loss import eval_step
 from sparse_lm.model import lm
 from sparse_lm.plan import executed
 from sparse_lm.runs.build import build
@@ -73,7 +74,7 @@ def test_loss_is_the_cross_entropy(rigl):
   nats = -np.log(chances[rows, columns, batches[step][:, 1:]])
   assert_allclose(metrics[step]['loss'], nats.mean(), rtol=1e-5)
   weight = np.random.default_rng(0).random((4, 16)).astype('f')
-  summed, _ = run.program.eval_step(params, {}, batches[step], weight)
+  summed, _ = eval_step(run.program.model)({'params': params}, batches[step], weight)
   assert_allclose(summed, (nats * weight).sum(), rtol=1e-5)
 
 
@@ -198,7 +199,7 @@ def test_evaluation_is_the_mean_over_every_prediction(rigl):
     nats += (np.log(np.exp(logits).sum(axis=-1)) - logits[range(len(window) - 1), window[1:]]).sum()
     count += len(window) - 1
   assert count == len(text) - 1 and count % (16 * 4), 'the last batch is to be padded'
-  assert_allclose(evaluate(run, params, {})[0], nats / count, rtol=1e-5)
+  assert_allclose(evaluate(run, params, {})['val_loss'], nats / count, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

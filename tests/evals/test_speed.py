@@ -7,8 +7,9 @@ import pytest
 from sparse_lm import speed as speed_command
 from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
-from sparse_lm.evals import decoding, speed
-from sparse_lm.inference import pack
+from sparse_lm.evals import EvalData, EvalModel, speed
+from sparse_lm.evals.speed import Speed
+from sparse_lm.inference import pack, workload
 from sparse_lm.model import lm
 
 WIDTH, HIDDEN, VOCAB = 16, 32, 11
@@ -52,7 +53,7 @@ def tokens():
 )
 def test_bytes_that_a_token_reads(fields, mlp, tokens, tiny_config):
   packed = packed_of(tiny_config(**{'data.context': 32} | fields))
-  assert decoding.read_bytes(packed, tokens) == 4 * (ATTENTION + mlp + HEAD)
+  assert speed.read_bytes(packed, tokens) == 4 * (ATTENTION + mlp + HEAD)
 
 
 def test_layers_that_tokens_skip_are_read_as_often_as_they_enter(tokens, tiny_config):
@@ -61,17 +62,16 @@ def test_layers_that_tokens_skip_are_read_as_often_as_they_enter(tokens, tiny_co
   share = np.mean(seen['gates']['depth_0']['active'])
   assert 0 < share < 1
   layer = ATTENTION + 2 * WIDTH * HIDDEN
-  assert decoding.read_bytes(packed, tokens) == round(4 * (share * layer + WIDTH + HEAD))
+  assert speed.read_bytes(packed, tokens) == round(4 * (share * layer + WIDTH + HEAD))
 
 
 def test_a_packed_model_is_timed_beside_its_twin(tokens, tiny_config):
   packed = packed_of(tiny_config(data__context=32))
   twin = pack.dense_twin(packed.model)
-  both = decoding.workload(tokens.ravel(), 32, batch=2, repeats=1, what='decode')
-  assert both.batch == 2 and both.what == ('decode',)
-  work = decoding.workload(tokens.ravel(), 32, batch=1, repeats=2)
-  assert work.batch == 1 and work.prompt == 32 - decoding.DECODED
-  row = decoding.measure({'x': (packed, twin)}, work)['x']
+  both = workload.workload(tokens.ravel(), 32, batch=2)
+  assert both.batch == 2 and both.prompt == 32 - workload.DECODED
+  model = EvalModel.of_packed(packed, twin)
+  row = Speed(repeats=2).compare({'x': model}, EvalData(tokens.ravel(), 32))['x']
   for what in ('decode', 'prefill'):
     low, mid, high = (row[f'{what}_speedup{end}'] for end in ('_low', '', '_high'))
     assert 0 < low <= mid <= high
@@ -108,29 +108,23 @@ def test_weights_left_are_those_of_units_that_are_still_connected(tiny_config):
   assert pack.kept_weights(pack.dense_twin(model)) == 1
 
 
-def test_what_a_turn_prepares_is_there_before_its_clock_starts():
-  seen = []
-
-  class Array:
-    def block_until_ready(self):
-      seen.append('awaited')
-      return self
-
-  class Call:
-    def prepare(self):
-      seen.append('prepared')
-      return {'cache': Array()}
-
-    def __call__(self):
-      seen.append('called')
-
-  speed.interleaved({'one': Call()}, repeats=1, warmup=0)
-  assert seen == ['prepared', 'awaited', 'called']
-
-
 @pytest.mark.parametrize(('context', 'batch'), [(16, 1), (32, 3)])
 def test_a_text_or_context_that_is_too_short_is_named(context, batch, tokens):
   with pytest.raises(
     UserError, match=f'--batch={batch} sequences of config.data.context={context}'
   ):
-    decoding.workload(tokens.ravel(), context, batch, 1)
+    Speed().run(EvalModel(None, {}), EvalData(tokens.ravel(), context, batch))
+
+
+def test_what_is_not_packed_has_no_speed_beside_a_twin(tokens):
+  with pytest.raises(UserError, match='one that is packed'):
+    Speed().run(EvalModel(None, {}), EvalData(tokens.ravel(), 32))
+
+
+def test_one_model_is_measured_as_several_are(tokens, tiny_config):
+  packed = packed_of(tiny_config(data__context=32))
+  model = EvalModel.of_packed(packed, packed)
+  values = Speed(repeats=1, what=('prefill',)).run(model, EvalData(tokens.ravel(), 32, batch=2))
+  # Only prefilling was asked for: nothing is said of decoding.
+  assert values['prefill_tokens_per_second'] > 0 and 'decode_ms' not in values
+  assert {name.removeprefix('dense_') for name in values} >= {'weights_bytes', 'kept_weights'}

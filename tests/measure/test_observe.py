@@ -7,7 +7,8 @@ import pytest
 
 from configs import base
 from sparse_lm.core.estimator import ESTIMATORS
-from sparse_lm.evals import observe
+from sparse_lm.evals.loss import separated
+from sparse_lm.measure import observe
 from sparse_lm.model import lm, slots
 from sparse_lm.plan import cost
 from sparse_lm.runs import cost_report as train_cost
@@ -170,7 +171,7 @@ def test_selected_units_of_gated_layers_are_measured_together(tiny_config):
   state = run.program.init(3, run.target)
   params, model = state.trainable['params'], run.program.model
   params['depth_0']['router']['bias'] = jnp.zeros(1)
-  _, observed = evaluate(run, params, state.model_state)
+  _, observed = separated(evaluate(run, params, state.model_state))
   both, count = 0.0, 0
   for tokens, weight in run.data.eval_batches('validation', ''):
     if not weight.all():
@@ -279,7 +280,7 @@ def test_evaluation_observes_every_gate_of_the_ledger(tiny_config):
     params[layer]['router'] = jax.tree.map(
       lambda a, bias=bias: jnp.full_like(a, bias if a.ndim == 1 else 0), params[layer]['router']
     )
-  _, observed = evaluate(run, params, state.model_state)
+  _, observed = separated(evaluate(run, params, state.model_state))
   active = observe.activity(observed)
   ledger = run.program.costs.ledger
   single = {gate.path for m in ledger.values() for gate in m.gates}

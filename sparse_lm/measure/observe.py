@@ -1,12 +1,18 @@
 """What connections and gates did: leaf by leaf, gate by gate, and in a few numbers for a table."""
 
 import statistics
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparse_lm.core import tree
 from sparse_lm.core.tree import Tree
+
+GATES = (
+  'gates/'  # stands before the path of a gate, in the names of the fractions that gates opened
+)
 
 
 @jax.jit
@@ -24,14 +30,22 @@ def connections(masks: Tree, before: Tree) -> dict[str, float]:
   return observed
 
 
-GATES = 'gates/'  # before the path of a gate, in front of the fraction that it let through
-
-
 def activity(observed: dict[str, float]) -> dict[str, float]:
   """The fraction that each gate let through, by the gate's path."""
   return {
     name.removeprefix(GATES): value for name, value in observed.items() if name.startswith(GATES)
   }
+
+
+def scalars(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
+  """Numbers by name; a vector's by `name/0`, `name/1`, ..."""
+  found = {}
+  for name, value in metrics.items():
+    if np.ndim(value):
+      found |= {f'{name}/{i}': float(item) for i, item in enumerate(value)}
+    else:
+      found[name] = float(value)
+  return found
 
 
 def summary(observed: dict[str, float]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Energy is read where a meter is, and nowhere else."""
 
-from sparse_lm.evals import energy
+from sparse_lm.measure import energy
 
 
 def counter(folder, joules, wraps=1000.0):

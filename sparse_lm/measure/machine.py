@@ -1,0 +1,29 @@
+"""What a machine reaches at best, and what a compiled program asks of it."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+def matmul(size: int = 2048) -> tuple[Callable[[], jax.Array], float]:
+  """A float32 square matmul and its FLOPs: what this machine's library reaches at best."""
+  a = jax.random.normal(jax.random.key(0), (size, size), jnp.float32)
+  multiply = jax.jit(jnp.matmul)
+  return (lambda: multiply(a, a)), 2.0 * size**3
+
+
+def read(bytes_: int = 400_000_000) -> tuple[Callable[[], jax.Array], float]:
+  """A sum over a large float32 array and its bytes: what this machine's memory reaches at best."""
+  a = jnp.ones(bytes_ // 4, jnp.float32)
+  total = jax.jit(jnp.sum)
+  return (lambda: total(a)), float(a.nbytes)
+
+
+def peak_memory(compiled: jax.stages.Compiled) -> int | None:
+  """Bytes that a compiled step holds at once, by XLA's own account: arguments, results and scratch."""
+  memory = compiled.memory_analysis()
+  if memory is None:
+    return None
+  sizes = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
+  return int(sum(sizes) - memory.alias_size_in_bytes)
