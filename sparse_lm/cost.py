@@ -6,11 +6,11 @@ from typing import Any
 from ml_collections import ConfigDict
 from tabulate import tabulate
 
+from sparse_lm.commands.config_arguments import from_command_line
 from sparse_lm.commands.parser import Parser, one_line
 from sparse_lm.core import tree
 from sparse_lm.core.tree import Tree
 from sparse_lm.plan import cost as ledger
-from sparse_lm.runs import configs
 from sparse_lm.runs import cost_report as cost
 from sparse_lm.runs.build import build
 from sparse_lm.runs.setup import Setup, data_of, loaded
@@ -82,7 +82,7 @@ def predict(config: ConfigDict) -> tuple[Program, Tree, dict[str, Any]]:
 def main() -> None:
   """Prints what a config costs in theory, gates at what it plans (1 where that is learned)."""
   parser = Parser('python -m sparse_lm.cost')
-  _, config = configs.from_command_line(parser)
+  _, config = from_command_line(parser)
   program, target, report = predict(config)
   print(matmuls(program, target), summary(report), sep='\n\n')
 

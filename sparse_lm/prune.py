@@ -3,6 +3,7 @@
 import contextlib
 import time
 
+from sparse_lm.commands.config_arguments import add_fields_to_help, overrides_from_args
 from sparse_lm.commands.parser import Parser, local_path, one_line
 from sparse_lm.core import rng
 from sparse_lm.core.errors import UserError
@@ -113,10 +114,10 @@ def main() -> None:
   parser.add_argument(
     '--segments', type=Range(int, '[1, 2^31)'), default=128, help='calibration sequences'
   )
-  configs.add_fields_to_help(parser, ('weight',))
+  add_fields_to_help(parser, ('weight',))
   arguments, rest = parser.parse_known_args()
   runtime.prepare()
-  overrides = configs.overrides_from_args(rest)
+  overrides = overrides_from_args(rest)
   result = prune(arguments.workdir, arguments.out, overrides, arguments.segments)
   metrics = result['metrics']
   print(f'pruned from {result["pruned_from"]}')

@@ -1,7 +1,8 @@
 """`python -m sparse_lm.train --config=configs/x.py --workdir=... [--config.a.b=c ...]`."""
 
+from sparse_lm.commands.config_arguments import from_command_line
 from sparse_lm.commands.parser import Parser, local_path, one_line
-from sparse_lm.runs import configs, runtime
+from sparse_lm.runs import runtime
 from sparse_lm.runs.loop import train
 
 
@@ -12,7 +13,7 @@ def main() -> None:
   parser.add_argument(
     '--workdir', type=local_path, required=True, help='folder of the run; running again continues'
   )
-  arguments, config = configs.from_command_line(parser)
+  arguments, config = from_command_line(parser)
   runtime.prepare()
   result = train(config, arguments.workdir)
   metrics = result['metrics']

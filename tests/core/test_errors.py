@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_lm.commands.parser import Parser, local_path, one_line
+from sparse_lm.commands.parser import LONGEST_LINE, Parser, local_path, one_line, shortened
 from sparse_lm.core import errors
-from sparse_lm.core.errors import LONGEST_LINE, UserError, shortened
+from sparse_lm.core.errors import UserError
 
 COMMANDS = (
   'sparse_lm.train.__main__',

@@ -111,12 +111,13 @@ def test_command_survives_the_shell():
 
 
 def test_the_command_gives_the_config_that_the_runner_loads():
+  from sparse_lm.commands.config_arguments import overrides_from_args
   from sparse_lm.runs import configs as config
 
   overrides = {'weight.name': 'rigl', 'weight.sparsity': 0.9, 'model.tied': True, 'seed': 3}
   overrides['data.split'] = (0.8, 0.1, 0.1)
   typed = [w for w in shlex.split(a_run(overrides=overrides).command('x')) if w[:9] == '--config.']
-  loaded = config.load('configs/tiny.py', config.overrides_from_args(typed))
+  loaded = config.load('configs/tiny.py', overrides_from_args(typed))
   assert config.to_json(loaded) == config.to_json(config.load('configs/tiny.py', overrides))
 
 

@@ -12,6 +12,7 @@ import shutil
 from fuzz_worker import Shown, allow, command
 
 from sparse_lm import cost
+from sparse_lm.commands.config_arguments import overrides_from_args
 from sparse_lm.core.errors import UserError
 from sparse_lm.model import slots
 from sparse_lm.runs import configs
@@ -133,7 +134,7 @@ def case(seed: int, folder: pathlib.Path) -> dict[str, str]:
 
 def _small(given: list[str]) -> bool:
   path, *rest = given
-  config = configs.load(path.partition('=')[2], configs.overrides_from_args(rest))
+  config = configs.load(path.partition('=')[2], overrides_from_args(rest))
   flat = configs.flat(config)
   return all(flat[field] <= most for field, most in LARGEST.items())
 

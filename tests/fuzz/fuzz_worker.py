@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from sparse_lm.core.errors import LONGEST_LINE
+from sparse_lm.commands.parser import LONGEST_LINE
 
 PROCESSOR_SECONDS = 10  # of an input; a machine that is busy with other work does not lengthen them
 CLOCK_SECONDS = 300  # for what waits without computing, on a busy machine too

@@ -7,7 +7,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base
-from sparse_lm.core import errors, records
+from sparse_lm.commands.config_arguments import from_command_line, overrides_from_args
+from sparse_lm.commands.parser import one_line
+from sparse_lm.core import records
 from sparse_lm.core.errors import UserError
 from sparse_lm.runs import configs
 
@@ -182,7 +184,7 @@ def test_help_lists_every_field_of_the_config_and_what_is_valid(write, monkeypat
     sys, 'argv', ['x', f'--config={path}', '--config.mlp.name=moe_topk', '--help']
   )
   with pytest.raises(SystemExit):
-    configs.from_command_line(argparse.ArgumentParser(allow_abbrev=False))
+    from_command_line(argparse.ArgumentParser(allow_abbrev=False))
   rows = [
     row.split(maxsplit=1) for row in capsys.readouterr().out.splitlines() if '--config.' in row
   ]
@@ -217,11 +219,11 @@ def test_flat_names_every_leaf():
 
 
 def test_overrides_from_args():
-  found = configs.overrides_from_args(['--config.a.b=c', '--config.m=x=1,y=2', '--config.e='])
+  found = overrides_from_args(['--config.a.b=c', '--config.m=x=1,y=2', '--config.e='])
   assert found == {'a.b': 'c', 'm': 'x=1,y=2', 'e': ''}
   for wrong in ('--config.a', '--steps=3', 'config.a=3', '--config=x'):
     with pytest.raises(UserError, match='unknown argument'):
-      configs.overrides_from_args([wrong])
+      overrides_from_args([wrong])
 
 
 def test_the_command_line_as_a_whole(write, monkeypatch, capsys):
@@ -229,12 +231,12 @@ def test_the_command_line_as_a_whole(write, monkeypatch, capsys):
   monkeypatch.setattr(sys, 'argv', ['x', f'--config={path}', '--workdir=w', '--config.seed=4'])
   parser = argparse.ArgumentParser(allow_abbrev=False)
   parser.add_argument('--workdir')
-  arguments, config = configs.from_command_line(parser)
+  arguments, config = from_command_line(parser)
   assert (arguments.workdir, config.seed) == ('w', 4)
 
   monkeypatch.setattr(sys, 'argv', ['x', f'--config={path}', '--config.sede=4'])
   with pytest.raises(SystemExit) as stop:
-    errors.one_line(lambda: configs.from_command_line(argparse.ArgumentParser()))()
+    one_line(lambda: from_command_line(argparse.ArgumentParser()))()
   captured = capsys.readouterr().err
   assert stop.value.code == 2 and captured.count('\n') == 1 and 'config.seed' in captured
 
