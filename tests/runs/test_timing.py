@@ -57,7 +57,7 @@ def test_another_shape_compiles_again_and_is_left_out(clock):
 def run(config, workdir, clock, monkeypatch, compiled=()):
   """Trains where a step takes 1 s, one in `compiled` 51, counting its FLOPs 10, an evaluation 100 and a
   checkpoint 1000."""
-  step, losses, save = Program.step, loop.named_losses, Checkpoints.save
+  step, evaluated, save = Program.step, loop.evaluate, Checkpoints.save
 
   def slow_step(program, number):
     clock(51.0 if number in compiled else 1.0)
@@ -73,7 +73,7 @@ def run(config, workdir, clock, monkeypatch, compiled=()):
 
   with monkeypatch.context() as patch:
     patch.setattr(Program, 'step', slow_step)
-    patch.setattr(loop, 'named_losses', slow(losses, 100.0))
+    patch.setattr(loop, 'evaluate', slow(evaluated, 100.0))
     patch.setattr(Checkpoints, 'save', slow(save, 1000.0))
     patch.setattr(Meter, 'step', slow(Meter.step, 10.0))
     result = train(config, str(workdir), progress=False)
