@@ -5,7 +5,8 @@ With names, the lines of those studies are first taken from the folder of result
 docs/templates, one Jinja template for each document. It quotes numbers as
 `{{ study('patterns').text('val_loss', scope='MLP', ...) }}` (see `findings`), and states what a sentence
 claims as `{{ claim('neurons cost nothing', ...) }}`: a claim that the lines refute stops the command.
-Lists that quote numbers stand in `{% filter bullets %}`, which breaks their lines anew.
+Text that quotes numbers stands in `{% filter bullets %}` (a list) or `{% filter paragraph %}`, which
+break its lines anew.
 """
 
 import argparse
@@ -27,11 +28,12 @@ from sparse_lm import list_methods
 from sparse_lm.commands.parser import Parser, local_path, one_line
 from sparse_lm.core import records
 from sparse_lm.core.errors import UserError
+from sparse_lm.report import results
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LINES, TEMPLATES = ROOT / 'docs' / 'lines', ROOT / 'docs' / 'templates'
-# What follows from a run's command is not kept.
-DROPPED = ('config', 'data', 'evaluation', 'causal')
+# What follows from a run's command, and folders of the machine that ran it, are not kept.
+DROPPED = ('config', 'data', 'evaluation', 'causal', 'parent', 'pruned_from')
 
 
 def take(name: str, folder: str) -> None:
@@ -41,10 +43,17 @@ def take(name: str, folder: str) -> None:
     UserError: there is no such study, or runs of it are missing.
   """
   lines = Findings(Study.load(name, folder)).lines
-  kept = [{key: value for key, value in line.items() if key not in DROPPED} for line in lines]
+  kept = [_portable(line, folder) for line in lines]
   LINES.mkdir(parents=True, exist_ok=True)
   text = ''.join(json.dumps(records.seal(line)) + '\n' for line in kept)
   (LINES / f'{name}.jsonl').write_text(text)
+
+
+def _portable(line: results.Line, folder: str) -> results.Line:
+  """A line without what follows from its command, which names `results` as the folder of results."""
+  kept = {key: value for key, value in line.items() if key not in DROPPED}
+  here = rf'=(?:{re.escape(str(pathlib.Path(folder)))})(?=[/ ])'
+  return kept | {'command': re.sub(here, '=results', line['command'])}
 
 
 def documents(folder: pathlib.Path) -> dict[pathlib.Path, str]:
@@ -68,7 +77,7 @@ def documents(folder: pathlib.Path) -> dict[pathlib.Path, str]:
   # Each study is read once, however many documents quote it.
   study = functools.cache(lambda name: Findings(Study.load(name, folder)))
   environment.globals |= {'study': study, 'methods': list_methods.table, 'claim': claim}
-  environment.filters['bullets'] = bullets
+  environment.filters |= {'bullets': bullets, 'paragraph': paragraph}
   found = {}
   for name in sorted(environment.list_templates()):
     try:
@@ -89,11 +98,17 @@ def claim(statement: str, holds: bool) -> str:
 def bullets(text: str) -> str:
   """A Markdown list, its lines broken where they are full."""
   items = re.split(r'^- ', text.strip(), flags=re.MULTILINE)[1:]
+  return '\n'.join(_filled(item, initial_indent='- ', subsequent_indent='  ') for item in items)
+
+
+def paragraph(text: str) -> str:
+  """One paragraph, its lines broken where they are full."""
+  return _filled(text)
+
+
+def _filled(text: str, **indents: str) -> str:
   whole = {'break_long_words': False, 'break_on_hyphens': False}
-  return '\n'.join(
-    textwrap.fill(' '.join(item.split()), 110, initial_indent='- ', subsequent_indent='  ', **whole)
-    for item in items
-  )
+  return textwrap.fill(' '.join(text.split()), 110, **indents, **whole)
 
 
 def _figures(folder: pathlib.Path, texts: Iterable[str]) -> dict[pathlib.Path, pathlib.Path]:

@@ -39,6 +39,7 @@ def lines_of(runs, loss):
       'run': run.id('smoke'),
       'labels': run.labels,
       'seed': run.overrides['seed'],
+      'command': run.command('HERE/smoke/runs/x'),
       'env': ENV,
       'config': {'dropped': True},
       'metrics': metrics,
@@ -57,7 +58,8 @@ def project(tmp_path, monkeypatch):
   losses['static'] = 5.0
   file = tmp_path / 'results' / 'smoke' / 'runs.jsonl'
   file.parent.mkdir(parents=True)
-  file.write_text(''.join(json.dumps(line) + '\n' for line in lines_of(smoke.runs(), losses)))
+  text = ''.join(json.dumps(line) + '\n' for line in lines_of(smoke.runs(), losses))
+  file.write_text(text.replace('HERE', str(tmp_path / 'results')))
   return root
 
 
@@ -81,7 +83,10 @@ def test_prose_quotes_the_lines_and_figures_lie_beside_it(project):
     '[3.0] on 2 cores of A CPU, AVX2, jax 0.10.2\noff 4.5: 0.5\n'
   )
   assert (documents.LINES / 'smoke.jsonl').read_text().count('\n') == len(smoke.runs())
-  assert 'dropped' not in (documents.LINES / 'smoke.jsonl').read_text()
+  kept = (documents.LINES / 'smoke.jsonl').read_text()
+  assert 'dropped' not in kept
+  # A machine's own folders are nobody else's.
+  assert str(project.parent) not in kept and '--workdir=results/smoke/runs/x' in kept
   template = "{{ study('smoke').table }}\n![](docs/sparsity_vs_accuracy.png)\n"
   assert '| static' in write(project, template)
   assert (project / 'docs' / 'sparsity_vs_accuracy.png').stat().st_size > 1000
