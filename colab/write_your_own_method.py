@@ -54,7 +54,7 @@ folder = pathlib.Path(tempfile.mkdtemp())
 #
 # A layer method is a Linen module. Fields with a default are config keys (`estimator` and `open` come
 # with `LearnedGate`); fields without one are supplied. `inner` makes what the slot runs otherwise.
-# What runs inside `record.gated_by(self)` costs as much as the gate is open.
+# What runs inside `record.gated(self.path, self.traits.gating)` costs as much as the gate is open.
 #
 # In a clone of the repository the file's place is `sparse_lm/methods/mlp/skip.py`; while you try it
 # out, a folder of your own will do.
@@ -74,22 +74,25 @@ from sparse_lm.plan import record
 
 
 class SkipMLP(LearnedGate, kw_only=True):
-  """A gate for every token around any MLP, `config.mlp.otherwise`.
-
-  Paper: none.
-  Saves: the MLP of tokens that skip it.
-  """
+  """A gate for every token around any MLP, `config.mlp.inner`."""
 
   inner: Callable[[], nn.Module]
   slot: ClassVar[str] = 'mlp'
-  twin: ClassVar[str] = 'dense'
-  skips: ClassVar[bool] = False  # decoding computes closed MLPs too
+
+  @property
+  def traits(self):
+    return self.gate_traits(
+      paper='none',
+      saves='the MLP of tokens that skip it',
+      twin='dense',
+      skips=False,  # decoding computes closed MLPs too
+    )
 
   @nn.compact
   def __call__(self, x_BxLxD, mode):
     router = Router(self.spec, 1, bias=self.first_logit, name='router')
     decision = self.decide(router(x_BxLxD), mode)
-    with record.gated_by(self):
+    with record.gated(self.path, self.traits.gating):
       y_BxLxD = self.inner()(x_BxLxD, mode)
     return y_BxLxD * decision.weight.astype(y_BxLxD.dtype)
 '''

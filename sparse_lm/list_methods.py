@@ -8,7 +8,9 @@ import inspect
 import re
 
 from sparse_lm.commands.parser import Parser, one_line
+from sparse_lm.layers.spec import Spec
 from sparse_lm.model import lm, slots
+from sparse_lm.runs import configs
 
 HEADER = ('method', 'slot', 'paper', 'saves', 'causal in')
 
@@ -30,21 +32,26 @@ def rows() -> list[tuple[str, ...]]:
   found = []
   for slot in slots.SLOTS:
     for name in slots.names(slot):
-      cls = slots.method(slot, name)
-      modes = ', '.join(filter(None, (_mode(slot, name, mode) for mode in lm.MODES)))
       link = f'[{name}](sparse_lm/methods/{slot}/{name}.py)'
-      found.append((link, slot, said(cls.__doc__, 'Paper'), said(cls.__doc__, 'Saves'), modes))
+      found.append((link, slot, *_declared(slot, name)))
   return found
 
 
-def _mode(slot: str, name: str, mode: str) -> str:
-  """The mode, if the method is causal in it, and whether by default the sequences of a batch couple."""
+def _declared(slot: str, name: str) -> tuple[str, str, str]:
+  """Paper, savings, and the modes in which the method is causal and whether sequences compete in them."""
+  cls = slots.method(slot, name)
   if slot == 'weight':
-    return mode
-  choice = slots.Choice(slot, name)
-  if not choice.causal(mode):
-    return ''
-  return f'{mode} (sequences compete)' if choice.couples(mode) else mode
+    return said(cls.__doc__, 'Paper'), said(cls.__doc__, 'Saves'), ', '.join(lm.MODES)
+  # Methods declare what holds with their default fields, in the default model.
+  default = configs.load(str(configs.BASE))
+  spec = Spec.from_config(default.model, vocab=256, context=default.data.context)
+  traits = slots.Choice(slot, name).traits(spec)
+  modes = [
+    f'{mode} (sequences compete)' if mode in traits.couples else mode
+    for mode in lm.MODES
+    if mode not in traits.non_causal
+  ]
+  return traits.paper, traits.saves, ', '.join(modes)
 
 
 def table() -> str:

@@ -242,9 +242,7 @@ def _closed(model: LM, params: Tree, state: Tree) -> list[int]:
   """Layers that a gate has closed for every input."""
   depth = next(choice for choice in model.choices if choice.slot == 'depth')
   layers = range(model.spec.layers)
-  settled = [
-    i for i in layers if getattr(depth.at(i, len(layers))[0].cls, 'same_for_all_inputs', False)
-  ]
+  settled = [i for i in layers if depth.at(i, len(layers))[0].traits(model.spec).fixed]
   if not settled:
     return []
   tokens = np.zeros((1, 1), np.int32)

@@ -4,20 +4,19 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from sparse_lm.kernels.topk import compact
 from sparse_lm.layers.linear import Linear
-from sparse_lm.plan import cost
+from sparse_lm.layers.method import LayerMethod
 
 # Units that are read at once, over what is planned: mostly all of them.
 SPARE = 1.15
 LANES = 32
 
 
-def selects(activation: nn.Module) -> bool:
+def selects(activation: LayerMethod) -> bool:
   """Whether an activation keeps some units of each token and zeroes the others."""
-  return isinstance(activation, cost.Gating)
+  return activation.traits.gating is not None
 
 
 def one_token(x_BxLxD: jax.Array, mode: str) -> bool:
@@ -25,7 +24,7 @@ def one_token(x_BxLxD: jax.Array, mode: str) -> bool:
   return mode == 'decode' and x_BxLxD.size == x_BxLxD.shape[-1]
 
 
-def project(down: Linear, h_BxLxF: jax.Array, activation: nn.Module, mode: str) -> jax.Array:
+def project(down: Linear, h_BxLxF: jax.Array, activation: LayerMethod, mode: str) -> jax.Array:
   """`down(h)`; of one token, packed, where the activation selects, from its non-zero units alone."""
   if not down.gathers or not selects(activation) or not one_token(h_BxLxF, mode):
     return down(h_BxLxF)
@@ -34,7 +33,7 @@ def project(down: Linear, h_BxLxF: jax.Array, activation: nn.Module, mode: str) 
   def some(index_K: jax.Array, live_K: jax.Array) -> jax.Array:
     return run.of_inputs(jnp.where(live_K, h_BxLxF[..., index_K], 0), index_K)
 
-  return run.biased(_in_chunks(h_BxLxF.reshape(-1) != 0, activation.planned, some))
+  return run.biased(_in_chunks(h_BxLxF.reshape(-1) != 0, activation.traits.gating.planned, some))
 
 
 def up_and_down(

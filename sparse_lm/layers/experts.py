@@ -62,7 +62,7 @@ class Experts(nn.Module):
   ) -> jax.Array:
     h_NxPxF = self._linear('up', 'in', self.hidden, x_NxPxD, expert_N, rows, mode)
     h_NxPxF = activation(h_NxPxF, mode)
-    return self._linear('down', 'residual', self.spec.width, h_NxPxF, expert_N, rows, mode)
+    return self._linear('down', 'out', self.spec.width, h_NxPxF, expert_N, rows, mode)
 
   def _linear(self, name, role, features, x_NxPxI, expert_N, rows: float, mode: str) -> jax.Array:
     spec, width = self.spec, x_NxPxI.shape[-1]

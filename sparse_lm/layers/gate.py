@@ -1,21 +1,21 @@
 """What every learned gate shares: fields, checks, and how its decision reaches loss and log."""
 
 import zlib
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from sparse_lm.core.errors import unknown
 from sparse_lm.core.estimator import ESTIMATORS, Decision
 from sparse_lm.core.ranges import ranged
+from sparse_lm.layers.method import LayerMethod, Traits
 from sparse_lm.layers.sow import sow
 from sparse_lm.layers.spec import Spec
-from sparse_lm.plan import cost
+from sparse_lm.plan.cost import Gating
 
 
-class LearnedGate(cost.Gating, nn.Module):
+class LearnedGate(LayerMethod):
   """A gate whose logits any estimator turns into a decision.
 
   Attributes:
@@ -37,25 +37,17 @@ class LearnedGate(cost.Gating, nn.Module):
     if self.estimator not in self.takes:
       raise unknown(f'config.{self.slot}.estimator for this gate', self.estimator, self.takes)
 
-  @property
-  def controlled(self) -> bool:
-    """Whether the budget controller moves it."""
-    return ESTIMATORS[self.estimator].controlled
+  def gate_traits(self, *, skips: bool = True, **declared: Any) -> Traits:
+    """Traits with what follows from the estimator: a learned gate may open for everything.
 
-  @property
-  def policy(self) -> bool:
-    """Whether it learns from rewards, which takes a model that is causal in training."""
-    return ESTIMATORS[self.estimator].policy
-
-  @property
-  def decodes(self) -> bool:
-    """Whether it decides from the token alone, without the rest of the batch."""
-    return ESTIMATORS[self.estimator].learned
-
-  @property
-  def planned(self) -> float:
-    """The fraction that runs as far as the config says: a learned gate may open for everything."""
-    return 1.0 if ESTIMATORS[self.estimator].learned else self.open
+    Args:
+      skips: whether decoding leaves out what the gate closes.
+      declared: the other traits.
+    """
+    estimator = ESTIMATORS[self.estimator]
+    planned = 1.0 if estimator.learned else self.open
+    gating = Gating(planned=planned, controlled=estimator.controlled, skips=skips)
+    return Traits(gating=gating, decodes=estimator.learned, policy=estimator.policy, **declared)
 
   @property
   def first_logit(self) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 
 Init = Callable[..., jax.Array]
-ROLES = ('embed', 'in', 'residual', 'head')
+ROLES = ('embed', 'in', 'out', 'head')
 
 
 def _fan_in(role: str, layers: int) -> Init:
@@ -23,7 +23,7 @@ def _fan_in(role: str, layers: int) -> Init:
 
 
 def _gpt2(role: str, layers: int) -> Init:
-  return jax.nn.initializers.normal(0.02 / (2 * layers) ** 0.5 if role == 'residual' else 0.02)
+  return jax.nn.initializers.normal(0.02 / (2 * layers) ** 0.5 if role == 'out' else 0.02)
 
 
 INITS: dict[str, Callable[[str, int], Init]] = {'fan_in': _fan_in, 'gpt2': _gpt2}

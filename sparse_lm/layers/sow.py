@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_lm.plan import cost, record
+from sparse_lm.layers.method import LayerMethod
+from sparse_lm.plan import record
 
 # Written anew in every forward pass, never state.
 SOWN = ('losses', 'stats', 'gates', 'policy')
@@ -38,15 +39,15 @@ def entering(module: nn.Module, valid_BxL: jax.Array) -> None:
 
 
 def hidden_units(
-  module: nn.Module, activation: nn.Module, h_BxLxF: jax.Array, mode: str
+  module: nn.Module, activation: LayerMethod | None, h_BxLxF: jax.Array, mode: str
 ) -> contextlib.AbstractContextManager[None]:
   """Observes an MLP's hidden units in evaluation; inside the context it is noted what reads them.
 
   Sows `active`, the fraction of units that are not zero; `dead`, of units that fire for no token of
   the batch; `union_8` and `union_32`, of units that fire for one of that many consecutive tokens at
   least, which is what they must all load together. These are observations, and no cost follows from
-  them, because nothing bounds how many units happen to be zero. An activation that is a gate
-  (`cost.Gating`) gates what reads them, at the fraction of units that it selects (see `selected`).
+  them, because nothing bounds how many units happen to be zero. An activation whose traits have a gating
+  gates what reads them, at the fraction of units that it selects (see `selected`).
   """
   if mode != 'train':
     fires = h_BxLxF != 0
@@ -54,8 +55,9 @@ def hidden_units(
     sow(module, 'stats', 'dead', 1 - jnp.mean(jnp.any(fires, axis=(0, 1)), dtype=jnp.float32))
     for chunk in CHUNKS:
       sow(module, 'stats', f'union_{chunk}', _union(fires, chunk))
-  gates = isinstance(activation, cost.Gating)
-  return record.gated_by(activation) if gates else contextlib.nullcontext()
+  if activation is None:
+    return contextlib.nullcontext()
+  return record.gated(activation.path, activation.traits.gating)
 
 
 def selected(activation: nn.Module, mask_BxLxF: jax.Array, mode: str) -> None:

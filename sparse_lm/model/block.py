@@ -1,6 +1,5 @@
 """One layer: attention, then the MLP."""
 
-import contextlib
 from collections.abc import Callable
 
 import jax
@@ -9,11 +8,10 @@ from flax import linen as nn
 from sparse_lm.kernels.attention import KeyValues
 from sparse_lm.layers import cache, sow
 from sparse_lm.layers.embed import rotate
-from sparse_lm.layers.gate import LearnedGate
 from sparse_lm.layers.linear import Linear, Norm, fused_projections
 from sparse_lm.layers.spec import Spec
 from sparse_lm.layers.tokens import Tokens
-from sparse_lm.plan import cost, record
+from sparse_lm.plan import record
 
 
 class Attention(nn.Module):
@@ -45,13 +43,13 @@ class Attention(nn.Module):
     # Query heads that share a key head are pruned with it.
     axes = {'query/kernel': -1, 'key/kernel': -1, 'value/kernel': -1, 'out/kernel': -2}
     inner = self.inner()
-    record.units(self.path, 'head', spec.kv_heads, axes, dynamic=isinstance(inner, LearnedGate))
+    record.units(self.path, 'head', spec.kv_heads, axes, dynamic=inner.traits.gating is not None)
     keys = KeyValues(k_BxLxGxK, v_BxLxGxK, tokens.positions, tokens.valid)
     if mode == 'decode' and self.is_mutable_collection('cache'):
       keys = cache.extend(self, self.cache_size, keys)
     out_BxLxHxK = inner(tokens, q_BxLxHxK, keys, mode)
-    with record.gated_by(inner) if isinstance(inner, cost.Gating) else contextlib.nullcontext():
-      return Linear(spec, spec.width, role='residual', name='out')(out_BxLxHxK.reshape(b, l, -1))
+    with record.gated(inner.path, inner.traits.gating):
+      return Linear(spec, spec.width, role='out', name='out')(out_BxLxHxK.reshape(b, l, -1))
 
 
 class Block(nn.Module):

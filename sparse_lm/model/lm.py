@@ -14,6 +14,7 @@ from sparse_lm.core.errors import UserError
 from sparse_lm.core.groups import Group, Member
 from sparse_lm.layers.embed import Embed
 from sparse_lm.layers.linear import Norm
+from sparse_lm.layers.method import LayerMethod
 from sparse_lm.layers.sow import SOWN
 from sparse_lm.layers.spec import Spec
 from sparse_lm.layers.tokens import Tokens
@@ -96,12 +97,10 @@ def _layer(
 
 @functools.lru_cache
 def _cache_size(spec: Spec, choices: tuple[Choice, ...], layer: int) -> int:
-  """Keys that a layer has to keep for decoding: a method may read no more than its `window`."""
+  """Keys that a layer has to keep for decoding: a method may declare that it reads no more."""
   choice = next(c for c in choices if c.slot == 'attention')
-  modules = [
-    c.make({'spec': spec, 'inner': None, 'parent': None}) for c in choice.at(layer, spec.layers)
-  ]
-  return min([spec.context, *(m.window for m in modules if hasattr(m, 'window'))])
+  reaches = [found.traits(spec).reach for found in choice.at(layer, spec.layers)]
+  return min([spec.context, *(reach for reach in reaches if reach is not None)])
 
 
 class Layer(nn.Module):
@@ -125,12 +124,9 @@ def from_config(config: Any, vocab: int) -> LM:
   spec = Spec.from_config(config.model, vocab, config.data.context)
   choices = tuple(Choice.from_config(slot, config[slot]) for slot in LAYER_SLOTS)
   model = LM(spec, choices)
-  supplied = {'spec': spec, 'activation': None, 'inner': None, 'name': None}
-  modules = {choice: choice.make(supplied) for choice in running(model)}
-  for choice, module in modules.items():
-    if hasattr(module, 'check'):
-      _check(choice, module)
-  _check_credit(modules)
+  for choice in running(model):
+    _check(choice, choice.module(spec))
+  _check_credit(model)
   return model
 
 
@@ -139,7 +135,7 @@ def running(model: LM) -> list[Choice]:
   return [found for choice in model.choices for found in choice.running(model.spec.layers)]
 
 
-def _check(choice: Choice, module: nn.Module) -> None:
+def _check(choice: Choice, module: LayerMethod) -> None:
   try:
     module.check()
   except UserError as error:
@@ -148,23 +144,24 @@ def _check(choice: Choice, module: nn.Module) -> None:
     raise UserError(named) from None
 
 
-def _check_credit(modules: dict[Choice, nn.Module]) -> None:
+def _check_credit(model: LM) -> None:
   """A policy's actions are credited with what comes later in their own sequence.
 
   So in training all else must be causal, and no other sequence may change it.
   """
-  policies = {c.group: module for c, module in modules.items() if getattr(module, 'policy', False)}
-  for group, module in policies.items():
-    for choice in modules:
-      if not choice.causal('train'):
+  traits = {choice: choice.traits(model.spec) for choice in running(model)}
+  for policy in (choice for choice, own in traits.items() if own.policy):
+    field = f'{policy.group}.estimator={dict(policy.fields)["estimator"]!r}'
+    for choice, own in traits.items():
+      if 'train' in own.non_causal:
         raise UserError(
-          f'{group}.estimator={module.estimator!r} credits an action with later tokens only, and '
+          f'{field} credits an action with later tokens only, and '
           f'{choice.group}.name={choice.name!r} is not causal in training; valid: another estimator, '
           'or a method that is causal in both modes'
         )
-      if choice.couples('train'):
+      if 'train' in own.couples:
         raise UserError(
-          f'{group}.estimator={module.estimator!r} credits an action with its own sequence only, and in '
+          f'{field} credits an action with its own sequence only, and in '
           f'training {choice.group}.name={choice.name!r} lets the sequences of a batch change each other '
           'with these fields; valid: another estimator, or no limit on what they compete for'
         )
@@ -172,23 +169,24 @@ def _check_credit(modules: dict[Choice, nn.Module]) -> None:
 
 def samples(model: LM) -> bool:
   """Whether a gate of the model is a policy whose actions training samples."""
-  supplied = {'spec': model.spec, 'activation': None, 'inner': None, 'parent': None}
-  return any(getattr(choice.make(supplied), 'policy', False) for choice in running(model))
+  return any(choice.traits(model.spec).policy for choice in running(model))
 
 
 def twin(model: LM) -> LM:
   """The dense twin: each method that runs less than its `otherwise` replaced by that."""
-  return LM(model.spec, tuple(choice.dense() for choice in model.choices))
+  return LM(model.spec, tuple(choice.dense(model.spec) for choice in model.choices))
 
 
 def causal(model: LM) -> dict[str, bool]:
   """By mode, whether every method that the model runs keeps to the past."""
-  return {mode: all(choice.causal(mode) for choice in running(model)) for mode in MODES}
+  traits = [choice.traits(model.spec) for choice in running(model)]
+  return {mode: not any(mode in own.non_causal for own in traits) for mode in MODES}
 
 
 def batch_independent(model: LM) -> dict[str, bool]:
   """By mode, whether a sequence's logits are the same whatever else its batch holds."""
-  return {mode: not any(c.couples(mode) for c in running(model)) for mode in MODES}
+  traits = [choice.traits(model.spec) for choice in running(model)]
+  return {mode: not any(mode in own.couples for own in traits) for mode in MODES}
 
 
 def shapes(model: LM) -> Any:
@@ -200,8 +198,7 @@ def shapes(model: LM) -> Any:
 def check_decodes(model: LM) -> None:
   """Raises UserError where a method cannot decode: its decision is not one token's own."""
   for choice in running(model):
-    module = choice.make({'spec': model.spec, 'activation': None, 'inner': None, 'parent': None})
-    if not getattr(module, 'decodes', True):
+    if not choice.traits(model.spec).decodes:
       raise UserError(
         f'{choice.group}.name={choice.name!r} decides over a whole batch with these fields and cannot '
         f'decode; valid: another {choice.group}.estimator, or another method'

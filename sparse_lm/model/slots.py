@@ -1,14 +1,8 @@
 """Slots: a folder under `methods/` is a slot, a file in it a method, and a config names it.
 
-There is no registry. `methods/<slot>/<name>.py` defines one public class. A field of it with a
-default is a config key, and a number states its range there (`ranges.ranged`); a field without one is
-supplied by whoever builds the method. A method of a layer slot is a Linen module, and may define
-  check()     raises UserError where its fields do not fit each other or the model, before anything is
-              compiled
-  twin        it runs less than the slot's dense method of that name, which costs are compared with
-  causal      {mode: False} for modes in which it reads later tokens
-  couples     {mode: True} for modes in which other sequences of the batch change what it computes
-A method whose decisions leave out matmuls derives from `cost.Gating` too, and says what it plans.
+There is no registry. A layer slot's method is a subclass of `layers.method.LayerMethod`, a weight method
+one of `weights.method.WeightMethod`. A field of it with a default is a config key, and a number states
+its range there (`ranges.ranged`); a field without one is supplied by whoever builds the method.
 """
 
 import dataclasses
@@ -17,6 +11,8 @@ from typing import Any
 
 from sparse_lm.core import discovery
 from sparse_lm.core.errors import UserError
+from sparse_lm.layers.method import LayerMethod, Traits
+from sparse_lm.layers.spec import Spec
 
 SLOTS = ('weight', 'activation', 'attention', 'mlp', 'depth')
 # The keys of a slot's config besides its method's own.
@@ -33,7 +29,13 @@ def names(slot: str) -> list[str]:
 
 def method(slot: str, name: str, field: str = '') -> type:
   """The class in `methods/<slot>/<name>.py`. Raises UserError, naming the config's `field`."""
-  return discovery.load(f'sparse_lm.methods.{slot}', name, field or f'config.{slot}.name')
+  found = discovery.load(f'sparse_lm.methods.{slot}', name, field or f'config.{slot}.name')
+  if slot != 'weight' and not issubclass(found, LayerMethod):
+    raise UserError(
+      f'{found.__module__}.{found.__name__} is no LayerMethod; valid: a class derived from '
+      'sparse_lm.layers.method.LayerMethod, which says what it declares'
+    )
+  return found
 
 
 def defaults(slot: str, name: str, field: str = '') -> dict[str, Any]:
@@ -121,24 +123,29 @@ class Choice:
       return [self.otherwise]
     return [self, self.otherwise] if self.wraps else [self]
 
-  def causal(self, mode: str) -> bool:
-    """Whether the method keeps to the past in that mode, as it declares."""
-    return getattr(self.cls, 'causal', {}).get(mode, True)
+  def module(self, spec: Spec) -> LayerMethod:
+    """The method by itself, to be asked what it declares."""
+    return self.make({'spec': spec, 'activation': None, 'inner': None, 'parent': None})
 
-  def couples(self, mode: str) -> bool:
-    """Whether other sequences of a batch change what the method computes in that mode, as it declares."""
-    module = self.make({'spec': None, 'activation': None, 'inner': None, 'parent': None})
-    return getattr(module, 'couples', {}).get(mode, False)
+  def traits(self, spec: Spec) -> Traits:
+    """What the method declares in a model of these dimensions. Raises UserError for a malformed one."""
+    try:
+      return self.module(spec).traits
+    except TypeError as error:
+      raise UserError(
+        f'{self.cls.__module__}.{self.cls.__name__} does not declare its traits as it should ({error}); '
+        f'valid: {", ".join(field.name for field in dataclasses.fields(Traits))}'
+      ) from None
 
-  def dense(self) -> 'Choice':
+  def dense(self, spec: Spec) -> 'Choice':
     """What the dense twin runs: `otherwise` if that is dense, else the method's declared twin."""
-    name = getattr(self.cls, 'twin', None)
-    if name is None:
+    twin = self.traits(spec).twin
+    if not twin:
       return self
-    if self.otherwise and not hasattr(self.otherwise.cls, 'twin'):
+    if self.otherwise and not self.otherwise.traits(spec).twin:
       return self.otherwise
-    own = tuple(sorted(defaults(self.slot, name).items()))
-    return dataclasses.replace(self, name=name, fields=own, layers=':')
+    own = tuple(sorted(defaults(self.slot, twin).items()))
+    return dataclasses.replace(self, name=twin, fields=own, layers=':')
 
   def chosen(self, layer: int, count: int) -> bool:
     """Whether `layer` of `count` is among `layers`."""

@@ -6,7 +6,6 @@ and divided by its tokens, so a layer that sees fewer tokens notes less. What a 
 inside `record.gated`, and costs as much as the gate is active.
 """
 
-import abc
 import dataclasses
 import math
 from typing import Any
@@ -19,22 +18,31 @@ from sparse_lm.core import tree
 Tree = Any
 
 
-@dataclasses.dataclass(frozen=True)
-class Gate:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gating:
+  """How a method that leaves out work declares it.
+
+  Attributes:
+    planned: the fraction that runs as far as the config fixes it, before anything is measured.
+    controlled: whether the budget controller can move it.
+    skips: whether decoding leaves out what it closes, where a head's gate, say, only zeroes it.
+  """
+
+  planned: float = 1.0
+  controlled: bool = False
+  skips: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gate(Gating):
   """What may skip a matmul.
 
   Attributes:
     path: of the module that decides; it sows `active` into `gates`, the fraction of its units that run
       for each token, float32 `[B, L]`.
-    planned: that fraction as far as the config fixes it, before anything is measured.
-    controlled: whether the budget controller can move it.
-    skips: whether decoding leaves out what it closes, where a head's gate, say, only zeroes it.
   """
 
   path: str
-  planned: float = 1.0
-  controlled: bool = False
-  skips: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,28 +65,6 @@ class Matmul:
 
 
 Ledger = dict[str, Matmul]
-
-
-class Gating(abc.ABC):
-  """The base class of modules that decide what runs; a gate that leaves one of these out is refused.
-
-  It sows `active` into `gates`, as `Gate` says.
-  """
-
-  @property
-  @abc.abstractmethod
-  def planned(self) -> float:
-    """The fraction that runs as far as the config fixes it."""
-
-  @property
-  @abc.abstractmethod
-  def controlled(self) -> bool:
-    """Whether the budget controller can move it."""
-
-  @property
-  @abc.abstractmethod
-  def skips(self) -> bool:
-    """Whether decoding leaves out what it closes."""
 
 
 def forward_flops(

@@ -14,7 +14,6 @@ import jax
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from sparse_lm.core.errors import UserError
 from sparse_lm.core.groups import Group, Member
 from sparse_lm.plan.cost import Gate, Gating, Matmul
 
@@ -147,28 +146,18 @@ def _mark(y: jax.Array, name: str, own: Matmul, charged: bool = True) -> jax.Arr
   return checkpoint_name(y, repr(mark))
 
 
-def gated(
-  path: tuple[str, ...], planned: float = 1.0, controlled: bool = False, skips: bool = True
-) -> contextlib.AbstractContextManager[None]:
+def gated(path: tuple[str, ...], gating: Gating | None) -> contextlib.AbstractContextManager[None]:
   """Matmuls inside belong to the gate at `path`, and to the gates that are entered already.
 
   Args:
     path: of the module that decides.
-    planned, controlled, skips: see `cost.Gate`.
+    gating: what that module declares, `None` where it leaves nothing out.
   """
+  if gating is None:
+    return contextlib.nullcontext()
   scope = _scope.get()
-  gate = Gate('/'.join(path), planned, controlled, skips)
+  gate = Gate(path='/'.join(path), **dataclasses.asdict(gating))
   return _within(dataclasses.replace(scope, gates=(*scope.gates, gate)))
-
-
-def gated_by(gate: Gating) -> contextlib.AbstractContextManager[None]:
-  """`gated` by a module that says for itself what it plans. Raises UserError for any other module."""
-  if not isinstance(gate, Gating):
-    raise UserError(
-      f'{"/".join(gate.path)} ({type(gate).__name__}) gates matmuls without saying what it plans; '
-      'valid: a class derived from sparse_lm.plan.cost.Gating'
-    )
-  return gated(gate.path, gate.planned, gate.controlled, gate.skips)
 
 
 def units(

@@ -258,7 +258,7 @@ def test_the_down_projection_costs_what_is_active_and_the_others_all(name, mlp, 
   )
   notes, whole = ledger_of(model), others + 1
   gates = {path: matmul.gates for path, matmul in notes.items()}
-  assert gates.pop('block_0/mlp/down/linear') == (cost.Gate(GATE, 0.25),)
+  assert gates.pop('block_0/mlp/down/linear') == (cost.Gate(path=GATE, planned=0.25),)
   assert len(gates) == others and not any(gates.values())
   matrix = 2 * WIDTH * HIDDEN
   for fraction in (0.25, 0.05):

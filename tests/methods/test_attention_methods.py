@@ -344,7 +344,10 @@ def test_a_gate_of_heads_can_skip_scores_values_and_output_and_nothing_else():
   gated, plain = (lm.ledger(model_of(a), CONTEXT) for a in (GATE, WINDOW))
   gates = {path: matmul.gates for path, matmul in gated.items() if path.startswith('block_0')}
   skipped = f'{PATH}/inner/scores', f'{PATH}/inner/values', 'block_0/attention/out/linear'
-  assert all(gates.pop(path) == (cost.Gate(PATH, 1.0, True, False),) for path in skipped)
+  assert all(
+    gates.pop(path) == (cost.Gate(path=PATH, planned=1.0, controlled=True, skips=False),)
+    for path in skipped
+  )
   assert f'{PATH}/router/linear' in gates and not any(gates.values())
   for name in ('scores', 'values'):
     assert gated[f'{PATH}/inner/{name}'].flops == plain[f'{PATH}/{name}'].flops

@@ -203,7 +203,7 @@ def test_training_reads_later_tokens_and_evaluation_no_other_token():
     before, after = moved['eval']
     assert_allclose(after[:, :cut], before[:, :cut], rtol=1e-5, atol=1e-6)
     assert np.abs(before - after)[:, cut:].max() > 0.01
-  assert slots.method('mlp', 'expert_choice').causal == {'train': False, 'eval': True}
+  assert module().traits.non_causal == ('train',)
 
 
 @pytest.mark.parametrize('mode', lm.MODES)

@@ -202,7 +202,7 @@ def test_it_has_as_many_parameters_as_the_plain_mlp(split):
 def test_the_ledger_gates_up_and_down_but_not_the_predictor(split, selector):
   model = lm.from_config(config_of(density=0.25, split=split, selector=selector), VOCAB)
   notes = {p: m for p, m in lm.ledger(model, LENGTH).items() if p.startswith('block_0/mlp/')}
-  gate, r = (cost.Gate('block_0/mlp', 0.25),), round(split * WIDTH)
+  gate, r = (cost.Gate(path='block_0/mlp', planned=0.25),), round(split * WIDTH)
   want = {
     'predictor': (2 * r * HIDDEN, ()),
     'up': (2 * (WIDTH - r) * HIDDEN, gate),

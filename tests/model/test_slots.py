@@ -9,9 +9,12 @@ import pytest
 
 from configs import base
 from sparse_lm.core.errors import UserError
+from sparse_lm.layers.spec import Spec
 from sparse_lm.model import lm, slots
 from sparse_lm.model.slots import Choice
 from sparse_lm.runs import configs
+
+SPEC = Spec.from_config(base.get_config().model, vocab=11, context=16)
 
 
 def test_names_are_the_files_of_the_folder():
@@ -100,19 +103,19 @@ def test_a_method_that_wraps_is_handed_a_maker_of_the_other():
 
 
 def test_the_dense_twin_runs_the_other_where_that_is_dense_and_else_the_declared_one():
-  assert loaded('mlp', name='gated').dense().name == 'gated'
-  assert loaded('mlp', name='moe_topk').dense().name == 'dense'
-  assert loaded('mlp', name='moe_topk', otherwise__name='gated').dense().name == 'gated'
-  window = loaded('attention', name='head_gate', otherwise__name='sliding_window').dense()
+  assert loaded('mlp', name='gated').dense(SPEC).name == 'gated'
+  assert loaded('mlp', name='moe_topk').dense(SPEC).name == 'dense'
+  assert loaded('mlp', name='moe_topk', otherwise__name='gated').dense(SPEC).name == 'gated'
+  window = loaded('attention', name='head_gate', otherwise__name='sliding_window').dense(SPEC)
   assert (window.name, window.layers, window.fields) == ('full', ':', ())
   # A dense method in some layers only is its own twin there.
-  assert loaded('mlp', name='gated', layers='1:').dense().layers == '1:'
+  assert loaded('mlp', name='gated', layers='1:').dense(SPEC).layers == '1:'
 
 
 def test_a_choice_says_what_its_method_declares_of_the_past():
   routed = loaded('mlp', name='expert_choice')
-  assert not routed.causal('train') and routed.causal('eval')
-  assert loaded('mlp').causal('train')
+  assert routed.traits(SPEC).non_causal == ('train',)
+  assert loaded('mlp').traits(SPEC).non_causal == ()
 
 
 def test_fields_of_the_other_method_are_config_keys_of_its_group():
@@ -129,14 +132,19 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sparse_lm.layers.linear import Linear
+from sparse_lm.layers.method import LayerMethod, Traits
 
 
-class Scaled(nn.Module):
+class Scaled(LayerMethod):
   """Has a config key, an auxiliary loss, an observation and a variable of its own."""
 
   spec: object
   activation: object
   scale: float = 2.0
+
+  @property
+  def traits(self):
+    return Traits(paper='none', saves='nothing')
 
   @nn.compact
   def __call__(self, x, mode):
@@ -146,7 +154,7 @@ class Scaled(nn.Module):
       mean.value = 0.5 * mean.value + 0.5 * jnp.mean(jnp.abs(h))
     self.sow('losses', 'balance', 0.25 * jnp.mean(h**2))
     self.sow('stats', 'active', jnp.mean(h > 0))
-    return self.scale * Linear(self.spec, self.spec.width, role='residual', name='down')(h)
+    return self.scale * Linear(self.spec, self.spec.width, role='out', name='down')(h)
 '''
 
 

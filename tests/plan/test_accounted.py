@@ -1,7 +1,6 @@
 """No kernel multiplies for free, and no gate closes at a price that it does not say."""
 
 import importlib
-import re
 import sys
 import textwrap
 
@@ -26,8 +25,15 @@ HEADER = '''
   from flax import linen as nn
 
   from sparse_lm.layers.linear import Linear
+  from sparse_lm.layers.method import LayerMethod, Traits
   from sparse_lm.layers.sow import sow
   from sparse_lm.plan import cost, record
+
+
+  class _Plain(LayerMethod):
+    @property
+    def traits(self):
+      return Traits(paper='none', saves='nothing')
 
 
 '''
@@ -61,7 +67,7 @@ def refused(tiny_config, **fields):
 
 
 FOUR = """
-  class FourDense(nn.Module):
+  class FourDense(_Plain):
     spec: Any
 
     @nn.compact
@@ -93,7 +99,7 @@ def test_a_dense_twin_of_plain_flax_layers_is_refused_too(method, tiny_config):
 
 
 NOTED = """
-  class Noted(nn.Module):
+  class Noted(_Plain):
     spec: Any
 
     @nn.compact
@@ -122,7 +128,7 @@ def test_noted_layers_of_any_kind_are_charged_at_the_density_of_their_kernels(me
 
 
 MISSPELT = """
-  class Misspelt(nn.Module):
+  class Misspelt(_Plain):
     spec: Any
 
     @nn.compact
@@ -153,17 +159,18 @@ def test_flops_that_are_noted_for_no_parameter_are_refused(method, tiny_config):
 
 
 GATE = """
-  class Halves(cost.Gating, nn.Module):
+  class Halves(LayerMethod):
     spec: Any
     open: float = 0.25
-    planned: ClassVar[float] = 0.25
-    controlled: ClassVar[bool] = False
-    skips: ClassVar[bool] = True
+
+    @property
+    def traits(self):
+      return Traits(paper='none', saves='three quarters', gating=cost.Gating(planned=0.25))
 
     @nn.compact
     def __call__(self, x, mode):
       sow(self, 'gates', 'active', jnp.float32(0.25))
-      with record.gated_by(self):
+      with record.gated(self.path, self.traits.gating):
         return Linear(self.spec, self.spec.width, name='only')(x)
 """
 
@@ -172,28 +179,33 @@ def test_a_gate_is_charged_as_it_plans(method, tiny_config):
   method('mlp', 'halves', GATE)
   program, _ = build(tiny_config(mlp__name='halves'), VOCAB)
   ledger = lm.ledger(program.model, CONTEXT)
-  gate = cost.Gate('block_0/mlp', planned=0.25)
+  gate = cost.Gate(path='block_0/mlp', planned=0.25)
   assert ledger['block_0/mlp/only/linear'].gates == (gate,)
   found = executed.differences(ledger, lm.traced(program.model, CONTEXT))
   assert found.keys() == {executed.GATES, executed.PAIRS}
   assert found[executed.GATES] == 0.75 * 2 * WIDTH * WIDTH
 
 
-@pytest.mark.parametrize('word', ['planned', 'controlled', 'skips'])
-def test_a_gate_that_misspells_what_it_declares_is_refused(word, method, tiny_config):
+@pytest.mark.parametrize('word', ['paper', 'saves', 'gating', 'planned'])
+def test_a_method_that_misspells_what_it_declares_is_refused(word, method, tiny_config):
   name = f'halves_without_{word}'
-  method('mlp', name, re.sub(rf'\b{word}:', f'{word[:-2]}:', GATE))
-  assert f'{name}.Halves does not define {word}' in refused(tiny_config, mlp__name=name)
+  method('mlp', name, GATE.replace(f'{word}=', f'{word[:-2]}='))
+  found = refused(tiny_config, mlp__name=name)
+  assert f'{name}.Halves' in found and f"'{word[:-2]}'" in found
 
 
-def test_what_gates_without_the_base_class_is_refused(method, tiny_config):
-  method('mlp', 'halves_alone', GATE.replace('cost.Gating, ', '').replace('planned', 'planed'))
+def test_a_method_without_the_base_class_is_refused(method, tiny_config):
+  method('mlp', 'halves_alone', GATE.replace('(LayerMethod)', '(nn.Module)'))
   found = refused(tiny_config, mlp__name='halves_alone')
-  assert 'block_0/mlp (Halves) gates matmuls' in found and 'sparse_lm.plan.cost.Gating' in found
+  assert 'halves_alone.Halves is no LayerMethod' in found
 
 
-def test_every_method_that_saves_by_gates_says_what_it_plans():
+def test_every_method_says_what_it_is(tiny_config):
+  model = lm.from_config(tiny_config(), VOCAB)
   for slot in lm.LAYER_SLOTS:
     for name in slots.names(slot):
-      cls = slots.method(slot, name)
-      assert issubclass(cls, cost.Gating) == hasattr(cls, 'planned'), cls
+      traits = slots.Choice(slot, name).traits(model.spec)
+      assert traits.paper and traits.saves and not traits.paper.endswith('.')
+      # What a gate leaves out is saved, compared with a dense method of the slot.
+      assert not traits.gating or traits.twin
+      assert not traits.twin or not slots.Choice(slot, traits.twin).traits(model.spec).twin

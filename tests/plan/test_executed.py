@@ -174,7 +174,7 @@ class Cell(nn.Module):
 
   @nn.compact
   def __call__(self, x, _=None):
-    with record.gated(('gate',), planned=0.5):
+    with record.gated(('gate',), cost.Gating(planned=0.5)):
       x = x + Linear(SPEC, SPEC.width, name='linear')(jnp.sin(x))
     return x, None
 
@@ -215,7 +215,9 @@ def test_a_scanned_stack_is_charged_and_executed_as_the_unrolled_one(shared, rem
   assert [sum(m.flops for m in traced.ledger.values()) for traced in found] == [want, want]
   # A stack's parameters are one kernel, of which a density and the gate hold for all layers.
   (entry,) = scan.ledger.values()
-  assert entry == cost.Matmul('linear', want, 'cells/linear/kernel', (cost.Gate('gate', 0.5),))
+  assert entry == cost.Matmul(
+    'linear', want, 'cells/linear/kernel', (cost.Gate(path='gate', planned=0.5),)
+  )
   assert cost.forward_flops(scan.ledger, {'cells/linear/kernel': 0.25}) == want / 8
   assert len(unrolled.ledger) == (1 if shared else DEPTH)
 
@@ -249,7 +251,7 @@ def test_a_conditional_charges_the_branch_that_it_executes():
 def test_one_matmul_behind_two_gates_in_turn_stays_two_entries():
   def run(x):
     for gate in ('a', 'b', 'a'):
-      with record.gated((gate,), planned=0.5):
+      with record.gated((gate,), cost.Gating(planned=0.5)):
         x = record.matmul(x @ x, ('shared',), 'linear', ONCE, kernel='kernel')
     return x
 
@@ -269,7 +271,7 @@ def test_a_function_that_jax_has_cached_is_charged_again():
 
 def test_differences_name_every_reason_and_what_has_none():
   def run(x):
-    with record.gated(('gate',), planned=0.25):
+    with record.gated(('gate',), cost.Gating(planned=0.25)):
       y = record.matmul(x @ x, ('a',), 'linear', ONCE, kernel='kernel')
     y = record.matmul(y @ x, ('scores',), 'scores', ONCE, causal=0.625)
     y = record.uncharged(y @ x, 'a reason', ONCE)

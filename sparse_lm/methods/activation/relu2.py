@@ -2,15 +2,19 @@
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
+
+from sparse_lm.layers.method import LayerMethod, Traits
 
 
-class ReLU2(nn.Module):
-  """`max(x, 0)^2`: as good as GELU here at half its cost on a CPU.
+class ReLU2(LayerMethod):
+  """`max(x, 0)^2`: as good as GELU here at half its cost on a CPU."""
 
-  Paper: Primer (So et al. 2021).
-  Saves: nothing that is claimed; its zeros are observed.
-  """
+  @property
+  def traits(self) -> Traits:
+    """What the method declares."""
+    return Traits(
+      paper='Primer (So et al. 2021)', saves='nothing that is claimed; its zeros are observed'
+    )
 
   def __call__(self, h: jax.Array, mode: str) -> jax.Array:
     """`[..., F]` to `[..., F]`."""

@@ -3,13 +3,16 @@
 import jax
 from flax import linen as nn
 
+from sparse_lm.layers.method import LayerMethod, Traits
 
-class SiLU(nn.Module):
-  """`x sigmoid(x)`.
 
-  Paper: Elfwing et al. 2017.
-  Saves: nothing.
-  """
+class SiLU(LayerMethod):
+  """`x sigmoid(x)`."""
+
+  @property
+  def traits(self) -> Traits:
+    """What the method declares."""
+    return Traits(paper='Elfwing et al. 2017', saves='nothing')
 
   def __call__(self, h: jax.Array, mode: str) -> jax.Array:
     """`[..., F]` to `[..., F]`."""

@@ -1,7 +1,6 @@
 """Top-k of the hidden units by a threshold from their statistics."""
 
 from collections.abc import Callable
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +9,16 @@ from flax import linen as nn
 from sparse_lm.core.ranges import ranged
 from sparse_lm.kernels.topk import gaussian_threshold
 from sparse_lm.layers import sow
-from sparse_lm.plan import cost
+from sparse_lm.layers.method import LayerMethod, Traits
+from sparse_lm.plan.cost import Gating
 
 
-class StatisticalTopK(cost.Gating, nn.Module):
+class StatisticalTopK(LayerMethod):
   """Subtracts the threshold that a Gaussian row exceeds `density` of the time, drops what is below.
 
   `inner(relu(h - threshold))`: exact if the pre-activations are Gaussian, off if they are not (heavy
   tails leave fewer), so look at the measured fraction. Gradients flow through mean and deviation.
 
-  Paper: Spark (You et al. 2025); shipped in Gemma 3n.
-  Saves: the down-projection of the other units (up runs in full).
 
   Attributes:
     inner: makes the activation that is applied, `config.activation.otherwise`.
@@ -29,14 +27,16 @@ class StatisticalTopK(cost.Gating, nn.Module):
 
   inner: Callable[[], nn.Module]
   density: float = ranged(0.125, '(0, 1]')
-  twin: ClassVar[str] = 'relu2'
-  controlled: ClassVar[bool] = False
-  skips: ClassVar[bool] = True
 
   @property
-  def planned(self) -> float:
-    """Fraction of the units that is computed further."""
-    return self.density
+  def traits(self) -> Traits:
+    """What the method declares."""
+    return Traits(
+      paper='Spark (You et al. 2025); shipped in Gemma 3n',
+      saves='the down-projection of the other units (up runs in full)',
+      twin='relu2',
+      gating=Gating(planned=self.density),
+    )
 
   @nn.compact
   def __call__(self, h: jax.Array, mode: str) -> jax.Array:

@@ -1,7 +1,6 @@
 """Exact top-k of the hidden units."""
 
 from collections.abc import Callable
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +9,13 @@ from flax import linen as nn
 from sparse_lm.core.ranges import ranged
 from sparse_lm.kernels.topk import topk_rows
 from sparse_lm.layers import sow
-from sparse_lm.plan import cost
+from sparse_lm.layers.method import LayerMethod, Traits
+from sparse_lm.plan.cost import Gating
 
 
-class TopK(cost.Gating, nn.Module):
+class TopK(LayerMethod):
   """Keeps the units with the largest pre-activations of each token, after another activation.
 
-  Paper: as in Spark (You et al. 2025), but exact.
-  Saves: the down-projection of the other units (up runs in full).
 
   Attributes:
     inner: makes the activation that is applied, `config.activation.otherwise`.
@@ -26,14 +24,16 @@ class TopK(cost.Gating, nn.Module):
 
   inner: Callable[[], nn.Module]
   density: float = ranged(0.125, '(0, 1]')
-  twin: ClassVar[str] = 'relu2'
-  controlled: ClassVar[bool] = False
-  skips: ClassVar[bool] = True
 
   @property
-  def planned(self) -> float:
-    """Fraction of the units that is computed further."""
-    return self.density
+  def traits(self) -> Traits:
+    """What the method declares."""
+    return Traits(
+      paper='as in Spark (You et al. 2025), but exact',
+      saves='the down-projection of the other units (up runs in full)',
+      twin='relu2',
+      gating=Gating(planned=self.density),
+    )
 
   @nn.compact
   def __call__(self, h: jax.Array, mode: str) -> jax.Array:

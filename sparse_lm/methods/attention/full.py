@@ -5,21 +5,25 @@ from flax import linen as nn
 
 from sparse_lm.kernels.attention import KeyValues
 from sparse_lm.layers.attention import attend, causal, note
+from sparse_lm.layers.method import LayerMethod, Traits
 from sparse_lm.layers.spec import Spec
 from sparse_lm.layers.tokens import Tokens
 
 
-class Full(nn.Module):
+class Full(LayerMethod):
   """Causal softmax attention, grouped-query where k has fewer heads.
 
   A key is read where its position is not above the query's and it is valid: tokens that a layer
   skips keep their places.
 
-  Paper: Vaswani et al. 2017; grouped-query: Ainslie et al. 2023.
-  Saves: nothing.
   """
 
   spec: Spec
+
+  @property
+  def traits(self) -> Traits:
+    """What the method declares."""
+    return Traits(paper='Vaswani et al. 2017; grouped-query: Ainslie et al. 2023', saves='nothing')
 
   @nn.compact
   def __call__(self, tokens: Tokens, q_BxLxHxK: jax.Array, keys: KeyValues, mode: str) -> jax.Array:

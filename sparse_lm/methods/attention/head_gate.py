@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from sparse_lm.kernels.attention import KeyValues
 from sparse_lm.layers.gate import LearnedGate
+from sparse_lm.layers.method import Traits
 from sparse_lm.layers.router import Router
 from sparse_lm.layers.tokens import Tokens
 from sparse_lm.plan import record
@@ -16,8 +17,6 @@ from sparse_lm.plan import record
 class HeadGate(LearnedGate, kw_only=True):
   """A gate for every token and head around any attention, `config.attention.otherwise`.
 
-  Paper: gates on heads as in Voita et al. 2019, per token as in Mixture-of-Heads (Jin et al. 2024).
-  Saves: scores, values and output projection of closed heads.
   Differs from the papers: any estimator, and no head is always on.
 
   Attributes:
@@ -26,8 +25,16 @@ class HeadGate(LearnedGate, kw_only=True):
 
   inner: Callable[[], nn.Module]
   slot: ClassVar[str] = 'attention'
-  twin: ClassVar[str] = 'full'
-  skips: ClassVar[bool] = False  # decoding computes closed heads too
+
+  @property
+  def traits(self) -> Traits:
+    """What the method declares."""
+    return self.gate_traits(
+      paper='gates on heads as in Voita et al. 2019, per token as in Mixture-of-Heads (Jin et al. 2024)',
+      saves='scores, values and output projection of closed heads',
+      twin='full',
+      skips=False,  # decoding computes closed heads too
+    )
 
   @nn.compact
   def __call__(self, tokens: Tokens, q_BxLxHxK: jax.Array, keys: KeyValues, mode: str) -> jax.Array:
@@ -35,6 +42,6 @@ class HeadGate(LearnedGate, kw_only=True):
     heads = q_BxLxHxK.shape[2]
     logits_BxLxH = Router(self.spec, heads, bias=self.first_logit, name='router')(tokens.x)
     decision = self.decide(logits_BxLxH, mode)
-    with record.gated_by(self):
+    with record.gated(self.path, self.traits.gating):
       out_BxLxHxK = self.inner()(tokens, q_BxLxHxK, keys, mode)
     return out_BxLxHxK * decision.weight[..., None].astype(out_BxLxHxK.dtype)

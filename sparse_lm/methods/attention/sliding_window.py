@@ -1,22 +1,19 @@
 """Every query reads the newest keys only."""
 
-from typing import ClassVar
-
 import jax
 from flax import linen as nn
 
 from sparse_lm.core.ranges import ranged
 from sparse_lm.kernels.attention import KeyValues
 from sparse_lm.layers.attention import attend, causal, note, share_of_keys
+from sparse_lm.layers.method import LayerMethod, Traits
 from sparse_lm.layers.spec import Spec
 from sparse_lm.layers.tokens import Tokens
 
 
-class SlidingWindow(nn.Module):
+class SlidingWindow(LayerMethod):
   """Causal attention to the last `window` positions, the query's own included.
 
-  Paper: Longformer (Beltagy et al. 2020), section 3.1, without dilation or global tokens.
-  Saves: scores and values of older keys.
 
   Attributes:
     window: positions; `query - window < key <= query`.
@@ -24,7 +21,16 @@ class SlidingWindow(nn.Module):
 
   spec: Spec
   window: int = ranged(32, '[1, 2^31)')
-  twin: ClassVar[str] = 'full'
+
+  @property
+  def traits(self) -> Traits:
+    """What the method declares."""
+    return Traits(
+      paper='Longformer (Beltagy et al. 2020), section 3.1, without dilation or global tokens',
+      saves='scores and values of older keys',
+      twin='full',
+      reach=self.window,
+    )
 
   @nn.compact
   def __call__(self, tokens: Tokens, q_BxLxHxK: jax.Array, keys: KeyValues, mode: str) -> jax.Array:

@@ -1,7 +1,5 @@
 """Every query of every head reads the keys that score highest with it."""
 
-from typing import ClassVar
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -11,15 +9,14 @@ from sparse_lm.core.ranges import ranged
 from sparse_lm.kernels.attention import KeyValues
 from sparse_lm.kernels.topk import topk_rows
 from sparse_lm.layers.attention import attend, causal, note, share_of_keys
+from sparse_lm.layers.method import LayerMethod, Traits
 from sparse_lm.layers.spec import Spec
 from sparse_lm.layers.tokens import Tokens
 
 
-class TopKKeys(nn.Module):
+class TopKKeys(LayerMethod):
   """Softmax over the `k` largest scores of each query; of equal ones the earlier key's.
 
-  Paper: Gupta et al. 2021 (Memory-efficient Transformers via Top-k Attention).
-  Saves: values of the other keys (all scores are computed).
 
   Attributes:
     k: keys that a query reads at most.
@@ -27,7 +24,15 @@ class TopKKeys(nn.Module):
 
   spec: Spec
   k: int = ranged(16, '[1, 2^31)')
-  twin: ClassVar[str] = 'full'
+
+  @property
+  def traits(self) -> Traits:
+    """What the method declares."""
+    return Traits(
+      paper='Gupta et al. 2021 (Memory-efficient Transformers via Top-k Attention)',
+      saves='values of the other keys (all scores are computed)',
+      twin='full',
+    )
 
   def check(self) -> None:
     """Raises UserError for more keys than the context has."""

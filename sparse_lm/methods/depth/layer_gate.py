@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sparse_lm.layers.gate import LearnedGate
+from sparse_lm.layers.method import Traits
 from sparse_lm.layers.routed import run_routed
 from sparse_lm.layers.tokens import Tokens
 from sparse_lm.plan import record
@@ -21,14 +22,19 @@ class LayerGate(LearnedGate, kw_only=True):
 
   What evaluation runs moves in steps of a whole layer: a budget between two steps is not met.
 
-  Paper: L0 gates on layers as in CoFi (Xia et al. 2022).
-  Saves: dropped layers as a whole.
   """
 
   slot: ClassVar[str] = 'depth'
-  twin: ClassVar[str] = 'residual'
-  skips: ClassVar[bool] = True
-  same_for_all_inputs: ClassVar[bool] = True  # packing removes layers that are closed
+
+  @property
+  def traits(self) -> Traits:
+    """What the method declares."""
+    return self.gate_traits(
+      paper='L0 gates on layers as in CoFi (Xia et al. 2022)',
+      saves='dropped layers as a whole',
+      twin='residual',
+      fixed=True,  # packing removes layers that are closed
+    )
 
   @nn.compact
   def __call__(self, block: nn.Module, tokens: Tokens, mode: str) -> jax.Array:
@@ -36,7 +42,7 @@ class LayerGate(LearnedGate, kw_only=True):
     start = nn.initializers.constant(self.first_logit / RATE)
     logit = RATE * self.param('logit', start, (), jnp.float32)
     decision = self.decide(jnp.broadcast_to(logit, (tokens.x.shape[0], 1, 1)), mode)
-    with record.gated_by(self):
+    with record.gated(self.path, self.traits.gating):
       entering = tokens
       if mode != 'train':  # where the gradient of a closed layer's gate needs what the layer gives
         entering = tokens.only(decision.open[..., 0])

@@ -1,7 +1,5 @@
 """A fixed share of a sequence's tokens enters the layer."""
 
-from typing import ClassVar
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,22 +8,22 @@ from flax import linen as nn
 from sparse_lm.core.errors import require
 from sparse_lm.core.ranges import ranged
 from sparse_lm.layers.gate import normalised
+from sparse_lm.layers.method import LayerMethod, Traits
 from sparse_lm.layers.routed import gather_run_scatter, run_routed
 from sparse_lm.layers.router import Router
 from sparse_lm.layers.sow import sow
 from sparse_lm.layers.spec import Spec
 from sparse_lm.layers.tokens import Tokens
-from sparse_lm.plan import cost, record
+from sparse_lm.plan import record
+from sparse_lm.plan.cost import Gating
 
 
-class MixtureOfDepths(cost.Gating, nn.Module):
+class MixtureOfDepths(LayerMethod):
   """The `capacity` of the tokens that the router likes best enter: `x + r * block(x)`.
 
   Top-k over a sequence is not causal, so training alone routes like that, on gathered tokens. A small
   predictor learns from the tokens before it whether a token was chosen; evaluation follows it.
 
-  Paper: Raposo et al. 2024.
-  Saves: the whole layer for tokens that skip it, keys and values included.
   Differs from the paper: the predictor is linear in the token and the router's weight; both read the
     token at unit mean square, or the predictor's gradient comes to outweigh the model's.
 
@@ -35,10 +33,17 @@ class MixtureOfDepths(cost.Gating, nn.Module):
 
   spec: Spec
   capacity: float = ranged(0.125, '(0, 1]')
-  twin: ClassVar[str] = 'residual'
-  controlled: ClassVar[bool] = False
-  skips: ClassVar[bool] = True
-  causal: ClassVar[dict[str, bool]] = {'train': False, 'eval': True}
+
+  @property
+  def traits(self) -> Traits:
+    """What the method declares."""
+    return Traits(
+      paper='Raposo et al. 2024',
+      saves='the whole layer for tokens that skip it, keys and values included',
+      twin='residual',
+      gating=Gating(planned=self._entering(self.spec.context) / self.spec.context),
+      non_causal=('train',),
+    )
 
   def check(self) -> None:
     """Raises UserError for a capacity that rounds to no token."""
@@ -49,11 +54,6 @@ class MixtureOfDepths(cost.Gating, nn.Module):
       self.capacity,
       f'a fraction that rounds to 1 of the {tokens} tokens at least',
     )
-
-  @property
-  def planned(self) -> float:
-    """Fraction of the tokens that enters."""
-    return self._entering(self.spec.context) / self.spec.context
 
   def _entering(self, length: int) -> int:
     return max(1, round(self.capacity * length))
@@ -67,7 +67,7 @@ class MixtureOfDepths(cost.Gating, nn.Module):
       return self._train(block, tokens, weight_BxLx1, likely_BxL)
     entering = tokens.only(likely_BxL > 0)
     sow(self, 'gates', 'active', entering.valid.astype(jnp.float32))
-    with record.gated_by(self):
+    with record.gated(self.path, self.traits.gating):
       added = run_routed(block, entering, mode)
     added = added * weight_BxLx1.astype(added.dtype)
     return tokens.x + jnp.where(entering.valid[..., None], added, 0)

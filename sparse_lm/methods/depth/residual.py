@@ -3,15 +3,19 @@
 import jax
 from flax import linen as nn
 
+from sparse_lm.layers.method import LayerMethod, Traits
 from sparse_lm.layers.tokens import Tokens
 
 
-class Residual(nn.Module):
-  """`x + block(x)`.
+class Residual(LayerMethod):
+  """`x + block(x)`."""
 
-  Paper: Vaswani et al. 2017, with the norm first (Xiong et al. 2020).
-  Saves: nothing.
-  """
+  @property
+  def traits(self) -> Traits:
+    """What the method declares."""
+    return Traits(
+      paper='Vaswani et al. 2017, with the norm first (Xiong et al. 2020)', saves='nothing'
+    )
 
   def __call__(self, block: nn.Module, tokens: Tokens, mode: str) -> jax.Array:
     """Returns the residual stream `[B, L, D]` after the layer.

@@ -1,7 +1,6 @@
 """Mixture of experts in which the experts choose their tokens."""
 
 from collections.abc import Callable
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,21 +11,21 @@ from sparse_lm.core.ranges import ranged
 from sparse_lm.kernels.topk import topk_rows
 from sparse_lm.layers import dispatch
 from sparse_lm.layers.experts import Experts, observe_routing
+from sparse_lm.layers.method import LayerMethod, Traits
 from sparse_lm.layers.router import Router
 from sparse_lm.layers.sow import sow
 from sparse_lm.layers.spec import Spec
-from sparse_lm.plan import cost, record
+from sparse_lm.plan import record
+from sparse_lm.plan.cost import Gating
 
 
-class ExpertChoice(cost.Gating, nn.Module):
+class ExpertChoice(LayerMethod):
   """Each expert takes the `visits / experts` of the batch's tokens that score highest with it.
 
   Perfectly balanced, and not causal: whether an expert takes a token depends on all the others. So
   training alone routes like that. Evaluation takes what exceeds the expert's threshold, a moving
   average of the lowest score that it took in training, which needs no other token.
 
-  Paper: Zhou et al. 2022.
-  Saves: the experts that a token does not visit.
 
   Attributes:
     activation: makes the activation slot's module.
@@ -44,12 +43,18 @@ class ExpertChoice(cost.Gating, nn.Module):
   hidden: int = ranged(0, '[0, 2^24]')
   decay: float = ranged(0.95, '[0, 1)')
   executor: str = 'sort'
-  twin: ClassVar[str] = 'dense'
-  planned: ClassVar[float] = 1.0
-  controlled: ClassVar[bool] = False
-  skips: ClassVar[bool] = True
-  causal: ClassVar[dict[str, bool]] = {'train': False, 'eval': True}
-  couples: ClassVar[dict[str, bool]] = {'train': True, 'eval': False}
+
+  @property
+  def traits(self) -> Traits:
+    """What the method declares."""
+    return Traits(
+      paper='Zhou et al. 2022',
+      saves='the experts that a token does not visit',
+      twin='dense',
+      gating=Gating(),
+      non_causal=('train',),
+      couples=('train',),
+    )
 
   def check(self) -> None:
     """Raises UserError where fields do not fit each other or the context."""
@@ -87,7 +92,7 @@ class ExpertChoice(cost.Gating, nn.Module):
       weight_TxE = probability_TxE.astype(x_TxD.dtype) * taken_TxE
       return dispatch.weighted_sum(y_ExCxD.swapaxes(0, 1), weight_TxE).reshape(b, l, d)
     x_ExCxD = dispatch.dispatch(x_TxD, plan, self.executor)
-    with record.gated_by(self):
+    with record.gated(self.path, self.traits.gating):
       y_ExCxD = experts(x_ExCxD, None, tokens * self.visits, mode)
     y_TxD = dispatch.combine(y_ExCxD, plan, probability_TxE, self.executor)
     return y_TxD.reshape(b, l, d)

@@ -1,7 +1,6 @@
 """Mixture of experts in which each token chooses."""
 
 from collections.abc import Callable
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,22 +10,21 @@ from sparse_lm.core.errors import require, unknown
 from sparse_lm.core.ranges import ranged
 from sparse_lm.layers import dispatch
 from sparse_lm.layers.experts import Experts, observe_routing
+from sparse_lm.layers.method import LayerMethod, Traits
 from sparse_lm.layers.router import Router
 from sparse_lm.layers.sow import sow
 from sparse_lm.layers.spec import Spec
-from sparse_lm.plan import cost, record
+from sparse_lm.plan import record
+from sparse_lm.plan.cost import Gating
 
 
-class MoETopK(cost.Gating, nn.Module):
+class MoETopK(LayerMethod):
   """Each token goes to the `k` experts that its router likes best.
 
   With k = 1 an expert's output is weighted by its probability (Switch), with more by the chosen
   probabilities made to sum to 1. A full expert drops tokens; its slots go by position (then sequence,
   then choice), so that no token is dropped for a later one.
 
-  Paper: Switch (Fedus et al. 2021) and top-2 (Shazeer et al. 2017, GShard 2020); z-loss of ST-MoE
-  (Zoph et al. 2022).
-  Saves: the experts that a token does not visit.
   Differs from the paper: evaluation drops nothing by default, so that what a batch holds besides a
   sequence cannot change its loss; and second choices do not wait for everyone's first.
 
@@ -54,18 +52,20 @@ class MoETopK(cost.Gating, nn.Module):
   z: float = ranged(0.001, '[0, inf)')
   jitter: float = ranged(0.01, '[0, 1)')
   executor: str = 'sort'
-  twin: ClassVar[str] = 'dense'
-  planned: ClassVar[float] = 1.0
-  controlled: ClassVar[bool] = False
-  skips: ClassVar[bool] = True
 
   @property
-  def couples(self) -> dict[str, bool]:
-    """Where an expert's slots are limited, the sequences of a batch compete for them.
-
-    Slots go by position, so that a token loses none to a later one: it stays causal all the same.
-    """
-    return {mode: self._factor(mode) > 0 for mode in ('train', 'eval')}
+  def traits(self) -> Traits:
+    """What the method declares."""
+    # Where an expert's slots are limited, the sequences of a batch compete for them. Slots go by
+    # position, so that a token loses none to a later one: the method stays causal all the same.
+    return Traits(
+      paper='Switch (Fedus et al. 2021) and top-2 (Shazeer et al. 2017, GShard 2020); z-loss of ST-MoE '
+      '(Zoph et al. 2022)',
+      saves='the experts that a token does not visit',
+      twin='dense',
+      gating=Gating(),
+      couples=tuple(mode for mode in ('train', 'eval') if self._factor(mode) > 0),
+    )
 
   def check(self) -> None:
     """Raises UserError where fields do not fit each other or the context."""
@@ -108,7 +108,7 @@ class MoETopK(cost.Gating, nn.Module):
       return y_TxD.reshape(b, l, d)
     x_NxPxD = dispatch.dispatch(x_TxD, plan, self.executor)
     expert_N = plan.expert_N if self._factor(mode) == 0 else None
-    with record.gated_by(self):
+    with record.gated(self.path, self.traits.gating):
       y_NxPxD = experts(x_NxPxD, expert_N, b * l * self.k, mode)
     y_TxD = dispatch.combine(y_NxPxD, plan, weight_TxK, self.executor)
     return y_TxD.reshape(l, b, d).transpose(1, 0, 2)

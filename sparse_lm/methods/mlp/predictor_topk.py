@@ -1,7 +1,6 @@
 """Hidden units chosen by a cheap predictor, so that the rest need not be computed at all."""
 
 from collections.abc import Callable
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +11,20 @@ from sparse_lm.core.ranges import ranged
 from sparse_lm.kernels.topk import gaussian_threshold, topk_rows
 from sparse_lm.layers.active import up_and_down
 from sparse_lm.layers.linear import Linear
+from sparse_lm.layers.method import LayerMethod, Traits
 from sparse_lm.layers.sow import hidden_units, sow
 from sparse_lm.layers.spec import Spec
-from sparse_lm.plan import cost, record
+from sparse_lm.plan import record
+from sparse_lm.plan.cost import Gating
 
 SELECTORS = ('statistical', 'exact')
 
 
-class PredictorTopK(cost.Gating, nn.Module):
+class PredictorTopK(LayerMethod):
   """The first inputs predict which units fire; the others compute those that do.
 
   `down(activation(top-k(predictor(x[:r]))) * up(x[r:]))`: as many weights as the plain MLP.
 
-  Paper: Spark (You et al. 2025).
-  Saves: the up- and the down-projection of the other units (the predictor runs in full).
   Differs from the paper: the activation is the activation slot's, not GELU.
 
   Attributes:
@@ -40,9 +39,16 @@ class PredictorTopK(cost.Gating, nn.Module):
   density: float = ranged(0.125, '(0, 1]')
   split: float = ranged(0.5, '(0, 1)')
   selector: str = 'statistical'
-  twin: ClassVar[str] = 'dense'
-  controlled: ClassVar[bool] = False
-  skips: ClassVar[bool] = True
+
+  @property
+  def traits(self) -> Traits:
+    """What the method declares."""
+    return Traits(
+      paper='Spark (You et al. 2025)',
+      saves='the up- and the down-projection of the other units (the predictor runs in full)',
+      twin='dense',
+      gating=Gating(planned=self.density),
+    )
 
   def check(self) -> None:
     """Raises UserError for an unknown selector, or a split that leaves one side no input."""
@@ -51,11 +57,6 @@ class PredictorTopK(cost.Gating, nn.Module):
     width = self.spec.width
     valid = f'a fraction that leaves each side one of the {width} inputs at least'
     require(1 <= round(self.split * width) < width, 'config.mlp.split', self.split, valid)
-
-  @property
-  def planned(self) -> float:
-    """Fraction of the units that is computed further."""
-    return self.density
 
   @nn.compact
   def __call__(self, x_BxLxD: jax.Array, mode: str) -> jax.Array:
@@ -69,12 +70,12 @@ class PredictorTopK(cost.Gating, nn.Module):
     if mode != 'train':
       sow(self, 'gates', 'active', jnp.mean(chosen_BxLxF, axis=-1, dtype=jnp.float32))
     up = Linear(spec, spec.hidden, name='up')
-    down = Linear(spec, spec.width, role='residual', name='down')
+    down = Linear(spec, spec.width, role='out', name='down')
     read_BxLxD = x_BxLxD[..., r:]
     gathered = up_and_down(up, down, read_BxLxD, gate_BxLxF, chosen_BxLxF, self.density, mode)
     if gathered is not None:
       return gathered
-    with record.gated_by(self):
+    with record.gated(self.path, self.traits.gating):
       h_BxLxF = gate_BxLxF * up(read_BxLxD)
       with hidden_units(self, None, h_BxLxF, mode):
         return down(h_BxLxF)
