@@ -1,148 +1,158 @@
-"""Softmax attention under any mask, for the methods that differ in the mask alone."""
+"""Attention layers: projections and a cache around a method that decides which keys are read.
 
+A method of the attention slot is an `AttentionMethod`. Most differ in a mask alone (`MaskedAttention`).
+One with other projections, or another cache, gives its own layer.
+"""
+
+import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
+from sparse_lm.kernels.attention import KeyValues, Mask, Select, attention, computed_keys
+from sparse_lm.layers import cache
+from sparse_lm.layers.embed import rotate
+from sparse_lm.layers.linear import Linear, fused_projections
+from sparse_lm.layers.method import LayerMethod
+from sparse_lm.layers.spec import Spec
+from sparse_lm.layers.tokens import Tokens
 from sparse_lm.plan import record
 
-Select = Callable[[jax.Array, jax.Array], jax.Array]
 
+class AttentionMethod(LayerMethod):
+  """The base of attention methods: `(tokens, queries, keys, mode)` to `[B, L, H, K]`.
 
-def causal(
-  positions_BxL: jax.Array,
-  key_positions_BxS: jax.Array,
-  valid_BxS: jax.Array,
-  window: int | None = None,
-) -> jax.Array:
-  """bool `[B, L, S]`: valid keys at the query's position or before, at most `window` of them back.
-
-  A query that no such key is left for (a token that skips the layer) reads its own: its output is
-  dropped, but the gradient of the gate that dropped it must not come from later tokens.
+  `tokens` are the layer's normalised inputs, which gates may decide by; `keys` all that may be read.
   """
-  age_BxLxS = positions_BxL[:, :, None] - key_positions_BxS[:, None, :]
-  reads = (age_BxLxS >= 0) & valid_BxS[:, None, :]
-  if window is not None:
-    reads &= age_BxLxS < window
-  return reads | ((age_BxLxS == 0) & ~jnp.any(reads, axis=-1, keepdims=True))
+
+  spec: Spec
+
+  @property
+  def layer(self) -> 'Callable[..., AttentionLayer]':
+    """What makes the layer around the method, as `layer(spec, method, name=...)`.
+
+    It is asked of a module that belongs to no other. A method whose layer has other projections or
+    another cache overrides it.
+    """
+    reach, context = self.traits.reach, self.spec.context
+    cache_size = context if reach is None else min(reach, context)
+    return functools.partial(AttentionLayer, cache_size=cache_size)
+
+
+class MaskedAttention(AttentionMethod):
+  """Softmax attention to the keys that a mask leaves, and that the scores then select."""
+
+  @property
+  def mask(self) -> Mask:
+    """Which keys a query may read, whatever their scores."""
+    return Mask()
+
+  @property
+  def most(self) -> int | None:
+    """Keys of which a query reads the values at most, once their scores are known; `None` = all."""
+    return None
+
+  @property
+  def select(self) -> Select | None:
+    """Narrows the mask by the scores to `most` keys; `None` = the mask is all."""
+    return None
+
+  @nn.compact
+  def __call__(self, tokens: Tokens, q_BxLxHxK: jax.Array, keys: KeyValues, mode: str) -> jax.Array:
+    """Returns `[B, L, H, K]`, of queries `[B, L, H, K]`, grouped where `keys` have fewer heads."""
+    dropout = nn.Dropout(self.spec.dropout, deterministic=mode != 'train')
+    dropped = dropout.rate > 0 and not dropout.deterministic
+    return attention(
+      note(q_BxLxHxK, self.path, keys.k.shape[1], self.mask, self.most),
+      tokens.positions,
+      keys,
+      self.mask,
+      dropout if dropped else None,
+      self.select,
+      self.most,
+    )
+
+
+class AttentionLayer(nn.Module):
+  """Projections, cache and output around an attention method: the usual ones.
+
+  Attributes:
+    method: makes the attention slot's module.
+    cache_size: keys that decoding keeps.
+  """
+
+  spec: Spec
+  method: Callable[[], AttentionMethod]
+  cache_size: int
+
+  @nn.compact
+  def __call__(self, tokens: Tokens, mode: str) -> jax.Array:
+    """What attention makes of the tokens: `[B, L, D]`."""
+    method = self.method()
+    gating = method.traits.gating
+    chosen = gating is not None
+    record.units(self.path, 'head', self.spec.kv_heads, self.head_axes, dynamic=chosen)
+    q_BxLxHxK, keys = self.project(tokens, mode)
+    out_BxLxHxK = method(tokens, q_BxLxHxK, keys, mode)
+    with record.gated(method.path, gating):
+      return self.merge(out_BxLxHxK)
+
+  @property
+  def head_axes(self) -> dict[str, int]:
+    """The axis of each kernel along which heads follow each other.
+
+    Query heads that share a key head are pruned with it.
+    """
+    return {'query/kernel': -1, 'key/kernel': -1, 'value/kernel': -1, 'out/kernel': -2}
+
+  def project(self, tokens: Tokens, mode: str) -> tuple[jax.Array, KeyValues]:
+    """The tokens' queries `[B, L, H, K]`, and the keys that they may read: theirs, or all cached ones."""
+    spec, (b, l, _) = self.spec, tokens.x.shape
+    wide, narrow = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    features = {'query': wide, 'key': narrow, 'value': narrow}
+    projected = fused_projections(self, spec, tokens.x, features)
+    # Fewer heads where some were removed.
+    q_BxLxHxK, k_BxLxGxK, v_BxLxGxK = (y.reshape(b, l, -1, spec.head_dim) for y in projected)
+    if spec.positions == 'rotary':
+      q_BxLxHxK, k_BxLxGxK = (rotate(a, tokens.positions) for a in (q_BxLxHxK, k_BxLxGxK))
+    keys = KeyValues(k_BxLxGxK, v_BxLxGxK, tokens.positions, tokens.valid)
+    return q_BxLxHxK, cache.extend(self, self.cache_size, keys) if self.caches(mode) else keys
+
+  def merge(self, out_BxLxHxK: jax.Array) -> jax.Array:
+    """The heads' outputs `[B, L, H, K]` to `[B, L, D]`."""
+    out_BxLxF = out_BxLxHxK.reshape(*out_BxLxHxK.shape[:2], -1)
+    return Linear(self.spec, self.spec.width, role='out', name='out')(out_BxLxF)
+
+  def caches(self, mode: str) -> bool:
+    """Whether sequences are decoded token by token, so that keys are to be kept."""
+    return mode == 'decode' and self.is_mutable_collection('cache')
 
 
 def note(
-  q_BxLxHxK: jax.Array,
-  path: tuple[str, ...],
-  keys: int,
-  scored: float = 1.0,
-  read: float = 1.0,
-  most: int | None = None,
+  q_BxLxHxK: jax.Array, path: tuple[str, ...], keys: int, mask: Mask, most: int | None = None
 ) -> jax.Array:
-  """Returns the queries, marked with the cost of both matmuls of `attend`, by all pairs.
+  """Returns the queries, marked with the cost of both matmuls of `attention`, by all pairs.
 
   Every query is charged with every key, those behind it included, because that is what dense attention
   computes before its mask. A method that reads fewer keys is charged with the share that it reads of
   the causal ones, so that a share means the same by both conventions; `cost.causal_pairs` turns the
-  notes into exact counts of what is read. What `attend` computes beyond that is marked as uncharged.
+  notes into exact counts of what is read. What the kernel computes beyond that is marked as uncharged.
 
   Args:
     keys: S.
-    scored: share of the causal keys whose scores are charged; `read`, of those whose values are.
-    most: as in `attend`.
+    mask: keys that it leaves out by their distance are charged neither scores nor values.
+    most: keys whose values are charged for each query, at most.
   """
   queries, pair = q_BxLxHxK.shape[1], 2 * q_BxLxHxK.size
-  gathered = keys if most is None or queries > 1 else min(most, keys)
-  causal = sum(_causal_keys(queries, keys)) / (queries * keys)
+  places = range(
+    keys - queries, keys
+  )  # the last ones: all of a sequence, or in decoding the newest
+  within = [mask.count(place, keys) for place in places]
+  there = sum(Mask(causal=mask.causal).count(place, keys) for place in places)
+  scored, causal = sum(within) / there, there / (queries * keys)
+  read = sum(count if most is None else min(count, most) for count in within) / there
   q_BxLxHxK = record.matmul(q_BxLxHxK, path, 'scores', pair * keys * scored, causal=causal)
   q_BxLxHxK = record.matmul(q_BxLxHxK, path, 'values', pair * keys * read, causal=causal)
-  computed, charged = keys + gathered, keys * (scored + read)
+  computed, charged = computed_keys(queries, keys, most), keys * (scored + read)
   return record.uncharged(q_BxLxHxK, 'keys that a query does not read', pair * (computed - charged))
-
-
-def share_of_keys(most: int, queries: int, keys: int) -> float:
-  """Keys that causal queries read where each reads `most` at most, over those there are.
-
-  The queries are the last ones: all of a sequence, or in decoding the newest.
-  """
-  there = _causal_keys(queries, keys)
-  return sum(min(count, most) for count in there) / sum(there)
-
-
-def _causal_keys(queries: int, keys: int) -> range:
-  """How many keys each query may read, its own included."""
-  return range(keys - queries + 1, keys + 1)
-
-
-def attend(
-  q_BxLxHxK: jax.Array,
-  k_BxSxGxK: jax.Array,
-  v_BxSxGxK: jax.Array,
-  mask_BxLxS: jax.Array,
-  dropout: nn.Dropout,
-  select: Select | None = None,
-  most: int | None = None,
-) -> jax.Array:
-  """Softmax attention, grouped-query where k has fewer heads: `[B, L, H, K]`.
-
-  Scores and weights are arrays of `[B, H, L, S]` on every device: no fused kernel is used. On a CPU
-  explicit einsums over `[B, H, L, K]` are 1.3 to 2 times faster than `jax.nn.dot_product_attention`,
-  whose default implementation, which a GPU runs here, is XLA's unfused one too (its fused one,
-  `implementation='cudnn'`, has to be asked for). A query without any key reads all of them alike.
-
-  Args:
-    mask_BxLxS: bool, which keys a query may read.
-    dropout: of the attention weights.
-    select: `(scores, mask) -> mask`, both `[B, G, H / G, L, S]`: narrows the mask by the scores.
-    most: keys that `select` leaves at most; a single query reads the values of no others.
-  """
-  dropped = dropout.rate > 0 and not dropout.deterministic
-  if jax.default_backend() == 'gpu' and not dropped and select is None:
-    return jax.nn.dot_product_attention(q_BxLxHxK, k_BxSxGxK, v_BxSxGxK, mask=mask_BxLxS[:, None])
-  b, l, h, width = q_BxLxHxK.shape
-  g = k_BxSxGxK.shape[2]
-  q_BxGxRxLxK = q_BxLxHxK.reshape(b, l, g, h // g, width).transpose(0, 2, 3, 1, 4) * width**-0.5
-  k_BxGxSxK, v_BxGxSxK = (a.transpose(0, 2, 1, 3) for a in (k_BxSxGxK, v_BxSxGxK))
-  mask = mask_BxLxS[:, None, None]
-  if l == 1:
-    out_BxGxRxLxK = _attend_once(q_BxGxRxLxK, k_BxGxSxK, v_BxGxSxK, mask, dropout, select, most)
-  else:
-    scores = jnp.einsum('bgrlk,bgsk->bgrls', q_BxGxRxLxK, k_BxGxSxK)
-    weights = dropout(_weights(scores, mask, select))
-    out_BxGxRxLxK = jnp.einsum('bgrls,bgsk->bgrlk', weights, v_BxGxSxK)
-  return out_BxGxRxLxK.transpose(0, 3, 1, 2, 4).reshape(b, l, h, width)
-
-
-def _weights(scores: jax.Array, mask: jax.Array, select: Select | None) -> jax.Array:
-  """Softmax over the keys that `mask`, and then `select`, leave; in float32, given as scores were."""
-  exact = scores.astype(jnp.float32)
-  mask = mask if select is None else select(exact, mask)
-  return nn.softmax(jnp.where(mask, exact, jnp.finfo(jnp.float32).min)).astype(scores.dtype)
-
-
-def _attend_once(
-  q_BxGxRx1xK: jax.Array,
-  k_BxGxSxK: jax.Array,
-  v_BxGxSxK: jax.Array,
-  mask: jax.Array,
-  dropout: nn.Dropout,
-  select: Select | None,
-  most: int | None,
-) -> jax.Array:
-  """`[B, G, R, 1, K]` of a single query.
-
-  In three dimensions, keys in rows of features: XLA:CPU runs the general form ten times slower. Decoding
-  holds keys and values in that layout, so the transposes cost nothing.
-  """
-  b, g, r, _, width = q_BxGxRx1xK.shape
-  q_NxRxK = q_BxGxRx1xK.reshape(b * g, r, width)
-  k_NxKxS = k_BxGxSxK.swapaxes(2, 3).reshape(b * g, width, -1)
-  v_NxSxK = v_BxGxSxK.reshape(b * g, -1, width)
-  scores_NxRxS = jnp.einsum('nrk,nks->nrs', q_NxRxK, k_NxKxS)
-  weights = _weights(scores_NxRxS.reshape(b, g, r, 1, -1), mask, select)
-  weights_NxRxS = dropout(weights).reshape(b * g, r, -1)
-  if most is None or most >= weights_NxRxS.shape[-1]:
-    out_NxRxK = jnp.einsum('nrs,nsk->nrk', weights_NxRxS, v_NxSxK)
-  else:
-    weights_NxRxS, index_NxRxS = jax.lax.top_k(weights_NxRxS, most)
-    v_NxRxSxK = jnp.take_along_axis(v_NxSxK[:, None], index_NxRxS[..., None], axis=2)
-    out_NxRxK = jnp.einsum('nrs,nrsk->nrk', weights_NxRxS, v_NxRxSxK)
-  return out_NxRxK.reshape(q_BxGxRx1xK.shape)

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sparse_lm.kernels.matmul import matmul
 from sparse_lm.layers.init import INITS
-from sparse_lm.layers.linear import Linear, matmul
+from sparse_lm.layers.linear import Linear
 from sparse_lm.layers.spec import Spec
 from sparse_lm.plan import record
 

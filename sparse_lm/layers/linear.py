@@ -8,20 +8,11 @@ import numpy as np
 from flax import linen as nn
 
 from sparse_lm.core.format import Format
+from sparse_lm.kernels.matmul import matmul
 from sparse_lm.layers import sow
 from sparse_lm.layers.init import INITS
 from sparse_lm.layers.spec import Spec
 from sparse_lm.plan import record
-
-
-def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """`[..., in] @ [in, out]`, as one two-dimensional product.
-
-  XLA:CPU runs a product with two batch axes, and above all its gradients, at little more than half
-  the rate of the flat one.
-  """
-  flat = x.reshape(-1, x.shape[-1]) @ kernel
-  return flat.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 class Linear(nn.Module):

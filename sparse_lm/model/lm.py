@@ -89,18 +89,9 @@ def _layer(
     supplied = {'spec': spec, 'activation': made.get('activation'), 'name': choice.slot}
     made[choice.slot] = functools.partial(choice.build, layer, spec.layers, **supplied)
   block_type = nn.remat(Block, static_argnums=(2,)) if spec.remat else Block
-  cache_size = _cache_size(spec, choices, layer)
-  block = block_type(spec, made['attention'], made['mlp'], cache_size, name=f'block_{layer}')
+  block = block_type(spec, made['attention'], made['mlp'], name=f'block_{layer}')
   depth = made['depth'](name=f'depth_{layer}')
   return depth(block, tokens, mode)
-
-
-@functools.lru_cache
-def _cache_size(spec: Spec, choices: tuple[Choice, ...], layer: int) -> int:
-  """Keys that a layer has to keep for decoding: a method may declare that it reads no more."""
-  choice = next(c for c in choices if c.slot == 'attention')
-  reaches = [found.traits(spec).reach for found in choice.at(layer, spec.layers)]
-  return min([spec.context, *(reach for reach in reaches if reach is not None)])
 
 
 class Layer(nn.Module):

@@ -77,7 +77,6 @@ REAL = functools.partial(
   SPEC,
   method('attention', 'full', spec=SPEC, name='attention'),
   method('mlp', 'dense', spec=SPEC, name='mlp', activation=method('activation', 'relu2')),
-  LENGTH,
 )
 
 

@@ -65,7 +65,7 @@ def inputs_of_entering(model, params, x_BxLxD, enters_BxL):
     for choice in model.choices
   }
   mlp = functools.partial(made['mlp'], activation=made['activation'])
-  block = Block(model.spec, made['attention'], mlp, model.spec.context)
+  block = Block(model.spec, made['attention'], mlp)
   rows = {name: [] for name in PRUNED}
   for x_LxD, enters_L in zip(x_BxLxD, enters_BxL):
     if not enters_L.any():

@@ -7,6 +7,7 @@ import jax
 from flax import linen as nn
 
 from sparse_lm.kernels.attention import KeyValues
+from sparse_lm.layers.attention import AttentionLayer, AttentionMethod
 from sparse_lm.layers.gate import LearnedGate
 from sparse_lm.layers.method import Traits
 from sparse_lm.layers.router import Router
@@ -14,7 +15,7 @@ from sparse_lm.layers.tokens import Tokens
 from sparse_lm.plan import record
 
 
-class HeadGate(LearnedGate, kw_only=True):
+class HeadGate(LearnedGate, AttentionMethod, kw_only=True):
   """A gate for every token and head around any attention, `config.attention.otherwise`.
 
   Differs from the papers: any estimator, and no head is always on.
@@ -23,7 +24,7 @@ class HeadGate(LearnedGate, kw_only=True):
     inner: makes the attention that is gated.
   """
 
-  inner: Callable[[], nn.Module]
+  inner: Callable[[], AttentionMethod]
   slot: ClassVar[str] = 'attention'
 
   @property
@@ -36,9 +37,14 @@ class HeadGate(LearnedGate, kw_only=True):
       skips=False,  # decoding computes closed heads too
     )
 
+  @property
+  def layer(self) -> Callable[..., AttentionLayer]:
+    """That of the attention that is gated."""
+    return self.inner().layer
+
   @nn.compact
   def __call__(self, tokens: Tokens, q_BxLxHxK: jax.Array, keys: KeyValues, mode: str) -> jax.Array:
-    """Returns `[B, L, H, K]`, zeros where a head is closed; see `Full`."""
+    """Returns `[B, L, H, K]`, zeros where a head is closed; see `MaskedAttention`."""
     heads = q_BxLxHxK.shape[2]
     logits_BxLxH = Router(self.spec, heads, bias=self.first_logit, name='router')(tokens.x)
     decision = self.decide(logits_BxLxH, mode)

@@ -2,27 +2,22 @@
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from sparse_lm.core.errors import require
 from sparse_lm.core.ranges import ranged
-from sparse_lm.kernels.attention import KeyValues
+from sparse_lm.kernels.attention import Select
 from sparse_lm.kernels.topk import topk_rows
-from sparse_lm.layers.attention import attend, causal, note, share_of_keys
-from sparse_lm.layers.method import LayerMethod, Traits
-from sparse_lm.layers.spec import Spec
-from sparse_lm.layers.tokens import Tokens
+from sparse_lm.layers.attention import MaskedAttention
+from sparse_lm.layers.method import Traits
 
 
-class TopKKeys(LayerMethod):
+class TopKKeys(MaskedAttention):
   """Softmax over the `k` largest scores of each query; of equal ones the earlier key's.
-
 
   Attributes:
     k: keys that a query reads at most.
   """
 
-  spec: Spec
   k: int = ranged(16, '[1, 2^31)')
 
   @property
@@ -39,16 +34,15 @@ class TopKKeys(LayerMethod):
     valid = f'1 to config.data.context, {self.spec.context}'
     require(self.k <= self.spec.context, 'config.attention.k', self.k, valid)
 
-  @nn.compact
-  def __call__(self, tokens: Tokens, q_BxLxHxK: jax.Array, keys: KeyValues, mode: str) -> jax.Array:
-    """Returns `[B, L, H, K]`, see `Full`."""
-    count = keys.k.shape[1]
-    share = share_of_keys(self.k, q_BxLxHxK.shape[1], count)
-    q_BxLxHxK = note(q_BxLxHxK, self.path, count, read=share, most=self.k)
-    mask_BxLxS = causal(tokens.positions, keys.positions, keys.valid)
-    dropout = nn.Dropout(self.spec.dropout, deterministic=mode != 'train')
-    select, most = self._largest, self.k
-    return attend(q_BxLxHxK, keys.k, keys.v, mask_BxLxS, dropout, select, most)
+  @property
+  def most(self) -> int:
+    """Keys whose values a query reads."""
+    return self.k
+
+  @property
+  def select(self) -> Select:
+    """The largest scores of those that the mask leaves."""
+    return self._largest
 
   def _largest(self, scores: jax.Array, mask: jax.Array) -> jax.Array:
     scores = jax.lax.stop_gradient(jnp.where(mask, scores, -jnp.inf))

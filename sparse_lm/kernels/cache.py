@@ -1,0 +1,70 @@
+"""How keys and values are laid out while a sequence is decoded, so that one query reads them in place."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+LANES = 16
+
+
+def slots_for(size: int) -> int:
+  """Slots to allocate for `size` tokens: one that nobody reads, for what is not to be written, and whole
+  vectors of them."""
+  return -(-(size + 1) // LANES) * LANES
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Where the tokens' axis is among those of what is held, `[B * G, ...]`.
+
+  Attributes:
+    axis: 2 = tokens in the last axis, as one query reads keys: rows of features. 1 = tokens before the
+      features, as it reads values.
+  """
+
+  axis: int
+
+  def empty(self, new_BxLxGxK: Array, slots: int) -> Array:
+    """Zeros with room for `slots` tokens like these."""
+    b, _, g, width = new_BxLxGxK.shape
+    shape = (b * g, width, slots) if self.axis == 2 else (b * g, slots, width)
+    return jnp.zeros(shape, new_BxLxGxK.dtype)
+
+  def write(self, held: Array, new_BxLxGxK: Array, slot_BxL: Array) -> Array:
+    """What is held, with new tokens in their slots."""
+    b, l, g, width = new_BxLxGxK.shape
+    if self.axis == 2:
+      new = new_BxLxGxK.transpose(0, 2, 3, 1).reshape(b * g, width, l)
+    else:
+      new = new_BxLxGxK.transpose(0, 2, 1, 3).reshape(b * g, l, width)
+    return write(held, new, slot_BxL, self.axis)
+
+  def read(self, held: Array, batch: int) -> Array:
+    """What is held as `[B, S, G, K]`."""
+    apart = held.reshape(batch, -1, *held.shape[1:])
+    return apart.transpose(0, 3, 1, 2) if self.axis == 2 else apart.transpose(0, 2, 1, 3)
+
+
+KEYS, VALUES = Layout(axis=2), Layout(axis=1)
+
+
+def write(held: Array, new: Array, slot_BxL: Array, axis: int) -> Array:
+  """Puts tokens, along `axis` of `new`, in their slots; rows of the first axis are shared out evenly.
+
+  A token of each sequence is written one sequence after another, in place: XLA:CPU runs the scatter
+  that would write them at once by copying all that is held.
+  """
+  each = len(held) // len(slot_BxL)
+  if slot_BxL.shape[1] > 1:
+    slots = jnp.repeat(slot_BxL, each, axis=0)
+    put = jax.vmap(lambda row, tokens, at: jnp.moveaxis(row, axis - 1, 0).at[at].set(tokens))
+    tokens = jnp.moveaxis(new, axis, 1)
+    return jnp.moveaxis(put(held, tokens, slots), 1, axis)
+  for sequence in range(len(slot_BxL)):
+    start = [0] * held.ndim
+    start[0], start[axis] = sequence * each, slot_BxL[sequence, 0]
+    rows = new[sequence * each : (sequence + 1) * each]
+    held = jax.lax.dynamic_update_slice(held, rows, start)
+  return held

@@ -1,0 +1,29 @@
+"""What a cache holds, against an array that is indexed in NumPy."""
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from sparse_lm.kernels.cache import KEYS, LANES, VALUES, slots_for
+
+B, G, K = 3, 2, 4
+
+
+@pytest.mark.parametrize('tokens', [1, 5])
+@pytest.mark.parametrize('layout', [KEYS, VALUES])
+def test_tokens_are_read_where_they_were_written(layout, tokens):
+  slots, draw = slots_for(20), np.random.default_rng(0)
+  want = np.zeros((B, slots, G, K), np.float32)
+  held = layout.empty(np.zeros((B, 1, G, K), np.float32), slots)
+  for _ in range(4):
+    new = draw.normal(size=(B, tokens, G, K)).astype(np.float32)
+    slot = np.stack([draw.permutation(slots)[:tokens] for _ in range(B)])
+    held = layout.write(held, new, slot)
+    for b in range(B):
+      want[b, slot[b]] = new[b]
+    assert_array_equal(layout.read(held, B), want)
+  assert np.count_nonzero(want) > B * tokens * G * K
+
+
+def test_there_is_one_slot_more_than_tokens_and_whole_vectors_of_them():
+  assert [slots_for(size) for size in (1, LANES - 1, LANES, 100)] == [16, 16, 32, 112]

@@ -1,0 +1,144 @@
+"""Masks and attention against loops over queries and keys in NumPy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
+
+from sparse_lm.kernels.attention import (
+  Blocks,
+  Documents,
+  KeyValues,
+  Mask,
+  attention,
+  computed_keys,
+  reads_of,
+)
+from sparse_lm.plan import executed
+
+B, L, S, H, G, K = 2, 5, 9, 4, 2, 3
+SEEDS = st.integers(0, 2**31)
+STATIC = [
+  {},
+  {'causal': False},
+  {'window': 1},
+  {'window': 3},
+  {'window': 3, 'causal': False},
+  {'window': 2, 'sinks': 2},
+  {'window': 2, 'sinks': 1, 'causal': False},
+]
+
+
+def drawn(seed):
+  """Queries and keys of any positions, of which some keys may not be read; documents and blocks."""
+  draw = np.random.default_rng(seed)
+  keys = KeyValues(
+    draw.normal(size=(B, S, G, K)).astype('f'),
+    draw.normal(size=(B, S, G, K)).astype('f'),
+    np.stack([draw.permutation(S + 2)[:S] for _ in range(B)]).astype('i'),
+    draw.random((B, S)) < 0.8,
+  )
+  q = draw.normal(size=(B, L, H, K)).astype('f')
+  positions = draw.integers(0, S + 2, (B, L)).astype('i')
+  documents = Documents(draw.integers(0, 2, (B, L)), draw.integers(0, 2, (B, S)))
+  blocks = Blocks(draw.random((B, G, L, 4)) < 0.5, 3)
+  return q, positions, keys, documents, blocks
+
+
+def reads_by_loop(mask, positions, keys):
+  """bool `[B, G, L, S]`, an entry at a time."""
+  reads = np.zeros((B, G, L, S), bool)
+  for b, g, l in np.ndindex(B, G, L):
+    for s in range(S):
+      query, key = positions[b, l], keys.positions[b, s]
+      near = mask.window is None or abs(query - key) < mask.window or key < mask.sinks
+      reads[b, g, l, s] = keys.valid[b, s] and near and not (mask.causal and key > query)
+      if mask.documents is not None:
+        reads[b, g, l, s] &= mask.documents.of_queries[b, l] == mask.documents.of_keys[b, s]
+      if mask.blocks is not None:
+        reads[b, g, l, s] &= mask.blocks.read[b, g, l, key // mask.blocks.size]
+    if not reads[b, g, l].any():
+      reads[b, g, l] = keys.positions[b] == positions[b, l]
+  return reads
+
+
+@given(SEEDS, st.sampled_from(STATIC), st.booleans(), st.booleans())
+@settings(deadline=None, max_examples=60)
+def test_a_mask_reads_what_its_parts_all_allow(seed, static, documents, blocks):
+  _, positions, keys, of_documents, of_blocks = drawn(seed)
+  given_parts = {'documents': of_documents} if documents else {}
+  given_parts |= {'blocks': of_blocks} if blocks else {}
+  mask = Mask(**static, **given_parts)
+  found = jnp.broadcast_to(reads_of(mask, positions, keys), (B, G, 1, L, S))
+  assert_array_equal(found[:, :, 0], reads_by_loop(mask, positions, keys))
+
+
+@pytest.mark.parametrize('static', STATIC)
+def test_the_count_of_keys_is_that_of_the_mask(static):
+  mask, places = Mask(**static), np.arange(S, dtype='i')[None]
+  keys = KeyValues(None, None, places, np.ones((1, S), bool))
+  reads = np.asarray(reads_of(mask, places, keys)).reshape(S, S)
+  assert [mask.count(place, S) for place in range(S)] == reads.sum(-1).tolist()
+
+
+def attention_by_loop(q, keys, reads):
+  """One query at a time, float64; a head reads the key head of its group."""
+  out = np.zeros((B, q.shape[1], H, K))
+  for b, l, h in np.ndindex(B, q.shape[1], H):
+    g = h // (H // G)
+    read = np.flatnonzero(reads[b, g, l]) if reads[b, g, l].any() else np.arange(S)
+    k, v = (a[b, read, g].astype(np.float64) for a in (keys.k, keys.v))
+    scores = k @ q[b, l, h] / K**0.5 if reads[b, g, l].any() else np.zeros(S)
+    weights = np.exp(scores - scores.max())
+    out[b, l, h] = weights / weights.sum() @ v
+  return out
+
+
+@functools.cache
+def compiled(static):
+  """Of several queries, with documents and blocks."""
+
+  def run(q, positions, keys, documents, blocks):
+    mask = Mask(**dict(static), documents=documents, blocks=blocks)
+    return attention(q, positions, keys, mask)
+
+  return jax.jit(run)
+
+
+@given(SEEDS, st.sampled_from([{}, {'window': 3, 'sinks': 1}]), st.sampled_from([1, L]))
+@settings(deadline=None, max_examples=40)
+def test_attention_equals_a_loop_over_queries_and_heads(seed, static, queries):
+  q, positions, keys, documents, blocks = drawn(seed)
+  mask = Mask(**static, documents=documents, blocks=blocks)
+  reads = reads_by_loop(mask, positions, keys)[:, :, :queries]
+  q, positions = q[:, :queries], positions[:, :queries]
+  documents = documents.replace(of_queries=documents.of_queries[:, :queries])
+  blocks = blocks.replace(read=blocks.read[:, :, :queries])
+  found = compiled(tuple(static.items()))(q, positions, keys, documents, blocks)
+  assert_allclose(found, attention_by_loop(q, keys, reads), atol=1e-5)
+
+
+@pytest.mark.parametrize('queries', [1, L])
+@pytest.mark.parametrize('most', [None, 2, S, S + 1])
+def test_the_keys_that_are_computed_are_those_of_the_traced_program(queries, most):
+  q, positions, keys, *_ = drawn(0)
+  select = None if most is None else lambda scores, reads: reads & (scores > 0)
+  jaxpr = jax.make_jaxpr(
+    lambda q, positions: attention(q, positions, keys, Mask(), None, select, most)
+  )(q[:, :queries], positions[:, :queries])
+  flops = 2 * B * queries * H * K * computed_keys(queries, S, most)
+  assert executed.count(jaxpr.jaxpr).flops == flops
+
+
+def test_what_is_done_to_the_weights_is_done_to_those_of_every_query():
+  q, positions, keys, *_ = drawn(1)
+  for queries in (1, L):
+    given_queries = q[:, :queries], positions[:, :queries]
+    plain = attention(*given_queries, keys, Mask())
+    doubled = attention(*given_queries, keys, Mask(), dropout=lambda weights: 2 * weights)
+    assert_allclose(doubled, 2 * plain, rtol=1e-6)
