@@ -1,10 +1,12 @@
-"""Tokens to experts and back: one plan, and two executors of it.
+"""Tokens to experts and back: one plan, and what runs it.
 
 A plan gives (token, choice) pairs slots; slots come in blocks of equal size and a block belongs to
 one expert, so that experts run as one batched matmul. `sort` moves rows by index; `einsum` multiplies
-by one-hot matrices, as GShard does, and is the reference.
+by one-hot matrices, as GShard does, and is the reference. Few tokens take no slots: each of their choices
+is a block of its own.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -58,7 +60,7 @@ def plan(expert_TxJ: Array, experts: int, capacity: int | None, block: int = 64)
   tokens, choices = expert_TxJ.shape
   pairs = tokens * choices
   flat = expert_TxJ.reshape(-1)
-  load_E = jnp.sum(flat[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
+  load_E = load(expert_TxJ, experts)
   order = jnp.argsort(flat, stable=True)  # by expert, and within an expert by arrival
   first_E = jnp.cumsum(load_E) - load_E
   sorted_expert = flat[order]
@@ -81,6 +83,11 @@ def plan(expert_TxJ: Array, experts: int, capacity: int | None, block: int = 64)
   slot_TxJ = jnp.zeros(pairs, jnp.int32).at[order].set(slot.astype(jnp.int32))
   pair_S = jnp.full(slots, pairs, jnp.int32).at[slot].set(order.astype(jnp.int32), mode='drop')
   return Plan(slot_TxJ.reshape(tokens, choices), pair_S, expert_N.astype(jnp.int32), load_E)
+
+
+def load(expert_TxJ: Array, experts: int) -> Array:
+  """How many choices ask for each expert, int32 `[E]`; `experts` = none."""
+  return jnp.sum(expert_TxJ.reshape(-1)[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
 
 
 def dispatch(x_TxD: Array, plan: Plan, executor: str) -> Array:
@@ -107,6 +114,21 @@ def combine(y_NxPxD: Array, plan: Plan, weight_TxJ: Array, executor: str) -> Arr
     return record.uncharged(y_TxD, 'tokens moved by one-hot matrices', flops)
   rows = _rows(y_SxD, plan.slot_TxJ.reshape(-1), plan.pair_S[:, None])
   return weighted_sum(rows.reshape(*weight_TxJ.shape, -1), weight_TxJ)
+
+
+def run_choices(
+  run: Callable[[Array, Array], Array], x_TxD: Array, expert_TxJ: Array, weight_TxJ: Array
+) -> Array:
+  """Each token's choices, one block with one row for each, weighted and summed: `[T, D]`.
+
+  Args:
+    run: `(x_NxPxD, expert_N)` to `[N, P, D]`, zeros for the expert that stands for none.
+    expert_TxJ: int32, see `plan`.
+  """
+  tokens, choices = expert_TxJ.shape
+  y_NxPxD = run(jnp.repeat(x_TxD, choices, axis=0)[:, None], expert_TxJ.reshape(-1))
+  y_TxJxD = y_NxPxD.reshape(tokens, choices, -1)
+  return weighted_sum(y_TxJxD, weight_TxJ.astype(x_TxD.dtype))
 
 
 def weighted_sum(y_TxJxD: Array, weight_TxJ: Array) -> Array:

@@ -1,24 +1,22 @@
 """Mixture of experts in which each token chooses."""
 
-from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
-from sparse_lm.core.errors import require, unknown
+from sparse_lm.core.errors import require
 from sparse_lm.core.ranges import ranged
 from sparse_lm.layers import dispatch
-from sparse_lm.layers.experts import Experts, observe_routing
-from sparse_lm.layers.method import LayerMethod, Traits
+from sparse_lm.layers.method import Traits
+from sparse_lm.layers.mixture import MixtureOfExperts
 from sparse_lm.layers.router import Router
+from sparse_lm.layers.routing import Routing
 from sparse_lm.layers.sow import sow
-from sparse_lm.layers.spec import Spec
-from sparse_lm.plan import record
 from sparse_lm.plan.cost import Gating
 
 
-class MoETopK(LayerMethod):
+class MoETopK(MixtureOfExperts):
   """Each token goes to the `k` experts that its router likes best.
 
   With k = 1 an expert's output is weighted by its probability (Switch), with more by the chosen
@@ -41,17 +39,13 @@ class MoETopK(LayerMethod):
     executor: 'sort', or 'einsum', the slow reference.
   """
 
-  spec: Spec
-  activation: Callable[[], nn.Module]
-  experts: int = ranged(8, '[1, 2^16]')
   k: int = ranged(1, '[1, 2^16]')
-  hidden: int = ranged(0, '[0, 2^24]')
   capacity: float = ranged(1.25, '[0, inf)')
   eval_capacity: float = ranged(0.0, '[0, inf)')
   balance: float = ranged(0.01, '[0, inf)')
   z: float = ranged(0.001, '[0, inf)')
   jitter: float = ranged(0.01, '[0, 1)')
-  executor: str = 'sort'
+  by_position: ClassVar[bool] = True
 
   @property
   def traits(self) -> Traits:
@@ -69,63 +63,19 @@ class MoETopK(LayerMethod):
 
   def check(self) -> None:
     """Raises UserError where fields do not fit each other or the context."""
+    super().check()
     valid = f'1 to the number of experts, {self.experts}'
     require(self.k <= self.experts, 'config.mlp.k', self.k, valid)
-    for field in ('capacity', 'eval_capacity'):
-      slots_of_one = getattr(self, field) * self.k * self.spec.context / self.experts
-      least = self.experts / (self.k * self.spec.context)
-      require(
-        getattr(self, field) == 0 or slots_of_one >= 1,
-        f'config.mlp.{field}',
-        getattr(self, field),
-        f'{least:.4g} or more (below, an expert has no slot for a sequence), or 0 for no limit',
+    least = self.experts / (self.k * self.spec.context)
+    for field, factor in (('capacity', self.capacity), ('eval_capacity', self.eval_capacity)):
+      slots_of_one = factor * self.k * self.spec.context / self.experts
+      valid = (
+        f'{least:.4g} or more (below, an expert has no slot for a sequence), or 0 for no limit'
       )
-    if self.executor not in dispatch.EXECUTORS:
-      raise unknown('config.mlp.executor', self.executor, dispatch.EXECUTORS)
+      require(factor == 0 or slots_of_one >= 1, f'config.mlp.{field}', factor, valid)
 
-  @nn.compact
-  def __call__(self, x_BxLxD: jax.Array, mode: str) -> jax.Array:
-    """`[B, L, D]` to `[B, L, D]`."""
-    b, l, d = x_BxLxD.shape
-    # In order of position: that is how slots are given out.
-    x_TxD = x_BxLxD.transpose(1, 0, 2).reshape(b * l, d)
-    probability_TxE, expert_TxK, weight_TxK = self._route(x_TxD, mode)
-    plan = self._plan(expert_TxK, mode)
-    if mode == 'train':
-      self._balance(plan.load_E, probability_TxE)
-    observe_routing(self, plan.load_E, probability_TxE, plan.dropped)
-    served_T = jnp.mean(plan.served_TxJ, axis=-1, dtype=jnp.float32)
-    sow(self, 'gates', 'active', served_T.reshape(l, b).T)
-    experts = Experts(
-      self.spec, self.activation, self.experts, self.hidden or self.spec.hidden, name='experts'
-    )
-    if mode == 'decode' and l == 1 and expert_TxK.size <= self.experts:
-      y_NxPxD = experts(
-        jnp.repeat(x_TxD, self.k, axis=0)[:, None], expert_TxK.ravel(), b * self.k, mode
-      )
-      y_TxKxD = y_NxPxD.reshape(b, self.k, d)
-      y_TxD = dispatch.weighted_sum(y_TxKxD, weight_TxK.astype(x_TxD.dtype))
-      return y_TxD.reshape(b, l, d)
-    x_NxPxD = dispatch.dispatch(x_TxD, plan, self.executor)
-    expert_N = plan.expert_N if self._factor(mode) == 0 else None
-    with record.gated(self.path, self.traits.gating):
-      y_NxPxD = experts(x_NxPxD, expert_N, b * l * self.k, mode)
-    y_TxD = dispatch.combine(y_NxPxD, plan, weight_TxK, self.executor)
-    return y_TxD.reshape(l, b, d).transpose(1, 0, 2)
-
-  def _factor(self, mode: str) -> float:
-    return {'train': self.capacity, 'eval': self.eval_capacity, 'decode': 0.0}[mode]
-
-  def _plan(self, expert_TxK: jax.Array, mode: str) -> dispatch.Plan:
-    factor, pairs = self._factor(mode), expert_TxK.size
-    if not factor:
-      return dispatch.plan(expert_TxK, self.experts, None)
-    # More slots than tokens could never be filled.
-    capacity = min(-int(-factor * pairs // self.experts), expert_TxK.shape[0])
-    return dispatch.plan(expert_TxK, self.experts, capacity)
-
-  def _route(self, x_TxD: jax.Array, mode: str) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Probabilities `[T, E]`, and the chosen experts and their weights `[T, K]`."""
+  def route(self, x_TxD: jax.Array, mode: str) -> Routing:
+    """Each token's `k` most probable experts."""
     x_TxD = x_TxD.astype(jnp.float32)
     if mode == 'train' and self.jitter and self.has_rng('gates'):
       low, high = 1 - self.jitter, 1 + self.jitter
@@ -138,7 +88,17 @@ class MoETopK(LayerMethod):
     if mode == 'train':
       square = jnp.mean(jnp.square(jax.nn.logsumexp(logits_TxE, axis=-1)))
       sow(self, 'losses', 'z', self.z * square)
-    return probability_TxE, expert_TxK, weight_TxK
+      self._balance(dispatch.load(expert_TxK, self.experts), probability_TxE)
+    capacity = self._capacity(expert_TxK, mode)
+    return Routing(expert_TxK, weight_TxK, probability_TxE, float(self.k), capacity)
+
+  def _factor(self, mode: str) -> float:
+    return {'train': self.capacity, 'eval': self.eval_capacity, 'decode': 0.0}[mode]
+
+  def _capacity(self, expert_TxK: jax.Array, mode: str) -> int | None:
+    """Slots of each expert; more slots than tokens could never be filled."""
+    slots = -int(-self._factor(mode) * expert_TxK.size // self.experts)
+    return min(slots, expert_TxK.shape[0]) or None
 
   def _balance(self, load_E: jax.Array, probability_TxE: jax.Array) -> None:
     share_E = load_E / jnp.sum(load_E)

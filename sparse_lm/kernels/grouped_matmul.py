@@ -1,0 +1,68 @@
+"""Blocks of rows times matrices out of a stack: one function, the backend chosen inside."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def grouped_matmul(x_NxPxI: Array, kernel_ExIxF: Array, group_N: Array | None = None) -> Array:
+  """Each block of rows times the matrix of its group: `[N, P, F]`.
+
+  With one row to the block (a token that is decoded) only the matrices that are named are read.
+
+  Args:
+    kernel_ExIxF: of any float dtype; it is multiplied in that of the rows.
+    group_N: int32, the group of each block; E names none, and gives zeros. `None` = block i is group i's.
+  """
+  if group_N is not None and x_NxPxI.shape[1] == 1:
+    of_group = lambda x, group: x @ kernel_ExIxF[group].astype(x.dtype)  # noqa: E731
+    return one_by_one(of_group, len(kernel_ExIxF), x_NxPxI, group_N)
+  kernel_NxIxF = of_blocks(kernel_ExIxF.astype(x_NxPxI.dtype), group_N)
+  return jnp.einsum('npi,nif->npf', x_NxPxI, kernel_NxIxF)
+
+
+def copied_flops(x_NxPxI: Array, kernel_ExIxF: Array, group_N: Array | None = None) -> float:
+  """FLOPs that `grouped_matmul` executes beside the products of all rows."""
+  if group_N is not None and x_NxPxI.shape[1] == 1:
+    return 0.0
+  return selection_flops(kernel_ExIxF, group_N)
+
+
+def of_blocks(stacked: Array, group_N: Array | None) -> Array:
+  """The part of a stack `[E, ...]` that belongs to each block: `[N, ...]`; zeros for group E.
+
+  A product with one-hot rows: its gradient is one too, where that of indexing is a scatter-add.
+  """
+  if group_N is None:
+    return stacked
+  chosen = jax.nn.one_hot(group_N, len(stacked), dtype=stacked.dtype)
+  flat = chosen @ stacked.reshape(len(stacked), -1)
+  return flat.reshape(-1, *stacked.shape[1:])
+
+
+def selection_flops(stacked: Array, group_N: Array | None) -> float:
+  """FLOPs that `of_blocks` executes."""
+  return 0.0 if group_N is None else 2.0 * group_N.size * stacked.size
+
+
+def one_by_one(
+  of_group: Callable[[Array, int], Array], groups: int, x_NxPxI: Array, group_N: Array | None
+) -> Array:
+  """Each block of rows through `of_group(x, group)`, one after the other: no matrix is copied.
+
+  Args:
+    groups: how many there are.
+    group_N: as in `grouped_matmul`.
+  """
+  if group_N is None:
+    return jnp.stack([of_group(x_PxI, group) for group, x_PxI in enumerate(x_NxPxI)])
+  branches = [lambda x_PxI, group=group: of_group(x_PxI, group) for group in range(groups)]
+  shape = jax.eval_shape(branches[0], x_NxPxI[0])
+  branches += [lambda x_PxI: jnp.zeros(shape.shape, shape.dtype)]
+  run = lambda block: jax.lax.switch(block[0], branches, block[1])  # noqa: E731
+  if x_NxPxI.shape[1] == 1:  # of one token, few: a loop would cost more than what it repeats
+    return jnp.stack([run(block) for block in zip(group_N, x_NxPxI)])
+  return jax.lax.map(run, (group_N, x_NxPxI))

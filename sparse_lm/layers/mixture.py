@@ -1,0 +1,77 @@
+"""A mixture of experts around its router: what methods that differ in the router alone share."""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sparse_lm.core.errors import unknown
+from sparse_lm.core.ranges import ranged
+from sparse_lm.layers import dispatch, routing
+from sparse_lm.layers.experts import Experts
+from sparse_lm.layers.method import LayerMethod
+from sparse_lm.layers.routing import Routing
+from sparse_lm.layers.sow import sow
+from sparse_lm.layers.spec import Spec
+from sparse_lm.plan import record
+
+
+class MixtureOfExperts(LayerMethod):
+  """Experts that tokens visit as `route` says; a token gets the weighted sum of what they give.
+
+  Attributes:
+    activation: makes the activation slot's module.
+    experts: how many there are.
+    hidden: units of an expert, 0 = `config.model.hidden`.
+    executor: 'sort', or 'einsum', the slow reference.
+  """
+
+  spec: Spec
+  activation: Callable[[], nn.Module]
+  experts: int = ranged(8, '[1, 2^16]')
+  hidden: int = ranged(0, '[0, 2^24]')
+  executor: str = 'sort'
+  # Whether slots are given out by position before sequence, so that none is lost to a later token.
+  by_position: ClassVar[bool] = False
+
+  def check(self) -> None:
+    """Raises UserError for an unknown executor."""
+    if self.executor not in dispatch.EXECUTORS:
+      raise unknown('config.mlp.executor', self.executor, dispatch.EXECUTORS)
+
+  def route(self, x_TxD: jax.Array, mode: str) -> Routing:
+    """The router: which experts T tokens visit. It may sow losses, and keep variables of its own."""
+    raise NotImplementedError(type(self).__name__)
+
+  @nn.compact
+  def __call__(self, x_BxLxD: jax.Array, mode: str) -> jax.Array:
+    """`[B, L, D]` to `[B, L, D]`."""
+    b, l, d = x_BxLxD.shape
+    first, second = (l, b) if self.by_position else (b, l)
+    x_TxD = (x_BxLxD.swapaxes(0, 1) if self.by_position else x_BxLxD).reshape(b * l, d)
+    routed = self.route(x_TxD, mode)
+    plan = dispatch.plan(routed.expert_TxJ, self.experts, routed.capacity)
+    routing.observe(self, routed, plan)
+    visits_T = jnp.sum(plan.served_TxJ, axis=-1, dtype=jnp.float32)
+    active = (visits_T / routed.visits).reshape(first, second)
+    sow(self, 'gates', 'active', active.T if self.by_position else active)
+    y_TxD = self._run(x_TxD, routed, plan, mode, few=mode == 'decode' and l == 1)
+    y = y_TxD.reshape(first, second, d)
+    return y.swapaxes(0, 1) if self.by_position else y
+
+  def _run(
+    self, x_TxD: jax.Array, routed: Routing, plan: dispatch.Plan, mode: str, few: bool
+  ) -> jax.Array:
+    hidden = self.hidden or self.spec.hidden
+    experts = Experts(self.spec, self.activation, self.experts, hidden, name='experts')
+    visits = x_TxD.shape[0] * routed.visits
+    if few and routed.expert_TxJ.size <= self.experts:
+      run = lambda x_NxPxD, expert_N: experts(x_NxPxD, expert_N, visits, mode)  # noqa: E731
+      return dispatch.run_choices(run, x_TxD, routed.expert_TxJ, routed.weight_TxJ)
+    expert_N = plan.expert_N if routed.capacity is None else None
+    x_NxPxD = dispatch.dispatch(x_TxD, plan, self.executor)
+    with record.gated(self.path, self.traits.gating):
+      y_NxPxD = experts(x_NxPxD, expert_N, visits, mode)
+    return dispatch.combine(y_NxPxD, plan, routed.weight_TxJ, self.executor)
