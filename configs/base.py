@@ -5,6 +5,8 @@ A method's own fields (`config.weight.period`, ...) are the fields of its class 
 `sparse_lm/core/ranges.py`, of a method's own fields beside their defaults, and `--help` prints it.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 
@@ -55,13 +57,18 @@ def get_config() -> ConfigDict:
           'bias',
           'router',
         ),  # path expressions of what is never pruned
+        # Several methods: the names of `rules`, each of which prunes what its `match` finds. A rule
+        # begins with the values above, and the first that finds a parameter prunes it.
+        'order': (),
+        'rules': {},
       },
-      # A slot's method runs in `layers` (a Python slice). `otherwise` runs in the others, inside a
-      # method that wraps another, and in the dense twin that costs are compared with.
-      'activation': {'name': 'relu2', 'layers': ':', 'otherwise': {'name': 'relu2'}},
-      'attention': {'name': 'full', 'layers': ':', 'otherwise': {'name': 'full'}},
-      'mlp': {'name': 'dense', 'layers': ':', 'otherwise': {'name': 'dense'}},
-      'depth': {'name': 'residual', 'layers': ':', 'otherwise': {'name': 'residual'}},
+      # A slot's method runs in `layers` (a Python slice), `fallback` in the others. `inner` runs inside a
+      # method that wraps another one.
+      'activation': _slot('relu2'),
+      'attention': _slot('full'),
+      'mlp': _slot('dense'),
+      'depth': _slot('residual'),
+      'stack': {'name': 'sequential'},  # what runs the layers
       # Holds what the gates let through: weights at their density times gates, over the dense twin.
       'budget': {
         'target': 1.0,  # fraction of the dense twin's forward FLOPs, 1 = no controller
@@ -96,3 +103,10 @@ def get_config() -> ConfigDict:
       },
     }
   )
+
+
+def _slot(name: str) -> dict[str, Any]:
+  """The config of a layer slot that holds the method `name`."""
+  method = {'name': name, 'layers': ':', 'inner': {'name': name}, 'fallback': {'name': name}}
+  # Several methods: the names of `rules`, each with a name, layers and an inner of its own.
+  return method | {'order': (), 'rules': {}}

@@ -29,7 +29,7 @@ from sparse_lm.evals.speed import Speed
 from sparse_lm.inference.pack import PackedModel, dense_twin, pack
 from sparse_lm.measure import turns
 from sparse_lm.model import lm
-from sparse_lm.model.slots import Choice
+from sparse_lm.model.slots import SlotConfig
 from sparse_lm.patterns import pattern
 from sparse_lm.report import plot, results, table
 from sparse_lm.runs import configs, runtime
@@ -108,9 +108,9 @@ def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
   return {'metrics': metrics, 'config': configs.to_json(config), 'env': environment()}
 
 
-def _neurons(model: lm.LM) -> list[Choice]:
+def _neurons(model: lm.LM) -> list[SlotConfig]:
   """What decides which neurons run."""
-  return [choice for choice in model.choices if choice.slot in ('activation', 'mlp')]
+  return [slot for slot in model.slots if slot.slot in ('activation', 'mlp')]
 
 
 def _mlps_alone(packed: PackedModel, twin: PackedModel) -> dict[str, float]:
@@ -123,12 +123,12 @@ def _mlps_alone(packed: PackedModel, twin: PackedModel) -> dict[str, float]:
 
 def _mlps(packed: PackedModel) -> Callable[[], jax.Array]:
   spec, count = packed.model.spec, packed.model.spec.layers
-  choices = {choice.slot: choice for choice in packed.model.choices}
+  slots = {slot.slot: slot for slot in packed.model.slots}
 
   def run(variables: Tree, x: jax.Array) -> jax.Array:
     for layer in range(count):
-      activation = functools.partial(choices['activation'].build, layer, count, spec=spec)
-      mlp = choices['mlp'].build(layer, count, spec=spec, activation=activation)
+      activation = functools.partial(slots['activation'].at(layer, count).make, {'spec': spec})
+      mlp = slots['mlp'].at(layer, count).make({'spec': spec, 'activation': activation})
       own = {
         name: held[f'block_{layer}']['mlp']
         for name, held in variables.items()

@@ -45,7 +45,7 @@ def _declared(slot: str, name: str) -> tuple[str, str, str]:
   # Methods declare what holds with their default fields, in the default model.
   default = configs.load(str(configs.BASE))
   spec = Spec.from_config(default.model, vocab=256, context=default.data.context)
-  traits = slots.Choice(slot, name).traits(spec)
+  traits = slots.MethodConfig(slot, name).traits(spec)
   modes = [
     f'{mode} (sequences compete)' if mode in traits.couples else mode
     for mode in lm.MODES

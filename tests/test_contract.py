@@ -169,14 +169,14 @@ def test_flops_that_are_executed_are_charged_or_have_a_reason(slot, name, mode, 
   model = lm.from_config(tiny_config(**chosen), vocab=11)
   found = by_reason(model, lm.traced(model, CONTEXT, mode), mode)
   # A method that says it saves nothing executes what it charges, but for keys that it does not read.
-  if not slots.Choice(slot, name).traits(model.spec).twin:
+  if not slots.MethodConfig(slot, name).traits(model.spec).twin:
     assert set(found) == {executed.KEYS if mode == 'decode' else executed.PAIRS}
 
 
 @pytest.mark.parametrize('mode', ['train', 'eval', 'decode'])
 def test_flops_of_methods_inside_each_other_have_a_reason_too(mode, tiny_config):
   gates = {'depth.name': 'token_gate', 'attention.name': 'head_gate', 'activation.name': 'topk'}
-  inner = {'attention.otherwise.name': 'topk_keys', 'mlp.name': 'moe_topk', 'model.tied': True}
+  inner = {'attention.inner.name': 'topk_keys', 'mlp.name': 'moe_topk', 'model.tied': True}
   more = {'model.layers': 2, 'depth.layers': '1:', 'model.kv_heads': 1, 'data.context': CONTEXT}
   model = lm.from_config(tiny_config(**gates, **inner, **more), vocab=11)
   assert by_reason(model, lm.traced(model, CONTEXT, mode), mode)

@@ -240,9 +240,9 @@ def choose(path: str, kernel: Kernel, read: dict[int, float]) -> Matrix:
 
 def _closed(model: LM, params: Tree, state: Tree) -> list[int]:
   """Layers that a gate has closed for every input."""
-  depth = next(choice for choice in model.choices if choice.slot == 'depth')
+  depth = next(slot for slot in model.slots if slot.slot == 'depth')
   layers = range(model.spec.layers)
-  settled = [i for i in layers if depth.at(i, len(layers))[0].traits(model.spec).fixed]
+  settled = [i for i in layers if depth.at(i, len(layers)).traits(model.spec).fixed]
   if not settled:
     return []
   tokens = np.zeros((1, 1), np.int32)

@@ -30,6 +30,10 @@ class Embed(nn.Module):
   def __call__(self, tokens_BxL: jax.Array, positions_BxL: jax.Array) -> jax.Array:
     """int32 `[B, L]` to `[B, L, D]`."""
     x_BxLxD = record.matmul(self.tokens[tokens_BxL], self.path, 'lookup', 0, kernel='tokens')
+    return self.placed(x_BxLxD, positions_BxL)
+
+  def placed(self, x_BxLxD: jax.Array, positions_BxL: jax.Array) -> jax.Array:
+    """`[B, L, D]` embeddings in `spec.dtype`, with learned positions added where the model has them."""
     if self.spec.positions == 'learned':
       row_BxLxD = self.positions[positions_BxL]
       x_BxLxD = x_BxLxD + record.matmul(row_BxLxD, self.path, 'lookup', 0, kernel='positions')

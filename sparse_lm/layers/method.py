@@ -1,10 +1,16 @@
 """What every method of a layer slot is, and what it declares about itself."""
 
 import dataclasses
+from collections.abc import Callable
 
+import jax
 from flax import linen as nn
 
+from sparse_lm.layers.tokens import Tokens
 from sparse_lm.plan.cost import Gating
+
+# What a stack method runs: `(tokens, mode) -> the residual stream [B, L, D] after the layer`.
+Run = Callable[[Tokens, str], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

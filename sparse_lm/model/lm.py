@@ -2,51 +2,55 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from ml_collections import ConfigDict
 
 from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.groups import Group, Member
 from sparse_lm.layers.embed import Embed
 from sparse_lm.layers.linear import Norm
-from sparse_lm.layers.method import LayerMethod
+from sparse_lm.layers.method import LayerMethod, Run
 from sparse_lm.layers.sow import SOWN
 from sparse_lm.layers.spec import Spec
 from sparse_lm.layers.tokens import Tokens
 from sparse_lm.model.block import Block
-from sparse_lm.model.slots import Choice
+from sparse_lm.model.slots import LAYER_SLOTS, MethodConfig, SlotConfig
 from sparse_lm.plan import cost, executed, record
 from sparse_lm.plan.executed import Traced
 
 MODES = ('train', 'eval')  # 'decode' is 'eval' for one reader at a time
-LAYER_SLOTS = ('activation', 'attention', 'mlp', 'depth')
 
 
 class LM(nn.Module):
-  """Decoder-only transformer whose activation, attention, MLP and depth are slots.
+  """Decoder-only transformer whose activation, attention, MLP, depth and stack are slots.
 
   What methods may sow is said in `layers/sow.py`; they keep variables of their own in any other
   collection.
 
   Attributes:
-    choices: one `Choice` for each of `LAYER_SLOTS`, in that order.
+    slots: one `SlotConfig` for each of `LAYER_SLOTS`, in that order.
+    stack: what runs the layers.
   """
 
   spec: Spec
-  choices: tuple[Choice, ...]
+  slots: tuple[SlotConfig, ...]
+  stack: MethodConfig
 
   @nn.compact
   def __call__(
     self,
-    tokens_BxL: jax.Array,
+    tokens_BxL: jax.Array | None = None,
     mode: str = 'eval',
     positions_BxL: jax.Array | None = None,
     valid_BxL: jax.Array | None = None,
+    embeddings_BxLxD: jax.Array | None = None,
   ) -> jax.Array:
     """Logits for each next token.
 
@@ -57,48 +61,64 @@ class LM(nn.Module):
         call begins sequences, and each later call goes on with a token of each.
       positions_BxL: int32, by default 0, 1, 2, ...
       valid_BxL: bool, whether a token may be read; by default all.
+      embeddings_BxLxD: what the first layer reads in place of embedded tokens: of an image, of sound, or
+        of a policy's input. Learned positions are added to them as to tokens.
 
     Returns:
       float32 `[B, L, V]`.
+
+    Raises ValueError for an unknown mode, and unless either tokens or embeddings are given.
     """
     if mode not in (*MODES, 'decode'):
       raise ValueError(f'mode {mode!r} is none of {(*MODES, "decode")}')
+    if (tokens_BxL is None) == (embeddings_BxLxD is None):
+      raise ValueError('either tokens_BxL or embeddings_BxLxD is to be given, and not both')
     spec = self.spec
+    shape = tokens_BxL.shape if embeddings_BxLxD is None else embeddings_BxLxD.shape[:2]
     if positions_BxL is None:
-      positions_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
+      positions_BxL = jnp.broadcast_to(jnp.arange(shape[1]), shape)
     if valid_BxL is None:
-      valid_BxL = jnp.ones(tokens_BxL.shape, bool)
+      valid_BxL = jnp.ones(shape, bool)
     embed = Embed(spec, name='embed')
-    x_BxLxD = embed(tokens_BxL, positions_BxL)
+    if embeddings_BxLxD is None:
+      x_BxLxD = embed(tokens_BxL, positions_BxL)
+    else:
+      x_BxLxD = embed.placed(embeddings_BxLxD, positions_BxL)
     x_BxLxD = nn.Dropout(spec.dropout, deterministic=mode != 'train')(x_BxLxD)
-    for layer in range(spec.layers):
-      if self.has_variable('packed', f'removed_layer_{layer}'):
-        continue
-      tokens = Tokens(x_BxLxD, positions_BxL, valid_BxL)
-      x_BxLxD = _layer(spec, self.choices, layer, tokens, mode)
+    layers = [
+      _layer(spec, self.slots, layer)
+      for layer in range(spec.layers)
+      if not self.has_variable('packed', f'removed_layer_{layer}')
+    ]
+    stack = self.stack.make({'spec': spec, 'name': 'stack'})
+    x_BxLxD = stack(layers, Tokens(x_BxLxD, positions_BxL, valid_BxL), mode)
     return embed.logits(Norm(spec, name='norm')(x_BxLxD))
 
 
-def _layer(
-  spec: Spec, choices: tuple[Choice, ...], layer: int, tokens: Tokens, mode: str
-) -> jax.Array:
-  """The residual stream after a layer, whose modules belong to the module that this is called in."""
-  made: dict[str, Any] = {}
-  for choice in choices:
+def _layer(spec: Spec, slots: tuple[SlotConfig, ...], layer: int) -> Run:
+  """Makes a layer, whose modules belong to the module that this is called in.
+
+  Returns `(tokens, mode) -> the residual stream [B, L, D] after the layer`.
+  """
+  made: dict[str, Callable[..., LayerMethod]] = {}
+  for slot in slots:
     # A maker: a module is made where it is called, so that it lives there.
-    supplied = {'spec': spec, 'activation': made.get('activation'), 'name': choice.slot}
-    made[choice.slot] = functools.partial(choice.build, layer, spec.layers, **supplied)
+    supplied = {'spec': spec, 'activation': made.get('activation'), 'name': slot.slot}
+    made[slot.slot] = functools.partial(_make, slot.at(layer, spec.layers), supplied)
   block_type = nn.remat(Block, static_argnums=(2,)) if spec.remat else Block
   block = block_type(spec, made['attention'], made['mlp'], name=f'block_{layer}')
-  depth = made['depth'](name=f'depth_{layer}')
-  return depth(block, tokens, mode)
+  return functools.partial(made['depth'](name=f'depth_{layer}'), block)
+
+
+def _make(own: MethodConfig, supplied: dict[str, Any], **more: str) -> LayerMethod:
+  return own.make(supplied | more)
 
 
 class Layer(nn.Module):
   """One layer of the model by itself; its variables are named as in the whole."""
 
   spec: Spec
-  choices: tuple[Choice, ...]
+  slots: tuple[SlotConfig, ...]
   layer: int
 
   @nn.compact
@@ -107,32 +127,24 @@ class Layer(nn.Module):
     positions_BxL = jnp.broadcast_to(jnp.arange(x_BxLxD.shape[1]), x_BxLxD.shape[:2])
     valid_BxL = jnp.ones(x_BxLxD.shape[:2], bool)
     tokens = Tokens(x_BxLxD, positions_BxL, valid_BxL)
-    return _layer(self.spec, self.choices, self.layer, tokens, mode)
+    return _layer(self.spec, self.slots, self.layer)(tokens, mode)
 
 
-def from_config(config: Any, vocab: int) -> LM:
+def from_config(config: ConfigDict, vocab: int) -> LM:
   """The model that a config describes. Raises UserError where it describes none."""
   spec = Spec.from_config(config.model, vocab, config.data.context)
-  choices = tuple(Choice.from_config(slot, config[slot]) for slot in LAYER_SLOTS)
-  model = LM(spec, choices)
-  for choice in running(model):
-    _check(choice, choice.module(spec))
+  slots = tuple(SlotConfig.from_config(slot, config[slot]) for slot in LAYER_SLOTS)
+  model = LM(spec, slots, MethodConfig.from_config('stack', 'stack', config.stack))
+  for own in running(model):
+    own.check(spec)
   _check_credit(model)
   return model
 
 
-def running(model: LM) -> list[Choice]:
-  """The choices whose methods run in any layer."""
-  return [found for choice in model.choices for found in choice.running(model.spec.layers)]
-
-
-def _check(choice: Choice, module: LayerMethod) -> None:
-  try:
-    module.check()
-  except UserError as error:
-    # A method names its fields as those of its slot: it cannot know that it is the other one there.
-    named = str(error).replace(f'config.{choice.slot}.', f'{choice.group}.')
-    raise UserError(named) from None
+def running(model: LM) -> list[MethodConfig]:
+  """The methods that run in any layer, and the one that runs the layers."""
+  layers = [own for slot in model.slots for own in slot.running(model.spec.layers)]
+  return [*layers, model.stack]
 
 
 def _check_credit(model: LM) -> None:
@@ -140,44 +152,45 @@ def _check_credit(model: LM) -> None:
 
   So in training all else must be causal, and no other sequence may change it.
   """
-  traits = {choice: choice.traits(model.spec) for choice in running(model)}
-  for policy in (choice for choice, own in traits.items() if own.policy):
+  traits = {own: own.traits(model.spec) for own in running(model)}
+  for policy in (own for own, declared in traits.items() if declared.policy):
     field = f'{policy.group}.estimator={dict(policy.fields)["estimator"]!r}'
-    for choice, own in traits.items():
-      if 'train' in own.non_causal:
+    for own, declared in traits.items():
+      if 'train' in declared.non_causal:
         raise UserError(
           f'{field} credits an action with later tokens only, and '
-          f'{choice.group}.name={choice.name!r} is not causal in training; valid: another estimator, '
+          f'{own.group}.name={own.name!r} is not causal in training; valid: another estimator, '
           'or a method that is causal in both modes'
         )
-      if 'train' in own.couples:
+      if 'train' in declared.couples:
         raise UserError(
           f'{field} credits an action with its own sequence only, and in '
-          f'training {choice.group}.name={choice.name!r} lets the sequences of a batch change each other '
+          f'training {own.group}.name={own.name!r} lets the sequences of a batch change each other '
           'with these fields; valid: another estimator, or no limit on what they compete for'
         )
 
 
 def samples(model: LM) -> bool:
   """Whether a gate of the model is a policy whose actions training samples."""
-  return any(choice.traits(model.spec).policy for choice in running(model))
+  return any(own.traits(model.spec).policy for own in running(model))
 
 
 def twin(model: LM) -> LM:
-  """The dense twin: each method that runs less than its `otherwise` replaced by that."""
-  return LM(model.spec, tuple(choice.dense(model.spec) for choice in model.choices))
+  """The dense twin: each method that runs less is replaced by what it is compared with."""
+  spec = model.spec
+  return LM(spec, tuple(slot.dense(spec) for slot in model.slots), model.stack.dense(spec))
 
 
 def causal(model: LM) -> dict[str, bool]:
   """By mode, whether every method that the model runs keeps to the past."""
-  traits = [choice.traits(model.spec) for choice in running(model)]
-  return {mode: not any(mode in own.non_causal for own in traits) for mode in MODES}
+  traits = [own.traits(model.spec) for own in running(model)]
+  return {mode: not any(mode in declared.non_causal for declared in traits) for mode in MODES}
 
 
 def batch_independent(model: LM) -> dict[str, bool]:
   """By mode, whether a sequence's logits are the same whatever else its batch holds."""
-  traits = [choice.traits(model.spec) for choice in running(model)]
-  return {mode: not any(mode in own.couples for own in traits) for mode in MODES}
+  traits = [own.traits(model.spec) for own in running(model)]
+  return {mode: not any(mode in declared.couples for declared in traits) for mode in MODES}
 
 
 def shapes(model: LM) -> Any:
@@ -188,11 +201,11 @@ def shapes(model: LM) -> Any:
 
 def check_decodes(model: LM) -> None:
   """Raises UserError where a method cannot decode: its decision is not one token's own."""
-  for choice in running(model):
-    if not choice.traits(model.spec).decodes:
+  for own in running(model):
+    if not own.traits(model.spec).decodes:
       raise UserError(
-        f'{choice.group}.name={choice.name!r} decides over a whole batch with these fields and cannot '
-        f'decode; valid: another {choice.group}.estimator, or another method'
+        f'{own.group}.name={own.name!r} decides over a whole batch with these fields and cannot '
+        f'decode; valid: another {own.group}.estimator, or another method'
       )
 
 

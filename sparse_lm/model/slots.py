@@ -3,23 +3,43 @@
 There is no registry. A layer slot's method is a subclass of `layers.method.LayerMethod`, a weight method
 one of `weights.method.WeightMethod`. A field of it with a default is a config key, and a number states
 its range there (`ranges.ranged`); a field without one is supplied by whoever builds the method.
+
+In the config of a layer slot
+  name, layers   the method, and a Python slice (`'1::2'`) of the layers that run it
+  inner          the method that runs inside one that wraps another, as gates and top-k do
+  fallback       the method of the layers that no slice names
+  order, rules   several methods instead of one: `order=('early', 'late')` names the groups
+                 `rules.early` and `rules.late`, each with a name, layers, and an inner of its own; a
+                 layer runs the first whose slice holds it
+The dense twin, which costs are compared with, follows from what the methods declare. The slot `stack`
+holds what runs the layers: one method, without layers of its own.
 """
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from sparse_lm.core import discovery
 from sparse_lm.core.errors import UserError
 from sparse_lm.layers.method import LayerMethod, Traits
 from sparse_lm.layers.spec import Spec
 
-SLOTS = ('weight', 'activation', 'attention', 'mlp', 'depth')
-# The keys of a slot's config besides its method's own.
-_LAYER_KEYS = ('name', 'layers', 'otherwise')
-SHARED = dict.fromkeys(SLOTS, _LAYER_KEYS) | {
-  'weight': ('name', 'sparsity', 'distribution', 'dense')
+LAYER_SLOTS = ('activation', 'attention', 'mlp', 'depth')
+SLOTS = ('weight', *LAYER_SLOTS, 'stack')
+# The keys of a slot's config, and of one of its rules, besides its method's own fields.
+SHARED = {
+  'weight': ('name', 'sparsity', 'distribution', 'dense', 'order', 'rules'),
+  'stack': ('name',),
+  **dict.fromkeys(LAYER_SLOTS, ('name', 'layers', 'inner', 'fallback', 'order', 'rules')),
 }
+OF_RULE = {
+  'weight': ('name', 'sparsity', 'distribution', 'match'),
+  **dict.fromkeys(LAYER_SLOTS, ('name', 'layers', 'inner')),
+}
+_RESERVED = {key for keys in (*SHARED.values(), *OF_RULE.values()) for key in keys}
 
 
 def names(slot: str) -> list[str]:
@@ -49,79 +69,65 @@ def defaults(slot: str, name: str, field: str = '') -> dict[str, Any]:
   }
 
 
-def groups(slot: str, config: Any) -> dict[str, Any]:
+def wraps(slot: str, name: str) -> bool:
+  """Whether a method runs another one inside."""
+  return 'inner' in {field.name for field in dataclasses.fields(method(slot, name))}
+
+
+def groups(slot: str, config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
   """The groups of `config` that name a method of the slot, by dotted name."""
   own = config[slot]
-  found = {slot: own}
-  if 'otherwise' in own:
-    found[f'{slot}.otherwise'] = own.otherwise
-  return found
+  rules = [(f'{slot}.rules.{name}', own.rules[name]) for name in own.get('rules', {})]
+  yield from [(slot, own), *rules]
+  if slot in LAYER_SLOTS:
+    yield f'{slot}.fallback', own.fallback
+    for group, node in [(slot, own), *rules]:
+      yield f'{group}.inner', node.inner
 
 
-def fields(slot: str, config: Any) -> dict[str, Any]:
-  """The part of `config.<slot>` that belongs to its method."""
-  return {key: value for key, value in config.items() if key not in SHARED[slot]}
+def fields(config: ConfigDict) -> dict[str, Any]:
+  """The part of a group that belongs to the method that it names."""
+  return {key: value for key, value in config.items() if key not in _RESERVED}
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
-  """A layer slot's part of a config, hashable: which method runs in which layers.
+class MethodConfig:
+  """A method of a layer slot with its fields, hashable.
 
   Attributes:
-    slot: one of `SLOTS`.
+    slot: one of `LAYER_SLOTS`, or 'stack'.
     name: the method.
     fields: its config keys and values.
-    layers: a Python slice (`'1::2'`) of the layers that get it.
-    otherwise: the choice of the other layers, which is also what a method that wraps another
-      wraps, and what the dense twin runs; `None` of a choice that is one itself.
+    inner: what runs inside of it, `None` of a method that wraps none.
+    group: the config's group that it was read from, for messages.
   """
 
   slot: str
   name: str
   fields: tuple[tuple[str, Any], ...] = ()
-  layers: str = ':'
-  otherwise: 'Choice | None' = None
+  inner: 'MethodConfig | None' = None
+  group: str = dataclasses.field(default='', compare=False)
 
   @classmethod
-  def from_config(cls, slot: str, config: Any) -> 'Choice':
-    """Reads `config.<slot>`. Raises UserError where `otherwise` would wrap another method in turn."""
-    rest = config.otherwise
-    otherwise = cls(slot, rest.name, tuple(sorted(fields(slot, rest).items())))
-    if otherwise.wraps:
-      raise UserError(
-        f'config.{slot}.otherwise.name={rest.name!r} wraps another method and has none to wrap; '
-        f'valid: config.{slot}.name={rest.name!r}'
-      )
-    return cls(
-      slot, config.name, tuple(sorted(fields(slot, config).items())), config.layers, otherwise
-    )
+  def from_config(cls, slot: str, group: str, config: ConfigDict) -> 'MethodConfig':
+    """Reads a group. Raises UserError for an inner method that wraps another one in turn."""
+    inner = None
+    if wraps(slot, config.name):
+      if 'inner' not in config or wraps(slot, config.inner.name):
+        own = group if 'inner' not in config else f'{group}.inner'
+        name = config.name if 'inner' not in config else config.inner.name
+        raise UserError(
+          f'config.{own}.name={name!r} wraps another method and has none to wrap; valid: '
+          f'config.{slot}.name={name!r}'
+        )
+      inner = cls.from_config(slot, f'{group}.inner', config.inner)
+    own_fields = tuple(sorted(fields(config).items()))
+    return cls(slot, config.name, own_fields, inner, f'config.{group}')
 
   @property
-  def cls(self) -> type:
+  def cls(self) -> type[LayerMethod]:
     """The method's class."""
     return method(self.slot, self.name)
-
-  @property
-  def group(self) -> str:
-    """The config's group that it was read from."""
-    return f'config.{self.slot}' if self.otherwise else f'config.{self.slot}.otherwise'
-
-  @property
-  def wraps(self) -> bool:
-    """Whether the method runs another inside."""
-    return 'inner' in {field.name for field in dataclasses.fields(self.cls)}
-
-  def running(self, count: int) -> 'list[Choice]':
-    """The choices whose methods run in any of `count` layers: this one, the other, or both."""
-    chosen = len(self.chosen_layers(count))
-    own = [self] if chosen else []
-    return own + ([self.otherwise] if chosen < count or self.wraps else [])
-
-  def at(self, layer: int, count: int) -> 'list[Choice]':
-    """The choices whose methods run in a layer: this one and what it wraps, or the other."""
-    if not self.chosen(layer, count):
-      return [self.otherwise]
-    return [self, self.otherwise] if self.wraps else [self]
 
   def module(self, spec: Spec) -> LayerMethod:
     """The method by itself, to be asked what it declares."""
@@ -137,52 +143,103 @@ class Choice:
         f'valid: {", ".join(field.name for field in dataclasses.fields(Traits))}'
       ) from None
 
-  def dense(self, spec: Spec) -> 'Choice':
-    """What the dense twin runs: `otherwise` if that is dense, else the method's declared twin."""
+  def dense(self, spec: Spec) -> 'MethodConfig':
+    """What the dense twin runs: a dense method itself, a dense inner one, or the twin it declares."""
     twin = self.traits(spec).twin
     if not twin:
       return self
-    if self.otherwise and not self.otherwise.traits(spec).twin:
-      return self.otherwise
-    own = tuple(sorted(defaults(self.slot, twin).items()))
-    return dataclasses.replace(self, name=twin, fields=own, layers=':')
+    if self.inner and not self.inner.traits(spec).twin:
+      return self.inner
+    return MethodConfig(self.slot, twin, tuple(sorted(defaults(self.slot, twin).items())))
 
-  def chosen(self, layer: int, count: int) -> bool:
-    """Whether `layer` of `count` is among `layers`."""
-    return layer in self.chosen_layers(count)
-
-  def chosen_layers(self, count: int) -> range:
-    """The layers named by `layers`. Raises UserError where there are none."""
-    return _layers(self.slot, self.layers, count)
-
-  def build(self, layer: int, count: int, **supplied: Any) -> Any:
-    """The method for one layer.
-
-    `supplied` fills the fields without a default that the method declares; `inner`, where it
-    declares that, is a maker of the `otherwise` method.
-    """
-    if self.otherwise is None:
-      return self.make(supplied)
-    if not self.chosen(layer, count):
-      return self.otherwise.make(supplied)
-    inner = functools.partial(self.otherwise.make, supplied | {'name': 'inner'})
-    return self.make(supplied | {'inner': inner})
-
-  def make(self, supplied: dict[str, Any]) -> Any:
-    """The method itself; of `supplied` it takes the fields that it has."""
+  def make(self, supplied: dict[str, Any]) -> LayerMethod:
+    """The method itself, with those of `supplied` that it has as fields; `inner` makes its inner one."""
+    if self.inner:
+      supplied = supplied | {
+        'inner': functools.partial(self.inner.make, supplied | {'name': 'inner'})
+      }
     wanted = {field.name for field in dataclasses.fields(self.cls)}
     return self.cls(**dict(self.fields), **{k: v for k, v in supplied.items() if k in wanted})
 
+  def check(self, spec: Spec) -> None:
+    """Raises UserError where the method's fields do not fit each other or the model."""
+    try:
+      self.module(spec).check()
+    except UserError as error:
+      # A method names its fields as those of its slot: it cannot know which group they stand in.
+      raise UserError(str(error).replace(f'config.{self.slot}.', f'{self.group}.')) from None
 
-@functools.lru_cache
-def _layers(slot: str, text: str, count: int) -> range:
+
+@dataclasses.dataclass(frozen=True)
+class SlotConfig:
+  """Which method of a slot runs in which layers, hashable.
+
+  Attributes:
+    slot: one of `LAYER_SLOTS`.
+    rules: Python slices of layers, and the method of each; a layer runs the first that holds it.
+    fallback: the method of the layers that no slice holds.
+  """
+
+  slot: str
+  rules: tuple[tuple[str, MethodConfig], ...]
+  fallback: MethodConfig
+
+  @classmethod
+  def from_config(cls, slot: str, config: ConfigDict) -> 'SlotConfig':
+    """Reads `config.<slot>`."""
+    rules = {f'{slot}.rules.{name}': config.rules[name] for name in config.order} or {slot: config}
+    return cls(
+      slot,
+      tuple((rule.layers, MethodConfig.from_config(slot, g, rule)) for g, rule in rules.items()),
+      MethodConfig.from_config(slot, f'{slot}.fallback', config.fallback),
+    )
+
+  def at(self, layer: int, count: int) -> MethodConfig:
+    """The method of a layer of `count`."""
+    return self._by_layer(count)[layer]
+
+  def running(self, count: int) -> list[MethodConfig]:
+    """The methods that run in any of `count` layers, each followed by what it wraps."""
+    found = dict.fromkeys(self._by_layer(count))
+    return [part for own in found for part in (own, own.inner) if part is not None]
+
+  def dense(self, spec: Spec) -> 'SlotConfig':
+    """What the dense twin runs in each layer."""
+    rules = tuple((layers, own.dense(spec)) for layers, own in self.rules)
+    return SlotConfig(self.slot, rules, self.fallback.dense(spec))
+
+  def check(self, count: int) -> None:
+    """Raises UserError for a slice that is none, or that holds no layer that is left for it."""
+    self._by_layer(count)
+
+  def _by_layer(self, count: int) -> list[MethodConfig]:
+    return _by_layer(self, count)
+
+
+@functools.lru_cache(maxsize=256)
+def _by_layer(config: SlotConfig, count: int) -> list[MethodConfig]:
+  found: dict[int, MethodConfig] = {}
+  for text, own in config.rules:
+    chosen = _layers(text, own.group, count)
+    left = [layer for layer in chosen if layer not in found]
+    if not left:
+      raise UserError(
+        f'{own.group}.layers={text!r}: rules before it in config.{config.slot}.order hold all of its '
+        f'layers, {", ".join(map(str, chosen))}; valid: layers that are left, or an earlier place'
+      )
+    found |= dict.fromkeys(left, own)
+  return [found.get(layer, config.fallback) for layer in range(count)]
+
+
+def _layers(text: str, group: str, count: int) -> range:
+  """The layers that a slice names. Raises UserError where it is none, or names none."""
   try:
     parts = [int(part) if part.strip() else None for part in text.split(':')]
     if len(parts) not in (2, 3):
       raise ValueError
     chosen = range(count)[slice(*parts)]
   except ValueError:
-    raise UserError(f"config.{slot}.layers={text!r} is not a slice such as ':' or '1::2'") from None
+    raise UserError(f"{group}.layers={text!r} is not a slice such as ':' or '1::2'") from None
   if not chosen:
-    raise UserError(f'config.{slot}.layers={text!r} matches none of the {count} layers')
+    raise UserError(f'{group}.layers={text!r} matches none of the {count} layers')
   return chosen

@@ -23,7 +23,7 @@ def build(config: ConfigDict, vocab: int) -> tuple[Program, Tree]:
   """
   configs.check(config)
   model = lm.from_config(config, vocab)
-  fields = slots.fields('weight', config.weight)
+  fields = slots.fields(config.weight)
   method = slots.method('weight', config.weight.name)(
     total_steps=config.train.steps, groups=lm.groups(model), **fields
   )

@@ -18,7 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sparse_lm.core import ranges, records
-from sparse_lm.core.errors import UserError, unknown
+from sparse_lm.core.errors import UserError, require, unknown
 from sparse_lm.model import slots
 
 BASE = pathlib.Path(__file__).parents[2] / 'configs' / 'base.py'
@@ -53,9 +53,9 @@ def derive(config: ConfigDict, overrides: dict[str, Any], allowed: tuple[str, ..
       valid = [f'config.{path}' for path in flat(config) if path.partition('.')[0] in allowed]
       raise unknown('field to override here', f'config.{field}', valid)
   config = config.copy_and_resolve_references().unlock()
-  for slot, group, node in _methods(config):
+  for _, group, node in _methods(config):
     if overrides.get(f'{group}.name', node.name) != node.name:
-      for key in slots.fields(slot, node):
+      for key in slots.fields(node):
         del node[key]
   return _overridden(config, dict(overrides), 'the run')
 
@@ -89,13 +89,82 @@ def _saved_data(workdir: str) -> dict[str, Any]:
 
 
 def _overridden(config: ConfigDict, overrides: dict[str, Any], path: str) -> ConfigDict:
-  for _, group, node in _methods(config):
-    name = overrides.pop(f'{group}.name', node.name)
-    _merge_defaults(node, group, name, path)
-  for field, value in overrides.items():
-    _override(config, field, value)
+  """Gives each group its method's fields and applies overrides.
+
+  Those of rules come last, because a rule begins with what its slot's own fields say.
+  """
+  of_rules = {field: value for field, value in overrides.items() if '.rules.' in field}
+  of_slots = {field: value for field, value in overrides.items() if field not in of_rules}
+  given = _rules_of_file(config)
+  _apply(config, of_slots, path)
+  for slot, rules in given.items():
+    _add_rules(slot, config[slot], rules, of_rules)
+  _apply(config, of_rules, path)
+  _check_inner(config, overrides)
   check(config)
   return config.lock()
+
+
+def _apply(config: ConfigDict, overrides: dict[str, Any], path: str) -> None:
+  """Names of methods first: they decide which other fields there are."""
+  names = {f'{group}.name': (group, node) for _, group, node in _methods(config)}
+  for field, (group, node) in names.items():
+    _merge_defaults(node, group, overrides.get(field, node.name), path)
+  for field, value in overrides.items():
+    if field not in names:
+      _override(config, field, value)
+
+
+def _rules_of_file(config: ConfigDict) -> dict[str, ConfigDict]:
+  """What a config file says of each slot's rules, which are set aside until the slots are complete."""
+  given = {}
+  for slot in slots.SLOTS:
+    if 'order' in slots.SHARED[slot] and isinstance(config.get(slot), ConfigDict):
+      given[slot] = ConfigDict(config[slot].get('rules', {}))
+      config[slot].rules = ConfigDict()
+  return given
+
+
+def _add_rules(slot: str, node: ConfigDict, given: ConfigDict, overrides: dict[str, Any]) -> None:
+  """Makes the groups that `order` names, each with the slot's own values and then those of the file.
+
+  Raises UserError for an order that names a rule twice, or a rule that it does not name.
+  """
+  field = f'config.{slot}.order'
+  names = [name for name in node.order if isinstance(name, str) and name.isidentifier()]
+  valid = "different names such as ('mlp', 'attention')"
+  require(len({*names}) == len(node.order), field, tuple(node.order), valid)
+  if left := [name for name in given if name not in names]:
+    raise unknown(f'rule in {field}={tuple(node.order)}:', left[0], names)
+  for name in names:
+    own, group = given.get(name, ConfigDict()), f'{slot}.rules.{name}'
+    rule = ConfigDict({key: node[key] for key in slots.OF_RULE[slot] if key in node})
+    if 'inner' in rule:
+      rule.inner = _begun(node.inner, own.get('inner', ConfigDict()), f'{group}.inner', overrides)
+    rule.update(_begun(node, own, group, overrides))
+    node.rules[name] = ConfigDict({'match': (name,)} if slot == 'weight' else {})
+    node.rules[name].update(rule)
+
+
+def _begun(
+  node: ConfigDict, own: ConfigDict, group: str, overrides: dict[str, Any]
+) -> dict[str, Any]:
+  """The method of a rule and its fields: the slot's own where the rule has the same method."""
+  name = overrides.get(f'{group}.name', own.get('name', node.name))
+  fields = slots.fields(node) if name == node.name else {}
+  return {**fields, **{key: own[key] for key in own if key != 'inner'}, 'name': name}
+
+
+def _check_inner(config: ConfigDict, overrides: dict[str, Any]) -> None:
+  """Raises UserError for an override of what runs inside a method that runs nothing inside."""
+  for slot, group, node in _methods(config):
+    asked = next((field for field in overrides if field.startswith(f'{group}.inner.')), None)
+    if asked and not slots.wraps(slot, node.name):
+      wrapping = [name for name in slots.names(slot) if slots.wraps(slot, name)]
+      raise UserError(
+        f'config.{asked}={overrides[asked]!r}: config.{group}.name={node.name!r} runs no method inside; '
+        f'valid: a method that does ({", ".join(wrapping) or "there is none in this slot"})'
+      )
 
 
 def check(config: ConfigDict) -> None:
@@ -113,6 +182,9 @@ def ranges_of(config: ConfigDict) -> dict[str, ranges.Range]:
   for slot, group, node in _methods(config):
     own = ranges.of_fields(slots.method(slot, node.name, f'config.{group}.name'))
     found |= {f'{group}.{key}': range_ for key, range_ in own.items()}
+    if _is_rule(group):  # a rule's own sparsity, say, is what the slot's is
+      shared = {key: ranges.SHARED.get(f'{slot}.{key}') for key in slots.OF_RULE[slot]}
+      found |= {f'{group}.{key}': range_ for key, range_ in shared.items() if range_}
   return found
 
 
@@ -122,8 +194,13 @@ def _methods(config: ConfigDict) -> Iterator[tuple[str, str, ConfigDict]]:
     for key in slots.SHARED[slot]:
       if not isinstance(config.get(slot), ConfigDict) or key not in config[slot]:
         raise _missing(f'{slot}.{key}')
-    for group, node in slots.groups(slot, config).items():
+    for group, node in slots.groups(slot, config):
       yield slot, group, node
+
+
+def _is_rule(group: str) -> bool:
+  """Whether a group is one of `config.<slot>.rules`, and not what runs inside of one."""
+  return group.split('.')[-2:-1] == ['rules']
 
 
 def _missing(field: str) -> UserError:
@@ -159,6 +236,8 @@ def of_run(values: dict[str, Any], path: pathlib.Path) -> ConfigDict:
     _check_types(config, _shared_defaults())
     for slot, group, node in _methods(config):
       own = slots.defaults(slot, node.name, f'config.{group}.name')
+      if _is_rule(group):
+        own |= {key: config[slot].get(key, ('',)) for key in slots.OF_RULE[slot] if key != 'inner'}
       _check_types(config, {f'{group}.{key}': default for key, default in own.items()})
     check(config)
   except UserError as error:
@@ -230,13 +309,13 @@ def _failure(error: Exception, file: str) -> str:
 
 
 def _merge_defaults(config: ConfigDict, group: str, name: str, path: str) -> None:
-  """Joins the fields of method `name` to `config`, the group 'mlp' or 'mlp.otherwise', say."""
+  """Joins the fields of method `name` to `config`, the group 'mlp' or 'mlp.fallback', say."""
   slot = group.partition('.')[0]
   defaults = slots.defaults(slot, name, f'config.{group}.name')
   config.name = name
-  for key in slots.fields(slot, config):
+  for key in slots.fields(config):
     if key not in defaults:
-      valid = [*defaults, *slots.SHARED[slot]]
+      valid = [*defaults, *(slots.OF_RULE if _is_rule(group) else slots.SHARED)[slot]]
       raise unknown(f'field of method {name!r} in {path}: config.{group}', key, valid)
   with config.unlocked(), config.ignore_type():
     for key, value in defaults.items():

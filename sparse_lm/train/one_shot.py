@@ -58,7 +58,7 @@ def prune(
   stream = [embed(params['embed'], tokens_BxL) for tokens_BxL in batches]
   layers = range(model.spec.layers)
   for layer in tqdm(layers, 'pruning', unit='layer', dynamic_ncols=True, disable=None):
-    module = Layer(model.spec, model.choices, layer)
+    module = Layer(model.spec, model.slots, layer)
     run = jax.jit(lambda variables, x, module=module: module.apply(variables, x))
     gather = jax.jit(functools.partial(_signals, module, method.needs))
     total = None
@@ -147,7 +147,7 @@ def _check_reached(model: LM, target: Tree, length: int) -> None:
   x = jax.ShapeDtypeStruct((1, length, model.spec.width), model.spec.compute)
   reached: set[str] = set()
   for layer in range(model.spec.layers):
-    module = Layer(model.spec, model.choices, layer)
+    module = Layer(model.spec, model.slots, layer)
     variables = jax.eval_shape(module.init, jax.random.key(0), x)
     sums, _ = jax.eval_shape(functools.partial(_signals, module, ('x_sq',)), variables, x)
     reached |= sums['x_sq'].keys()

@@ -96,13 +96,13 @@ BAD = {
   'budget': ({'config.weight.name': 'set', 'config.weight.distribution': 'erq'}, 'erk'),
   'budget expression': (
     {'config.weight.name': 'set', 'config.weight.distribution': '(=0.5'},
-    'budget',
+    'config.weight.distribution',
   ),
   'dense expression': ({'config.weight.name': 'set', 'config.weight.dense': "('(',)"}, 'dense'),
   'nothing to prune': ({'config.weight.name': 'set', 'config.weight.dense': "('.',)"}, 'dense'),
   'layers': ({'config.mlp.layers': '5:'}, 'config.mlp.layers'),
-  'unknown otherwise': ({'config.attention.otherwise.name': 'ful'}, "'full'"),
-  'field of otherwise': ({'config.attention.otherwise.window': 8}, 'config.attention.otherwise'),
+  'unknown fallback': ({'config.attention.fallback.name': 'ful'}, "'full'"),
+  'field of fallback': ({'config.attention.fallback.window': 8}, 'config.attention.fallback'),
   'capacity': (
     {'config.depth.name': 'mixture_of_depths', 'config.depth.capacity': 0.001},
     'config.depth.capacity',

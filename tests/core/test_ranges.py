@@ -91,7 +91,8 @@ def cases():
   for field, range_ in ranges.SHARED.items():
     yield {}, field, range_
   for slot, name in METHODS:
-    for group in [slot] if slot == 'weight' else [slot, f'{slot}.otherwise']:
+    alone = slot in slots.LAYER_SLOTS and not slots.wraps(slot, name)
+    for group in [slot, f'{slot}.fallback'] if alone else [slot]:
       for field, range_ in ranges.of_fields(slots.method(slot, name)).items():
         yield {f'{group}.name': name}, f'{group}.{field}', range_
 

@@ -38,8 +38,8 @@ CASES = {
   'window 5': {'attention.name': 'sliding_window', 'attention.window': 5},
   'window behind a gate': {
     'attention.name': 'head_gate',
-    'attention.otherwise.name': 'sliding_window',
-    'attention.otherwise.window': 3,
+    'attention.inner.name': 'sliding_window',
+    'attention.inner.window': 3,
   },
   'grouped queries': {'model.kv_heads': 1},
   'learned positions': {

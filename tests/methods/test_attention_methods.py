@@ -198,7 +198,7 @@ def test_a_query_that_no_key_is_left_for_reads_its_own_and_has_finite_gradients(
 
 
 def inner_window(window):
-  """What `config.attention.otherwise` supplies."""
+  """What `config.attention.inner` supplies."""
   spec = method('full').spec
   return functools.partial(
     slots.method('attention', 'sliding_window'), spec=spec, window=window, name='inner'
@@ -265,7 +265,7 @@ def test_a_straight_through_gates_router_gets_the_sigmoids_gradient():
 
 
 WINDOW, TOPK = {'name': 'sliding_window', 'window': 3}, {'name': 'topk_keys', 'k': 2}
-GATE = {'name': 'head_gate', 'otherwise': WINDOW}
+GATE = {'name': 'head_gate', 'inner': WINDOW}
 
 
 def model_of(attention):
@@ -305,7 +305,7 @@ def test_a_token_reaches_one_window_further_in_each_layer():
   assert_allclose(moved[[0, 6, 7]], 0, atol=1e-6)
 
 
-def test_a_gate_wraps_the_attention_that_the_config_names_otherwise():
+def test_a_gate_wraps_the_attention_that_the_config_names_inside():
   gated, plain = model_of(GATE), model_of(WINDOW)
   params = random_params(gated)
   for layer in range(LAYERS):

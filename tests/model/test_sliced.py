@@ -38,7 +38,7 @@ def logits_of(model, params, others=None):
 
 def added_by(model, layer, block, x):
   """What a layer adds to the residual stream."""
-  module = lm.Layer(model.spec, model.choices, layer)
+  module = lm.Layer(model.spec, model.slots, layer)
   return jax.jit(module.apply)({'params': {f'block_{layer}': block}}, x) - x
 
 

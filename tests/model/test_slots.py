@@ -11,7 +11,7 @@ from configs import base
 from sparse_lm.core.errors import UserError
 from sparse_lm.layers.spec import Spec
 from sparse_lm.model import lm, slots
-from sparse_lm.model.slots import Choice
+from sparse_lm.model.slots import MethodConfig, SlotConfig
 from sparse_lm.runs import configs
 
 SPEC = Spec.from_config(base.get_config().model, vocab=11, context=16)
@@ -46,6 +46,10 @@ def test_an_unknown_method_names_the_nearest():
     slots.method('mlp', 'gate')
 
 
+def mlp(name, layers=':', fallback='dense'):
+  return SlotConfig('mlp', ((layers, MethodConfig('mlp', name)),), MethodConfig('mlp', fallback))
+
+
 @pytest.mark.parametrize('text, chosen', [
   (':', [0, 1, 2, 3, 4]),
   ('1::2', [1, 3]),
@@ -55,74 +59,152 @@ def test_an_unknown_method_names_the_nearest():
   ('::-1', [0, 1, 2, 3, 4]),
 ])  # fmt: skip
 def test_layers_are_a_python_slice(text, chosen):
-  choice = Choice('mlp', 'gated', layers=text)
-  assert sorted(choice.chosen_layers(5)) == chosen
-  assert [layer for layer in range(5) if choice.chosen(layer, 5)] == chosen
+  slot = mlp('gated', text)
+  assert [layer for layer in range(5) if slot.at(layer, 5).name == 'gated'] == chosen
+  assert {slot.at(layer, 5).name for layer in {*range(5)} - {*chosen}} <= {'dense'}
 
 
 @pytest.mark.parametrize('text', ['', '3', 'a:b', '1:2:3:4', '::0', '1.5:', '1,3'])
 def test_what_is_no_slice_is_refused(text):
   with pytest.raises(UserError, match=r'^config\.mlp\.layers='):
-    Choice('mlp', 'gated', layers=text).chosen_layers(5)
+    loaded('mlp', layers=text).at(0, 5)
 
 
 def test_a_slice_without_layers_is_refused():
   with pytest.raises(UserError, match=r"^config\.mlp\.layers='5:' matches none of the 5 layers"):
-    Choice('mlp', 'gated', layers='5:').chosen_layers(5)
+    loaded('mlp', layers='5:').at(0, 5)
 
 
-def test_a_choice_builds_each_layers_method():
-  otherwise = Choice('activation', 'relu2')
-  choice = Choice('activation', 'gelu', (('approximate', True),), '1:', otherwise)
-  first, second = (choice.build(layer, 2, spec='not a field') for layer in (0, 1))
+def test_each_layer_gets_its_method():
+  gelu = MethodConfig('activation', 'gelu', (('approximate', True),))
+  slot = SlotConfig('activation', (('1:', gelu),), MethodConfig('activation', 'relu2'))
+  first, second = (slot.at(layer, 2).make({'spec': 'not a field'}) for layer in (0, 1))
   assert type(first) is slots.method('activation', 'relu2')
   assert type(second) is slots.method('activation', 'gelu') and second.approximate
 
 
-def test_a_choice_is_hashable_and_equal_by_value():
+def test_a_slot_is_hashable_and_equal_by_value():
   section = base.get_config().mlp
-  one, two = Choice.from_config('mlp', section), Choice.from_config('mlp', section)
-  assert one == two and hash(one) == hash(two)
-  rest = Choice('mlp', 'dense')
-  assert (one.name, one.layers, one.otherwise, one.fields) == ('dense', ':', rest, ())
+  one, two = SlotConfig.from_config('mlp', section), SlotConfig.from_config('mlp', section)
+  assert one == two == mlp('dense') and hash(one) == hash(two)
 
 
 def loaded(slot, **fields):
   overrides = {f'{slot}.{field.replace("__", ".")}': value for field, value in fields.items()}
-  return Choice.from_config(slot, configs.load('configs/base.py', overrides)[slot])
+  return SlotConfig.from_config(slot, configs.load('configs/base.py', overrides)[slot])
 
 
-def test_a_method_that_wraps_is_handed_a_maker_of_the_other():
-  gate = loaded(
-    'attention', name='head_gate', otherwise__name='sliding_window', otherwise__window=3
+def test_the_first_rule_that_holds_a_layer_counts_and_the_fallback_holds_the_rest():
+  slot = loaded(
+    'attention',
+    order="('near', 'far')",
+    name='sliding_window',
+    window=9,
+    rules__near__layers=':3',
+    rules__near__window=3,
+    rules__far__layers='2::2',
+    rules__far__name='head_gate',
+    rules__far__inner__name='topk_keys',
+    rules__far__inner__k=5,
+    fallback__name='full',
   )
-  gate = gate.build(0, 1, spec='a spec', name='attention')
+  found = [slot.at(layer, 6) for layer in range(6)]
+  assert [own.name for own in found] == [*['sliding_window'] * 3, 'full', 'head_gate', 'full']
+  assert dict(found[0].fields) == {'window': 3} and dict(found[4].inner.fields) == {'k': 5}
+  assert [own.name for own in slot.running(6)] == [
+    'sliding_window',
+    'full',
+    'head_gate',
+    'topk_keys',
+  ]
+  assert found[4].group == 'config.attention.rules.far'
+
+
+def test_a_rule_begins_with_what_the_slot_says():
+  config = configs.load(
+    'configs/base.py',
+    {'mlp.name': 'moe_topk', 'mlp.k': 2, 'mlp.order': "('a', 'b')", 'mlp.rules.a.layers': ':1'}
+    | {'mlp.rules.b.name': 'predictor_topk', 'mlp.rules.b.layers': '1:'},
+  )
+  assert (config.mlp.rules.a.name, config.mlp.rules.a.k) == ('moe_topk', 2)
+  # Another method has its own fields, and none of the slot's.
+  assert set(config.mlp.rules.b) == {'name', 'layers', 'inner', 'density', 'split', 'selector'}
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'order': "('a', 'b')"}, r"^config\.mlp\.rules\.b\.layers=':': rules before it .*0, 1, 2"),
+    ({'order': "('a', 'a')"}, r'^config\.mlp\.order='),
+    ({'order': "('a',)", 'rules__b__layers': ':'}, r"config\.mlp\.rules\.b\.layers'"),
+    ({'order': "('a',)", 'rules__a__layers': '9:'}, r"^config\.mlp\.rules\.a\.layers='9:'"),
+    ({'order': "('a',)", 'rules__a__name': 'gate'}, r"config\.mlp\.rules\.a\.name 'gate'.*gated"),
+    ({'order': "('a',)", 'rules__a__hiden': 3}, r'config\.mlp\.rules\.a\.hiden'),
+    ({'order': "('a',)", 'rules__a__name': 'moe_topk', 'rules__a__k': 0}, r'mlp\.rules\.a\.k=0'),
+  ],
+)
+def test_bad_rules_are_named(fields, message):
+  with pytest.raises(UserError, match=message):
+    loaded('mlp', **fields).at(0, 3)
+
+
+def test_rules_of_a_config_file_stand_behind_those_of_the_command_line(tmp_path):
+  file = tmp_path / 'ruled.py'
+  file.write_text(
+    'from configs import base\n\n'
+    'def get_config():\n'
+    '  config = base.get_config()\n'
+    "  config.mlp.order = ('a', 'b')\n"
+    "  config.mlp.rules = {'a': {'layers': ':1', 'name': 'gated'}, 'b': {'layers': '1:2'}}\n"
+    '  return config\n'
+  )
+  config = configs.load(str(file), {'mlp.rules.b.layers': '1:', 'mlp.fallback.name': 'gated'})
+  slot = SlotConfig.from_config('mlp', config.mlp)
+  assert [slot.at(layer, 3).name for layer in range(3)] == ['gated', 'dense', 'dense']
+  saved = configs.of_run(configs.to_json(config), tmp_path / 'config.json')
+  assert saved == config and SlotConfig.from_config('mlp', saved.mlp) == slot
+
+
+def test_a_method_that_wraps_is_handed_a_maker_of_its_inner_one():
+  gate = loaded('attention', name='head_gate', inner__name='sliding_window', inner__window=3)
+  gate = gate.at(0, 1).make({'spec': 'a spec', 'name': 'attention'})
   inner = gate.inner()
   assert type(inner) is slots.method('attention', 'sliding_window')
   assert (inner.window, inner.spec, inner.name) == (3, 'a spec', 'inner')
 
 
-def test_the_dense_twin_runs_the_other_where_that_is_dense_and_else_the_declared_one():
-  assert loaded('mlp', name='gated').dense(SPEC).name == 'gated'
-  assert loaded('mlp', name='moe_topk').dense(SPEC).name == 'dense'
-  assert loaded('mlp', name='moe_topk', otherwise__name='gated').dense(SPEC).name == 'gated'
-  window = loaded('attention', name='head_gate', otherwise__name='sliding_window').dense(SPEC)
-  assert (window.name, window.layers, window.fields) == ('full', ':', ())
-  # A dense method in some layers only is its own twin there.
-  assert loaded('mlp', name='gated', layers='1:').dense(SPEC).layers == '1:'
+def test_an_inner_method_of_one_that_wraps_none_is_refused():
+  with pytest.raises(UserError, match=r"^config\.attention\.inner\.name='full'.*head_gate"):
+    loaded('attention', name='sliding_window', inner__name='full')
 
 
-def test_a_choice_says_what_its_method_declares_of_the_past():
-  routed = loaded('mlp', name='expert_choice')
-  assert routed.traits(SPEC).non_causal == ('train',)
-  assert loaded('mlp').traits(SPEC).non_causal == ()
+def twin(slot, **fields):
+  return loaded(slot, **fields).dense(SPEC).at(0, 2)
+
+
+def test_the_dense_twin_runs_a_dense_inner_method_and_else_the_declared_one():
+  assert twin('mlp', name='gated').name == 'gated'
+  assert (
+    twin('mlp', name='moe_topk').name == twin('mlp', name='moe_topk', fallback__name='gated').name
+  )
+  assert twin('activation', name='topk', inner__name='gelu').name == 'gelu'
+  window = twin('attention', name='head_gate', inner__name='sliding_window')
+  assert (window.name, window.fields) == ('full', ())
+  # Layers that run another method have a twin of their own.
+  dense = loaded('mlp', name='gated', layers='1:').dense(SPEC)
+  assert [dense.at(layer, 2).name for layer in (0, 1)] == ['dense', 'gated']
+
+
+def test_a_method_says_what_it_declares_of_the_past():
+  assert loaded('mlp', name='expert_choice').at(0, 1).traits(SPEC).non_causal == ('train',)
+  assert loaded('mlp').at(0, 1).traits(SPEC).non_causal == ()
 
 
 def test_fields_of_the_other_method_are_config_keys_of_its_group():
-  config = configs.load('configs/base.py', {'attention.otherwise.name': 'topk_keys'})
-  assert config.attention.otherwise.k == 16 and 'k' not in config.attention
-  with pytest.raises(UserError, match=r"config\.attention\.otherwise\.name 'topk'.*topk_keys"):
-    configs.load('configs/base.py', {'attention.otherwise.name': 'topk'})
+  config = configs.load('configs/base.py', {'attention.fallback.name': 'topk_keys'})
+  assert config.attention.fallback.k == 16 and 'k' not in config.attention
+  with pytest.raises(UserError, match=r"config\.attention\.fallback\.name 'topk'.*topk_keys"):
+    configs.load('configs/base.py', {'attention.fallback.name': 'topk'})
 
 
 NEW_METHOD = '''

@@ -94,7 +94,8 @@ def test_plain_flax_layers_are_refused_by_name_before_data_is_read(
 
 def test_a_dense_twin_of_plain_flax_layers_is_refused_too(method, tiny_config):
   method('mlp', 'four_plain', FOUR)
-  found = refused(tiny_config, mlp__name='moe_topk', mlp__otherwise__name='four_plain')
+  method('mlp', 'halves_of_four', GATE.replace('gating=', "twin='four_plain', gating="))
+  found = refused(tiny_config, mlp__name='halves_of_four')
   assert 'block_0/mlp/Dense_0/kernel' in found
 
 
@@ -204,8 +205,8 @@ def test_every_method_says_what_it_is(tiny_config):
   model = lm.from_config(tiny_config(), VOCAB)
   for slot in lm.LAYER_SLOTS:
     for name in slots.names(slot):
-      traits = slots.Choice(slot, name).traits(model.spec)
+      traits = slots.MethodConfig(slot, name).traits(model.spec)
       assert traits.paper and traits.saves and not traits.paper.endswith('.')
       # What a gate leaves out is saved, compared with a dense method of the slot.
       assert not traits.gating or traits.twin
-      assert not traits.twin or not slots.Choice(slot, traits.twin).traits(model.spec).twin
+      assert not traits.twin or not slots.MethodConfig(slot, traits.twin).traits(model.spec).twin

@@ -57,7 +57,7 @@ def test_a_name_on_the_command_line_brings_its_defaults_whatever_the_order(write
 def test_every_method_of_a_layer_slot_merges(write):
   config = configs.load(write(), {'activation.name': 'gelu', 'activation.approximate': 'true'})
   assert config.activation.approximate is True
-  assert config.activation.otherwise.name == 'relu2' and config.activation.layers == ':'
+  assert config.activation.fallback.name == 'relu2' and config.activation.layers == ':'
 
 
 @pytest.mark.parametrize('field, text, value', [

@@ -61,10 +61,11 @@ def entering(params, x_BxLxD, fields):
 def inputs_of_entering(model, params, x_BxLxD, enters_BxL):
   """What each kernel of the first block reads of sequences from which all other tokens are cut out."""
   made = {
-    choice.slot: functools.partial(choice.build, 0, 1, spec=model.spec, name=choice.slot)
-    for choice in model.choices
+    slot.slot: functools.partial(slot.at(0, 1).make, {'spec': model.spec, 'name': slot.slot})
+    for slot in model.slots
   }
-  mlp = functools.partial(made['mlp'], activation=made['activation'])
+  supplied = {'spec': model.spec, 'name': 'mlp', 'activation': made['activation']}
+  mlp = functools.partial(model.slots[2].at(0, 1).make, supplied)
   block = Block(model.spec, made['attention'], mlp)
   rows = {name: [] for name in PRUNED}
   for x_LxD, enters_L in zip(x_BxLxD, enters_BxL):

@@ -266,17 +266,17 @@ BAD = {
     ('config.depth.estimator', "config.mlp.name='moe_topk'", 'sequences of a batch'),
   ),
   'acausal in the layers of no policy': (
-    POLICY | {'depth.otherwise.name': 'mixture_of_depths', 'model.layers': 2},
+    POLICY | {'depth.fallback.name': 'mixture_of_depths', 'model.layers': 2},
     ('config.depth.estimator', 'mixture_of_depths', 'causal'),
   ),
   'bad field inside a gate': (
-    {'attention.name': 'head_gate', 'attention.otherwise.name': 'topk_keys'}
-    | {'attention.otherwise.k': 99},
+    {'attention.name': 'head_gate', 'attention.inner.name': 'topk_keys'}
+    | {'attention.inner.k': 99},
     ('k=99', '1 to config.data.context, 16'),
   ),
   'a gate inside a gate': (
-    {'attention.name': 'head_gate', 'attention.otherwise.name': 'head_gate'},
-    ('config.attention.otherwise',),
+    {'attention.name': 'head_gate', 'attention.inner.name': 'head_gate'},
+    ('config.attention.inner',),
   ),
 }
 

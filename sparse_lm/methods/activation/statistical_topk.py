@@ -21,7 +21,7 @@ class StatisticalTopK(LayerMethod):
 
 
   Attributes:
-    inner: makes the activation that is applied, `config.activation.otherwise`.
+    inner: makes the activation that is applied, `config.activation.inner`.
     density: fraction of the units that is kept if they are Gaussian; 1 = all, without a threshold.
   """
 

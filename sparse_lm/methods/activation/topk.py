@@ -18,7 +18,7 @@ class TopK(LayerMethod):
 
 
   Attributes:
-    inner: makes the activation that is applied, `config.activation.otherwise`.
+    inner: makes the activation that is applied, `config.activation.inner`.
     density: fraction of the units that is kept.
   """
 

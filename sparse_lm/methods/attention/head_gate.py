@@ -16,7 +16,7 @@ from sparse_lm.plan import record
 
 
 class HeadGate(LearnedGate, AttentionMethod, kw_only=True):
-  """A gate for every token and head around any attention, `config.attention.otherwise`.
+  """A gate for every token and head around any attention, `config.attention.inner`.
 
   Differs from the papers: any estimator, and no head is always on.
 
