@@ -14,8 +14,9 @@ from sparse_lm.runs.build import build
 from sparse_lm.runs.checkpoint import Checkpoints
 from sparse_lm.runs.evaluate import evaluate, result_of
 from sparse_lm.runs.history import History
+from sparse_lm.runs.run_folder import folder_of
 from sparse_lm.runs.setup import Setup, data_of
-from sparse_lm.runs.trained import check_fits, folder_of, load
+from sparse_lm.runs.trained import check_fits, load
 from sparse_lm.runs.workdir import Workdir, check_new, check_text, whole_folder
 from sparse_lm.train import one_shot, states
 from sparse_lm.train.states import TrainState

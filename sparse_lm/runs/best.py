@@ -5,17 +5,16 @@ import math
 import pathlib
 
 from sparse_lm.runs.checkpoint import EVALUATED, Checkpoints
+from sparse_lm.runs.run_folder import BEST
 from sparse_lm.train import states
 from sparse_lm.train.states import TrainState
 from sparse_lm.train.step import Program
 from sparse_lm.train.work import Work
 
-FOLDER = 'best'  # of a workdir
-
 
 def step_in(workdir: pathlib.Path) -> int | None:
   """The step of a workdir's best state, `None` where it keeps none."""
-  steps = [int(path.name) for path in (workdir / FOLDER).glob('*') if path.name.isdigit()]
+  steps = [int(path.name) for path in (workdir / BEST).glob('*') if path.name.isdigit()]
   return max(steps, default=None)
 
 
@@ -32,7 +31,7 @@ class Best:
   """
 
   def __init__(self, workdir: pathlib.Path) -> None:
-    self._checkpoints = Checkpoints(workdir, FOLDER, keep=None)
+    self._checkpoints = Checkpoints(workdir, BEST, keep=None)
     self.loss, self.step = math.inf, 0
 
   def forget_after(self, step: int) -> None:

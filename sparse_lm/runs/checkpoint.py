@@ -1,16 +1,10 @@
 """Checkpoints, item by item: parameters, sparse state, optimizer, the rest of the state, the position in
 the data, and the history of the run."""
 
-import contextlib
-import glob
 import itertools
-import json
-import logging
 import pathlib
 import sys
-import tempfile
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import grain
@@ -19,24 +13,34 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from sparse_lm.core import records, tree
-from sparse_lm.core.errors import UserError
+from sparse_lm.core.errors import UserError, unknown
 from sparse_lm.core.tree import Tree
+from sparse_lm.runs import digests, storage
+from sparse_lm.runs.digests import Leaf
 from sparse_lm.runs.history import History
+from sparse_lm.runs.run_folder import CHECKPOINTS, CONFIG
 from sparse_lm.runs.workdir import fixed, read_json
 from sparse_lm.train.states import TrainState
 from sparse_lm.train.work import Work
 
-SCHEMA = 3
+SCHEMA = 4
 EVALUATED = ('params', 'sparse', 'model')  # what evaluation and export read
 ITEMS = (*EVALUATED, 'optimizer')
 
 
 class _Meta(TypedDict):
-  """What an item `meta` holds: `run` is `Checkpoints._run` when it was saved."""
+  """What an item `meta` holds.
+
+  Attributes:
+    leaves: by item, the digest of each of its leaves by path.
+    digests: of `numbers`, and of the position in the data where that was saved.
+    run: `Checkpoints._run` when it was saved.
+  """
 
   schema: int
   step: int
   numbers: dict[str, Any] | None
+  leaves: dict[str, dict[str, int]]
   digests: dict[str, int]
   run: dict[str, str]
 
@@ -50,23 +54,10 @@ def _items(state: TrainState) -> dict[str, Tree]:
   }
 
 
-def _leaves(item: Tree) -> dict[str, Any]:
+def _leaves(item: Tree) -> dict[str, Leaf]:
   """Arrays by path; `None`s and empty nodes are the template's business. Orbax refuses an empty
   item, hence the schema number in each."""
   return {'schema': np.asarray(SCHEMA, np.int32), **tree.named(item)}
-
-
-def _digest(leaves: dict[str, Any]) -> int:
-  """CRC of an item's bytes: storage notices a torn file by itself, but not every flipped bit."""
-  crc = 0
-  for path in sorted(leaves):
-    crc = zlib.crc32(np.ascontiguousarray(leaves[path]).tobytes(), zlib.crc32(path.encode(), crc))
-  return crc
-
-
-def _first_line(error: Exception) -> str:
-  lines = str(error).strip().splitlines()
-  return lines[0][:160] if lines else repr(error)
 
 
 def _free(path: pathlib.Path) -> pathlib.Path:
@@ -75,46 +66,15 @@ def _free(path: pathlib.Path) -> pathlib.Path:
   return next(name for name in names if not name.exists())
 
 
-def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
-  """What to restore, on this process' first device wherever it was saved."""
-  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
-
-
-@contextlib.contextmanager
-def _quiet_storage() -> Iterator[None]:
-  """Leaves it to the exception to say what went wrong in the block.
-
-  Orbax logs the traceback of each of its threads, and closes its event loop at the first failure, on
-  which TensorStore's threads print a traceback for every array that they still deliver to it. Both
-  may come after the block has failed, so they stay silenced then.
-  """
-  hook, log = sys.unraisablehook, logging.getLogger('absl')
-
-  def without_late_arrays(raised: Any) -> None:
-    if not (raised.exc_type is RuntimeError and str(raised.exc_value) == 'Event loop is closed'):
-      hook(raised)
-
-  sys.unraisablehook, before = without_late_arrays, log.disabled
-  log.disabled = True
-  yield
-  sys.unraisablehook, log.disabled = hook, before
-
-
-def _json_digest(values: Any) -> int:
-  """CRC of JSON values."""
-  return zlib.crc32(json.dumps(values, sort_keys=True).encode())
-
-
 class Checkpoints:
   """The checkpoints in a folder of a workdir; the newest `keep` are kept, or all."""
 
   def __init__(
-    self, workdir: pathlib.Path, folder: str = 'checkpoints', keep: int | None = 3
+    self, workdir: pathlib.Path, folder: str = CHECKPOINTS, keep: int | None = 3
   ) -> None:
     self.path = (workdir / folder).absolute()
     self._keep = keep
-    self._links: tempfile.TemporaryDirectory | None = None
+    self._plain = storage.PlainPath(self.path)
     self._manager = self._open()
 
   def steps(self) -> list[int]:
@@ -124,7 +84,7 @@ class Checkpoints:
   def save(
     self,
     state: TrainState,
-    data: Any = None,
+    data: grain.DatasetIterator | None = None,
     history: History | None = None,
     items: Sequence[str] = ITEMS,
     numbers: dict[str, float] | None = None,
@@ -150,33 +110,33 @@ class Checkpoints:
     if history is not None:
       trees['history'], numbers = history.masks, history.numbers()
     arrays = {name: jax.device_get(_leaves(item)) for name, item in trees.items()}
-    digests = {name: _digest(leaves) for name, leaves in arrays.items()}
-    digests['numbers'] = _json_digest(numbers)
+    small = {'numbers': digests.of_json(numbers)}
     saved = {name: ocp.args.StandardSave(leaves) for name, leaves in arrays.items()}
     if data is not None:
-      digests['data'] = _json_digest(data.get_state())
+      small['data'] = digests.of_json(data.get_state())
       saved['data'] = grain.checkpoint.CheckpointSave(data)
-    meta = {'schema': SCHEMA, 'step': step, 'numbers': numbers, 'digests': digests}
+    leaves = {name: digests.of_leaves(found) for name, found in arrays.items()}
+    meta = {'schema': SCHEMA, 'step': step, 'numbers': numbers, 'leaves': leaves, 'digests': small}
     meta |= {'run': self._run()}
     doing = 'written'
     try:
-      with _quiet_storage():
+      with storage.quiet():
         self._manager.save(step, args=ocp.args.Composite(**saved, meta=ocp.args.JsonSave(meta)))
         if not steps:
           doing = 'read after it was written'
-          self._read(step, arrays)
+          self._read(step, self._meta(step), arrays, whole=True)
     # Storage reports a full disk, say, by many types.
     except Exception as error:
       self.set_aside_after(step - 1)
       raise UserError(
-        f'checkpoint {step} in {self.path} cannot be {doing} ({_first_line(error)}); valid: a folder '
-        'of yours, with room, on a file system that keeps what is written'
+        f'checkpoint {step} in {self.path} cannot be {doing} ({storage.first_line(error)}); valid: a '
+        'folder of yours, with room, on a file system that keeps what is written'
       ) from error
 
   def restore(
     self,
     template: TrainState,
-    data: Any = None,
+    data: grain.DatasetIterator | None = None,
     items: Sequence[str] = ITEMS,
     history: History | None = None,
   ) -> TrainState | None:
@@ -193,11 +153,11 @@ class Checkpoints:
     steps, faults = self.steps(), []
     for step in reversed(steps):
       try:
-        with _quiet_storage():
+        with storage.quiet():
           state = self._restore(step, template, data, items, history)
       # Storage reports damage by many types; whatever the cause, an older one may be whole.
       except Exception as error:
-        faults.append(f'checkpoint {step} ({_first_line(error)})')
+        faults.append(f'checkpoint {step} ({storage.first_line(error)})')
         continue
       if faults:
         print(f'corrupt: {"; ".join(faults)}; using checkpoint {step}', file=sys.stderr)
@@ -209,6 +169,37 @@ class Checkpoints:
       )
     return None
 
+  def restore_leaves(self, step: int, item: str, template: Tree) -> Tree:
+    """Some leaves of one item, checked; the others are not read.
+
+    Args:
+      step: that has a checkpoint.
+      item: one of `ITEMS`.
+      template: arrays or shape structs at their places in the item, such as `{'trainable': {'params':
+        {'block_0': ...}}}` in 'params'.
+
+    Returns:
+      A tree like `template`.
+
+    Raises:
+      UserError: the checkpoint has no such leaf, or one of these leaves is damaged.
+    """
+    wanted = tree.named(template)
+    try:
+      with storage.quiet():
+        meta = self._meta(step)
+        saved = meta['leaves'].get(item, {})
+        missing = sorted(wanted.keys() - saved.keys())
+        found = {} if missing else self._read(step, meta, {item: wanted}, whole=False)[item]
+    except Exception as error:  # as in `restore`
+      raise UserError(
+        f'checkpoint {step} in {self.path} is damaged ({storage.first_line(error)}); valid: a copy of it '
+        'that is whole, or another checkpoint'
+      ) from error
+    if missing:
+      raise unknown(f'leaf of {item} in checkpoint {step} of {self.path}', missing[0], saved)
+    return tree.map_named(lambda path, _: found[path], template)
+
   def newest_numbers(self) -> dict[str, Any] | None:
     """The numbers that the newest checkpoint was saved with; `None` where there is none, or, said
     aloud, where it is damaged."""
@@ -216,10 +207,12 @@ class Checkpoints:
       return None
     step = self.steps()[-1]
     try:
-      with _quiet_storage():
+      with storage.quiet():
         return self._meta(step)['numbers']
     except Exception as error:  # as in `restore`
-      print(f'corrupt: checkpoint {step} in {self.path} ({_first_line(error)})', file=sys.stderr)
+      print(
+        f'corrupt: checkpoint {step} in {self.path} ({storage.first_line(error)})', file=sys.stderr
+      )
       return None
 
   def work(self, step: int) -> Work:
@@ -244,12 +237,11 @@ class Checkpoints:
   def close(self) -> None:
     """Waits for the files."""
     self._manager.close()
-    if self._links is not None:
-      self._links.cleanup()
+    self._plain.close()
 
   def _run(self) -> dict[str, str]:
     """By file, the digest of what says which run the weights are of, but for fields that may change."""
-    paths = [self.path.parent / name for name in ('config.json', 'tokenizer.json')]
+    paths = [self.path.parent / name for name in (CONFIG, 'tokenizer.json')]
     return {path.name: records.digest(fixed(read_json(path))) for path in paths if path.exists()}
 
   def _open(self) -> ocp.CheckpointManager:
@@ -257,27 +249,15 @@ class Checkpoints:
       max_to_keep=self._keep, create=True, enable_async_checkpointing=False
     )
     try:
-      return ocp.CheckpointManager(self._plain_path(), options=options)
+      return ocp.CheckpointManager(self._plain.path, options=options)
     except OSError:
       raise
     except Exception as error:  # as in `restore`: it reads what each checkpoint says of itself
       raise UserError(
-        f'{self.path} cannot be opened ({_first_line(error)}); valid: a copy of it that is whole'
+        f'{self.path} cannot be opened ({storage.first_line(error)}); valid: a copy of it that is whole'
       ) from error
 
-  def _plain_path(self) -> pathlib.Path:
-    """`self.path`, or a link to it where Orbax, which finds files by a glob of their whole path, or
-    TensorStore, which takes a backslash for a slash, would look elsewhere."""
-    if glob.escape(str(self.path)) == str(self.path) and '\\' not in str(self.path):
-      return self.path
-    self.path.mkdir(parents=True, exist_ok=True)
-    self._links = self._links or tempfile.TemporaryDirectory(prefix='sparse_lm.')
-    link = pathlib.Path(self._links.name) / 'checkpoints'
-    if not link.is_symlink():
-      link.symlink_to(self.path)
-    return link
-
-  def _meta(self, step: int) -> dict[str, Any]:
+  def _meta(self, step: int) -> _Meta:
     meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
     if isinstance(meta, dict) and meta.get('schema') != SCHEMA:
       raise ValueError(f'its format is {meta.get("schema")}, and this version reads {SCHEMA}')
@@ -287,42 +267,60 @@ class Checkpoints:
     for name, digest in self._run().items():
       if digest != meta['run'].get(name):
         raise ValueError(f'it was saved beside another {name}')
-    if _json_digest(meta['numbers']) != meta['digests']['numbers']:
+    if digests.of_json(meta['numbers']) != meta['digests']['numbers']:
       raise ValueError('its numbers do not match their digest')
     return meta
 
-  def _read(self, step: int, wanted: dict[str, dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
-    """Items of a checkpoint in the shape of `wanted`, checked against their digests, and its meta.
-    Raises an exception of any type where the checkpoint is damaged."""
-    meta = self._meta(step)
-    found = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        **{name: ocp.args.StandardRestore(leaves) for name, leaves in wanted.items()},
-      ),
-    )
+  def _read(
+    self,
+    step: int,
+    meta: _Meta,
+    wanted: Mapping[str, Mapping[str, Leaf | jax.ShapeDtypeStruct]],
+    whole: bool,
+  ) -> dict[str, dict[str, jax.Array]]:
+    """Leaves of some items of a checkpoint, checked against their digests.
+
+    Args:
+      wanted: by item, arrays or shape structs by the path of the leaf.
+      whole: whether these are to be all leaves of those items.
+
+    Raises an exception of any type where what is read is damaged.
+    """
+    for name, leaves in wanted.items():
+      saved = meta['leaves'].get(name, {})
+      if other := sorted(
+        (saved.keys() ^ leaves.keys()) if whole else (leaves.keys() - saved.keys())
+      ):
+        raise ValueError(
+          f'leaf {other[0]} of item {name!r} is in the run or in meta, and not in both'
+        )
+    reading = {
+      name: storage.reading({path: storage.struct(leaf) for path, leaf in leaves.items()})
+      for name, leaves in wanted.items()
+    }
+    found = self._manager.restore(step, args=ocp.args.Composite(**reading))
     for name in wanted:
-      if _digest(found[name]) != meta['digests'][name]:
-        raise ValueError(f'the bytes of item {name!r} do not match their digest')
-    return found, meta
+      digests.check(name, found[name], meta['leaves'][name])
+    return {name: found[name] for name in wanted}
 
   def _restore(
     self,
     step: int,
     template: TrainState,
-    data: Any,
+    data: grain.DatasetIterator | None,
     names: Sequence[str],
     history: History | None,
   ) -> TrainState:
     trees = {name: item for name, item in _items(template).items() if name in names}
     if history is not None:
       trees['history'] = history.masks
-    wanted = {name: jax.tree.map(_struct, _leaves(item)) for name, item in trees.items()}
-    found, meta = self._read(step, wanted)
+    meta = self._meta(step)
+    wanted = {name: _leaves(item) for name, item in trees.items()}
+    found = self._read(step, meta, wanted, whole=True)
     if data is not None:
       position = grain.checkpoint.CheckpointRestore(data)
       self._manager.restore(step, args=ocp.args.Composite(data=position))
-      if _json_digest(data.get_state()) != meta['digests']['data']:
+      if digests.of_json(data.get_state()) != meta['digests']['data']:
         raise ValueError("the data's position does not match its digest")
     restored = _items(template) | {
       name: tree.map_named(lambda path, _, name=name: found[name][path], item)

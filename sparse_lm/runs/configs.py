@@ -17,9 +17,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sparse_lm.core import ranges, records
+from sparse_lm.core import ranges
 from sparse_lm.core.errors import UserError, require, unknown
 from sparse_lm.model import slots
+from sparse_lm.runs.run_folder import folder_of, read_config
 
 BASE = pathlib.Path(__file__).parents[2] / 'configs' / 'base.py'
 # The fields of `config.data` that say what is read and how it becomes tokens.
@@ -78,11 +79,8 @@ def _inherit_data(config: ConfigDict, overrides: dict[str, Any]) -> None:
 
 
 def _saved_data(workdir: str) -> dict[str, Any]:
-  folder = pathlib.Path(os.path.expanduser(workdir))
-  if folder.name == 'best' and not (folder / 'config.json').exists():
-    folder = folder.parent  # of a run, whose checkpoint of lowest validation loss is in `best`
   try:
-    data = records.read(folder / 'config.json', dict[str, Any]).get('data')
+    data = read_config(folder_of(workdir)[0]).get('data')
   except UserError:
     return {}
   return data if isinstance(data, dict) else {}
@@ -285,9 +283,10 @@ def _read(path: str) -> ConfigDict:
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
-    if not hasattr(module, 'get_config'):
+    get_config = vars(module).get('get_config')
+    if get_config is None:
       raise UserError(f'config file {path} defines no get_config()')
-    config = module.get_config()
+    config = get_config()
   except UserError:
     raise
   except Exception as error:

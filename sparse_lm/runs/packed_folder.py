@@ -27,12 +27,13 @@ from sparse_lm.data import tokenizers
 from sparse_lm.inference.pack import Matrix, PackedModel, load_format, name_of, names, nested
 from sparse_lm.model import lm
 from sparse_lm.runs import configs
+from sparse_lm.runs.run_folder import CONFIG, read_config, with_format
 from sparse_lm.runs.trained import Trained
 from sparse_lm.runs.workdir import check_new, read_json, whole_folder, write_json
 
-VERSION = 4
+VERSION = 5
 MANIFEST, ARRAYS, PLAIN = 'packed.json', 'packed.safetensors', 'model.safetensors'
-READ = (ARRAYS, 'config.json', 'tokenizer.json')
+READ = (ARRAYS, CONFIG, 'tokenizer.json')
 
 
 class _Entry(TypedDict):
@@ -101,7 +102,7 @@ def _write(
   save_file(
     {p: jax.numpy.asarray(a) for p, a in tree.named(trained.params).items()}, folder / PLAIN
   )
-  write_json(folder / 'config.json', configs.to_json(trained.config))
+  write_json(folder / CONFIG, with_format(configs.to_json(trained.config)))
   write_json(folder / 'tokenizer.json', trained.tokenizer.to_json())
   digests = {name: _digest(folder / name) for name in READ}
   manifest = {'version': VERSION, 'sha256': digests, 'step': trained.step}
@@ -126,8 +127,7 @@ def load(path: str) -> Saved:
     arrays = load_file(folder / ARRAYS)
   except SafetensorError as error:
     raise UserError(f'{folder / ARRAYS} is damaged ({error}); valid: pack the run again') from None
-  file = folder / 'config.json'
-  config = configs.of_run(read_json(file), file)
+  config = configs.of_run(read_config(folder), folder / CONFIG)
   tokenizer = tokenizers.from_json(read_json(folder / 'tokenizer.json'))
   model = lm.from_config(config, tokenizer.vocab_size)
   largest = _kernel_shapes(model)

@@ -1,5 +1,6 @@
 """What an entry point sets before the first array: the allocator and the compilation cache."""
 
+import contextlib
 import ctypes
 import importlib.metadata
 import importlib.util
@@ -26,10 +27,11 @@ def prepare() -> None:
   with it and 30 s without. Compiled programs are cached under the user's cache folder: another process
   of a study starts in seconds.
   """
-  libc = ctypes.CDLL(None)
-  if hasattr(libc, 'mallopt') and _computes_on_cpu():
-    for parameter, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_ARENA_MAX, 1)):
-      libc.mallopt(parameter, value)
+  if _computes_on_cpu():
+    with contextlib.suppress(AttributeError):  # a C library without it
+      mallopt = ctypes.CDLL(None).mallopt
+      for parameter, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_ARENA_MAX, 1)):
+        mallopt(parameter, value)
   cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser()
   jax.config.update('jax_compilation_cache_dir', str(cache / 'sparse_lm' / 'xla'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)

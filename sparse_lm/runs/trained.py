@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 import pathlib
 from typing import Any
 
@@ -21,6 +20,7 @@ from sparse_lm.runs import best, configs
 from sparse_lm.runs import cost_report as cost
 from sparse_lm.runs.build import build
 from sparse_lm.runs.checkpoint import EVALUATED, Checkpoints
+from sparse_lm.runs.run_folder import BEST, CONFIG, folder_of, read_config
 from sparse_lm.runs.workdir import read_json
 from sparse_lm.train.step import Program
 from sparse_lm.train.work import Work
@@ -92,9 +92,10 @@ class Trained:
     return not all(np.all(mask) for mask in masks.values())
 
 
-def check_tokens(tokens: Any, spec: Spec) -> None:
+def check_tokens(tokens: np.ndarray | jax.Array, spec: Spec) -> None:
   """Raises UserError unless these are `[B, L]` ids of the vocabulary, L no longer than the context."""
-  shape, dtype = np.shape(tokens), getattr(tokens, 'dtype', None)
+  shape = np.shape(tokens)
+  dtype = tokens.dtype if isinstance(tokens, np.ndarray | jax.Array) else None
   if len(shape) != 2 or dtype is None or not np.issubdtype(dtype, np.integer):
     raise UserError(
       f'tokens of shape {shape} and type {dtype or type(tokens).__name__}; valid: an integer array '
@@ -108,14 +109,6 @@ def check_tokens(tokens: Any, spec: Spec) -> None:
     raise UserError(
       f'tokens from {np.min(tokens)} to {np.max(tokens)}; valid: 0 to {spec.vocab - 1}, the vocabulary'
     )
-
-
-def folder_of(workdir: str) -> tuple[pathlib.Path, str]:
-  """The folder of a run, and the name in it of the checkpoints that `workdir` means; see `load`."""
-  folder = pathlib.Path(os.path.expanduser(workdir))
-  if folder.name == best.FOLDER and not (folder / 'config.json').exists():
-    return folder.parent, best.FOLDER
-  return folder, 'checkpoints'
 
 
 def load(workdir: str) -> Trained:
@@ -135,10 +128,9 @@ def load(workdir: str) -> Trained:
       f'workdir {workdir} holds a packed model; valid: a run, or sparse_lm.runs.runnable.load, '
       'which takes both'
     )
-  if not (folder / 'config.json').exists():
-    raise UserError(f'workdir {workdir} holds no run (no config.json)')
-  file = folder / 'config.json'
-  config = configs.of_run(read_json(file), file)
+  if not (folder / CONFIG).exists():
+    raise UserError(f'workdir {workdir} holds no run (no {CONFIG})')
+  config = configs.of_run(read_config(folder), folder / CONFIG)
   tokenizer = tokenizers.from_json(read_json(folder / 'tokenizer.json'))
   program, target = build(config, tokenizer.vocab_size)
   template = jax.eval_shape(program.init, config.seed, target)
@@ -169,10 +161,10 @@ def load(workdir: str) -> Trained:
 
 
 def _source(folder: pathlib.Path, kind: str, step: int) -> str:
-  if kind == best.FOLDER:
+  if kind == BEST:
     return f'{folder}: the checkpoint of lowest validation loss, step {step}'
   lowest = best.step_in(folder)
-  hint = f' (that of lowest validation loss, step {lowest}, is {folder / best.FOLDER})'
+  hint = f' (that of lowest validation loss, step {lowest}, is {folder / BEST})'
   return f'{folder}: the newest checkpoint, step {step}{"" if lowest in (None, step) else hint}'
 
 
@@ -183,7 +175,7 @@ def inherited_tokenizer(config: ConfigDict) -> tokenizers.Tokenizer | None:
   """
   try:
     folder, _ = folder_of(config.init_from)
-    parent = configs.from_json(read_json(folder / 'config.json')).data
+    parent = configs.from_json(read_config(folder)).data
     if any(parent[field] != config.data[field] for field in ('tokenizer', 'vocab_size')):
       return None
     return tokenizers.from_json(read_json(folder / 'tokenizer.json'))

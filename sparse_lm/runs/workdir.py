@@ -25,6 +25,7 @@ from sparse_lm.data.corpus import Card
 from sparse_lm.data.pipeline import Data
 from sparse_lm.runs import configs, lock
 from sparse_lm.runs.environment import environment
+from sparse_lm.runs.run_folder import CHECKPOINTS, CONFIG, read_config, with_format
 
 # What may differ when a run is continued: its length, and what it writes on the way.
 FREE = ('train.steps', 'train.log_every', 'train.eval_every', 'train.checkpoint_every')
@@ -162,7 +163,7 @@ class Workdir:
       self.path.mkdir(parents=True, exist_ok=True)
     self._lock.enter_context(lock.held(self.path / 'lock', f'workdir {self.path}'))
     self._compare()  # again: another process may have trained here since
-    write_json(self.path / 'config.json', configs.to_json(self.config))
+    write_json(self.path / CONFIG, with_format(configs.to_json(self.config)))
     write_json(self.path / 'env.json', environment())
     write_json(self.path / 'data.json', self.data.card)
     write_json(self.path / 'tokenizer.json', self.data.tokenizer.to_json())
@@ -235,10 +236,9 @@ class Workdir:
     return read_log(file) if file.exists() else []
 
   def _compare(self) -> None:
-    file = self.path / 'config.json'
-    if not file.exists():
+    if not (self.path / CONFIG).exists():
       return
-    old = configs.flat(read_json(file))
+    old = configs.flat(read_config(self.path))
     new = configs.flat(configs.to_json(self.config))
     # Names first: another method explains why its fields differ too.
     for field in sorted({*old, *new} - set(FREE), key=lambda f: (not f.endswith('name'), f)):
@@ -249,7 +249,7 @@ class Workdir:
         )
     if (self.path / 'tokenizer.json').exists():  # the last of what `open` writes
       check_text(self.path, self.data, 'workdir')
-    names = [folder.name for folder in self.path.glob('checkpoints/*')]
+    names = [folder.name for folder in self.path.glob(f'{CHECKPOINTS}/*')]
     done = max((int(name) for name in names if name.isdigit()), default=0)
     if done > self.config.train.steps:
       raise UserError(

@@ -6,14 +6,16 @@ import re
 import resource
 import shutil
 import signal
+import zlib
 
 import jax
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from sparse_lm.core import rng
+from sparse_lm.core import rng, tree
 from sparse_lm.core.errors import UserError
+from sparse_lm.runs import storage
 from sparse_lm.runs.checkpoint import Checkpoints
 from sparse_lm.runs.history import History
 from sparse_lm.runs.loop import train
@@ -285,11 +287,11 @@ def test_what_cannot_be_read_again_does_not_count(config, tmp_path, monkeypatch)
   checkpoints = Checkpoints(tmp_path)
   read = Checkpoints._read
 
-  def damaged(self, step, wanted):
+  def damaged(self, step, *arguments, **named):
     for path in (tmp_path / 'checkpoints' / str(step) / 'params').rglob('*'):
       if path.is_file() and path.stat().st_size > BIG:
         flip(path)
-    return read(self, step, wanted)
+    return read(self, step, *arguments, **named)
 
   monkeypatch.setattr(Checkpoints, '_read', damaged)
   with pytest.raises(UserError, match=r'checkpoint 0 .* cannot be read after it was written'):
@@ -320,3 +322,98 @@ def test_a_full_disk_is_one_line_and_keeps_the_older_checkpoint(config, tmp_path
   again = Checkpoints(tmp_path)
   assert int(again.restore(state).step) == 0 and again.steps() == [0]
   again.close()
+
+
+def meta_of(step_folder):
+  """The file that holds a checkpoint's meta, and its contents."""
+  (path,) = (f for f in (step_folder / 'meta').iterdir() if f.name.startswith('meta'))
+  return path, json.loads(path.read_text())
+
+
+def test_every_leaf_has_its_digest(whole, intact):
+  _, meta = meta_of(whole / 'checkpoints' / '6')
+  state = intact[6][0]
+  params = {'trainable': state.trainable, 'ema': state.ema}
+  for item, saved in (('params', params), ('sparse', state.sparse)):
+    leaves = tree.named(saved)
+    assert len(leaves) > 3 and meta['leaves'][item].keys() == {*leaves, 'schema'}
+    for path, leaf in leaves.items():
+      want = zlib.crc32(path.encode() + np.asarray(leaf).tobytes())
+      assert meta['leaves'][item][path] == want
+
+
+@pytest.fixture
+def opened(workdir):
+  """The checkpoints of the copy."""
+  checkpoints = Checkpoints(workdir)
+  yield checkpoints
+  checkpoints.close()
+
+
+BLOCK = 'trainable/params/block_0/'
+
+
+def test_a_block_is_restored_without_the_rest(opened, intact, monkeypatch):
+  params = intact[6][0].trainable['params']
+  template = {'trainable': {'params': {'block_0': jax.eval_shape(lambda: params['block_0'])}}}
+  asked = []
+  reading = storage.reading
+  monkeypatch.setattr(storage, 'reading', lambda leaves: asked.extend(leaves) or reading(leaves))
+  found = opened.restore_leaves(6, 'params', template)
+  assert jax.tree.structure(found) == jax.tree.structure(template)
+  jax.tree.map(assert_array_equal, found['trainable']['params']['block_0'], params['block_0'])
+  assert len(asked) > 1 and all(path.startswith(BLOCK) for path in asked)
+
+
+def test_a_damaged_leaf_is_named_and_the_others_can_be_read(
+  opened, workdir, restored, intact, capfd
+):
+  path, meta = meta_of(workdir / 'checkpoints' / '6')
+  leaf = 'trainable/params/embed/tokens'
+  meta['leaves']['params'][leaf] += 1
+  path.write_text(json.dumps(meta))
+  params = intact[6][0].trainable['params']
+  for name in ('block_0', 'norm'):
+    template = {'trainable': {'params': {name: params[name]}}}
+    found = opened.restore_leaves(6, 'params', template)
+    jax.tree.map(assert_array_equal, found, template)
+  with pytest.raises(UserError) as refused:
+    opened.restore_leaves(6, 'params', {'trainable': {'params': {'embed': params['embed']}}})
+  line = str(refused.value)
+  assert 'checkpoint 6' in line and f'the bytes of {leaf} of' in line and '\n' not in line
+  same(restored(workdir), intact[4])
+  assert leaf in capfd.readouterr().err
+
+
+def test_a_flipped_bit_hits_the_leaf_that_it_is_in_and_no_other(config, tmp_path):
+  """Of two leaves that storage cannot compress, so that their bytes are found in its files."""
+  draw = np.random.default_rng(0)
+  leaves = {name: draw.integers(0, 256, 2**20).astype(np.uint8) for name in ('a', 'b')}
+  run = setup(config)
+  state = run.program.init(0, run.target).replace(model_state=leaves)
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(state)
+  part = leaves['b'][1000:1032].tobytes()
+  (file,) = (f for f in tmp_path.rglob('*') if f.is_file() and part in f.read_bytes())
+  content = bytearray(file.read_bytes())
+  content[content.index(part)] ^= 1
+  file.write_bytes(content)
+  found = checkpoints.restore_leaves(0, 'model', {'a': leaves['a']})
+  assert_array_equal(found['a'], leaves['a'])
+  with pytest.raises(UserError, match=r'checkpoint 0 in .* is damaged \(.*\bb\b'):
+    checkpoints.restore_leaves(0, 'model', {'b': leaves['b']})
+  checkpoints.close()
+
+
+def test_a_leaf_that_was_not_saved_is_named_with_the_nearest(opened):
+  template = {'trainable': {'params': {'block_0': {'mlp': {'upp': {'kernel': np.zeros(1)}}}}}}
+  with pytest.raises(UserError, match=r"'trainable/params/block_0/mlp/upp/kernel': did you mean"):
+    opened.restore_leaves(6, 'params', template)
+
+
+def test_a_checkpoint_of_another_version_is_refused_by_its_number(workdir, restored):
+  for step in (2, 4, 6):
+    path, meta = meta_of(workdir / 'checkpoints' / str(step))
+    path.write_text(json.dumps(meta | {'schema': 3}))
+  with pytest.raises(UserError, match=r'its format is 3, and this version reads 4'):
+    restored(workdir)

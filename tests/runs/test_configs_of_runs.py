@@ -12,6 +12,7 @@ from sparse_lm.commands.parser import one_line
 from sparse_lm.core import records
 from sparse_lm.core.errors import UserError
 from sparse_lm.runs import configs
+from sparse_lm.runs.run_folder import with_format
 
 
 @pytest.fixture
@@ -251,7 +252,7 @@ def parent(tmp_path):
   )
   folder = tmp_path / 'parent'
   folder.mkdir()
-  (folder / 'config.json').write_text(records.sealed(configs.to_json(config)))
+  (folder / 'config.json').write_text(records.sealed(with_format(configs.to_json(config))))
   return str(folder), config.data.to_dict()
 
 

@@ -124,7 +124,7 @@ def other_version(folder):
   [
     (flip, 'does not match the sha256'),
     (lambda folder: (folder / 'packed.safetensors').unlink(), 'no such file'),
-    (other_version, 'version 99, and this one reads 4'),
+    (other_version, 'version 99, and this one reads 5'),
     (lambda folder: (folder / 'packed.json').write_text('{'), 'damaged'),
     (lambda folder: (folder / 'packed.json').unlink(), 'holds no run'),
   ],

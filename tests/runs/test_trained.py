@@ -137,6 +137,30 @@ def test_files_of_another_run_are_refused(run, tmp_path):
       load(str(copy))
 
 
+@pytest.mark.parametrize('format_', [None, 1, 3])
+def test_a_config_of_another_format_is_refused_by_its_number(format_, run, tmp_path):
+  """What an older version wrote has none: the first format had no number."""
+
+  def other(values):
+    if format_ is None:
+      del values['format']
+    else:
+      values['format'] = format_
+
+  copy = changed_copy(run[1], tmp_path, 'config.json', other)
+  config = run[0]
+  for attempt in (
+    lambda: load(str(copy)),
+    lambda: Workdir(str(copy), config, setup(config).data),
+    lambda: load(str(copy / 'best')),
+  ):
+    with pytest.raises(UserError) as refused:
+      attempt()
+    line = str(refused.value)
+    assert f'config.json has format {format_ or 1}' in line and 'reads format 2' in line
+    assert '\n' not in line
+
+
 def test_a_longer_run_is_the_same_run(run, trained, tmp_path):
   copy = changed_copy(run[1], tmp_path, 'config.json', lambda v: v['train'].update(steps=9))
   assert load(str(copy)).step == trained.step

@@ -1,0 +1,46 @@
+"""Digests of what checkpoints hold: storage notices a torn file by itself, but not every flipped bit."""
+
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+Leaf = jax.Array | np.ndarray
+
+
+def of_leaf(path: str, leaf: Leaf) -> int:
+  """CRC of a leaf's path and bytes."""
+  return zlib.crc32(np.ascontiguousarray(leaf).tobytes(), zlib.crc32(path.encode()))
+
+
+def of_leaves(leaves: Mapping[str, Leaf]) -> dict[str, int]:
+  """The CRC of every leaf, by its path."""
+  return {path: of_leaf(path, leaf) for path, leaf in leaves.items()}
+
+
+def of_json(values: Any) -> int:
+  """CRC of JSON values."""
+  return zlib.crc32(json.dumps(values, sort_keys=True).encode())
+
+
+def check(item: str, leaves: Mapping[str, Leaf], digests: Mapping[str, int]) -> None:
+  """Raises ValueError, naming the leaves of a checkpoint's item that are not what was written.
+
+  Args:
+    item: its name, for the message.
+    leaves: some of its leaves, as they were read.
+    digests: of all of its leaves, as they were written.
+  """
+  wrong = [path for path, leaf in leaves.items() if digests.get(path) != of_leaf(path, leaf)]
+  if wrong:
+    raise ValueError(
+      f'the bytes of {_listed(wrong)} of item {item!r} do not match their digests in meta'
+    )
+
+
+def _listed(paths: list[str], shown: int = 3) -> str:
+  more = f' and {len(paths) - shown} more leaves' if len(paths) > shown else ''
+  return f'{", ".join(paths[:shown])}{more}'
