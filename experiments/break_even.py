@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments.sweep import Run
 from sparse_lm.core.format import Format
-from sparse_lm.inference.pack import load_format
+from sparse_lm.inference import formats
 from sparse_lm.measure import turns
 from sparse_lm.report import plot, results, table
 from sparse_lm.runs import configs, runtime
@@ -66,9 +66,9 @@ def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
   draw = np.random.default_rng(0)
   kernels = [draw.standard_normal(shape, np.float32) for _ in range(MATRICES)]
   whole = np.ones(shape, bool)
-  dense = jax.device_put([load_format('dense_out_in').pack(k, whole) for k in kernels])
+  dense = jax.device_put([formats.load('dense_out_in').pack(k, whole) for k in kernels])
   masks = [_mask(draw, shape, density, size, name) for _ in kernels]
-  packed = jax.device_put([load_format(name).pack(k, m) for k, m in zip(kernels, masks)])
+  packed = jax.device_put([formats.load(name).pack(k, m) for k, m in zip(kernels, masks)])
   x = jnp.ones((batch, shape[0]))
   index = jnp.asarray(np.sort(draw.permutation(shape[0])[: round(density * shape[0])]))
 

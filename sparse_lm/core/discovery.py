@@ -18,6 +18,11 @@ def names(package: str) -> list[str]:
   return sorted(name.rstrip('_') for name in found)
 
 
+def name_of(implementation: type) -> str:
+  """The name by which `load` finds a class."""
+  return implementation.__module__.rpartition('.')[2].rstrip('_')
+
+
 def load(package: str, name: str, field: str) -> type:
   """The one public class of the file `name` in a package.
 

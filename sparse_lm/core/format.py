@@ -20,9 +20,6 @@ class Format(struct.PyTreeNode):
   Attributes:
     runs: whether it multiplies; if not it is for the disk.
     plain: whether it stores every weight and nothing else, which any kernel can be.
-    slowdown: time of a byte over that of a dense byte, where the format starts to pay for one token.
-    fixed: time of a product with one token beside that of its bytes, in bytes: 20 to the nanosecond.
-      Both are those of a CPU (`python -m experiments.run break_even`).
     stacks: whether it takes kernels with leading axes; if it runs, by `of_expert`.
     selects: the axis of which one token reads what a method has selected and no more: -1, outputs
       (`of_outputs`), or -2, inputs (`of_inputs`).
@@ -30,8 +27,6 @@ class Format(struct.PyTreeNode):
 
   runs: ClassVar[bool] = True
   plain: ClassVar[bool] = False
-  slowdown: ClassVar[float] = 1.0
-  fixed: ClassVar[float] = 30e3
   stacks: ClassVar[bool] = False
   selects: ClassVar[int | None] = None
 
@@ -46,6 +41,15 @@ class Format(struct.PyTreeNode):
   def misfit(cls, mask: np.ndarray) -> str:
     """`refuses` of a mask whose number of axes is right."""
     return ''
+
+  @classmethod
+  def example(cls, draw: np.random.Generator, shape: tuple[int, int], density: float) -> np.ndarray:
+    """A random mask, bool, that the format is meant for and of about that density.
+
+    Costs are measured with it (`inference/time_formats.py`). A format that stores every weight takes
+    any mask: its example keeps all.
+    """
+    return np.ones(shape, bool)
 
   @classmethod
   def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'Format':
@@ -81,10 +85,6 @@ class Format(struct.PyTreeNode):
   def nbytes(self) -> int:
     """Of all that is stored."""
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(self))
-
-  def cost(self, read: float = 1.0) -> float:
-    """Predicted time of a token that reads this share of it, in bytes of a dense kernel."""
-    return self.nbytes * self.slowdown * read + self.fixed
 
 
 class InputMajor(Format):

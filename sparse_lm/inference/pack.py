@@ -1,9 +1,7 @@
 """Turning a model into one that executes only what is left of it."""
 
 import dataclasses
-import importlib
 import math
-import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +12,7 @@ from sparse_lm.core import tree
 from sparse_lm.core.format import Format, is_packed
 from sparse_lm.core.groups import Group
 from sparse_lm.core.tree import Tree
-from sparse_lm.inference import formats
+from sparse_lm.inference import costs, formats
 from sparse_lm.inference.shrink import Shrunk, shrink
 from sparse_lm.model import lm
 from sparse_lm.model.lm import LM
@@ -40,7 +38,8 @@ class Matrix:
   why: str = ''
 
   def __repr__(self) -> str:
-    return f'Matrix({self.path!r}, runs {name_of(self.runs)}, stored {name_of(self.stored)})'
+    runs, stored = formats.name_of(self.runs), formats.name_of(self.stored)
+    return f'Matrix({self.path!r}, runs {runs}, stored {stored})'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +59,9 @@ class Kernel:
   @classmethod
   def fused(cls, kernels: Sequence['Kernel']) -> 'Kernel':
     """One kernel with the outputs of several of the same inputs."""
-    weights, masks = ([getattr(k, name) for k in kernels] for name in ('weights', 'mask'))
-    total = sum(kernel.dense_bytes for kernel in kernels)
-    return cls(np.concatenate(weights, axis=-1), np.concatenate(masks, axis=-1), total)
+    weights = np.concatenate([kernel.weights for kernel in kernels], axis=-1)
+    mask = np.concatenate([kernel.mask for kernel in kernels], axis=-1)
+    return cls(weights, mask, sum(kernel.dense_bytes for kernel in kernels))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -83,26 +82,6 @@ class PackedModel:
 
   def __repr__(self) -> str:
     return f'PackedModel({len(self.matrices)} matrices, {len(self.removed)} units removed)'
-
-
-def load_format(name: str) -> type[Format]:
-  """The class in `inference/formats/<name>.py`."""
-  module = importlib.import_module(f'{formats.__name__}.{name}')
-  own = [
-    c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__
-  ]
-  (found,) = [c for c in own if issubclass(c, Format)]
-  return found
-
-
-def names() -> list[str]:
-  """Of all formats."""
-  return sorted(module.name for module in pkgutil.iter_modules(formats.__path__))
-
-
-def name_of(format_: Format) -> str:
-  """Of the file that a format is in."""
-  return type(format_).__module__.rpartition('.')[2]
 
 
 def pack(model: LM, params: Tree, masks: Tree, state: Tree) -> PackedModel:
@@ -172,7 +151,8 @@ def _fused(
   if not all(part in kernels for part in parts):
     return matrices
   one = choose(path, Kernel.fused([kernels[part] for part in parts]), {})
-  if one.runs.cost() > sum(matrices[part].runs.cost() for part in parts):
+  predicted = costs.current().predicted
+  if predicted(one.runs) > sum(predicted(matrices[part].runs) for part in parts):
     return matrices
   first, *others = parts
   kept = [one if p == first else matrix for p, matrix in matrices.items() if p not in others]
@@ -219,8 +199,8 @@ def choose(path: str, kernel: Kernel, read: dict[int, float]) -> Matrix:
   `read` is the share of an axis that a method selects, by axis.
   """
   refusals, runs, stored = [], [], []
-  for name in names():
-    cls = load_format(name)
+  for name in formats.names():
+    cls = formats.load(name)
     if cls.selects == -2 and -2 not in read:
       continue
     if why := cls.refuses(kernel.mask):
@@ -228,7 +208,7 @@ def choose(path: str, kernel: Kernel, read: dict[int, float]) -> Matrix:
         refusals.append(f'{name}: {why}')
       continue
     candidate = cls.pack(kernel.weights, kernel.mask)
-    predicted = candidate.cost(read.get(cls.selects, 1))
+    predicted = costs.current().predicted(candidate, read.get(cls.selects, 1.0))
     (runs if cls.runs else stored).append((predicted, candidate))
     if cls.runs and not cls.plain:
       refusals.append(f'{name}: {predicted / 1e6:.2f} MB worth of time')

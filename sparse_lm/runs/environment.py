@@ -9,15 +9,9 @@ from typing import Any
 
 import jax
 
+from sparse_lm.measure.device import processor
+
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
-# The widest vector instructions first, by the flag that Linux lists for them: x86, then Arm.
-INSTRUCTION_SETS = {
-  'avx512f': 'AVX-512',
-  'avx2': 'AVX2',
-  'avx': 'AVX',
-  'sve': 'SVE',
-  'asimd': 'NEON',
-}
 
 
 def environment() -> dict[str, Any]:
@@ -32,33 +26,9 @@ def environment() -> dict[str, Any]:
     'git': _git_revision(),
     'device': jax.devices()[0].device_kind,
     'devices': jax.device_count(),
-    **processor(_cpuinfo()),
+    **processor(),
     'cores': os.cpu_count(),
   }
-
-
-def processor(cpuinfo: str) -> dict[str, str]:
-  """`cpu` (model name, with family and model where they are given) and `instruction_set`.
-
-  Args:
-    cpuinfo: the contents of /proc/cpuinfo, or '' on a system without it.
-  """
-  first: dict[str, str] = {}
-  for line in cpuinfo.splitlines():
-    name, _, value = line.partition(':')
-    first.setdefault(name.strip(), value.strip())
-  cpu = first.get('model name') or platform.processor() or platform.machine()
-  # A virtual machine's model name may be no more than a brand; these numbers tell generations apart.
-  if 'cpu family' in first and 'model' in first:
-    cpu += f' (family {first["cpu family"]}, model {first["model"]})'
-  flags = (first.get('flags') or first.get('Features', '')).split()
-  widest = (name for flag, name in INSTRUCTION_SETS.items() if flag in flags)
-  return {'cpu': cpu, 'instruction_set': next(widest, platform.machine())}
-
-
-def _cpuinfo() -> str:
-  file = pathlib.Path('/proc/cpuinfo')
-  return file.read_text() if file.exists() else ''
 
 
 def _git_revision() -> str:

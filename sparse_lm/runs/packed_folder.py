@@ -21,10 +21,11 @@ from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
 
 from sparse_lm.core import records, tree
-from sparse_lm.core.errors import UserError, unknown
+from sparse_lm.core.errors import UserError
 from sparse_lm.core.format import Format, is_packed
 from sparse_lm.data import tokenizers
-from sparse_lm.inference.pack import Matrix, PackedModel, load_format, name_of, names, nested
+from sparse_lm.inference import formats
+from sparse_lm.inference.pack import Matrix, PackedModel, nested
 from sparse_lm.model import lm
 from sparse_lm.runs import configs
 from sparse_lm.runs.run_folder import CONFIG, read_config, with_format
@@ -190,8 +191,8 @@ def _arrays(packed: PackedModel) -> tuple[dict[str, jax.Array], dict[str, Any]]:
       if not field.metadata.get('pytree_node', True)
     }
     matrices[path] = {
-      'runs': name_of(matrix.runs),
-      'stored': name_of(matrix.stored),
+      'runs': formats.name_of(matrix.runs),
+      'stored': formats.name_of(matrix.stored),
       'fields': static,
       'dense_bytes': matrix.dense_bytes,
       'stored_bytes': matrix.stored.nbytes,
@@ -214,10 +215,7 @@ def _matrix(
   path: str, entry: dict[str, Any], arrays: dict[str, jax.Array], largest: tuple[int, ...]
 ) -> Matrix:
   """Raises ValueError, before anything is allocated, where the matrix is larger than the model's."""
-  for name in (entry['stored'], entry['runs']):
-    if name not in names():
-      raise unknown('format', name, names())
-  cls = load_format(entry['stored'])
+  cls, running = formats.load(entry['stored']), formats.load(entry['runs'])
   prefix = f'packed/{path}:'
   fields = _fields({k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)})
   static = {k: tuple(v) if isinstance(v, list) else v for k, v in entry['fields'].items()}
@@ -227,7 +225,7 @@ def _matrix(
   runs: Format = stored
   if entry['runs'] != entry['stored']:
     kernel = np.asarray(stored.kernel())
-    runs = jax.device_put(load_format(entry['runs']).pack(kernel, kernel != 0))
+    runs = jax.device_put(running.pack(kernel, kernel != 0))
   return Matrix(path, runs, stored, entry['dense_bytes'], entry['why'])
 
 
@@ -250,8 +248,8 @@ def describe(packed: PackedModel) -> list[dict[str, Any]]:
   return [
     {
       'matrix': path,
-      'runs': name_of(m.runs),
-      'stored': name_of(m.stored),
+      'runs': formats.name_of(m.runs),
+      'stored': formats.name_of(m.stored),
       'dense kB': m.dense_bytes / 1e3,
       'running kB': m.runs.nbytes / 1e3,
       'stored kB': m.stored.nbytes / 1e3,

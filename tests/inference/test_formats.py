@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
-from sparse_lm.inference.pack import Kernel, choose, load_format, name_of, names
+from sparse_lm.inference import formats
+from sparse_lm.inference.pack import Kernel, choose
 
-RUNNING = [name for name in names() if load_format(name).runs]
+RUNNING = [name for name in formats.names() if formats.load(name).runs]
 SHAPES = ((32, 48), (64, 16), (48, 96))
 KINDS = ('full', 'weights', 'tiles', 'rows', 'columns', '2:4', '1:8', 'one weight', 'nothing')
 
@@ -43,12 +44,12 @@ cases = given(
 )
 
 
-@pytest.mark.parametrize('name', names())
+@pytest.mark.parametrize('name', formats.names())
 @settings(max_examples=12, deadline=None)
 @cases
 def test_what_is_stored_is_the_masked_kernel(name, seed, shape, kind):
   draw = np.random.default_rng(seed)
-  mask, cls = mask_of(kind, shape, draw), load_format(name)
+  mask, cls = mask_of(kind, shape, draw), formats.load(name)
   if cls.refuses(mask):
     return
   kernel = draw.normal(size=shape).astype('f')
@@ -62,7 +63,7 @@ def test_what_is_stored_is_the_masked_kernel(name, seed, shape, kind):
 @cases
 def test_products_are_those_of_the_masked_kernel(name, seed, shape, kind):
   draw = np.random.default_rng(seed)
-  mask, cls = mask_of(kind, shape, draw), load_format(name)
+  mask, cls = mask_of(kind, shape, draw), formats.load(name)
   if cls.refuses(mask):
     return
   kernel, x = draw.normal(size=shape).astype('f'), draw.normal(size=(2, 3, shape[0])).astype('f')
@@ -85,7 +86,7 @@ def test_products_are_those_of_the_masked_kernel(name, seed, shape, kind):
 def test_rows_in_bfloat16_add_up_in_float32(name):
   draw = np.random.default_rng(0)
   kernel, x = draw.random((512, 8)).astype(jnp.bfloat16), draw.random(512).astype(jnp.bfloat16)
-  stored = jax.device_put(load_format(name).pack(kernel, np.ones(kernel.shape, bool)))
+  stored = jax.device_put(formats.load(name).pack(kernel, np.ones(kernel.shape, bool)))
   found = (
     stored.of_inputs(x, np.arange(512)) if name == 'gather' else stored.of_outputs(x, np.arange(8))
   )
@@ -97,7 +98,7 @@ def test_rows_in_bfloat16_add_up_in_float32(name):
 def test_experts_apart_multiply_as_a_stack(rows):
   draw = np.random.default_rng(0)
   kernel, mask = draw.normal(size=(3, 32, 16)).astype('f'), draw.random((3, 32, 16)) < 0.5
-  stored = jax.device_put(load_format('unstacked_experts').pack(kernel, mask))
+  stored = jax.device_put(formats.load('unstacked_experts').pack(kernel, mask))
   assert_array_equal(stored.kernel(), kernel * mask)
   x = draw.normal(size=(rows, 32)).astype('f')
   for expert, one in enumerate(kernel * mask):
@@ -114,14 +115,14 @@ def test_small_matrices_run_dense_where_large_ones_run_packed(shape, names):
   tiles.flat[::10] = True
   cases = (np.kron(tiles, np.ones((32, 32), bool)), {}), (np.ones(shape, bool), {-2: 0.1})
   chosen = [choose('kernel', Kernel(kernel, mask, kernel.nbytes), read) for mask, read in cases]
-  assert [name_of(matrix.runs) for matrix in chosen] == names
+  assert [formats.name_of(matrix.runs) for matrix in chosen] == names
 
 
 def test_which_masks_a_format_takes():
   draw = np.random.default_rng(0)
   taken = {
-    name: {k for k in KINDS if not load_format(name).refuses(mask_of(k, (64, 48), draw))}
-    for name in names()
+    name: {k for k in KINDS if not formats.load(name).refuses(mask_of(k, (64, 48), draw))}
+    for name in formats.names()
   }
   assert taken['dense_out_in'] == taken['gather'] == set(KINDS)
   assert taken['dense_in_out'] == set()  # neither few inputs nor many outputs
@@ -133,15 +134,15 @@ def test_which_masks_a_format_takes():
   assert taken['n_of_m'] == {'2:4', '1:8'}
 
 
-@pytest.mark.parametrize('name', names())
+@pytest.mark.parametrize('name', formats.names())
 def test_stacked_kernels_are_refused_but_by_formats_made_for_them(name):
   stacked = np.ones((3, 32, 32), bool)
   stacked[1] = False
-  assert bool(load_format(name).refuses(stacked)) == (name not in ('unstacked_experts', 'bitmask'))
+  assert bool(formats.load(name).refuses(stacked)) == (name not in ('unstacked_experts', 'bitmask'))
 
 
 def test_a_block_that_no_tile_divides_is_refused_with_the_shape():
-  assert '(24, 40)' in load_format('block').refuses(np.zeros((24, 40), bool))
+  assert '(24, 40)' in formats.load('block').refuses(np.zeros((24, 40), bool))
 
 
 def test_bytes_are_counted_to_the_index():
@@ -150,7 +151,7 @@ def test_bytes_are_counted_to_the_index():
   kernel = draw.normal(size=shape).astype('f')
 
   def nbytes(name, mask):
-    return load_format(name).pack(kernel, mask).nbytes
+    return formats.load(name).pack(kernel, mask).nbytes
 
   assert nbytes('dense_out_in', np.ones(shape, bool)) == 64 * 48 * 4
   weights = mask_of('weights', shape, draw)

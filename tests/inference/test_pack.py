@@ -9,7 +9,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from sparse_lm.core import tree
-from sparse_lm.inference import pack
+from sparse_lm.inference import formats, pack
 from sparse_lm.inference.decode import Decoder
 from sparse_lm.layers.sow import SOWN
 from sparse_lm.model import lm
@@ -136,7 +136,7 @@ def test_it_equals_its_twin_in_one_pass_and_token_by_token(name, case):
 @pytest.mark.parametrize('name', CASES)
 def test_each_matrix_runs_in_the_format_made_for_it(name, case):
   _, _, masks, packed = case(name)
-  found = {pack.name_of(matrix.runs) for matrix in packed.matrices.values()}
+  found = {formats.name_of(matrix.runs) for matrix in packed.matrices.values()}
   assert (
     CASES[name][2]
     <= found
@@ -153,7 +153,7 @@ def test_each_matrix_runs_in_the_format_made_for_it(name, case):
 
 def test_what_is_stored_is_in_the_smallest_format(case):
   stored = {
-    name: {pack.name_of(m.stored) for p, m in case(name)[3].matrices.items() if 'block' in p}
+    name: {formats.name_of(m.stored) for p, m in case(name)[3].matrices.items() if 'block' in p}
     for name in ('weights', '2:4', 'tiles', 'dense')
   }
   assert stored['weights'] == {'bitmask'} and stored['2:4'] == {'n_of_m'}
@@ -163,7 +163,7 @@ def test_what_is_stored_is_in_the_smallest_format(case):
 def test_outputs_are_selected_only_where_the_inputs_behind_them_are(case):
   def formats(name):
     mlp = 'block_0/mlp/{}/kernel'.format
-    return [pack.name_of(case(name)[3].matrices[mlp(part)].runs) for part in ('up', 'down')]
+    return [formats.name_of(case(name)[3].matrices[mlp(part)].runs) for part in ('up', 'down')]
 
   assert formats('predictor') == ['dense_out_in', 'gather']
   # Where the down-projection runs its tiles all units are computed, and `dense` is not the fastest.
@@ -268,7 +268,7 @@ def test_an_expert_without_weights_is_gone(case):
 def test_the_dense_twin_is_the_model_without_sparsity(case):
   model, *_ = case('depth and tiles')
   twin = pack.dense_twin(model)
-  layouts = {path: pack.name_of(m.runs) for path, m in twin.matrices.items()}
+  layouts = {path: formats.name_of(m.runs) for path, m in twin.matrices.items()}
   assert set(layouts.values()) == {'dense_out_in', 'dense_in_out'}
   # 32 inputs and 64 units.
   assert layouts['block_0/mlp/up/kernel'] == 'dense_in_out'

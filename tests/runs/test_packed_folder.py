@@ -15,7 +15,7 @@ import sparse_lm.pack as pack_command
 import sparse_lm.speed as speed_command
 from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
-from sparse_lm.inference import pack
+from sparse_lm.inference import formats, pack
 from sparse_lm.inference.sample import Sampling
 from sparse_lm.runs import packed_folder as saved
 from sparse_lm.runs import runnable, runtime
@@ -77,7 +77,7 @@ def test_it_is_read_back_as_it_was_and_equals_the_run(name, packed):
 def test_what_is_stored_as_many_arrays_is_read_back_in_their_order(packed):
   _, folder, _ = packed('experts')
   matrices = saved.load(folder).packed.matrices
-  stored = {pack.name_of(matrix.stored) for p, matrix in matrices.items() if 'experts' in p}
+  stored = {formats.name_of(matrix.stored) for p, matrix in matrices.items() if 'experts' in p}
   assert stored == {'unstacked_experts'}  # twelve: '10' sorts before '2'
 
 

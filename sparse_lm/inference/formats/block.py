@@ -1,6 +1,6 @@
 """Square tiles, of which only those with any weight are stored."""
 
-from typing import ClassVar
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,8 +25,6 @@ class Block(Format):
   source: Array
   parts: Array
   groups: int = struct.field(pytree_node=False)
-  slowdown: ClassVar[float] = 1.85
-  fixed: ClassVar[float] = 130e3
 
   @classmethod
   def misfit(cls, mask: np.ndarray) -> str:
@@ -37,6 +35,16 @@ class Block(Format):
     if all(_held(mask, size).all() for size in sizes):
       return f'every tile of {sizes[-1]} holds weights'
     return ''
+
+  @classmethod
+  def example(cls, draw: np.random.Generator, shape: tuple[int, int], density: float) -> np.ndarray:
+    """Random tiles of half the largest size that fits."""
+    size = next((size for size in SIZES[1:] if not any(axis % size for axis in shape)), SIZES[-1])
+    tiles = shape[0] // size, shape[1] // size
+    kept = draw.permutation(math.prod(tiles)).reshape(tiles) < max(
+      round(density * math.prod(tiles)), 1
+    )
+    return np.kron(kept, np.ones((size, size), bool))
 
   @classmethod
   def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'Block':

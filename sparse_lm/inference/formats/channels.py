@@ -1,7 +1,5 @@
 """The inputs and outputs that have any weight."""
 
-from typing import ClassVar
-
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -23,14 +21,18 @@ class Channels(Format):
   source: Array
   place: Array
   inputs: int = struct.field(pytree_node=False)
-  slowdown: ClassVar[float] = 1.3
-  fixed: ClassVar[float] = 80e3
 
   @classmethod
   def misfit(cls, mask: np.ndarray) -> str:
     """Kernels without an empty row or column."""
     empty = not (mask.any(axis=0).all() and mask.any(axis=1).all())
     return '' if empty and mask.any() else 'every input and output has weights'
+
+  @classmethod
+  def example(cls, draw: np.random.Generator, shape: tuple[int, int], density: float) -> np.ndarray:
+    """All weights of random inputs."""
+    kept = draw.permutation(shape[0]) < max(round(density * shape[0]), 1)
+    return np.broadcast_to(kept[:, None], shape)
 
   @classmethod
   def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'Channels':

@@ -17,7 +17,6 @@ class DenseInOut(InputMajor):
   """
 
   plain: ClassVar[bool] = True
-  slowdown: ClassVar[float] = 0.8
 
   @classmethod
   def misfit(cls, mask: np.ndarray) -> str:

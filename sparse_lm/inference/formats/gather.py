@@ -17,8 +17,6 @@ class Gather(InputMajor):
   """
 
   selects: ClassVar[int | None] = -2
-  slowdown: ClassVar[float] = 2.2
-  fixed: ClassVar[float] = 600e3  # finding the active units
 
   def of_inputs(self, x_K: Array, index_K: Array) -> Array:
     """Reads `K` rows.

@@ -1,8 +1,10 @@
-"""A run says on which processor it was made."""
+"""A run says on which processor it was made, and what is measured of a device is named by its kind."""
 
 import pytest
 
-from sparse_lm.runs.environment import environment, processor
+from sparse_lm.measure import device
+from sparse_lm.measure.device import processor
+from sparse_lm.runs.environment import environment
 
 AMD = """processor\t: 0
 vendor_id\t: AuthenticAMD
@@ -38,3 +40,21 @@ def test_a_processor_without_a_model_name_is_its_architecture():
 
 def test_a_run_records_both():
   assert {'cpu', 'instruction_set', 'cores', 'device', 'jax', 'git'} <= set(environment())
+
+
+@pytest.mark.parametrize(
+  ('backend', 'name', 'want'),
+  [
+    ('gpu', 'NVIDIA H200', 'nvidia-h200'),
+    ('tpu', 'TPU v5 lite', 'tpu-v5-lite'),
+    ('cpu', 'cpu', None),
+  ],
+)
+def test_the_kind_of_a_device_names_a_file(backend, name, want, monkeypatch):
+  class Device:
+    device_kind = name
+
+  monkeypatch.setattr(device.jax, 'devices', lambda: [Device()])
+  monkeypatch.setattr(device.jax, 'default_backend', lambda: backend)
+  monkeypatch.setattr(device, '_cpuinfo', lambda: INTEL)
+  assert device.kind() == (want or 'cpu-avx-512')

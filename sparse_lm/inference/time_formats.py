@@ -1,0 +1,145 @@
+"""Measuring what packed formats cost on this device.
+
+Products of one token with packed kernels are timed in turns with the same products with dense ones, by
+size and density. What a format costs is a line through its times: so much for each byte that is read, and
+so much for each product.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparse_lm.core.format import Format
+from sparse_lm.inference import formats
+from sparse_lm.inference.costs import FormatCost
+from sparse_lm.measure import turns
+
+SHAPES = ((128, 512), (256, 1024), (384, 3072), (768, 768), (768, 3072))
+DENSITIES = (0.5, 0.25, 0.1)
+KERNELS = 8  # of a call, so that the call itself takes a small part of the time
+CACHES = 64_000_000  # bytes that are read before each turn: kernels of a model come from memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+  """The times of one case.
+
+  Attributes:
+    read: bytes that a product reads, of a kernel in its format.
+    dense: bytes of a dense kernel of the same shape.
+    seconds: of a product, turn by turn.
+  """
+
+  read: float
+  dense: float
+  seconds: np.ndarray
+
+
+class _Products(turns.Prepared):
+  """Products of one token with kernels, of which the caches hold nothing before a turn."""
+
+  def __init__(self, kernels: Sequence[Format], read: np.ndarray | None = None) -> None:
+    """`read`: the inputs that are not zero, for a format that reads those alone."""
+    self.kernels = jax.device_put(list(kernels))
+    self.x = jnp.ones((1, kernels[0].shape[0]))
+    self.index = None if read is None else jnp.asarray(read)
+    self.flood = jnp.ones(CACHES // 4)
+    self.multiply, self.sum = jax.jit(_multiply), jax.jit(jnp.sum)
+
+  def prepare(self) -> jax.Array:
+    """Fills the caches with something else."""
+    return self.sum(self.flood)
+
+  def __call__(self) -> jax.Array:
+    """The sum of the products."""
+    return self.multiply(self.kernels, self.x, self.index)
+
+
+def _multiply(kernels: list[Format], x: jax.Array, index: jax.Array | None) -> jax.Array:
+  if index is None:
+    return sum(kernel.matmul(x) for kernel in kernels)
+  return sum(kernel.of_inputs(x[0, index], index) for kernel in kernels)
+
+
+def measure(repeats: int = 15, shapes: Sequence[tuple[int, int]] = SHAPES) -> dict[str, FormatCost]:
+  """The costs of all formats that multiply kernels which are no stacks.
+
+  Args:
+    repeats: turns of each case.
+    shapes: of the kernels, `(inputs, outputs)`.
+  """
+  reference = _reference(shapes)
+  dense = line_of(_times(reference, reference, repeats, shapes)[0])
+  found = {}
+  for name in formats.names():
+    cls = formats.load(name)
+    if cls.runs and not cls.stacks:
+      own, beside = _times(cls, reference, repeats, shapes)
+      if own:
+        found[name] = line_of(own, beside, dense)
+  return found
+
+
+def _reference(shapes: Sequence[tuple[int, int]]) -> type[Format]:
+  """The format that stores every weight of any kernel."""
+  plain = [cls for cls in map(formats.load, formats.names()) if cls.plain and cls.runs]
+  return next(cls for cls in plain if not any(cls.refuses(np.ones(s, bool)) for s in shapes))
+
+
+def _times(
+  cls: type[Format], reference: type[Format], repeats: int, shapes: Sequence[tuple[int, int]]
+) -> tuple[list[Times], list[Times]]:
+  """The times of a format in all cases that it takes, and of the dense format beside each of them."""
+  draw, own, beside = np.random.default_rng(0), [], []
+  for shape in shapes:
+    for density in (1.0,) if cls.plain else DENSITIES:
+      masks = [cls.example(draw, shape, density) for _ in range(KERNELS)]
+      if any(map(cls.refuses, masks)):
+        continue
+      kernels = [draw.standard_normal(shape, np.float32) for _ in masks]
+      packed = [cls.pack(kernel, mask) for kernel, mask in zip(kernels, masks)]
+      whole = [reference.pack(kernel, np.ones(shape, bool)) for kernel in kernels]
+      share, index = 1.0, None
+      if cls.selects == -2:
+        index = np.sort(draw.permutation(shape[0])[: round(density * shape[0])])
+        share = density
+      calls = {'packed': _Products(packed, index), 'dense': _Products(whole)}
+      seconds = turns.interleaved(calls, repeats, formats.name_of(packed[0]))
+      bytes_ = [float(np.mean([kernel.nbytes for kernel in each])) for each in (packed, whole)]
+      own.append(Times(share * bytes_[0], bytes_[1], seconds['packed'] / KERNELS))
+      beside.append(Times(bytes_[1], bytes_[1], seconds['dense'] / KERNELS))
+  return own, beside
+
+
+def line_of(
+  times: Sequence[Times],
+  beside: Sequence[Times] | None = None,
+  dense: FormatCost | None = None,
+) -> FormatCost:
+  """The line nearest to times, by their relative distance from it.
+
+  Args:
+    times: of a format, or of the dense one.
+    beside: of the dense format in the same turns, for all formats but itself.
+    dense: the dense format's own line.
+
+  Returns:
+    `slowdown` and `fixed` in the time of a dense byte; neither is negative.
+  """
+  read = np.array([case.read for case in times])
+  if beside is None:
+    took = np.array([np.median(case.seconds) for case in times])
+  else:
+    # A ratio turn by turn does not change where the machine is slower for a while.
+    ratios = [np.median(own.seconds / other.seconds) for own, other in zip(times, beside)]
+    took = np.array(ratios) * np.array([case.dense + dense.fixed for case in times])
+  design = np.stack([read, np.ones_like(read)], axis=1) / took[:, None]
+  slope, constant = np.linalg.lstsq(design, np.ones_like(read))[0]
+  if constant < 0:
+    slope, constant = np.mean(took / read), 0.0
+  if beside is None:
+    return FormatCost(1.0, float(constant / slope))
+  return FormatCost(float(max(slope, 0.0)), float(constant))
