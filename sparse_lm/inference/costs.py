@@ -1,7 +1,7 @@
 """What packed formats cost: measured on a device, read from its file.
 
-`measured/<kind of device>.json` (see `measure.device.kind`) is what `python -m sparse_lm.format_costs` wrote
-on such a device. Where there is no such file, that of `FALLBACK` is read: a model that is packed by the
+`measured/<kind of device>.json` (see `measure.device.kind`) was written there by `python -m
+sparse_lm.format_costs`. Where there is no such file, that of `FALLBACK` is read: a model packed by the
 costs of another device may run slower than it could, and computes the same.
 """
 

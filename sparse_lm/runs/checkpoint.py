@@ -111,7 +111,7 @@ class Checkpoints:
       trees['history'], numbers = history.masks, history.numbers()
     arrays = {name: jax.device_get(_leaves(item)) for name, item in trees.items()}
     small = {'numbers': digests.of_json(numbers)}
-    saved = {name: ocp.args.StandardSave(leaves) for name, leaves in arrays.items()}
+    saved = {name: ocp.args.PyTreeSave(leaves) for name, leaves in arrays.items()}
     if data is not None:
       small['data'] = digests.of_json(data.get_state())
       saved['data'] = grain.checkpoint.CheckpointSave(data)
@@ -298,7 +298,14 @@ class Checkpoints:
       name: storage.reading({path: storage.struct(leaf) for path, leaf in leaves.items()})
       for name, leaves in wanted.items()
     }
-    found = self._manager.restore(step, args=ocp.args.Composite(**reading))
+    try:
+      found = self._manager.restore(step, args=ocp.args.Composite(**reading))
+    except Exception as error:
+      named = storage.named_leaves(error, {path for leaves in wanted.values() for path in leaves})
+      if not named:
+        raise
+      reason = storage.first_line(error)
+      raise ValueError(f'leaf {", ".join(named)} cannot be read: {reason}') from error
     for name in wanted:
       digests.check(name, found[name], meta['leaves'][name])
     return {name: found[name] for name in wanted}

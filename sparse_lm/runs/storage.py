@@ -6,19 +6,28 @@ import logging
 import pathlib
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
 import jax
 import orbax.checkpoint as ocp
 
 from sparse_lm.runs.digests import Leaf
 
+LOGS = ('absl', 'asyncio')  # where Orbax and its event loop write tracebacks
+# What the exceptions of arrays say that arrive after another one has failed.
+LATE = ('Event loop is closed', 'Encountered error while reading array index')
+
 
 def first_line(error: Exception) -> str:
   """The beginning of what an exception says; storage's go on for pages."""
   lines = str(error).strip().splitlines()
   return lines[0][:160] if lines else repr(error)
+
+
+def named_leaves(error: Exception, paths: Iterable[str]) -> list[str]:
+  """The leaves that an exception of the storage names, however deep in its text."""
+  text = str(error)
+  return [path for path in paths if f'"{path}/' in text or f"'{path}/" in text]
 
 
 def struct(leaf: Leaf | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -60,16 +69,19 @@ def quiet() -> Iterator[None]:
   """Leaves it to the exception to say what went wrong in the block.
 
   Orbax logs the traceback of each of its threads, and closes its event loop at the first failure, on
-  which TensorStore's threads print a traceback for every array that they still deliver to it. Both
-  may come after the block has failed, so they stay silenced then.
+  which TensorStore's threads print a traceback for every array that they still deliver to it, or that
+  cannot be read either. All may come after the block has failed, so they stay silenced then.
   """
-  hook, log = sys.unraisablehook, logging.getLogger('absl')
+  hook, logs = sys.unraisablehook, [logging.getLogger(name) for name in LOGS]
 
-  def without_late_arrays(raised: Any) -> None:
-    if not (raised.exc_type is RuntimeError and str(raised.exc_value) == 'Event loop is closed'):
+  def without_late_arrays(raised: 'sys.UnraisableHookArgs') -> None:
+    if not str(raised.exc_value).startswith(LATE):
       hook(raised)
 
-  sys.unraisablehook, before = without_late_arrays, log.disabled
-  log.disabled = True
+  sys.unraisablehook, before = without_late_arrays, [log.disabled for log in logs]
+  for log in logs:
+    log.disabled = True
   yield
-  sys.unraisablehook, log.disabled = hook, before
+  sys.unraisablehook = hook
+  for log, disabled in zip(logs, before):
+    log.disabled = disabled

@@ -161,13 +161,13 @@ def test_what_is_stored_is_in_the_smallest_format(case):
 
 
 def test_outputs_are_selected_only_where_the_inputs_behind_them_are(case):
-  def formats(name):
+  def chosen(name):
     mlp = 'block_0/mlp/{}/kernel'.format
     return [formats.name_of(case(name)[3].matrices[mlp(part)].runs) for part in ('up', 'down')]
 
-  assert formats('predictor') == ['dense_out_in', 'gather']
+  assert chosen('predictor') == ['dense_out_in', 'gather']
   # Where the down-projection runs its tiles all units are computed, and `dense` is not the fastest.
-  assert formats('predictor and tiles') == ['channels', 'block']
+  assert chosen('predictor and tiles') == ['channels', 'block']
   # Both sides of a gated MLP are computed in full whatever is selected behind them.
   assert 'block_0/mlp/gate_up/kernel' in case('gated top-k')[3].matrices
 

@@ -217,7 +217,7 @@ def test_loaded_models_are_shown_in_one_short_line(packed):
   assert repr(run).startswith(f'Runnable({run.path!r}, 1 layers of width 16, Chars(')
   assert repr(shown).startswith(f'Saved({run.path!r}, PackedModel(') and len(repr(shown)) < 250
   one = shown.packed.matrices['block_0/mlp/up/kernel']
-  assert repr(one) == "Matrix('block_0/mlp/up/kernel', runs wide, stored n_of_m)"
+  assert repr(one) == "Matrix('block_0/mlp/up/kernel', runs dense_in_out, stored n_of_m)"
 
 
 def test_what_computes_something_else_is_not_written(packed, tmp_path, monkeypatch):
