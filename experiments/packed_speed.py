@@ -22,6 +22,7 @@ import numpy as np
 
 from experiments.sweep import Run
 from sparse_lm.core import tree
+from sparse_lm.core.paths import Part, Place
 from sparse_lm.core.tree import Tree
 from sparse_lm.core.units import kept
 from sparse_lm.evals import EvalData, EvalModel
@@ -29,6 +30,7 @@ from sparse_lm.evals.speed import Speed
 from sparse_lm.inference.pack import PackedModel, dense_twin, pack
 from sparse_lm.measure import turns
 from sparse_lm.model import lm
+from sparse_lm.model.plans import plan_of
 from sparse_lm.model.slots import SlotConfig
 from sparse_lm.patterns import pattern
 from sparse_lm.report import plot, results, table
@@ -104,7 +106,7 @@ def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
     metrics |= Speed(REPEATS[what], (what,)).run(EvalModel.of_packed(packed, twin), data)
   if beside is None and _neurons(model) != _neurons(twin.model):
     metrics |= _mlps_alone(packed, twin)
-  metrics['params'] = sum(math.prod(a.shape) for a in jax.tree.leaves(lm.shapes(model)['params']))
+  metrics['params'] = sum(math.prod(a.shape) for a in jax.tree.leaves(plan_of(model).params))
   return {'metrics': metrics, 'config': configs.to_json(config), 'env': environment()}
 
 
@@ -143,7 +145,7 @@ def _mlps(packed: PackedModel) -> Callable[[], jax.Array]:
 
 def _packed(model: lm.LM, patterns: tuple[str, ...], density: float) -> PackedModel:
   draw = np.random.default_rng(0)
-  shapes = lm.shapes(model)['params']
+  shapes = plan_of(model).params
   params = tree.map_named(functools.partial(_random, draw), shapes)
   masks: dict[str, np.ndarray] = {}
   for name in patterns:
@@ -170,12 +172,14 @@ def _masks(
   model: lm.LM, name: str, density: float, draw: np.random.Generator
 ) -> dict[str, np.ndarray]:
   """Random units of every kernel of the layers, so many of each matrix or group."""
-  units = pattern(name, lm.groups(model))
+  units = pattern(name, plan_of(model).units)
   covered = tree.map_named(
     lambda path, w: (
-      w if path.startswith('block_') and w.ndim == 2 and units.covers(path, w.shape) else None
+      w
+      if Place.parse(path).part is Part.BLOCK and w.ndim == 2 and units.covers(path, w.shape)
+      else None
     ),
-    lm.shapes(model)['params'],
+    plan_of(model).params,
   )
   pooled = jax.eval_shape(units.pool, covered)
   chosen = {}

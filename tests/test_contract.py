@@ -11,7 +11,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from sparse_lm.core import rng, tree
 from sparse_lm.core import units as pattern
 from sparse_lm.layers.sow import SOWN
-from sparse_lm.model import lm, slots
+from sparse_lm.model import lm, plans, slots
+from sparse_lm.model.plans import plan_of
 from sparse_lm.plan import cost, executed
 from sparse_lm.runs import cost_report as train_cost
 from sparse_lm.runs.build import build
@@ -54,7 +55,7 @@ def model_of(tiny_config):
 @functools.cache
 def random_variables(model):
   # The head starts at zero, and equal logits would hide any leak.
-  variables = lm.shapes(model)
+  variables = plan_of(model).variables
   leaves, structure = jax.tree.flatten(variables['params'])
   draw = np.random.default_rng(0).normal
   # Norms' scales around a half; a gate of one number stays open, and short of saturation.
@@ -140,7 +141,7 @@ def test_a_token_that_is_not_valid_is_not_read(slot, name, model_of):
 @LAYERS
 def test_method_may_be_named_for_some_layers(slot, name, tiny_config):
   choice = {f'{slot}.name': name, f'{slot}.layers': '1::2'}
-  assert lm.shapes(lm.from_config(tiny_config(model__layers=2, **choice), vocab=11))
+  assert plan_of(lm.from_config(tiny_config(model__layers=2, **choice), vocab=11)).variables
 
 
 CONTEXT = 64  # longer than a window, and more than the keys that a query may choose
@@ -150,7 +151,9 @@ def by_reason(model, traced, mode):
   """FLOPs per token that are executed less those that are charged; every one has a reason."""
   # A training step is charged for what gates close.
   trains = mode == 'train'
-  charged = cost.ungated(lm.ledger(model, CONTEXT, mode)) if trains else lm.ledger(model, CONTEXT)
+  charged = (
+    cost.ungated(plans.ledger(model, CONTEXT, mode)) if trains else plans.ledger(model, CONTEXT)
+  )
   found = executed.differences(charged, traced)
   print(f'executed {traced.flops:.0f}, by reason beyond what is charged: {found}')
   assert not [reason for reason in found if reason.startswith(executed.NO_REASON)], found
@@ -167,7 +170,7 @@ def by_reason(model, traced, mode):
 def test_flops_that_are_executed_are_charged_or_have_a_reason(slot, name, mode, tiny_config):
   chosen = {f'{slot}.name': name, 'model.bias': True, 'data.context': CONTEXT}
   model = lm.from_config(tiny_config(**chosen), vocab=11)
-  found = by_reason(model, lm.traced(model, CONTEXT, mode), mode)
+  found = by_reason(model, plans.traced(model, CONTEXT, mode), mode)
   # A method that says it saves nothing executes what it charges, but for keys that it does not read.
   if not slots.MethodConfig(slot, name).traits(model.spec).twin:
     assert set(found) == {executed.KEYS if mode == 'decode' else executed.PAIRS}
@@ -179,7 +182,7 @@ def test_flops_of_methods_inside_each_other_have_a_reason_too(mode, tiny_config)
   inner = {'attention.inner.name': 'topk_keys', 'mlp.name': 'moe_topk', 'model.tied': True}
   more = {'model.layers': 2, 'depth.layers': '1:', 'model.kv_heads': 1, 'data.context': CONTEXT}
   model = lm.from_config(tiny_config(**gates, **inner, **more), vocab=11)
-  assert by_reason(model, lm.traced(model, CONTEXT, mode), mode)
+  assert by_reason(model, plans.traced(model, CONTEXT, mode), mode)
 
 
 @pytest.mark.parametrize('mode', ['train', 'eval'])

@@ -14,7 +14,7 @@ from sparse_lm.core.tree import Tree
 from sparse_lm.evals import EvalData, EvalModel, Evaluation, Values
 from sparse_lm.layers.sow import SOWN
 from sparse_lm.measure.observe import scalars
-from sparse_lm.model import lm
+from sparse_lm.model import plans
 from sparse_lm.model.lm import LM
 from sparse_lm.train.objective import observed, token_losses
 
@@ -69,6 +69,6 @@ def eval_step(model: LM) -> Wrapped:
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     logits, sown = model.apply(variables, tokens_BxL1[:, :-1], mode='eval', mutable=SOWN)
     nats = jnp.sum(token_losses(logits, tokens_BxL1[:, 1:]) * weight_BxL)
-    return nats, observed(lm.ledger(model, model.spec.context), sown)
+    return nats, observed(plans.ledger(model, model.spec.context), sown)
 
   return jax.jit(run)

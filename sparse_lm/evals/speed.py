@@ -3,21 +3,16 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 
-import jax
 import numpy as np
 
-from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
-from sparse_lm.core.format import is_packed
 from sparse_lm.core.tree import Tree
 from sparse_lm.evals import EvalData, EvalModel, Evaluation, Values
 from sparse_lm.inference.decode import Decoder
-from sparse_lm.inference.pack import PackedModel, kept_weights, shares, weights
+from sparse_lm.inference.pack import PackedModel, kept_weights, weights
+from sparse_lm.inference.reading import read_bytes
 from sparse_lm.inference.workload import DECODED, DecodeCall, PrefillCall, Workload, workload
 from sparse_lm.measure import machine, turns
-from sparse_lm.model import lm
-from sparse_lm.plan import cost
-from sparse_lm.train.objective import activity_of
 
 ROLES = ('', 'dense_')  # before the names of numbers: of the packed model, and of its twin
 
@@ -108,27 +103,3 @@ def _decoding(
     'read_bytes': read,
     'bandwidth': None if read is None else read / step / bandwidth,
   }
-
-
-def read_bytes(packed: PackedModel, tokens_BxL: np.ndarray) -> int:
-  """Bytes of weights that a token of a batch of one reads, gates as they are on the text."""
-  model = packed.model
-  run = jax.jit(lambda v, t: model.apply(v, t, mode='eval', mutable=['gates'])[1])
-  active = activity_of(run(packed.variables, tokens_BxL))
-  held = {
-    tree.path_name(path): leaf.nbytes
-    for path, leaf in jax.tree_util.tree_leaves_with_path(packed.variables, is_leaf=is_packed)
-  }
-
-  def skips(gate: cost.Gate) -> bool:
-    # Hidden units, selected by an MLP or by its activation, are skipped where the rows behind them are
-    # gathered.
-    paths = (f'{module}/down/kernel' for module in (gate.path, gate.path.rpartition('/')[0]))
-    down = next((packed.matrices[path] for path in paths if path in packed.matrices), None)
-    return gate.skips and (down is None or down.runs.selects == -2)
-
-  read = shares(model, tokens_BxL.shape[1], active, skips)
-  for path, parts in lm.packable(model).fused.items():
-    read[f'{path}/kernel'] = read[f'{parts[0]}/kernel']  # all parts run under the same gates
-  stored = {p: held.get(f'packed/{p}', held.get(f'params/{p}', 0)) for p in read}
-  return round(sum(stored[path] * share for path, share in read.items()))

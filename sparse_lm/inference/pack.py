@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -11,11 +11,13 @@ import numpy as np
 from sparse_lm.core import tree
 from sparse_lm.core.format import Format, is_packed
 from sparse_lm.core.groups import Group
+from sparse_lm.core.paths import BIAS, KERNEL, Part, Place
 from sparse_lm.core.tree import Tree
 from sparse_lm.inference import costs, formats
 from sparse_lm.inference.shrink import Shrunk, shrink
 from sparse_lm.model import lm
 from sparse_lm.model.lm import LM
+from sparse_lm.model.plans import plan_of
 from sparse_lm.plan import cost
 
 
@@ -94,29 +96,29 @@ def pack(model: LM, params: Tree, masks: Tree, state: Tree) -> PackedModel:
   """
   original = {path: np.asarray(leaf) for path, leaf in tree.named(params).items()}
   dropped = {path: np.asarray(mask) for path, mask in tree.named(masks).items()}
-  declared = lm.groups(model)
-  left = shrink(original, dropped, declared, _closed(model, params, state))
-  fractions = shares(model, model.spec.context)
-  packable = lm.packable(model)
-  held = {path: left.params.pop(path) for path in packable.packable if path in left.params}
+  plan = plan_of(model)
+  left = shrink(original, dropped, plan.units, _closed(model, params, state))
+  held = {path: left.params.pop(path) for path in plan.packable if path in left.params}
   small = {path: array for path, array in held.items() if not _is_kernel(path, array.shape)}
   kernels = {
     path: Kernel(array, left.masks.get(path, np.ones(array.shape, bool)), original[path].nbytes)
     for path, array in held.items()
     if path not in small
   }
-  matrices = _chosen(declared, kernels, fractions)
-  for path, parts in packable.fused.items():
-    matrices = _fused(f'{path}/kernel', [f'{part}/kernel' for part in parts], kernels, matrices)
-    biases = [f'{part}/bias' for part in parts]
-    if f'{path}/kernel' in matrices and biases[0] in small:
-      small[f'{path}/bias'] = np.concatenate([small.pop(bias) for bias in biases])
+  sizes = {path: math.prod(leaf.shape) for path, leaf in plan.shapes.items()}
+  matrices = _chosen(plan.units, kernels, cost.read_shares(plan.ledger, sizes))
+  for path, parts in plan.fused.items():
+    one, *each = (str(Place.parse(layer) / KERNEL) for layer in (path, *parts))
+    matrices = _fused(one, each, kernels, matrices)
+    bias, *biases = (str(Place.parse(layer) / BIAS) for layer in (path, *parts))
+    if one in matrices and biases[0] in small:
+      small[bias] = np.concatenate([small.pop(part) for part in biases])
   return assemble(model, left, matrices, small, state)
 
 
 def _is_kernel(path: str, shape: tuple[int, ...]) -> bool:
   """Whether a packable parameter is a matrix, or a stack of them, and no bias (experts have a stack)."""
-  return len(shape) >= 2 and not path.endswith('bias')
+  return len(shape) >= 2 and not Place.parse(path).is_bias
 
 
 def _chosen(
@@ -163,7 +165,7 @@ def dense_twin(model: LM, seed: int = 0) -> PackedModel:
   """The model without any sparsity, with random weights: what a packed model is timed beside."""
   model = lm.twin(model)
   draw = np.random.default_rng(seed)
-  shapes = lm.shapes(model)['params']
+  shapes = plan_of(model).params
   params = jax.tree.map(
     lambda a: (0.02 * draw.standard_normal(a.shape, np.float32)).astype(a.dtype), shapes
   )
@@ -176,7 +178,7 @@ def assemble(
   """The variables of a packed model from its parts."""
   held: dict[str, Any] = {path: matrix.runs for path, matrix in matrices.items()} | small
   held |= {f'{path}/kept': kept for path, kept in left.kept.items()}
-  held |= {f'removed_layer_{layer}': np.zeros((), np.int32) for layer in left.removed_layers}
+  held |= {Part.REMOVED.of(layer): np.zeros((), np.int32) for layer in left.removed_layers}
   variables = {'params': nested(left.params), 'packed': nested(held), **state}
   return PackedModel(model, jax.device_put(variables), matrices, left.removed)
 
@@ -185,7 +187,7 @@ def nested(flat: dict[str, Any]) -> Tree:
   """`{'a/b': x}` as `{'a': {'b': x}}`."""
   out: Tree = {}
   for path, value in flat.items():
-    *parents, last = path.split('/')
+    *parents, last = Place.parse(path).names
     node = out
     for part in parents:
       node = node.setdefault(part, {})
@@ -227,37 +229,7 @@ def _closed(model: LM, params: Tree, state: Tree) -> list[int]:
     return []
   tokens = np.zeros((1, 1), np.int32)
   _, seen = model.apply({'params': params, **state}, tokens, mode='eval', mutable=['gates'])
-  return [i for i in settled if not np.any(seen['gates'][f'depth_{i}']['active'])]
-
-
-def shares(
-  model: LM,
-  length: int,
-  active: Mapping[str, jax.Array] | None = None,
-  skips: Callable[[cost.Gate], bool] = lambda gate: True,
-) -> dict[str, float]:
-  """By kernel, the share of its weights that a token is multiplied with.
-
-  Args:
-    length: tokens of a sequence.
-    active: by path, what gates sowed; the others count as planned.
-    skips: which gates leave out what they close.
-  """
-  ledger = {
-    path: dataclasses.replace(m, gates=tuple(filter(skips, m.gates)))
-    for path, m in lm.ledger(model, length).items()
-  }
-  measured = cost.fractions(ledger, active or {})
-  sizes = {
-    path: math.prod(leaf.shape) for path, leaf in tree.named(lm.shapes(model)['params']).items()
-  }
-  found = {}
-  for m in ledger.values():
-    if m.kernel is not None:
-      flops = float(cost.forward_flops({'': m}, {}, measured))
-      # A stack of experts is read as far as tokens visit it, and never more than once.
-      found[m.kernel] = min(1.0, flops / (2 * sizes[m.kernel]))
-  return found
+  return [i for i in settled if not np.any(seen['gates'][Part.DEPTH.of(i)]['active'])]
 
 
 def kept_weights(packed_model: PackedModel) -> float:
@@ -265,10 +237,8 @@ def kept_weights(packed_model: PackedModel) -> float:
 
   Masks that disconnect units leave fewer weights than they keep: packing removes those units.
   """
-  params = tree.named(lm.shapes(packed_model.model)['params'])
-  shapes = {
-    path: params[path].shape for path in lm.packable(packed_model.model).packable if path in params
-  }
+  plan = plan_of(packed_model.model)
+  shapes = {path: plan.shapes[path].shape for path in plan.packable}
   whole = sum(math.prod(shape) for path, shape in shapes.items() if _is_kernel(path, shape))
   left = sum(np.count_nonzero(m.runs.kernel()) for m in packed_model.matrices.values())
   return left / whole

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from sparse_lm.core.groups import Group, Member
+from sparse_lm.core.paths import Place
 
 Arrays = dict[str, np.ndarray]
 
@@ -37,13 +38,11 @@ def shrink(params: Arrays, masks: Arrays, groups: Iterable[Group], closed: Itera
   """Removes dead units; layers in `closed` run for no input."""
   out = Shrunk(dict(params), dict(masks), {}, (), [])
   layers = {group.kind: group.units for group in groups}.get('layer', 0)
-  dead = [i for i in range(layers) if i in closed or _adds_nothing(out, groups, f'block_{i}/')]
+  dead = [i for i in range(layers) if i in closed or _adds_nothing(out, groups, i)]
   out.removed_layers = tuple(dead[: layers - 1])  # a model keeps one layer
-  for layer in out.removed_layers:
-    prefixes = f'block_{layer}/', f'depth_{layer}/'
-    for arrays in (out.params, out.masks):
-      for path in [path for path in arrays if path.startswith(prefixes)]:
-        del arrays[path]
+  for arrays in (out.params, out.masks):
+    for path in [path for path in arrays if Place.parse(path).layer in out.removed_layers]:
+      del arrays[path]
   if out.removed_layers:
     out.removed.append(f'layers {", ".join(map(str, out.removed_layers))}: removed')
   for group in groups:
@@ -57,8 +56,8 @@ def _leaving(group: Group) -> list[Member]:
   return [member for member in group.members if member.axis == -2]
 
 
-def _adds_nothing(out: Shrunk, groups: Iterable[Group], prefix: str) -> bool:
-  members = [m for g in groups if g.path.startswith(prefix) for m in _leaving(g)]
+def _adds_nothing(out: Shrunk, groups: Iterable[Group], layer: int) -> bool:
+  members = [m for g in groups if Place.parse(g.path).layer == layer for m in _leaving(g)]
   biases = [out.params.get(_bias(m.path)) for m in members]
   return (
     len(members) >= 2  # of attention and of the MLP
@@ -68,8 +67,8 @@ def _adds_nothing(out: Shrunk, groups: Iterable[Group], prefix: str) -> bool:
 
 
 def _bias(path: str) -> str:
-  """Of a kernel: 'a/up/kernel' has 'a/up/bias', a stacked 'a/up' has 'a/up_bias'."""
-  return path.removesuffix('kernel') + 'bias' if path.endswith('/kernel') else f'{path}_bias'
+  """The path of a kernel's bias."""
+  return str(Place.parse(path).bias)
 
 
 def _shrink_group(out: Shrunk, group: Group) -> None:
@@ -107,7 +106,7 @@ def _drop_experts(out: Shrunk, group: Group, alive: np.ndarray) -> np.ndarray:
   kept = np.flatnonzero(~empty).astype(np.int32)
   out.kept[group.path] = kept
   for arrays in (out.params, out.masks):
-    for path in [p for p in arrays if p.startswith(f'{group.path}/')]:
+    for path in [p for p in arrays if Place.parse(p).within(Place.parse(group.path))]:
       arrays[path] = arrays[path][kept]
   out.removed.append(f'{group.path}: {len(kept)} of {len(empty)} experts kept')
   return alive[kept]

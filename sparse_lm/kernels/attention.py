@@ -87,7 +87,7 @@ def attention(
   positions_BxL: Array,
   keys: KeyValues,
   mask: Mask,
-  dropout: Callable[[Array], Array] | None = None,
+  on_weights: Callable[[Array], Array] | None = None,
   select: Select | None = None,
   most: int | None = None,
 ) -> Array:
@@ -100,14 +100,15 @@ def attention(
 
   Args:
     positions_BxL: int32, of the queries.
-    dropout: what is done to the attention weights, `[B, G, H / G, L, S]`; `None` = nothing.
+    on_weights: what is done to the attention weights, `[B, G, H / G, L, S]`, such as dropout; `None` =
+      nothing, and then a fused kernel may never hold them.
     select: narrows the mask by the scores.
     most: keys that `select` leaves at most; a single query reads the values of no others.
   """
   reads = reads_of(mask, positions_BxL, keys)
   b, l, h, width = q_BxLxHxK.shape
   g = keys.k.shape[2]
-  if jax.default_backend() == 'gpu' and dropout is None and select is None:
+  if jax.default_backend() == 'gpu' and on_weights is None and select is None:
     of_heads = reads[:, :, 0] if reads.shape[1] == 1 else jnp.repeat(reads[:, :, 0], h // g, axis=1)
     return jax.nn.dot_product_attention(q_BxLxHxK, keys.k, keys.v, mask=of_heads)
   q_BxGxRxLxK = q_BxLxHxK.reshape(b, l, g, h // g, width).transpose(0, 2, 3, 1, 4) * width**-0.5
@@ -115,7 +116,7 @@ def attention(
 
   def weights_of(scores: Array) -> Array:
     weights = _weights(scores, reads, select)
-    return weights if dropout is None else dropout(weights)
+    return weights if on_weights is None else on_weights(weights)
 
   if l == 1:
     out_BxGxRxLxK = _attend_once(q_BxGxRxLxK, k_BxGxSxK, v_BxGxSxK, weights_of, most)

@@ -63,12 +63,13 @@ class MaskedAttention(AttentionMethod):
     """Returns `[B, L, H, K]`, of queries `[B, L, H, K]`, grouped where `keys` have fewer heads."""
     dropout = nn.Dropout(self.spec.dropout, deterministic=mode != 'train')
     dropped = dropout.rate > 0 and not dropout.deterministic
+    acts = [act for act in (dropout if dropped else None, record.hook(self, 'weights')) if act]
     return attention(
       note(q_BxLxHxK, self.path, keys.k.shape[1], self.mask, self.most),
       tokens.positions,
       keys,
       self.mask,
-      dropout if dropped else None,
+      (lambda weights: functools.reduce(lambda w, act: act(w), acts, weights)) if acts else None,
       self.select,
       self.most,
     )
@@ -116,6 +117,8 @@ class AttentionLayer(nn.Module):
     q_BxLxHxK, k_BxLxGxK, v_BxLxGxK = (y.reshape(b, l, -1, spec.head_dim) for y in projected)
     if spec.positions == 'rotary':
       q_BxLxHxK, k_BxLxGxK = (rotate(a, tokens.positions) for a in (q_BxLxHxK, k_BxLxGxK))
+    q_BxLxHxK = record.site(self, 'q', q_BxLxHxK)
+    k_BxLxGxK, v_BxLxGxK = record.site(self, 'k', k_BxLxGxK), record.site(self, 'v', v_BxLxGxK)
     keys = KeyValues(k_BxLxGxK, v_BxLxGxK, tokens.positions, tokens.valid)
     return q_BxLxHxK, cache.extend(self, self.cache_size, keys) if self.caches(mode) else keys
 

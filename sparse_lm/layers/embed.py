@@ -43,11 +43,11 @@ class Embed(nn.Module):
     """`[B, L, D]` to float32 logits `[B, L, V]`."""
     if not self.spec.tied:
       return self.head(x_BxLxD).astype(jnp.float32)
+    x_BxLxD = record.site(self, 'head/input', x_BxLxD, kernel='tokens')
     logits_BxLxV = matmul(x_BxLxD, self.tokens.astype(self.spec.compute).T)
     flops = 2 * x_BxLxD.size * self.spec.vocab
-    return record.matmul(logits_BxLxV, self.path, 'linear', flops, kernel='tokens').astype(
-      jnp.float32
-    )
+    logits_BxLxV = record.matmul(logits_BxLxV, self.path, 'linear', flops, kernel='tokens')
+    return record.site(self, 'head/output', logits_BxLxV).astype(jnp.float32)
 
 
 def rotate(x_BxLxHxK: jax.Array, positions_BxL: jax.Array) -> jax.Array:

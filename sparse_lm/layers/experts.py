@@ -69,7 +69,7 @@ class Experts(nn.Module):
     mode: str,
   ) -> jax.Array:
     h_NxPxF = self._linear('up', 'in', self.hidden, x_NxPxD, expert_N, rows)
-    h_NxPxF = activation(h_NxPxF, mode)
+    h_NxPxF = record.site(self, 'hidden', activation(h_NxPxF, mode))
     return self._linear('down', 'out', self.spec.width, h_NxPxF, expert_N, rows)
 
   def _linear(
@@ -82,6 +82,7 @@ class Experts(nn.Module):
     rows: float,
   ) -> jax.Array:
     spec, width = self.spec, x_NxPxI.shape[-1]
+    x_NxPxI = record.site(self, f'{name}/input', x_NxPxI, kernel=name)
     one = INITS[spec.init](role, spec.layers)
 
     def each(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
@@ -109,4 +110,4 @@ class Experts(nn.Module):
         bias = record.matmul(bias, self.path, 'bias', 0, kernel=f'{name}_bias')
       bias_NxF = of_blocks(bias.astype(spec.compute), expert_N)
       y = y + record.uncharged(bias_NxF, COPIES, selection_flops(bias, expert_N))[:, None]
-    return y
+    return record.site(self, f'{name}/output', y)

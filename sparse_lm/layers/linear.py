@@ -9,7 +9,6 @@ from flax import linen as nn
 
 from sparse_lm.core.format import Format
 from sparse_lm.kernels.matmul import matmul
-from sparse_lm.layers import sow
 from sparse_lm.layers.init import INITS
 from sparse_lm.layers.spec import Spec
 from sparse_lm.plan import record
@@ -30,19 +29,19 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """`[..., in]` to `[..., features]`."""
-    spec, x = self.spec, x.astype(self.spec.compute)
+    spec = self.spec
+    x = record.site(self, 'input', x.astype(spec.compute), kernel='kernel')
     if run := self.packed():
-      return run(x)
+      return record.site(self, 'output', run(x))
     record.packable(self.path, 'kernel', 'bias')
     init = INITS[spec.init](self.role, spec.layers)
     kernel = self.param('kernel', init, (x.shape[-1], self.features), spec.stored)
-    sow.inputs(self, x)
     y = matmul(x, kernel.astype(spec.compute))
     y = record.matmul(y, self.path, 'linear', 2 * x.size * self.features, kernel='kernel')
     if spec.bias:
       bias = self.param('bias', nn.initializers.zeros, (self.features,), spec.stored)
       y = y + bias.astype(spec.compute)
-    return y
+    return record.site(self, 'output', y)
 
   @property
   def gathers(self) -> bool:

@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sparse_lm.core import tree
+from sparse_lm.core.paths import Place
+from sparse_lm.core.tree import Tree
 from sparse_lm.layers.method import LayerMethod
 from sparse_lm.plan import record
 
@@ -24,18 +27,14 @@ def sow(module: nn.Module, collection: str, name: str, value: Any) -> None:
   module.sow(collection, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
 
 
-def inputs(module: nn.Module, x: jax.Array) -> None:
-  """Notes what the module's kernel reads, where intermediates are asked for: calibration does."""
-  sow(module, 'intermediates', 'inputs', x)
+def activity_of(variables: Tree) -> dict[str, jax.Array]:
+  """The fraction of its units that every gate opened for each token, by the gate's path.
 
-
-def entering(module: nn.Module, valid_BxL: jax.Array) -> None:
-  """Notes which tokens enter the module, where intermediates are asked for.
-
-  Evaluation runs a layer for the tokens that skip it too and drops what it gives them; calibration is
-  not to count them.
+  Args:
+    variables: what a call of the model sowed, with or without `gates`.
   """
-  sow(module, 'intermediates', 'entering', valid_BxL)
+  named = tree.named(variables.get('gates', {}))
+  return {str(Place.parse(path).module): value for path, value in named.items()}
 
 
 def hidden_units(

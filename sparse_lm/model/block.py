@@ -5,11 +5,11 @@ from collections.abc import Callable
 import jax
 from flax import linen as nn
 
-from sparse_lm.layers import sow
 from sparse_lm.layers.attention import AttentionMethod
 from sparse_lm.layers.linear import Norm
 from sparse_lm.layers.spec import Spec
 from sparse_lm.layers.tokens import Tokens
+from sparse_lm.plan import record
 
 
 class Block(nn.Module):
@@ -28,11 +28,11 @@ class Block(nn.Module):
   def __call__(self, tokens: Tokens, mode: str) -> jax.Array:
     """`[B, L, D]` to the addend `[B, L, D]`."""
     spec, x_BxLxD = self.spec, tokens.x
-    sow.entering(self, tokens.valid)
+    tokens = tokens.replace(valid=record.site(self, 'valid', tokens.valid))
     dropout = nn.Dropout(spec.dropout, deterministic=mode != 'train')
     layer = self.attention(parent=None).layer
     attention = layer(spec, self.attention, name='attention')
     a_BxLxD = attention(tokens.replace(x=Norm(spec, name='norm_1')(x_BxLxD)), mode)
-    a_BxLxD = dropout(a_BxLxD)
+    a_BxLxD = record.site(self, 'attention/output', dropout(a_BxLxD))
     m_BxLxD = self.mlp()(Norm(spec, name='norm_2')(x_BxLxD + a_BxLxD), mode)
-    return a_BxLxD + dropout(m_BxLxD)
+    return a_BxLxD + record.site(self, 'mlp/output', dropout(m_BxLxD))

@@ -1,6 +1,5 @@
 """The language model, assembled from slots."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,19 +10,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
-from sparse_lm.core.groups import Group, Member
+from sparse_lm.core.paths import Part
 from sparse_lm.layers.embed import Embed
 from sparse_lm.layers.linear import Norm
 from sparse_lm.layers.method import LayerMethod, Run
-from sparse_lm.layers.sow import SOWN
 from sparse_lm.layers.spec import Spec
 from sparse_lm.layers.tokens import Tokens
 from sparse_lm.model.block import Block
 from sparse_lm.model.slots import LAYER_SLOTS, MethodConfig, SlotConfig
-from sparse_lm.plan import cost, executed, record
-from sparse_lm.plan.executed import Traced
+from sparse_lm.plan import record
 
 MODES = ('train', 'eval')  # 'decode' is 'eval' for one reader at a time
 
@@ -86,28 +82,36 @@ class LM(nn.Module):
       x_BxLxD = embed.placed(embeddings_BxLxD, positions_BxL)
     x_BxLxD = nn.Dropout(spec.dropout, deterministic=mode != 'train')(x_BxLxD)
     layers = [
-      _layer(spec, self.slots, layer)
+      _layer(self, layer)
       for layer in range(spec.layers)
-      if not self.has_variable('packed', f'removed_layer_{layer}')
+      if not self.has_variable('packed', Part.REMOVED.of(layer))
     ]
     stack = self.stack.make({'spec': spec, 'name': 'stack'})
     x_BxLxD = stack(layers, Tokens(x_BxLxD, positions_BxL, valid_BxL), mode)
+    x_BxLxD = record.site(self, Part.RESIDUAL.of(spec.layers), x_BxLxD)
     return embed.logits(Norm(spec, name='norm')(x_BxLxD))
 
 
-def _layer(spec: Spec, slots: tuple[SlotConfig, ...], layer: int) -> Run:
-  """Makes a layer, whose modules belong to the module that this is called in.
+def _layer(parent: 'LM | Layer', layer: int) -> Run:
+  """Makes a layer, whose modules belong to `parent`, in which this is called.
 
   Returns `(tokens, mode) -> the residual stream [B, L, D] after the layer`.
   """
+  spec = parent.spec
   made: dict[str, Callable[..., LayerMethod]] = {}
-  for slot in slots:
+  for slot in parent.slots:
     # A maker: a module is made where it is called, so that it lives there.
     supplied = {'spec': spec, 'activation': made.get('activation'), 'name': slot.slot}
     made[slot.slot] = functools.partial(_make, slot.at(layer, spec.layers), supplied)
   block_type = nn.remat(Block, static_argnums=(2,)) if spec.remat else Block
-  block = block_type(spec, made['attention'], made['mlp'], name=f'block_{layer}')
-  return functools.partial(made['depth'](name=f'depth_{layer}'), block)
+  block = block_type(spec, made['attention'], made['mlp'], name=Part.BLOCK.of(layer))
+  depth = made['depth'](name=Part.DEPTH.of(layer))
+
+  def run(tokens: Tokens, mode: str) -> jax.Array:
+    x_BxLxD = record.site(parent, Part.RESIDUAL.of(layer), tokens.x)
+    return depth(block, tokens.replace(x=x_BxLxD), mode)
+
+  return run
 
 
 def _make(own: MethodConfig, supplied: dict[str, Any], **more: str) -> LayerMethod:
@@ -127,7 +131,7 @@ class Layer(nn.Module):
     positions_BxL = jnp.broadcast_to(jnp.arange(x_BxLxD.shape[1]), x_BxLxD.shape[:2])
     valid_BxL = jnp.ones(x_BxLxD.shape[:2], bool)
     tokens = Tokens(x_BxLxD, positions_BxL, valid_BxL)
-    return _layer(self.spec, self.slots, self.layer)(tokens, mode)
+    return _layer(self, self.layer)(tokens, mode)
 
 
 def from_config(config: ConfigDict, vocab: int) -> LM:
@@ -193,12 +197,6 @@ def batch_independent(model: LM) -> dict[str, bool]:
   return {mode: not any(mode in declared.couples for declared in traits) for mode in MODES}
 
 
-def shapes(model: LM) -> Any:
-  """All variables as shape structs, without computing any."""
-  tokens = jnp.zeros((1, model.spec.context), jnp.int32)
-  return jax.eval_shape(functools.partial(model.init, mode='eval'), jax.random.key(0), tokens)
-
-
 def check_decodes(model: LM) -> None:
   """Raises UserError where a method cannot decode: its decision is not one token's own."""
   for own in running(model):
@@ -219,96 +217,3 @@ def cache_shapes(model: LM, variables: Any, batch: int) -> Any:
     flags={'initializing': True},
   )
   return jax.eval_shape(make, variables)[1]['cache']
-
-
-def groups(model: LM) -> tuple[Group, ...]:
-  """Units that span matrices, as the modules declare them, and the layers."""
-  with record.recording() as found:
-    paths = list(tree.named(shapes(model)['params']))
-  layers = tuple(
-    Member(path, None, layer)
-    for layer in range(model.spec.layers)
-    for path in paths
-    if path.startswith(f'block_{layer}/')
-  )
-  return (*found.units.values(), Group('layer', '', model.spec.layers, layers))
-
-
-def packable(model: LM) -> record.Recording:
-  """What the modules take packed."""
-  with record.recording() as found:
-    shapes(model)
-  return found
-
-
-def ledger(model: LM, length: int, mode: str = 'eval') -> cost.Ledger:
-  """FLOPs per token of every matmul of a forward pass over `length` tokens, from a trace alone.
-
-  Raises UserError where a parameter of two axes or more is in no entry, or an entry names none.
-  """
-  found = traced(model, length, mode).ledger
-  _check_accounted(tree.named(shapes(model)['params']), found)
-  return found
-
-
-@functools.lru_cache(maxsize=32)
-def traced(model: LM, length: int, mode: str = 'eval') -> Traced:
-  """What one sequence of `length` tokens executes and charges, in FLOPs per token.
-
-  In mode 'decode' it is one token that is decoded with a cache for `length` tokens.
-  """
-  tokens, mutable = length, True
-  if mode == 'decode':
-    tokens, mutable = 1, ['cache']
-    model = model.clone(spec=dataclasses.replace(model.spec, context=length))
-  variables = {name: v for name, v in shapes(model).items() if name not in SOWN}
-  if mode == 'decode':
-    variables['cache'] = cache_shapes(model, variables, 1)
-
-  def run(variables: Any, tokens_BxL: jax.Array) -> Any:
-    key = jax.random.key(0)
-    rngs = {'dropout': key, 'gates': key} if mode == 'train' else None
-    return model.apply(variables, tokens_BxL, mode=mode, mutable=mutable, rngs=rngs)
-
-  tokens_BxL = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
-  return executed.trace(run, variables, tokens_BxL).per_token(tokens)
-
-
-@functools.lru_cache(maxsize=32)
-def recomputed(model: LM, length: int) -> float:
-  """Share of a training step's forward pass that its backward pass computes again: 0 without remat."""
-  if not model.spec.remat:
-    return 0.0
-  variables = {name: v for name, v in shapes(model).items() if name not in SOWN}
-  params = variables.pop('params')
-  tokens_BxL = jax.ShapeDtypeStruct((1, length), jnp.int32)
-
-  def flops(remat: bool) -> float:
-    """Of a pass and its gradients."""
-    same = model.clone(spec=dataclasses.replace(model.spec, remat=remat))
-    key = jax.random.key(0)
-    rngs = {'dropout': key, 'gates': key}
-
-    def total(params: Any, state: Any, tokens_BxL: jax.Array) -> jax.Array:
-      found = same.apply({'params': params, **state}, tokens_BxL, 'train', mutable=True, rngs=rngs)
-      return jnp.sum(found[0])
-
-    return executed.trace(jax.grad(total), params, variables, tokens_BxL).flops
-
-  return (flops(True) - flops(False)) / (length * traced(model, length, 'train').flops)
-
-
-def _check_accounted(params: dict[str, Any], ledger: cost.Ledger) -> None:
-  noted = {m.kernel for m in ledger.values()} - {None}
-  missing = [path for path, leaf in params.items() if leaf.ndim > 1 and path not in noted]
-  if missing:
-    raise UserError(
-      f'parameter {missing[0]}{list(params[missing[0]].shape)} ({len(missing)} such) would multiply for '
-      'free: no FLOPs are noted for it; valid: the Linear of sparse_lm.layers.linear, or record.matmul '
-      'on the product (0 FLOPs for a table that is looked up)'
-    )
-  if unknown_kernels := sorted(noted - params.keys()):
-    raise UserError(
-      f'FLOPs are noted for {unknown_kernels[0]}, which is no parameter of the model; valid: '
-      f'{", ".join(path for path, leaf in params.items() if leaf.ndim > 1)}'
-    )

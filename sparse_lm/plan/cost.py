@@ -8,13 +8,16 @@ inside `record.gated`, and costs as much as the gate is active.
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sparse_lm.core import tree
 
+Array = jax.Array
 Tree = Any
 
 
@@ -109,6 +112,31 @@ def fractions(ledger: Ledger, active: dict[str, Any]) -> dict[str, Any]:
 
 def _joint(gates: tuple[Gate, ...]) -> str:
   return '&'.join(gate.path for gate in gates)
+
+
+def read_shares(
+  ledger: Ledger,
+  sizes: Mapping[str, int],
+  active: Mapping[str, Array] | None = None,
+  skips: Callable[[Gate], bool] = lambda gate: True,
+) -> dict[str, float]:
+  """By the path of a kernel, the share of its weights that a token is multiplied with.
+
+  A stack of experts is read as far as tokens visit it, and never more than once.
+
+  Args:
+    ledger: FLOPs per token.
+    sizes: weights of each kernel.
+    active: what gates sowed, by their paths, see `fractions`; the other gates count as planned.
+    skips: which gates leave out what they close.
+  """
+  kept = {
+    path: dataclasses.replace(m, gates=tuple(filter(skips, m.gates))) for path, m in ledger.items()
+  }
+  measured = fractions(kept, active or {})
+  multiplied = {m.kernel: m for m in kept.values() if m.kernel is not None}
+  flops = {path: float(forward_flops({'': m}, {}, measured)) for path, m in multiplied.items()}
+  return {path: min(1.0, flops[path] / (2 * sizes[path])) for path in flops}
 
 
 def active_params(ledger: Ledger, density: dict[str, float], activity: dict[str, float]) -> float:

@@ -82,7 +82,11 @@ class Traced:
 def trace(function: Callable[..., Any], *arguments: Any) -> Traced:
   """Traces a function of arrays or shape structs, and counts. Raises what `count` raises."""
   with record.recording():
-    jaxpr = jax.make_jaxpr(function)(*arguments)
+    return charged(jax.make_jaxpr(function)(*arguments))
+
+
+def charged(jaxpr: ClosedJaxpr) -> Traced:
+  """The matmuls of a program that was traced in a recording. Raises what `count` raises."""
   executed = count(jaxpr.jaxpr)
   ledger: cost.Ledger = {}
   reasons: dict[str, float] = collections.defaultdict(float)

@@ -5,10 +5,11 @@ it can read packed, and its activation sites. Outside of a recording no call her
 traced program is the same as without it.
 """
 
+import abc
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 from flax import linen as nn
@@ -73,12 +74,38 @@ class Recording:
   sites: dict[str, Site] = dataclasses.field(default_factory=dict)
 
 
+class Actor(abc.ABC):
+  """What reads or replaces activations at sites; see `plan/sites.py`."""
+
+  @abc.abstractmethod
+  def wants(self, path: str) -> bool:
+    """Whether it acts on the site of that name."""
+
+  @abc.abstractmethod
+  def act(self, module: nn.Module, name: str, path: str, value: jax.Array) -> jax.Array:
+    """The activations that the model goes on with.
+
+    Args:
+      module: the site's module.
+      name: of the site in the module.
+      path: of the site in the model.
+      value: the activations so far.
+    """
+
+
 @dataclasses.dataclass(frozen=True)
 class _Scope:
-  """What holds at a point of a trace: the recording, and the gates that are open, outermost first."""
+  """What holds at a point of a trace.
+
+  Attributes:
+    found: the recording, if there is one.
+    gates: that may skip what follows, outermost first.
+    actors: that see sites, the last one first.
+  """
 
   found: Recording | None = None
   gates: tuple[Gate, ...] = ()
+  actors: tuple[Actor, ...] = ()
 
 
 _EMPTY = _Scope()
@@ -193,7 +220,9 @@ def fused(path: tuple[str, ...], name: str, parts: Iterable[str]) -> None:
 
 
 def site(module: nn.Module, name: str, value: jax.Array, kernel: str | None = None) -> jax.Array:
-  """Returns the activations of a named point of a module, which can be read or replaced by that name.
+  """Returns the activations at a named point of a module, or what they are replaced by.
+
+  Outside of a recording and of `acting` this is `value`.
 
   Args:
     module: the point's module.
@@ -201,9 +230,33 @@ def site(module: nn.Module, name: str, value: jax.Array, kernel: str | None = No
     value: of any shape.
     kernel: path below the module of the parameter that multiplies the value, if one does.
   """
-  found = _scope.get().found
-  if found is not None:
-    path = '/'.join((*module.path, name))
+  scope = _scope.get()
+  if scope.found is None and not scope.actors:
+    return value
+  path = '/'.join((*module.path, name))
+  if scope.found is not None:
     parameter = None if kernel is None else '/'.join((*module.path, kernel))
-    found.sites[path] = Site(path, value.shape, value.dtype, parameter)
+    scope.found.sites[path] = Site(path, value.shape, value.dtype, parameter)
+  for actor in reversed(scope.actors):
+    value = actor.act(module, name, path, value)
   return value
+
+
+def hook(module: nn.Module, name: str) -> Callable[[jax.Array], jax.Array] | None:
+  """The site as a function of its value, or `None` where nothing records it or acts on it.
+
+  For activations that a fused kernel never holds: a caller that gets a function must compute them.
+  """
+  scope = _scope.get()
+  path = '/'.join((*module.path, name))
+  if scope.found is None and not any(actor.wants(path) for actor in scope.actors):
+    return None
+  return lambda value: site(module, name, value)
+
+
+@contextlib.contextmanager
+def acting(actor: Actor) -> Iterator[None]:
+  """The actor sees the sites of the traces inside, after the actors that are entered later."""
+  scope = _scope.get()
+  with _within(dataclasses.replace(scope, actors=(*scope.actors, actor))):
+    yield

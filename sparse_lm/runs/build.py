@@ -7,6 +7,7 @@ from sparse_lm.core import distribution, tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.tree import Tree
 from sparse_lm.model import lm, slots
+from sparse_lm.model.plans import plan_of
 from sparse_lm.plan import cost
 from sparse_lm.runs import configs
 from sparse_lm.train.control import Budget
@@ -25,12 +26,12 @@ def build(config: ConfigDict, vocab: int) -> tuple[Program, Tree]:
   model = lm.from_config(config, vocab)
   fields = slots.fields(config.weight)
   method = slots.method('weight', config.weight.name)(
-    total_steps=config.train.steps, groups=lm.groups(model), **fields
+    total_steps=config.train.steps, groups=plan_of(model).units, **fields
   )
   method.check()
   optimizer = Optimizer.from_config(config, method.masked, method.learned_rate)
   target = distribution.targets(
-    lm.shapes(model)['params'],
+    plan_of(model).params,
     config.weight.sparsity,
     config.weight.distribution,
     config.weight.dense,
@@ -57,13 +58,13 @@ def build(config: ConfigDict, vocab: int) -> tuple[Program, Tree]:
 
 
 def check_costs(config: ConfigDict) -> None:
-  """Refuses a model, or a dense twin, with parameters that no cost is noted for: see `lm.ledger`.
+  """Refuses a model, or a dense twin, with parameters that no cost is noted for: see `plan.read`.
 
   Which those are does not depend on the vocabulary, so this runs before any data is read.
   """
   model = lm.from_config(config, vocab=1)
   for one in (model, lm.twin(model)):
-    lm.ledger(one, config.data.context)
+    plan_of(one)
 
 
 def _check_floor(objective: Objective, target: Tree) -> None:

@@ -6,7 +6,7 @@ import jax
 from tqdm import tqdm
 
 from sparse_lm.core import tree
-from sparse_lm.model import lm
+from sparse_lm.model.plans import plan_of
 from sparse_lm.runs.setup import Setup
 
 
@@ -18,7 +18,7 @@ def opening(run: Setup, name: str, first: int) -> str:
     name: of the run.
     first: steps that are done already.
   """
-  shapes = tree.named(lm.shapes(run.program.model)['params'])
+  shapes = plan_of(run.program.model).shapes
   final = {path: float(density) for path, density in tree.named(run.final).items()}
   prunable = sum(shapes[path].size for path in final)
   kept = sum(shapes[path].size * density for path, density in final.items())

@@ -10,6 +10,7 @@ from sparse_lm.core import tree
 from sparse_lm.core.tree import Tree
 from sparse_lm.measure import observe
 from sparse_lm.model import lm
+from sparse_lm.model.plans import plan_of
 from sparse_lm.plan import cost
 from sparse_lm.train.step import Program
 from sparse_lm.train.work import Work
@@ -51,7 +52,7 @@ def report(
     charged. What gates close is, whatever kind of gate: training computes it and multiplies by zero.
     Only routers of fixed capacity leave tokens out.
   """
-  params = lm.shapes(program.model)['params']
+  params = plan_of(program.model).params
   final = {path: float(density) for path, density in tree.named(target).items()}
   shapes = {path: leaf.shape for path, leaf in tree.named(params).items()}
   if masks is None:
@@ -59,7 +60,7 @@ def report(
   else:
     kept = {path: int(jax.numpy.sum(mask)) for path, mask in tree.named(masks).items()}
   sizes = cost.sizes(params, kept)
-  twin = cost.sizes(lm.shapes(lm.twin(program.model))['params'], {})
+  twin = cost.sizes(plan_of(lm.twin(program.model)).params, {})
   density = {path: count / math.prod(shapes[path]) for path, count in kept.items()}
   active = observe.activity(observed or {})
   return {

@@ -23,10 +23,12 @@ from safetensors.flax import load_file, save_file
 from sparse_lm.core import records, tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.format import Format, is_packed
+from sparse_lm.core.paths import KERNEL, Place
 from sparse_lm.data import tokenizers
 from sparse_lm.inference import formats
 from sparse_lm.inference.pack import Matrix, PackedModel, nested
 from sparse_lm.model import lm
+from sparse_lm.model.plans import plan_of
 from sparse_lm.runs import configs
 from sparse_lm.runs.run_folder import CONFIG, read_config, with_format
 from sparse_lm.runs.trained import Trained
@@ -203,11 +205,12 @@ def _arrays(packed: PackedModel) -> tuple[dict[str, jax.Array], dict[str, Any]]:
 
 def _kernel_shapes(model: lm.LM) -> dict[str, tuple[int, ...]]:
   """By path, the shape of every kernel before anything was removed, of joined ones too."""
-  shapes = {path: leaf.shape for path, leaf in tree.named(lm.shapes(model)['params']).items()}
-  for path, parts in lm.packable(model).fused.items():
-    kernels = [shapes[f'{part}/kernel'] for part in parts if f'{part}/kernel' in shapes]
+  shapes = {path: leaf.shape for path, leaf in plan_of(model).shapes.items()}
+  for path, parts in plan_of(model).fused.items():
+    one, *each = (str(Place.parse(layer) / KERNEL) for layer in (path, *parts))
+    kernels = [shapes[part] for part in each if part in shapes]
     if kernels:
-      shapes[f'{path}/kernel'] = (*kernels[0][:-1], sum(shape[-1] for shape in kernels))
+      shapes[one] = (*kernels[0][:-1], sum(shape[-1] for shape in kernels))
   return shapes
 
 

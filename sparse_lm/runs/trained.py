@@ -14,7 +14,8 @@ from sparse_lm.core.errors import UserError
 from sparse_lm.core.tree import Tree
 from sparse_lm.data import tokenizers
 from sparse_lm.layers.spec import Spec
-from sparse_lm.model import lm
+from sparse_lm.model import plans
+from sparse_lm.model.plans import plan_of
 from sparse_lm.plan import cost as ledgers
 from sparse_lm.runs import best, configs
 from sparse_lm.runs import cost_report as cost
@@ -82,7 +83,7 @@ class Trained:
   def forward_flops(self, length: int) -> float:
     """FLOPs per token of a forward pass over `length` tokens that computes what gates close too."""
     kept = tree.named(jax.device_get(densities(self.masks)))
-    ledger = ledgers.ungated(lm.ledger(self.program.model, length))
+    ledger = ledgers.ungated(plans.ledger(self.program.model, length))
     return ledgers.forward_flops(ledger, {path: float(d) for path, d in kept.items()})
 
   @property
@@ -194,7 +195,7 @@ def check_fits(
     )
   shapes = [
     {path: (leaf.shape, str(leaf.dtype)) for path, leaf in tree.named(params).items()}
-    for params in (trained.params, lm.shapes(program.model)['params'])
+    for params in (trained.params, plan_of(program.model).params)
   ]
   for path in sorted({*shapes[0], *shapes[1]}):
     there, here = (found.get(path) for found in shapes)

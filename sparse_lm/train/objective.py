@@ -11,7 +11,7 @@ import optax
 from sparse_lm.core import tree
 from sparse_lm.core.estimator import ENTROPY_BONUS
 from sparse_lm.core.tree import Tree
-from sparse_lm.layers.sow import SOWN
+from sparse_lm.layers.sow import SOWN, activity_of
 from sparse_lm.measure.observe import GATES
 from sparse_lm.model.lm import LM
 from sparse_lm.plan import cost
@@ -60,12 +60,6 @@ class _Pass(NamedTuple):
 def token_losses(logits_BxLxV: Array, targets_BxL: Array) -> Array:
   """Cross-entropy of each token in nats, float32 `[B, L]`."""
   return optax.softmax_cross_entropy_with_integer_labels(logits_BxLxV, targets_BxL)
-
-
-def activity_of(variables: Tree) -> dict[str, Array]:
-  """The fraction of its units that every gate opened for each token, by the gate's path."""
-  named = tree.named(variables.get('gates', {}))
-  return {path.removesuffix('/active'): value for path, value in named.items()}
 
 
 def observed(ledger: cost.Ledger, variables: Tree) -> Metrics:

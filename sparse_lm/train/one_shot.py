@@ -1,6 +1,7 @@
 """Prunes a trained model layer by layer, each on what the pruned layers before it hand on."""
 
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -10,9 +11,12 @@ from tqdm import tqdm
 
 from sparse_lm.core import rng, tree
 from sparse_lm.core.errors import UserError
+from sparse_lm.core.paths import Part, Place
 from sparse_lm.core.tree import Tree
 from sparse_lm.layers.embed import Embed
 from sparse_lm.model.lm import LM, Layer
+from sparse_lm.model.plans import plan_of
+from sparse_lm.plan import sites
 from sparse_lm.train.step import Program
 from sparse_lm.weights.method import Sparse
 
@@ -52,7 +56,8 @@ def prune(
   if not method.needs:
     change = method.update(trainable, sparse, {}, step, key)
     return change.trainable, change.sparse
-  _check_reached(model, target, tokens_NxL.shape[1])
+  sites_of = _sites(model)
+  _check_reached(sites_of, target)
   embed = jax.jit(functools.partial(_embed, model))
   batches = [tokens_NxL[i : i + batch] for i in range(0, len(tokens_NxL), batch)]
   stream = [embed(params['embed'], tokens_BxL) for tokens_BxL in batches]
@@ -60,7 +65,8 @@ def prune(
   for layer in tqdm(layers, 'pruning', unit='layer', dynamic_ncols=True, disable=None):
     module = Layer(model.spec, model.slots, layer)
     run = jax.jit(lambda variables, x, module=module: module.apply(variables, x))
-    gather = jax.jit(functools.partial(_signals, module, method.needs))
+    own = {path: name for path, name in sites_of.items() if Place.parse(path).layer == layer}
+    gather = jax.jit(functools.partial(_signals, module, method.needs, own))
     total = None
     for x_BxLxD in stream:
       sums = gather(_variables(module, trainable['params'], model_state), x_BxLxD)
@@ -94,33 +100,48 @@ def _embed(model: LM, params: Tree, tokens_BxL: Array) -> Array:
 
 def _variables(module: Layer, params: Tree, model_state: Tree) -> dict[str, Tree]:
   """The layer's part of each collection."""
-  own = (f'block_{module.layer}', f'depth_{module.layer}')
   return {
-    name: {key: variables[key] for key in own if key in variables}
-    for name, variables in ({'params': params} | model_state).items()
+    name: {key: value for key, value in tree_.items() if Place.parse(key).layer == module.layer}
+    for name, tree_ in ({'params': params} | model_state).items()
+  }
+
+
+def _sites(model: LM) -> dict[str, str]:
+  """By the path of a kernel of a layer, the site of what it multiplies: a row for each token.
+
+  Stacks of matrices are left out, and matrices that read rows in another order than the tokens'.
+  """
+  plan = plan_of(model)
+  return {
+    path: site.name
+    for path, site in plan.inputs.items()
+    if Place.parse(path).layer is not None
+    and site.shape == (1, model.spec.context, *plan.shapes[path].shape[:-1])
   }
 
 
 def _signals(
-  module: Layer, needs: tuple[str, ...], variables: Tree, x_BxLxD: Array
+  module: Layer,
+  needs: tuple[str, ...],
+  sites_of: dict[str, str],
+  variables: Tree,
+  x_BxLxD: Array,
 ) -> tuple[dict[str, dict[str, Array]], dict[str, Array]]:
   """For each need its sum over the tokens that reach a kernel, by its path; and how many those are.
 
-  Kernels of the block are reached by the tokens that enter the layer, others of the layer by all.
+  Kernels of the block are reached by the tokens that enter the layer, others of the layer by all:
+  evaluation runs a layer for the tokens that skip it too, and drops what it gives them.
   """
-  _, seen = module.apply(variables, x_BxLxD, mutable=['intermediates'])
-  noted = tree.named(seen['intermediates'])
-  block = f'block_{module.layer}/'
-  enters_BxL = noted[f'{block}entering']
-  everyone_BxL = jnp.ones_like(enters_BxL)
+  enters = str(Place((Part.BLOCK.of(module.layer), 'valid')))
+  names = [enters, *sites_of.values()]
+  _, seen = sites.run(module, variables, x_BxLxD, read=names)
+  everyone_BxL = jnp.ones_like(seen[enters])
   rows, counts = {}, {}
-  for path, x in noted.items():
-    if not path.endswith('/inputs'):
-      continue
-    kernel = path.removesuffix('inputs') + 'kernel'
-    reaches_BxL = enters_BxL if path.startswith(block) else everyone_BxL
-    rows[kernel] = jnp.where(reaches_BxL[..., None], x, 0).reshape(-1, x.shape[-1])
-    counts[kernel] = jnp.sum(reaches_BxL, dtype=jnp.int32)
+  for path, name in sites_of.items():
+    reaches_BxL = seen[enters] if Place.parse(path).part is Part.BLOCK else everyone_BxL
+    x = seen[name]
+    rows[path] = jnp.where(reaches_BxL[..., None], x, 0).reshape(-1, x.shape[-1])
+    counts[path] = jnp.sum(reaches_BxL, dtype=jnp.int32)
   sums = {
     need: {path: SIGNALS[need](x.astype(jnp.float32)) for path, x in rows.items()} for need in needs
   }
@@ -143,14 +164,7 @@ def _means(
   }
 
 
-def _check_reached(model: LM, target: Tree, length: int) -> None:
-  x = jax.ShapeDtypeStruct((1, length, model.spec.width), model.spec.compute)
-  reached: set[str] = set()
-  for layer in range(model.spec.layers):
-    module = Layer(model.spec, model.slots, layer)
-    variables = jax.eval_shape(module.init, jax.random.key(0), x)
-    sums, _ = jax.eval_shape(functools.partial(_signals, module, ('x_sq',)), variables, x)
-    reached |= sums['x_sq'].keys()
+def _check_reached(reached: Collection[str], target: Tree) -> None:
   missed = [path for path in tree.named(target) if path not in reached]
   if missed:
     raise UserError(

@@ -7,7 +7,7 @@ import jax
 
 from sparse_lm.core import tree
 from sparse_lm.core.tree import Tree
-from sparse_lm.model import lm
+from sparse_lm.model import lm, plans
 from sparse_lm.model.lm import LM
 from sparse_lm.plan import cost
 
@@ -28,12 +28,12 @@ class PassCosts:
   @functools.cached_property
   def ledger(self) -> cost.Ledger:
     """Every matmul of a forward pass in evaluation."""
-    return lm.ledger(self.model, self.model.spec.context)
+    return plans.ledger(self.model, self.model.spec.context)
 
   @functools.cached_property
   def dense_ledger(self) -> cost.Ledger:
     """Every matmul of a forward pass of the dense twin."""
-    return lm.ledger(lm.twin(self.model), self.model.spec.context)
+    return plans.ledger(lm.twin(self.model), self.model.spec.context)
 
   @functools.cached_property
   def dense(self) -> float:
@@ -48,13 +48,13 @@ class PassCosts:
     multiplies it by zero, so nothing is left out for them. Routers of fixed capacity gather tokens, and
     what they leave out is not in the ledger.
     """
-    return cost.ungated(lm.ledger(self.model, self.model.spec.context, mode='train'))
+    return cost.ungated(plans.ledger(self.model, self.model.spec.context, mode='train'))
 
   @functools.cached_property
   def forward_passes(self) -> float:
     """Forward passes of a training step; a part of one where a part is computed again."""
     # A sampled policy's baseline is a second forward pass, without draws.
-    return 1 + lm.samples(self.model) + lm.recomputed(self.model, self.model.spec.context)
+    return 1 + lm.samples(self.model) + plans.recomputed(self.model, self.model.spec.context)
 
   def training_pass(self, density: Tree) -> float | Array:
     """FLOPs of a training step's forward pass, kernels at the `density` of that step.

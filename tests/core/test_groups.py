@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from sparse_lm.core import groups, tree
+from sparse_lm.core import groups
 from sparse_lm.core.groups import Group, Member
 from sparse_lm.model import lm
+from sparse_lm.model.plans import plan_of
 from sparse_lm.patterns import pattern
-from sparse_lm.plan import record
 
 # An MLP of 4 units whose matrices have units of one and two columns or rows, and 2 experts of 3.
 PLAIN = Group('neuron', 'mlp', 4, (Member('up', -1), Member('down', -2), Member('absent', -1)))
@@ -61,28 +61,15 @@ def test_pool_and_expand_equal_loops_over_weights(group):
   assert all((count == 1).all() for count in seen.values())  # no weight has two units, or none
 
 
-def test_groups_are_noted_only_while_they_are_recorded():
-  axes = {'up/kernel': -1, 'down': -2}
-  record.units(('nobody', 'listens'), 'neuron', 3, axes)
-  with groups.recording() as outer:
-    record.units(('block_0', 'mlp'), 'neuron', 3, axes)
-    with groups.recording() as inner:
-      record.units(('other',), 'head', 2, {'q': -1})
-    record.units(('block_0', 'mlp'), 'neuron', 3, axes)  # a second trace
-  assert set(inner.units) == {'other/head'} and set(outer.units) == {'block_0/mlp/neuron'}
-  members = (Member('block_0/mlp/up/kernel', -1), Member('block_0/mlp/down', -2))
-  assert outer.units['block_0/mlp/neuron'] == Group('neuron', 'block_0/mlp', 3, members)
-
-
 def model_of(tiny_config, **fields):
   return lm.from_config(tiny_config(**{'model__layers': 2, **fields}), vocab=11)
 
 
 @pytest.mark.parametrize('remat', [False, True])
 def test_the_model_declares_its_neurons_heads_and_layers(remat, tiny_config):
-  found = lm.groups(
+  found = plan_of(
     model_of(tiny_config, model__heads=4, model__kv_heads=2, model__remat=remat, model__bias=True)
-  )
+  ).units
   assert [group.name for group in found if group.kind == 'layer'] == ['layer']
   units = {group.name: group.units for group in found}
   assert units == {
@@ -90,7 +77,7 @@ def test_the_model_declares_its_neurons_heads_and_layers(remat, tiny_config):
     'block_1/mlp/neuron': 32, 'block_1/attention/head': 2, 'layer': 2,
   }  # fmt: skip
   (layer,) = (group for group in found if group.kind == 'layer')
-  paths = set(tree.named(lm.shapes(model_of(tiny_config, model__bias=True))['params']))
+  paths = set(plan_of(model_of(tiny_config, model__bias=True)).shapes)
   assert {m.path for m in layer.members} == {path for path in paths if path.startswith('block_')}
   assert {m.path.partition('/')[0]: m.unit for m in layer.members} == {'block_0': 0, 'block_1': 1}
 
@@ -151,11 +138,11 @@ def test_units_of_the_model_are_kept_whole_by_the_mean_over_their_weights(kind, 
   sizes = {'model__layers': 2, 'model__hidden': HIDDEN, 'model__heads': HEADS}
   config = tiny_config(**sizes, model__kv_heads=KEY_HEADS, mlp__name=mlp, **MLPS[mlp])
   model = lm.from_config(config, vocab=11)
-  units = pattern(kind, lm.groups(model))
+  units = pattern(kind, plan_of(model).units)
   draw = np.random.default_rng(3)
   kernels = {
     path: np.abs(draw.normal(size=leaf.shape)).astype('f')
-    for path, leaf in tree.named(lm.shapes(model)['params']).items()
+    for path, leaf in plan_of(model).shapes.items()
     if leaf.ndim >= 2 and path.startswith('block_') and 'router' not in path
   }
   scores = {path: score for path, score in kernels.items() if units.covers(path, score.shape)}

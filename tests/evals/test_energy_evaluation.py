@@ -12,6 +12,7 @@ from sparse_lm.evals.energy import Energy
 from sparse_lm.inference.workload import DECODED
 from sparse_lm.measure import energy
 from sparse_lm.model import lm
+from sparse_lm.model.plans import plan_of
 
 VOCAB = 11
 
@@ -19,7 +20,7 @@ VOCAB = 11
 @pytest.fixture(scope='module')
 def model(tiny_config):
   found = lm.from_config(tiny_config(data__context=32), VOCAB)
-  shapes = lm.shapes(found)['params']
+  shapes = plan_of(found).params
   return EvalModel(found, {'params': jax.tree.map(lambda a: np.ones(a.shape, 'f'), shapes)})
 
 

@@ -11,6 +11,7 @@ from sparse_lm.core.errors import UserError
 from sparse_lm.evals import EvalData, EvalModel
 from sparse_lm.evals.loss import Loss, separated
 from sparse_lm.model import lm
+from sparse_lm.model.plans import plan_of
 
 VOCAB = 11
 
@@ -19,7 +20,7 @@ VOCAB = 11
 def model(tiny_config):
   found = lm.from_config(tiny_config(activation__name='relu'), VOCAB)
   draw = np.random.default_rng(0)
-  shapes = lm.shapes(found)['params']
+  shapes = plan_of(found).params
   params = jax.tree.map(
     lambda a: draw.normal(0.5 * (a.ndim == 1), 0.3, a.shape).astype('f'), shapes
   )

@@ -11,6 +11,7 @@ from sparse_lm.evals import EvalData, EvalModel, speed
 from sparse_lm.evals.speed import Speed
 from sparse_lm.inference import pack, workload
 from sparse_lm.model import lm
+from sparse_lm.model.plans import plan_of
 
 WIDTH, HIDDEN, VOCAB = 16, 32, 11
 ATTENTION = 4 * WIDTH * WIDTH
@@ -26,7 +27,7 @@ def packed_of(config):
   model = lm.from_config(config, VOCAB)
   draw = np.random.default_rng(0)
   params = jax.tree.map(
-    lambda a: draw.normal(0.5 * (a.ndim == 1), 0.3, a.shape).astype('f'), lm.shapes(model)['params']
+    lambda a: draw.normal(0.5 * (a.ndim == 1), 0.3, a.shape).astype('f'), plan_of(model).params
   )
   return pack.pack(model, params, jax.tree.map(lambda _: None, params), {})
 
@@ -86,10 +87,7 @@ def test_a_packed_model_is_timed_beside_its_twin(tokens, tiny_config):
 def test_weights_left_are_those_of_units_that_are_still_connected(tiny_config):
   model = lm.from_config(tiny_config(), VOCAB)
   draw = np.random.default_rng(0)
-  params = {
-    p: draw.normal(size=a.shape).astype('f')
-    for p, a in tree.named(lm.shapes(model)['params']).items()
-  }
+  params = {p: draw.normal(size=a.shape).astype('f') for p, a in plan_of(model).shapes.items()}
   up, down = (f'block_0/mlp/{name}/kernel' for name in ('up', 'down'))
   masks = {path: draw.random(params[path].shape) < 0.5 for path in (up, down)}
   # Two neurons that nothing leaves, and one that nothing enters.

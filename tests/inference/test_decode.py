@@ -17,6 +17,7 @@ from sparse_lm.inference.decode import Decoder
 from sparse_lm.inference.sample import Sampling
 from sparse_lm.layers.sow import SOWN
 from sparse_lm.model import lm, slots
+from sparse_lm.model.plans import plan_of
 
 VOCAB, CONTEXT, BATCH = 11, 16, 3
 GATES = {'depth': ('token_gate', 'layer_gate'), 'attention': ('head_gate',)}
@@ -77,7 +78,7 @@ def case(tiny_config):
 
 def random_variables(model):
   draw = np.random.default_rng(0).normal
-  shapes = lm.shapes(model)
+  shapes = plan_of(model).variables
   # Gates of either kind must open and close: their logits spread around zero.
   params = jax.tree.map(
     lambda a: draw(0.5 * (a.ndim == 1), 0.4, a.shape).astype('f'), shapes['params']

@@ -13,6 +13,7 @@ from sparse_lm.inference import formats, pack
 from sparse_lm.inference.decode import Decoder
 from sparse_lm.layers.sow import SOWN
 from sparse_lm.model import lm
+from sparse_lm.model.plans import plan_of
 from sparse_lm.patterns import pattern
 from sparse_lm.weights.method import apply_masks
 
@@ -75,7 +76,7 @@ def case(tiny_config, packed_by_bytes):
     kind, fields, _ = CASES[name]
     model = lm.from_config(tiny_config(**WIDE | fields), vocab=VOCAB)
     draw = np.random.default_rng(0).normal
-    shapes = lm.shapes(model)
+    shapes = plan_of(model).variables
     params = jax.tree.map(
       lambda a: draw(0.4 * (a.ndim == 1), 0.3, a.shape).astype('f'), shapes['params']
     )
@@ -92,7 +93,7 @@ def masks_of(kind, model, params):
   """Half of the units of the layers' matrices, `None` elsewhere."""
   if kind is None:
     return jax.tree.map(lambda w: None, params)
-  units = pattern(kind, lm.groups(model))
+  units = pattern(kind, plan_of(model).units)
   covered = tree.map_named(
     lambda path, w: (
       np.abs(w)
@@ -275,6 +276,6 @@ def test_the_dense_twin_is_the_model_without_sparsity(case):
   assert layouts['block_0/mlp/down/kernel'] == 'dense_out_in'
   assert twin.model == lm.twin(model) and not twin.removed
   dense_bytes = sum(
-    np.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(lm.shapes(lm.twin(model))['params'])
+    np.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(plan_of(lm.twin(model)).params)
   )
   assert pack.weights(twin.variables) == dense_bytes

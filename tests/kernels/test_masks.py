@@ -140,5 +140,5 @@ def test_what_is_done_to_the_weights_is_done_to_those_of_every_query():
   for queries in (1, L):
     given_queries = q[:, :queries], positions[:, :queries]
     plain = attention(*given_queries, keys, Mask())
-    doubled = attention(*given_queries, keys, Mask(), dropout=lambda weights: 2 * weights)
+    doubled = attention(*given_queries, keys, Mask(), on_weights=lambda weights: 2 * weights)
     assert_allclose(doubled, 2 * plain, rtol=1e-6)

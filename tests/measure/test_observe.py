@@ -9,7 +9,7 @@ from configs import base
 from sparse_lm.core.estimator import ESTIMATORS
 from sparse_lm.evals.loss import separated
 from sparse_lm.measure import observe
-from sparse_lm.model import lm, slots
+from sparse_lm.model import lm, plans, slots
 from sparse_lm.plan import cost
 from sparse_lm.runs import cost_report as train_cost
 from sparse_lm.runs.build import build
@@ -72,7 +72,7 @@ def small(depth='residual', attention='full', mlp='dense', **fields):
 
 
 def ledger_of(*names, **fields):
-  return lm.ledger(lm.from_config(small(*names, **fields), VOCAB), LENGTH)
+  return plans.ledger(lm.from_config(small(*names, **fields), VOCAB), LENGTH)
 
 
 # FLOPs per token, by hand.

@@ -14,7 +14,8 @@ from scipy.stats import norm
 from configs import base
 from sparse_lm.core import tree
 from sparse_lm.layers.spec import Spec
-from sparse_lm.model import lm, slots
+from sparse_lm.model import lm, plans, slots
+from sparse_lm.model.plans import plan_of
 from sparse_lm.plan import cost
 
 VOCAB, LENGTH, WIDTH, HIDDEN = 11, 8, 8, 40
@@ -246,7 +247,7 @@ CLAIMS = {'topk': {'density': 0.25}, 'statistical_topk': {'density': 0.25}}
 
 
 def ledger_of(model):
-  notes = lm.ledger(model, LENGTH)
+  notes = plans.ledger(model, LENGTH)
   return {path: matmul for path, matmul in notes.items() if path.startswith('block_0/mlp/')}
 
 
@@ -267,7 +268,7 @@ def test_the_down_projection_costs_what_is_active_and_the_others_all(name, mlp, 
   assert cost.forward_flops(ledger_of(lm.twin(model)), {}) == pytest.approx(matrix * whole)
   # What is measured replaces what is planned, and is found under the gate's path.
   rng = np.random.default_rng(8)
-  shapes = lm.shapes(model)['params']
+  shapes = plan_of(model).params
   params = jax.tree.map(lambda a: rng.normal(0, 0.5, a.shape).astype(np.float32), shapes)
   tokens = rng.integers(0, VOCAB, (2, LENGTH))
   run = jax.jit(lambda p, t: model.apply({'params': p}, t, mutable=['gates', 'stats'])[1])

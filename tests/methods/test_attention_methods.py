@@ -15,7 +15,8 @@ from sparse_lm.core.errors import UserError
 from sparse_lm.kernels.attention import KeyValues
 from sparse_lm.layers.spec import Spec
 from sparse_lm.layers.tokens import Tokens
-from sparse_lm.model import lm, slots
+from sparse_lm.model import lm, plans, slots
+from sparse_lm.model.plans import plan_of
 from sparse_lm.plan import cost
 
 VOCAB, CONTEXT, WIDTH, HEADS, LAYERS = 13, 8, 16, 4, 2
@@ -274,7 +275,7 @@ def model_of(attention):
 
 def random_params(model):
   rng = np.random.default_rng(0)
-  shapes = lm.shapes(model)['params']
+  shapes = plan_of(model).params
   return jax.tree.map(lambda a: rng.normal(0, 0.4, a.shape).astype(np.float32), shapes)
 
 
@@ -325,7 +326,7 @@ def test_the_ledger_counts_the_entries_of_the_mask(attention, rule, length):
   q, k = rng.normal(size=(1, length, HEADS, HEAD)), rng.normal(size=(1, length, 2, HEAD))
   arrays = (None, q, k, None, where, where, np.ones((1, length), bool))
   share = mask_of(arrays, **rule)[0].sum() / mask_of(arrays)[0].sum()
-  notes = lm.ledger(model_of(attention), length)
+  notes = plans.ledger(model_of(attention), length)
   dense = 2 * WIDTH * length  # of a token's heads with every key
   assert notes[f'{PATH}/values'].flops == pytest.approx(dense * share)
   scored = 1 if attention is TOPK else share  # top-k has to see every score
@@ -336,12 +337,12 @@ def test_the_ledger_counts_the_entries_of_the_mask(attention, rule, length):
   read, causal = (2 * HEAD * mask_of(arrays, **r)[0].sum() / length for r in (rule, {}))
   assert exact[f'{PATH}/values'].flops == pytest.approx(read)
   assert exact[f'{PATH}/scores'].flops == pytest.approx(causal if attention is TOPK else read)
-  full = cost.causal_pairs(lm.ledger(model_of({'name': 'full'}), length))
+  full = cost.causal_pairs(plans.ledger(model_of({'name': 'full'}), length))
   assert full[f'{PATH}/values'].flops == full[f'{PATH}/scores'].flops == pytest.approx(causal)
 
 
 def test_a_gate_of_heads_can_skip_scores_values_and_output_and_nothing_else():
-  gated, plain = (lm.ledger(model_of(a), CONTEXT) for a in (GATE, WINDOW))
+  gated, plain = (plans.ledger(model_of(a), CONTEXT) for a in (GATE, WINDOW))
   gates = {path: matmul.gates for path, matmul in gated.items() if path.startswith('block_0')}
   skipped = f'{PATH}/inner/scores', f'{PATH}/inner/values', 'block_0/attention/out/linear'
   assert all(
@@ -376,4 +377,4 @@ def test_fields_at_the_ends_of_their_ranges_are_accepted():
     TOPK | {'k': 1},
     TOPK | {'k': CONTEXT},
   ):
-    assert lm.shapes(model_of(attention))
+    assert plan_of(model_of(attention)).variables

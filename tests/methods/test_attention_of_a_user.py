@@ -14,7 +14,8 @@ from numpy.testing import assert_allclose
 from sparse_lm.inference.decode import Decoder
 from sparse_lm.layers.sow import SOWN
 from sparse_lm.layers.tokens import Tokens
-from sparse_lm.model import lm, slots
+from sparse_lm.model import lm, plans, slots
+from sparse_lm.model.plans import plan_of
 from sparse_lm.plan import cost, executed
 
 VOCAB, CONTEXT, RANK, WIDTH, HEADS, HEAD = 11, 16, 5, 16, 2, 8
@@ -107,7 +108,7 @@ def model_of(methods, tiny_config):
 def variables_of(model):
   draw = np.random.default_rng(0).normal
   params = jax.tree.map(
-    lambda a: draw(0.0, 0.4, a.shape).astype('f') + (a.ndim == 1), lm.shapes(model)['params']
+    lambda a: draw(0.0, 0.4, a.shape).astype('f') + (a.ndim == 1), plan_of(model).params
   )
   return jax.device_put({'params': params})
 
@@ -173,8 +174,8 @@ def test_a_latent_layer_caches_its_short_vectors_and_no_keys(model_of):
 @pytest.mark.parametrize('name', ['latent', 'sinks'])
 def test_what_they_execute_is_charged_or_has_a_reason(name, mode, model_of):
   model = model_of(attention__name=name)
-  charged = lm.ledger(model, CONTEXT, mode)
-  found = executed.differences(charged, lm.traced(model, CONTEXT, mode))
+  charged = plans.ledger(model, CONTEXT, mode)
+  found = executed.differences(charged, plans.traced(model, CONTEXT, mode))
   assert not [reason for reason in found if reason.startswith(executed.NO_REASON)], found
   values = cost.causal_pairs(charged)['block_0/attention/attention/values'].flops
   # Of a window of three and two sinks: 1 + 2 + 3 + 4, and 5 for each later query.

@@ -15,7 +15,8 @@ from configs import base
 from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.layers.spec import Spec
-from sparse_lm.model import lm, slots
+from sparse_lm.model import lm, plans, slots
+from sparse_lm.model.plans import plan_of
 from sparse_lm.plan import cost
 
 VOCAB, BATCH, LENGTH, WIDTH, HIDDEN = 11, 2, 5, 10, 24
@@ -189,7 +190,7 @@ def test_training_computes_the_same_and_observes_nothing(selector):
 @pytest.mark.parametrize('split', [0.1, 0.5, 0.73, 0.9])
 def test_it_has_as_many_parameters_as_the_plain_mlp(split):
   def count(config):
-    params = lm.shapes(lm.from_config(config, VOCAB))['params']['block_0']['mlp']
+    params = plan_of(lm.from_config(config, VOCAB)).params['block_0']['mlp']
     return sum(a.size for a in jax.tree.leaves(params))
 
   plain = 2 * WIDTH * HIDDEN
@@ -201,7 +202,7 @@ def test_it_has_as_many_parameters_as_the_plain_mlp(split):
 @pytest.mark.parametrize(('split', 'selector'), [(0.5, 'statistical'), (0.3, 'exact')])
 def test_the_ledger_gates_up_and_down_but_not_the_predictor(split, selector):
   model = lm.from_config(config_of(density=0.25, split=split, selector=selector), VOCAB)
-  notes = {p: m for p, m in lm.ledger(model, LENGTH).items() if p.startswith('block_0/mlp/')}
+  notes = {p: m for p, m in plans.ledger(model, LENGTH).items() if p.startswith('block_0/mlp/')}
   gate, r = (cost.Gate(path='block_0/mlp', planned=0.25),), round(split * WIDTH)
   want = {
     'predictor': (2 * r * HIDDEN, ()),
@@ -211,7 +212,7 @@ def test_the_ledger_gates_up_and_down_but_not_the_predictor(split, selector):
   found = {path.split('/')[2]: (matmul.flops, matmul.gates) for path, matmul in notes.items()}
   assert found == want
   rng = np.random.default_rng(7)
-  shapes = lm.shapes(model)['params']
+  shapes = plan_of(model).params
   params = jax.tree.map(lambda a: rng.normal(0, 0.5, a.shape).astype(np.float32), shapes)
   tokens = rng.integers(0, VOCAB, (BATCH, LENGTH))
   run = jax.jit(lambda p, t: model.apply({'params': p}, t, mutable=['gates'])[1])
@@ -243,4 +244,4 @@ def test_bad_fields_are_refused_in_one_line(field, value, valid):
 
 def test_fields_at_the_ends_of_their_ranges_are_accepted():
   for fields in ({'density': 1.0}, {'density': 0.001}, {'split': 0.1}, {'split': 0.9}):
-    assert lm.shapes(lm.from_config(config_of(**fields), VOCAB))
+    assert plan_of(lm.from_config(config_of(**fields), VOCAB)).variables

@@ -14,7 +14,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from sparse_lm.inference.decode import Decoder
 from sparse_lm.layers.sow import SOWN
 from sparse_lm.layers.spec import Spec
-from sparse_lm.model import lm, slots
+from sparse_lm.model import lm, plans, slots
+from sparse_lm.model.plans import plan_of
 from sparse_lm.plan import executed
 
 VOCAB, CONTEXT, WIDTH, HIDDEN, EXPERTS, RATE = 11, 16, 16, 32, 8, 0.25
@@ -169,8 +170,8 @@ def test_a_bias_moves_the_choice_and_not_the_weight_and_a_shared_expert_runs_for
 @pytest.mark.parametrize('name', ['relu_routed', 'biased'])
 def test_what_they_execute_is_charged_or_has_a_reason(name, mode, tiny_config):
   model = lm.from_config(tiny_config(mlp__name=name), vocab=VOCAB)
-  charged = lm.ledger(model, CONTEXT, 'train' if mode == 'train' else 'eval')
-  found = executed.differences(charged, lm.traced(model, CONTEXT, mode))
+  charged = plans.ledger(model, CONTEXT, 'train' if mode == 'train' else 'eval')
+  found = executed.differences(charged, plans.traced(model, CONTEXT, mode))
   assert not [reason for reason in found if reason.startswith(executed.NO_REASON)], found
   visits = {'relu_routed': EXPERTS, 'biased': 2}[name]
   assert charged['block_0/mlp/experts/up/linear'].flops == 2 * visits * WIDTH * HIDDEN
@@ -180,7 +181,7 @@ def test_what_they_execute_is_charged_or_has_a_reason(name, mode, tiny_config):
 @pytest.mark.parametrize('batch', [1, 3])
 def test_decoding_equals_one_pass_over_the_sequence(name, batch, tiny_config):
   model = lm.from_config(tiny_config(mlp__name=name), vocab=VOCAB)
-  draw, shapes = np.random.default_rng(0), lm.shapes(model)
+  draw, shapes = np.random.default_rng(0), plan_of(model).variables
   kept = {part: shapes[part] for part in shapes if part not in SOWN}
   variables = jax.tree.map(lambda a: jnp.asarray(draw.normal(0.2, 0.4, a.shape), a.dtype), kept)
   tokens = draw.integers(0, VOCAB, (batch, CONTEXT)).astype(np.int32)

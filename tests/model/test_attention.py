@@ -14,6 +14,7 @@ from sparse_lm.kernels.attention import KeyValues
 from sparse_lm.layers.embed import rotate
 from sparse_lm.layers.tokens import Tokens
 from sparse_lm.model import lm, slots
+from sparse_lm.model.plans import plan_of
 
 VOCAB, LENGTH, WIDTH, HEADS = 13, 8, 16, 4
 
@@ -29,7 +30,7 @@ def model_of(**fields):
 
 
 def random_params(model, seed=0):
-  leaves, tree = jax.tree.flatten(lm.shapes(model)['params'])
+  leaves, tree = jax.tree.flatten(plan_of(model).params)
   rng = np.random.default_rng(seed)
   return jax.tree.unflatten(
     tree, [jnp.asarray(rng.standard_normal(a.shape) * 0.4, a.dtype) for a in leaves]
@@ -108,7 +109,7 @@ def test_gqa_equals_mha_with_repeated_key_and_value_heads(kv_heads):
         'kernel': np.repeat(kernel, HEADS // kv_heads, axis=1).reshape(WIDTH, WIDTH)
       }
   shapes = jax.tree.map(jnp.shape, repeated)
-  assert shapes == jax.tree.map(jnp.shape, lm.shapes(full)['params'])
+  assert shapes == jax.tree.map(jnp.shape, plan_of(full).params)
   np.testing.assert_allclose(run(full, repeated, tokens), run(grouped, params, tokens), atol=1e-5)
 
 

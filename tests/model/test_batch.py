@@ -8,6 +8,7 @@ import pytest
 from sparse_lm.core.errors import UserError
 from sparse_lm.layers.sow import SOWN
 from sparse_lm.model import lm
+from sparse_lm.model.plans import plan_of
 
 CASES = {
   'a capacity in training': {'mlp__name': 'moe_topk', 'mlp__experts': 4},
@@ -35,7 +36,7 @@ def test_sequences_of_a_batch_change_each_other_exactly_where_that_is_declared(
 ):
   model = lm.from_config(tiny_config(**CASES[case]), vocab=11)
   draw = np.random.default_rng(0)
-  shapes = lm.shapes(model)
+  shapes = plan_of(model).variables
   variables = jax.tree.map(
     lambda a: jnp.asarray(draw.normal(0.3 * (a.ndim < 2), 0.4, a.shape), a.dtype),
     {name: shapes[name] for name in shapes if name not in SOWN},

@@ -10,6 +10,7 @@ import pytest
 from configs import base
 from experiments.plain_twin import PlainLM
 from sparse_lm.model import lm, slots
+from sparse_lm.model.plans import plan_of
 
 VOCAB, LENGTH = 13, 8
 COMBINATIONS = {
@@ -36,7 +37,7 @@ def model_of(vocab=VOCAB, mlp='dense', activation='relu2', layers=':', **fields)
 
 def random_params(model, seed=0):
   """Every leaf random: the head starts at zero, which would hide most mistakes."""
-  leaves, tree = jax.tree.flatten(lm.shapes(model)['params'])
+  leaves, tree = jax.tree.flatten(plan_of(model).params)
   rng = np.random.default_rng(seed)
   return jax.tree.unflatten(
     tree, [jnp.asarray(rng.standard_normal(a.shape) * 0.4, a.dtype) for a in leaves]
@@ -110,7 +111,7 @@ def test_remat_really_recomputes():
 def test_bfloat16_compute_keeps_float32_parameters_and_logits():
   exact, half = model_of(), model_of(dtype='bfloat16')
   params, tokens = random_params(exact), tokens_of()
-  stored = lm.shapes(half)['params']
+  stored = plan_of(half).params
   assert {leaf.dtype for leaf in jax.tree.leaves(stored)} == {jnp.dtype('float32')}
   logits, reference = applied(half)(params, tokens), applied(exact)(params, tokens)
   assert logits.dtype == jnp.float32
@@ -124,7 +125,7 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits():
 
 
 def test_parameters_can_be_stored_in_bfloat16():
-  params = lm.shapes(model_of(param_dtype='bfloat16', bias=True, norm='layernorm'))['params']
+  params = plan_of(model_of(param_dtype='bfloat16', bias=True, norm='layernorm')).params
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('bfloat16')}
 
 
@@ -146,7 +147,7 @@ def test_dropout_acts_in_training_only():
 
 
 def test_a_slice_of_layers_gets_the_method_and_the_rest_the_other():
-  params = lm.shapes(model_of(mlp='gated', layers='1::2', init='gpt2'))['params']
+  params = plan_of(model_of(mlp='gated', layers='1::2', init='gpt2')).params
   assert set(params['block_0']['mlp']) == {'up', 'down'}
   assert set(params['block_1']['mlp']) == {'up', 'down', 'gate'}
 
@@ -157,7 +158,7 @@ def test_a_slice_of_layers_gets_the_method_and_the_rest_the_other():
   ({'positions': 'learned'}, {'tokens', 'head', 'positions'}),
 ])  # fmt: skip
 def test_embedding_parameters(fields, names):
-  assert set(lm.shapes(model_of(**fields))['params']['embed']) == names
+  assert set(plan_of(model_of(**fields)).params['embed']) == names
 
 
 def test_the_first_loss_is_that_of_a_uniform_guess():

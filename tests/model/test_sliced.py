@@ -10,6 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from sparse_lm.core import tree
 from sparse_lm.model import lm
+from sparse_lm.model.plans import plan_of
 from sparse_lm.patterns import pattern
 from sparse_lm.weights.method import apply_masks
 
@@ -21,7 +22,7 @@ def model_of(tiny_config, **fields):
 def random_params(model, seed=0):
   """Every parameter at random, biases and the head too."""
   draw = np.random.default_rng(seed).normal
-  return jax.tree.map(lambda a: draw(0, 0.4, a.shape).astype('f'), lm.shapes(model)['params'])
+  return jax.tree.map(lambda a: draw(0, 0.4, a.shape).astype('f'), plan_of(model).params)
 
 
 @functools.cache
@@ -44,7 +45,7 @@ def added_by(model, layer, block, x):
 
 def masked(model, params, kind, keep, matrices_only=True):
   """Parameters with zeros outside of the units `keep`, bool by group; other leaves stay dense."""
-  units = pattern(kind, lm.groups(model))
+  units = pattern(kind, plan_of(model).units)
   covered = tree.map_named(
     lambda path, w: (
       w if units.covers(path, w.shape) and (w.ndim >= 2 or not matrices_only) else None
@@ -91,7 +92,7 @@ def test_masked_neurons_of_experts_equal_narrower_experts(name, tiny_config):
   model, small = (model_of(tiny_config, **own, mlp__hidden=hidden) for hidden in (8, 3))
   params = random_params(model)
   # Half of the tokens or so exceed the thresholds of experts that take what does.
-  thresholds = lm.shapes(model).get('router', {})
+  thresholds = plan_of(model).variables.get('router', {})
   others = {'router': jax.tree.map(lambda a: np.full(a.shape, 1 / 3, 'f'), thresholds)}
   draw = np.random.default_rng(2)
   keep, sliced = {}, jax.tree.map(np.copy, params)

@@ -10,7 +10,7 @@ import pytest
 from configs import base
 from sparse_lm.core.errors import UserError
 from sparse_lm.layers.spec import Spec
-from sparse_lm.model import lm, slots
+from sparse_lm.model import lm, plans, slots
 from sparse_lm.model.slots import MethodConfig, SlotConfig
 from sparse_lm.runs import configs
 
@@ -306,7 +306,7 @@ def test_a_new_method_is_in_the_ledger_and_the_trainers_loss(new_method, tmp_pat
 
   config = configs.load(config_file(tmp_path))
   program, target = build(config, 11)
-  assert 'block_1/mlp/up/linear' in lm.ledger(program.model, 8)
+  assert 'block_1/mlp/up/linear' in plans.ledger(program.model, 8)
   state = program.init(0, target)
   assert set(state.model_state) == {'router'}
   tokens = jax.random.randint(jax.random.key(0), (4, 9), 0, 11)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from sparse_lm.model import lm
+from sparse_lm.model import lm, plans
 from sparse_lm.plan import executed
 
 VOCAB, LENGTH = 11, 16
@@ -130,7 +130,7 @@ def test_a_stack_may_run_its_layers_again(method, tiny_config):
   assert_allclose(model.apply(variables, tokens), want, rtol=1e-4, atol=1e-4)
   # Twice the FLOPs of every layer, and each kernel in the ledger.
   once, _, _ = model_of(tiny_config)
-  found, single = lm.ledger(model, LENGTH), lm.ledger(once, LENGTH)
+  found, single = plans.ledger(model, LENGTH), plans.ledger(once, LENGTH)
   assert found.keys() == single.keys()
   for path, matmul in found.items():
     factor = 2 if path.startswith('block_') else 1
@@ -153,10 +153,10 @@ def test_a_stack_carries_which_tokens_have_left(method, tiny_config):
   assert_allclose(logits, logits_after(model, variables, want), rtol=1e-4, atol=1e-4)
   active = np.asarray(sown['gates']['stack']['active'])
   assert active.min() > 0 and active.max() <= 1 + 1e-6
-  ledger = lm.ledger(model, LENGTH)
+  ledger = plans.ledger(model, LENGTH)
   gates = {path: [gate.path for gate in matmul.gates] for path, matmul in ledger.items()}
   assert all(found == ['stack'] for path, found in gates.items() if path.startswith('block_'))
-  assert not executed.differences(ledger, lm.traced(model, LENGTH)).get(executed.NO_REASON)
+  assert not executed.differences(ledger, plans.traced(model, LENGTH)).get(executed.NO_REASON)
   assert lm.twin(model).stack.name == 'sequential'
 
 

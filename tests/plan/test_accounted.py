@@ -7,7 +7,7 @@ import textwrap
 import pytest
 
 from sparse_lm.core.errors import UserError
-from sparse_lm.model import lm, slots
+from sparse_lm.model import lm, plans, slots
 from sparse_lm.plan import cost, executed
 from sparse_lm.runs import cost_report as train_cost
 from sparse_lm.runs import setup as setups
@@ -117,11 +117,11 @@ def test_noted_layers_of_any_kind_are_charged_at_the_density_of_their_kernels(me
   weights = {'weight.name': 'static', 'weight.sparsity': 0.75}
   weights['weight.dense'] = ('embed', 'norm', 'attention')
   program, target = build(tiny_config(**{'mlp.name': 'noted', **weights}), VOCAB)
-  ledger = lm.ledger(program.model, CONTEXT)
+  ledger = plans.ledger(program.model, CONTEXT)
   mlp = 2 * (WIDTH * HIDDEN + HIDDEN * HIDDEN + HIDDEN * WIDTH)
   charged = {path: m.flops for path, m in ledger.items() if path.startswith('block_0/mlp/')}
   assert sum(charged.values()) == mlp and len(charged) == 3
-  traced = lm.traced(program.model, CONTEXT)
+  traced = plans.traced(program.model, CONTEXT)
   assert set(executed.differences(ledger, traced)) == {executed.PAIRS}
   whole = cost.forward_flops(ledger, {})
   report = train_cost.report(program, target)
@@ -179,10 +179,10 @@ GATE = """
 def test_a_gate_is_charged_as_it_plans(method, tiny_config):
   method('mlp', 'halves', GATE)
   program, _ = build(tiny_config(mlp__name='halves'), VOCAB)
-  ledger = lm.ledger(program.model, CONTEXT)
+  ledger = plans.ledger(program.model, CONTEXT)
   gate = cost.Gate(path='block_0/mlp', planned=0.25)
   assert ledger['block_0/mlp/only/linear'].gates == (gate,)
-  found = executed.differences(ledger, lm.traced(program.model, CONTEXT))
+  found = executed.differences(ledger, plans.traced(program.model, CONTEXT))
   assert found.keys() == {executed.GATES, executed.PAIRS}
   assert found[executed.GATES] == 0.75 * 2 * WIDTH * WIDTH
 

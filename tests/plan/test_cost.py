@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from configs import base
-from sparse_lm.model import lm, slots
-from sparse_lm.plan import cost, executed, record
+from sparse_lm.model import lm, plans, slots
+from sparse_lm.model.plans import plan_of
+from sparse_lm.plan import cost, executed
 from sparse_lm.plan.cost import Matmul
 from sparse_lm.runs import configs
 from sparse_lm.runs import cost_report as train_cost
@@ -59,7 +60,7 @@ def by_hand(gated):
 ])  # fmt: skip
 def test_ledger_of_a_small_model_equals_a_hand_count(changes):
   model = lm.from_config(small(**changes), VOCAB)
-  ledger = lm.ledger(model, LENGTH)
+  ledger = plans.ledger(model, LENGTH)
   want = by_hand('mlp__name' in changes)
   if 'model__positions' in changes:
     want['embed/positions/lookup'] = 0
@@ -67,7 +68,7 @@ def test_ledger_of_a_small_model_equals_a_hand_count(changes):
 
 
 def test_a_tied_head_multiplies_with_the_embedding():
-  ledger = lm.ledger(lm.from_config(small(model__tied=True), VOCAB), LENGTH)
+  ledger = plans.ledger(lm.from_config(small(model__tied=True), VOCAB), LENGTH)
   heads = [m for path, m in ledger.items() if not path.startswith('block_')]
   lookup = Matmul('lookup', 0, 'embed/tokens')
   assert heads == [lookup, Matmul('linear', 2 * WIDTH * VOCAB, 'embed/tokens')]
@@ -75,8 +76,8 @@ def test_a_tied_head_multiplies_with_the_embedding():
 
 def test_kernels_are_named_as_the_parameters():
   model = lm.from_config(small(mlp__name='gated'), VOCAB)
-  params = lm.shapes(model)['params']
-  for path, matmul in lm.ledger(model, LENGTH).items():
+  params = plan_of(model).params
+  for path, matmul in plans.ledger(model, LENGTH).items():
     if matmul.kernel is None:
       assert path.endswith(('scores', 'values'))
       continue
@@ -86,7 +87,7 @@ def test_kernels_are_named_as_the_parameters():
 
 def test_attention_grows_with_the_length_and_the_rest_does_not():
   model = lm.from_config(small(), VOCAB)
-  short, long = lm.ledger(model, LENGTH // 2), lm.ledger(model, LENGTH)
+  short, long = plans.ledger(model, LENGTH // 2), plans.ledger(model, LENGTH)
   for path, matmul in long.items():
     factor = 2 if matmul.kernel is None else 1  # a lookup's zero has any
     assert matmul.flops == factor * short[path].flops
@@ -96,17 +97,10 @@ def test_what_runs_twice_is_charged_twice():
   model = lm.from_config(small(), VOCAB)
   tokens = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
   twice = lambda v, t: (model.apply(v, t), model.apply(v, t, mode='train'))  # noqa: E731
-  found = executed.trace(twice, lm.shapes(model), tokens).per_token(LENGTH).ledger
+  found = executed.trace(twice, plan_of(model).variables, tokens).per_token(LENGTH).ledger
   assert {path: m.flops for path, m in found.items()} == {
     path: 2 * flops for path, flops in by_hand(False).items()
   }
-
-
-def test_arrays_are_marked_in_a_recording_alone():
-  y, path = jnp.ones(3), ('a',)
-  assert record.matmul(y, path, 'linear', 5) is y and record.uncharged(y, 'why', 5) is y
-  found = executed.trace(lambda y: record.matmul(y, path, 'linear', 7, kernel='kernel'), y)
-  assert found.ledger == {'a/linear': Matmul('linear', 7.0, 'a/kernel')} and found.flops == 0
 
 
 def test_ledger_agrees_with_xlas_own_count():
@@ -115,8 +109,8 @@ def test_ledger_agrees_with_xlas_own_count():
   config.model.update({'layers': 2, 'width': 512, 'hidden': 2048, 'heads': 8, 'kv_heads': 8})
   model = lm.from_config(config, 256)
   tokens = jax.ShapeDtypeStruct((1, 128), jnp.int32)
-  compiled = jax.jit(model.apply).lower(lm.shapes(model), tokens).compile()
-  ours = 128 * cost.forward_flops(lm.ledger(model, 128), {})
+  compiled = jax.jit(model.apply).lower(plan_of(model).variables, tokens).compile()
+  ours = 128 * cost.forward_flops(plans.ledger(model, 128), {})
   # XLA counts elementwise operations too, so it can only be the larger one.
   assert 1.0 <= compiled.cost_analysis()['flops'] / ours < 1.03
 
@@ -247,7 +241,7 @@ def test_sizes_count_mask_bits_in_whole_bytes():
 
 def test_given_masks_are_counted_rather_than_targets():
   program, target = build(small(weight__name='static', weight__sparsity=0.5), VOCAB)
-  masks = jax.tree.map(lambda leaf: None, lm.shapes(program.model)['params'])
+  masks = jax.tree.map(lambda leaf: None, plan_of(program.model).params)
   masks['block_0']['mlp']['up']['kernel'] = jnp.zeros((WIDTH, HIDDEN), bool).at[0, 0].set(True)
   report = train_cost.report(program, target, masks)
   assert report['params'] - report['nonzero_params'] == WIDTH * HIDDEN - 1

@@ -12,8 +12,9 @@ from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.layers.sow import SOWN
 from sparse_lm.layers.tokens import Tokens
-from sparse_lm.model import lm
 from sparse_lm.model.block import Block
+from sparse_lm.model.plans import plan_of
+from sparse_lm.plan import sites
 from sparse_lm.runs.build import build
 from sparse_lm.train import one_shot
 from sparse_lm.weights.one_shot import prune_by_obs
@@ -30,7 +31,7 @@ PRUNED = (*(f'attention/{name}' for name in ATTENTION), 'mlp/down', 'mlp/up')
 
 def random_variables(model, bias):
   """Of a model whose gates have that bias."""
-  draw, shapes = np.random.default_rng(1), lm.shapes(model)
+  draw, shapes = np.random.default_rng(1), plan_of(model).variables
   variables = {
     name: tree.map_named(
       lambda path, a: np.asarray(
@@ -72,14 +73,11 @@ def inputs_of_entering(model, params, x_BxLxD, enters_BxL):
     if not enters_L.any():
       continue
     positions = np.flatnonzero(enters_L)[None]
-    _, seen = block.apply(
-      {'params': params['block_0']},
-      Tokens(x_LxD[enters_L][None], positions, np.ones_like(positions, bool)),
-      'eval',
-      mutable=['intermediates'],
-    )
+    tokens = Tokens(x_LxD[enters_L][None], positions, np.ones_like(positions, bool))
+    variables = {'params': params['block_0']}
+    _, seen = sites.run(block, variables, tokens, 'eval', read=[f'{name}/input' for name in PRUNED])
     for name in PRUNED:
-      rows[name].append(tree.named(seen['intermediates'])[f'{name}/inputs'][0])
+      rows[name].append(seen[f'{name}/input'][0])
   return {name: np.concatenate(found) for name, found in rows.items()}
 
 

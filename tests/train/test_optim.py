@@ -14,7 +14,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from sparse_lm.core import distribution as budget
 from sparse_lm.core import units as pattern
 from sparse_lm.core.errors import UserError
-from sparse_lm.model import lm, slots
+from sparse_lm.model import slots
+from sparse_lm.model.plans import plan_of
 from sparse_lm.plan import record
 from sparse_lm.runs.build import build
 from sparse_lm.train import optim, states
@@ -76,7 +77,7 @@ def tokens(step):
 def toy_program(optimizer_name, method_name, **fields):
   method = slots.method('weight', method_name)(total_steps=STEPS, **fields)
   program = Program(Objective(Toy(ToySpec()), method), optimizer(optimizer_name))
-  params = lm.shapes(program.model)['params']
+  params = plan_of(program.model).params
   return program, budget.targets(params, 0.6, 'uniform', ('embed', 'bias'), method.units)
 
 
@@ -193,7 +194,7 @@ def test_untested_optimizer_is_refused_with_a_mask_and_trains_without(name, tiny
   build(tiny_config(optimizer__name=name), 20)
 
   program, _ = toy_program(name, 'none')
-  state = program.init(0, jax.tree.map(lambda _: None, lm.shapes(program.model)['params']))
+  state = program.init(0, jax.tree.map(lambda _: None, plan_of(program.model).params))
   losses = []
   for _ in range(STEPS):
     state, metrics = program.step(0)(state, tokens(0))
@@ -380,7 +381,7 @@ def test_microbatches_of_bfloat16_gradients_add_up_in_float32():
   program, _ = toy_program('sgd', 'none')
   objective = dataclasses.replace(program.objective, model=Toy(ToySpec(), jnp.bfloat16))
   program = dataclasses.replace(program, objective=objective)
-  params = program.init(0, jax.tree.map(lambda _: None, lm.shapes(program.model)['params']))
+  params = program.init(0, jax.tree.map(lambda _: None, plan_of(program.model).params))
   batch = np.random.default_rng(3).integers(7, size=(64, 7)).astype(np.int32)
 
   @functools.partial(jax.jit, static_argnums=0)

@@ -20,6 +20,7 @@ from sparse_lm.layers.linear import Norm
 from sparse_lm.layers.sow import SOWN
 from sparse_lm.methods.weight.wanda import Wanda
 from sparse_lm.model import lm
+from sparse_lm.model.plans import plan_of
 from sparse_lm.runs import runtime
 from sparse_lm.runs import setup as setups
 from sparse_lm.runs.build import build
@@ -76,7 +77,7 @@ def test_layers_one_after_another_are_the_model(case, tiny_config):
   model = lm.from_config(tiny_config(model__layers=2, **MODELS[case]), vocab=11)
   draw = np.random.default_rng(0)
   tokens = draw.integers(11, size=(2, CONTEXT)).astype(np.int32)
-  shapes = lm.shapes(model)
+  shapes = plan_of(model).variables
   variables = jax.tree.map(
     lambda a: draw.normal(0.3 * (a.ndim == 1), 0.3, a.shape).astype(a.dtype),
     {name: shapes[name] for name in shapes if name not in SOWN},

@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from sparse_lm.core import tree
 from sparse_lm.evals.loss import eval_step
-from sparse_lm.model import lm
+from sparse_lm.model import plans
 from sparse_lm.plan import executed
 from sparse_lm.runs.build import build
 from sparse_lm.runs.evaluate import evaluate
@@ -217,5 +217,5 @@ def test_a_step_executes_so_many_forward_passes(fields, passes, tiny_config):
   state = jax.eval_shape(lambda: program.init(0, target))
   tokens = jax.ShapeDtypeStruct((4, 17), jnp.int32)
   step = functools.partial(program.transition, update_masks=False)
-  forward = lm.traced(program.model, 16, 'train').flops
+  forward = plans.traced(program.model, 16, 'train').flops
   assert executed.trace(step, state, tokens).per_token(4 * 16).flops == passes * forward

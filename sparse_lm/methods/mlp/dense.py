@@ -36,7 +36,7 @@ class Dense(LayerMethod):
     axes = {'up/kernel': -1, 'down/kernel': -2}
     record.units(self.path, 'neuron', self.spec.hidden, axes, dynamic=selects(activation))
     h_BxLxF = Linear(self.spec, self.spec.hidden, name='up')(x_BxLxD)
-    h_BxLxF = activation(h_BxLxF, mode)
+    h_BxLxF = record.site(self, 'hidden', activation(h_BxLxF, mode))
     with hidden_units(self, activation, h_BxLxF, mode):
       down = Linear(self.spec, self.spec.width, role='out', name='down')
       return project(down, h_BxLxF, activation, mode)

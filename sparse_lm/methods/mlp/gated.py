@@ -39,7 +39,7 @@ class Gated(LayerMethod):
     record.units(self.path, 'neuron', self.spec.hidden, axes, dynamic=selects(activation))
     units = {'gate': self.spec.hidden, 'up': self.spec.hidden}
     gate_BxLxF, up_BxLxF = fused_projections(self, self.spec, x_BxLxD, units)
-    h_BxLxF = activation(gate_BxLxF, mode) * up_BxLxF
+    h_BxLxF = record.site(self, 'hidden', activation(gate_BxLxF, mode) * up_BxLxF)
     with hidden_units(self, activation, h_BxLxF, mode):
       down = Linear(self.spec, self.spec.width, role='out', name='down')
       return project(down, h_BxLxF, activation, mode)

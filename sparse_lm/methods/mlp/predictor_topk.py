@@ -76,7 +76,7 @@ class PredictorTopK(LayerMethod):
     if gathered is not None:
       return gathered
     with record.gated(self.path, self.traits.gating):
-      h_BxLxF = gate_BxLxF * up(read_BxLxD)
+      h_BxLxF = record.site(self, 'hidden', gate_BxLxF * up(read_BxLxD))
       with hidden_units(self, None, h_BxLxF, mode):
         return down(h_BxLxF)
 

@@ -1,0 +1,84 @@
+"""Plans of language models: one of each, from one trace, and the costs of passes of other kinds."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from sparse_lm.core.tree import Tree
+from sparse_lm.layers.sow import SOWN
+from sparse_lm.model import lm
+from sparse_lm.model.lm import LM
+from sparse_lm.plan import executed
+from sparse_lm.plan.cost import Ledger
+from sparse_lm.plan.executed import Traced
+from sparse_lm.plan.plan import ModelPlan, check_accounted, read
+
+
+@functools.lru_cache(maxsize=64)
+def plan_of(model: LM) -> ModelPlan:
+  """The plan of evaluation over the whole context. Raises UserError as `plan.read` does."""
+  tokens_BxL = jnp.zeros((1, model.spec.context), jnp.int32)
+  init = functools.partial(model.init_with_output, mode='eval')
+  return read(lambda key: init(key, tokens_BxL), tokens_BxL.size, SOWN)
+
+
+def ledger(model: LM, length: int, mode: str = 'eval') -> Ledger:
+  """FLOPs per token of every matmul of a forward pass over `length` tokens, from a trace alone.
+
+  Raises UserError where a kernel is in no entry, or an entry names what is no kernel.
+  """
+  plan = plan_of(model)
+  if (length, mode) == (model.spec.context, 'eval'):
+    return plan.ledger
+  found = traced(model, length, mode).ledger
+  check_accounted(plan.kernels, found)
+  return found
+
+
+@functools.lru_cache(maxsize=32)
+def traced(model: LM, length: int, mode: str = 'eval') -> Traced:
+  """What one sequence of `length` tokens executes and charges, in FLOPs per token.
+
+  In mode 'decode' it is one token that is decoded with a cache for `length` tokens.
+  """
+  tokens, mutable = length, True
+  if mode == 'decode':
+    tokens, mutable = 1, ['cache']
+    model = model.clone(spec=dataclasses.replace(model.spec, context=length))
+  variables = dict(plan_of(model).variables)
+  if mode == 'decode':
+    variables['cache'] = lm.cache_shapes(model, variables, 1)
+
+  def run(variables: Tree, tokens_BxL: jax.Array) -> Tree:
+    key = jax.random.key(0)
+    rngs = {'dropout': key, 'gates': key} if mode == 'train' else None
+    return model.apply(variables, tokens_BxL, mode=mode, mutable=mutable, rngs=rngs)
+
+  tokens_BxL = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+  return executed.trace(run, variables, tokens_BxL).per_token(tokens)
+
+
+@functools.lru_cache(maxsize=32)
+def recomputed(model: LM, length: int) -> float:
+  """Share of a training step's forward pass that its backward pass computes again: 0 without remat."""
+  if not model.spec.remat:
+    return 0.0
+  variables = dict(plan_of(model).variables)
+  params = variables.pop('params')
+  tokens_BxL = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+  def flops(remat: bool) -> float:
+    """Of a pass and its gradients."""
+    same = model.clone(spec=dataclasses.replace(model.spec, remat=remat))
+    key = jax.random.key(0)
+    rngs = {'dropout': key, 'gates': key}
+
+    def total(params: Tree, state: Tree, tokens_BxL: jax.Array) -> jax.Array:
+      found = same.apply({'params': params, **state}, tokens_BxL, 'train', mutable=True, rngs=rngs)
+      return jnp.sum(found[0])
+
+    return executed.trace(jax.grad(total), params, variables, tokens_BxL).flops
+
+  return (flops(True) - flops(False)) / (length * traced(model, length, 'train').flops)
