@@ -33,7 +33,7 @@ import tempfile
 
 import numpy as np
 
-from sparse_lm.runs import configs as config, runtime
+from sparse_lm.runs import configs, runtime
 from sparse_lm.runs.trained import load
 from sparse_lm.report import plot, table
 from sparse_lm.runs.loop import train
@@ -55,7 +55,7 @@ METHODS = {
 lines = []
 for name, fields in METHODS.items():
   overrides = {'weight.name': name, 'train.steps': 100, **fields}
-  model = config.load('configs/ablation.py', overrides)
+  model = configs.load('configs/ablation.py', overrides)
   result = train(model, f'{results}/{name}', progress=False)
   labels = {'method': name, 'sparsity': model.weight.sparsity}
   lines.append({'run': name, 'labels': labels, 'seed': model.seed, **result})

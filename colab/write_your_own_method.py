@@ -38,10 +38,10 @@ from matplotlib.figure import Figure
 
 import sparse_lm.methods.mlp
 from sparse_lm.cost import summary
-from sparse_lm.runs import configs as config, runtime
+from sparse_lm.runs import configs, runtime
 from sparse_lm.runs.trained import load
 from sparse_lm.report import plot, table
-from sparse_lm.runs import cost_report as cost
+from sparse_lm.runs import cost_report
 from sparse_lm.runs.loop import train
 from sparse_lm.runs.setup import setup
 
@@ -53,8 +53,8 @@ folder = pathlib.Path(tempfile.mkdtemp())
 # ## The method
 #
 # A layer method is a Linen module. Fields with a default are config keys (`estimator` and `open` come
-# with `LearnedGate`); fields without one are supplied. `inner` makes what the slot runs otherwise.
-# What runs inside `record.gated(self.path, self.traits.gating)` costs as much as the gate is open.
+# with `LearnedGate`); fields without one are supplied. `inner` makes the MLP that runs inside. What
+# runs inside `record.gated(self.path, self.traits.gating)` costs as much as the gate is open.
 #
 # In a clone of the repository the file's place is `sparse_lm/methods/mlp/skip.py`; while you try it
 # out, a folder of your own will do.
@@ -106,17 +106,17 @@ sparse_lm.methods.mlp.__path__.append(str(folder))
 
 # %%
 STEPS = 100
-gated = config.load(
+gated = configs.load(
   'configs/ablation.py', {'mlp.name': 'skip', 'budget.target': 0.75, 'train.steps': STEPS}
 )
 run = setup(gated)
-print(summary(cost.report(run.program, run.target)))
+print(summary(cost_report.report(run.program, run.target)))
 
 # %%
 from sparse_lm.core.errors import UserError
 
 try:
-  setup(config.load('configs/ablation.py', {'mlp.name': 'skip', 'budget.target': 0.3}))
+  setup(configs.load('configs/ablation.py', {'mlp.name': 'skip', 'budget.target': 0.3}))
 except UserError as error:
   print(error)
 
@@ -149,7 +149,7 @@ ROWS = {
 }
 lines = []
 for name, fields in ROWS.items():
-  chosen = config.load('configs/ablation.py', {'train.steps': STEPS, **fields})
+  chosen = configs.load('configs/ablation.py', {'train.steps': STEPS, **fields})
   result = train(chosen, str(folder / name), progress=False)
   lines.append({'run': name, 'labels': {'gates': name}, 'seed': chosen.seed, **result})
 columns = [table.column(name) for name in ('val_loss', 'flops_forward_ratio', 'active_params')]
