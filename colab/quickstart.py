@@ -47,15 +47,21 @@ results = tempfile.mkdtemp()
 
 # %%
 METHODS = {
-  'none': {},
-  'static': {'weight.sparsity': 0.9},
-  'rigl': {'weight.sparsity': 0.9, 'weight.period': 10},
-  'ste': {'weight.sparsity': 0.9},
+  'none': {'weight.name': 'none'},
+  'static': {'weight.name': 'static', 'weight.sparsity': 0.9},
+  'rigl': {'weight.name': 'rigl', 'weight.sparsity': 0.9, 'weight.period': 10},
+  # The largest magnitudes in every step, while dropped weights go on learning.
+  'ste': {
+    'weight.name': 'magnitude',
+    'weight.apply': 'straight_through',
+    'weight.schedule': 'at_once',
+    'weight.start': 0.0,
+    'weight.sparsity': 0.9,
+  },
 }
 lines = []
 for name, fields in METHODS.items():
-  overrides = {'weight.name': name, 'train.steps': 100, **fields}
-  model = configs.load('configs/ablation.py', overrides)
+  model = configs.load('configs/ablation.py', {'train.steps': 100, **fields})
   result = train(model, f'{results}/{name}', progress=False)
   labels = {'method': name, 'sparsity': model.weight.sparsity}
   lines.append({'run': name, 'labels': labels, 'seed': model.seed, **result})

@@ -12,7 +12,8 @@ from configs import tiny
 
 
 def get_config() -> ConfigDict:
-  """90 % of the weights outside embedding and head dropped."""
+  """90 % of the weights outside embedding and head dropped, all of which go on learning."""
   config = tiny.get_config()
-  config.weight.update({'name': 'ste', 'sparsity': 0.9})
+  config.weight.update({'name': 'magnitude', 'sparsity': 0.9, 'apply': 'straight_through'})
+  config.weight.update({'schedule': 'at_once', 'start': 0.0})  # sparse from the first step
   return config

@@ -6,14 +6,17 @@ attention; for magnitude and STE, over seeds.
 
 import pathlib
 
-from experiments.sweep import Run
+from experiments.sweep import STE, Run
 from sparse_lm.report import plot, results, table
 
 CONFIG = 'configs/ablation.py'
 MODEL = {'model.heads': 4, 'model.kv_heads': 4}
 SEEDS = (0, 1, 2)
 SPARSITY = 0.75
-METHODS = {'magnitude': {'weight.period': 10}, 'ste': {}}
+METHODS = {
+  'magnitude': {'weight.name': 'magnitude', 'weight.period': 10},
+  'ste': STE,
+}
 STAYS_DENSE = ('embed', 'head', 'norm', 'bias', 'router')
 SCOPES = {
   'MLP': (('unstructured', '2:8', 'block:16', 'block:32', 'neuron'), ('attention',)),
@@ -36,7 +39,6 @@ def runs() -> list[Run]:
       for method, fields in METHODS.items():
         labels = {'method': method, 'scope': scope, 'pattern': pattern}
         weight = {
-          'weight.name': method,
           'weight.pattern': pattern,
           'weight.sparsity': SPARSITY,
           'weight.dense': STAYS_DENSE + kept_dense,

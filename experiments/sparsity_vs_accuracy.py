@@ -6,7 +6,7 @@ RigL and STE at several sparsities, over seeds that share initialisation and dat
 
 import pathlib
 
-from experiments.sweep import Run, Sweep, chain, fixed, grid, product
+from experiments.sweep import STE, Run, fixed, grid, product
 from sparse_lm.report import plot, results, table
 
 CONFIG = 'configs/ablation.py'
@@ -15,11 +15,11 @@ SPARSITIES = (0.5, 0.8, 0.95)
 # Updates of the connections come often enough for a run of 500 steps (the default, every 100 steps,
 # is for runs of thousands).
 METHODS = {
-  'static': {},
-  'magnitude': {'weight.period': 10},
-  'set': {'weight.period': 25},
-  'rigl': {'weight.period': 25},
-  'ste': {},
+  'static': {'weight.name': 'static'},
+  'magnitude': {'weight.name': 'magnitude', 'weight.period': 10},
+  'set': {'weight.name': 'set', 'weight.period': 25},
+  'rigl': {'weight.name': 'rigl', 'weight.period': 25},
+  'ste': STE,
 }
 # As many parameters as the 95 % sparse models keep, within 1 % (a test counts them).
 SMALL = {'model.width': 32, 'model.hidden': 104}
@@ -40,18 +40,11 @@ def runs() -> list[Run]:
     for overrides in product(fixed(SMALL), seeds)
   ]
   sparse = [
-    Run(
-      CONFIG,
-      overrides,
-      {'method': overrides['weight.name'], 'sparsity': overrides['weight.sparsity']},
-    )
-    for overrides in product(_methods(), grid('weight.sparsity', SPARSITIES), seeds)
+    Run(CONFIG, overrides, {'method': method, 'sparsity': overrides['weight.sparsity']})
+    for method, fields in METHODS.items()
+    for overrides in product(fixed(fields), grid('weight.sparsity', SPARSITIES), seeds)
   ]
   return dense + small + sparse
-
-
-def _methods() -> Sweep:
-  return chain(*(fixed({'weight.name': name, **fields}) for name, fields in METHODS.items()))
 
 
 def report(lines: list[results.Line], folder: pathlib.Path) -> str:

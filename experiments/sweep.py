@@ -21,6 +21,14 @@ import numpy as np
 Overrides = dict[str, Any]
 Sweep = list[Overrides]
 
+# Magnitudes applied straight-through, at the final sparsity from the first step.
+STE = {
+  'weight.name': 'magnitude',
+  'weight.apply': 'straight_through',
+  'weight.schedule': 'at_once',
+  'weight.start': 0.0,
+}
+
 
 def fixed(overrides: Mapping[str, Any] | None = None, /, **fields: Any) -> Sweep:
   """One set of overrides: `fixed({'weight.name': 'rigl'}, seed=1)`."""

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from experiments import plain_twin
-from experiments.sweep import Run
+from experiments.sweep import STE, Run
+from sparse_lm.core import tree
 from sparse_lm.measure import machine, turns
 from sparse_lm.report import plot, results, table
 from sparse_lm.runs import configs, runtime
@@ -39,6 +40,8 @@ GATED = {
   'token_gate': {'depth.name': 'token_gate'},
   'token_gate, reinforce': {'depth.name': 'token_gate', 'depth.estimator': 'reinforce'},
 }
+METHODS = {name: {'weight.name': name} for name in ('static', 'magnitude', 'set', 'rigl')}
+METHODS['ste'] = STE
 GELU = {'activation.name': 'gelu'}
 
 
@@ -49,10 +52,8 @@ def runs() -> list[Run]:
     Run(CONFIG, {}, {'step': DENSE, 'reference': TWIN}),
   ]
   sparse = [
-    Run(
-      CONFIG, {'weight.name': name, 'weight.sparsity': SPARSITY}, {'step': name, 'reference': DENSE}
-    )
-    for name in ('static', 'magnitude', 'set', 'rigl', 'ste')
+    Run(CONFIG, fields | {'weight.sparsity': SPARSITY}, {'step': name, 'reference': DENSE})
+    for name, fields in METHODS.items()
   ]
   gated = [
     Run(CONFIG, overrides, {'step': step, 'reference': DENSE}) for step, overrides in GATED.items()
@@ -80,21 +81,19 @@ def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
   shape = (config.data.batch, config.data.context + 1)
   tokens = np.random.default_rng(0).integers(0, VOCAB, shape).astype(np.int32)
   make = functools.partial(program.init, 0, target)
-  calls = {
-    'step': _Stepper(functools.partial(program.transition, update_masks=False), make(), tokens)
-  }
+  calls = {'step': _Stepper(program.transition, make(), tokens)}
   updates = _updates_per_step(program.method, program.optimizer.steps)
   if updates:
-    calls['update'] = _Stepper(
-      functools.partial(program.transition, update_masks=True), make(), tokens
-    )
+    every = tuple(program.method.parts)
+    calls['update'] = _Stepper(functools.partial(program.transition, updates=every), make(), tokens)
   calls['reference'] = _reference(run.labels['reference'], program, tokens)
   calls['peak'], peak_flops = machine.matmul()
   seconds = turns.interleaved(calls, REPEATS, run.labels['step'])
   average = seconds['step']
   if updates:
     average = (1 - updates) * average + updates * seconds['update']
-  flops = program.step_flops(0, program.costs.training_pass({}))
+  final = {path: float(density) for path, density in tree.named(target).items()}
+  flops = program.step_flops(0, program.costs.training_pass({}), final)
   peak = peak_flops / np.median(seconds['peak'])
   metrics = {
     'step_ms': 1e3 * float(np.median(average)),

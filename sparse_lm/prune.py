@@ -86,10 +86,12 @@ def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
 
 def _check_method(method: WeightMethod, name: str) -> None:
   if not method.one_shot:
-    able = [other for other in slots.names('weight') if slots.method('weight', other).one_shot]
+    classes = {other: slots.method('weight', other) for other in slots.names('weight')}
+    able = [other for other, cls in classes.items() if cls(total_steps=1).one_shot]
     raise UserError(
       f'config.weight.name={name!r} does not prune trained models; valid: {", ".join(able)}'
     )
+  method.check_one_shot()
 
 
 def _write(out: str, run: Setup, state: TrainState, history: History, result: dict) -> None:

@@ -18,26 +18,35 @@ from sparse_lm.runs import cost_report as train_cost
 from sparse_lm.runs.build import build
 from sparse_lm.runs.checkpoint import Checkpoints
 from sparse_lm.runs.setup import setup
+from sparse_lm.signals import from_calibration
 from sparse_lm.train.step import Program
 from sparse_lm.weights import rewire
+from sparse_lm.weights.score import APPLIES
 
 LAYERS = pytest.mark.parametrize(
   ('slot', 'name'), [(slot, name) for slot in lm.LAYER_SLOTS for name in slots.names(slot)]
 )
-WEIGHTS = {name: slots.method('weight', name) for name in slots.names('weight')}
+# Every weight method with its defaults, and one score with each way to apply its mask.
+CONFIGS = {name: {'name': name} for name in slots.names('weight')}
+CONFIGS |= {
+  f'magnitude {apply}': {'name': 'magnitude', 'apply': apply, 'start': 0.0, 'end': 0.5}
+  for apply in APPLIES[1:]
+}
+WEIGHTS = {name: slots.method('weight', fields['name']) for name, fields in CONFIGS.items()}
 # Methods that ask for signals of calibration text prune trained models and do not train.
-TRAINING = {name: cls for name, cls in WEIGHTS.items() if not set(cls.needs) - {'grads'}}
+TRAINING = {name: cls for name, cls in WEIGHTS.items() if not from_calibration(cls.traits.needs)}
 STEPS = 12
 
 
-def over_weights(methods, such_that=lambda cls: True):
-  return pytest.mark.parametrize('name', [n for n, cls in methods.items() if such_that(cls)])
+def over_weights(methods, such_that=lambda traits: True):
+  return pytest.mark.parametrize('name', [n for n, cls in methods.items() if such_that(cls.traits)])
 
 
 TRAINED = over_weights(TRAINING)
-EXACT = over_weights(TRAINING, lambda cls: cls.masked and cls.exact_density)
+EXACT = over_weights(TRAINING, lambda traits: traits.masked and traits.exact_density)
 # Controlled methods learn how sparse they are: zero is all that their config takes.
-FIXED = over_weights(TRAINING, lambda cls: not cls.controlled)
+FIXED = over_weights(TRAINING, lambda traits: not traits.controlled)
+STORES_MASKS = ('magnitude', 'rigl', 'set', 'static')
 ALL = np.ones((2, 16), bool)  # every token is valid
 
 
@@ -189,7 +198,7 @@ def test_flops_of_methods_inside_each_other_have_a_reason_too(mode, tiny_config)
 @over_weights(WEIGHTS)
 def test_the_weights_that_a_model_sees_cost_no_matmul(name, mode, tiny_config):
   sparsity = 0.75 if sparsity_for(name) else 0.0  # rows of 16 weights have no fifth
-  program, target = build(tiny_config(weight__name=name, weight__sparsity=sparsity), vocab=11)
+  program, target = build(tiny_config(**config_of(name, sparsity)), vocab=11)
   state = jax.eval_shape(lambda: program.init(0, target))
 
   def run(state, tokens):
@@ -208,12 +217,12 @@ def trained(tiny_config):
 
   @functools.cache
   def run(name, sparsity):
-    own = {'weight.period': 4} if 'period' in slots.defaults('weight', name) else {}
+    own = config_of(name, sparsity)
+    if 'period' in slots.defaults('weight', CONFIGS[name]['name']):
+      own['weight.period'] = 4
     # Three masked leaves of two shapes: selection is what takes long to compile.
     own['weight.dense'] = ('embed', 'norm', 'query', 'key', 'value')
-    prepared = setup(
-      tiny_config(weight__name=name, weight__sparsity=sparsity, optimizer__ema=0.9, **own)
-    )
+    prepared = setup(tiny_config(optimizer__ema=0.9, **own))
     program = prepared.program
     state = program.init(0, prepared.target)
     batches = prepared.data.train_iterator(rng.data_seed(0))
@@ -229,10 +238,17 @@ def trained(tiny_config):
 
 
 def sparsity_for(name):
-  return 0.8 if WEIGHTS[name].masked and not WEIGHTS[name].controlled else 0.0
+  traits = WEIGHTS[name].traits
+  return 0.8 if traits.masked and not traits.controlled else 0.0
 
 
-@over_weights(TRAINING, lambda cls: cls.masked)
+def config_of(name, sparsity):
+  return {f'weight.{field}': value for field, value in CONFIGS[name].items()} | {
+    'weight.sparsity': sparsity
+  }
+
+
+@over_weights(TRAINING, lambda traits: traits.masked)
 def test_what_the_final_masks_drop_is_zero(name, trained):
   run, states, _ = trained(name, sparsity_for(name))
   params, masks = (tree.named(found) for found in run.program.finalize(states[-1]))
@@ -261,8 +277,8 @@ def test_dropped_weights_are_zero_after_every_step(name, trained):
       weights = tree.named(held['params'])
       awake = {path: int((weights[path][~mask] != 0).sum()) for path, mask in masks.items()}
       assert not any(awake.values()), (int(state.step), awake)
-  method = WEIGHTS[name]
-  assert bool(dropped_ever) == (method.masked and not method.keeps_dense)
+  # Dropped weights live on in methods that store no masks.
+  assert bool(dropped_ever) == (name in STORES_MASKS)
 
 
 @FIXED
@@ -271,7 +287,7 @@ def test_sparsity_zero_equals_dense(name, trained):
   _, dense_states, dense_logged = trained('none', 0.0)
   losses, dense_losses = ([m['loss'] for m in found] for found in (logged, dense_logged))
   steps = range(STEPS)
-  if run.program.method.replaces_step:  # its updates rest where the dense twin takes a step
+  if run.program.method.traits.replaces_step:  # its updates rest where the dense twin takes a step
     steps = range(next((step for step in steps if run.program.method.due(step)), STEPS))
   assert len(steps) > 3
   assert_allclose(losses[: len(steps)], dense_losses[: len(steps)], rtol=1e-5)
@@ -320,7 +336,7 @@ def sorted_topk(scores, k):
 def test_steps_without_jit_equal_jit(name, trained, monkeypatch):
   run, states, _ = trained(name, sparsity_for(name))
   # Every method's model and, but for a price on their density, loss.
-  plain = run if run.program.method.controlled else trained('none', 0.0)[0]
+  plain = run if run.program.method.traits.controlled else trained('none', 0.0)[0]
   gradients = compiled_gradients(plain.program)
 
   def with_jit(_, *arguments):
@@ -359,13 +375,14 @@ def test_save_and_restore_round_trip(name, trained, tmp_path):
 @pytest.mark.parametrize(('start', 'end'), [(0.0, 0.0), (0.25, 0.75), (0.5, 0.5), (0.5, 1.0)])
 @EXACT
 def test_target_is_met_on_any_span_that_is_accepted(name, start, end, steps=7):
-  cls, given = WEIGHTS[name], {'start': start, 'end': end, 'period': 3}
-  given = {field: given[field] for field in given if field in slots.defaults('weight', name)}
-  method = cls(total_steps=steps, **given)
+  own, given = CONFIGS[name], {'start': start, 'end': end, 'period': 3}
+  given = {field: given[field] for field in given if field in slots.defaults('weight', own['name'])}
+  given = own | given
+  method = slots.method('weight', given.pop('name'))(total_steps=steps, **given)
   params = {'w': jax.random.normal(jax.random.key(0), (8, 10))}
   target = {'w': jnp.float32(0.25)}
   trainable, sparse = method.init(jax.random.key(1), params, target)
-  signals = {need: {'w': params['w'][::-1]} for need in method.needs}
+  signals = {need: {'w': params['w'][::-1]} for need in method.traits.needs}
   for step in filter(method.due, range(steps)):
     change = method.update(trainable, sparse, signals, jnp.int32(step), jax.random.key(2))
     trainable, sparse = change.trainable, change.sparse

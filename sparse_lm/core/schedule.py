@@ -6,7 +6,9 @@ picks between two compiled steps; the others are traced.
 
 import jax.numpy as jnp
 
-from sparse_lm.core.errors import require
+from sparse_lm.core.errors import require, unknown
+
+RAMPS = ('cubic', 'at_once')
 
 
 def span(start: float, end: float, total_steps: int) -> tuple[int, int]:
@@ -15,9 +17,17 @@ def span(start: float, end: float, total_steps: int) -> tuple[int, int]:
   return first, last
 
 
-def check(start: float, end: float) -> None:
-  """Raises UserError for a span that ends before it starts; both are fractions of the run."""
-  require(start <= end, 'config.weight.end', end, f'config.weight.start={start} or more')
+def ramp_span(ramp: str, start: float, end: float, total_steps: int) -> tuple[int, int]:
+  """First and last step of a ramp; one that prunes at once ends where it starts."""
+  return span(start, start if ramp == 'at_once' else end, total_steps)
+
+
+def check(ramp: str, start: float, end: float) -> None:
+  """Raises UserError for an unknown ramp, or one that ends before it starts (as fractions of the run)."""
+  if ramp not in RAMPS:
+    raise unknown('config.weight.schedule', ramp, RAMPS)
+  if ramp != 'at_once':
+    require(start <= end, 'config.weight.end', end, f'config.weight.start={start} or more')
 
 
 def due(step: int, first: int, last: int, period: int) -> bool:

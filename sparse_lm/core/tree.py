@@ -5,7 +5,7 @@ dense, because a tree prefix stops at the parameters' leaves.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import jax
@@ -28,6 +28,17 @@ def named(tree: Tree) -> dict[str, Any]:
 def map_named(f: Callable, tree: Tree, *rest: Tree) -> Tree:
   """`jax.tree.map` whose function is handed the leaf's path first."""
   return jax.tree_util.tree_map_with_path(lambda path, *x: f(path_name(path), *x), tree, *rest)
+
+
+def only(paths: Container[str], tree: Tree) -> Tree:
+  """The leaves of `tree` at `paths`, `None` elsewhere."""
+  return map_named(lambda path, leaf: leaf if path in paths else None, tree)
+
+
+def merge(tree: Tree, new: Tree) -> Tree:
+  """`tree` with the leaves of `new` in their places; where `new` has none, `tree` stays as it is."""
+  found = named(new)
+  return map_named(lambda path, leaf: found.get(path, leaf), tree)
 
 
 def matches(expressions: tuple[str, ...], path: str, field: str) -> bool:

@@ -93,6 +93,18 @@ class Pattern:
     """bool, the `count` largest of one unstacked array of units."""
     return topk_mask(units, count)
 
+  def threshold(self, units: Array, keeps: Array) -> Array:
+    """The largest score of a dropped unit among those that a unit of one unstacked array competes with.
+
+    Args:
+      units: scores.
+      keeps: bool, what `top` keeps of them.
+
+    Returns:
+      What broadcasts to `units`; 0 where no unit is dropped.
+    """
+    return largest_dropped(units, keeps)
+
   def pool_leaf(self, path: str, leaf: Array) -> Array:
     """Mean over each unit of one leaf, `[..., in units, out units]`."""
     return leaf
@@ -139,6 +151,12 @@ class Pattern:
     Raises UserError where a few large units are too coarse for what was asked for.
     """
     return {path: rounded(math.prod(shapes[path][-2:]), d) for path, d in density.items()}
+
+
+def largest_dropped(units: Array, keeps: Array, axis: int | None = None) -> Array:
+  """The largest of `units` where `keeps` is False, over all or along an axis; 0 where all are kept."""
+  largest = jnp.max(jnp.where(keeps, -jnp.inf, units), axis=axis, keepdims=True)
+  return jnp.where(jnp.isneginf(largest), 0.0, largest)
 
 
 def rounded(units: int, density: float) -> float:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.groups import Group
-from sparse_lm.core.units import Array, Pattern, Shapes, is_matrix
+from sparse_lm.core.units import Array, Pattern, Shapes, is_matrix, largest_dropped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,12 @@ class NOfM(Pattern):
     earlier = (index[None, :] < index[:, None])[None, :, :, None]
     rank = jnp.sum((other > mine) | ((other == mine) & earlier), axis=2)
     return (rank < each).reshape(units.shape)
+
+  def threshold(self, units: Array, keeps: Array) -> Array:
+    """The largest dropped score of each group."""
+    groups = (-1, self.m, units.shape[-1])
+    largest = largest_dropped(units.reshape(groups), keeps.reshape(groups), axis=1)
+    return jnp.repeat(largest, self.m, axis=1).reshape(units.shape)
 
   def check(self, shapes: Shapes) -> None:
     """Raises UserError unless `m` divides every input axis."""

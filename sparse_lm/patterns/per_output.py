@@ -4,7 +4,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar
 
-from sparse_lm.core.units import Array, Pattern, Shapes, is_matrix, kept, rounded_to_units
+from sparse_lm.core.units import (
+  Array,
+  Pattern,
+  Shapes,
+  is_matrix,
+  kept,
+  largest_dropped,
+  rounded_to_units,
+)
 from sparse_lm.kernels.topk import topk_rows
 
 
@@ -21,6 +29,10 @@ class PerOutput(Pattern):
   def top(self, units: Array, count: Array) -> Array:
     """The same number of each column."""
     return topk_rows(units.T, kept(units.shape[0], count / units.size)).T
+
+  def threshold(self, units: Array, keeps: Array) -> Array:
+    """The largest dropped score of each column."""
+    return largest_dropped(units, keeps, axis=0)
 
   def round_to_units(self, shapes: Shapes, density: Mapping[str, float]) -> dict[str, float]:
     """Whole counts of each output's inputs."""

@@ -15,6 +15,7 @@ from sparse_lm.train.distillation import Distillation
 from sparse_lm.train.objective import Objective
 from sparse_lm.train.optim import Optimizer
 from sparse_lm.train.step import Program, shared
+from sparse_lm.weights import parts
 
 
 def build(config: ConfigDict, vocab: int) -> tuple[Program, Tree]:
@@ -29,7 +30,7 @@ def build(config: ConfigDict, vocab: int) -> tuple[Program, Tree]:
     total_steps=config.train.steps, groups=plan_of(model).units, **fields
   )
   method.check()
-  optimizer = Optimizer.from_config(config, method.masked, method.learned_rate)
+  optimizer = Optimizer.from_config(config, method.traits.masked, method.learned_rates)
   target = distribution.targets(
     plan_of(model).params,
     config.weight.sparsity,
@@ -37,13 +38,13 @@ def build(config: ConfigDict, vocab: int) -> tuple[Program, Tree]:
     config.weight.dense,
     method.units,
   )
-  if method.controlled and any(float(d) < 1 for d in tree.named(target).values()):
+  if method.traits.controlled and any(float(d) < 1 for d in tree.named(target).values()):
     raise UserError(
       f'config.weight.sparsity={config.weight.sparsity} with '
       f'config.weight.distribution={config.weight.distribution!r}: {config.weight.name} learns its '
       'sparsity; valid: 0 without a map, and config.budget.target or a price'
     )
-  if not method.masked:
+  if not method.traits.masked:
     if config.weight.sparsity:
       raise UserError(
         f'config.weight.sparsity={config.weight.sparsity} needs a method; config.weight.name='
@@ -71,11 +72,12 @@ def _check_floor(objective: Objective, target: Tree) -> None:
   """Raises UserError for a budget that the gates cannot reach, naming what they don't gate."""
   ledger, dense = objective.costs.ledger, objective.costs.dense
   density = {path: float(final) for path, final in tree.named(target).items()}
-  if objective.method.controlled:
-    density = dict.fromkeys(density, 0.0)  # as far as the controller can bring it down
+  for path in density:
+    if parts.learns_density(objective.method, path):
+      density[path] = 0.0  # as far as the controller can bring it down
   field = f'config.budget.target={objective.budget.target}'
   gates = any(gate.controlled for m in ledger.values() for gate in m.gates)
-  if not gates and not objective.method.controlled:
+  if not gates and not objective.method.traits.controlled:
     raise UserError(
       f'{field} needs something that the controller can move; valid: a learned gate such as '
       'config.depth.name=token_gate, or learned masks such as config.weight.name=l0 (methods of fixed '

@@ -50,7 +50,11 @@ def _items(state: TrainState) -> dict[str, Tree]:
     'params': {'trainable': state.trainable, 'ema': state.ema},
     'sparse': state.sparse,
     'model': state.model_state,
-    'optimizer': {'moments': state.opt_state, 'control': state.control},
+    'optimizer': {
+      'moments': state.opt_state,
+      'control': state.control,
+      'signals': state.signals,
+    },
   }
 
 
@@ -343,4 +347,5 @@ class Checkpoints:
       model_state=restored['model'],
       opt_state=restored['optimizer']['moments'],
       control=restored['optimizer']['control'],
+      signals=restored['optimizer']['signals'],
     )

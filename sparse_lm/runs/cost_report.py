@@ -14,6 +14,7 @@ from sparse_lm.model.plans import plan_of
 from sparse_lm.plan import cost
 from sparse_lm.train.step import Program
 from sparse_lm.train.work import Work
+from sparse_lm.weights import parts
 
 
 def report(
@@ -103,15 +104,13 @@ def predicted(program: Program, target: dict[str, float]) -> float:
   Args:
     target: final densities by the path of the leaf.
   """
-  method, steps = program.method, program.optimizer.steps
+  steps = program.optimizer.steps
   passes: dict[tuple[float, ...], float] = {}
   total = 0.0
   for step in range(steps):
-    # Once for each target: leaves of a uniform distribution share theirs.
-    densities = {final: float(method.density(final, step)) for final in set(target.values())}
-    at = {path: densities[final] for path, final in target.items()}
+    at = parts.densities(program.method, target, step)
     forward = passes.setdefault(tuple(at.values()), program.costs.training_pass(at))
-    total += program.step_flops(step, forward)
+    total += program.step_flops(step, forward, target)
   return total / steps
 
 

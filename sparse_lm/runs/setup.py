@@ -14,9 +14,11 @@ from sparse_lm.core.tree import Tree
 from sparse_lm.data.pipeline import Data
 from sparse_lm.data.pipeline import load as load_data
 from sparse_lm.data.tokenizers import Tokenizer
+from sparse_lm.model import slots
 from sparse_lm.runs import configs, runtime
 from sparse_lm.runs.build import build, check_costs
 from sparse_lm.runs.trained import Trained, check_fits, inherited_tokenizer, load
+from sparse_lm.signals import from_calibration
 from sparse_lm.train import states
 from sparse_lm.train.states import TrainState
 from sparse_lm.train.step import Program
@@ -46,12 +48,13 @@ class Setup:
     """Counts the FLOPs of the run's steps."""
     data = self.config.data
     teacher = self.teacher.forward_flops(data.context) if self.teacher else 0.0
-    return Meter(self.program, data.batch * data.context, teacher)
+    target = {path: float(density) for path, density in tree.named(self.final).items()}
+    return Meter(self.program, data.batch * data.context, teacher, target)
 
   @property
   def final(self) -> Tree:
     """Densities that the run ends with: `target`, or those of the parent's masks where it keeps them."""
-    if self.parent and self.parent.is_sparse and self.program.method.takes_masks:
+    if self.parent and self.parent.is_sparse and self.program.method.traits.takes_masks:
       return self.parent.target
     return self.target
 
@@ -79,7 +82,7 @@ def setup(config: ConfigDict) -> Setup:
   data = data_of(config)
   program, target = build(config, data.tokenizer.vocab_size)
   _check_memory(program, data, target)
-  if signals := set(program.method.needs) - {'grads'}:
+  if signals := from_calibration(program.method.traits.needs):
     raise UserError(
       f'config.weight.name={config.weight.name!r} prunes trained models by their {", ".join(signals)}; '
       'valid: python -m sparse_lm.prune, or a method that trains'
@@ -112,10 +115,12 @@ def loaded(config: ConfigDict, program: Program, data: Data) -> dict[str, Traine
 def _check_masks(parent: Trained, program: Program, target: Tree, config: ConfigDict) -> None:
   if not parent.is_sparse:
     return
-  if not program.method.takes_masks:
+  if not program.method.traits.takes_masks:
+    names = slots.names('weight')
+    able = [name for name in names if slots.method('weight', name).traits.takes_masks]
     raise UserError(
       f'config.init_from={parent.workdir!r} is sparse, and config.weight.name={config.weight.name!r} '
-      "would lose its masks; valid: 'static', which keeps them"
+      f'would lose its masks; valid: {", ".join(able)}'
     )
   if config.weight.sparsity:
     raise UserError(

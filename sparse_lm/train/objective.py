@@ -20,6 +20,7 @@ from sparse_lm.train.control import Budget
 from sparse_lm.train.distillation import Distillation
 from sparse_lm.train.pass_costs import PassCosts
 from sparse_lm.train.states import TrainState
+from sparse_lm.weights import parts
 from sparse_lm.weights.method import WeightMethod, mean_density
 
 Array = jax.Array
@@ -86,7 +87,7 @@ class Objective:
   @functools.cached_property
   def costs(self) -> PassCosts:
     """FLOPs per token of the model's passes."""
-    return PassCosts(self.model, self.method.controlled)
+    return PassCosts(self.model, self.method)
 
   def loss(
     self,
@@ -113,7 +114,11 @@ class Objective:
     params, density = effective
     tokens_BxL1, teacher_BxLxV = batch
     # A density that is not learned is charged as what it will be in the end.
-    charged_density = density if self.method.controlled else state.sparse.target
+    charged_density = tree.map_named(
+      lambda path, final, now: now if parts.learns_density(self.method, path) else final,
+      state.sparse.target,
+      density,
+    )
 
     def forward(**rngs: Array) -> tuple[Array, _Pass]:
       logits, variables = self.model.apply(
@@ -128,12 +133,14 @@ class Objective:
     logits, sampled = forward(dropout=key, gates=jax.random.fold_in(key, 1))
     variables = sampled.variables
     nats = jnp.mean(sampled.losses_BxL)
-    kept = mean_density(density, params)
-    metrics = {'loss': nats, 'density': kept} | observed(self.costs.ledger, variables)
+    metrics = {'loss': nats, 'density': mean_density(density, params)} | observed(
+      self.costs.ledger, variables
+    )
     metrics['flops_pass'] = self.costs.training_pass(density)
-    auxiliary = sum(jax.tree.leaves(variables.get('losses', {})), self.method.penalty(kept))
+    penalty = self.method.penalty(density, params)
+    auxiliary = sum(jax.tree.leaves(variables.get('losses', {})), penalty)
     activity = activity_of(variables)
-    if activity or self.method.controlled:
+    if activity or self.method.traits.controlled:
       fraction = self.costs.fraction(charged_density, activity)
       metrics['flops_fraction'] = fraction
       if self.budget:

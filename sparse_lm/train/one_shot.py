@@ -1,8 +1,7 @@
 """Prunes a trained model layer by layer, each on what the pruned layers before it hand on."""
 
+import dataclasses
 import functools
-from collections.abc import Collection
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +16,13 @@ from sparse_lm.layers.embed import Embed
 from sparse_lm.model.lm import LM, Layer
 from sparse_lm.model.plans import plan_of
 from sparse_lm.plan import sites
+from sparse_lm.signals import from_calibration, from_training
 from sparse_lm.train.step import Program
-from sparse_lm.weights.method import Sparse
+from sparse_lm.weights import collect, parts
+from sparse_lm.weights.collect import Collected, Gradients
+from sparse_lm.weights.method import Sparse, WeightMethod
 
 Array = jax.Array
-# What a kernel `[in, out]` is pruned by, from the rows `[tokens, in]` that it reads: sums over tokens.
-SIGNALS = {
-  'x_sq': lambda x: jnp.sum(jnp.square(x), axis=0),
-  'xtx': lambda x: x.T @ x,
-}
 
 
 def prune(
@@ -39,6 +36,8 @@ def prune(
 ) -> tuple[Tree, Sparse]:
   """The trainable tree and masks of a one-shot method at its target.
 
+  What needs no signal from calibration text is pruned first, in all layers at once.
+
   Args:
     program: its method prunes trained models.
     params, model_state: of the trained model.
@@ -50,31 +49,41 @@ def prune(
     UserError: a kernel with a target that no signal reaches, before anything is pruned; or a layer that
       all calibration tokens skip.
   """
-  method, model = program.method, program.model
-  trainable, sparse = method.init(rng.stream(seed, 'masks'), params, target)
-  step, key = jnp.int32(method.total_steps), rng.stream(seed, 'steps')
-  if not method.needs:
-    change = method.update(trainable, sparse, {}, step, key)
-    return change.trainable, change.sparse
-  sites_of = _sites(model)
-  _check_reached(sites_of, target)
-  embed = jax.jit(functools.partial(_embed, model))
+  method = program.method
+  own = {name: parts.own(method, name, target) for name in method.parts}
   batches = [tokens_NxL[i : i + batch] for i in range(0, len(tokens_NxL), batch)]
-  stream = [embed(params['embed'], tokens_BxL) for tokens_BxL in batches]
-  layers = range(model.spec.layers)
-  for layer in tqdm(layers, 'pruning', unit='layer', dynamic_ncols=True, disable=None):
-    module = Layer(model.spec, model.slots, layer)
-    run = jax.jit(lambda variables, x, module=module: module.apply(variables, x))
-    own = {path: name for path, name in sites_of.items() if Place.parse(path).layer == layer}
-    gather = jax.jit(functools.partial(_signals, module, method.needs, own))
-    total = None
-    for x_BxLxD in stream:
-      sums = gather(_variables(module, trainable['params'], model_state), x_BxLxD)
-      total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-    signals = _means(*total, params, target)
-    change = method.update(trainable, sparse, signals, step, key)
+  update = functools.partial(
+    method.update_parts, step=jnp.int32(method.total_steps), key=rng.stream(seed, 'steps')
+  )
+  trainable, sparse = method.init(rng.stream(seed, 'masks'), params, target)
+  gradients = {
+    name: _gradient_signals(program, part, params, model_state, own[name], batches)
+    for name, part in method.parts.items()
+  }
+  needs = {name: tuple(from_calibration(part.traits.needs)) for name, part in method.parts.items()}
+  layerwise = tuple(name for name in needs if needs[name])
+  if at_once := tuple(name for name in needs if not needs[name]):
+    change = update(at_once, trainable, sparse, {name: gradients[name] for name in at_once})
     trainable, sparse = change.trainable, change.sparse
-    stream = [run(_variables(module, trainable['params'], model_state), x) for x in stream]
+  if not layerwise:
+    return trainable, sparse
+  every = tuple(dict.fromkeys(need for name in layerwise for need in needs[name]))
+  layers = _Layers(program.model, every, model_state)
+  for name in layerwise:
+    layers.check_reached(own[name])
+  stream = layers.embed(params, batches)
+  numbers = range(program.model.spec.layers)
+  for layer in tqdm(numbers, 'pruning', unit='layer', dynamic_ncols=True, disable=None):
+    sums, counts = layers.sums(layer, trainable['params'], stream)
+    signals = {
+      name: _of_layer(
+        {need: sums[need] for need in needs[name]}, counts, gradients[name], own[name]
+      )
+      for name in layerwise
+    }
+    change = update(layerwise, trainable, sparse, signals)
+    trainable, sparse = change.trainable, change.sparse
+    stream = layers.run(layer, trainable['params'], stream)
   return trainable, sparse
 
 
@@ -93,6 +102,100 @@ def calibration(tokens: np.ndarray, segments: int, context: int, seed: int) -> n
   return np.stack([tokens[p * context : (p + 1) * context] for p in places]).astype(np.int32)
 
 
+def _gradient_signals(
+  program: Program,
+  method: WeightMethod,
+  params: Tree,
+  model_state: Tree,
+  target: Tree,
+  batches: list[np.ndarray],
+) -> dict[str, Tree]:
+  """The signals from gradients that `method` needs, of the trained model: means over the batches.
+
+  The gradient is that of the mean nats per token in evaluation.
+  """
+  names = from_training(method.traits.needs)
+  if not names:
+    return {}
+
+  def nats(params: Tree, tokens_BxL: Array) -> Array:
+    weight = jnp.ones((tokens_BxL.shape[0], tokens_BxL.shape[1] - 1))
+    return program.objective.evaluate(params, model_state, tokens_BxL, weight)[0] / weight.size
+
+  @jax.jit
+  def add(collected: Collected, params: Tree, tokens_BxL: Array) -> Collected:
+    return collect.add(collected, Gradients(params, jax.grad(nats)(params, tokens_BxL)))
+
+  collected = collect.start(names, params, target)
+  for tokens_BxL in batches:
+    collected = add(collected, params, tokens_BxL)
+  return collect.means(collected)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layers:
+  """A model layer by layer.
+
+  Attributes:
+    needs: signals that are read from what kernels read.
+    model_state: collections of the model that are not parameters.
+  """
+
+  model: LM
+  needs: tuple[str, ...]
+  model_state: Tree
+
+  def embed(self, params: Tree, batches: list[np.ndarray]) -> list[Array]:
+    """What the first layer reads of each batch, `[B, L, D]`."""
+    embed = jax.jit(functools.partial(_embed, self.model))
+    return [embed(params['embed'], tokens_BxL) for tokens_BxL in batches]
+
+  @functools.cached_property
+  def sites(self) -> dict[str, str]:
+    """By the path of a kernel of a layer, the site of what it multiplies: a row for each token.
+
+    Stacks of matrices are left out, and matrices that read rows in another order than the tokens'.
+    """
+    plan = plan_of(self.model)
+    return {
+      path: site.name
+      for path, site in plan.inputs.items()
+      if Place.parse(path).layer is not None
+      and site.shape == (1, self.model.spec.context, *plan.shapes[path].shape[:-1])
+    }
+
+  def module(self, layer: int) -> Layer:
+    """The module of a layer."""
+    return Layer(self.model.spec, self.model.slots, layer)
+
+  def sums(
+    self, layer: int, params: Tree, stream: list[Array]
+  ) -> tuple[dict[str, dict[str, Array]], dict[str, Array]]:
+    """What `_signals` gives for a layer, summed over all batches of `stream`, its inputs."""
+    module, total = self.module(layer), None
+    own = {path: name for path, name in self.sites.items() if Place.parse(path).layer == layer}
+    gather = jax.jit(functools.partial(_signals, module, self.needs, own))
+    for x_BxLxD in stream:
+      sums = gather(_variables(module, params, self.model_state), x_BxLxD)
+      total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+    return total
+
+  def run(self, layer: int, params: Tree, stream: list[Array]) -> list[Array]:
+    """What a layer makes of its inputs."""
+    module = self.module(layer)
+    apply = jax.jit(module.apply)
+    return [apply(_variables(module, params, self.model_state), x_BxLxD) for x_BxLxD in stream]
+
+  def check_reached(self, target: Tree) -> None:
+    """Raises UserError for a kernel with a target that no signal reaches."""
+    missed = [path for path in tree.named(target) if path not in self.sites]
+    if missed:
+      raise UserError(
+        f'no calibration text reaches {missed[0]} ({len(missed)} such parameters); valid: name them in '
+        'config.weight.dense'
+      )
+
+
 def _embed(model: LM, params: Tree, tokens_BxL: Array) -> Array:
   positions_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
   return Embed(model.spec).apply({'params': params}, tokens_BxL, positions_BxL)
@@ -103,20 +206,6 @@ def _variables(module: Layer, params: Tree, model_state: Tree) -> dict[str, Tree
   return {
     name: {key: value for key, value in tree_.items() if Place.parse(key).layer == module.layer}
     for name, tree_ in ({'params': params} | model_state).items()
-  }
-
-
-def _sites(model: LM) -> dict[str, str]:
-  """By the path of a kernel of a layer, the site of what it multiplies: a row for each token.
-
-  Stacks of matrices are left out, and matrices that read rows in another order than the tokens'.
-  """
-  plan = plan_of(model)
-  return {
-    path: site.name
-    for path, site in plan.inputs.items()
-    if Place.parse(path).layer is not None
-    and site.shape == (1, model.spec.context, *plan.shapes[path].shape[:-1])
   }
 
 
@@ -143,37 +232,37 @@ def _signals(
     rows[path] = jnp.where(reaches_BxL[..., None], x, 0).reshape(-1, x.shape[-1])
     counts[path] = jnp.sum(reaches_BxL, dtype=jnp.int32)
   sums = {
-    need: {path: SIGNALS[need](x.astype(jnp.float32)) for path, x in rows.items()} for need in needs
+    need: {path: signal.of_inputs(x.astype(jnp.float32)) for path, x in rows.items()}
+    for need, signal in from_calibration(needs).items()
   }
   return sums, counts
 
 
-def _means(
-  sums: dict[str, dict[str, Array]], counts: dict[str, Array], params: Tree, target: Tree
+def _of_layer(
+  sums: dict[str, dict[str, Array]],
+  counts: dict[str, Array],
+  gradients: dict[str, Tree],
+  target: Tree,
 ) -> dict[str, Tree]:
-  """The signals of a layer: trees like `params`. Raises UserError where no token reached a kernel."""
-  missed = [path for path in tree.named(target) if path in counts and not int(counts[path])]
+  """The signals of a layer's kernels: trees like the parameters, with `None` for all other leaves.
+
+  Args:
+    sums, counts: of the layer, see `_signals`.
+    gradients: signals of all layers.
+    target: tells which leaves are prunable.
+
+  Raises UserError where no token reached a kernel.
+  """
+  reached = [path for path in tree.named(target) if path in counts]
+  missed = [path for path in reached if not int(counts[path])]
   if missed:
     raise UserError(
       f'all calibration tokens skip the layer of {missed[0]} ({len(missed)} such parameters); valid: '
       'more --segments, or name them in config.weight.dense'
     )
-  return {
-    need: _like(params, {path: value / counts[path] for path, value in found.items()}, target)
+  here = tree.only(reached, target)
+  means = {
+    need: tree.map_named(lambda path, _, found=found: found[path] / counts[path], here)
     for need, found in sums.items()
   }
-
-
-def _check_reached(reached: Collection[str], target: Tree) -> None:
-  missed = [path for path in tree.named(target) if path not in reached]
-  if missed:
-    raise UserError(
-      f'no calibration text reaches {missed[0]} ({len(missed)} such parameters); valid: name them in '
-      'config.weight.dense'
-    )
-
-
-def _like(params: Tree, found: dict[str, Any], target: Tree) -> Tree:
-  """A tree like `params` with what was found for its prunable leaves, `None` elsewhere."""
-  prunable = tree.named(target)
-  return tree.map_named(lambda path, _: found.get(path) if path in prunable else None, params)
+  return means | {name: tree.only(reached, signal) for name, signal in gradients.items()}

@@ -1,35 +1,36 @@
 """Optimizers and learning-rate schedules by name."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
 from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError, unknown
 from sparse_lm.core.tree import Tree
 
 SCHEDULES = ('cosine', 'linear', 'constant')
+LEARNED = 'learned/'  # the beginning of the paths of what the weight method learns
 
 
 def _is_learned(path: str) -> bool:
   """Whether a leaf of the trainable tree is the weight method's own."""
-  return path.startswith('learned/')
+  return path.startswith(LEARNED)
 
 
 def _matrices(trainable: Tree) -> Tree:
   return tree.map_named(lambda path, p: p.ndim >= 2 and not _is_learned(path), trainable)
 
 
-def _scale_learned(rate: float) -> optax.GradientTransformation:
-  return optax.stateless(
-    lambda updates, _: tree.map_named(
-      lambda path, update: rate * update if _is_learned(path) else update, updates
-    )
-  )
+def _scale_learned(rates: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:
+  def scale(path: str, update: jax.Array) -> jax.Array:
+    fits = [rate for start, rate in rates if path.startswith(f'{LEARNED}{start}')]
+    return fits[0] * update if fits else update
+
+  return optax.stateless(lambda updates, _: tree.map_named(scale, updates))
 
 
 def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -120,12 +121,23 @@ class Optimizer:
   clip: float
   ema: float
   steps: int
-  learned_rate: float = 1.0  # of what the weight method learns, over that of the weights
+  # Of what the weight method learns, over that of the weights, by the beginning of a path.
+  learned_rates: tuple[tuple[str, float], ...] = ()
 
   @classmethod
-  def from_config(cls, config: Any, masked: bool, learned_rate: float) -> 'Optimizer':
-    """Raises UserError for a bad field, or for an optimizer untested with masks if `masked`."""
-    optimizer = cls(**config.optimizer, steps=config.train.steps, learned_rate=learned_rate)
+  def from_config(
+    cls, config: ConfigDict, masked: bool, learned_rates: Mapping[str, float]
+  ) -> 'Optimizer':
+    """The optimizer of `config.optimizer`.
+
+    Args:
+      masked: whether the weight method drops weights.
+      learned_rates: see `WeightMethod.learned_rates`.
+
+    Raises UserError for a bad field, or for an optimizer untested with masks if `masked`.
+    """
+    rates = tuple(learned_rates.items())
+    optimizer = cls(**config.optimizer, steps=config.train.steps, learned_rates=rates)
     optimizer._check(masked)
     return optimizer
 
@@ -157,7 +169,7 @@ class Optimizer:
     make = {**TESTED, **DENSE_ONLY}[self.name]
     clip = optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()
     return _in_float32(
-      optax.chain(clip, make(self.rate(), self), _scale_learned(self.learned_rate))
+      optax.chain(clip, make(self.rate(), self), _scale_learned(self.learned_rates))
     )
 
 
@@ -168,3 +180,24 @@ def zero_moments(tx: optax.GradientTransformation, opt_state: Tree, changed: Tre
     return moment if flag is None else jax.numpy.where(flag, 0, moment)
 
   return optax.tree_map_params(tx, zero, opt_state, changed, is_leaf=lambda x: x is None)
+
+
+def step_but_where(
+  tx: optax.GradientTransformation, gradients: Tree, opt_state: Tree, params: Tree, resting: Tree
+) -> tuple[Tree, Tree]:
+  """The updates of an optimizer step and its new state, zero updates and the old state where `resting`.
+
+  Args:
+    gradients: like `params`.
+    resting: a Python bool for each leaf of `params`.
+  """
+  updates, new_state = tx.update(gradients, opt_state, params)
+  if not any(jax.tree.leaves(resting)):
+    return updates, new_state
+  updates = jax.tree.map(lambda u, rests: jnp.zeros_like(u) if rests else u, updates, resting)
+  # What is not shaped like the parameters, such as the count of steps, goes on.
+  rests = optax.tree_map_params(
+    tx, lambda _, flag: flag, new_state, resting, transform_non_params=lambda _: False
+  )
+  kept = jax.tree.map(lambda old, new, flag: old if flag else new, opt_state, new_state, rests)
+  return updates, kept

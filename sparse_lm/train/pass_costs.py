@@ -10,6 +10,8 @@ from sparse_lm.core.tree import Tree
 from sparse_lm.model import lm, plans
 from sparse_lm.model.lm import LM
 from sparse_lm.plan import cost
+from sparse_lm.weights import parts
+from sparse_lm.weights.method import WeightMethod
 
 Array = jax.Array
 
@@ -19,11 +21,11 @@ class PassCosts:
   """The costs of a model over its whole context, read from traces when they are first asked for.
 
   Attributes:
-    learns_density: whether the densities of the kernels are learned gates on weights.
+    method: of the weights; it says which densities are learned.
   """
 
   model: LM
-  learns_density: bool
+  method: WeightMethod
 
   @functools.cached_property
   def ledger(self) -> cost.Ledger:
@@ -61,7 +63,11 @@ class PassCosts:
 
     A density that is learned is a gate on weights, and gates leave nothing out.
     """
-    charged_density = {} if self.learns_density else tree.named(density)
+    charged_density = {
+      path: fraction
+      for path, fraction in tree.named(density).items()
+      if not parts.learns_density(self.method, path)
+    }
     return cost.forward_flops(self.training_ledger, charged_density)
 
   def training_step(self, forward: float, weight_gradient: float | None) -> float:

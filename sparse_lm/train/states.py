@@ -12,6 +12,8 @@ from sparse_lm.layers.sow import SOWN
 from sparse_lm.model.lm import LM
 from sparse_lm.train.control import Budget, Control
 from sparse_lm.train.optim import Optimizer, as_float32
+from sparse_lm.weights import parts
+from sparse_lm.weights.collect import Collected
 from sparse_lm.weights.method import Sparse, WeightMethod, densities
 
 
@@ -27,6 +29,7 @@ class TrainState(struct.PyTreeNode):
     model_state: Flax collections that are not parameters (running thresholds, balance biases).
     control: of the budget controller, or `None`.
     key: of the run's draws; a step folds its number in.
+    signals: what the weight method collects over several steps, by its parts.
   """
 
   step: jax.Array
@@ -37,6 +40,7 @@ class TrainState(struct.PyTreeNode):
   model_state: Tree
   control: Control | None
   key: jax.Array
+  signals: dict[str, Collected]
 
   @property
   def evaluated(self) -> Tree:
@@ -86,6 +90,7 @@ def create(
     model_state=collections(variables),
     control=budget and budget.init(),
     key=rng.stream(seed, 'steps'),
+    signals=parts.start_collecting(method, variables['params'], target),
   )
 
 
@@ -125,8 +130,6 @@ def first_average(optimizer: Optimizer, trainable: Tree) -> Tree:
 
 def check_masks(method: WeightMethod, state: TrainState) -> None:
   """Raises ValueError where weights outside the masks are not zero: the sparsity is not the masks'."""
-  if method.keeps_dense:
-    return
   for name, trees in (('trainable', state.trainable), ('ema', state.ema)):
     for path, found in tree.named({} if trees is None else _awake(trees, state.sparse)).items():
       if found:

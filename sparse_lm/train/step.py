@@ -19,9 +19,17 @@ from sparse_lm.core.tree import Tree
 from sparse_lm.model.lm import LM
 from sparse_lm.train import states
 from sparse_lm.train.objective import Batch, EffectiveParams, Metrics, Objective
-from sparse_lm.train.optim import Optimizer, as_float32, lost_updates, zero_moments
+from sparse_lm.train.optim import (
+  Optimizer,
+  as_float32,
+  lost_updates,
+  step_but_where,
+  zero_moments,
+)
 from sparse_lm.train.pass_costs import PassCosts
 from sparse_lm.train.states import TrainState
+from sparse_lm.weights import parts
+from sparse_lm.weights.collect import Gradients
 from sparse_lm.weights.method import Sparse, WeightMethod
 
 Array = jax.Array
@@ -71,14 +79,30 @@ class Program:
     )
 
   @functools.cached_property
-  def train_step(self) -> Wrapped:
-    """`(state, tokens_BxL+1, teacher's logits or None) -> (state, metrics)`; the state is donated."""
-    return jax.jit(functools.partial(self.transition, update_masks=False), donate_argnums=0)
+  def _compiled(self) -> dict[tuple[tuple[str, ...], tuple[str, ...]], Wrapped]:
+    return {}
 
-  @functools.cached_property
+  def compiled(self, updates: tuple[str, ...] = (), collects: tuple[str, ...] = ()) -> Wrapped:
+    """`(state, tokens_BxL+1, teacher's logits or None) -> (state, metrics)`; the state is donated.
+
+    There is one executable for each set of parts of the weight method that update their masks in the
+    same step, so selection stays out of all other steps; see `transition`.
+    """
+    key = updates, collects
+    if key not in self._compiled:
+      step = functools.partial(self.transition, updates=updates, collects=collects)
+      self._compiled[key] = jax.jit(step, donate_argnums=0)
+    return self._compiled[key]
+
+  @property
+  def train_step(self) -> Wrapped:
+    """The compiled step that leaves the masks as they are."""
+    return self.compiled()
+
+  @property
   def mask_update_step(self) -> Wrapped:
-    """The same for the steps in which the method's `update` is due: selection stays out of the rest."""
-    return jax.jit(functools.partial(self.transition, update_masks=True), donate_argnums=0)
+    """The compiled step that updates all masks."""
+    return self.compiled(tuple(self.method.parts), parts.spanning_steps(self.method))
 
   @functools.cached_property
   def finalize(self) -> Wrapped:
@@ -87,12 +111,18 @@ class Program:
 
   def step(self, step: int) -> Wrapped:
     """The compiled step for optimizer step `step`."""
-    return self.mask_update_step if self.method.due(step) else self.train_step
+    return self.compiled(parts.due(self.method, step), parts.collecting(self.method, step))
 
-  def step_flops(self, step: int, forward: float) -> float:
-    """FLOPs per token of optimizer step `step`, whose forward pass takes `forward`; no teacher's."""
-    dense = self.costs.training_pass({}) if self.method.dense_gradient(step) else None
-    return self.costs.training_step(forward, dense)
+  def step_flops(self, step: int, forward: float, target: dict[str, float]) -> float:
+    """FLOPs per token of optimizer step `step`, without a teacher's.
+
+    Args:
+      forward: FLOPs per token of its forward pass.
+      target: final densities by path.
+    """
+    backward = parts.backward_densities(self.method, target, step)
+    weight_gradient = None if backward is None else self.costs.training_pass(backward)
+    return self.costs.training_step(forward, weight_gradient)
 
   def _gradients(
     self, effective: EffectiveParams, state: TrainState, batch: Batch, key: Array
@@ -123,11 +153,15 @@ class Program:
     tokens_BxL1: Array,
     teacher_BxLxV: Array | None = None,
     *,
-    update_masks: bool,
+    updates: tuple[str, ...] = (),
+    collects: tuple[str, ...] = (),
   ) -> tuple[TrainState, Metrics]:
     """One optimizer step, uncompiled.
 
-    With `update_masks` the method's `update` follows the optimizer's update, or replaces it.
+    Args:
+      updates: parts of the weight method (see `weights/parts.py`) whose `update` follows the optimizer's
+        update, or replaces it.
+      collects: parts that add the step's gradient to signals that span several steps.
     """
     method, step = self.method, state.step
     key_mask, key_model, key_update = jax.random.split(jax.random.fold_in(state.key, step), 3)
@@ -146,37 +180,43 @@ class Program:
       metrics |= {'budget/price': control.price, 'budget/measured': control.measured}
 
     trainable, sparse, opt_state = state.trainable, state.sparse, state.opt_state
-    changed = jax.tree.map(lambda x: None, trainable)
-    if not (update_masks and method.replaces_step):
-      updates, opt_state = self.tx.update(trainable_grads, opt_state, trainable)
+    resting = method.resting(updates, trainable)
+    if not all(jax.tree.leaves(resting)):
+      change, opt_state = step_but_where(self.tx, trainable_grads, opt_state, trainable, resting)
       if any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(trainable)):
-        metrics['lost_updates'] = lost_updates(trainable, updates)
-      trainable = method.constrain(optax.apply_updates(trainable, updates), sparse)
-    if update_masks:
-      change = method.update(trainable, sparse, {'grads': grads.params}, step, key_update)
-      trainable, sparse = change.trainable, change.sparse
-      changed = changed | {'params': change.toggled}
-      opt_state = zero_moments(self.tx, opt_state, changed)
+        metrics['lost_updates'] = lost_updates(trainable, change)
+      trainable = method.constrain(optax.apply_updates(trainable, change), sparse)
+    read = Gradients(effective.params, grads.params)
+    collected = parts.add(state.signals, read, collects)
+    toggled = jax.tree.map(lambda x: None, trainable)
+    if updates:
+      signals = parts.signals(method, collected, read, sparse.target, updates)
+      update = method.update_parts(updates, trainable, sparse, signals, step, key_update)
+      trainable, sparse = update.trainable, update.sparse
+      toggled = toggled | {'params': update.toggled}
+      opt_state = zero_moments(self.tx, opt_state, toggled)
+      collected = parts.forget(collected, updates)
     return (
       state.replace(
         step=step + 1,
         trainable=trainable,
         sparse=sparse,
         opt_state=opt_state,
-        ema=self._average(state.ema, trainable, sparse, changed),
+        ema=self._average(state.ema, trainable, sparse, toggled),
         model_state=model_state,
         control=control,
+        signals=collected,
       ),
       metrics,
     )
 
-  def _average(self, ema: Tree, trainable: Tree, sparse: Sparse, changed: Tree) -> Tree:
-    """The moving average after a step; that of `changed` weights (bool, `None` = dense) starts at 0."""
+  def _average(self, ema: Tree, trainable: Tree, sparse: Sparse, toggled: Tree) -> Tree:
+    """The moving average after a step; that of `toggled` weights (bool, `None` = dense) starts at 0."""
     if ema is None:
       return None
     mixed = optax.incremental_update(as_float32(trainable), ema, 1 - self.optimizer.ema)
     mixed = tree.where_sparse(
-      lambda w, flag: jnp.where(flag, 0, w), mixed, changed, dense=lambda w: w
+      lambda w, flag: jnp.where(flag, 0, w), mixed, toggled, dense=lambda w: w
     )
     return self.method.constrain(mixed, sparse)
 

@@ -39,12 +39,14 @@ class Meter:
   Attributes:
     tokens: of a step.
     teacher: FLOPs per token of the teacher's forward pass, 0 without one.
+    target: final densities of the prunable leaves, by path.
   """
 
   program: Program
   tokens: int
   teacher: float
+  target: dict[str, float]
 
   def step(self, step: int, forward: float) -> float:
     """FLOPs of optimizer step `step`, whose forward pass took `forward` FLOPs per token."""
-    return self.tokens * (self.program.step_flops(step, forward) + self.teacher)
+    return self.tokens * (self.program.step_flops(step, forward, self.target) + self.teacher)

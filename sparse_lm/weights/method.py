@@ -2,11 +2,12 @@
 
 A weight method decides which connections exist. It is a frozen dataclass in a file of its own under
 `methods/weight/`; a field with a default is a config key, `total_steps` and the model's `groups` are
-what the trainer supplies.
+what the trainer supplies. A method that scores weights and keeps the best derives from
+`weights/score.py` and writes nothing but the score.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +16,22 @@ from flax import struct
 from sparse_lm.core import tree
 from sparse_lm.core.groups import Group
 from sparse_lm.core.ranges import supplied
+from sparse_lm.core.tree import Tree
 from sparse_lm.core.units import Pattern
 from sparse_lm.kernels.topk import count
 from sparse_lm.patterns import pattern
+from sparse_lm.signals import from_training
+from sparse_lm.weights.traits import Traits
 
 Array = jax.Array
-Tree = Any
 
 
 class Sparse(struct.PyTreeNode):
   """Which connections exist.
 
   Attributes:
-    masks: like the parameters, bool, `None` = dense.
+    masks: like the parameters, bool, `None` = dense. Methods that keep dropped weights alive store no
+      masks.
     target: like the parameters, the final density as float32 scalars, `None` = never pruned.
     extra: whatever else a method keeps from step to step.
   """
@@ -41,6 +45,8 @@ class MaskUpdate(struct.PyTreeNode):
   """What an update of the connections did.
 
   Attributes:
+    trainable: the trainable tree after it.
+    sparse: the sparse state after it.
     toggled: bool like the parameters, `None` = dense: weights that were dropped or set to zero. Their
       moments and averages start again.
   """
@@ -59,6 +65,13 @@ def apply_masks(params: Tree, masks: Tree) -> Tree:
   """Parameters with exact zeros outside the masks."""
   return tree.where_sparse(
     lambda w, m: jnp.where(m, w, jnp.zeros_like(w)), params, masks, dense=lambda w: w
+  )
+
+
+def full_masks(params: Tree, target: Tree) -> Tree:
+  """Masks that keep every weight of the leaves with a target, `None` elsewhere."""
+  return tree.where_sparse(
+    lambda w, _: jnp.ones(w.shape, bool), params, target, dense=lambda _: None
   )
 
 
@@ -89,44 +102,56 @@ def exchange_masks(
 class WeightMethod:
   """The protocol, with the behaviour of a fixed mask.
 
-  `trainable` is `{'params': model parameters, 'learned': the method's own}`. All but `due` and
-  `dense_gradient` are pure functions that run inside jit.
+  `trainable` is `{'params': model parameters, 'learned': the method's own}`. What says "on the host" is
+  called with Python numbers between steps; everything else is a pure function that runs inside jit.
 
   Attributes:
     total_steps: optimizer steps of the whole run.
     groups: units that span matrices, as the model declares them.
-    needs: signals that `update` reads, trees like the parameters: 'grads', the dense gradient at the
-      effective ones; of a kernel's inputs on calibration text 'x_sq', the mean squares `[in]`, and
-      'xtx', the mean outer product `[in, in]`.
-    one_shot: whether it prunes trained models too (`python -m sparse_lm.prune`).
-    exact_density: whether the target is met to the weight.
-    replaces_step: whether the optimizer rests in a step that updates the connections.
-    masked: whether any weight is ever dropped.
-    takes_masks: whether a run that starts from a sparse one keeps that one's masks.
-    keeps_dense: whether dropped weights live on as dense weights (straight-through methods).
-    controlled: whether the budget controller moves its density.
-    learned_rate: learning rate of what it learns besides the weights, over theirs; without decay.
+    traits: what the method declares about itself.
   """
 
   total_steps: int
   groups: tuple[Group, ...] = supplied(())
-  needs: ClassVar[tuple[str, ...]] = ()
-  exact_density: ClassVar[bool] = True
-  replaces_step: ClassVar[bool] = False
-  masked: ClassVar[bool] = True
-  takes_masks: ClassVar[bool] = False
-  keeps_dense: ClassVar[bool] = False
-  controlled: ClassVar[bool] = False
-  one_shot: ClassVar[bool] = False
-  learned_rate: ClassVar[float] = 1.0
+  traits: ClassVar[Traits] = Traits()
 
   @property
   def units(self) -> Pattern:
-    """What is kept or dropped as a whole: the units of the method's `pattern`, if it has the field."""
-    return pattern(getattr(self, 'pattern', 'unstructured'), self.groups)
+    """What is kept or dropped as a whole: single weights, unless a config field says otherwise."""
+    return Pattern()
+
+  @property
+  def one_shot(self) -> bool:
+    """Whether the method prunes trained models too (`python -m sparse_lm.prune`)."""
+    return False
+
+  @property
+  def parts(self) -> dict[str, 'WeightMethod']:
+    """The methods that decide about the model's weights, by the name of their rule; '' if only one."""
+    return {'': self}
+
+  def owner(self, path: str) -> str | None:
+    """The part that decides about the parameter at `path`; `None` where no part does."""
+    return ''
+
+  def resting(self, updates: tuple[str, ...], trainable: Tree) -> Tree:
+    """Which leaves (bool) the optimizer leaves alone in a step that updates the masks of these parts."""
+    return jax.tree.map(lambda _: bool(updates) and self.traits.replaces_step, trainable)
+
+  @property
+  def learned_rates(self) -> dict[str, float]:
+    """Learning rates of what the method learns besides the weights, over that of the weights.
+
+    They go by the beginning of a path below `trainable['learned']`: the first that fits holds, and
+    where none does the rate is that of the weights. What is learned is never decayed.
+    """
+    return {}
 
   def check(self) -> None:
     """Raises UserError where fields do not fit each other, before anything is compiled."""
+
+  def check_one_shot(self) -> None:
+    """Raises UserError where fields do not fit the pruning of a trained model."""
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
     """The trainable tree and the sparse state at step 0."""
@@ -141,14 +166,12 @@ class WeightMethod:
     """
     return apply_masks(trainable['params'], sparse.masks), densities(sparse.masks)
 
-  def penalty(self, density: Array) -> Array:
-    """What is added to the loss where `density` of the prunable weights runs."""
+  def penalty(self, density: Tree, params: Tree) -> Array:
+    """What is added to the loss where leaves run at the `density` of `effective`; a float32 scalar."""
     return jnp.float32(0)
 
   def constrain(self, trainable: Tree, sparse: Sparse) -> Tree:
-    """Re-masks after an optimizer update: moments, decay and EMA would wake dead weights."""
-    if self.keeps_dense:
-      return trainable
+    """Masks the weights again after an optimizer update: moments, decay and EMA would wake dead ones."""
     return trainable | {'params': apply_masks(trainable['params'], sparse.masks)}
 
   def due(self, step: int) -> bool:
@@ -158,20 +181,67 @@ class WeightMethod:
   def update(
     self, trainable: Tree, sparse: Sparse, signals: dict[str, Tree], step: Array, key: Array
   ) -> MaskUpdate:
-    """Changes the connections."""
+    """Changes the connections.
+
+    Args:
+      signals: those of `traits.needs`, by name: trees like the parameters, `None` where a leaf is dense
+        or, in one-shot pruning, belongs to another layer than the one that is being pruned.
+    """
     raise NotImplementedError(type(self).__name__)
+
+  def update_parts(
+    self,
+    updates: tuple[str, ...],
+    trainable: Tree,
+    sparse: Sparse,
+    signals: dict[str, dict[str, Tree]],
+    step: Array,
+    key: Array,
+  ) -> MaskUpdate:
+    """The `update` of each of these parts, with the signals that it needs, by part."""
+    (name,) = updates
+    return self.update(trainable, sparse, signals[name], step, key)
 
   def density(self, target: float, step: int) -> float:
     """Density that a leaf with this final density has at `step`, for the cost ledger (on the host)."""
     return target
 
-  def dense_gradient(self, step: int) -> bool:
-    """Whether this step needs the gradient of dropped weights too, for the cost ledger (on the host)."""
-    return 'grads' in self.needs and self.due(step)
+  def backward_density(self, target: float, step: int) -> float | None:
+    """The fraction of a kernel that the weight gradient is computed for, for the ledger (on the host).
+
+    `None` means as much as the forward pass computes with. A step that collects a signal needs all of
+    the gradient.
+
+    Args:
+      target: the kernel's final density.
+    """
+    return 1.0 if self.collects(step) else None
+
+  def collects(self, step: int) -> bool:
+    """Whether an update in this step, or in one after it, reads the step's gradient (on the host)."""
+    found = from_training(self.traits.needs).values()
+    window = max((one.batches for one in found), default=0)
+    return any(self.due(step + later) for later in range(window))
 
   def finalize(self, trainable: Tree, sparse: Sparse, step: Array) -> tuple[Tree, Tree]:
     """The parameters and masks that are packed, reported and fine-tuned."""
     return apply_masks(trainable['params'], sparse.masks), sparse.masks
+
+
+@dataclasses.dataclass(frozen=True)
+class PatternMethod(WeightMethod):
+  """A weight method whose units a config field names.
+
+  Attributes:
+    pattern: which sets of weights may be kept, see `sparse_lm/patterns/`.
+  """
+
+  pattern: str = 'unstructured'
+
+  @property
+  def units(self) -> Pattern:
+    """The units of `pattern`. Raises UserError where the model has none such."""
+    return pattern(self.pattern, self.groups)
 
 
 def densities(masks: Tree) -> Tree:

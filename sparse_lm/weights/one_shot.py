@@ -6,7 +6,6 @@ alone, so that each is fed by the pruned ones before it.
 
 import dataclasses
 import functools
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +14,28 @@ from sparse_lm.core import tree
 from sparse_lm.core.tree import Tree
 from sparse_lm.core.units import Pattern
 from sparse_lm.kernels.topk import topk_mask
-from sparse_lm.weights.method import Array, MaskUpdate, Sparse, WeightMethod, restrict_to
+from sparse_lm.weights.method import (
+  Array,
+  MaskUpdate,
+  PatternMethod,
+  Sparse,
+  full_masks,
+  restrict_to,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class OneShot(WeightMethod):
+class OneShot(PatternMethod):
   """Full masks until `update` prunes the leaves that it has signals for."""
 
-  one_shot: ClassVar[bool] = True
+  @property
+  def one_shot(self) -> bool:
+    """It prunes trained models."""
+    return True
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
     """Full masks."""
-    masks = jax.tree.map(lambda w: jnp.ones(w.shape, bool), restrict_to(params, target))
-    return {'params': params, 'learned': {}}, Sparse(masks, target)
+    return {'params': params, 'learned': {}}, Sparse(full_masks(params, target), target)
 
   def prune(self, params: Tree, signals: dict[str, Tree], target: Tree) -> tuple[Tree, Tree]:
     """New weights and masks of the leaves in `params`; the three trees hold the same leaves."""
@@ -41,17 +49,11 @@ class OneShot(WeightMethod):
     weights, masks = self.prune(
       restrict_to(params, present), signals, restrict_to(sparse.target, present)
     )
-    kept = _replaced(sparse.masks, masks)
+    kept = tree.merge(sparse.masks, masks)
     changed = jax.tree.map(lambda old, new: old != new, sparse.masks, kept)
     return MaskUpdate(
-      trainable | {'params': _replaced(params, weights)}, sparse.replace(masks=kept), changed
+      trainable | {'params': tree.merge(params, weights)}, sparse.replace(masks=kept), changed
     )
-
-
-def _replaced(leaves: Tree, new: Tree) -> Tree:
-  """`leaves` with those of `new` in their places."""
-  found = tree.named(new)
-  return tree.map_named(lambda path, leaf: found.get(path, leaf), leaves)
 
 
 @functools.partial(jax.jit, static_argnames=('groups', 'damp', 'block'))

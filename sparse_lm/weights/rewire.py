@@ -15,8 +15,8 @@ from sparse_lm.kernels.topk import topk_mask
 from sparse_lm.weights.method import (
   Array,
   MaskUpdate,
+  PatternMethod,
   Sparse,
-  WeightMethod,
   exchange_masks,
   restrict_to,
 )
@@ -58,24 +58,23 @@ def drop_and_grow(
 
 
 @dataclasses.dataclass(frozen=True)
-class Rewiring(WeightMethod):
+class Rewiring(PatternMethod):
   """Random masks that drop and grow now and then; a subclass says where to grow.
 
-  New connections start at zero. `regrown_at_zero` says whether a connection that one update drops and
-  grows again starts at zero too, with zeroed moments, or keeps its value.
+  New connections start at zero.
 
   Attributes:
+    regrown_at_zero: whether a connection that one update drops and grows again starts at zero too, with
+      zeroed moments, or keeps its value.
     period: steps between two updates.
     end: no update from this fraction of the run on.
     drop_fraction: share of the active connections that the first update drops.
-    pattern: which sets of weights may be kept.
     rescale: of the initial weights, see `weights/random_start.py`.
   """
 
   period: int = ranged(100, '[1, 2^31)')
   end: float = ranged(0.75, '[0, 1]')
   drop_fraction: float = ranged(0.3, '[0, 1]')
-  pattern: str = 'unstructured'
   rescale: str = 'unit'
   regrown_at_zero: ClassVar[bool] = False
 
@@ -98,7 +97,7 @@ class Rewiring(WeightMethod):
     return 0 < step < self._last and step % self.period == 0
 
   def growth(self, shape: tuple[int, ...], signals: dict[str, Array], key: Array) -> Array:
-    """Scores of units of that shape; `signals` holds their mean magnitude of each signal in `needs`."""
+    """Scores of units of that shape; `signals` holds the units' mean magnitudes of each, by name."""
     raise NotImplementedError(type(self).__name__)
 
   def fraction(self, step: Array) -> Array:
@@ -116,7 +115,7 @@ class Rewiring(WeightMethod):
     pooled = units.pool(magnitudes)
     signalled = {
       need: units.pool(jax.tree.map(jnp.abs, restrict_to(signals[need], sparse.masks)))
-      for need in self.needs
+      for need in self.traits.needs
     }
     rewired, survived = {}, {}
     for name, mask in alive.items():

@@ -14,7 +14,8 @@ from scipy.special import expit, logit
 from sparse_lm.core.estimator import ESTIMATORS, hard_concrete_probability, straight_through
 from sparse_lm.model import slots
 
-STE = slots.method('weight', 'ste')
+FIELDS = {'apply': 'straight_through', 'start': 0.0, 'schedule': 'at_once'}
+STE = functools.partial(slots.method('weight', 'magnitude'), **FIELDS)
 
 
 def loss_gradient(w, x, goal):

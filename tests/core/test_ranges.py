@@ -172,7 +172,7 @@ def test_optimizers_stay_finite_at_the_ends_of_their_ranges(name):
   for momentum, b2 in itertools.product(momenta, b2s):
     fields = {'optimizer.name': name, 'optimizer.momentum': momentum, 'optimizer.b2': b2}
     config = configs.load(str(configs.BASE), fields)
-    tx = Optimizer.from_config(config, masked=False, learned_rate=1.0).transform()
+    tx = Optimizer.from_config(config, masked=False, learned_rates={}).transform()
     params = {'params': {'w': jnp.linspace(-1.0, 1.0, 12).reshape(3, 4)}}
     state = tx.init(params)
     for scale in (1.0, -2.0):

@@ -260,8 +260,8 @@ def test_routers_of_fixed_capacity_leave_tokens_out_of_training():
 
 def test_a_report_takes_each_gate_times_the_density_of_its_kernels():
   dense = ('head', 'embed', 'norm', 'router', 'attention')
-  own = {f'weight__{key}': value for key, value in slots.defaults('weight', 'ste').items()}
-  sparse = own | {'weight__name': 'ste', 'weight__sparsity': 0.75, 'weight__dense': dense}
+  own = {f'weight__{key}': value for key, value in slots.defaults('weight', 'static').items()}
+  sparse = own | {'weight__name': 'static', 'weight__sparsity': 0.75, 'weight__dense': dense}
   program, target = build(small('token_gate', **sparse), VOCAB)
   report = train_cost.report(program, target, observed={'gates/depth_0': 0.5, 'gates/depth_1': 0})
   rest = INPUTS + HEADS_OWN

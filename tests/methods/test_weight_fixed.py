@@ -68,11 +68,13 @@ def test_no_sparsity_leaves_everything_as_it_is():
 
 def test_only_rigl_asks_for_the_dense_gradient_and_only_when_it_rewires():
   rigl = slots.method('weight', 'rigl')(total_steps=1000, period=100)
-  assert [s for s in range(1000) if rigl.dense_gradient(s)] == [100, 200, 300, 400, 500, 600, 700]
-  assert rigl.replaces_step and rigl.needs == ('grads',)
+  dense = [step for step in range(1000) if rigl.backward_density(0.1, step) is not None]
+  assert dense == [100, 200, 300, 400, 500, 600, 700]
+  assert {rigl.backward_density(0.1, step) for step in dense} == {1.0}
+  assert rigl.traits.replaces_step and rigl.traits.needs == ('grads',)
   for name in ('static', 'set', 'magnitude', 'none'):
     method = slots.method('weight', name)(total_steps=1000)
-    assert not any(method.dense_gradient(step) for step in range(1000))
+    assert {method.backward_density(0.1, step) for step in range(1000)} == {None}
 
 
 def test_mean_density_is_over_the_weights_of_the_leaves_that_have_one():

@@ -13,7 +13,6 @@ from scipy.special import expit
 
 from sparse_lm.core.groups import Group, Member
 from sparse_lm.model import slots
-from sparse_lm.weights.method import mean_density
 
 L0 = slots.method('weight', 'l0')
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
@@ -307,7 +306,7 @@ def test_the_price_is_for_the_mean_over_all_prunable_weights():
 
   def penalty(learned):
     seen, density = method.effective(trainable | {'learned': learned}, sparse, 'train', 0, KEY)
-    return method.penalty(mean_density(density, seen))
+    return method.penalty(density, seen)
 
   value, got = jax.value_and_grad(penalty)(trainable['learned'])
   p = {name: probability(logits) for name, logits in trainable['learned'].items()}

@@ -169,7 +169,7 @@ def test_the_target_is_reached_within_the_run(end):
   run = Run(MAGNITUDE(total_steps=20, start=0.25, end=end, period=4), final=0.3)
   for step in range(20):
     run.step(step)
-  assert run.method.exact_density and run.mask.sum() == round(SIZE * 0.3)
+  assert run.method.traits.exact_density and run.mask.sum() == round(SIZE * 0.3)
 
 
 def test_a_bad_pattern_or_schedule_is_refused():

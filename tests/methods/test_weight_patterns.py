@@ -181,20 +181,20 @@ def test_units_stay_whole_and_their_count_is_exact(name, pattern):
   draw = np.random.default_rng(0)
   params = {leaf: draw.normal(size=shape).astype('f') for leaf, shape in SHAPES.items()}
   # A method that learns its density starts from dense targets, and here from gates half open.
-  density = 1.0 if method.controlled else HALF
+  density = 1.0 if method.traits.controlled else HALF
   target = dict.fromkeys(SHAPES, jnp.float32(density))
   trainable, sparse = jax.jit(method.init)(jax.random.key(0), params, target)
   started = sparse.masks
   updates = type(method).update is not WeightMethod.update
   due = [step for step in range(STEPS) if method.due(step)] or [STEPS] * updates
-  update = jax.jit(functools.partial(method.update, signals=signals_of(method.needs)))
+  update = jax.jit(functools.partial(method.update, signals=signals_of(method.traits.needs)))
   for step in due:
     change = update(trainable, sparse, step=jnp.int32(step), key=jax.random.key(step))
     trainable, sparse = change.trainable, change.sparse
     shares_of_whole_units(sparse.masks, pattern)
   final, masks = jax.jit(method.finalize)(trainable, sparse, jnp.int32(STEPS))
   if (
-    method.controlled and pattern == '2:4'
+    method.traits.controlled and pattern == '2:4'
   ):  # it learns how much of a matrix is left: groups differ
     assert [np.mean(mask) for mask in masks.values()] == [HALF] * len(masks)
   else:

@@ -39,7 +39,7 @@ def updated(method):
   @jax.jit
   def run(weights, found, density):
     trainable, sparse = method.init(KEY, {'w': weights}, {'w': density})
-    given = {need: {'w': found[need]} for need in method.needs}
+    given = {need: {'w': found[need]} for need in method.traits.needs}
     change = method.update(trainable, sparse, given, STEP, KEY)
     return change.trainable['params']['w'], change.sparse.masks['w']
 
@@ -149,7 +149,10 @@ def test_an_update_changes_the_leaves_that_have_signals_and_no_other(cls):
   trainable, sparse = method.init(KEY, params, target)
   assert all(sparse.masks[name].all() for name in 'abc') and sparse.masks['scale'] is None
   seen = [
-    {need: dict.fromkeys(params) | {name: signals(draws[i][1])[need]} for need in method.needs}
+    {
+      need: dict.fromkeys(params) | {name: signals(draws[i][1])[need]}
+      for need in method.traits.needs
+    }
     for i, name in enumerate('ab')
   ]
   first = method.update(trainable, sparse, seen[0], STEP, KEY)

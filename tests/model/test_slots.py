@@ -19,7 +19,7 @@ SPEC = Spec.from_config(base.get_config().model, vocab=11, context=16)
 
 def test_names_are_the_files_of_the_folder():
   assert {'dense', 'gated'} <= set(slots.names('mlp'))
-  assert {'none', 'static', 'magnitude', 'set', 'rigl', 'ste'} <= set(slots.names('weight'))
+  assert {'none', 'static', 'magnitude', 'set', 'rigl', 'l0'} <= set(slots.names('weight'))
   assert not any(name.startswith('_') for slot in slots.SLOTS for name in slots.names(slot))
 
 

@@ -160,10 +160,19 @@ def forward_by_hand(density):
   )
 
 
+STE = {
+  'weight__name': 'magnitude',
+  'weight__apply': 'straight_through',
+  'weight__schedule': 'at_once',
+  'weight__start': 0.0,
+}
+
+
 @pytest.mark.parametrize('name', ['static', 'magnitude', 'rigl', 'ste', 'none'])
 def test_report_of_a_run_equals_a_hand_count(name, ramp):
   sparsity = 0.0 if name == 'none' else 0.9
-  config = small(weight__name=name, weight__sparsity=sparsity, train__steps=100)
+  fields = STE if name == 'ste' else {'weight__name': name}
+  config = small(**fields, weight__sparsity=sparsity, train__steps=100)
   if name in ('magnitude', 'rigl'):
     config.weight.period = 7
   program, target = build(config, VOCAB)

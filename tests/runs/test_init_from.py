@@ -224,17 +224,22 @@ def test_a_parent_that_pruned_less_leaves_the_rest_full(dense, tiny_config, tmp_
       assert_array_equal(mask, tree.named(parent.masks)[path])
 
 
+STE = {'weight__name': 'magnitude', 'weight__apply': 'straight_through', 'weight__start': 0.0}
+STE |= {'weight__schedule': 'at_once'}
+
+
 @pytest.mark.parametrize('name', ['magnitude', 'rigl', 'ste', 'none'])
 def test_a_dense_parent_hands_on_its_weights_to_any_method(name, dense, tiny_config):
   sparsity = {} if name == 'none' else {'weight__sparsity': 0.5}
-  run = setup(tiny_config(init_from=dense, weight__name=name, **sparsity))
+  own = STE if name == 'ste' else {'weight__name': name}
+  run = setup(tiny_config(init_from=dense, **own, **sparsity))
   state, parent = run.start(), load(dense).params
   seen, density = run.program.method.effective(state.trainable, state.sparse, 'train', 0, None)
   if name in ('magnitude', 'ste', 'none'):  # these keep dense weights at first
     equal(state.trainable['params'], parent)
   if name in ('rigl', 'ste'):
     assert [float(d) for d in tree.named(density).values()] == pytest.approx([0.5] * 6, abs=0.01)
-  fresh = tree.named(setup(tiny_config(weight__name=name, **sparsity)).start().trainable['params'])
+  fresh = tree.named(setup(tiny_config(**own, **sparsity)).start().trainable['params'])
   for path, weights in tree.named(seen).items():
     kept = np.asarray(weights) != 0
     # Random masks of a smaller fan-in may be scaled; where the weights are from is not in doubt.

@@ -19,12 +19,14 @@ from sparse_lm.runs.setup import setup
 from sparse_lm.runs.trained import load
 from sparse_lm.runs.workdir import Workdir, read_json, write_json
 
+STE = {'weight__name': 'magnitude', 'weight__apply': 'straight_through', 'weight__start': 0.0}
+STE |= {'weight__schedule': 'at_once'}
 
-@pytest.fixture(scope='module', params=['static', 'ste'])
+
+@pytest.fixture(scope='module', params=[{'weight__name': 'static'}, STE], ids=['static', 'ste'])
 def run(request, tiny_config, tmp_path_factory):
   """A finished run with averaged parameters: its config, workdir and result."""
-  fields = {
-    'weight__name': request.param,
+  fields = request.param | {
     'weight__sparsity': 0.8,
     'weight__dense': ('embed', 'norm', 'head', 'attention'),
     'optimizer__ema': 0.5,

@@ -249,7 +249,9 @@ def test_what_a_method_learns_moves_at_its_own_rate_and_does_not_decay(name):
   )
 
   def first_update(grads, rate):
-    tx = optimizer(name, schedule='constant', warmup=0.0, clip=0.0, learned_rate=rate).transform()
+    tx = optimizer(
+      name, schedule='constant', warmup=0.0, clip=0.0, learned_rates=(('', rate),)
+    ).transform()
     return tx.update(grads, tx.init(trainable), trainable)[0]
 
   slow, fast = first_update(grads, 1.0), first_update(grads, 10.0)
@@ -353,7 +355,7 @@ def test_the_average_of_bfloat16_parameters_is_kept_in_float32():
     want = 0.99 * want + 0.01 * float(weights[0])
   assert average['params'].dtype == jnp.float32
   assert_allclose(average['params'], want, rtol=1e-5)
-  state = states.TrainState(*[None] * 8).replace(trainable={'params': weights}, ema=average)
+  state = states.TrainState(*[None] * 9).replace(trainable={'params': weights}, ema=average)
   # What is evaluated and exported has the dtype of the parameters: stored_bytes counts that one.
   assert state.evaluated['params'].dtype == jnp.bfloat16
   assert_allclose(np.asarray(state.evaluated['params'], np.float32), want, rtol=2**-8)

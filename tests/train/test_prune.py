@@ -29,6 +29,7 @@ from sparse_lm.runs.loop import train
 from sparse_lm.runs.setup import setup
 from sparse_lm.runs.trained import load
 from sparse_lm.train import one_shot
+from sparse_lm.weights.traits import Traits
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STEPS, CONTEXT, SEGMENTS = 20, 16, 6
@@ -107,12 +108,12 @@ def test_layers_one_after_another_are_the_model(case, tiny_config):
 class Recording(Wanda):
   """Wanda that notes every call's signals."""
 
-  needs: ClassVar[tuple[str, ...]] = ('x_sq', 'xtx')
+  traits: ClassVar[Traits] = Traits(needs=('x_sq', 'xtx'))
   seen: ClassVar[list] = []
 
-  def prune(self, params, signals, target):
+  def scores(self, trainable, signals):
     self.seen.append({need: tree.named(found) for need, found in signals.items()})
-    return super().prune(params, signals, target)
+    return super().scores(trainable, signals)
 
 
 def inputs_of(trained, params, tokens):
@@ -217,7 +218,7 @@ def test_more_segments_than_the_text_has_or_none_are_refused(segments):
 def test_a_parameter_that_no_text_reaches_is_refused_before_anything_is_pruned(
   fields, missed, tiny_config, tokens, monkeypatch
 ):
-  monkeypatch.setattr(Wanda, 'prune', lambda *_: pytest.fail('pruned'))
+  monkeypatch.setattr(Wanda, 'scores', lambda *_: pytest.fail('pruned'))
   config = tiny_config(weight__name='wanda', weight__sparsity=0.5, **fields)
   program, target = build(config, vocab=30)
   state = program.init(0, target)

@@ -1,7 +1,5 @@
 """One optimizer step against what is written out by hand."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +24,12 @@ PLAIN = {
   'optimizer__clip': 0.0,
   'optimizer__learning_rate': 0.1,
   'weight__dense': ('embed', 'norm', 'head', 'attention'),
+}
+STE = {
+  'weight__name': 'magnitude',
+  'weight__apply': 'straight_through',
+  'weight__start': 0.0,
+  'weight__end': 0.0,
 }
 RIGL = PLAIN | {'weight__name': 'rigl', 'weight__sparsity': 0.75, 'weight__period': 3}
 
@@ -158,7 +162,7 @@ def test_accumulation_equals_one_batch(rigl, tiny_config):
 
 @pytest.fixture(scope='module')
 def straight_through(tiny_config):
-  return start(tiny_config(**PLAIN, weight__name='ste', weight__sparsity=0.75))
+  return start(tiny_config(**PLAIN, **STE, weight__sparsity=0.75))
 
 
 def test_straight_through_trains_dropped_weights(straight_through):
@@ -216,6 +220,6 @@ def test_a_step_executes_so_many_forward_passes(fields, passes, tiny_config):
   program, target = build(tiny_config(**fields), 11)
   state = jax.eval_shape(lambda: program.init(0, target))
   tokens = jax.ShapeDtypeStruct((4, 17), jnp.int32)
-  step = functools.partial(program.transition, update_masks=False)
+  step = program.transition
   forward = plans.traced(program.model, 16, 'train').flops
   assert executed.trace(step, state, tokens).per_token(4 * 16).flops == passes * forward

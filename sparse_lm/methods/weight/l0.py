@@ -17,15 +17,23 @@ from sparse_lm.core.ranges import ranged
 from sparse_lm.core.tree import Tree
 from sparse_lm.core.units import by_slice, kept
 from sparse_lm.kernels.topk import topk_mask
-from sparse_lm.weights.method import Array, Sparse, WeightMethod, apply_masks, restrict_to
+from sparse_lm.weights.method import (
+  Array,
+  PatternMethod,
+  Sparse,
+  apply_masks,
+  mean_density,
+  restrict_to,
+)
 from sparse_lm.weights.random_start import path_key
+from sparse_lm.weights.traits import Traits
 
 EVALUATED = 0.8  # of a logit, in evaluation
 
 
 @dataclasses.dataclass(frozen=True)
-class L0(WeightMethod):
-  """Multiplies each unit by a hard concrete gate whose logit is learned with the weights.
+class L0(PatternMethod):
+  """Multiplies each unit of the pattern by a hard concrete gate whose logit is learned with the weights.
 
   Training draws the gates. Evaluation opens as many as training expects to be open, those of the largest
   logits, at fixed values. Training pays for what evaluation runs, with the gradient of the probability
@@ -40,19 +48,20 @@ class L0(WeightMethod):
     be open: one number for all could not be held at a budget, so the masks are those of 'unstructured'.
 
   Attributes:
-    pattern: the units that have a gate each.
     open: probability with which a gate is open at the start.
     price: nats a token for keeping all prunable weights, without a budget.
     learned_rate: learning rate of the logits over that of the weights.
   """
 
-  pattern: str = 'unstructured'
   open: float = ranged(0.9, '(0, 1)')
   price: float = ranged(0.0, '[0, inf)')
   learned_rate: float = ranged(10.0, '(0, inf)')
-  exact_density: ClassVar[bool] = False
-  controlled: ClassVar[bool] = True
-  keeps_dense: ClassVar[bool] = True
+  traits: ClassVar[Traits] = Traits(exact_density=False, controlled=True)
+
+  @property
+  def learned_rates(self) -> dict[str, float]:
+    """That of the logits."""
+    return {'': self.learned_rate}
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
     """One logit for each unit, alike; no masks."""
@@ -81,9 +90,9 @@ class L0(WeightMethod):
     density = jax.tree.map(jnp.mean, self.units.expand(priced, prunable))
     return _times(trainable['params'], self.units.expand(gates, prunable)), density
 
-  def penalty(self, density: Array) -> Array:
+  def penalty(self, density: Tree, params: Tree) -> Array:
     """`price` times the share of the prunable weights that is kept."""
-    return self.price * density
+    return self.price * mean_density(density, params)
 
   def finalize(self, trainable: Tree, sparse: Sparse, step: Array) -> tuple[Tree, Tree]:
     """Weights times their gates, and which gates are open."""

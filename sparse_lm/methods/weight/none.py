@@ -7,6 +7,7 @@ import jax
 
 from sparse_lm.core.tree import Tree
 from sparse_lm.weights.method import Array, Sparse, WeightMethod
+from sparse_lm.weights.traits import Traits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +18,7 @@ class NoSparsity(WeightMethod):
   Saves: nothing.
   """
 
-  masked: ClassVar[bool] = False
+  traits: ClassVar[Traits] = Traits(masked=False)
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
     """No masks and no targets, whatever the config asks for."""

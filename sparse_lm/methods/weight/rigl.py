@@ -6,6 +6,7 @@ from typing import ClassVar
 from sparse_lm.core import schedule
 from sparse_lm.weights.method import Array
 from sparse_lm.weights.rewire import Rewiring
+from sparse_lm.weights.traits import Traits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +22,7 @@ class RigL(Rewiring):
   Saves: weights and moments of dropped connections; gradients but in steps that rewire.
   """
 
-  needs: ClassVar[tuple[str, ...]] = ('grads',)
-  replaces_step: ClassVar[bool] = True
+  traits: ClassVar[Traits] = Traits(needs=('grads',), replaces_step=True)
 
   def growth(self, shape: tuple[int, ...], signals: dict[str, Array], key: Array) -> Array:
     """Magnitude of the dense gradient."""

@@ -9,26 +9,27 @@ from sparse_lm.core.errors import require
 from sparse_lm.core.ranges import ranged
 from sparse_lm.core.tree import Tree
 from sparse_lm.weights.one_shot import OneShot, prune_by_obs
+from sparse_lm.weights.traits import Traits
 
 
 @dataclasses.dataclass(frozen=True)
 class SparseGPT(OneShot):
   """Prunes a trained model's matrices one input at a time; later inputs make up for each loss.
 
+  The patterns that can be decided input by input are 'unstructured' and N:M.
+
   Paper: Frantar and Alistarh 2023 (SparseGPT), algorithm 1.
   Saves: what it drops, after training; no gradient is needed to prune.
   Differs from the paper: the count is exact, where the reference drops a weight more.
 
   Attributes:
-    pattern: 'unstructured' or N:M.
     damp: added to the Gram matrix' diagonal, over its mean.
     block: inputs whose mask is chosen at once.
   """
 
-  pattern: str = 'unstructured'
   damp: float = ranged(0.01, '(0, inf)')
   block: int = ranged(128, '[1, 2^31)')
-  needs: ClassVar[tuple[str, ...]] = ('xtx',)
+  traits: ClassVar[Traits] = Traits(needs=('xtx',))
 
   def check(self) -> None:
     """Raises UserError for a pattern that cannot be decided input by input."""

@@ -4,12 +4,13 @@ import dataclasses
 from typing import ClassVar
 
 from sparse_lm.core.tree import Tree
-from sparse_lm.weights.method import Array, Sparse, WeightMethod
+from sparse_lm.weights.method import Array, PatternMethod, Sparse
 from sparse_lm.weights.random_start import check, random_start
+from sparse_lm.weights.traits import Traits
 
 
 @dataclasses.dataclass(frozen=True)
-class Static(WeightMethod):
+class Static(PatternMethod):
   """Draws random masks at step 0 and trains what they leave; or trains what a sparse run's masks left.
 
   With `config.init_from` naming a pruned or sparsely trained run, its masks are kept.
@@ -19,13 +20,11 @@ class Static(WeightMethod):
   Saves: weights, gradients and moments of dropped connections, from the first step.
 
   Attributes:
-    pattern: which sets of weights may be kept.
     rescale: 'none' | 'layer' | 'unit', see `weights/random_start.py`.
   """
 
-  pattern: str = 'unstructured'
   rescale: str = 'unit'
-  takes_masks: ClassVar[bool] = True
+  traits: ClassVar[Traits] = Traits(takes_masks=True)
 
   def check(self) -> None:
     """Raises UserError for an unknown rescaling."""

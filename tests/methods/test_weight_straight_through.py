@@ -5,11 +5,12 @@ import pytest
 
 from sparse_lm.model import slots
 
-STE = slots.method('weight', 'ste')
+MAGNITUDE = slots.method('weight', 'magnitude')
 
 
-def started(final=0.2, **fields):
-  method = STE(total_steps=100, **fields)
+def started(final=0.2, start=0.0, end=0.0, **fields):
+  fields |= {'start': start, 'end': end, 'apply': 'straight_through'}
+  method = MAGNITUDE(total_steps=100, **fields)
   w = jax.random.normal(jax.random.key(0), (20, 25))
   trainable, sparse = method.init(jax.random.key(1), {'w': w}, {'w': jnp.float32(final)})
   return method, trainable, sparse
@@ -40,4 +41,4 @@ def test_dropped_weights_live_on():
   method, trainable, sparse = started()
   kept = method.constrain(trainable, sparse)['params']['w']
   np.testing.assert_array_equal(kept, trainable['params']['w'])
-  assert method.keeps_dense and method.dense_gradient(5) and not method.due(5)
+  assert method.backward_density(0.2, 5) == 1.0 and not method.due(5)
