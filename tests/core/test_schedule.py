@@ -67,8 +67,22 @@ def test_schedules_take_a_traced_step():
   assert float(cosine(20)) == pytest.approx(0.15)
 
 
-def test_a_span_that_ends_before_it_starts_is_refused():
+def test_a_ramp_that_ends_before_it_starts_is_refused():
   with pytest.raises(UserError, match=r'^config\.weight\.end=0\.5 .*config\.weight\.start=0\.6'):
-    schedule.check(0.6, 0.5)
-  schedule.check(0.0, 0.0)
-  schedule.check(0.25, 0.75)
+    schedule.check('cubic', 0.6, 0.5)
+  schedule.check('cubic', 0.0, 0.0)
+  schedule.check('cubic', 0.25, 0.75)
+  schedule.check('at_once', 0.6, 0.5)  # the end is not read
+
+
+def test_an_unknown_ramp_is_refused_with_the_nearest_one():
+  with pytest.raises(
+    UserError, match=r"^unknown config\.weight\.schedule 'at_one': did you mean 'at_o"
+  ):
+    schedule.check('at_one', 0.0, 1.0)
+
+
+def test_pruning_at_once_is_a_ramp_of_no_length_at_its_start():
+  assert schedule.ramp_span('at_once', 0.25, 0.75, 80) == (20, 20)
+  assert schedule.ramp_span('cubic', 0.25, 0.75, 80) == (20, 60)
+  assert schedule.ramp_span('at_once', 1.0, 0.0, 80) == (79, 79)  # the last step of the run

@@ -139,8 +139,8 @@ def test_every_method_takes_every_pattern_but_those_that_it_cannot_rank_or_grow(
 @pytest.mark.parametrize('given', [
   {'weight__name': 'static'},
   {'weight__name': 'l0'},
-  {'weight__name': 'static', 'weight__budget': 'mlp=0.5'},
-  {'weight__name': 'static', 'weight__budget': 'attention=0.25,mlp=0.5', 'weight__sparsity': 0.5},
+  {'weight__name': 'static', 'weight__distribution': 'mlp=0.5'},
+  {'weight__name': 'static', 'weight__distribution': 'attention=0.25,mlp=0.5', 'weight__sparsity': 0.5},
 ])  # fmt: skip
 def test_units_that_do_not_fit_the_model_are_one_line(given, pattern, words, tiny_config):
   with pytest.raises(UserError, match=r'^config\.weight\.pattern') as refused:
@@ -152,7 +152,7 @@ def test_units_that_do_not_fit_the_model_are_one_line(given, pattern, words, tin
 @pytest.mark.parametrize('pattern', ['2:4', 'block:8'])
 @pytest.mark.parametrize('budget', ['uniform', 'mlp=0.5'])
 def test_units_that_fit_are_built_at_sparsity_zero(pattern, budget, tiny_config):
-  given = {'weight__name': 'static', 'weight__pattern': pattern, 'weight__budget': budget}
+  given = {'weight__name': 'static', 'weight__pattern': pattern, 'weight__distribution': budget}
   _, target = build(tiny_config(**given), 23)
   found = {path: float(density) for path, density in tree.named(target).items()}
   halved = {path for path, density in found.items() if density == HALF}
@@ -164,7 +164,7 @@ def test_units_that_fit_are_built_at_sparsity_zero(pattern, budget, tiny_config)
   ({'weight__pattern': 'per_output', 'weight__sparsity': 0.97}, ['16 units of', '0.97', '0.9375']),
   ({'weight__pattern': 'block:8', 'weight__sparsity': 0.9}, ['4 units of', '0.9', '0.75']),
   ({'weight__pattern': 'head', 'weight__sparsity': 0.25}, ['2 units of', '0 or 0.5']),
-  ({'weight__pattern': '2:4', 'weight__budget': 'mlp=0.75'}, ["'2:4'", '0.75', 'sparsity=0.5']),
+  ({'weight__pattern': '2:4', 'weight__distribution': 'mlp=0.75'}, ["'2:4'", '0.75', 'sparsity=0.5']),
 ])  # fmt: skip
 def test_a_sparsity_that_units_cannot_express_is_one_line_with_valid_ones(
   given, words, tiny_config

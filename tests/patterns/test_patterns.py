@@ -348,12 +348,12 @@ def test_single_weights_are_rounded_and_never_refused(density):
 def test_large_units_are_rounded_to_whole_counts_within_the_tolerance(name, shape, count, density):
   nearest = max(1, round(count * density)) / count
   assume(abs(abs(nearest - density) - 0.01) > 1e-9)
-  express = functools.partial(pattern(name).express, {'w': shape}, {'w': density})
+  rounded = functools.partial(pattern(name).round_to_units, {'w': shape}, {'w': density})
   if abs(nearest - density) < 0.01:
-    assert express() == {'w': nearest}
+    assert rounded() == {'w': nearest}
   else:
     with pytest.raises(UserError, match=rf'^config\.weight\.pattern.*the {count} units of w'):
-      express()
+      rounded()
 
 
 def test_members_of_a_group_share_the_mean_of_what_was_asked_for():
