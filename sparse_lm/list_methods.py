@@ -1,11 +1,7 @@
-"""`python -m sparse_lm.list_methods`: every method, from its own docstring and declarations.
+"""`python -m sparse_lm.list_methods`: every method, from what it declares in its traits.
 
-A method's class docstring holds `Paper: ...` and `Saves: ...`; what it declares about causality is
-what the tests hold it to.
+What a method declares about causality is what the tests hold it to.
 """
-
-import inspect
-import re
 
 from sparse_lm.commands.parser import Parser, one_line
 from sparse_lm.layers.spec import Spec
@@ -13,18 +9,6 @@ from sparse_lm.model import lm, slots
 from sparse_lm.runs import configs
 
 HEADER = ('method', 'slot', 'paper', 'saves', 'causal in')
-
-
-def said(docstring: str, what: str) -> str:
-  """The text after `what:` in a docstring, up to the next such line or an empty one.
-
-  Raises ValueError where there is none.
-  """
-  pattern = rf'^{what}: (.*?)(?=\n[A-Z]\w*(?: \w+)*:|\n\s*\n|\Z)'
-  found = re.search(pattern, inspect.cleandoc(docstring), re.M | re.S)
-  if not found:
-    raise ValueError(f'the docstring has no line {what}: ...')
-  return ' '.join(found[1].split()).removesuffix('.')
 
 
 def rows() -> list[tuple[str, ...]]:
@@ -41,7 +25,7 @@ def _declared(slot: str, name: str) -> tuple[str, str, str]:
   """Paper, savings, and the modes in which the method is causal and whether sequences compete in them."""
   cls = slots.method(slot, name)
   if slot == 'weight':
-    return said(cls.__doc__, 'Paper'), said(cls.__doc__, 'Saves'), ', '.join(lm.MODES)
+    return cls.traits.paper, cls.traits.saves, ', '.join(lm.MODES)
   # Methods declare what holds with their default fields, in the default model.
   default = configs.load(str(configs.BASE))
   spec = Spec.from_config(default.model, vocab=256, context=default.data.context)

@@ -3,8 +3,6 @@
 import pathlib
 import re
 
-import pytest
-
 import sparse_lm.methods.mlp
 import sparse_lm.methods.weight
 from sparse_lm import list_methods
@@ -50,26 +48,12 @@ def test_files_that_it_names_exist():
   assert [link for link in local if not (ROOT / link).exists()] == []
 
 
-def test_its_table_of_methods_is_made_from_their_docstrings():
+def test_its_table_of_methods_is_made_from_what_they_declare():
   table = README.partition('<!-- python -m sparse_lm.list_methods -->\n')[2].partition('\n<!--')[0]
   assert table == list_methods.table(), 'run: python -m sparse_lm.list_methods'
 
 
-@pytest.mark.parametrize(
-  ('docstring', 'paper'),
-  [
-    ('Does.\n\n  Paper: A (B et al. 2020).\n  Saves: nothing.\n', 'A (B et al. 2020)'),
-    (
-      'Does.\n\n  Paper: one line,\n    and another.\n\n  Attributes:\n    x: y',
-      'one line, and another',
-    ),
-    ('Does.\n\n  Paper: A.\n  Differs from the paper: much.', 'A'),
-  ],
-)
-def test_a_section_of_a_docstring_ends_where_the_next_begins(docstring, paper):
-  assert list_methods.said(docstring, 'Paper') == paper
-
-
-def test_a_docstring_without_the_section_is_refused():
-  with pytest.raises(ValueError, match='Saves'):
-    list_methods.said('Does.', 'Saves')
+def test_every_method_says_where_it_is_from_and_what_it_saves():
+  for link, _, paper, saves, modes in list_methods.rows():
+    assert paper and saves and modes, link
+    assert not paper.endswith('.') and not saves.endswith('.') and '\n' not in paper + saves

@@ -120,7 +120,7 @@ def _check_masks(parent: Trained, program: Program, target: Tree, config: Config
     able = [name for name in names if slots.method('weight', name).traits.takes_masks]
     raise UserError(
       f'config.init_from={parent.workdir!r} is sparse, and config.weight.name={config.weight.name!r} '
-      f'would lose its masks; valid: {", ".join(able)}'
+      f'would lose its masks; valid: {", ".join(map(repr, able))}'
     )
   if config.weight.sparsity:
     raise UserError(

@@ -114,11 +114,11 @@ class Objective:
     params, density = effective
     tokens_BxL1, teacher_BxLxV = batch
     # A density that is not learned is charged as what it will be in the end.
-    charged_density = tree.map_named(
-      lambda path, final, now: now if parts.learns_density(self.method, path) else final,
-      state.sparse.target,
-      density,
-    )
+    now = tree.named(density)
+    charged_density = {
+      path: now[path] if parts.learns_density(self.method, path) else final
+      for path, final in tree.named(state.sparse.target).items()
+    }
 
     def forward(**rngs: Array) -> tuple[Array, _Pass]:
       logits, variables = self.model.apply(

@@ -7,7 +7,11 @@ import dataclasses
 class Traits:
   """What a weight method declares; each class has it as its attribute `traits`.
 
+  An unknown keyword fails here, so nothing is misspelt in silence.
+
   Attributes:
+    paper: who introduced the method, and where.
+    saves: what is not stored or computed because of it.
     needs: names of the signals that `update` reads, see `sparse_lm/signals/`.
     masked: whether any weight is ever dropped.
     exact_density: whether the target is met to the weight.
@@ -18,6 +22,8 @@ class Traits:
     learns_scores: whether its scores are trainable, see `weights/score.py`.
   """
 
+  paper: str = ''
+  saves: str = ''
   needs: tuple[str, ...] = ()
   masked: bool = True
   exact_density: bool = True

@@ -40,8 +40,6 @@ class L0(PatternMethod):
   that a gate is open. How sparse it ends is learned: `config.budget.target` holds the forward FLOPs, or
   `price` says what keeping costs.
 
-  Paper: Louizos et al. 2018 (Learning Sparse Neural Networks through L0 Regularization).
-  Saves: the forward pass of closed units; training computes them all.
   Differs from the paper: evaluation keeps the expected number, at `sigmoid(0.8 logit / temperature)` (as
     CoFi does, Xia et al. 2022); the paper keeps what is above a threshold, which logits that move
     together cross together. Under N:M and per_output any number of a group or of an output's inputs may
@@ -56,7 +54,12 @@ class L0(PatternMethod):
   open: float = ranged(0.9, '(0, 1)')
   price: float = ranged(0.0, '[0, inf)')
   learned_rate: float = ranged(10.0, '(0, inf)')
-  traits: ClassVar[Traits] = Traits(exact_density=False, controlled=True)
+  traits: ClassVar[Traits] = Traits(
+    paper='Louizos et al. 2018 (Learning Sparse Neural Networks through L0 Regularization)',
+    saves='the forward pass of closed units; training computes them all',
+    exact_density=False,
+    controlled=True,
+  )
 
   @property
   def learned_rates(self) -> dict[str, float]:

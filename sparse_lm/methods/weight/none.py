@@ -12,13 +12,9 @@ from sparse_lm.weights.traits import Traits
 
 @dataclasses.dataclass(frozen=True)
 class NoSparsity(WeightMethod):
-  """Every weight exists.
+  """Every weight exists."""
 
-  Paper: none.
-  Saves: nothing.
-  """
-
-  traits: ClassVar[Traits] = Traits(masked=False)
+  traits: ClassVar[Traits] = Traits(paper='none', saves='nothing', masked=False)
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
     """No masks and no targets, whatever the config asks for."""

@@ -17,12 +17,14 @@ class RigL(Rewiring):
   paper the optimizer rests in a step that rewires (and so does its count, by which the rate decays), a
   dropped connection may be grown again and keeps its value, and born ones start at zero with zeroed
   moments.
-
-  Paper: Rigging the Lottery (Evci et al. 2020), algorithm 1.
-  Saves: weights and moments of dropped connections; gradients but in steps that rewire.
   """
 
-  traits: ClassVar[Traits] = Traits(needs=('grads',), replaces_step=True)
+  traits: ClassVar[Traits] = Traits(
+    paper='Rigging the Lottery (Evci et al. 2020), algorithm 1',
+    saves='weights and moments of dropped connections; gradients but in steps that rewire',
+    needs=('grads',),
+    replaces_step=True,
+  )
 
   def growth(self, shape: tuple[int, ...], signals: dict[str, Array], key: Array) -> Array:
     """Magnitude of the dense gradient."""

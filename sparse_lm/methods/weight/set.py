@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from sparse_lm.weights.method import Array
 from sparse_lm.weights.rewire import Rewiring
+from sparse_lm.weights.traits import Traits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,13 +17,15 @@ class SET(Rewiring):
 
   All grown connections start at zero with zeroed moments, those that the same update dropped included.
 
-  Paper: Mocanu et al. 2018 (Nature Communications), algorithm 1.
-  Saves: weights, gradients and moments of dropped connections, from the first step.
   Differs from the paper: the drop is by magnitude, where the paper drops the weights closest to zero
     of either sign separately; updates stop at `end` (0.75 of the run), as RigL's do.
   """
 
   regrown_at_zero: ClassVar[bool] = True
+  traits: ClassVar[Traits] = Traits(
+    paper='Mocanu et al. 2018 (Nature Communications), algorithm 1',
+    saves='weights, gradients and moments of dropped connections, from the first step',
+  )
 
   def growth(self, shape: tuple[int, ...], signals: dict[str, Array], key: Array) -> Array:
     """Uniform random scores."""

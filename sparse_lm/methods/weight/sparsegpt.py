@@ -18,8 +18,6 @@ class SparseGPT(OneShot):
 
   The patterns that can be decided input by input are 'unstructured' and N:M.
 
-  Paper: Frantar and Alistarh 2023 (SparseGPT), algorithm 1.
-  Saves: what it drops, after training; no gradient is needed to prune.
   Differs from the paper: the count is exact, where the reference drops a weight more.
 
   Attributes:
@@ -29,7 +27,11 @@ class SparseGPT(OneShot):
 
   damp: float = ranged(0.01, '(0, inf)')
   block: int = ranged(128, '[1, 2^31)')
-  traits: ClassVar[Traits] = Traits(needs=('xtx',))
+  traits: ClassVar[Traits] = Traits(
+    paper='Frantar and Alistarh 2023 (SparseGPT), algorithm 1',
+    saves='what it drops, after training; no gradient is needed to prune',
+    needs=('xtx',),
+  )
 
   def check(self) -> None:
     """Raises UserError for a pattern that cannot be decided input by input."""

@@ -15,16 +15,17 @@ class Static(PatternMethod):
 
   With `config.init_from` naming a pruned or sparsely trained run, its masks are kept.
 
-  Paper: the static baseline of RigL (Evci et al. 2020), initialised for its smaller fan-in (Gradient
-    Flow in Sparse Neural Networks, Evci et al. 2022).
-  Saves: weights, gradients and moments of dropped connections, from the first step.
-
   Attributes:
     rescale: 'none' | 'layer' | 'unit', see `weights/random_start.py`.
   """
 
   rescale: str = 'unit'
-  traits: ClassVar[Traits] = Traits(takes_masks=True)
+  traits: ClassVar[Traits] = Traits(
+    paper='the static baseline of RigL (Evci et al. 2020), initialised for its smaller fan-in (Gradient '
+    'Flow in Sparse Neural Networks, Evci et al. 2022)',
+    saves='weights, gradients and moments of dropped connections, from the first step',
+    takes_masks=True,
+  )
 
   def check(self) -> None:
     """Raises UserError for an unknown rescaling."""

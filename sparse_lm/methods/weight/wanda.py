@@ -17,13 +17,15 @@ class Wanda(ScoredMethod):
 
   The paper compares the inputs of each output, which is the default pattern. The signal comes from
   calibration text, so this method prunes trained models and does not train.
-
-  Paper: Sun et al. 2023 (A Simple and Effective Pruning Approach for Large Language Models), equation 1.
-  Saves: what it drops, after training; no gradient is needed to prune.
   """
 
   pattern: str = 'per_output'
-  traits: ClassVar[Traits] = Traits(needs=('x_sq',))
+  traits: ClassVar[Traits] = Traits(
+    paper='Sun et al. 2023 (A Simple and Effective Pruning Approach for Large Language Models), '
+    'equation 1',
+    saves='what it drops, after training; no gradient is needed to prune',
+    needs=('x_sq',),
+  )
 
   def scores(self, trainable: Tree, signals: dict[str, Tree]) -> Tree:
     """Magnitudes times the root of `x_sq`, the mean squared inputs `[in]` of each kernel `[in, out]`."""
