@@ -61,10 +61,11 @@ def entering(params, x_BxLxD, fields):
 
 def inputs_of_entering(model, params, x_BxLxD, enters_BxL):
   """What each kernel of the first block reads of sequences from which all other tokens are cut out."""
-  made = {
-    slot.slot: functools.partial(slot.at(0, 1).make, {'spec': model.spec, 'name': slot.slot})
-    for slot in model.slots
-  }
+
+  def maker(slot):
+    return lambda **own: slot.at(0, 1).make({'spec': model.spec, 'name': slot.slot} | own)
+
+  made = {slot.slot: maker(slot) for slot in model.slots}
   supplied = {'spec': model.spec, 'name': 'mlp', 'activation': made['activation']}
   mlp = functools.partial(model.slots[2].at(0, 1).make, supplied)
   block = Block(model.spec, made['attention'], mlp)
