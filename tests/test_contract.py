@@ -13,7 +13,7 @@ from sparse_lm.core import units as pattern
 from sparse_lm.layers.sow import SOWN
 from sparse_lm.model import lm, plans, slots
 from sparse_lm.model.plans import plan_of
-from sparse_lm.plan import cost, executed
+from sparse_lm.plan import cost, executed, sites
 from sparse_lm.runs import cost_report as train_cost
 from sparse_lm.runs.build import build
 from sparse_lm.runs.checkpoint import Checkpoints
@@ -153,6 +153,21 @@ def test_method_may_be_named_for_some_layers(slot, name, tiny_config):
   assert plan_of(lm.from_config(tiny_config(model__layers=2, **choice), vocab=11)).variables
 
 
+@LAYERS
+def test_every_point_of_a_layer_can_be_read_by_name(slot, name, model_of):
+  model, variables, tokens = model_of(slot, name)
+  plan = plan_of(model)
+  # Every matrix has a name for what it multiplies.
+  assert plan.inputs.keys() == {m.kernel for m in plan.ledger.values() if m.kind == 'linear'}
+  logits, values = jax.jit(lambda v, t: sites.run(model, v, t, read=['*']))(variables, tokens)
+  assert values.keys() == plan.sites.keys()
+  assert {name: (v.ndim, v.dtype) for name, v in values.items()} == {
+    name: (len(site.shape), site.dtype) for name, site in plan.sites.items()
+  }
+  # Reading changes nothing.
+  assert_allclose(logits, model.apply(variables, tokens), rtol=1e-4, atol=1e-4)
+
+
 CONTEXT = 64  # longer than a window, and more than the keys that a query may choose
 
 
@@ -179,7 +194,10 @@ def by_reason(model, traced, mode):
 def test_flops_that_are_executed_are_charged_or_have_a_reason(slot, name, mode, tiny_config):
   chosen = {f'{slot}.name': name, 'model.bias': True, 'data.context': CONTEXT}
   model = lm.from_config(tiny_config(**chosen), vocab=11)
-  found = by_reason(model, plans.traced(model, CONTEXT, mode), mode)
+  traced = plans.traced(model, CONTEXT, mode)
+  found = by_reason(model, traced, mode)
+  # The plan's ledger is of another trace, that of the initialisation.
+  assert mode != 'eval' or plan_of(model).ledger == traced.ledger
   # A method that says it saves nothing executes what it charges, but for keys that it does not read.
   if not slots.MethodConfig(slot, name).traits(model.spec).twin:
     assert set(found) == {executed.KEYS if mode == 'decode' else executed.PAIRS}

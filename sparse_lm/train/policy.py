@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_lm.core import tree
+from sparse_lm.core.paths import Place
 from sparse_lm.core.tree import Tree
 
 Array = jax.Array
@@ -28,7 +29,7 @@ class Policy(NamedTuple):
 def sown(variables: Tree) -> dict[str, Policy]:
   """What every sampled gate sowed into the collection `policy`, by the gate's path."""
   named = tree.named(variables['policy'])
-  paths = {path.rpartition('/')[0] for path in named}
+  paths = {str(Place.parse(path).module) for path in named}
   return {
     path: Policy(*(named[f'{path}/{field}'] for field in Policy._fields)) for path in sorted(paths)
   }

@@ -7,7 +7,7 @@ import pytest
 from sparse_lm import speed as speed_command
 from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
-from sparse_lm.evals import EvalData, EvalModel, speed
+from sparse_lm.evals import EvalData, EvalModel
 from sparse_lm.evals.speed import Speed
 from sparse_lm.inference import pack, workload
 from sparse_lm.model import lm
@@ -35,35 +35,6 @@ def packed_of(config):
 @pytest.fixture(scope='module')
 def tokens():
   return np.random.default_rng(0).integers(0, VOCAB, (2, 32)).astype(np.int32)
-
-
-@pytest.mark.parametrize(
-  ('fields', 'mlp'),
-  [
-    ({}, 2 * WIDTH * HIDDEN),
-    # Half of the inputs predict; a quarter of what is left is read.
-    (
-      {'mlp.name': 'predictor_topk', 'mlp.selector': 'exact', 'mlp.density': 0.25},
-      WIDTH // 2 * HIDDEN + 0.25 * (WIDTH // 2 * HIDDEN + WIDTH * HIDDEN),
-    ),
-    # Two of eight experts, and the router.
-    ({'mlp.name': 'moe_topk', 'mlp.k': 2}, 2 * 2 * WIDTH * HIDDEN + 8 * WIDTH),
-    # A gate on a head zeroes it: it is read all the same.
-    ({'attention.name': 'head_gate'}, 2 * WIDTH * HIDDEN + 2 * WIDTH),
-  ],
-)
-def test_bytes_that_a_token_reads(fields, mlp, tokens, tiny_config):
-  packed = packed_of(tiny_config(**{'data.context': 32} | fields))
-  assert speed.read_bytes(packed, tokens) == 4 * (ATTENTION + mlp + HEAD)
-
-
-def test_layers_that_tokens_skip_are_read_as_often_as_they_enter(tokens, tiny_config):
-  packed = packed_of(tiny_config(data__context=32, depth__name='token_gate'))
-  _, seen = packed.model.apply(packed.variables, tokens, mutable=['gates'])
-  share = np.mean(seen['gates']['depth_0']['active'])
-  assert 0 < share < 1
-  layer = ATTENTION + 2 * WIDTH * HIDDEN
-  assert speed.read_bytes(packed, tokens) == round(4 * (share * layer + WIDTH + HEAD))
 
 
 def test_a_packed_model_is_timed_beside_its_twin(tokens, tiny_config):
