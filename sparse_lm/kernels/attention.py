@@ -139,19 +139,21 @@ def reads_of(mask: Mask, positions_BxL: Array, keys: KeyValues) -> Array:
   dropped, but the gradient of the gate that dropped it must not come from later tokens.
   """
   age_BxLxS = positions_BxL[:, :, None] - keys.positions[:, None, :]
-  reads = jnp.broadcast_to(keys.valid[:, None, :], age_BxLxS.shape)
-  if mask.causal:
-    reads &= age_BxLxS >= 0
+  behind = age_BxLxS >= 0 if mask.causal else jnp.ones_like(age_BxLxS, bool)
+  reads_BxLxS = behind & keys.valid[:, None, :]
   if mask.window is not None:
     near = (age_BxLxS if mask.causal else jnp.abs(age_BxLxS)) < mask.window
-    reads &= near if not mask.sinks else near | (keys.positions[:, None, :] < mask.sinks)
+    reads_BxLxS &= near if not mask.sinks else near | (keys.positions[:, None, :] < mask.sinks)
   if mask.documents is not None:
-    reads &= mask.documents.of_queries[:, :, None] == mask.documents.of_keys[:, None, :]
-  reads, age = reads[:, None, None], age_BxLxS[:, None, None]
-  if mask.blocks is not None:
-    block_BxS = keys.positions // mask.blocks.size
-    chosen = jnp.take_along_axis(mask.blocks.read, block_BxS[:, None, None, :], axis=-1)
-    reads &= chosen[:, :, None]
+    reads_BxLxS &= mask.documents.of_queries[:, :, None] == mask.documents.of_keys[:, None, :]
+  if mask.blocks is None:
+    return _or_own(reads_BxLxS, age_BxLxS)[:, None, None]
+  block_BxS = keys.positions // mask.blocks.size
+  chosen = jnp.take_along_axis(mask.blocks.read, block_BxS[:, None, None, :], axis=-1)
+  return _or_own(reads_BxLxS[:, None] & chosen, age_BxLxS[:, None])[:, :, None]
+
+
+def _or_own(reads: Array, age: Array) -> Array:
   return reads | ((age == 0) & ~jnp.any(reads, axis=-1, keepdims=True))
 
 
