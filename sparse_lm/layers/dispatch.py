@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sparse_lm.kernels.rows import take_rows
 from sparse_lm.plan import record
 
 Array = jax.Array
@@ -99,7 +100,7 @@ def dispatch(x_TxD: Array, plan: Plan, executor: str) -> Array:
     x_SxD = record.uncharged(x_SxD, 'tokens moved by one-hot matrices', 2 * tokens * x_SxD.size)
   else:
     token_S = jnp.where(plan.pair_S < tokens * choices, plan.pair_S // choices, tokens)
-    x_SxD = _rows(x_TxD, token_S, plan.slot_TxJ)
+    x_SxD = take_rows(x_TxD, token_S, plan.slot_TxJ)
   return x_SxD.reshape(plan.expert_N.size, -1, x_TxD.shape[1])
 
 
@@ -112,7 +113,7 @@ def combine(y_NxPxD: Array, plan: Plan, weight_TxJ: Array, executor: str) -> Arr
     y_TxD = weight_TxS @ y_SxD
     flops = 2 * weight_TxS.size * y_SxD.shape[1]
     return record.uncharged(y_TxD, 'tokens moved by one-hot matrices', flops)
-  rows = _rows(y_SxD, plan.slot_TxJ.reshape(-1), plan.pair_S[:, None])
+  rows = take_rows(y_SxD, plan.slot_TxJ.reshape(-1), plan.pair_S[:, None])
   return weighted_sum(rows.reshape(*weight_TxJ.shape, -1), weight_TxJ)
 
 
@@ -140,28 +141,3 @@ def weighted_sum(y_TxJxD: Array, weight_TxJ: Array) -> Array:
 def _one_hot(plan: Plan, dtype: jnp.dtype) -> Array:
   """One-hot `[T, J, S]`; all zero where a pair was dropped."""
   return jax.nn.one_hot(plan.slot_TxJ, plan.pair_S.size, dtype=dtype)
-
-
-@jax.custom_vjp
-def _rows(x: Array, index: Array, inverse: Array) -> Array:
-  """`x[index]`, zeros where the index is out of range.
-
-  `inverse[i]` lists where row i went, so that the gradient is a gather too: a scatter-add is many
-  times slower on a CPU.
-  """
-  return jnp.take(x, index, axis=0, mode='fill', fill_value=0)
-
-
-def _rows_forward(x: Array, index: Array, inverse: Array) -> tuple[Array, Array]:
-  return _rows(x, index, inverse), inverse
-
-
-def _rows_backward(inverse: Array, gradient: Array) -> tuple[Array, None, None]:
-  parts = [
-    jnp.take(gradient, inverse[:, i], axis=0, mode='fill', fill_value=0)
-    for i in range(inverse.shape[1])
-  ]
-  return sum(parts), None, None
-
-
-_rows.defvjp(_rows_forward, _rows_backward)
