@@ -48,7 +48,7 @@ def _fields(arguments: list[str], groups: tuple[str, ...]) -> str:
   return '\n'.join(
     [
       f'fields of {known.config}, each with its value and, of a number, what is valid. A method brings '
-      'fields\nof its own: name one (--config.weight.name=rigl --help) to see them.',
+      'fields\nof its own: name one (--config.weight.name=NAME --help) to see them.',
       *(f'{setting:{width}}  {valid}'.rstrip() for setting, valid in rows),
     ]
   )

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from sparse_lm.core.errors import UserError, unknown
 
@@ -84,7 +84,7 @@ def _no_lost_interrupt() -> Iterator[None]:
   can only print `KeyboardInterrupt` and forget it."""
   hook = sys.unraisablehook
 
-  def repeat(raised: Any) -> None:
+  def repeat(raised: 'sys.UnraisableHookArgs') -> None:
     if raised.exc_type is KeyboardInterrupt:
       main = threading.main_thread().ident
       threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT)).start()

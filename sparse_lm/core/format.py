@@ -5,7 +5,7 @@ never modules. Some are for the disk alone: another one runs in their place.
 """
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -117,6 +117,6 @@ def rows(array: Array, index: Array) -> Array:
   return array.at[index].get(mode='promise_in_bounds', indices_are_sorted=True, unique_indices=True)
 
 
-def is_packed(node: Any) -> bool:
+def is_packed(node: object) -> bool:
   """For `jax.tree` functions that are to stop at formats."""
   return isinstance(node, Format)

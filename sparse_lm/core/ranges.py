@@ -52,7 +52,7 @@ class Range:
     base, _, power = text.partition('^')
     return self.kind(base) ** int(power or 1)
 
-  def holds(self, value: Any) -> bool:
+  def holds(self, value: object) -> bool:
     """Whether `value` is a number of the right type in the interval."""
     if isinstance(value, tuple | list):
       return all(map(self.holds, value))
@@ -68,12 +68,12 @@ class Range:
     below = value <= high if closes == ']' else value < high
     return (above and below) or (bool(zero) and value == 0)
 
-  def require(self, field: str, value: Any) -> None:
+  def require(self, field: str, value: object) -> None:
     """Raises UserError, naming the field and the range, unless `value` lies in it."""
     if not self.holds(value):
       raise UserError(f'{field}={shown(value)} is not valid; valid: {self}')
 
-  def __call__(self, text: str) -> Any:
+  def __call__(self, text: str) -> int | float:
     """The number that a command-line argument spells: this is a `type` for `add_argument`."""
     try:
       value = self.kind(text)
@@ -84,12 +84,12 @@ class Range:
     return value
 
 
-def ranged(default: Any, interval: str) -> Any:
+def ranged(default: object, interval: str) -> Any:
   """A dataclass field of that default whose range is `interval`, of the default's type."""
   return dataclasses.field(default=default, metadata={'range': Range(type(default), interval)})
 
 
-def supplied(default: Any) -> Any:
+def supplied(default: object) -> Any:
   """A dataclass field that whoever builds the method fills in: it has a default and is no config key."""
   return dataclasses.field(default=default, kw_only=True, metadata={'supplied': True})
 
@@ -108,7 +108,7 @@ def _single(value: float) -> float:
     return math.inf
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
   """`value` as a message quotes it; Python refuses to print ints of thousands of digits."""
   if isinstance(value, int) and value.bit_length() > 100:
     return f'(an integer of about {round(value.bit_length() * math.log10(2))} digits)'

@@ -15,6 +15,11 @@ from typing import Any
 
 from sparse_lm.core.errors import UserError
 
+# JSON values.
+Json = None | bool | int | float | str | list['Json'] | dict[str, 'Json']
+# What declares them; see above.
+Form = type | types.UnionType | types.GenericAlias | None
+
 SEAL = 'content_sha256'
 LARGEST = 2**26  # bytes of a file that is read as a whole
 
@@ -22,7 +27,7 @@ _NAMES = {dict: 'an object', list: 'a list', str: 'a string', bool: 'true or fal
 _NAMES |= {int: 'a whole number', float: 'a number', type(None): 'null'}
 
 
-def digest(values: Any) -> str:
+def digest(values: Json) -> str:
   """sha256 (hex) of the canonical JSON of `values`: no white space, keys in their order."""
   plain = json.loads(json.dumps(values))  # tuples become lists, and all keys strings
   canonical = json.dumps(plain, sort_keys=True, separators=(',', ':'))
@@ -47,7 +52,7 @@ def sealed(values: dict[str, Any]) -> str:
   return json.dumps(seal(values), indent=2) + '\n'
 
 
-def read(path: pathlib.Path, form: Any) -> Any:
+def read(path: pathlib.Path, form: Form) -> Any:
   """The values of a JSON file that `sealed` made, of the given form and without their digest.
 
   Raises UserError, naming the file, where it cannot be read, is no JSON, has another form, or was
@@ -74,7 +79,7 @@ def read(path: pathlib.Path, form: Any) -> Any:
   return values
 
 
-def read_lines(path: pathlib.Path, form: Any) -> Iterator[tuple[int, bytes, Any, str]]:
+def read_lines(path: pathlib.Path, form: Form) -> Iterator[tuple[int, bytes, Any, str]]:
   """For each line of a file that is not blank: its number, text, values, and what is wrong with it.
 
   Where something is, the values are `None`.
@@ -88,7 +93,7 @@ def read_lines(path: pathlib.Path, form: Any) -> Iterator[tuple[int, bytes, Any,
           yield number, text, None, str(error)
 
 
-def parse(text: bytes, form: Any) -> Any:
+def parse(text: bytes, form: Form) -> Any:
   """The values of JSON in UTF-8. Raises `ValueError` where it is none, or they have another form."""
   try:
     values = json.loads(text)
@@ -100,7 +105,7 @@ def parse(text: bytes, form: Any) -> Any:
   return values
 
 
-def check(value: Any, form: Any, where: str = '') -> None:
+def check(value: Json, form: Form, where: str = '') -> None:
   """Raises `ValueError`, naming the place, where a JSON value does not have the form."""
   origin, arguments = typing.get_origin(form), typing.get_args(form)
   if form is Any:
@@ -126,7 +131,7 @@ def check(value: Any, form: Any, where: str = '') -> None:
     _expect(value, form, where)
 
 
-def _check_union(value: Any, forms: tuple[Any, ...], where: str) -> None:
+def _check_union(value: Json, forms: tuple[Form, ...], where: str) -> None:
   faults = []
   for form in forms:
     try:
@@ -136,7 +141,7 @@ def _check_union(value: Any, forms: tuple[Any, ...], where: str) -> None:
   raise ValueError('; '.join(faults))
 
 
-def _expect(value: Any, kind: type, where: str) -> None:
+def _expect(value: Json, kind: type, where: str) -> None:
   allowed = (int, float) if kind is float else kind
   fits = isinstance(value, allowed) and (kind is bool or not isinstance(value, bool))
   if fits and isinstance(value, int):  # of any size in JSON

@@ -13,6 +13,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from ml_collections import ConfigDict
 
 from sparse_lm.core.errors import UserError, unknown
 from sparse_lm.data import mixture, sources, tokenizers
@@ -198,7 +199,7 @@ class Data:
     } or {'': (tokens, 1.0)}
 
 
-def load(config: Any, tokenizer: tokenizers.Tokenizer | None = None) -> Data:
+def load(config: ConfigDict, tokenizer: tokenizers.Tokenizer | None = None) -> Data:
   """What `config.{source, path, split, tokenizer, vocab_size, context, batch}` describe.
 
   A `tokenizer` that is given takes the place of the one that the corpus would make.

@@ -3,13 +3,17 @@
 import json
 import os
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
 from sparse_lm.core.errors import UserError
+from sparse_lm.core.records import Json
 from sparse_lm.data.corpus import SPLITS, Corpus, join, why_not_text
+
+if TYPE_CHECKING:
+  import tensorflow_datasets as tfds
 
 _INFO, _FEATURES = 'dataset_info.json', 'features.json'
 # The keys of features.json under which TFDS finds the class of a feature: today's two spellings, and
@@ -84,8 +88,8 @@ def _folder(path: str) -> pathlib.Path:
   return found[0]
 
 
-def _open(folder: pathlib.Path, what: str) -> Any:
-  """The `tfds.core.DatasetBuilder` of a directory, none of whose files can name code to run."""
+def _open(folder: pathlib.Path, what: str) -> 'tfds.core.DatasetBuilder':
+  """The builder of a directory, none of whose files can name code to run."""
   import tensorflow_datasets as tfds  # takes a second, which runs on other sources don't owe
 
   own = {
@@ -114,7 +118,7 @@ def _open(folder: pathlib.Path, what: str) -> Any:
   return builder
 
 
-def _classes(value: Any) -> set[str]:
+def _classes(value: Json) -> set[str]:
   """The names of classes anywhere in a features.json, also in JSON that stands in a string there."""
   if isinstance(value, str):
     try:
@@ -127,7 +131,7 @@ def _classes(value: Any) -> set[str]:
   return set().union(*map(_classes, value)) if isinstance(value, list) else set()
 
 
-def _text_feature(features: Any, what: str) -> str:
+def _text_feature(features: 'tfds.features.FeaturesDict', what: str) -> str:
   import tensorflow_datasets as tfds
 
   # A string's `np_dtype` is object; its `dtype` would import TensorFlow.
@@ -148,7 +152,9 @@ def _text_feature(features: Any, what: str) -> str:
   return strings[0]
 
 
-def _documents(builder: Any, split: str, feature: str, what: str) -> list[bytes]:
+def _documents(
+  builder: 'tfds.core.DatasetBuilder', split: str, feature: str, what: str
+) -> list[bytes]:
   import tensorflow_datasets as tfds
 
   found: list[bytes] = []

@@ -10,7 +10,8 @@ import os
 import pathlib
 import platform
 import sysconfig
-from typing import Any
+
+from ml_collections import ConfigDict
 
 from sparse_lm.core.errors import UserError, unknown
 from sparse_lm.data import mixture, prepared
@@ -27,7 +28,7 @@ _LEFT_OUT |= {'site-packages', 'dist-packages'}
 _LEFT_OUT_PREFIXES = ('test_', '_sysconfigdata', 'sitecustomize', 'usercustomize')
 
 
-def load(config: Any) -> Corpus:
+def load(config: ConfigDict) -> Corpus:
   """The corpus that `config.source`, `config.path` and `config.split` name.
 
   Raises `UserError` for an unknown source and as the source does (`files`, `prepared.read`,

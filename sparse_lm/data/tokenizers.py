@@ -10,8 +10,9 @@ import functools
 import itertools
 import json
 import re
+import types
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import numpy as np
 from tqdm import tqdm
@@ -19,6 +20,9 @@ from tqdm import tqdm
 from sparse_lm.core import records
 from sparse_lm.core.errors import UserError, require, unknown
 from sparse_lm.data.corpus import Corpus
+
+if TYPE_CHECKING:
+  import tokenizers
 
 NAMES = ('bytes', 'bpe', 'chars')
 _CODE_POINTS = 0x110000  # of Unicode
@@ -201,7 +205,7 @@ def build(name: str, corpus: Corpus, vocab_size: int) -> Tokenizer:
   raise unknown('config.data.tokenizer', name, NAMES)
 
 
-def from_json(saved: Any) -> Tokenizer:
+def from_json(saved: records.Json) -> Tokenizer:
   """The inverse of `to_json`.
 
   Raises `UserError` for an unknown name, and where the fields are not those of a tokenizer that `build`
@@ -256,7 +260,7 @@ def _possible_merges(merges: str) -> str:
   return merges
 
 
-def _library() -> Any:
+def _library() -> types.ModuleType:
   try:
     import tokenizers
   except ImportError:
@@ -272,7 +276,7 @@ def _alphabet() -> list[str]:
   return sorted(_library().pre_tokenizers.ByteLevel.alphabet())
 
 
-def _byte_level(model: Any) -> Any:
+def _byte_level(model: 'tokenizers.models.Model') -> 'tokenizers.Tokenizer':
   library = _library()
   tokenizer = library.Tokenizer(model)
   tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,7 +1,7 @@
 """What every learned gate shares: fields, checks, and how its decision reaches loss and log."""
 
 import zlib
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ class LearnedGate(LayerMethod):
     if self.estimator not in self.takes:
       raise unknown(f'config.{self.slot}.estimator for this gate', self.estimator, self.takes)
 
-  def gate_traits(self, *, skips: bool = True, **declared: Any) -> Traits:
+  def gate_traits(self, *, skips: bool = True, **declared: str | bool) -> Traits:
     """Traits with what follows from the estimator: a learned gate may open for everything.
 
     Args:

@@ -1,7 +1,6 @@
 """What a method says about its forward pass, besides its output."""
 
 import contextlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ SOWN = ('losses', 'stats', 'gates', 'policy')
 CHUNKS = (8, 32)  # consecutive tokens that a batched or speculative decoder runs together
 
 
-def sow(module: nn.Module, collection: str, name: str, value: Any) -> None:
+def sow(module: nn.Module, collection: str, name: str, value: Tree) -> None:
   """Sows `value` at the module's path; a second call of the module replaces it.
 
   `losses` are added to the training loss as they are, `stats` and `gates` are logged, `policy` is

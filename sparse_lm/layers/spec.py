@@ -2,9 +2,9 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from sparse_lm.core.errors import UserError, unknown
 from sparse_lm.layers.init import INITS
@@ -44,7 +44,7 @@ class Spec:
   remat: bool
 
   @classmethod
-  def from_config(cls, config: Any, vocab: int, context: int) -> 'Spec':
+  def from_config(cls, config: ConfigDict, vocab: int, context: int) -> 'Spec':
     """Reads `config.model`. Raises UserError where its fields do not fit each other."""
     spec = cls(vocab=vocab, context=context, **config)
     spec._check()

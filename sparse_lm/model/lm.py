@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.paths import Part
+from sparse_lm.core.tree import Tree
 from sparse_lm.layers.embed import Embed
 from sparse_lm.layers.linear import Norm
 from sparse_lm.layers.method import LayerMethod, Run
@@ -207,7 +208,7 @@ def check_decodes(model: LM) -> None:
       )
 
 
-def cache_shapes(model: LM, variables: Any, batch: int) -> Any:
+def cache_shapes(model: LM, variables: Tree, batch: int) -> Tree:
   """The `cache` collection for so many sequences, as shape structs; sizes are those of `variables`."""
   token = jnp.zeros((batch, 1), jnp.int32)
   # As in `init`: every layer makes its part, whether a token would enter it or not.

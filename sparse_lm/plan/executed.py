@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from sparse_lm.core.errors import UserError
+from sparse_lm.core.tree import Tree
 from sparse_lm.plan import cost, record
 
 # Equations that run the one function inside once. Their names differ between versions of JAX.
@@ -79,7 +80,7 @@ class Traced:
     )
 
 
-def trace(function: Callable[..., Any], *arguments: Any) -> Traced:
+def trace(function: Callable[..., Any], *arguments: Tree) -> Traced:
   """Traces a function of arrays or shape structs, and counts. Raises what `count` raises."""
   with record.recording():
     return charged(jax.make_jaxpr(function)(*arguments))
@@ -165,7 +166,7 @@ def _sum(parts: Iterable[Executed]) -> Executed:
   return Executed(flops, marks)
 
 
-def _equation(equation: Any) -> Executed:
+def _equation(equation: JaxprEqn) -> Executed:
   name, params = equation.primitive.name, equation.params
   if name in _MATMULS:
     return Executed(_MATMULS[name](equation))
@@ -196,7 +197,7 @@ def _functions(params: Mapping[str, Any]) -> Iterator[Jaxpr]:
         yield item
 
 
-def _dot(equation: Any) -> float:
+def _dot(equation: JaxprEqn) -> float:
   (contract, _), (batch, _) = equation.params['dimension_numbers']
   left, right = (v.aval.shape for v in equation.invars)
   shared = math.prod(left[axis] for axis in (*contract, *batch))
@@ -204,7 +205,7 @@ def _dot(equation: Any) -> float:
   return 2.0 * math.prod(left) * math.prod(right) / shared if shared else 0.0
 
 
-def _ragged_dot(equation: Any) -> float:
+def _ragged_dot(equation: JaxprEqn) -> float:
   # Each row with the matrix of its own group. (XLA on a CPU multiplies it with all of them.)
   numbers = equation.params['ragged_dot_dimension_numbers']
   (_, contract), (_, batch) = numbers.dot_dimension_numbers
@@ -214,13 +215,13 @@ def _ragged_dot(equation: Any) -> float:
   return 2.0 * math.prod(left) * math.prod(free)
 
 
-def _convolution(equation: Any) -> float:
+def _convolution(equation: JaxprEqn) -> float:
   kernel = equation.invars[1].aval
   features = kernel.shape[equation.params['dimension_numbers'].rhs_spec[0]]
   return 2.0 * equation.outvars[0].aval.size * kernel.size / features
 
 
-_MATMULS: dict[str, Callable[[Any], float]] = {
+_MATMULS: dict[str, Callable[[JaxprEqn], float]] = {
   'dot_general': _dot,
   'ragged_dot': _ragged_dot,
   'ragged_dot_general': _ragged_dot,

@@ -9,6 +9,8 @@ import shlex
 import sys
 from typing import Any
 
+import pandas as pd
+
 from sparse_lm.commands.parser import Parser, local_path, one_line
 from sparse_lm.core.errors import UserError, unknown
 from sparse_lm.report import formats, plot, results, runs, table
@@ -65,7 +67,7 @@ def _asked(arguments: argparse.Namespace) -> list[str]:
   return [*_names(arguments.rows), *baseline]
 
 
-def _formatted(frame: Any, kind: str, lines: list[results.Line]) -> str:
+def _formatted(frame: pd.DataFrame, kind: str, lines: list[results.Line]) -> str:
   if kind == 'csv':
     return formats.csv(frame).rstrip()
   studies = list(dict.fromkeys(line.get('study', 'runs') for line in lines))

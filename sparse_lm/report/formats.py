@@ -7,10 +7,12 @@ the columns, the baseline's labels, the seeds and the machines.
 import functools
 import re
 import unicodedata
-from typing import Any
+from collections.abc import Callable
 
 import pandas as pd
 from tabulate import tabulate
+
+from sparse_lm.core.records import Json
 
 ABSENT = '—'
 DIVERGED = 'diverged'  # instead of a mean that would leave a seed out
@@ -24,21 +26,23 @@ def text(frame: pd.DataFrame) -> pd.DataFrame:
     pairs = zip(frame['seeds'], frame['diverged'])
     printed['seeds'] = [f'{n}, {lost} {DIVERGED}' if lost else f'{n}' for n, lost in pairs]
   for c in frame.attrs['columns']:
-    printed[c.heading] = _cells(frame, c, c.metric)
+    printed[c.heading] = _cells(frame, c.text, c.metric)
     if f'{c.metric}_delta_n' in frame and c.paired:
-      printed[f'Δ {c.title or c.metric}'] = _cells(frame, c, f'{c.metric}_delta', sign='+')
+      printed[f'Δ {c.title or c.metric}'] = _cells(frame, c.text, f'{c.metric}_delta', sign='+')
   return pd.DataFrame(printed)
 
 
-def _cells(frame: pd.DataFrame, c: Any, name: str, sign: str = '') -> list[str]:
+def _cells(
+  frame: pd.DataFrame, text: Callable[[float, float, str], str], name: str, sign: str = ''
+) -> list[str]:
   diverged = frame['diverged'] if 'diverged' in frame else [0] * len(frame)
   numbers = zip(frame[f'{name}_mean'], frame[f'{name}_std'], frame[f'{name}_n'], diverged)
   return [
-    DIVERGED if lost else c.text(mean, std, sign) if n else ABSENT for mean, std, n, lost in numbers
+    DIVERGED if lost else text(mean, std, sign) if n else ABSENT for mean, std, n, lost in numbers
   ]
 
 
-def label_text(value: Any) -> str:
+def label_text(value: Json) -> str:
   """A label's value as tables and legends show it."""
   if value is None:
     return ABSENT

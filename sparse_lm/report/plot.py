@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from sparse_lm.core.errors import UserError, unknown
+from sparse_lm.core.records import Json
 from sparse_lm.report import results
 from sparse_lm.report.formats import label_text
 from sparse_lm.report.table import Column, column
@@ -260,7 +261,7 @@ def _front(points: Sequence[_Point]) -> list[_Point]:
   return front
 
 
-def _label_position(value: Any, x: Column, name: str) -> tuple[float, float]:
+def _label_position(value: Json, x: Column, name: str) -> tuple[float, float]:
   if isinstance(value, bool) or not isinstance(value, int | float):
     raise UserError(
       f'label {x.metric!r} of series {name} is {value!r}, not a number; draw it as the baseline, '

@@ -16,6 +16,7 @@ from typing import Any, NotRequired, TypedDict
 
 from sparse_lm.core import records
 from sparse_lm.core.errors import UserError, unknown, writing
+from sparse_lm.core.records import Json
 from sparse_lm.runs import lock
 
 Line = dict[str, Any]
@@ -154,7 +155,7 @@ def group(lines: Sequence[Line], names: Sequence[str]) -> dict[Key, list[Line]]:
   return groups
 
 
-def _hashable(value: Any) -> Any:
+def _hashable(value: Json) -> Any:
   """A label's value as part of a key: JSON's lists as tuples, its objects as tuples of pairs."""
   if isinstance(value, dict):
     return tuple((key, _hashable(item)) for key, item in sorted(value.items()))

@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 from sparse_lm.core import distribution, tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.tree import Tree
+from sparse_lm.layers.spec import Spec
 from sparse_lm.model import lm, slots
 from sparse_lm.model.plans import plan_of
 from sparse_lm.plan import cost
@@ -68,6 +69,19 @@ def check_costs(config: ConfigDict) -> None:
     plan_of(one)
 
 
+def _controlled(spec: Spec) -> list[str]:
+  """The settings of the methods that the budget controller can move, at their defaults."""
+  found = []
+  for slot in slots.LAYER_SLOTS:
+    for name in slots.names(slot):
+      own = slots.MethodConfig(slot, name, tuple(sorted(slots.defaults(slot, name).items())))
+      gating = own.traits(spec).gating
+      if gating is not None and gating.controlled:
+        found.append(f'config.{slot}.name={name}')
+  learned = [name for name in slots.names('weight') if slots.method('weight', name).controlled]
+  return found + [f'config.weight.name={name}' for name in learned]
+
+
 def _check_floor(objective: Objective, target: Tree) -> None:
   """Raises UserError for a budget that the gates cannot reach, naming what they don't gate."""
   ledger, dense = objective.costs.ledger, objective.costs.dense
@@ -79,9 +93,8 @@ def _check_floor(objective: Objective, target: Tree) -> None:
   gates = any(gate.controlled for m in ledger.values() for gate in m.gates)
   if not gates and not objective.method.traits.controlled:
     raise UserError(
-      f'{field} needs something that the controller can move; valid: a learned gate such as '
-      'config.depth.name=token_gate, or learned masks such as config.weight.name=l0 (methods of fixed '
-      'capacity and random gates have rates of their own)'
+      f'{field} needs what the controller can move (fixed capacities and random gates have rates of '
+      f'their own); valid: a learned gate or mask: {", ".join(_controlled(objective.model.spec))}'
     )
   floor = cost.extremes(ledger, density)[0] / dense
   if objective.budget.target < floor:

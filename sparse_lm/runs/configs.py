@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from sparse_lm.core import ranges
 from sparse_lm.core.errors import UserError, require, unknown
+from sparse_lm.core.records import Json
 from sparse_lm.model import slots
 from sparse_lm.runs.run_folder import folder_of, read_config
 
@@ -215,7 +216,7 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
 def from_json(values: dict[str, Any]) -> ConfigDict:
   """The inverse of `to_json`."""
 
-  def plain(value: Any) -> Any:
+  def plain(value: Json) -> Any:
     if isinstance(value, list):
       return tuple(plain(item) for item in value)
     return {k: plain(v) for k, v in value.items()} if isinstance(value, dict) else value
@@ -263,7 +264,7 @@ def _check_types(config: ConfigDict, defaults: dict[str, Any]) -> None:
     _convert(field, fields[field], default)
 
 
-def flat(values: Any, prefix: str = '') -> dict[str, Any]:
+def flat(values: dict[str, Any] | ConfigDict, prefix: str = '') -> dict[str, Any]:
   """`{'weight': {'name': 'set'}}` as `{'weight.name': 'set'}`."""
   out = {}
   for key, value in values.items():
@@ -321,7 +322,7 @@ def _merge_defaults(config: ConfigDict, group: str, name: str, path: str) -> Non
       config[key] = _convert(f'{group}.{key}', config.get(key, value), value)
 
 
-def _override(config: ConfigDict, field: str, value: Any) -> None:
+def _override(config: ConfigDict, field: str, value: object) -> None:
   *parents, last = field.split('.')
   node = config
   for depth, key in enumerate([*parents, last]):
@@ -335,7 +336,7 @@ def _override(config: ConfigDict, field: str, value: Any) -> None:
   node[last] = _convert(field, value, node[last])
 
 
-def _convert(field: str, value: Any, default: Any) -> Any:
+def _convert(field: str, value: object, default: object) -> Any:
   """`value` in the type of `default`: an int passes for a float, a list for a tuple."""
   if isinstance(value, str) and not isinstance(default, str):
     text = {'true': 'True', 'false': 'False'}.get(value.lower(), value)
@@ -353,7 +354,7 @@ def _convert(field: str, value: Any, default: Any) -> Any:
   return value
 
 
-def _wrong_type(field: str, value: Any, default: Any) -> UserError:
+def _wrong_type(field: str, value: object, default: object) -> UserError:
   return UserError(
     f'config.{field}={ranges.shown(value)} is not of type {type(default).__name__}, such as {default!r}'
   )

@@ -3,10 +3,11 @@
 import json
 import zlib
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
+
+from sparse_lm.core.records import Json
 
 Leaf = jax.Array | np.ndarray
 
@@ -21,7 +22,7 @@ def of_leaves(leaves: Mapping[str, Leaf]) -> dict[str, int]:
   return {path: of_leaf(path, leaf) for path, leaf in leaves.items()}
 
 
-def of_json(values: Any) -> int:
+def of_json(values: Json) -> int:
   """CRC of JSON values."""
   return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 

@@ -5,9 +5,11 @@ import dataclasses
 import math
 import signal
 import threading
+import types
 from collections.abc import Iterator
 from typing import Any
 
+import grain
 import jax
 import numpy as np
 from ml_collections import ConfigDict
@@ -71,10 +73,10 @@ class _Stop:
         self._old[signum] = signal.signal(signum, self._note)
     return self
 
-  def _note(self, signum: int, frame: Any) -> None:
+  def _note(self, signum: int, frame: types.FrameType | None) -> None:
     self.signum = signum
 
-  def __exit__(self, *_: Any) -> None:
+  def __exit__(self, *_: object) -> None:
     for signum, handler in self._old.items():
       signal.signal(signum, handler)
 
@@ -218,7 +220,7 @@ class _Loop:
     params, masks = self.program.finalize(state)
     return Evaluated(evaluate(self.setup, params, state.model_state), masks)
 
-  def _save(self, state: TrainState, batches: Any) -> None:
+  def _save(self, state: TrainState, batches: grain.DatasetIterator) -> None:
     """Never saves a state whose losses were not seen to be finite, or less sparse than its masks."""
     with self._paused():
       states.check_masks(self.program.method, state)

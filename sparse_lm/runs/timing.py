@@ -1,14 +1,15 @@
 """The time of a training step, without compilation, evaluation and saving."""
 
 import time
-from typing import Any
 
 import jax
+
+from sparse_lm.core.tree import Tree
 
 _compilations = 0  # of this process: traces, lowerings and compilations of any function
 
 
-def _count(event: str, *_: Any, **__: Any) -> None:
+def _count(event: str, *_: float, **__: str) -> None:
   global _compilations
   if event.startswith('/jax/core/compile'):
     _compilations += 1
@@ -32,7 +33,7 @@ class StepTimer:
     """Begins a span. The device is idle."""
     self._begun, self._running, self._compiled = time.perf_counter(), 0, _compilations
 
-  def step(self, outputs: Any) -> None:
+  def step(self, outputs: Tree) -> None:
     """Counts the step that was just dispatched.
 
     Where it had to be compiled, this call waits for its `outputs`, and the span begins anew: the steps

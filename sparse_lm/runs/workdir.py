@@ -60,7 +60,7 @@ def _replace(path: pathlib.Path, text: bytes) -> None:
     os.replace(temporary, path)
 
 
-def read_json(path: pathlib.Path, form: Any = dict[str, Any]) -> Any:
+def read_json(path: pathlib.Path, form: records.Form = dict[str, Any]) -> Any:
   """What `write_json` wrote, checked; see `core.records.read` for forms and the `UserError`."""
   return records.read(path, form)
 

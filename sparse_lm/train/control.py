@@ -1,11 +1,11 @@
 """The budget controller: holds the forward FLOPs that gates let through at a target."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from ml_collections import ConfigDict
 
 from sparse_lm.core.errors import unknown
 
@@ -50,7 +50,7 @@ class Budget:
   rate: float
 
   @classmethod
-  def from_config(cls, config: Any) -> 'Budget | None':
+  def from_config(cls, config: ConfigDict) -> 'Budget | None':
     """Reads `config.budget`; `None` where there is nothing to hold. Raises UserError."""
     budget = cls(**config.budget)
     if budget.controller not in CONTROLLERS:

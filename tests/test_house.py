@@ -1,0 +1,233 @@
+"""The rules of the house, read from the source: what may be named where, typed parameters, and sizes."""
+
+import ast
+import functools
+import pathlib
+import re
+import statistics
+
+import pytest
+
+from sparse_lm.core import discovery
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+FOLDERS = ('sparse_lm', 'experiments', 'configs', 'tests', 'colab')
+FILES = [
+  str(path.relative_to(ROOT)) for name in FOLDERS for path in sorted((ROOT / name).rglob('*.py'))
+]
+OURS = [path for path in FILES if path.startswith('sparse_lm/')]
+LONGEST_FILE, LONGEST_FUNCTION, MEDIAN_FILE = 400, 60, 100
+
+# Folders whose files are found by name: methods, patterns, signals, formats.
+PACKAGES = (
+  *(
+    f'sparse_lm.methods.{path.name}'
+    for path in sorted((ROOT / 'sparse_lm/methods').glob('[a-z]*/'))
+  ),
+  'sparse_lm.patterns',
+  'sparse_lm.signals',
+  'sparse_lm.inference.formats',
+)
+# Names that are English words or NumPy's: these are sought as whole strings, in quotes, and behind
+# `name=`; all others anywhere in a string.
+WORDS = (
+  'block', 'channels', 'column', 'dense', 'full', 'gated', 'gather', 'global', 'grads', 'head', 'layer',
+  'neuron', 'none', 'plain', 'residual', 'row', 'set', 'static',
+)  # fmt: skip
+
+# What a word means where it stands, if not the method, pattern, signal or format of that name.
+UNIT = 'the kind of a unit, as a module declares it; a pattern is called after the kind'
+PARAMETER = 'the name of a parameter or a module, or a role of one'
+LABEL = 'what a table or figure calls the dense twin'
+KEY = "a key of a method's config"
+ABSENT = 'nothing, to a reader or to Matplotlib'
+MEANS_SOMETHING_ELSE = {
+  'sparse_lm/data/prepared.py': {'none': ABSENT},
+  'sparse_lm/inference/pack.py': {'neuron': UNIT},
+  'sparse_lm/inference/shrink.py': {'layer': UNIT},
+  'sparse_lm/inference/time_formats.py': {'dense': 'what a packed kernel is timed beside'},
+  'sparse_lm/layers/attention.py': {'head': UNIT},
+  'sparse_lm/layers/embed.py': {'head': PARAMETER},
+  'sparse_lm/layers/experts.py': {'neuron': UNIT},
+  'sparse_lm/layers/init.py': {'head': PARAMETER},
+  'sparse_lm/methods/mlp/dense.py': {'neuron': UNIT},
+  'sparse_lm/methods/mlp/gated.py': {'neuron': UNIT},
+  'sparse_lm/methods/mlp/predictor_topk.py': {'neuron': UNIT},
+  'sparse_lm/model/slots.py': {'dense': KEY},
+  'sparse_lm/pack.py': {'dense': LABEL},
+  'sparse_lm/plan/plan.py': {'layer': UNIT},
+  'sparse_lm/report/plot.py': {'dense': LABEL, 'none': ABSENT},
+  'sparse_lm/runs/console.py': {'dense': LABEL},
+  'sparse_lm/train/one_shot.py': {'layer': 'the unit of a progress bar'},
+  'sparse_lm/weights/one_shot.py': {'block': KEY},
+  'sparse_lm/weights/random_start.py': {'layer': KEY, 'none': KEY},
+}
+# What is still to be changed: nothing may join it.
+OPEN_NAMES = {
+  'sparse_lm/methods/weight/sparsegpt.py': {'unstructured'},
+  'sparse_lm/methods/weight/wanda.py': {'per_output'},
+  'sparse_lm/weights/method.py': {'unstructured'},
+}
+OPEN_ATTRIBUTES = {'sparse_lm/weights/method.py': 1}
+
+
+def source(path):
+  return (ROOT / path).read_text(encoding='utf-8')
+
+
+@functools.cache
+def implementations():
+  """By name, the files that implement it."""
+  found = {}
+  for package in PACKAGES:
+    folder = package.replace('.', '/')
+    files = {p.stem.rstrip('_'): f'{folder}/{p.name}' for p in (ROOT / folder).glob('*.py')}
+    for name in discovery.names(package):
+      found.setdefault(name, set()).add(files[name])
+  return found
+
+
+def literals(tree):
+  """Strings that are no docstrings, the twin that a method declares, or the default of its pattern."""
+  left_out = set()
+  for node in ast.walk(tree):
+    if (
+      isinstance(node, ast.Expr)
+      or (isinstance(node, ast.keyword) and node.arg == 'twin')
+      or (isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == 'pattern')
+    ):
+      left_out.add(node.value)
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in left_out:
+      yield node
+
+
+def says(text, name):
+  """Whether a string names an implementation."""
+  if name not in text:
+    return False
+  if text == name or re.search(rf"name=['\"]?{name}\b|['\"]{name}['\"]", text):
+    return True
+  return name not in WORDS and bool(re.search(rf'(?<![\w-]){name}(?![\w-])', text))
+
+
+def names_in(text, path):
+  """The implementations that a source names outside their own files, and the lines."""
+  found = {}
+  for node in literals(ast.parse(text)):
+    for name, own in implementations().items():
+      if path not in own and says(node.value, name):
+        found.setdefault(name, []).append(node.lineno)
+  return found
+
+
+def imports_of(text, path):
+  """Modules of implementations that a source imports, its own package's base left out."""
+  package = pathlib.PurePosixPath(path).parent.parts
+  files = {own for owns in implementations().values() for own in owns} - {path}
+  modules = {own.removesuffix('.py').replace('/', '.') for own in files}
+  for node in ast.walk(ast.parse(text)):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names if alias.name in modules)
+    elif isinstance(node, ast.ImportFrom):
+      base = package[: len(package) - node.level + 1] if node.level else ()
+      module = '.'.join((*base, *filter(None, [node.module])))
+      dotted = {module, *(f'{module}.{alias.name}' for alias in node.names)}
+      yield from sorted(dotted & modules)
+
+
+def asked_for(text):
+  """Lines with `getattr` or `hasattr` of an attribute that is written out."""
+  for node in ast.walk(ast.parse(text)):
+    if isinstance(node, ast.Call) and ast.unparse(node.func) in ('getattr', 'hasattr'):
+      yield from (node.lineno for name in node.args[1:2] if isinstance(name, ast.Constant))
+
+
+def untyped(text):
+  """`function.parameter` of every parameter that is annotated as anything at all, or not."""
+  for node in ast.walk(ast.parse(text)):
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+      continue
+    a = node.args
+    for one in (*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg):
+      if one is not None and one.annotation is not None:
+        parts = ast.unparse(one.annotation).strip('\'"').split(' | ')
+        if not {'Any', 'typing.Any'}.isdisjoint(parts):
+          yield f'{node.name}.{one.arg}'
+
+
+def long_functions(text):
+  for node in ast.walk(ast.parse(text)):
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+      lines = node.end_lineno - node.lineno + 1
+      if lines > LONGEST_FUNCTION:
+        yield f'{node.name} has {lines} lines'
+
+
+@pytest.mark.parametrize('path', OURS)
+def test_an_implementation_is_named_in_its_own_file_alone(path):
+  found = names_in(source(path), path)
+  allowed = {*MEANS_SOMETHING_ELSE.get(path, {}), *OPEN_NAMES.get(path, ())}
+  assert not {name: lines for name, lines in found.items() if name not in allowed}
+
+
+@pytest.mark.parametrize('path', OURS)
+def test_no_implementation_is_imported(path):
+  assert not list(imports_of(source(path), path))
+
+
+@pytest.mark.parametrize('path', OURS)
+def test_attributes_are_declared_and_not_asked_for(path):
+  assert len(list(asked_for(source(path)))) == OPEN_ATTRIBUTES.get(path, 0)
+
+
+@pytest.mark.parametrize('path', OURS)
+def test_every_parameter_has_a_type(path):
+  assert not list(untyped(source(path)))
+
+
+def test_the_lists_of_exceptions_hold_nothing_that_is_gone():
+  for path, words in (*MEANS_SOMETHING_ELSE.items(), *OPEN_NAMES.items()):
+    assert set(words) <= names_in(source(path), path).keys(), path
+
+
+def test_files_are_short():
+  lines = {path: len(source(path).splitlines()) for path in FILES}
+  assert not {path: count for path, count in lines.items() if count > LONGEST_FILE}
+  # Files that hold nothing would make the median of the others look smaller.
+  assert statistics.median(lines[path] for path in OURS if lines[path]) <= MEDIAN_FILE
+
+
+def test_functions_are_short():
+  # `get_config` of the base config is a list of fields, one a line.
+  checked = [path for path in FILES if path != 'configs/base.py']
+  long = {path: list(long_functions(source(path))) for path in checked}
+  assert not {path: functions for path, functions in long.items() if functions}
+
+
+FAULTS = '''
+def f(x: Any, y: 'Any | None', *rest: Any, z: dict[str, Any] = None, **more: int) -> Any:
+  """Says rigl."""
+  if hasattr(x, 'twin') or getattr(x, y):
+    raise UserError('valid: config.weight.name=set, or the rigl of 2020')
+  from sparse_lm.methods.weight import rigl
+  import sparse_lm.patterns.n_of_m
+  from ..patterns import row
+  return x == 'block', 'a block', "the 'head'", 'per_output'
+'''
+
+
+def test_what_the_rules_find():
+  """A source that breaks each of them, and what is near to it and breaks none."""
+  path = 'sparse_lm/runs/new.py'
+  assert set(names_in(FAULTS, path)) == {'set', 'rigl', 'block', 'head', 'per_output'}
+  assert 'rigl' not in names_in(FAULTS, 'sparse_lm/methods/weight/rigl.py')
+  assert sorted(imports_of(FAULTS, path)) == [
+    'sparse_lm.methods.weight.rigl',
+    'sparse_lm.patterns.n_of_m',
+    'sparse_lm.patterns.row',
+  ]
+  assert len(list(asked_for(FAULTS))) == 1
+  assert list(untyped(FAULTS)) == ['f.x', 'f.y', 'f.rest']
+  assert list(long_functions(FAULTS)) == []
+  assert list(long_functions('def g():\n' + 60 * '  pass\n')) == ['g has 61 lines']
