@@ -17,9 +17,7 @@ from sparse_lm.runs import runtime
 def main() -> None:
   """Measures, writes the file and prints what it holds."""
   parser = Parser('python -m sparse_lm.format_costs')
-  parser.add_argument(
-    '--out', type=local_path, default='', help='a JSON file; by default that of this device'
-  )
+  parser.add_argument('--out', type=local_path, help='a JSON file; by default that of this device')
   parser.add_argument('--repeats', type=Range(int, '[1, 2^31)'), default=15, help='turns of a case')
   arguments = parser.parse_args()
   runtime.prepare()

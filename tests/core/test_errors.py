@@ -23,6 +23,7 @@ COMMANDS = (
   'sparse_lm.pack',
   'sparse_lm.generate',
   'sparse_lm.speed',
+  'sparse_lm.format_costs',
   'sparse_lm.cost',
   'sparse_lm.list_methods',
   'sparse_lm.data.prepare',
