@@ -39,6 +39,7 @@ WORDS = (
 UNIT = 'the kind of a unit, as a module declares it; a pattern is called after the kind'
 PARAMETER = 'the name of a parameter or a module, or a role of one'
 LABEL = 'what a table or figure calls the dense twin'
+SIGNAL = 'a signal that the method needs, and reads by its name'
 KEY = "a key of a method's config"
 ABSENT = 'nothing, to a reader or to Matplotlib'
 MEANS_SOMETHING_ELSE = {
@@ -53,6 +54,9 @@ MEANS_SOMETHING_ELSE = {
   'sparse_lm/methods/mlp/dense.py': {'neuron': UNIT},
   'sparse_lm/methods/mlp/gated.py': {'neuron': UNIT},
   'sparse_lm/methods/mlp/predictor_topk.py': {'neuron': UNIT},
+  'sparse_lm/methods/weight/rigl.py': {'grads': SIGNAL},
+  'sparse_lm/methods/weight/sparsegpt.py': {'xtx': SIGNAL},
+  'sparse_lm/methods/weight/wanda.py': {'x_sq': SIGNAL},
   'sparse_lm/model/slots.py': {'dense': KEY},
   'sparse_lm/pack.py': {'dense': LABEL},
   'sparse_lm/plan/plan.py': {'layer': UNIT},
@@ -62,13 +66,8 @@ MEANS_SOMETHING_ELSE = {
   'sparse_lm/weights/one_shot.py': {'block': KEY},
   'sparse_lm/weights/random_start.py': {'layer': KEY, 'none': KEY},
 }
-# What is still to be changed: nothing may join it.
-OPEN_NAMES = {
-  'sparse_lm/methods/weight/sparsegpt.py': {'unstructured'},
-  'sparse_lm/methods/weight/wanda.py': {'per_output'},
-  'sparse_lm/weights/method.py': {'unstructured'},
-}
-OPEN_ATTRIBUTES = {'sparse_lm/weights/method.py': 1}
+# Files that are still too long: nothing may join them.
+OPEN_FILES = {'tests/test_contract.py'}
 
 
 def source(path):
@@ -167,7 +166,7 @@ def long_functions(text):
 @pytest.mark.parametrize('path', OURS)
 def test_an_implementation_is_named_in_its_own_file_alone(path):
   found = names_in(source(path), path)
-  allowed = {*MEANS_SOMETHING_ELSE.get(path, {}), *OPEN_NAMES.get(path, ())}
+  allowed = MEANS_SOMETHING_ELSE.get(path, {})
   assert not {name: lines for name, lines in found.items() if name not in allowed}
 
 
@@ -178,7 +177,7 @@ def test_no_implementation_is_imported(path):
 
 @pytest.mark.parametrize('path', OURS)
 def test_attributes_are_declared_and_not_asked_for(path):
-  assert len(list(asked_for(source(path)))) == OPEN_ATTRIBUTES.get(path, 0)
+  assert not list(asked_for(source(path)))
 
 
 @pytest.mark.parametrize('path', OURS)
@@ -187,13 +186,13 @@ def test_every_parameter_has_a_type(path):
 
 
 def test_the_lists_of_exceptions_hold_nothing_that_is_gone():
-  for path, words in (*MEANS_SOMETHING_ELSE.items(), *OPEN_NAMES.items()):
+  for path, words in MEANS_SOMETHING_ELSE.items():
     assert set(words) <= names_in(source(path), path).keys(), path
 
 
 def test_files_are_short():
   lines = {path: len(source(path).splitlines()) for path in FILES}
-  assert not {path: count for path, count in lines.items() if count > LONGEST_FILE}
+  assert {path for path, count in lines.items() if count > LONGEST_FILE} == OPEN_FILES
   # Files that hold nothing would make the median of the others look smaller.
   assert statistics.median(lines[path] for path in OURS if lines[path]) <= MEDIAN_FILE
 

@@ -78,7 +78,9 @@ def _controlled(spec: Spec) -> list[str]:
       gating = own.traits(spec).gating
       if gating is not None and gating.controlled:
         found.append(f'config.{slot}.name={name}')
-  learned = [name for name in slots.names('weight') if slots.method('weight', name).controlled]
+  learned = [
+    name for name in slots.names('weight') if slots.method('weight', name).traits.controlled
+  ]
   return found + [f'config.weight.name={name}' for name in learned]
 
 

@@ -113,12 +113,7 @@ class Objective:
     """
     params, density = effective
     tokens_BxL1, teacher_BxLxV = batch
-    # A density that is not learned is charged as what it will be in the end.
-    now = tree.named(density)
-    charged_density = {
-      path: now[path] if parts.learns_density(self.method, path) else final
-      for path, final in tree.named(state.sparse.target).items()
-    }
+    charged_density = self._charged_density(density, state.sparse.target)
 
     def forward(**rngs: Array) -> tuple[Array, _Pass]:
       logits, variables = self.model.apply(
@@ -133,9 +128,8 @@ class Objective:
     logits, sampled = forward(dropout=key, gates=jax.random.fold_in(key, 1))
     variables = sampled.variables
     nats = jnp.mean(sampled.losses_BxL)
-    metrics = {'loss': nats, 'density': mean_density(density, params)} | observed(
-      self.costs.ledger, variables
-    )
+    seen = observed(self.costs.ledger, variables)
+    metrics = {'loss': nats, 'density': mean_density(density, params)} | seen
     metrics['flops_pass'] = self.costs.training_pass(density)
     penalty = self.method.penalty(density, params)
     auxiliary = sum(jax.tree.leaves(variables.get('losses', {})), penalty)
@@ -155,6 +149,14 @@ class Objective:
       metrics['divergence'] = divergence
       nats += self.distillation.weight * (divergence - nats)
     return nats + auxiliary, (states.collections(variables), metrics)
+
+  def _charged_density(self, density: Tree, target: Tree) -> dict[str, Array]:
+    """By path, the densities that are charged: those that are not learned as they are in the end."""
+    now = tree.named(density)
+    return {
+      path: now[path] if parts.learns_density(self.method, path) else final
+      for path, final in tree.named(target).items()
+    }
 
   def _policy_loss(
     self,

@@ -183,8 +183,7 @@ class Program:
     resting = method.resting(updates, trainable)
     if not all(jax.tree.leaves(resting)):
       change, opt_state = step_but_where(self.tx, trainable_grads, opt_state, trainable, resting)
-      if any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(trainable)):
-        metrics['lost_updates'] = lost_updates(trainable, change)
+      metrics |= _rounding(trainable, change)
       trainable = method.constrain(optax.apply_updates(trainable, change), sparse)
     read = Gradients(effective.params, grads.params)
     collected = parts.add(state.signals, read, collects)
@@ -196,19 +195,17 @@ class Program:
       toggled = toggled | {'params': update.toggled}
       opt_state = zero_moments(self.tx, opt_state, toggled)
       collected = parts.forget(collected, updates)
-    return (
-      state.replace(
-        step=step + 1,
-        trainable=trainable,
-        sparse=sparse,
-        opt_state=opt_state,
-        ema=self._average(state.ema, trainable, sparse, toggled),
-        model_state=model_state,
-        control=control,
-        signals=collected,
-      ),
-      metrics,
+    after = state.replace(
+      step=step + 1,
+      trainable=trainable,
+      sparse=sparse,
+      opt_state=opt_state,
+      ema=self._average(state.ema, trainable, sparse, toggled),
+      model_state=model_state,
+      control=control,
+      signals=collected,
     )
+    return after, metrics
 
   def _average(self, ema: Tree, trainable: Tree, sparse: Sparse, toggled: Tree) -> Tree:
     """The moving average after a step; that of `toggled` weights (bool, `None` = dense) starts at 0."""
@@ -219,6 +216,13 @@ class Program:
       lambda w, flag: jnp.where(flag, 0, w), mixed, toggled, dense=lambda w: w
     )
     return self.method.constrain(mixed, sparse)
+
+
+def _rounding(trainable: Tree, change: Tree) -> Metrics:
+  """The share of the updates that rounding undoes; nothing where all parameters are float32."""
+  if all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(trainable)):
+    return {}
+  return {'lost_updates': lost_updates(trainable, change)}
 
 
 @functools.lru_cache(maxsize=16)

@@ -98,7 +98,7 @@ class ScoredMethod(PatternMethod):
       not from_calibration(needs) or not units.spans_layers,
       'config.weight.pattern',
       self.pattern,
-      'a pattern whose units are each of one layer, such as per_output or 2:4',
+      'a pattern whose units are each of one layer',
     )
 
   def check_one_shot(self) -> None:

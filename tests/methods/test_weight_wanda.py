@@ -179,7 +179,7 @@ def test_patterns_that_sparsegpt_has_no_rule_for_are_refused_and_wanda_takes_the
   with pytest.raises(UserError) as refused:
     SPARSEGPT(total_steps=1, pattern=pattern).check()
   line = str(refused.value)
-  assert f"config.weight.pattern='{pattern}'" in line and 'unstructured, or N:M' in line
+  assert f"config.weight.pattern='{pattern}'" in line and 'single weights' in line and 'N:M' in line
   assert '\n' not in line
   WANDA(total_steps=1, pattern=pattern).check()
 

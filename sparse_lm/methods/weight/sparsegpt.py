@@ -35,8 +35,12 @@ class SparseGPT(OneShot):
 
   def check(self) -> None:
     """Raises UserError for a pattern that cannot be decided input by input."""
-    decides = self.units.lookahead is not None
-    require(decides, 'config.weight.pattern', self.pattern, 'unstructured, or N:M such as 2:4')
+    require(
+      self.units.lookahead is not None,
+      'config.weight.pattern',
+      self.pattern,
+      'one that ranks single weights, all at once or within N:M groups of inputs',
+    )
 
   def prune(self, params: Tree, signals: dict[str, Tree], target: Tree) -> tuple[Tree, Tree]:
     """New weights and masks; `xtx` holds the mean outer product `[in, in]` of each kernel's inputs."""
