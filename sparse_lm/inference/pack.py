@@ -2,8 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -176,14 +175,14 @@ def assemble(
   model: LM, left: Shrunk, matrices: dict[str, Matrix], small: dict[str, np.ndarray], state: Tree
 ) -> PackedModel:
   """The variables of a packed model from its parts."""
-  held: dict[str, Any] = {path: matrix.runs for path, matrix in matrices.items()} | small
+  held: dict[str, Tree] = {path: matrix.runs for path, matrix in matrices.items()} | small
   held |= {f'{path}/kept': kept for path, kept in left.kept.items()}
   held |= {Part.REMOVED.of(layer): np.zeros((), np.int32) for layer in left.removed_layers}
   variables = {'params': nested(left.params), 'packed': nested(held), **state}
   return PackedModel(model, jax.device_put(variables), matrices, left.removed)
 
 
-def nested(flat: dict[str, Any]) -> Tree:
+def nested(flat: Mapping[str, Tree]) -> Tree:
   """`{'a/b': x}` as `{'a': {'b': x}}`."""
   out: Tree = {}
   for path, value in flat.items():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sparse_lm.layers.tokens import Tokens
+from sparse_lm.plan import record
 
 
 def gather_run_scatter(
@@ -33,7 +34,8 @@ def run_routed(block: nn.Module, tokens: Tokens, mode: str) -> jax.Array:
   branch = jnp.searchsorted(jnp.array([0, *sizes]), most)
   branches = [lambda block, tokens: jnp.zeros_like(tokens.x)]
   branches += [_of_size(size, mode) for size in sizes]
-  return nn.switch(branch, branches, block, tokens)
+  with record.in_branch():
+    return nn.switch(branch, branches, block, tokens)
 
 
 def _sizes(length: int) -> list[int]:

@@ -9,16 +9,16 @@ inside `record.gated`, and costs as much as the gate is active.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sparse_lm.core import tree
+from sparse_lm.core.tree import Tree
 
 Array = jax.Array
-Tree = Any
+Fraction = float | Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,8 +71,10 @@ Ledger = dict[str, Matmul]
 
 
 def forward_flops(
-  ledger: Ledger, density: dict[str, Any], activity: dict[str, Any] | None = None
-) -> Any:
+  ledger: Ledger,
+  density: Mapping[str, Fraction],
+  activity: Mapping[str, Fraction] | None = None,
+) -> Fraction:
   """FLOPs of the ledger, each kernel at its density (1 where not named), each gate at its activity.
 
   Densities and activities may be traced. Nested gates count at the joint fraction where `activity` has
@@ -83,12 +85,12 @@ def forward_flops(
   )
 
 
-def _active(matmul: Matmul, activity: dict[str, Any]) -> Any:
+def _active(matmul: Matmul, activity: Mapping[str, Fraction]) -> Fraction:
   separate = math.prod(activity.get(gate.path, gate.planned) for gate in matmul.gates)
   return activity.get(_joint(matmul.gates), separate)
 
 
-def fractions(ledger: Ledger, active: dict[str, Any]) -> dict[str, Any]:
+def fractions(ledger: Ledger, active: Mapping[str, Array]) -> dict[str, Array]:
   """The fraction of the work behind each gate that runs, and of the work behind nested gates.
 
   Gates that open for the same tokens leave more than the product of their means, so nested gates are

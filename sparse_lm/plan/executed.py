@@ -9,7 +9,6 @@ import collections
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
@@ -80,7 +79,7 @@ class Traced:
     )
 
 
-def trace(function: Callable[..., Any], *arguments: Tree) -> Traced:
+def trace(function: Callable[..., Tree], *arguments: Tree) -> Traced:
   """Traces a function of arrays or shape structs, and counts. Raises what `count` raises."""
   with record.recording():
     return charged(jax.make_jaxpr(function)(*arguments))
@@ -188,7 +187,7 @@ def _equation(equation: JaxprEqn) -> Executed:
   return _sum(inside)
 
 
-def _functions(params: Mapping[str, Any]) -> Iterator[Jaxpr]:
+def _functions(params: Mapping[str, object]) -> Iterator[Jaxpr]:
   for value in params.values():
     for item in value if isinstance(value, tuple | list) else (value,):
       if isinstance(item, ClosedJaxpr):

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
 
 import jax
 from flax import linen as nn
@@ -66,7 +65,7 @@ class ModelPlan:
 
 
 def read(
-  init: Callable[[jax.Array], tuple[Any, Tree]], tokens: int, sown: Collection[str] = ()
+  init: Callable[[jax.Array], tuple[Tree, Tree]], tokens: int, sown: Collection[str] = ()
 ) -> ModelPlan:
   """The plan of a Linen module.
 
@@ -103,18 +102,18 @@ def read(
   )
 
 
-def _noting(shapes: dict[str, Shape]) -> Callable[..., Any]:
+def _noting(shapes: dict[str, Shape]) -> Callable[..., Tree]:
   """An interceptor of calls that notes the shape of every parameter as its own module sees it.
 
   A module that a loop wraps is called inside of it first, and the loop's stacked arrays are seen later.
   """
 
   def intercept(
-    call: Callable[..., Any],
+    call: Callable[..., Tree],
     arguments: tuple,
     keywords: dict,
     context: nn.module.InterceptorContext,
-  ) -> Any:
+  ) -> Tree:
     out = call(*arguments, **keywords)
     if context.module.scope is not None:
       for name, leaf in context.module.variables.get('params', {}).items():

@@ -82,7 +82,9 @@ class Actor(abc.ABC):
     """Whether it acts on the site of that name."""
 
   @abc.abstractmethod
-  def act(self, module: nn.Module, name: str, path: str, value: jax.Array) -> jax.Array:
+  def act(
+    self, module: nn.Module, name: str, path: str, value: jax.Array, branch: bool
+  ) -> jax.Array:
     """The activations that the model goes on with.
 
     Args:
@@ -90,6 +92,7 @@ class Actor(abc.ABC):
       name: of the site in the module.
       path: of the site in the model.
       value: the activations so far.
+      branch: whether the site is in a branch of a conditional, which hands no activations out.
     """
 
 
@@ -101,11 +104,13 @@ class _Scope:
     found: the recording, if there is one.
     gates: that may skip what follows, outermost first.
     actors: that see sites, the last one first.
+    branch: whether this is in a branch of a conditional, which hands no activations out.
   """
 
   found: Recording | None = None
   gates: tuple[Gate, ...] = ()
   actors: tuple[Actor, ...] = ()
+  branch: bool = False
 
 
 _EMPTY = _Scope()
@@ -238,7 +243,7 @@ def site(module: nn.Module, name: str, value: jax.Array, kernel: str | None = No
     parameter = None if kernel is None else '/'.join((*module.path, kernel))
     scope.found.sites[path] = Site(path, value.shape, value.dtype, parameter)
   for actor in reversed(scope.actors):
-    value = actor.act(module, name, path, value)
+    value = actor.act(module, name, path, value, scope.branch)
   return value
 
 
@@ -252,6 +257,11 @@ def hook(module: nn.Module, name: str) -> Callable[[jax.Array], jax.Array] | Non
   if scope.found is None and not any(actor.wants(path) for actor in scope.actors):
     return None
   return lambda value: site(module, name, value)
+
+
+def in_branch() -> contextlib.AbstractContextManager[None]:
+  """Modules inside are called in branches of a conditional."""
+  return _within(dataclasses.replace(_scope.get(), branch=True))
 
 
 @contextlib.contextmanager

@@ -52,8 +52,8 @@ def run(
     once they are those of its last call.
 
   Raises:
-    UserError: a name or pattern that no site has, a site whose value no loop hands out, or a replacement
-      of another shape or dtype.
+    UserError: a name or pattern that no site has, a site whose value no loop or conditional hands out, or
+      a replacement of another shape or dtype.
   """
   reader = _Reader(tuple(read))
   replacer = _Replacer(dict(replace or {}))
@@ -106,9 +106,16 @@ class _Reader(record.Actor):
   def wants(self, path: str) -> bool:
     return any(_matches(pattern, path) for pattern in self.patterns)
 
-  def act(self, module: nn.Module, name: str, path: str, value: jax.Array) -> jax.Array:
+  def act(
+    self, module: nn.Module, name: str, path: str, value: jax.Array, branch: bool
+  ) -> jax.Array:
     self.passed[path] = None
     if self.wants(path):
+      if branch:
+        raise UserError(
+          f'{path} cannot be read where a conditional decides whether its layer runs; valid: mode '
+          "'eval', which runs every layer"
+        )
       module.sow(READ, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
     return value
 
@@ -123,7 +130,9 @@ class _Replacer(record.Actor):
   def wants(self, path: str) -> bool:
     return any(_matches(pattern, path) for pattern in self.by_pattern)
 
-  def act(self, module: nn.Module, name: str, path: str, value: jax.Array) -> jax.Array:
+  def act(
+    self, module: nn.Module, name: str, path: str, value: jax.Array, branch: bool
+  ) -> jax.Array:
     self.passed[path] = None
     for pattern, function in self.by_pattern.items():
       if _matches(pattern, path):

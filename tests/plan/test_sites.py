@@ -231,6 +231,21 @@ def test_a_replacement_of_another_shape_or_type_is_refused(model, params):
       run(model, params, replace={'block_0/mlp/hidden': function})
 
 
+def test_a_layer_that_decoding_may_skip_is_not_read_but_may_be_changed(tiny_config):
+  model = lm.from_config(tiny_config(depth__name='token_gate'), VOCAB)
+  variables = {'params': drawn(model)}
+  run = functools.partial(sites.run, model, variables, TOKENS, mode='decode')
+  with pytest.raises(UserError, match=r"block_0/mlp/hidden cannot be read .*valid: mode 'eval'"):
+    run(read=['*/hidden'])
+  out, seen = run(read=['residual_1'], replace={'block_0/mlp/hidden': lambda h: 2 * h})
+  doubled = jax.tree.map(np.copy, variables['params'])
+  doubled['block_0']['mlp']['down']['kernel'] *= 2
+  want = model.apply({'params': doubled}, TOKENS, mode='decode')
+  assert_allclose(out, want, rtol=1e-4, atol=1e-4)
+  assert seen['residual_1'].shape == (BATCH, LENGTH, WIDTH)
+  assert np.abs(want - model.apply(variables, TOKENS, mode='decode')).max() > 0.01
+
+
 class Cell(nn.Module):
   """A layer in the form that `nn.scan` takes."""
 
