@@ -1,9 +1,10 @@
-"""What a user adds is one file: a pattern, a format, an evaluation, a study, and each of them runs.
+"""What a user adds is one file: score, signal, router, pattern, format, evaluation, study; each runs.
 
-Layer methods are dropped in likewise by tests/methods/test_routers_of_a_user.py and
+Routers and attention methods are compared with NumPy in tests/methods/test_routers_of_a_user.py and
 tests/methods/test_attention_of_a_user.py.
 """
 
+import ast
 import importlib
 import json
 import sys
@@ -15,15 +16,77 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from experiments import run as runner
-from sparse_lm import evals, patterns
+from sparse_lm import evals, patterns, signals
 from sparse_lm.core import tree
 from sparse_lm.evals import EvalData, EvalModel
 from sparse_lm.inference import formats
 from sparse_lm.inference.pack import Kernel, choose, pack
+from sparse_lm.model import slots
 from sparse_lm.runs import configs, packed_folder
 from sparse_lm.runs.loop import train
 from sparse_lm.runs.trained import load
 from sparse_lm.weights.method import apply_masks
+
+SCORE = '''
+"""Pruning by the diagonal of the Fisher matrix."""
+
+from typing import ClassVar
+
+import jax
+
+from sparse_lm.weights.score import ScoredMethod
+from sparse_lm.weights.traits import Traits
+
+
+class Fisher(ScoredMethod):
+  """Keeps the weights without which the loss would be higher, to second order."""
+
+  traits: ClassVar[Traits] = Traits(
+    paper='Theis et al. 2018', saves='what the ramp has dropped', needs=('squared_grads',)
+  )
+
+  def scores(self, trainable, signals):
+    """Half of the rise of the loss, times two."""
+    return jax.tree.map(lambda w, f: w**2 * f, trainable['params'], signals['squared_grads'])
+'''
+
+SIGNAL = '''
+from typing import ClassVar
+
+from sparse_lm.core.signal import TrainingSignal
+
+
+class SquaredGrads(TrainingSignal):
+  """The squared gradient, over two steps."""
+
+  batches: ClassVar[int] = 2
+
+  def of_gradient(self, weights, gradient):
+    return gradient**2
+'''
+
+ROUTER = '''
+import jax
+
+from sparse_lm.layers.method import Traits
+from sparse_lm.layers.mixture import MixtureOfExperts
+from sparse_lm.layers.router import Router
+from sparse_lm.layers.routing import Routing
+from sparse_lm.plan.cost import Gating
+
+
+class TopOne(MixtureOfExperts):
+  """Each token's best expert, at its own probability."""
+
+  @property
+  def traits(self):
+    return Traits(paper='Fedus et al. 2022', saves='experts', twin='dense', gating=Gating())
+
+  def route(self, x_TxD, mode):
+    score_TxE = jax.nn.softmax(Router(self.spec, self.experts, name='router')(x_TxD))
+    weight_Tx1, expert_Tx1 = jax.lax.top_k(score_TxE, 1)
+    return Routing(expert_Tx1, weight_Tx1, score_TxE, visits=1.0)
+'''
 
 PATTERN = '''
 from typing import ClassVar
@@ -144,6 +207,9 @@ def report(lines, folder):
 '''
 
 DROPPED = {
+  ('sparse_lm.methods.weight', 'fisher'): SCORE,
+  ('sparse_lm.signals', 'squared_grads'): SIGNAL,
+  ('sparse_lm.methods.mlp', 'top_one'): ROUTER,
   ('sparse_lm.patterns', 'pairs'): PATTERN,
   ('sparse_lm.inference.formats', 'kept_inputs'): FORMAT,
   ('sparse_lm.evals', 'accuracy'): EVALUATION,
@@ -168,6 +234,7 @@ def folder(tmp_path_factory):
     sys.modules.pop(f'{package}.{name}', None)
     vars(sys.modules[package]).pop(name, None)
   patterns.pattern.cache_clear()
+  signals.signal.cache_clear()
 
 
 @pytest.fixture(scope='module')
@@ -179,10 +246,66 @@ def trained(folder, tiny_config, tmp_path_factory):
 
 
 def test_each_is_found_by_its_name(folder):
+  assert 'fisher' in slots.names('weight') and 'top_one' in slots.names('mlp')
+  assert signals.signal('squared_grads').batches == 2
   assert 'pairs' in patterns.spellings()
   assert 'kept_inputs' in formats.names()
   assert 'accuracy' in evals.names()
   assert runner.studies()['pairs_study'] == 'Do pairs cost accuracy?'
+
+
+def lines_of_code(text):
+  """Lines that are neither blank nor part of a docstring."""
+  module = ast.parse(text)
+  strings = [node for node in ast.walk(module) if isinstance(node, ast.Expr)]
+  docstrings = {
+    line
+    for node in strings
+    if isinstance(node.value, ast.Constant)
+    for line in range(node.lineno, node.end_lineno + 1)
+  }
+  lines = enumerate(text.splitlines(), start=1)
+  return sum(bool(line.strip()) and number not in docstrings for number, line in lines)
+
+
+def test_a_score_is_a_dozen_lines():
+  assert 5 < lines_of_code(SCORE) <= 15
+
+
+def test_a_score_keeps_the_weights_of_the_largest_scores(folder):
+  draw = np.random.default_rng(0)
+  params = {name: draw.standard_normal((16, 8)).astype('f') for name in ('a', 'b')}
+  params['scale'] = np.ones(8, 'f')
+  target = {'a': np.float32(0.25), 'b': np.float32(0.5), 'scale': None}
+  method = slots.method('weight', 'fisher')(total_steps=10, schedule='at_once', start=0.0)
+  trainable, sparse = method.init(jax.random.key(0), params, target)
+  squared = {name: draw.random((16, 8)).astype('f') for name in ('a', 'b')} | {'scale': None}
+  update = method.update(trainable, sparse, {'squared_grads': squared}, 5, jax.random.key(1))
+  for name, kept in (('a', 32), ('b', 64)):
+    scores = params[name].astype('d') ** 2 * squared[name]
+    want = scores >= np.sort(scores, axis=None)[-kept]
+    assert_array_equal(update.sparse.masks[name], want)
+    assert_array_equal(update.trainable['params'][name], np.where(want, params[name], 0))
+  assert update.sparse.masks['scale'] is None
+
+
+def test_a_score_trains_on_the_signal_that_it_names(folder, tiny_config, tmp_path):
+  config = tiny_config(weight__name='fisher', weight__sparsity=0.75, weight__period=2)
+  metrics = train(config, str(tmp_path), progress=False)['metrics']
+  assert metrics['sparsity_prunable'] == pytest.approx(0.75, abs=1e-3)
+  masks = tree.named(load(str(tmp_path)).masks)
+  assert all(mask.sum() == round(mask.size / 4) for mask in masks.values()) and len(masks) >= 2
+
+
+def test_a_router_trains_and_is_charged_for_the_expert_that_runs(folder, tiny_config, tmp_path):
+  config = tiny_config(mlp__name='top_one', mlp__experts=4)
+  metrics = train(config, str(tmp_path), progress=False)['metrics']
+  # An expert is as large as the dense MLP: what is more than the twin's is the router.
+  width, hidden, experts, vocab = 16, 32, 4, load(str(tmp_path)).tokenizer.vocab_size
+  dense = 2 * (4 * width**2 + 2 * width * hidden + width * vocab) + 4 * 16 * width
+  router = 2 * width * experts
+  assert metrics['flops_forward_ratio'] == pytest.approx((dense + router) / dense, rel=1e-6)
+  assert metrics['val_loss'] < np.log(vocab)
 
 
 def test_a_pattern_trains_with_masks_of_its_units(trained):
