@@ -25,7 +25,7 @@ fuzz: .venv/dev
 # The notebooks and the contract of the methods with the versions that Colab has.
 test-colab: .venv-colab/dev
 	.venv-colab/bin/python -m pytest -n 2 --dist loadfile -o cache_dir=.venv-colab/pytest \
-	  tests/colab tests/test_contract.py
+	  tests/colab tests/test_contract.py tests/test_flops_contract.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .
