@@ -3,6 +3,8 @@
 import contextlib
 import time
 
+from ml_collections import ConfigDict
+
 from sparse_lm.commands.config_arguments import add_fields_to_help, overrides_from_args
 from sparse_lm.commands.parser import Parser, local_path, one_line
 from sparse_lm.core import rng
@@ -17,6 +19,7 @@ from sparse_lm.runs.history import History
 from sparse_lm.runs.run_folder import folder_of
 from sparse_lm.runs.setup import Setup, data_of
 from sparse_lm.runs.trained import check_fits, load
+from sparse_lm.runs.weight import groups_of_parts
 from sparse_lm.runs.workdir import Workdir, check_new, check_text, whole_folder
 from sparse_lm.train import one_shot, states
 from sparse_lm.train.states import TrainState
@@ -46,7 +49,7 @@ def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
   program, target = build(config, data.tokenizer.vocab_size)
   check_fits(trained, '--workdir', program, data.tokenizer)
   check_text(folder_of(parent)[0], data, '--workdir')
-  _check_method(program.method, config.weight.name)
+  _check_method(program.method, config.weight)
   tokens_NxL = one_shot.calibration(
     data.tokens['train'], segments, config.data.context, config.seed
   )
@@ -84,13 +87,15 @@ def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
   return result
 
 
-def _check_method(method: WeightMethod, name: str) -> None:
-  if not method.one_shot:
-    classes = {other: slots.method('weight', other) for other in slots.names('weight')}
-    able = [other for other, cls in classes.items() if cls(total_steps=1).one_shot]
-    raise UserError(
-      f'config.weight.name={name!r} does not prune trained models; valid: {", ".join(able)}'
-    )
+def _check_method(method: WeightMethod, weight: ConfigDict) -> None:
+  """Raises UserError for a method that does not prune trained models, or not with these fields."""
+  for part, (group, fields) in groups_of_parts(weight).items():
+    if not method.parts[part].one_shot:
+      classes = {other: slots.method('weight', other) for other in slots.names('weight')}
+      able = [other for other, cls in classes.items() if cls(total_steps=1).one_shot]
+      raise UserError(
+        f'{group}.name={fields.name!r} does not prune trained models; valid: {", ".join(able)}'
+      )
   method.check_one_shot()
 
 

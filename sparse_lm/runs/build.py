@@ -1,9 +1,8 @@
 """From a config to the program that it describes, with every check that needs no data."""
 
-import jax
 from ml_collections import ConfigDict
 
-from sparse_lm.core import distribution, tree
+from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.tree import Tree
 from sparse_lm.layers.spec import Spec
@@ -11,6 +10,7 @@ from sparse_lm.model import lm, slots
 from sparse_lm.model.plans import plan_of
 from sparse_lm.plan import cost
 from sparse_lm.runs import configs
+from sparse_lm.runs.weight import weight_method
 from sparse_lm.train.control import Budget
 from sparse_lm.train.distillation import Distillation
 from sparse_lm.train.objective import Objective
@@ -26,32 +26,8 @@ def build(config: ConfigDict, vocab: int) -> tuple[Program, Tree]:
   """
   configs.check(config)
   model = lm.from_config(config, vocab)
-  fields = slots.fields(config.weight)
-  method = slots.method('weight', config.weight.name)(
-    total_steps=config.train.steps, groups=plan_of(model).units, **fields
-  )
-  method.check()
+  method, target = weight_method(config.weight, plan_of(model), config.train.steps)
   optimizer = Optimizer.from_config(config, method.traits.masked, method.learned_rates)
-  target = distribution.targets(
-    plan_of(model).params,
-    config.weight.sparsity,
-    config.weight.distribution,
-    config.weight.dense,
-    method.units,
-  )
-  if method.traits.controlled and any(float(d) < 1 for d in tree.named(target).values()):
-    raise UserError(
-      f'config.weight.sparsity={config.weight.sparsity} with '
-      f'config.weight.distribution={config.weight.distribution!r}: {config.weight.name} learns its '
-      'sparsity; valid: 0 without a map, and config.budget.target or a price'
-    )
-  if not method.traits.masked:
-    if config.weight.sparsity:
-      raise UserError(
-        f'config.weight.sparsity={config.weight.sparsity} needs a method; config.weight.name='
-        f'{config.weight.name!r} prunes nothing; valid: {", ".join(slots.names("weight"))}'
-      )
-    target = jax.tree.map(lambda _: None, target)
   objective = Objective(model, method, Budget.from_config(config), Distillation.from_config(config))
   program = Program(objective, optimizer, config.train.accumulation)
   if objective.budget:

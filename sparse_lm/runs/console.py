@@ -8,6 +8,7 @@ from tqdm import tqdm
 from sparse_lm.core import tree
 from sparse_lm.model.plans import plan_of
 from sparse_lm.runs.setup import Setup
+from sparse_lm.weights import parts
 
 
 def opening(run: Setup, name: str, first: int) -> str:
@@ -19,10 +20,6 @@ def opening(run: Setup, name: str, first: int) -> str:
     first: steps that are done already.
   """
   shapes = plan_of(run.program.model).shapes
-  final = {path: float(density) for path, density in tree.named(run.final).items()}
-  prunable = sum(shapes[path].size for path in final)
-  kept = sum(shapes[path].size * density for path, density in final.items())
-  dropped = f'{1 - kept / prunable:.1%} of {prunable:,} to be dropped' if prunable else 'dense'
   data, train = run.config.data, run.config.train
   relatives = ''.join(
     f'; {role} {relative.source}'
@@ -31,10 +28,24 @@ def opening(run: Setup, name: str, first: int) -> str:
   )
   devices = f'{jax.device_count()} × {jax.devices()[0].device_kind} ({jax.default_backend()})'
   return (
-    f'{name}: {sum(leaf.size for leaf in shapes.values()):,} parameters, {dropped}; {devices}; '
+    f'{name}: {sum(leaf.size for leaf in shapes.values()):,} parameters, {_dropped(run)}; {devices}; '
     f'{len(run.data.tokens["train"]):,} training tokens; steps {first + 1:,} to {train.steps:,} of '
     f'{data.batch * data.context:,} tokens each{relatives}'
   )
+
+
+def _dropped(run: Setup) -> str:
+  """The share of the prunable weights that is to be dropped: of all, or of those that each rule owns."""
+  method, shapes = run.program.method, plan_of(run.program.model).shapes
+  found = []
+  for part in method.parts:
+    own = tree.named(parts.own(method, part, run.final))
+    prunable = sum(shapes[path].size for path in own)
+    if prunable:
+      kept = sum(shapes[path].size * float(density) for path, density in own.items())
+      of = f' of rule {part}' if part else ''
+      found.append(f'{1 - kept / prunable:.1%} of {prunable:,}{of} to be dropped')
+  return ', '.join(found) or 'dense'
 
 
 class Console:

@@ -109,6 +109,8 @@ class _Loop:
     first, every, name = int(state.step), self.config.train, self.folder.path.name
     with _Stop() as stop, Console(self.progress, name, first, every.steps) as self.console:
       self.console.say(opening(self.setup, name, first))
+      for note in self.program.method.notes:
+        self.console.say(note)
       self._compare_plans(first)
       for done in range(first + 1, every.steps + 1):
         state = self._step(state, next(batches), done)

@@ -18,6 +18,7 @@ from sparse_lm.model import slots
 from sparse_lm.runs import configs, runtime
 from sparse_lm.runs.build import build, check_costs
 from sparse_lm.runs.trained import Trained, check_fits, inherited_tokenizer, load
+from sparse_lm.runs.weight import groups_of_parts
 from sparse_lm.signals import from_calibration
 from sparse_lm.train import states
 from sparse_lm.train.states import TrainState
@@ -82,15 +83,21 @@ def setup(config: ConfigDict) -> Setup:
   data = data_of(config)
   program, target = build(config, data.tokenizer.vocab_size)
   _check_memory(program, data, target)
-  if signals := from_calibration(program.method.traits.needs):
-    raise UserError(
-      f'config.weight.name={config.weight.name!r} prunes trained models by their {", ".join(signals)}; '
-      'valid: python -m sparse_lm.prune, or a method that trains'
-    )
+  _check_signals(config.weight, program)
   run = Setup(config, data, program, target, **loaded(config, program, data))
   if run.parent is not None:
     _check_masks(run.parent, program, target, config)
   return run
+
+
+def _check_signals(weight: ConfigDict, program: Program) -> None:
+  """Raises UserError for a method whose signals come from calibration text."""
+  for part, (group, fields) in groups_of_parts(weight).items():
+    if signals := from_calibration(program.method.parts[part].traits.needs):
+      raise UserError(
+        f'{group}.name={fields.name!r} prunes trained models by their {", ".join(signals)}; valid: '
+        'python -m sparse_lm.prune, or a method that trains'
+      )
 
 
 def loaded(config: ConfigDict, program: Program, data: Data) -> dict[str, Trained]:
@@ -115,18 +122,19 @@ def loaded(config: ConfigDict, program: Program, data: Data) -> dict[str, Traine
 def _check_masks(parent: Trained, program: Program, target: Tree, config: ConfigDict) -> None:
   if not parent.is_sparse:
     return
-  if not program.method.traits.takes_masks:
-    names = slots.names('weight')
-    able = [name for name in names if slots.method('weight', name).traits.takes_masks]
-    raise UserError(
-      f'config.init_from={parent.workdir!r} is sparse, and config.weight.name={config.weight.name!r} '
-      f'would lose its masks; valid: {", ".join(map(repr, able))}'
-    )
-  if config.weight.sparsity:
-    raise UserError(
-      f'config.weight.sparsity={config.weight.sparsity}: the masks are those of config.init_from='
-      f'{parent.workdir!r}; valid: 0'
-    )
+  for part, (group, fields) in groups_of_parts(config.weight).items():
+    if not program.method.parts[part].traits.takes_masks:
+      names = slots.names('weight')
+      able = [name for name in names if slots.method('weight', name).traits.takes_masks]
+      raise UserError(
+        f'config.init_from={parent.workdir!r} is sparse, and {group}.name={fields.name!r} would lose its '
+        f'masks; valid: {", ".join(map(repr, able))}'
+      )
+    if fields.sparsity:
+      raise UserError(
+        f'{group}.sparsity={fields.sparsity}: the masks are those of config.init_from='
+        f'{parent.workdir!r}; valid: 0'
+      )
   masks, prunable = tree.named(jax.device_get(parent.masks)), tree.named(target)
   lost = [path for path, mask in masks.items() if path not in prunable and not np.all(mask)]
   if lost:

@@ -121,6 +121,11 @@ class WeightMethod:
     return Pattern()
 
   @property
+  def notes(self) -> tuple[str, ...]:
+    """Sentences that a run says before it starts."""
+    return ()
+
+  @property
   def one_shot(self) -> bool:
     """Whether the method prunes trained models too (`python -m sparse_lm.prune`)."""
     return False

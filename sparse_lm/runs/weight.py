@@ -1,0 +1,90 @@
+"""From `config.weight` to the weight method and the final density of every prunable parameter."""
+
+import jax
+from ml_collections import ConfigDict
+
+from sparse_lm.core import distribution, tree
+from sparse_lm.core.errors import UserError
+from sparse_lm.core.tree import Tree
+from sparse_lm.model import slots
+from sparse_lm.plan.plan import ModelPlan
+from sparse_lm.weights import rules
+from sparse_lm.weights.method import WeightMethod
+from sparse_lm.weights.rules import Rule, Rules
+
+
+def groups_of_parts(weight: ConfigDict) -> dict[str, tuple[str, ConfigDict]]:
+  """By part of the weight method (see `weights/parts.py`), the group of its fields and their values."""
+  if not weight.order:
+    return {'': ('config.weight', weight)}
+  return {name: (f'config.weight.rules.{name}', weight.rules[name]) for name in weight.order}
+
+
+def weight_method(weight: ConfigDict, plan: ModelPlan, steps: int) -> tuple[WeightMethod, Tree]:
+  """The method, or the methods of all rules, and the final densities that they are to reach.
+
+  Args:
+    weight: `config.weight`.
+    plan: of the model.
+    steps: optimizer steps of the whole run.
+
+  Returns:
+    The method, and a tree like the parameters with float32 densities, `None` = dense.
+
+  Raises UserError where the config describes no method.
+  """
+  if not weight.order:
+    method = _method(weight, plan, steps)
+    return method, _target(weight, weight.dense, plan.params, method)
+  prunable = [
+    path
+    for path, leaf in tree.named(plan.params).items()
+    if leaf.ndim >= 1 and not tree.matches(weight.dense, path, 'config.weight.dense')
+  ]
+  nodes = {name: node for name, (_, node) in groups_of_parts(weight).items()}
+  owned, notes = rules.owners({name: node.match for name, node in nodes.items()}, prunable)
+  made, target = [], jax.tree.map(lambda _: None, plan.params)
+  for name, node in nodes.items():
+    with rules.fields_of(name):
+      method = _method(node, plan, steps)
+      own = tree.only(owned[name], plan.params)
+      _check_covered(node, own, method)
+      target = rules.joined(plan.params, target, _target(node, (), own, method))
+    made.append(Rule(name, method, owned[name]))
+  return Rules(steps, tuple(made), notes, groups=plan.units), target
+
+
+def _method(node: ConfigDict, plan: ModelPlan, steps: int) -> WeightMethod:
+  """The method that `config.weight`, or one of its rules, names."""
+  method = slots.method('weight', node.name)(
+    total_steps=steps, groups=plan.units, **slots.fields(node)
+  )
+  method.check()
+  return method
+
+
+def _check_covered(node: ConfigDict, own: Tree, method: WeightMethod) -> None:
+  leaves = tree.named(own)
+  if not any(method.units.covers(path, leaf.shape) for path, leaf in leaves.items()):
+    raise UserError(
+      f'config.weight.match={node.match} owns no parameter that the units of config.weight.name='
+      f'{node.name!r} are made of, only {", ".join(leaves)}'
+    )
+
+
+def _target(node: ConfigDict, dense: tuple[str, ...], params: Tree, method: WeightMethod) -> Tree:
+  """The final densities of what is prunable in `params`."""
+  target = distribution.targets(params, node.sparsity, node.distribution, dense, method.units)
+  if method.traits.controlled and any(float(d) < 1 for d in tree.named(target).values()):
+    raise UserError(
+      f'config.weight.sparsity={node.sparsity} with config.weight.distribution={node.distribution!r}: '
+      f'{node.name} learns its sparsity; valid: 0 without a map, and config.budget.target or a price'
+    )
+  if method.traits.masked:
+    return target
+  if node.sparsity:
+    raise UserError(
+      f'config.weight.sparsity={node.sparsity} needs a method; config.weight.name={node.name!r} prunes '
+      f'nothing; valid: {", ".join(slots.names("weight"))}'
+    )
+  return jax.tree.map(lambda _: None, target)
