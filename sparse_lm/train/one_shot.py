@@ -17,6 +17,7 @@ from sparse_lm.model.lm import LM, Layer
 from sparse_lm.model.plans import plan_of
 from sparse_lm.plan import sites
 from sparse_lm.signals import from_calibration, from_training
+from sparse_lm.train.objective import token_losses
 from sparse_lm.train.step import Program
 from sparse_lm.weights import collect, parts
 from sparse_lm.weights.collect import Collected, Gradients
@@ -119,8 +120,9 @@ def _gradient_signals(
     return {}
 
   def nats(params: Tree, tokens_BxL: Array) -> Array:
-    weight = jnp.ones((tokens_BxL.shape[0], tokens_BxL.shape[1] - 1))
-    return program.objective.evaluate(params, model_state, tokens_BxL, weight)[0] / weight.size
+    variables = {'params': params, **model_state}
+    logits = program.model.apply(variables, tokens_BxL[:, :-1], mode='eval')
+    return jnp.mean(token_losses(logits, tokens_BxL[:, 1:]))
 
   @jax.jit
   def add(collected: Collected, params: Tree, tokens_BxL: Array) -> Collected:
