@@ -129,12 +129,13 @@ def _mlps(packed: PackedModel) -> Callable[[], jax.Array]:
 
   def run(variables: Tree, x: jax.Array) -> jax.Array:
     for layer in range(count):
+      block = Part.BLOCK.of(layer)
       activation = functools.partial(slots['activation'].at(layer, count).make, {'spec': spec})
       mlp = slots['mlp'].at(layer, count).make({'spec': spec, 'activation': activation})
       own = {
-        name: held[f'block_{layer}']['mlp']
+        name: held[block]['mlp']
         for name, held in variables.items()
-        if 'mlp' in held.get(f'block_{layer}', {})
+        if 'mlp' in held.get(block, {})
       }
       x = x + mlp.apply(own, x * jax.lax.rsqrt(jnp.mean(jnp.square(x))), mode='decode')
     return x
