@@ -1,13 +1,15 @@
 """`python -m sparse_lm.speed --workdir=FOLDER [--workdir=...]`: what sparsity saves once packed."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 from tabulate import tabulate
 
 from sparse_lm.commands.parser import Parser, local_path, one_line
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.ranges import Range
+from sparse_lm.data.tokenizers import Tokenizer
 from sparse_lm.evals import EvalData, EvalModel
 from sparse_lm.evals.speed import Speed
 from sparse_lm.inference.pack import PackedModel, dense_twin, pack
@@ -18,17 +20,26 @@ from sparse_lm.runs.environment import environment
 from sparse_lm.runs.setup import data_of
 
 
-def packed_of(path: str) -> tuple[PackedModel, Any, Any, str]:
-  """A packed folder's model, or a trained run's, packed in memory; its config, tokenizer and source.
+class Candidate(NamedTuple):
+  """A packed model to time, and what it comes from."""
+
+  packed: PackedModel
+  config: ConfigDict
+  tokenizer: Tokenizer
+  source: str
+
+
+def candidate_of(path: str) -> Candidate:
+  """A packed folder's model, or a trained run's, packed in memory.
 
   Raises UserError where the folder holds neither.
   """
   if saved.is_saved(path):
     found = saved.load(path)
-    return found.packed, found.config, found.tokenizer, found.source
+    return Candidate(found.packed, found.config, found.tokenizer, found.source)
   run = trained.load(path)
   packed = pack(run.program.model, run.params, run.masks, run.model_state)
-  return packed, run.config, run.tokenizer, run.source
+  return Candidate(packed, run.config, run.tokenizer, run.source)
 
 
 def speed(paths: list[str], batch: int = 1, repeats: int = 15) -> dict[str, dict[str, Any]]:
@@ -40,10 +51,11 @@ def speed(paths: list[str], batch: int = 1, repeats: int = 15) -> dict[str, dict
   Raises:
     UserError: a folder without a model, models of different tokenizer or context, or too little text.
   """
-  found = {path: packed_of(path) for path in paths}
-  _, config, tokenizer, _ = found[paths[0]]
-  for path, (_, other, other_tokenizer, _) in found.items():
-    if other_tokenizer.digest != tokenizer.digest or other.data.context != config.data.context:
+  found = {path: candidate_of(path) for path in paths}
+  config, tokenizer = found[paths[0]].config, found[paths[0]].tokenizer
+  for path, other in found.items():
+    same_tokens = other.tokenizer.digest == tokenizer.digest
+    if not same_tokens or other.config.data.context != config.data.context:
       raise UserError(
         f'--workdir={path} has another tokenizer or context than {paths[0]}; valid: models that read '
         'the same tokens, or one command for each'
@@ -56,11 +68,11 @@ def speed(paths: list[str], batch: int = 1, repeats: int = 15) -> dict[str, dict
     )
   text = np.asarray(data.tokens['validation'])
   models = {
-    path: EvalModel.of_packed(packed, dense_twin(packed.model))
-    for path, (packed, *_) in found.items()
+    path: EvalModel.of_packed(one.packed, dense_twin(one.packed.model))
+    for path, one in found.items()
   }
   measured = Speed(repeats).compare(models, EvalData(text, config.data.context, batch))
-  return {path: row | {'source': found[path][-1]} for path, row in measured.items()}
+  return {path: row | {'source': found[path].source} for path, row in measured.items()}
 
 
 ROWS = (
