@@ -20,18 +20,29 @@ DISTRIBUTIONS = ('uniform', 'er', 'erk')
 COARSEST = 0.1  # of a density: how far rounding to whole units may lead from what was asked for
 
 
-def solve(shapes: dict[str, tuple[int, ...]], sparsity: float, budget: str) -> dict[str, float]:
-  """Density for each path. Raises UserError for an unknown budget or one that cannot be met."""
-  if budget in DISTRIBUTIONS and not sparsity:
+def solve(
+  shapes: dict[str, tuple[int, ...]], sparsity: float, distribution: str
+) -> dict[str, float]:
+  """The density of each path, as far as arithmetic goes: whole units round it.
+
+  Args:
+    sparsity: over all paths together, in [0, 1).
+    distribution: see the module.
+
+  Raises UserError for an unknown distribution, or a map that does not fit the paths.
+  """
+  if distribution in DISTRIBUTIONS and not sparsity:
     return dict.fromkeys(shapes, 1.0)  # whatever rounding makes of a share of everything
-  if '=' in budget:
-    return _mapped(shapes, sparsity, budget)
-  if budget == 'uniform':
+  if '=' in distribution:
+    return _mapped(shapes, sparsity, distribution)
+  if distribution == 'uniform':
     return dict.fromkeys(shapes, 1 - sparsity)
-  if budget in ('er', 'erk'):
+  if distribution in ('er', 'erk'):
     return _erdos_renyi(shapes, 1 - sparsity)
   raise unknown(
-    'config.weight.distribution', budget, [*DISTRIBUTIONS, 'a map such as attention=0.5,mlp=0.9']
+    'config.weight.distribution',
+    distribution,
+    [*DISTRIBUTIONS, 'a map such as attention=0.5,mlp=0.9'],
   )
 
 
@@ -42,18 +53,20 @@ def _erdos_renyi(shapes: dict[str, tuple[int, ...]], density: float) -> dict[str
   dense: set[str] = set()
   while True:
     free = [path for path in shapes if path not in dense]
-    budget = density * sum(sizes.values()) - sum(sizes[path] for path in dense)
-    scale = budget / sum(raw[path] * sizes[path] for path in free) if free else 0.0
+    left = density * sum(sizes.values()) - sum(sizes[path] for path in dense)
+    scale = left / sum(raw[path] * sizes[path] for path in free) if free else 0.0
     full = {path for path in free if scale * raw[path] > 1}
     if not full:
       return {path: 1.0 if path in dense else scale * raw[path] for path in shapes}
     dense |= full
 
 
-def _mapped(shapes: dict[str, tuple[int, ...]], sparsity: float, budget: str) -> dict[str, float]:
+def _mapped(
+  shapes: dict[str, tuple[int, ...]], sparsity: float, distribution: str
+) -> dict[str, float]:
   densities = dict.fromkeys(shapes, 1 - sparsity)
   claimed: set[str] = set()
-  for entry in budget.split(','):
+  for entry in distribution.split(','):
     expression, _, value = entry.strip().rpartition('=')
     try:
       share = float(value)
@@ -76,24 +89,24 @@ def _mapped(shapes: dict[str, tuple[int, ...]], sparsity: float, budget: str) ->
   return densities
 
 
-def _expressed(
-  shapes: dict[str, tuple[int, ...]], sparsity: float, budget: str, units: Pattern
+def _of_whole_units(
+  shapes: dict[str, tuple[int, ...]], sparsity: float, distribution: str, units: Pattern
 ) -> dict[str, float]:
   """The densities that whole units come to.
 
   Raises UserError where they are off by more than a tenth of the density asked for: of all matrices
   together, or of those of an entry of a map.
   """
-  asked = solve(shapes, sparsity, budget)
+  asked = solve(shapes, sparsity, distribution)
   found = units.round_to_units(shapes, asked)
   parts: dict[float | None, list[str]] = {}
   for path in shapes:
-    parts.setdefault(asked[path] if '=' in budget else None, []).append(path)
+    parts.setdefault(asked[path] if '=' in distribution else None, []).append(path)
   for paths in parts.values():
     want, got = (_total({path: shapes[path] for path in paths}, d) for d in (asked, found))
     if abs(got - want) > COARSEST * want:
-      field = 'config.weight.distribution' if '=' in budget else 'config.weight.sparsity'
-      near = _nearest({path: shapes[path] for path in paths}, got, budget, units)
+      field = 'config.weight.distribution' if '=' in distribution else 'config.weight.sparsity'
+      near = _nearest({path: shapes[path] for path in paths}, got, distribution, units)
       raise UserError(
         f'{field}: whole units cannot come to a sparsity of {1 - want:.9g}, only to {1 - got:.9g}; '
         f'valid: such as {near:.9g}'
@@ -102,11 +115,14 @@ def _expressed(
 
 
 def _nearest(
-  shapes: dict[str, tuple[int, ...]], density: float, budget: str, units: Pattern
+  shapes: dict[str, tuple[int, ...]], density: float, distribution: str, units: Pattern
 ) -> float:
   """The sparsity closest to 1 - `density` from below that whole units come to."""
   while True:
-    asked = dict.fromkeys(shapes, density) if '=' in budget else solve(shapes, 1 - density, budget)
+    if '=' in distribution:
+      asked = dict.fromkeys(shapes, density)
+    else:
+      asked = solve(shapes, 1 - density, distribution)
     got = _total(shapes, units.round_to_units(shapes, asked))
     if abs(got - density) <= COARSEST * density:
       return 1 - density
@@ -119,16 +135,16 @@ def _total(shapes: dict[str, tuple[int, ...]], density: dict[str, float]) -> flo
 
 
 def targets(
-  params: tree.Tree, sparsity: float, budget: str, dense: tuple[str, ...], units: Pattern
+  params: tree.Tree, sparsity: float, distribution: str, dense: tuple[str, ...], units: Pattern
 ) -> tree.Tree:
-  """A tree like `params` with a float32 density a prunable leaf, `None` for the declared dense ones.
+  """A tree like `params` with the float32 density of each prunable leaf, `None` for the others.
 
   Args:
-    params: arrays or shape structs.
-    sparsity: over all prunable weights together, in [0, 1).
-    budget: see the module.
-    dense: path expressions of what stays dense whatever the budget says.
-    units: what is kept or dropped as a whole; leaves without any stay dense too.
+    params: arrays or shape structs, `None` for what is not considered at all.
+    sparsity: dropped over all prunable weights in `params` together, in [0, 1).
+    distribution: see the module.
+    dense: path expressions of what stays dense whatever the distribution says.
+    units: what is kept or dropped as a whole; leaves that have none stay dense too.
 
   Raises:
     UserError: nothing is left to prune, `solve` refuses, or whole units cannot come to the densities.
@@ -144,7 +160,7 @@ def targets(
     raise UserError(f'config.weight.dense={tuple(dense)} leaves nothing to prune')
   units.check(shapes)
   # Of a whole count, so that rounding size * density in float32 gives it back.
-  densities = _expressed(shapes, sparsity, budget, units)
+  densities = _of_whole_units(shapes, sparsity, distribution, units)
   return tree.map_named(
     lambda path, leaf: jnp.float32(densities[path]) if path in densities else None, params
   )

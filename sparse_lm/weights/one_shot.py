@@ -26,7 +26,7 @@ from sparse_lm.weights.method import (
 
 @dataclasses.dataclass(frozen=True)
 class OneShot(PatternMethod):
-  """Full masks until `update` prunes the leaves that it has signals for."""
+  """Keeps every weight until `update` prunes the leaves that it has signals for."""
 
   @property
   def one_shot(self) -> bool:
@@ -34,7 +34,7 @@ class OneShot(PatternMethod):
     return True
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
-    """Full masks."""
+    """Starts from masks that keep every weight."""
     return {'params': params, 'learned': {}}, Sparse(full_masks(params, target), target)
 
   def prune(self, params: Tree, signals: dict[str, Tree], target: Tree) -> tuple[Tree, Tree]:

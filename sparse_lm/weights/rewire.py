@@ -89,7 +89,7 @@ class Rewiring(PatternMethod):
     require(not self.units.spans_matrices, 'config.weight.pattern', self.pattern, valid)
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
-    """Random masks at their targets."""
+    """Draws random masks of the target densities."""
     return random_start(key, params, target, self.units, self.rescale)
 
   def due(self, step: int) -> bool:

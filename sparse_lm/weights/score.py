@@ -106,7 +106,7 @@ class ScoredMethod(PatternMethod):
     require(self._stored, 'config.weight.apply', self.apply, f'{MASKED}, where a mask is made once')
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
-    """Full masks, or none where they are not stored."""
+    """Starts from masks that keep every weight, or from none where masks are not stored."""
     nothing = jax.tree.map(lambda w: None, params)
     masks = full_masks(params, target) if self._stored else nothing
     learned = self.first_scores(key, restrict_to(params, target))

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq
 
-from sparse_lm.core import distribution as budget
+from sparse_lm.core import distribution
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.groups import Group, Member
 from sparse_lm.core.units import kept
@@ -31,7 +31,7 @@ UNSTRUCTURED = pattern('unstructured')
 def expressible(tree, sparsity, name, units):
   """Target densities; an example that whole units cannot come to is not counted."""
   try:
-    return budget.targets(tree, sparsity, name, (), units)
+    return distribution.targets(tree, sparsity, name, (), units)
   except UserError:
     assume(False)
 
@@ -51,7 +51,7 @@ def er_by_bisection(shapes, density):
 @given(shapes=SHAPES, sparsity=SPARSITY)
 @settings(deadline=None, max_examples=100)
 def test_erdos_renyi_equals_bisection_with_clipping(name, shapes, sparsity):
-  solved = budget.solve(shapes, sparsity, name)
+  solved = distribution.solve(shapes, sparsity, name)
   expected = er_by_bisection(shapes, 1 - sparsity)
   np.testing.assert_allclose([solved[path] for path in shapes], expected, rtol=1e-9)
 
@@ -64,7 +64,7 @@ def test_totals_are_met_within_one_weight_a_matrix(name, shapes, sparsity):
   wanted = (1 - sparsity) * sum(math.prod(shape) for shape in shapes.values())
   matrices = sum(math.prod(shape[:-2]) for shape in shapes.values())
   try:
-    targets = budget.targets(params, sparsity, name, (), UNSTRUCTURED)
+    targets = distribution.targets(params, sparsity, name, (), UNSTRUCTURED)
   except UserError:
     assert matrices > 0.1 * wanted  # a weight a matrix is more than a tenth of all that is kept
     return
@@ -74,12 +74,12 @@ def test_totals_are_met_within_one_weight_a_matrix(name, shapes, sparsity):
 
 @pytest.mark.parametrize('name', ['uniform', 'er', 'erk'])
 def test_no_sparsity_is_density_one_everywhere(name):
-  solved = budget.solve({'a': (10, 20), 'b': (300, 5), 'c': (7, 7)}, 0.0, name)
+  solved = distribution.solve({'a': (10, 20), 'b': (300, 5), 'c': (7, 7)}, 0.0, name)
   assert list(solved.values()) == pytest.approx([1, 1, 1])
 
 
 def test_uniform_gives_every_leaf_the_target():
-  assert budget.solve({'a': (3, 4), 'b': (500, 2)}, 0.75, 'uniform') == {'a': 0.25, 'b': 0.25}
+  assert distribution.solve({'a': (3, 4), 'b': (500, 2)}, 0.75, 'uniform') == {'a': 0.25, 'b': 0.25}
 
 
 def test_erk_density_of_a_transformer():
@@ -88,13 +88,13 @@ def test_erk_density_of_a_transformer():
   for layer in range(6):
     shapes |= {f'{layer}/{name}': (384, 384) for name in ('query', 'key', 'value', 'out')}
     shapes |= {f'{layer}/up': (384, 1536), f'{layer}/down': (1536, 384)}
-  solved = budget.solve(shapes, 0.9, 'erk')
+  solved = distribution.solve(shapes, 0.9, 'erk')
   assert round(solved['0/query'], 3) == 0.133 and round(solved['5/down'], 3) == 0.083
 
 
 def test_a_map_takes_the_first_match_and_the_rest_the_target():
   shapes = {'attention/query': (4, 4), 'attention/out': (4, 4), 'mlp/up': (4, 8), 'gate': (2, 2)}
-  solved = budget.solve(shapes, 0.5, 'query=0.25, attention=0.75,^gate$=0')
+  solved = distribution.solve(shapes, 0.5, 'query=0.25, attention=0.75,^gate$=0')
   expected = {'attention/query': 0.75, 'attention/out': 0.25, 'mlp/up': 0.5, 'gate': 1.0}
   assert solved == pytest.approx(expected)
 
@@ -108,7 +108,7 @@ def test_a_map_takes_the_first_match_and_the_rest_the_target():
 ])  # fmt: skip
 def test_a_bad_budget_is_one_line_that_says_what_is_valid(sparsity, name, words):
   with pytest.raises(UserError) as error:
-    budget.solve({'mlp/up': (4, 8)}, sparsity, name)
+    distribution.solve({'mlp/up': (4, 8)}, sparsity, name)
   assert '\n' not in str(error.value)
   for word in words:
     assert word in str(error.value)
@@ -125,7 +125,7 @@ def params():
 
 
 def test_targets_are_none_exactly_in_the_dense_scope():
-  targets = budget.targets(params(), 0.9, 'uniform', ('embed', 'norm', 'bias'), UNSTRUCTURED)
+  targets = distribution.targets(params(), 0.9, 'uniform', ('embed', 'norm', 'bias'), UNSTRUCTURED)
   assert targets['embed'] == {'tokens': None} and targets['norm'] == {'scale': None}
   assert targets['block']['up']['bias'] is None
   assert targets['block']['up']['kernel'].dtype == jnp.float32
@@ -133,13 +133,13 @@ def test_targets_are_none_exactly_in_the_dense_scope():
 
 
 def test_sparsity_is_over_the_prunable_leaves_only():
-  targets = budget.targets(params(), 0.5, 'er', ('embed', 'norm', 'bias'), UNSTRUCTURED)
+  targets = distribution.targets(params(), 0.5, 'er', ('embed', 'norm', 'bias'), UNSTRUCTURED)
   left = float(targets['block']['up']['kernel']) * 3200 + float(targets['experts']['kernel']) * 231
   assert left == pytest.approx(0.5 * 3431, abs=4)
 
 
 def test_a_leaf_that_reaches_density_one_still_has_a_target():
-  targets = budget.targets(
+  targets = distribution.targets(
     {'a': jnp.ones((2, 2)), 'b': jnp.ones((500, 500))}, 0.5, 'er', (), UNSTRUCTURED
   )
   assert float(targets['a']) == 1.0
@@ -147,7 +147,7 @@ def test_a_leaf_that_reaches_density_one_still_has_a_target():
 
 def test_nothing_to_prune_is_refused():
   with pytest.raises(UserError, match=r'^config\.weight\.dense='):
-    budget.targets(params(), 0.5, 'uniform', ('.',), UNSTRUCTURED)
+    distribution.targets(params(), 0.5, 'uniform', ('.',), UNSTRUCTURED)
 
 
 @given(st.integers(1, 1800), st.integers(1, 1800), SPARSITY)
@@ -173,12 +173,12 @@ def test_an_expert_axis_keeps_a_whole_count_for_each_expert(experts, rows, colum
 def test_leaves_without_units_stay_dense():
   tree = {'a': jnp.ones((4, 8)), 'b': jnp.ones((8, 4)), 'c': jnp.ones((4, 4)), 'd': jnp.ones(8)}
   group = Group('neuron', 'mlp', 8, (Member('a', -1), Member('b', -2)))
-  targets = budget.targets(tree, 0.25, 'uniform', (), pattern('neuron', (group,)))
+  targets = distribution.targets(tree, 0.25, 'uniform', (), pattern('neuron', (group,)))
   assert targets == {'a': 0.75, 'b': 0.75, 'c': None, 'd': None}
-  targets = budget.targets(tree, 0.25, 'uniform', ('b',), pattern('row'))
+  targets = distribution.targets(tree, 0.25, 'uniform', ('b',), pattern('row'))
   assert targets == {'a': 0.75, 'b': None, 'c': 0.75, 'd': None}
   with pytest.raises(UserError, match=r'leaves nothing to prune'):
-    budget.targets({'d': jnp.ones(8)}, 0.25, 'uniform', (), pattern('row'))
+    distribution.targets({'d': jnp.ones(8)}, 0.25, 'uniform', (), pattern('row'))
 
 
 WHOLE = {'up': (64, 96), 'down': (96, 64), 'experts': (3, 64, 64)}
@@ -212,11 +212,11 @@ def test_a_target_is_exactly_the_share_that_its_masks_keep(name, sparsity, share
 def test_units_that_do_not_fit_are_refused_at_any_sparsity_and_budget(sparsity, name):
   tree = {'a': jnp.ones((4, 8)), 'b': jnp.ones((6, 8))}
   with pytest.raises(UserError, match=r"^config\.weight\.pattern '2:4'.*6 inputs of b"):
-    budget.targets(tree, sparsity, name, (), pattern('2:4'))
+    distribution.targets(tree, sparsity, name, (), pattern('2:4'))
   with pytest.raises(UserError, match=r"^config\.weight\.pattern 'block:4'.*b of 6 x 8"):
-    budget.targets(tree, sparsity, name, (), pattern('block:4'))
+    distribution.targets(tree, sparsity, name, (), pattern('block:4'))
   # What is declared dense need not fit.
-  found = budget.targets(tree, sparsity, name.replace('b', 'a'), ('b',), pattern('2:4'))
+  found = distribution.targets(tree, sparsity, name.replace('b', 'a'), ('b',), pattern('2:4'))
   assert found == {'a': 0.5 if sparsity or '=' in name else 1.0, 'b': None}
 
 
@@ -225,9 +225,9 @@ def test_densities_that_the_units_cannot_express_are_refused():
   with pytest.raises(
     UserError, match=r'^config\.weight\.pattern.*4 units of a.*0\.4; valid: 0\.25 or'
   ):
-    budget.targets(tree, 0.4, 'uniform', (), pattern('row'))
+    distribution.targets(tree, 0.4, 'uniform', (), pattern('row'))
   with pytest.raises(UserError, match=r"^config\.weight\.pattern '2:4'.*b.*distribution='uniform'"):
-    budget.targets(tree, 0.5, 'a=0.5,b=0.6', (), pattern('2:4'))
+    distribution.targets(tree, 0.5, 'a=0.5,b=0.6', (), pattern('2:4'))
 
 
 @pytest.mark.parametrize('name', ['uniform', 'erk', 'a=0.999999,b=0.5'])
@@ -238,12 +238,12 @@ def test_a_sparsity_that_whole_weights_cannot_come_to_names_one_that_they_can(na
   with pytest.raises(
     UserError, match=r'cannot come to a sparsity of 0\.9999\d*, only to'
   ) as refused:
-    budget.targets(params, 0.99999, name, (), UNSTRUCTURED)
+    distribution.targets(params, 0.99999, name, (), UNSTRUCTURED)
   said = re.search(r'only to ([\d.]+); valid: such as ([\d.]+)$', str(refused.value))
   got, near = map(float, said.groups())
   assert got == pytest.approx(1 - (1 / 1024 if '=' in name else 2 / 3072), abs=1e-9)
   named = name.replace('0.999999', str(near))
-  targets = budget.targets(params, near, named, (), UNSTRUCTURED)
+  targets = distribution.targets(params, near, named, (), UNSTRUCTURED)
   sizes = {'a': 1024, 'b': 2048} if '=' not in name else {'a': 1024}
   kept_share = sum(float(targets[path]) * size for path, size in sizes.items()) / sum(
     sizes.values()

@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 from numpy.testing import assert_allclose, assert_array_equal
 
-from sparse_lm.core import distribution as budget
+from sparse_lm.core import distribution
 from sparse_lm.core import units as pattern
 from sparse_lm.core.errors import UserError
 from sparse_lm.model import slots
@@ -78,7 +78,7 @@ def toy_program(optimizer_name, method_name, **fields):
   method = slots.method('weight', method_name)(total_steps=STEPS, **fields)
   program = Program(Objective(Toy(ToySpec()), method), optimizer(optimizer_name))
   params = plan_of(program.model).params
-  return program, budget.targets(params, 0.6, 'uniform', ('embed', 'bias'), method.units)
+  return program, distribution.targets(params, 0.6, 'uniform', ('embed', 'bias'), method.units)
 
 
 def sorted_topk(scores, k):

@@ -63,11 +63,11 @@ class L0(PatternMethod):
 
   @property
   def learned_rates(self) -> dict[str, float]:
-    """That of the logits."""
+    """The rate of the logits, which are all that the method learns."""
     return {'': self.learned_rate}
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
-    """One logit for each unit, alike; no masks."""
+    """Starts from one logit for each unit, the same for all, and stores no masks."""
     logit = hard_concrete_logit(self.open)
     shapes = jax.eval_shape(self.units.pool, restrict_to(params, target))
     logits = {name: jnp.full(units.shape, logit, jnp.float32) for name, units in shapes.items()}
@@ -77,7 +77,7 @@ class L0(PatternMethod):
   def effective(
     self, trainable: Tree, sparse: Sparse, mode: str, step: Array, key: Array | None
   ) -> tuple[Tree, Tree]:
-    """Weights times their gates; draws where there is a key, in training."""
+    """Weights times their gates, which training draws where it is given a key."""
     logits = trainable['learned']
     gates, opened = self._evaluated(logits)
     if mode == 'train' and key is not None:
@@ -117,7 +117,7 @@ class L0(PatternMethod):
 
 
 def _likeliest(logits: Array) -> Array:
-  """As many as are expected to be open, wherever they are: no part of an array has a share of its own."""
+  """The largest logits of a matrix, as many as training expects to be open in it (bool)."""
   count = kept(logits.size, jnp.mean(hard_concrete_probability(logits)))
   return topk_mask(jax.lax.stop_gradient(logits), count)
 

@@ -28,5 +28,5 @@ class Magnitude(ScoredMethod):
   )
 
   def scores(self, trainable: Tree, signals: dict[str, Tree]) -> Tree:
-    """Magnitudes."""
+    """The score is the magnitude of the weight."""
     return jax.tree.map(jnp.abs, trainable['params'])

@@ -17,6 +17,6 @@ class NoSparsity(WeightMethod):
   traits: ClassVar[Traits] = Traits(paper='none', saves='nothing', masked=False)
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
-    """No masks and no targets, whatever the config asks for."""
+    """Starts without masks and without targets, whatever the config asks for."""
     nothing = jax.tree.map(lambda w: None, params)
     return {'params': params, 'learned': {}}, Sparse(nothing, nothing)

@@ -27,9 +27,9 @@ class RigL(Rewiring):
   )
 
   def growth(self, shape: tuple[int, ...], signals: dict[str, Array], key: Array) -> Array:
-    """Magnitude of the dense gradient."""
+    """Grows by the magnitude of the dense gradient."""
     return signals['grads']
 
   def fraction(self, step: Array) -> Array:
-    """`drop_fraction`, brought to zero at `end` along half a cosine."""
+    """The share falls from `drop_fraction` to zero at `end` along half a cosine."""
     return schedule.cosine_fraction(step, self._last, self.drop_fraction)

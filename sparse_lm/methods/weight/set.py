@@ -28,9 +28,9 @@ class SET(Rewiring):
   )
 
   def growth(self, shape: tuple[int, ...], signals: dict[str, Array], key: Array) -> Array:
-    """Uniform random scores."""
+    """Draws uniform random scores."""
     return jax.random.uniform(key, shape)
 
   def fraction(self, step: Array) -> Array:
-    """Always `drop_fraction`."""
+    """The share is `drop_fraction` at every step."""
     return jnp.float32(self.drop_fraction)

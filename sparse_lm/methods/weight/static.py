@@ -32,5 +32,5 @@ class Static(PatternMethod):
     check(self.rescale)
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
-    """Random masks at their targets."""
+    """Draws random masks of the target densities."""
     return random_start(key, params, target, self.units, self.rescale)
