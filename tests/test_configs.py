@@ -36,7 +36,7 @@ def shrunk(name, text_file):
   path = str(ROOT / 'configs' / f'{name}.py')
   full = configs.flat(configs.load(path))
   sizes = {field: min(full[field], most) for field, most in LARGEST.items()}
-  if all(full[f'{slot}.layers'] == ':' for slot in slots.SLOTS if slot != 'weight'):
+  if all(full[f'{slot}.layers'] == ':' for slot in slots.LAYER_SLOTS):
     sizes['model.layers'] = 1
   sizes['model.kv_heads'] = max(1, full['model.kv_heads'] * 2 // full['model.heads'])
   sizes['train.accumulation'] = min(full['train.accumulation'], 2)
