@@ -133,9 +133,7 @@ def _mlps(packed: PackedModel) -> Callable[[], jax.Array]:
       activation = functools.partial(slots['activation'].at(layer, count).make, {'spec': spec})
       mlp = slots['mlp'].at(layer, count).make({'spec': spec, 'activation': activation})
       own = {
-        name: held[block]['mlp']
-        for name, held in variables.items()
-        if 'mlp' in held.get(block, {})
+        name: held[block]['mlp'] for name, held in variables.items() if 'mlp' in held.get(block, {})
       }
       x = x + mlp.apply(own, x * jax.lax.rsqrt(jnp.mean(jnp.square(x))), mode='decode')
     return x

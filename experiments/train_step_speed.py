@@ -118,9 +118,7 @@ def _reference(name: str, program: Any, tokens: np.ndarray) -> _Stepper:
     state = plain_twin.create(program.model.spec, program.tx, seed=0)
     return _Stepper(plain_twin.train_step, state, tokens)
   dense, target = build(configs.load(CONFIG), VOCAB)
-  return _Stepper(
-    functools.partial(dense.transition, update_masks=False), dense.init(0, target), tokens
-  )
+  return _Stepper(dense.transition, dense.init(0, target), tokens)
 
 
 def report(lines: list[results.Line], folder: pathlib.Path) -> str:

@@ -10,8 +10,8 @@ from sparse_lm.commands.config_arguments import from_command_line
 from sparse_lm.commands.parser import Parser, one_line
 from sparse_lm.core import tree
 from sparse_lm.core.tree import Tree
-from sparse_lm.plan import cost as ledger
-from sparse_lm.runs import cost_report as cost
+from sparse_lm.plan import cost
+from sparse_lm.runs import cost_report
 from sparse_lm.runs.build import build
 from sparse_lm.runs.setup import Setup, data_of, loaded
 from sparse_lm.train.step import Program
@@ -26,7 +26,7 @@ def matmuls(program: Program, target: Tree) -> str:
       m.flops,
       densities.get(m.kernel, 1.0),
       math.prod(gate.planned for gate in m.gates),
-      ledger.forward_flops({path: m}, densities),
+      cost.forward_flops({path: m}, densities),
     )
     for path, m in program.costs.ledger.items()
   ]
@@ -73,9 +73,9 @@ def predict(config: ConfigDict) -> tuple[Program, Tree, dict[str, Any]]:
   program, target = build(config, data.tokenizer.vocab_size)
   run = Setup(config, data, program, target, **loaded(config, program, data))
   final = {path: float(density) for path, density in tree.named(run.final).items()}
-  own = cost.predicted(program, final) + run.meter().teacher
-  before = run.inherited.over(cost.tokens(config, config.train.steps))
-  return program, run.final, cost.report(program, run.final, work=before.plus(own))
+  own = cost_report.predicted(program, final) + run.meter().teacher
+  before = run.inherited.over(cost_report.tokens(config, config.train.steps))
+  return program, run.final, cost_report.report(program, run.final, work=before.plus(own))
 
 
 @one_line

@@ -11,8 +11,7 @@ from sparse_lm.core.errors import UserError
 from sparse_lm.inference.decode import Decoder
 from sparse_lm.inference.pack import PackedModel, weights
 from sparse_lm.inference.pack import pack as pack_model
-from sparse_lm.runs import packed_folder as saved
-from sparse_lm.runs import runtime
+from sparse_lm.runs import packed_folder, runtime
 from sparse_lm.runs.trained import Trained, load
 from sparse_lm.runs.workdir import check_new
 
@@ -52,12 +51,12 @@ def pack(workdir: str, out: str) -> dict[str, Any]:
     'dense_bytes': weights({'params': trained.params, **trained.model_state}),
     'running_bytes': weights(packed.variables),
   }
-  saved.save(packed, trained, out, facts)
+  packed_folder.save(packed, trained, out, facts)
   kept = sum(m.stored.nbytes - m.runs.nbytes for m in packed.matrices.values())
   return facts | {
     'stored_bytes': facts['running_bytes'] + kept,
     'removed': packed.removed,
-    'matrices': saved.describe(packed),
+    'matrices': packed_folder.describe(packed),
   }
 
 

@@ -14,8 +14,7 @@ from sparse_lm.evals import EvalData, EvalModel
 from sparse_lm.evals.speed import Speed
 from sparse_lm.inference.pack import PackedModel, dense_twin, pack
 from sparse_lm.report.results import machine
-from sparse_lm.runs import packed_folder as saved
-from sparse_lm.runs import runtime, trained
+from sparse_lm.runs import packed_folder, runtime, trained
 from sparse_lm.runs.environment import environment
 from sparse_lm.runs.setup import data_of
 
@@ -34,8 +33,8 @@ def candidate_of(path: str) -> Candidate:
 
   Raises UserError where the folder holds neither.
   """
-  if saved.is_saved(path):
-    found = saved.load(path)
+  if packed_folder.is_saved(path):
+    found = packed_folder.load(path)
     return Candidate(found.packed, found.config, found.tokenizer, found.source)
   run = trained.load(path)
   packed = pack(run.program.model, run.params, run.masks, run.model_state)

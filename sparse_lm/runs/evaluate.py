@@ -8,8 +8,7 @@ from sparse_lm.evals import EvalData, EvalModel, Values
 from sparse_lm.evals.loss import Loss, separated
 from sparse_lm.measure import observe
 from sparse_lm.model import lm
-from sparse_lm.runs import configs
-from sparse_lm.runs import cost_report as cost
+from sparse_lm.runs import configs, cost_report
 from sparse_lm.runs.environment import environment
 from sparse_lm.runs.setup import Setup
 from sparse_lm.train.states import TrainState
@@ -37,7 +36,7 @@ def result_of(
     work: FLOPs that training has spent.
   """
   numbers, observed = separated(measured)
-  spent = work.over(cost.tokens(run.config, int(state.step)))
+  spent = work.over(cost_report.tokens(run.config, int(state.step)))
   return {
     'config': configs.to_json(run.config),
     'env': environment(),
@@ -48,7 +47,7 @@ def result_of(
     'metrics': {
       'steps': int(state.step),
       **numbers,
-      **cost.report(run.program, state.sparse.target, masks, observed, spent),
+      **cost_report.report(run.program, state.sparse.target, masks, observed, spent),
       **observe.summary(observed),
     },
   }

@@ -7,8 +7,7 @@ from ml_collections import ConfigDict
 from sparse_lm.core.tree import Tree
 from sparse_lm.data import tokenizers
 from sparse_lm.model.lm import LM
-from sparse_lm.runs import packed_folder as saved
-from sparse_lm.runs import trained
+from sparse_lm.runs import packed_folder, trained
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -37,8 +36,8 @@ def load(path: str) -> Runnable:
 
   Raises UserError where the folder holds neither a packed model nor a checkpoint.
   """
-  if saved.is_saved(path):
-    found = saved.load(path)
+  if packed_folder.is_saved(path):
+    found = packed_folder.load(path)
     packed = found.packed
     return Runnable(
       path, found.source, found.config, found.tokenizer, packed.model, packed.variables

@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.tree import Tree
+from sparse_lm.data import pipeline
 from sparse_lm.data.pipeline import Data
-from sparse_lm.data.pipeline import load as load_data
 from sparse_lm.data.tokenizers import Tokenizer
 from sparse_lm.model import slots
 from sparse_lm.runs import configs, runtime
@@ -171,7 +171,7 @@ def data_of(config: ConfigDict) -> Data:
 
 @functools.lru_cache(maxsize=4)
 def _load_data(config: str, tokenizer: Tokenizer | None) -> Data:
-  return load_data(configs.from_json(json.loads(config)), tokenizer)
+  return pipeline.load(configs.from_json(json.loads(config)), tokenizer)
 
 
 def _check_accumulation(config: ConfigDict) -> None:

@@ -16,9 +16,8 @@ from sparse_lm.data import tokenizers
 from sparse_lm.layers.spec import Spec
 from sparse_lm.model import plans
 from sparse_lm.model.plans import plan_of
-from sparse_lm.plan import cost as ledgers
-from sparse_lm.runs import best, configs
-from sparse_lm.runs import cost_report as cost
+from sparse_lm.plan import cost
+from sparse_lm.runs import best, configs, cost_report
 from sparse_lm.runs.build import build
 from sparse_lm.runs.checkpoint import EVALUATED, Checkpoints
 from sparse_lm.runs.run_folder import BEST, CONFIG, folder_of, read_config
@@ -77,14 +76,14 @@ class Trained:
 
     What gates let through on the validation text stands in the workdir's result.json.
     """
-    work = self.work.over(cost.tokens(self.config, self.step))
-    return cost.report(self.program, self.target, self.masks, work=work)
+    work = self.work.over(cost_report.tokens(self.config, self.step))
+    return cost_report.report(self.program, self.target, self.masks, work=work)
 
   def forward_flops(self, length: int) -> float:
     """FLOPs per token of a forward pass over `length` tokens that computes what gates close too."""
     kept = tree.named(jax.device_get(densities(self.masks)))
-    ledger = ledgers.ungated(plans.ledger(self.program.model, length))
-    return ledgers.forward_flops(ledger, {path: float(d) for path, d in kept.items()})
+    ledger = cost.ungated(plans.ledger(self.program.model, length))
+    return cost.forward_flops(ledger, {path: float(d) for path, d in kept.items()})
 
   @property
   def is_sparse(self) -> bool:
