@@ -54,8 +54,9 @@ def backward_densities(
   }
   if all(fraction is None for fraction in found.values()):
     return None
-  forward = densities(method, target, step)
-  return {path: forward[path] if found[key] is None else found[key] for path, key in asked.items()}
+  as_forward = {path: target[path] for path, key in asked.items() if found[key] is None}
+  backward = {path: found[key] for path, key in asked.items() if found[key] is not None}
+  return backward | densities(method, as_forward, step)
 
 
 def spanning_steps(method: WeightMethod) -> tuple[str, ...]:
