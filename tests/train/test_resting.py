@@ -1,0 +1,67 @@
+"""An optimizer step that some parameters sit out, under every optimizer that takes masks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from numpy.testing import assert_array_equal
+
+from sparse_lm.train import optim
+
+DRAW = np.random.default_rng(0)
+SHAPES = {'rests': (4, 3), 'moves': (4, 3), 'scale': (3,)}
+PARAMS, *GRADIENTS = (
+  {name: jnp.asarray(DRAW.normal(size=shape), jnp.float32) for name, shape in SHAPES.items()}
+  for _ in range(4)
+)
+RESTING = {'rests': True, 'moves': False, 'scale': False}
+
+
+def optimizer(name):
+  return optim.Optimizer(
+    name,
+    learning_rate=0.01,
+    schedule='linear',  # the rate moves with the count, which goes on
+    warmup=0.0,
+    final=0.1,
+    momentum=0.9,
+    b2=0.95,
+    weight_decay=0.1,
+    clip=1.0,
+    ema=0.0,
+    steps=10,
+  )
+
+
+@pytest.mark.parametrize('name', optim.TESTED)
+def test_what_rests_keeps_its_moments_and_all_else_takes_the_step(name):
+  tx = optimizer(name).transform()
+  state = tx.init(PARAMS)
+  for gradient in GRADIENTS[:2]:
+    _, state = tx.update(gradient, state, PARAMS)
+  whole, after = tx.update(GRADIENTS[2], state, PARAMS)
+  updates, kept = jax.jit(lambda g, s, p: optim.step_but_where(tx, g, s, p, RESTING))(
+    GRADIENTS[2], state, PARAMS
+  )
+  assert not np.asarray(updates['rests']).any() and np.asarray(whole['rests']).any()
+  for leaf in ('moves', 'scale'):
+    np.testing.assert_allclose(updates[leaf], whole[leaf], rtol=1e-5, atol=1e-8)
+  names = optax.tree_map_params(
+    tx, lambda _, leaf: leaf, after, {n: n for n in SHAPES}, transform_non_params=lambda _: 'count'
+  )
+  leaves = [jax.tree.leaves(tree) for tree in (names, kept, state, after)]
+  assert {'rests', 'moves', 'scale', 'count'} == set(leaves[0])
+  for leaf, now, before, whole_step in zip(*leaves):
+    if leaf == 'rests':
+      assert_array_equal(now, before)
+      assert (np.asarray(before) != np.asarray(whole_step)).any()
+    else:
+      np.testing.assert_allclose(now, whole_step, rtol=1e-5, atol=1e-8)
+
+
+def test_a_step_that_nothing_sits_out_is_the_optimizers():
+  tx = optimizer('adamw').transform()
+  nothing = dict.fromkeys(SHAPES, False)
+  found = optim.step_but_where(tx, GRADIENTS[0], tx.init(PARAMS), PARAMS, nothing)
+  jax.tree.map(assert_array_equal, found, tx.update(GRADIENTS[0], tx.init(PARAMS), PARAMS))
