@@ -117,7 +117,7 @@ def test_a_closed_output_is_no_failure(monkeypatch):
 
 def test_the_real_thing():
   """The process of an entry point, whose Python flushes its output once more as it ends."""
-  code = 'from sparse_lm.core.errors import one_line\none_line(lambda: print("x" * 9999))()'
+  code = 'from sparse_lm.commands.parser import one_line\none_line(lambda: print("x" * 9999))()'
   command = [sys.executable, '-c', code]
   run = {'stderr': subprocess.PIPE, 'text': True, 'timeout': 60}
   read, write = os.pipe()

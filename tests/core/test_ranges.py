@@ -209,6 +209,7 @@ NUMBERS = {
   'generate': ('--tokens', '--temperature', '--top_k', '--top_p', '--seed'),
   'speed': ('--batch', '--repeats'),
   'prune': ('--segments',),
+  'format_costs': ('--repeats',),
 }
 
 
@@ -233,8 +234,13 @@ def test_a_number_of_a_command_line_is_refused_before_anything_is_read(
   command, argument, text, monkeypatch, capsys
 ):
   module = importlib.import_module(f'sparse_lm.{command}')
-  needed = {'generate': ['--prompt=a'], 'speed': [], 'prune': ['--out=nowhere/else']}[command]
-  monkeypatch.setattr(sys, 'argv', [command, '--workdir=nowhere', *needed, f'{argument}={text}'])
+  needed = {
+    'generate': ['--workdir=nowhere', '--prompt=a'],
+    'speed': ['--workdir=nowhere'],
+    'prune': ['--workdir=nowhere', '--out=nowhere/else'],
+    'format_costs': [],
+  }[command]
+  monkeypatch.setattr(sys, 'argv', [command, *needed, f'{argument}={text}'])
   with pytest.raises(SystemExit) as stopped:
     module.main()
   error = capsys.readouterr().err

@@ -305,7 +305,7 @@ def test_a_second_worker_takes_other_runs(folder, call, tmp_path):
   assert '1 runs are in the hands of other processes' in done.err
   assert '1 of 4 runs are missing' in done.out
   # A run whose training another process has begun by hand is left as well.
-  held = "from sparse_lm.core import lock\nraise lock.Held('workdir w is in use')"
+  held = "from sparse_lm.runs import lock\nraise lock.Held('workdir w is in use')"
   (folder / 'fail_none0').write_text(held)
   again = call('fake')
   assert again.code == 0 and '1 runs are in the hands' in again.err

@@ -15,7 +15,7 @@ from sparse_lm.runs import lock
 # Holds the lock until it is killed.
 HOLDER = """
 import pathlib, sys, time
-from sparse_lm.core import lock
+from sparse_lm.runs import lock
 with lock.held(pathlib.Path(sys.argv[1]), 'x'):
   print('held', flush=True)
   time.sleep(60)

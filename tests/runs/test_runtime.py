@@ -60,7 +60,7 @@ import os
 import pathlib
 import sys
 import jax
-from sparse_lm.core import runtime
+from sparse_lm.runs import runtime
 runtime.prepare()
 step = jax.jit(lambda x: jax.numpy.sin(x @ x) @ x)
 for _ in range(5):
