@@ -12,9 +12,9 @@ ablation: .venv/core
 	$(BIN)/python -m experiments.run sparsity_vs_accuracy
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not fuzz'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not fuzz'
 
-# What takes too long for every run of the tests, such as inputs of many megabytes.
+# What takes too long for every run of the tests: notebooks, and inputs of many megabytes.
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist load -m slow
 

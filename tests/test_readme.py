@@ -27,7 +27,12 @@ def add_file(monkeypatch, package, folder, path):
 def test_the_weight_method_is_one_file_that_trains(tmp_path, monkeypatch, tiny_config):
   path = 'sparse_lm/methods/weight/saliency.py'
   add_file(monkeypatch, sparse_lm.methods.weight, tmp_path, path)
-  given = {'weight.name': 'saliency', 'weight.pattern': '2:4', 'weight.end': 0.5, 'weight.period': 2}
+  given = {
+    'weight.name': 'saliency',
+    'weight.pattern': '2:4',
+    'weight.end': 0.5,
+    'weight.period': 2,
+  }
   config = tiny_config(**given, **{'weight.sparsity': 0.5})
   metrics = train(config, str(tmp_path / 'run'), progress=False)['metrics']
   assert abs(metrics['sparsity_prunable'] - 0.5) < 0.01

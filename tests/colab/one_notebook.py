@@ -1,13 +1,11 @@
-"""What holds for every notebook; each has a test file of its own, since workers share tests by file.
-
-What takes long comes first: a worker with two tests left is given another file.
-"""
+"""What holds for every notebook; each has a test file of its own, since workers share tests by file."""
 
 import base64
 import re
 
 import jupytext
 import nbformat
+import pytest
 from execute import ROOT, executed
 
 # Where a machine keeps its files, and what a library says to its own developers.
@@ -31,6 +29,7 @@ class Notebook:
   def path(self):
     return ROOT / 'colab' / f'{self.name}.ipynb'
 
+  @pytest.mark.slow
   def test_notebook_runs_and_draws(self):
     drawn = pictures(executed(self.path.with_suffix('.py')))
     assert len(drawn) >= 2

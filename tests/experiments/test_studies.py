@@ -96,6 +96,7 @@ def test_a_format_pays_up_to_the_largest_density_at_which_it_is_faster(tmp_path)
   assert (tmp_path / 'break_even.png').exists()
 
 
+@pytest.mark.slow
 def test_every_model_of_both_studies_that_decodes_is_timed_and_each_is_found_again():
   runs = accuracy_vs_time.runs()
   studies = {s: m.runs() for s, m in accuracy_vs_time.STUDIES.items()}
@@ -193,6 +194,7 @@ def dynamic(method, seed=0):
   ]
 
 
+@pytest.mark.slow
 def test_the_narrower_dense_models_cost_what_the_gates_are_held_at():
   (full,) = dynamic('dense')
   whole = sizes(full)['flops_forward']
@@ -200,6 +202,7 @@ def test_the_narrower_dense_models_cost_what_the_gates_are_held_at():
     assert sizes(run)['flops_forward'] / whole == pytest.approx(target, abs=0.005)
 
 
+@pytest.mark.slow
 def test_random_gates_have_the_rate_that_costs_the_target():
   for run, target in zip(dynamic('token_gate, random'), dynamic_compute.TARGETS):
     assert sizes(run)['flops_forward_ratio'] == pytest.approx(target, abs=0.001)

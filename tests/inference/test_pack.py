@@ -117,7 +117,22 @@ def evaluated(model, mode):
 TOKENS = np.random.default_rng(3).integers(0, VOCAB, (2, 16)).astype(np.int32)
 
 
-@pytest.mark.parametrize('name', CASES)
+# What takes seconds to compile and is like a case that stays: `make test-slow` runs it.
+SLOW = (
+  'layer gates',
+  'depth and tiles',
+  'experts of top-k',
+  'experts by choice',
+  'top-k',
+  'exact predictor',
+  'predictor and tiles',
+  'heads behind gates',
+)
+
+
+@pytest.mark.parametrize(
+  'name', [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES]
+)
 def test_it_equals_its_twin_in_one_pass_and_token_by_token(name, case):
   model, variables, _, packed = case(name)
   want = np.asarray(evaluated(model, 'eval')(variables, TOKENS))
