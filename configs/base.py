@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
       'mlp': _slot('dense'),
       'depth': _slot('residual'),
       'stack': {'name': 'sequential'},  # what runs the layers
-      # Holds what the gates let through: weights at their density times gates, over the dense twin.
+      # Holds the forward FLOPs, weights at their density times open gates, over the dense twin.
       'budget': {
         'target': 1.0,  # fraction of the dense twin's forward FLOPs, 1 = no controller
         'controller': 'dual',  # dual: a price that ascends, and a penalty | quadratic: the penalty

@@ -2,10 +2,10 @@
 
 Command:  python -m sparse_lm.train --config=configs/shakespeare_char_gpu.py --workdir=results/gpu
           --config.data.path=<folder>/tiny_shakespeare.txt
-Time:     not measured. Meant for a GPU, where it has not run yet; on 2 CPU cores its 1.2 TFLOP a step
+Time:     2 min 4 s on one H200 (jax 0.11.2). Meant for a GPU: on 2 CPU cores its 1.2 TFLOP a step
           would take some 13 s each.
-Expected: validation loss 1.4697 nats per character: nanoGPT's own figure for its best checkpoint; the
-          last step, over the whole split, is higher where the model overfits.
+Expected: validation loss 1.4804 nats per character at step 2500, its lowest, and 1.693 at the last
+          step, where it overfits. nanoGPT's own figure for its best checkpoint is 1.4697.
 Source:   github.com/karpathy/nanoGPT, config/train_shakespeare_char.py.
 """
 

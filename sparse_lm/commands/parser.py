@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
     super().__init__(prog=prog, allow_abbrev=False)
 
   def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:
-    """Raises UserError for an argument that there is not, that lacks, or that has a wrong value."""
+    """Raises UserError for unknown, missing or malformed arguments."""
     known, rest = self.parse_known_args(args)
     if rest:
       raise unknown('argument', rest[0].partition('=')[0], self._option_string_actions)

@@ -11,6 +11,8 @@ import jax
 import numpy as np
 from flax import struct
 
+from sparse_lm.kernels.matmul import matmul
+
 Array = jax.Array
 
 
@@ -94,11 +96,11 @@ class InputMajor(Format):
 
   @classmethod
   def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'InputMajor':
-    """Everything."""
+    """Stores every weight, with zeros where the mask drops one."""
     return cls(np.ascontiguousarray(kernel * mask))
 
   def kernel(self) -> Array:
-    """As stored."""
+    """The kernel as it is stored."""
     return self.inputs
 
   @property
@@ -107,9 +109,8 @@ class InputMajor(Format):
     return self.inputs.shape
 
   def matmul(self, x: Array) -> Array:
-    """One product."""
-    flat = x.reshape(-1, x.shape[-1]) @ self.inputs
-    return flat.reshape(*x.shape[:-1], -1)
+    """Multiplies with the whole kernel in one product."""
+    return matmul(x, self.inputs)
 
 
 def rows(array: Array, index: Array) -> Array:

@@ -2,7 +2,7 @@
 
 A method states the range of a field with its default: `density: float = ranged(0.125, '(0, 1]')`. The
 fields that every config has get their defaults in `configs/base.py`, which the package does not import;
-their ranges stand here, and a test compares the two. `core/config.check` applies all of them.
+their ranges stand here, and a test compares the two. `runs/configs.check` applies all of them.
 """
 
 import argparse

@@ -18,7 +18,7 @@ class Tiles(Pattern):
   columns: int
 
   def covers(self, path: str, shape: tuple[int, ...]) -> bool:
-    """Matrices."""
+    """Only parameters of two axes or more have such units."""
     return is_matrix(shape)
 
   def _tile(self, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -48,7 +48,7 @@ class Tiles(Pattern):
         )
 
   def round_to_units(self, shapes: Shapes, density: Mapping[str, float]) -> dict[str, float]:
-    """Whole tiles."""
+    """Rounds each density to whole tiles of its matrix."""
     found = {}
     for path, asked in density.items():
       rows, columns = self._tile(shapes[path])

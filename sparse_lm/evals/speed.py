@@ -19,7 +19,7 @@ ROLES = ('', 'dense_')  # before the names of numbers: of the packed model, and 
 
 @dataclasses.dataclass(frozen=True)
 class Speed(Evaluation):
-  """Times a packed model and its twin on real text: what gates let through depends on it.
+  """Times a packed model and its twin on real text, because it decides which gates open.
 
   Attributes:
     repeats: turns.

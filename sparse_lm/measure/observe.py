@@ -31,7 +31,7 @@ def connections(masks: Tree, before: Tree) -> dict[str, float]:
 
 
 def activity(observed: dict[str, float]) -> dict[str, float]:
-  """The fraction that each gate let through, by the gate's path."""
+  """The measured fraction of each gate that is open, by the gate's path."""
   return {
     name.removeprefix(GATES): value for name, value in observed.items() if name.startswith(GATES)
   }

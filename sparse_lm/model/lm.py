@@ -152,6 +152,11 @@ def running(model: LM) -> list[MethodConfig]:
   return [*layers, model.stack]
 
 
+def notes(model: LM) -> list[str]:
+  """Sentences on layers that several rules of a slot name, and on those that none does."""
+  return [note for slot in model.slots for note in slot.notes(model.spec.layers)]
+
+
 def _check_credit(model: LM) -> None:
   """A policy's actions are credited with what comes later in their own sequence.
 

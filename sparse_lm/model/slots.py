@@ -196,11 +196,25 @@ class SlotConfig:
 
   def at(self, layer: int, count: int) -> MethodConfig:
     """The method of a layer of `count`."""
-    return self._by_layer(count)[layer]
+    return self.by_layer(count)[layer]
+
+  def by_layer(self, count: int) -> list[MethodConfig]:
+    """The method of each layer. Raises UserError for a slice that holds no layer that is left for it."""
+    found: dict[int, MethodConfig] = {}
+    for text, own in self.rules:
+      chosen = _layers(text, own.group, count)
+      left = [layer for layer in chosen if layer not in found]
+      if not left:
+        raise UserError(
+          f'{own.group}.layers={text!r}: rules before it in config.{self.slot}.order hold all of its '
+          f'layers, {_listed(chosen)}; valid: layers that are left, or an earlier place'
+        )
+      found |= dict.fromkeys(left, own)
+    return [found.get(layer, self.fallback) for layer in range(count)]
 
   def running(self, count: int) -> list[MethodConfig]:
     """The methods that run in any of `count` layers, each followed by what it wraps."""
-    found = dict.fromkeys(self._by_layer(count))
+    found = dict.fromkeys(self.by_layer(count))
     return [part for own in found for part in (own, own.inner) if part is not None]
 
   def dense(self, spec: Spec) -> 'SlotConfig':
@@ -208,27 +222,24 @@ class SlotConfig:
     rules = tuple((layers, own.dense(spec)) for layers, own in self.rules)
     return SlotConfig(self.slot, rules, self.fallback.dense(spec))
 
-  def check(self, count: int) -> None:
-    """Raises UserError for a slice that is none, or that holds no layer that is left for it."""
-    self._by_layer(count)
+  def notes(self, count: int) -> list[str]:
+    """Sentences on layers that several rules name, and on those that none does; none of a single rule."""
+    if len(self.rules) < 2:
+      return []
+    taken, found = set(), []
+    for text, own in self.rules:
+      chosen = _layers(text, own.group, count)
+      if lost := [layer for layer in chosen if layer in taken]:
+        found.append(f'{own.group}: rules before it hold layers {_listed(lost)}')
+      taken.update(chosen)
+    if left := [layer for layer in range(count) if layer not in taken]:
+      name = self.fallback.name
+      found.append(f'config.{self.slot}: no rule names layers {_listed(left)}, which run {name!r}')
+    return found
 
-  def _by_layer(self, count: int) -> list[MethodConfig]:
-    return _by_layer(self, count)
 
-
-@functools.lru_cache(maxsize=256)
-def _by_layer(config: SlotConfig, count: int) -> list[MethodConfig]:
-  found: dict[int, MethodConfig] = {}
-  for text, own in config.rules:
-    chosen = _layers(text, own.group, count)
-    left = [layer for layer in chosen if layer not in found]
-    if not left:
-      raise UserError(
-        f'{own.group}.layers={text!r}: rules before it in config.{config.slot}.order hold all of its '
-        f'layers, {", ".join(map(str, chosen))}; valid: layers that are left, or an earlier place'
-      )
-    found |= dict.fromkeys(left, own)
-  return [found.get(layer, config.fallback) for layer in range(count)]
+def _listed(layers: list[int]) -> str:
+  return ', '.join(map(str, layers))
 
 
 def _layers(text: str, group: str, count: int) -> range:

@@ -21,7 +21,7 @@ class Global(Pattern):
 
   @property
   def spans_layers(self) -> bool:
-    """Always."""
+    """The weights of all layers are ranked together."""
     return True
 
   def pool(self, leaves: Tree) -> Units:

@@ -37,7 +37,7 @@ class NOfM(Pattern):
     return self.m
 
   def covers(self, path: str, shape: tuple[int, ...]) -> bool:
-    """Matrices."""
+    """Only parameters of two axes or more have such units."""
     return is_matrix(shape)
 
   def top(self, units: Array, count: Array) -> Array:

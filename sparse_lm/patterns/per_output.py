@@ -23,7 +23,7 @@ class PerOutput(Pattern):
   spelling: ClassVar[str] = 'per_output'
 
   def covers(self, path: str, shape: tuple[int, ...]) -> bool:
-    """Matrices."""
+    """Only parameters of two axes or more have such units."""
     return is_matrix(shape)
 
   def top(self, units: Array, count: Array) -> Array:

@@ -30,8 +30,8 @@ def report(
     program: of the run.
     target: final densities, `None` = dense.
     masks: of the trained model; without them each leaf is taken to meet its target.
-    observed: of the trained model in evaluation; without it each gate is taken to let through what
-      its config plans (all of it, where it learns that).
+    observed: of the trained model in evaluation; without it each gate is taken to be as far open as its
+      config plans (wholly, where it learns that).
     work: what training spent, over the tokens of the run's own steps; without it what the config
       predicts, for a run that starts from no other and learns from none.
 

@@ -20,6 +20,7 @@ from sparse_lm.core.tree import Tree
 from sparse_lm.evals import Values
 from sparse_lm.measure import observe
 from sparse_lm.measure.observe import scalars
+from sparse_lm.model import lm
 from sparse_lm.runs.best import Best
 from sparse_lm.runs.checkpoint import Checkpoints
 from sparse_lm.runs.console import Console, opening
@@ -109,7 +110,7 @@ class _Loop:
     first, every, name = int(state.step), self.config.train, self.folder.path.name
     with _Stop() as stop, Console(self.progress, name, first, every.steps) as self.console:
       self.console.say(opening(self.setup, name, first))
-      for note in self.program.method.notes:
+      for note in (*self.program.method.notes, *lm.notes(self.program.model)):
         self.console.say(note)
       self._compare_plans(first)
       for done in range(first + 1, every.steps + 1):

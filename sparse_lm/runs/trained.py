@@ -74,7 +74,7 @@ class Trained:
   def costs(self) -> dict[str, Any]:
     """Sizes and FLOPs beside the dense twin's, gates as planned; see `runs/cost_report.py`.
 
-    What gates let through on the validation text stands in the workdir's result.json.
+    The fraction of gates that the validation text opens stands in the workdir's result.json.
     """
     work = self.work.over(cost_report.tokens(self.config, self.step))
     return cost_report.report(self.program, self.target, self.masks, work=work)

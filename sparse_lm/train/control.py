@@ -1,4 +1,4 @@
-"""The budget controller: holds the forward FLOPs that gates let through at a target."""
+"""The budget controller: holds the forward FLOPs, at the fraction of open gates, at a target."""
 
 import dataclasses
 

@@ -118,6 +118,11 @@ def test_the_first_rule_that_holds_a_layer_counts_and_the_fallback_holds_the_res
     'topk_keys',
   ]
   assert found[4].group == 'config.attention.rules.far'
+  assert slot.notes(6) == [
+    'config.attention.rules.far: rules before it hold layers 2',
+    "config.attention: no rule names layers 3, 5, which run 'full'",
+  ]
+  assert loaded('attention', name='head_gate', layers='1:').notes(6) == []
 
 
 def test_a_rule_begins_with_what_the_slot_says():

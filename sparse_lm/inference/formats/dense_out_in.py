@@ -36,7 +36,7 @@ class DenseOutIn(Format):
     return self.outputs.shape[::-1]
 
   def matmul(self, x: Array) -> Array:
-    """One product."""
+    """Multiplies with the whole kernel, output by output for a single token."""
     if x.size == x.shape[-1]:
       return (self.outputs @ x.reshape(-1)).reshape(*x.shape[:-1], -1)
     flat = x.reshape(-1, x.shape[-1]) @ self.outputs.T

@@ -86,7 +86,7 @@ class MixtureOfDepths(LayerMethod):
     index_BxC = jnp.sort(
       jax.lax.top_k(jax.lax.stop_gradient(scores_BxL), self._entering(length))[1], axis=1
     )
-    # Of a short sequence's padding some may be seated; none of it enters.
+    # Of a short sequence's padding some may be chosen; none of it enters.
     enters_BxL = jax.nn.one_hot(index_BxC, length, dtype=jnp.float32).sum(axis=1) * valid_BxL
     surprise_BxL = optax.sigmoid_binary_cross_entropy(likely_BxL, enters_BxL)
     sow(self, 'losses', 'predictor', jnp.mean(surprise_BxL, where=valid_BxL))
