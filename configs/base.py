@@ -18,50 +18,9 @@ def get_config() -> ConfigDict:
       # Workdir of a run to start from: its weights, with static its masks, and its data and tokenizer
       # where neither the command line nor the config file names others.
       'init_from': '',
-      'data': {
-        'source': 'stdlib',  # stdlib: the Python standard library's own source | files | tfds | mixture
-        # files: a glob of text files | tfds: a directory that it prepared as array_record |
-        # mixture: sources, paths and weights, such as 'stdlib=0.5, files:a/*.txt=0.3, tfds:b=0.2'
-        'path': '',
-        'split': (0.9, 0.05, 0.05),  # train, validation, test, for files
-        'tokenizer': 'bytes',  # bytes | chars | bpe
-        'vocab_size': 1024,  # of bpe; the others have their own and don't read it
-        'context': 128,  # tokens a sequence
-        'batch': 32,  # sequences an optimizer step
-      },
-      'model': {
-        'layers': 4,
-        'width': 256,
-        'hidden': 1024,  # of the MLP
-        'heads': 4,
-        'kv_heads': 4,  # fewer than heads: grouped-query attention
-        'norm': 'rmsnorm',  # rmsnorm | layernorm
-        'positions': 'rotary',  # rotary | learned
-        'init': 'fan_in',  # fan_in | gpt2
-        'tied': False,  # the head shares the embedding
-        'bias': False,
-        'dropout': 0.0,
-        'dtype': 'float32',  # of the computation; losses and norms stay in float32
-        # float32 | bfloat16, which loses small updates; averages and moments are float32 with either.
-        'param_dtype': 'float32',
-        'remat': False,  # recompute activations in the backward pass
-      },
-      'weight': {
-        'name': 'none',
-        'sparsity': 0.0,  # over all prunable weights together
-        'distribution': 'uniform',  # uniform | er | erk | a map such as 'attention=0.5,mlp=0.9'
-        'dense': (
-          'embed',
-          'head',
-          'norm',
-          'bias',
-          'router',
-        ),  # path expressions of what is never pruned
-        # Several methods: the names of `rules`, each of which prunes what its `match` finds. A rule
-        # begins with the values above, and the first that finds a parameter prunes it.
-        'order': (),
-        'rules': {},
-      },
+      'data': _data(),
+      'model': _model(),
+      'weight': _weight(),
       # A slot's method runs in `layers` (a Python slice), `fallback` in the others. `inner` runs inside a
       # method that wraps another one.
       'activation': _slot('relu2'),
@@ -82,18 +41,7 @@ def get_config() -> ConfigDict:
         'weight': 0.5,  # of the teacher's part of the loss, in [0, 1]
         'temperature': 1.0,  # of both distributions
       },
-      'optimizer': {
-        'name': 'adamw',
-        'learning_rate': 2e-3,
-        'schedule': 'cosine',  # cosine | linear | constant, after the warm-up
-        'warmup': 0.05,  # fraction of the steps
-        'final': 0.1,  # fraction of the rate at the last step
-        'momentum': 0.9,  # b1 of the Adam family and Lion
-        'b2': 0.99,
-        'weight_decay': 0.1,  # decoupled; matrices only
-        'clip': 1.0,  # global gradient norm, 0 = off
-        'ema': 0.0,  # decay of the parameters' moving average used for evaluation, 0 = off
-      },
+      'optimizer': _optimizer(),
       'train': {
         'steps': 1000,
         'accumulation': 1,  # microbatches an optimizer step; divides the batch
@@ -103,6 +51,78 @@ def get_config() -> ConfigDict:
       },
     }
   )
+
+
+def _data() -> dict[str, Any]:
+  """What is read, and how it becomes tokens."""
+  return {
+    'source': 'stdlib',  # stdlib: the Python standard library's own source | files | tfds | mixture
+    # files: a glob of text files | tfds: a directory that it prepared as array_record |
+    # mixture: sources, paths and weights, such as 'stdlib=0.5, files:a/*.txt=0.3, tfds:b=0.2'
+    'path': '',
+    'split': (0.9, 0.05, 0.05),  # train, validation, test, for files
+    'tokenizer': 'bytes',  # bytes | chars | bpe
+    'vocab_size': 1024,  # of bpe; the others have their own and don't read it
+    'context': 128,  # tokens a sequence
+    'batch': 32,  # sequences an optimizer step
+  }
+
+
+def _model() -> dict[str, Any]:
+  """The dimensions of the transformer, and what all layers share."""
+  return {
+    'layers': 4,
+    'width': 256,
+    'hidden': 1024,  # of the MLP
+    'heads': 4,
+    'kv_heads': 4,  # fewer than heads: grouped-query attention
+    'norm': 'rmsnorm',  # rmsnorm | layernorm
+    'positions': 'rotary',  # rotary | learned
+    'init': 'fan_in',  # fan_in | gpt2
+    'tied': False,  # the head shares the embedding
+    'bias': False,
+    'dropout': 0.0,
+    'dtype': 'float32',  # of the computation; losses and norms stay in float32
+    # float32 | bfloat16, which loses small updates; averages and moments are float32 with either.
+    'param_dtype': 'float32',
+    'remat': False,  # recompute activations in the backward pass
+  }
+
+
+def _weight() -> dict[str, Any]:
+  """Which weights exist."""
+  return {
+    'name': 'none',
+    'sparsity': 0.0,  # over all prunable weights together
+    'distribution': 'uniform',  # uniform | er | erk | a map such as 'attention=0.5,mlp=0.9'
+    'dense': (
+      'embed',
+      'head',
+      'norm',
+      'bias',
+      'router',
+    ),  # path expressions of what is never pruned
+    # Several methods: the names of `rules`, each of which prunes what its `match` finds. A rule
+    # begins with the values above, and the first that finds a parameter prunes it.
+    'order': (),
+    'rules': {},
+  }
+
+
+def _optimizer() -> dict[str, Any]:
+  """The optimizer and its learning rate."""
+  return {
+    'name': 'adamw',
+    'learning_rate': 2e-3,
+    'schedule': 'cosine',  # cosine | linear | constant, after the warm-up
+    'warmup': 0.05,  # fraction of the steps
+    'final': 0.1,  # fraction of the rate at the last step
+    'momentum': 0.9,  # b1 of the Adam family and Lion
+    'b2': 0.99,
+    'weight_decay': 0.1,  # decoupled; matrices only
+    'clip': 1.0,  # global gradient norm, 0 = off
+    'ema': 0.0,  # decay of the parameters' moving average used for evaluation, 0 = off
+  }
 
 
 def _slot(name: str) -> dict[str, Any]:

@@ -13,22 +13,22 @@ HEADER = ('method', 'slot', 'paper', 'saves', 'causal in')
 
 def rows() -> list[tuple[str, ...]]:
   """A row for each method, in the order of `HEADER`; the method's name links to its file."""
+  # Methods declare what holds with their default fields, in the default model.
+  default = configs.load(str(configs.BASE))
+  spec = Spec.from_config(default.model, vocab=256, context=default.data.context)
   found = []
   for slot in slots.SLOTS:
     for name in slots.names(slot):
       link = f'[{name}](sparse_lm/methods/{slot}/{name}.py)'
-      found.append((link, slot, *_declared(slot, name)))
+      found.append((link, slot, *_declared(slot, name, spec)))
   return found
 
 
-def _declared(slot: str, name: str) -> tuple[str, str, str]:
+def _declared(slot: str, name: str, spec: Spec) -> tuple[str, str, str]:
   """Paper, savings, and the modes in which the method is causal and whether sequences compete in them."""
-  cls = slots.method(slot, name)
   if slot == 'weight':
-    return cls.traits.paper, cls.traits.saves, ', '.join(lm.MODES)
-  # Methods declare what holds with their default fields, in the default model.
-  default = configs.load(str(configs.BASE))
-  spec = Spec.from_config(default.model, vocab=256, context=default.data.context)
+    traits = slots.method(slot, name).traits
+    return traits.paper, traits.saves, ', '.join(lm.MODES)
   traits = slots.MethodConfig(slot, name).traits(spec)
   modes = [
     f'{mode} (sequences compete)' if mode in traits.couples else mode

@@ -1,9 +1,13 @@
 """What the tests share: a small corpus, small configs, a way to stop a run, and outside data."""
 
+import contextlib
+import importlib
 import os
 import pathlib
 import random
 import signal
+import sys
+import textwrap
 
 # Before JAX is imported, and for subprocesses too: these tests compile far longer than they compute.
 # Set it to 0 to test the very executables that users run.
@@ -20,8 +24,9 @@ if os.environ.setdefault(
 import jax
 import pytest
 
+from sparse_lm import patterns, signals
 from sparse_lm.inference import costs, formats
-from sparse_lm.runs import configs
+from sparse_lm.runs import configs, runtime
 from sparse_lm.runs.loop import train
 from sparse_lm.train.step import Program
 
@@ -66,6 +71,61 @@ def compiled_programs(request):
     jax.config.update('jax_compilation_cache_dir', str(folder / 'tests'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
     yield
+
+
+@contextlib.contextmanager
+def _dropped_in(package, folder, files):
+  """Files by name, in a folder of their own, are found as if they stood in the package's."""
+  for name, text in files.items():
+    (folder / f'{name}.py').write_text(textwrap.dedent(text).lstrip())
+  module = importlib.import_module(package)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(module, '__path__', [*module.__path__, str(folder)])
+    importlib.invalidate_caches()
+    yield
+  for name in files:
+    sys.modules.pop(f'{package}.{name}', None)
+    vars(module).pop(name, None)
+  patterns.pattern.cache_clear()
+  signals.signal.cache_clear()
+
+
+@pytest.fixture(scope='session')
+def dropped_in():
+  """`with dropped_in(package, folder, {name: source}):` the files are the package's; see above."""
+  return _dropped_in
+
+
+@pytest.fixture
+def method(tmp_path, dropped_in):
+  """`method(slot, name, source)` puts a method into a file of its own among its slot's."""
+  with contextlib.ExitStack() as stack:
+
+    def add(slot, name, source):
+      stack.enter_context(dropped_in(f'sparse_lm.methods.{slot}', tmp_path, {name: source}))
+
+    yield add
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+  """`call(command, arguments) -> (exit code, stdout, stderr)`, in this process, for speed."""
+
+  def run(command, given):
+    capfd.readouterr()
+    with monkeypatch.context() as patch:
+      patch.chdir(ROOT)
+      patch.setattr(sys, 'argv', ['sparse_lm', *given])
+      patch.setattr(runtime, 'prepare', lambda: None)  # it sets up this whole process
+      try:
+        command.main()
+        code = 0
+      except SystemExit as stop:
+        code = stop.code
+    captured = capfd.readouterr()
+    return code, captured.out, captured.err
+
+  return run
 
 
 @pytest.fixture(scope='session')

@@ -5,10 +5,8 @@ tests/methods/test_attention_of_a_user.py.
 """
 
 import ast
-import importlib
+import contextlib
 import json
-import sys
-import textwrap
 
 import jax
 import numpy as np
@@ -219,22 +217,14 @@ SPARSE = {'weight__name': 'static', 'weight__sparsity': 0.5}
 
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, dropped_in):
   """Where the files are, one to a folder of its own, of which each package knows its one."""
   root = tmp_path_factory.mktemp('of_a_user')
-  with pytest.MonkeyPatch.context() as patch:
+  with contextlib.ExitStack() as stack:
     for (package, name), text in DROPPED.items():
-      own = root / package
-      own.mkdir()
-      (own / f'{name}.py').write_text(textwrap.dedent(text))
-      module = importlib.import_module(package)
-      patch.setattr(module, '__path__', [*module.__path__, str(own)])
+      (own := root / package).mkdir()
+      stack.enter_context(dropped_in(package, own, {name: text}))
     yield root
-  for package, name in DROPPED:
-    sys.modules.pop(f'{package}.{name}', None)
-    vars(sys.modules[package]).pop(name, None)
-  patterns.pattern.cache_clear()
-  signals.signal.cache_clear()
 
 
 @pytest.fixture(scope='module')

@@ -3,8 +3,6 @@
 import pathlib
 import re
 
-import sparse_lm.methods.mlp
-import sparse_lm.methods.weight
 from sparse_lm import list_methods
 from sparse_lm.runs.loop import train
 
@@ -18,15 +16,9 @@ def example(path):
   return found
 
 
-def add_file(monkeypatch, package, folder, path):
-  """Puts the example where the package finds it, as if it stood in its folder."""
-  (folder / pathlib.Path(path).name).write_text(example(path))
-  monkeypatch.setattr(package, '__path__', [*package.__path__, str(folder)])
-
-
-def test_the_weight_method_is_one_file_that_trains(tmp_path, monkeypatch, tiny_config):
+def test_the_weight_method_is_one_file_that_trains(tmp_path, method, tiny_config):
   path = 'sparse_lm/methods/weight/saliency.py'
-  add_file(monkeypatch, sparse_lm.methods.weight, tmp_path, path)
+  method('weight', 'saliency', example(path))
   given = {
     'weight.name': 'saliency',
     'weight.pattern': '2:4',
@@ -38,10 +30,10 @@ def test_the_weight_method_is_one_file_that_trains(tmp_path, monkeypatch, tiny_c
   assert abs(metrics['sparsity_prunable'] - 0.5) < 0.01
 
 
-def test_the_gate_is_one_file_that_trains_under_a_budget(tmp_path, monkeypatch, tiny_config):
+def test_the_gate_is_one_file_that_trains_under_a_budget(tmp_path, method, tiny_config):
   path = 'sparse_lm/methods/mlp/skip.py'
   assert example(path).count('\n') <= 40
-  add_file(monkeypatch, sparse_lm.methods.mlp, tmp_path, path)
+  method('mlp', 'skip', example(path))
   given = {'mlp.name': 'skip', 'mlp.estimator': 'reinforce', 'budget.target': 0.9}
   metrics = train(tiny_config(**given), str(tmp_path / 'run'), progress=False)['metrics']
   assert 0.5 < metrics['flops_forward_ratio'] < 1.1  # the router comes on top of the dense twin

@@ -13,9 +13,14 @@ from sparse_lm.core.errors import UserError, unknown
 
 def names(package: str) -> list[str]:
   """The names of all implementations in a package, such as 'sparse_lm.patterns'."""
+  return sorted(_modules(package))
+
+
+def _modules(package: str) -> dict[str, str]:
+  """The module of each implementation in a package, by the implementation's name."""
   folder = importlib.import_module(package).__path__
   found = (module.name for module in pkgutil.iter_modules(folder) if not module.ispkg)
-  return sorted(name.rstrip('_') for name in found)
+  return {module.rstrip('_'): module for module in found}
 
 
 def name_of(implementation: type) -> str:
@@ -31,12 +36,10 @@ def load(package: str, name: str, field: str) -> type:
       its base class asks for.
     TypeError: the file does not define exactly one public class.
   """
-  if name not in names(package):
-    raise unknown(field, name, names(package))
-  files = {
-    module.name for module in pkgutil.iter_modules(importlib.import_module(package).__path__)
-  }
-  module = importlib.import_module(f'{package}.{name if name in files else f"{name}_"}')
+  modules = _modules(package)
+  if name not in modules:
+    raise unknown(field, name, modules)
+  module = importlib.import_module(f'{package}.{modules[name]}')
   public = [
     value
     for value in vars(module).values()

@@ -113,12 +113,10 @@ class MethodConfig:
     """Reads a group. Raises UserError for an inner method that wraps another one in turn."""
     inner = None
     if wraps(slot, config.name):
-      if 'inner' not in config or wraps(slot, config.inner.name):
-        own = group if 'inner' not in config else f'{group}.inner'
-        name = config.name if 'inner' not in config else config.inner.name
+      if 'inner' not in config:  # a fallback, or an inner method itself
         raise UserError(
-          f'config.{own}.name={name!r} wraps another method and has none to wrap; valid: '
-          f'config.{slot}.name={name!r}'
+          f'config.{group}.name={config.name!r} wraps another method and has none to wrap; valid: '
+          f'config.{slot}.name={config.name!r}'
         )
       inner = cls.from_config(slot, f'{group}.inner', config.inner)
     own_fields = tuple(sorted(fields(config).items()))
@@ -186,7 +184,7 @@ class SlotConfig:
 
   @classmethod
   def from_config(cls, slot: str, config: ConfigDict) -> 'SlotConfig':
-    """Reads `config.<slot>`."""
+    """Reads `config.<slot>`: its rules in their order, or its own method as the only rule."""
     rules = {f'{slot}.rules.{name}': config.rules[name] for name in config.order} or {slot: config}
     return cls(
       slot,

@@ -55,12 +55,12 @@ def run(
     UserError: a name or pattern that no site has, a site whose value no loop or conditional hands out, or
       a replacement of another shape or dtype.
   """
-  reader = _Reader(tuple(read))
+  reader = _Reader(dict.fromkeys(read))
   replacer = _Replacer(dict(replace or {}))
   with record.acting(reader), record.acting(replacer):
     out, changed = module.apply(variables, *arguments, mutable=[READ], **keywords)
-  for patterns, actor in ((reader.patterns, reader), (replacer.by_pattern, replacer)):
-    _check_matched(patterns, actor.passed)
+  for actor in (reader, replacer):
+    _check_matched(actor)
   values = tree.named(changed.get(READ, {}))
   if missed := [name for name in reader.passed if reader.wants(name) and name not in values]:
     raise UserError(
@@ -79,32 +79,37 @@ def replacing(replace: Mapping[str, Replacement]) -> Iterator[None]:
   replacer = _Replacer(dict(replace))
   with record.acting(replacer):
     yield
-  _check_matched(replacer.by_pattern, replacer.passed)
+  _check_matched(replacer)
 
 
 def _matches(pattern: str, path: str) -> bool:
   return fnmatch.fnmatchcase(path, pattern)
 
 
-def _check_matched(patterns: Iterable[str], passed: Iterable[str]) -> None:
-  for pattern in patterns:
-    if not any(_matches(pattern, path) for path in passed):
-      raise unknown('site', pattern, {str(Place.parse(path).in_any_layer) for path in passed})
+def _check_matched(actor: '_Matcher') -> None:
+  for pattern in actor.patterns:
+    if not any(_matches(pattern, path) for path in actor.passed):
+      raise unknown('site', pattern, {str(Place.parse(path).in_any_layer) for path in actor.passed})
 
 
 @dataclasses.dataclass(frozen=True)
-class _Reader(record.Actor):
-  """Sows the activations that it wants.
+class _Matcher(record.Actor):
+  """Acts on the sites that one of its patterns matches.
 
   Attributes:
+    patterns: by which sites are wanted, and for each what they are replaced by, if they are.
     passed: names of all sites of the trace, in their order.
   """
 
-  patterns: tuple[str, ...]
+  patterns: Mapping[str, Replacement | None]
   passed: dict[str, None] = dataclasses.field(default_factory=dict)
 
   def wants(self, path: str) -> bool:
     return any(_matches(pattern, path) for pattern in self.patterns)
+
+
+class _Reader(_Matcher):
+  """Sows the activations that it wants."""
 
   def act(
     self, module: nn.Module, name: str, path: str, value: jax.Array, branch: bool
@@ -120,21 +125,14 @@ class _Reader(record.Actor):
     return value
 
 
-@dataclasses.dataclass(frozen=True)
-class _Replacer(record.Actor):
+class _Replacer(_Matcher):
   """Replaces activations, by the first pattern that their site matches."""
-
-  by_pattern: dict[str, Replacement]
-  passed: dict[str, None] = dataclasses.field(default_factory=dict)
-
-  def wants(self, path: str) -> bool:
-    return any(_matches(pattern, path) for pattern in self.by_pattern)
 
   def act(
     self, module: nn.Module, name: str, path: str, value: jax.Array, branch: bool
   ) -> jax.Array:
     self.passed[path] = None
-    for pattern, function in self.by_pattern.items():
+    for pattern, function in self.patterns.items():
       if _matches(pattern, path):
         return _checked(path, value, jnp.asarray(function(value)))
     return value

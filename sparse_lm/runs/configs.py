@@ -95,18 +95,27 @@ def _overridden(config: ConfigDict, overrides: dict[str, Any], path: str) -> Con
   of_rules = {field: value for field, value in overrides.items() if '.rules.' in field}
   of_slots = {field: value for field, value in overrides.items() if field not in of_rules}
   given = _rules_of_file(config)
-  _apply(config, of_slots, path)
+  _apply(config, list(_methods(config)), of_slots, path)
   for slot, rules in given.items():
     _add_rules(slot, config[slot], rules, of_rules)
-  _apply(config, of_rules, path)
+  ruled = [found for found in _methods(config) if '.rules.' in found[1]]
+  _apply(config, ruled, of_rules, path)
   _check_inner(config, overrides)
   check(config)
   return config.lock()
 
 
-def _apply(config: ConfigDict, overrides: dict[str, Any], path: str) -> None:
-  """Names of methods first: they decide which other fields there are."""
-  names = {f'{group}.name': (group, node) for _, group, node in _methods(config)}
+def _apply(
+  config: ConfigDict,
+  methods: list[tuple[str, str, ConfigDict]],
+  overrides: dict[str, Any],
+  path: str,
+) -> None:
+  """Merges the defaults of these groups' methods and applies overrides.
+
+  Names of methods come first, because they decide which other fields there are.
+  """
+  names = {f'{group}.name': (group, node) for _, group, node in methods}
   for field, (group, node) in names.items():
     _merge_defaults(node, group, overrides.get(field, node.name), path)
   for field, value in overrides.items():

@@ -86,7 +86,7 @@ def exchange_masks(
   params = trainable['params']
   if survived is None:
     survived = jax.tree.map(jnp.logical_and, sparse.masks, masks)
-  changed = tree.where_sparse(
+  toggled = tree.where_sparse(
     lambda w, old, new, kept: (old | new) & ~kept,
     params,
     sparse.masks,
@@ -95,7 +95,7 @@ def exchange_masks(
     dense=lambda w: None,
   )
   masked = trainable | {'params': apply_masks(params, survived)}
-  return MaskUpdate(masked, sparse.replace(masks=masks), changed)
+  return MaskUpdate(masked, sparse.replace(masks=masks), toggled)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,6 @@ import pytest
 
 import sparse_lm.cost as cost_command
 import sparse_lm.train.__main__ as train_command
-from sparse_lm.runs import runtime
 from sparse_lm.runs.trained import load
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -34,27 +33,6 @@ def small(text_file, tiny_config):
 def arguments(small, workdir, **given):
   config = {'config': 'configs/tiny.py', 'workdir': workdir}
   return [f'--{name}={value}' for name, value in {**config, **small, **given}.items()]
-
-
-@pytest.fixture
-def main(monkeypatch, capfd):
-  """`main(command, arguments) -> (exit code, stdout, stderr)`, in this process, for speed."""
-
-  def run(command, given):
-    capfd.readouterr()
-    with monkeypatch.context() as patch:
-      patch.chdir(ROOT)
-      patch.setattr(sys, 'argv', ['sparse_lm', *given])
-      patch.setattr(runtime, 'prepare', lambda: None)  # it sets up this whole process
-      try:
-        command.main()
-        code = 0
-      except SystemExit as stop:
-        code = stop.code
-    captured = capfd.readouterr()
-    return code, captured.out, captured.err
-
-  return run
 
 
 BAD = {
@@ -147,16 +125,16 @@ BAD = {
 
 
 @pytest.mark.parametrize('case', BAD)
-def test_bad_input_is_one_line(case, main, small, tmp_path):
+def test_bad_input_is_one_line(case, call, small, tmp_path):
   given, expected = BAD[case]
-  code, out, err = main(train_command, arguments(small, tmp_path / 'run', **given))
+  code, out, err = call(train_command, arguments(small, tmp_path / 'run', **given))
   assert code == 2 and not out
   assert err.startswith('error: ') and err.count('\n') == 1, err
   assert expected in err
   assert not list(tmp_path.iterdir()), 'a workdir was made'
 
 
-def test_empty_corpus_and_workdir_that_is_no_folder(main, small, tmp_path):
+def test_empty_corpus_and_workdir_that_is_no_folder(call, small, tmp_path):
   (tmp_path / 'empty.txt').write_text('')
   empty = {'config.data.path': tmp_path / 'empty.txt'}
   below = arguments(small, tmp_path / 'empty.txt' / 'run')
@@ -165,15 +143,15 @@ def test_empty_corpus_and_workdir_that_is_no_folder(main, small, tmp_path):
     arguments(small, tmp_path / 'empty.txt'),
     below,
   ):
-    code, _, err = main(train_command, given)
+    code, _, err = call(train_command, given)
     assert code == 2 and err.count('\n') == 1 and 'empty.txt' in err, err
   assert [path.name for path in tmp_path.iterdir()] == ['empty.txt']
 
 
-def test_workdir_of_another_config(main, small, tmp_path):
-  assert main(train_command, arguments(small, tmp_path))[0] == 0
+def test_workdir_of_another_config(call, small, tmp_path):
+  assert call(train_command, arguments(small, tmp_path))[0] == 0
   before = {f: f.read_bytes() for f in tmp_path.rglob('*') if f.is_file()}
-  code, _, err = main(train_command, arguments(small, tmp_path, **{'config.seed': 3}))
+  code, _, err = call(train_command, arguments(small, tmp_path, **{'config.seed': 3}))
   assert code == 2 and err.count('\n') == 1 and 'config.seed=0' in err and '3' in err
   assert {f: f.read_bytes() for f in tmp_path.rglob('*') if f.is_file()} == before
 
@@ -191,18 +169,18 @@ def test_bad_input_is_one_line_of_a_process(command, small, tmp_path):
   assert not workdir.exists()
 
 
-def test_a_rate_beyond_float32_is_refused(main, small, tmp_path):
+def test_a_rate_beyond_float32_is_refused(call, small, tmp_path):
   given = {'config.optimizer.learning_rate': '1e39'}
-  code, _, err = main(train_command, arguments(small, tmp_path / 'run', **given))
+  code, _, err = call(train_command, arguments(small, tmp_path / 'run', **given))
   assert (
     code == 2 and 'config.optimizer.learning_rate=1e+39 is not valid' in err and 'float32' in err
   )
   assert not (tmp_path / 'run').exists()
 
 
-def test_diverged_run_stops_and_keeps_what_is_good(main, small, tmp_path):
+def test_diverged_run_stops_and_keeps_what_is_good(call, small, tmp_path):
   given = {'config.optimizer.learning_rate': '1e30', 'config.train.checkpoint_every': 1}
-  code, out, err = main(train_command, arguments(small, tmp_path / 'run', **given))
+  code, out, err = call(train_command, arguments(small, tmp_path / 'run', **given))
   assert code == 2 and not out
   assert 'Traceback' not in err
   line = err.strip().splitlines()[-1]
@@ -240,13 +218,13 @@ def test_sigterm_saves_and_the_same_command_continues(small, tmp_path):
   assert steps == sorted(set(steps)) and steps[-1] == step + 20
 
 
-def test_cost_prints_without_training(main, small, tmp_path, monkeypatch):
+def test_cost_prints_without_training(call, small, tmp_path, monkeypatch):
   monkeypatch.setattr(
     'sparse_lm.train.step.Program.step', lambda *_: pytest.fail('cost took a step')
   )
   given = {'config.weight.name': 'rigl', 'config.weight.sparsity': 0.75}
   given = [a for a in arguments(small, '', **given) if not a.startswith('--workdir')]
-  code, out, err = main(cost_command, given)
+  code, out, err = call(cost_command, given)
   assert code == 0 and not err
   rows = {
     row.split('|')[1].strip(): row.split('|')[2].strip() for row in out.splitlines() if '|' in row

@@ -1,9 +1,6 @@
 """Attention methods that a user adds in one file: other projections and cache, or another mask."""
 
 import functools
-import importlib
-import sys
-import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -85,19 +82,11 @@ SINKS = '''
 
 
 @pytest.fixture(scope='module')
-def methods(tmp_path_factory):
+def methods(tmp_path_factory, dropped_in):
   """Both files in a folder of their own among the methods of attention."""
-  folder = tmp_path_factory.mktemp('methods')
-  for name, text in (('latent', LATENT), ('sinks', SINKS)):
-    (folder / f'{name}.py').write_text(textwrap.dedent(text).lstrip())
-  package = importlib.import_module('sparse_lm.methods.attention')
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(package, '__path__', [*package.__path__, str(folder)])
-    importlib.invalidate_caches()
+  files = {'latent': LATENT, 'sinks': SINKS}
+  with dropped_in('sparse_lm.methods.attention', tmp_path_factory.mktemp('methods'), files):
     yield
-  for name in ('latent', 'sinks'):
-    sys.modules.pop(f'{package.__name__}.{name}', None)
-    vars(package).pop(name, None)
 
 
 @pytest.fixture

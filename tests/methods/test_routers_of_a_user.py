@@ -1,9 +1,6 @@
 """Routers that a user adds in one file, against loops over tokens in NumPy."""
 
 import functools
-import importlib
-import sys
-import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -87,19 +84,11 @@ BIASED = '''
 
 
 @pytest.fixture(scope='module', autouse=True)
-def methods(tmp_path_factory):
+def methods(tmp_path_factory, dropped_in):
   """Both files in a folder of their own among the methods of the MLP slot."""
-  folder = tmp_path_factory.mktemp('methods')
-  for name, text in (('relu_routed', RELU), ('biased', BIASED)):
-    (folder / f'{name}.py').write_text(textwrap.dedent(text).lstrip())
-  package = importlib.import_module('sparse_lm.methods.mlp')
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(package, '__path__', [*package.__path__, str(folder)])
-    importlib.invalidate_caches()
+  files = {'relu_routed': RELU, 'biased': BIASED}
+  with dropped_in('sparse_lm.methods.mlp', tmp_path_factory.mktemp('methods'), files):
     yield
-  for name in ('relu_routed', 'biased'):
-    sys.modules.pop(f'{package.__name__}.{name}', None)
-    vars(package).pop(name, None)
 
 
 @pytest.fixture

@@ -1,7 +1,3 @@
-import importlib
-import sys
-import textwrap
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -246,14 +242,9 @@ class Scaled(LayerMethod):
 
 
 @pytest.fixture
-def new_method(tmp_path, monkeypatch):
-  (tmp_path / 'scaled.py').write_text(textwrap.dedent(NEW_METHOD).lstrip())
-  package = importlib.import_module('sparse_lm.methods.mlp')
-  monkeypatch.setattr(package, '__path__', [*package.__path__, str(tmp_path)])
-  importlib.invalidate_caches()
-  yield 'scaled'
-  sys.modules.pop('sparse_lm.methods.mlp.scaled', None)
-  vars(package).pop('scaled', None)
+def new_method(method):
+  method('mlp', 'scaled', NEW_METHOD)
+  return 'scaled'
 
 
 def config_file(tmp_path):
@@ -320,11 +311,7 @@ def test_a_new_method_is_in_the_ledger_and_the_trainers_loss(new_method, tmp_pat
   assert float(state.model_state['router']['block_1']['mlp']['mean']) > 0
 
 
-def test_a_method_file_with_two_classes_is_a_mistake_of_its_author(tmp_path, monkeypatch):
-  (tmp_path / 'double.py').write_text('class A: pass\nclass B: pass\nclass _Hidden: pass\n')
-  package = importlib.import_module('sparse_lm.methods.mlp')
-  monkeypatch.setattr(package, '__path__', [*package.__path__, str(tmp_path)])
-  importlib.invalidate_caches()
+def test_a_method_file_with_two_classes_is_a_mistake_of_its_author(method):
+  method('mlp', 'double', 'class A: pass\nclass B: pass\nclass _Hidden: pass\n')
   with pytest.raises(TypeError, match='one public class, not 2'):
     slots.method('mlp', 'double')
-  sys.modules.pop('sparse_lm.methods.mlp.double', None)

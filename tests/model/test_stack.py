@@ -1,9 +1,5 @@
 """What spans layers: a stack method runs them, and may carry anything from one to the next."""
 
-import importlib
-import sys
-import textwrap
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,25 +68,6 @@ EXIT = """
 """
 
 
-@pytest.fixture
-def method(tmp_path, monkeypatch):
-  """`method(name, text)` puts a class into a file of its own among the stack methods."""
-  made = []
-
-  def make(name, text):
-    file = textwrap.dedent(HEADER).lstrip() + textwrap.dedent(text).lstrip()
-    (tmp_path / f'{name}.py').write_text(file)
-    package = importlib.import_module('sparse_lm.methods.stack')
-    monkeypatch.setattr(package, '__path__', [*package.__path__, str(tmp_path)])
-    importlib.invalidate_caches()
-    made.append((package, name))
-
-  yield make
-  for package, name in made:
-    sys.modules.pop(f'{package.__name__}.{name}', None)
-    vars(package).pop(name, None)
-
-
 def model_of(tiny_config, **fields):
   model = lm.from_config(tiny_config(model__layers=3, **fields), VOCAB)
   tokens = jax.random.randint(jax.random.key(0), (2, LENGTH), 0, VOCAB)
@@ -121,7 +98,7 @@ def logits_after(model, variables, x_BxLxD):
 
 
 def test_a_stack_may_run_its_layers_again(method, tiny_config):
-  method('recursion', RECURSION)
+  method('stack', 'recursion', HEADER + RECURSION)
   model, variables, tokens = model_of(tiny_config, stack__name='recursion', stack__times=2)
   x = variables['params']['embed']['tokens'][tokens]
   for _ in range(2):
@@ -138,7 +115,7 @@ def test_a_stack_may_run_its_layers_again(method, tiny_config):
 
 
 def test_a_stack_carries_which_tokens_have_left(method, tiny_config):
-  method('early_exit', EXIT)
+  method('stack', 'early_exit', HEADER + EXIT)
   model, variables, tokens = model_of(tiny_config, stack__name='early_exit', stack__bound=4.7)
   x = variables['params']['embed']['tokens'][tokens]
   # With as many tokens as there are, none reads another: a token alone tells which layers it runs.

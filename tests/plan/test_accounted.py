@@ -1,7 +1,5 @@
 """No kernel multiplies for free, and no gate closes at a price that it does not say."""
 
-import importlib
-import sys
 import textwrap
 
 import pytest
@@ -40,22 +38,11 @@ HEADER = '''
 
 
 @pytest.fixture
-def method(tmp_path, monkeypatch):
-  """`method(slot, name, text)` puts a class into a file of its own among the slot's methods."""
-  made = []
-
-  def make(slot, name, text):
-    file = textwrap.dedent(HEADER).lstrip() + textwrap.dedent(text).lstrip()
-    (tmp_path / f'{name}.py').write_text(file)
-    package = importlib.import_module(f'sparse_lm.methods.{slot}')
-    monkeypatch.setattr(package, '__path__', [*package.__path__, str(tmp_path)])
-    importlib.invalidate_caches()
-    made.append((package, name))
-
-  yield make
-  for package, name in made:
-    sys.modules.pop(f'{package.__name__}.{name}', None)
-    vars(package).pop(name, None)
+def add(method):
+  """`add(slot, name, text)` puts a class below the imports of `HEADER` into a file among its slot's."""
+  return lambda slot, name, text: method(
+    slot, name, textwrap.dedent(HEADER) + textwrap.dedent(text)
+  )
 
 
 def refused(tiny_config, **fields):
@@ -78,10 +65,8 @@ FOUR = """
 """
 
 
-def test_plain_flax_layers_are_refused_by_name_before_data_is_read(
-  method, tiny_config, monkeypatch
-):
-  method('mlp', 'four_dense', FOUR)
+def test_plain_flax_layers_are_refused_by_name_before_data_is_read(add, tiny_config, monkeypatch):
+  add('mlp', 'four_dense', FOUR)
 
   def read(config):
     raise AssertionError('data was read')
@@ -92,9 +77,9 @@ def test_plain_flax_layers_are_refused_by_name_before_data_is_read(
   assert 'Linear of sparse_lm.layers.linear' in found and 'record.matmul' in found
 
 
-def test_a_dense_twin_of_plain_flax_layers_is_refused_too(method, tiny_config):
-  method('mlp', 'four_plain', FOUR)
-  method('mlp', 'halves_of_four', GATE.replace('gating=', "twin='four_plain', gating="))
+def test_a_dense_twin_of_plain_flax_layers_is_refused_too(add, tiny_config):
+  add('mlp', 'four_plain', FOUR)
+  add('mlp', 'halves_of_four', GATE.replace('gating=', "twin='four_plain', gating="))
   found = refused(tiny_config, mlp__name='halves_of_four')
   assert 'block_0/mlp/Dense_0/kernel' in found
 
@@ -112,8 +97,8 @@ NOTED = """
 """
 
 
-def test_noted_layers_of_any_kind_are_charged_at_the_density_of_their_kernels(method, tiny_config):
-  method('mlp', 'noted', NOTED)
+def test_noted_layers_of_any_kind_are_charged_at_the_density_of_their_kernels(add, tiny_config):
+  add('mlp', 'noted', NOTED)
   weights = {'weight.name': 'static', 'weight.sparsity': 0.75}
   weights['weight.dense'] = ('embed', 'norm', 'attention')
   program, target = build(tiny_config(**{'mlp.name': 'noted', **weights}), VOCAB)
@@ -141,19 +126,19 @@ MISSPELT = """
 """
 
 
-def test_flops_that_are_noted_for_no_parameter_are_refused(method, tiny_config):
-  method('mlp', 'misspelt', MISSPELT.replace("'wieght'", "'weight'"))
+def test_flops_that_are_noted_for_no_parameter_are_refused(add, tiny_config):
+  add('mlp', 'misspelt', MISSPELT.replace("'wieght'", "'weight'"))
   assert 'parameter block_0/mlp/other[16, 16] (1 such)' in refused(
     tiny_config, mlp__name='misspelt'
   )
   declared = "record.matmul(other[0], self.path, 'lookup', 0, 'other')"
   text = MISSPELT.replace('other[0]', declared)
-  method('mlp', 'misspelt_kernel', text.replace("'wieght'", "'weight'"))
+  add('mlp', 'misspelt_kernel', text.replace("'wieght'", "'weight'"))
   assert setup(tiny_config(mlp__name='misspelt_kernel'))
-  method('mlp', 'misspelt_twice', text.replace("self.param('weight'", "self.param('wait'"))
+  add('mlp', 'misspelt_twice', text.replace("self.param('weight'", "self.param('wait'"))
   assert 'block_0/mlp/wait[16, 16]' in refused(tiny_config, mlp__name='misspelt_twice')
   text = text.replace('return y', "return record.matmul(y, self.path, 'again', 0, 'weight')")
-  method('mlp', 'misspelt_note', text)
+  add('mlp', 'misspelt_note', text)
   found = refused(tiny_config, mlp__name='misspelt_note')
   assert 'FLOPs are noted for block_0/mlp/wieght, which is no parameter' in found
   assert 'block_0/mlp/weight' in found
@@ -176,8 +161,8 @@ GATE = """
 """
 
 
-def test_a_gate_is_charged_as_it_plans(method, tiny_config):
-  method('mlp', 'halves', GATE)
+def test_a_gate_is_charged_as_it_plans(add, tiny_config):
+  add('mlp', 'halves', GATE)
   program, _ = build(tiny_config(mlp__name='halves'), VOCAB)
   ledger = plans.ledger(program.model, CONTEXT)
   gate = cost.Gate(path='block_0/mlp', planned=0.25)
@@ -188,15 +173,15 @@ def test_a_gate_is_charged_as_it_plans(method, tiny_config):
 
 
 @pytest.mark.parametrize('word', ['paper', 'saves', 'gating', 'planned'])
-def test_a_method_that_misspells_what_it_declares_is_refused(word, method, tiny_config):
+def test_a_method_that_misspells_what_it_declares_is_refused(word, add, tiny_config):
   name = f'halves_without_{word}'
-  method('mlp', name, GATE.replace(f'{word}=', f'{word[:-2]}='))
+  add('mlp', name, GATE.replace(f'{word}=', f'{word[:-2]}='))
   found = refused(tiny_config, mlp__name=name)
   assert f'{name}.Halves' in found and f"'{word[:-2]}'" in found
 
 
-def test_a_method_without_the_base_class_is_refused(method, tiny_config):
-  method('mlp', 'halves_alone', GATE.replace('(LayerMethod)', '(nn.Module)'))
+def test_a_method_without_the_base_class_is_refused(add, tiny_config):
+  add('mlp', 'halves_alone', GATE.replace('(LayerMethod)', '(nn.Module)'))
   found = refused(tiny_config, mlp__name='halves_alone')
   assert 'halves_alone.Halves is no LayerMethod' in found
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import pathlib
 import shutil
-import sys
 from typing import ClassVar
 
 import jax
@@ -21,7 +20,6 @@ from sparse_lm.layers.sow import SOWN
 from sparse_lm.methods.weight.wanda import Wanda
 from sparse_lm.model import lm
 from sparse_lm.model.plans import plan_of
-from sparse_lm.runs import runtime
 from sparse_lm.runs import setup as setups
 from sparse_lm.runs.build import build
 from sparse_lm.runs.evaluate import evaluate
@@ -236,23 +234,13 @@ def test_a_pattern_whose_units_span_layers_is_refused(tiny_config):
 
 
 @pytest.fixture
-def main(monkeypatch, capfd):
+def main(call):
   """`main(workdir, out, **overrides) -> (exit code, stdout, stderr)`, in this process."""
 
   def run(workdir, out, segments=SEGMENTS, **overrides):
     given = [f'--workdir={workdir}', f'--out={out}', f'--segments={segments}']
     given += [f'--config.{name.replace("__", ".")}={value}' for name, value in overrides.items()]
-    capfd.readouterr()
-    with monkeypatch.context() as patch:
-      patch.setattr(sys, 'argv', ['sparse_lm', *given])
-      patch.setattr(runtime, 'prepare', lambda: None)  # it sets up this whole process
-      try:
-        prune_command.main()
-        code = 0
-      except SystemExit as stop:
-        code = stop.code
-    captured = capfd.readouterr()
-    return code, captured.out, captured.err
+    return call(prune_command, given)
 
   return run
 

@@ -1,6 +1,7 @@
 """Scores and signals, one small file each in folders beside the package, are run as its own."""
 
 import ast
+import contextlib
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,6 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-import sparse_lm.methods.weight
 import sparse_lm.signals
 from sparse_lm.core import rng, tree
 from sparse_lm.core.errors import UserError
@@ -108,21 +108,18 @@ STEPS = 12
 
 
 @pytest.fixture(scope='module', autouse=True)
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, dropped_in):
   """A folder beside the package that its methods and signals are found in too."""
   root = tmp_path_factory.mktemp('mine')
   found = {
-    sparse_lm.methods.weight: {'fisher': FISHER, 'movement': MOVEMENT},
-    sparse_lm.signals: {'grads_sq': GRADS_SQ, 'x_abs': X_ABS},
+    'sparse_lm.methods.weight': {'fisher': FISHER, 'movement': MOVEMENT},
+    'sparse_lm.signals': {'grads_sq': GRADS_SQ, 'x_abs': X_ABS},
   }
-  for package, files in found.items():
-    (own := root / package.__name__).mkdir()
-    for name, source in files.items():
-      (own / f'{name}.py').write_text(source)
-    package.__path__.append(str(own))
-  yield
-  for package in found:
-    package.__path__.pop()
+  with contextlib.ExitStack() as stack:
+    for package, files in found.items():
+      (own := root / package).mkdir()
+      stack.enter_context(dropped_in(package, own, files))
+    yield
 
 
 def test_a_score_is_no_more_than_fifteen_lines_of_code():
@@ -241,16 +238,21 @@ def test_learned_scores_train_and_select(tiny_config):
     assert (tree.named(states[-1].trainable['params'])[path] != 0).all()
 
 
-def test_a_signal_that_does_not_say_how_it_is_computed_is_one_line(tmp_path):
-  (tmp_path / 'half.py').write_text(
-    'from sparse_lm.core.signal import TrainingSignal\n\n\nclass Half(TrainingSignal):\n  """Half."""\n'
-  )
-  sparse_lm.signals.__path__.append(str(tmp_path))
-  try:
-    with pytest.raises(UserError, match=r'Half does not define of_gradient'):
-      sparse_lm.signals.signal('half')
-  finally:
-    sparse_lm.signals.__path__.pop()
+HALF = '''
+from sparse_lm.core.signal import TrainingSignal
+
+
+class Half(TrainingSignal):
+  """Half."""
+'''
+
+
+def test_a_signal_that_does_not_say_how_it_is_computed_is_one_line(tmp_path, dropped_in):
+  with (
+    dropped_in('sparse_lm.signals', tmp_path, {'half': HALF}),
+    pytest.raises(UserError, match=r'Half does not define of_gradient'),
+  ):
+    sparse_lm.signals.signal('half')
 
 
 def test_calibration_signals_are_found_too():

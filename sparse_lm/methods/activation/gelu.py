@@ -7,7 +7,7 @@ from sparse_lm.layers.method import LayerMethod, Traits
 
 
 class GELU(LayerMethod):
-  """`x Phi(x)`.
+  """Weighs each unit by the normal distribution function: `x Phi(x)`.
 
 
   Attributes:

@@ -7,7 +7,7 @@ from sparse_lm.layers.method import LayerMethod, Traits
 
 
 class ReLU(LayerMethod):
-  """`max(x, 0)`."""
+  """Zeroes what is negative: `max(x, 0)`."""
 
   @property
   def traits(self) -> Traits:

@@ -7,7 +7,7 @@ from sparse_lm.layers.method import LayerMethod, Traits
 
 
 class SiLU(LayerMethod):
-  """`x sigmoid(x)`."""
+  """Weighs each unit by its own sigmoid: `x sigmoid(x)`."""
 
   @property
   def traits(self) -> Traits:
