@@ -28,15 +28,17 @@ Metrics = dict[str, Array]
 
 
 class EffectiveParams(NamedTuple):
-  """What a weight method's `effective` returns.
+  """What a weight method makes of the trainable tree in a step.
 
   Attributes:
     params: as the model sees them.
     density: the fraction of each prunable leaf that runs, float32 scalars, `None` = dense.
+    penalty: what the method adds to the loss, float32.
   """
 
   params: Tree
   density: Tree
+  penalty: Array
 
 
 class Batch(NamedTuple):
@@ -111,7 +113,7 @@ class Objective:
     Returns:
       The loss, and beside it the collections after this pass and the metrics.
     """
-    params, density = effective
+    params, density, penalty = effective
     tokens_BxL1, teacher_BxLxV = batch
     charged_density = self._charged_density(density, state.sparse.target)
 
@@ -131,7 +133,6 @@ class Objective:
     seen = observed(self.costs.ledger, variables)
     metrics = {'loss': nats, 'density': mean_density(density, params)} | seen
     metrics['flops_pass'] = self.costs.training_pass(density)
-    penalty = self.method.penalty(density, params)
     auxiliary = sum(jax.tree.leaves(variables.get('losses', {})), penalty)
     activity = activity_of(variables)
     if activity or self.method.traits.controlled:

@@ -189,15 +189,21 @@ def step_but_where(
 
   Args:
     gradients: like `params`.
-    resting: a Python bool for each leaf of `params`.
+    resting: for each leaf of `params` a Python bool, or a bool array of its shape.
   """
   updates, new_state = tx.update(gradients, opt_state, params)
-  if not any(jax.tree.leaves(resting)):
+  if all(rests is False for rests in jax.tree.leaves(resting)):
     return updates, new_state
-  updates = jax.tree.map(lambda u, rests: jnp.zeros_like(u) if rests else u, updates, resting)
+
+  def unless(rests: bool | jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+    if isinstance(rests, bool):
+      return old if rests else new
+    return jnp.where(rests, old, new)
+
+  updates = jax.tree.map(lambda u, rests: unless(rests, jnp.zeros_like(u), u), updates, resting)
   # What is not shaped like the parameters, such as the count of steps, goes on.
   rests = optax.tree_map_params(
     tx, lambda _, flag: flag, new_state, resting, transform_non_params=lambda _: False
   )
-  kept = jax.tree.map(lambda old, new, flag: old if flag else new, opt_state, new_state, rests)
+  kept = jax.tree.map(lambda old, new, flag: unless(flag, old, new), opt_state, new_state, rests)
   return updates, kept

@@ -8,6 +8,7 @@ and no branch on a method.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +125,17 @@ class Program:
     weight_gradient = None if backward is None else self.costs.training_pass(backward)
     return self.costs.training_step(forward, weight_gradient)
 
+  def _effective(
+    self, state: TrainState, key: Array
+  ) -> tuple[EffectiveParams, Callable[[EffectiveParams], tuple[Tree]]]:
+    """What the weight method makes of the trainable tree, and what pulls a gradient back to it."""
+
+    def apply(trainable: Tree) -> EffectiveParams:
+      seen, density = self.method.effective(trainable, state.sparse, 'train', state.step, key)
+      return EffectiveParams(seen, density, self.method.penalty(trainable, state.sparse, density))
+
+    return jax.vjp(apply, state.trainable)
+
   def _gradients(
     self, effective: EffectiveParams, state: TrainState, batch: Batch, key: Array
   ) -> tuple[EffectiveParams, Tree, Metrics]:
@@ -165,10 +177,7 @@ class Program:
     """
     method, step = self.method, state.step
     key_mask, key_model, key_update = jax.random.split(jax.random.fold_in(state.key, step), 3)
-    effective, pull_back = jax.vjp(
-      lambda t: EffectiveParams(*method.effective(t, state.sparse, 'train', step, key_mask)),
-      state.trainable,
-    )
+    effective, pull_back = self._effective(state, key_mask)
     grads, model_state, metrics = self._gradients(
       effective, state, Batch(tokens_BxL1, teacher_BxLxV), key_model
     )
@@ -180,8 +189,9 @@ class Program:
       metrics |= {'budget/price': control.price, 'budget/measured': control.measured}
 
     trainable, sparse, opt_state = state.trainable, state.sparse, state.opt_state
-    resting = method.resting(updates, trainable)
+    resting, frozen = method.resting(updates, trainable), method.frozen(sparse)
     if not all(jax.tree.leaves(resting)):
+      resting = resting | {'params': _resting_or_frozen(resting['params'], frozen)}
       change, opt_state = step_but_where(self.tx, trainable_grads, opt_state, trainable, resting)
       metrics |= _rounding(trainable, change)
       trainable = method.constrain(optax.apply_updates(trainable, change), sparse)
@@ -200,22 +210,39 @@ class Program:
       trainable=trainable,
       sparse=sparse,
       opt_state=opt_state,
-      ema=self._average(state.ema, trainable, sparse, toggled),
+      ema=self._average(state.ema, trainable, sparse, toggled, frozen),
       model_state=model_state,
       control=control,
       signals=collected,
     )
     return after, metrics
 
-  def _average(self, ema: Tree, trainable: Tree, sparse: Sparse, toggled: Tree) -> Tree:
+  def _average(
+    self, ema: Tree, trainable: Tree, sparse: Sparse, toggled: Tree, frozen: Tree
+  ) -> Tree:
     """The moving average after a step; that of `toggled` weights (bool, `None` = dense) starts at 0."""
     if ema is None:
       return None
     mixed = optax.incremental_update(as_float32(trainable), ema, 1 - self.optimizer.ema)
+    params = tree.where_sparse(
+      lambda new, rests, old: jnp.where(rests, old, new),
+      mixed['params'],
+      frozen,
+      ema['params'],
+      dense=lambda new: new,
+    )
+    mixed = mixed | {'params': params}
     mixed = tree.where_sparse(
       lambda w, flag: jnp.where(flag, 0, w), mixed, toggled, dense=lambda w: w
     )
     return self.method.constrain(mixed, sparse)
+
+
+def _resting_or_frozen(resting: Tree, frozen: Tree) -> Tree:
+  """The leaves that rest in a step (bool), and of the others which weights are frozen, where any is."""
+  return tree.where_sparse(
+    lambda rests, held: rests or held, resting, frozen, dense=lambda rests: rests
+  )
 
 
 def _rounding(trainable: Tree, change: Tree) -> Metrics:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from sparse_lm.core import tree
+from sparse_lm.core.errors import require
 from sparse_lm.core.groups import Group
 from sparse_lm.core.ranges import supplied
 from sparse_lm.core.tree import Tree
@@ -171,9 +172,20 @@ class WeightMethod:
     """
     return apply_masks(trainable['params'], sparse.masks), densities(sparse.masks)
 
-  def penalty(self, density: Tree, params: Tree) -> Array:
-    """What is added to the loss where leaves run at the `density` of `effective`; a float32 scalar."""
+  def penalty(self, trainable: Tree, sparse: Sparse, density: Tree) -> Array:
+    """What is added to the loss, a float32 scalar; differentiated at `trainable`.
+
+    Args:
+      density: of `effective`, the fraction of each leaf that runs.
+    """
     return jnp.float32(0)
+
+  def frozen(self, sparse: Sparse) -> Tree:
+    """The weights that training leaves as they are: bool like the parameters, `None` = none of a leaf.
+
+    An optimizer step changes neither these weights nor their moments and averages.
+    """
+    return jax.tree.map(lambda _: None, sparse.target)
 
   def constrain(self, trainable: Tree, sparse: Sparse) -> Tree:
     """Masks the weights again after an optimizer update: moments, decay and EMA would wake dead ones."""
@@ -247,6 +259,15 @@ class PatternMethod(WeightMethod):
   def units(self) -> Pattern:
     """The units of `pattern`. Raises UserError where the model has none such."""
     return pattern(self.pattern, self.groups)
+
+  def check_growth(self) -> None:
+    """Raises UserError for units that could not grow from zero.
+
+    A unit of several matrices that multiply each other (a neuron, a head, a layer) would be zero in all
+    of them, where every gradient is zero too: it would never learn.
+    """
+    valid = 'a pattern whose units are each of one matrix: what spans several cannot grow from zero'
+    require(not self.units.spans_matrices, 'config.weight.pattern', self.pattern, valid)
 
 
 def densities(masks: Tree) -> Tree:

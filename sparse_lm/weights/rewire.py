@@ -7,7 +7,6 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from sparse_lm.core.errors import require
 from sparse_lm.core.ranges import ranged
 from sparse_lm.core.tree import Tree
 from sparse_lm.core.units import by_slice
@@ -79,14 +78,9 @@ class Rewiring(PatternMethod):
   regrown_at_zero: ClassVar[bool] = False
 
   def check(self) -> None:
-    """Raises UserError for an unknown rescaling, or units that could not grow.
-
-    A unit of several matrices that multiply each other (a neuron, a head, a layer) would be zero in all
-    of them, where every gradient is zero too: it would never learn.
-    """
+    """Raises UserError for an unknown rescaling, or units that could not grow."""
     check(self.rescale)
-    valid = 'a pattern whose units are each of one matrix: what spans several cannot grow from zero'
-    require(not self.units.spans_matrices, 'config.weight.pattern', self.pattern, valid)
+    self.check_growth()
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
     """Draws random masks of the target densities."""

@@ -136,10 +136,23 @@ class Rules(WeightMethod):
       density = joined(params, density, own)
     return params, density
 
-  def penalty(self, density: Tree, params: Tree) -> Array:
+  def penalty(self, trainable: Tree, sparse: Sparse, density: Tree) -> Array:
     """The sum of the methods' penalties, each for the weights that it owns."""
-    found = (rule.method.penalty(self._own(rule, density), params) for rule in self.rules)
+    found = (
+      rule.method.penalty(
+        *self._state(rule, trainable, trainable['params'], sparse), self._own(rule, density)
+      )
+      for rule in self.rules
+    )
     return sum(found, jnp.float32(0))
+
+  def frozen(self, sparse: Sparse) -> Tree:
+    """What each method freezes of the weights that it owns."""
+    frozen = super().frozen(sparse)
+    for rule in self.rules:
+      own = rule.method.frozen(self._own_sparse(rule, sparse))
+      frozen = joined(sparse.target, frozen, own)
+    return frozen
 
   def constrain(self, trainable: Tree, sparse: Sparse) -> Tree:
     """Each method's constraint on the weights that it owns."""
@@ -192,11 +205,12 @@ class Rules(WeightMethod):
     self, rule: Rule, trainable: Tree, params: Tree, sparse: Sparse
   ) -> tuple[Tree, Sparse]:
     """The trainable tree and sparse state as the rule's method alone would have them."""
+    own = {'params': params, 'learned': trainable['learned'][rule.name]}
+    return own, self._own_sparse(rule, sparse)
+
+  def _own_sparse(self, rule: Rule, sparse: Sparse) -> Sparse:
     masks, target = self._own(rule, sparse.masks), self._own(rule, sparse.target)
-    return (
-      {'params': params, 'learned': trainable['learned'][rule.name]},
-      Sparse(masks, target, sparse.extra[rule.name]),
-    )
+    return Sparse(masks, target, sparse.extra[rule.name])
 
 
 def joined(params: Tree, one: Tree, other: Tree) -> Tree:

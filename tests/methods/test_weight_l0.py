@@ -305,8 +305,9 @@ def test_the_price_is_for_the_mean_over_all_prunable_weights():
   trainable = with_logits(trainable, lambda shape: draw.normal(0, 1, shape))
 
   def penalty(learned):
-    seen, density = method.effective(trainable | {'learned': learned}, sparse, 'train', 0, KEY)
-    return method.penalty(density, seen)
+    now = trainable | {'learned': learned}
+    _, density = method.effective(now, sparse, 'train', 0, KEY)
+    return method.penalty(now, sparse, density)
 
   value, got = jax.value_and_grad(penalty)(trainable['learned'])
   p = {name: probability(logits) for name, logits in trainable['learned'].items()}

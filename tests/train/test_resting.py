@@ -10,12 +10,13 @@ from numpy.testing import assert_array_equal
 from sparse_lm.train import optim
 
 DRAW = np.random.default_rng(0)
-SHAPES = {'rests': (4, 3), 'moves': (4, 3), 'scale': (3,)}
+SHAPES = {'rests': (4, 3), 'half': (4, 3), 'moves': (4, 3), 'scale': (3,)}
 PARAMS, *GRADIENTS = (
   {name: jnp.asarray(DRAW.normal(size=shape), jnp.float32) for name, shape in SHAPES.items()}
   for _ in range(4)
 )
-RESTING = {'rests': True, 'moves': False, 'scale': False}
+HALF = np.arange(12).reshape(4, 3) % 2 == 0  # of a leaf, the weights that rest
+RESTING = {'rests': True, 'half': jnp.asarray(HALF), 'moves': False, 'scale': False}
 
 
 def optimizer(name):
@@ -45,17 +46,22 @@ def test_what_rests_keeps_its_moments_and_all_else_takes_the_step(name):
     GRADIENTS[2], state, PARAMS
   )
   assert not np.asarray(updates['rests']).any() and np.asarray(whole['rests']).any()
+  assert not np.asarray(updates['half'])[HALF].any() and np.asarray(whole['half'])[HALF].any()
+  np.testing.assert_allclose(updates['half'][~HALF], whole['half'][~HALF], rtol=1e-5, atol=1e-8)
   for leaf in ('moves', 'scale'):
     np.testing.assert_allclose(updates[leaf], whole[leaf], rtol=1e-5, atol=1e-8)
   names = optax.tree_map_params(
     tx, lambda _, leaf: leaf, after, {n: n for n in SHAPES}, transform_non_params=lambda _: 'count'
   )
   leaves = [jax.tree.leaves(tree) for tree in (names, kept, state, after)]
-  assert {'rests', 'moves', 'scale', 'count'} == set(leaves[0])
+  assert {*SHAPES, 'count'} == set(leaves[0])
   for leaf, now, before, whole_step in zip(*leaves):
     if leaf == 'rests':
       assert_array_equal(now, before)
       assert (np.asarray(before) != np.asarray(whole_step)).any()
+    elif leaf == 'half':
+      assert_array_equal(now[HALF], before[HALF])
+      np.testing.assert_allclose(now[~HALF], whole_step[~HALF], rtol=1e-5, atol=1e-8)
     else:
       np.testing.assert_allclose(now, whole_step, rtol=1e-5, atol=1e-8)
 

@@ -194,7 +194,8 @@ def test_penalty_rates_and_costs_are_each_rules_own():
     'scale': None,
   }
   # 192 weights each: the price is for those of the rule alone.
-  assert float(both.penalty(density, draw(0))) == pytest.approx(2.0 * 0.375)
+  state = both.init(KEY, draw(0), target_of(methods, OWNED))
+  assert float(both.penalty(*state, density)) == pytest.approx(2.0 * 0.375)
   assert both.learned_rates == {'mlp/': 3.0}
   assert parts.learns_density(both, 'up') and not parts.learns_density(both, 'query')
   assert not parts.learns_density(both, 'scale') and both.owner('scale') is None

@@ -93,9 +93,9 @@ class L0(PatternMethod):
     density = jax.tree.map(jnp.mean, self.units.expand(priced, prunable))
     return _times(trainable['params'], self.units.expand(gates, prunable)), density
 
-  def penalty(self, density: Tree, params: Tree) -> Array:
+  def penalty(self, trainable: Tree, sparse: Sparse, density: Tree) -> Array:
     """`price` times the share of the prunable weights that is kept."""
-    return self.price * mean_density(density, params)
+    return self.price * mean_density(density, trainable['params'])
 
   def finalize(self, trainable: Tree, sparse: Sparse, step: Array) -> tuple[Tree, Tree]:
     """Weights times their gates, and which gates are open."""
