@@ -93,6 +93,10 @@ class Pattern:
     """bool, the `count` largest of one unstacked array of units."""
     return topk_mask(units, count)
 
+  def top_of(self, name: str) -> Callable[[Array, Array], Array]:
+    """What selects in the array of units called `name`: `top`, where all arrays are selected in alike."""
+    return self.top
+
   def threshold(self, units: Array, keeps: Array) -> Array:
     """The largest score of a dropped unit among those that a unit of one unstacked array competes with.
 
@@ -127,10 +131,12 @@ class Pattern:
 
   def select(self, units: Units, densities: Mapping[str, Array]) -> Units:
     """The units that are kept, bool."""
-    return {
-      name: by_slice(lambda u, d=densities[name]: self.top(u, kept(u.size, d)), array)
-      for name, array in units.items()
-    }
+
+    def choose(name: str, array: Array) -> Array:
+      top, density = self.top_of(name), densities[name]
+      return by_slice(lambda units: top(units, kept(units.size, density)), array)
+
+    return {name: choose(name, array) for name, array in units.items()}
 
   def masks(self, scores: Tree, target: Tree) -> Tree:
     """The weights that are kept: bool, shaped like the leaves of `scores`."""

@@ -122,7 +122,7 @@ class Rewiring(PatternMethod):
         mask.all(), 0.0, self.fraction(step)
       )  # a dense matrix has nowhere to grow
       rewired[name], survived[name] = drop_and_grow(
-        mask, pooled[name], growth, fraction, noise, units.top
+        mask, pooled[name], growth, fraction, noise, units.top_of(name)
       )
     masks = units.expand(rewired, magnitudes)
     if self.regrown_at_zero:

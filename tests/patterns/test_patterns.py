@@ -28,7 +28,7 @@ DECLARED = (
   Group('head', 'mlp', 3, (Member('up', -1), Member('down', -2))),
   Group('layer', '', 2, (Member('up', None, 0), Member('down', None, 1))),
 )
-EVERY = ['unstructured', 'per_output', '2:4', 'block:2', 'row', 'column', 'global']
+EVERY = ['unstructured', 'per_output', '2:4', 'block:2', 'row', 'column', 'global', 'floor:2']
 EVERY += ['neuron', 'head', 'layer']
 
 
