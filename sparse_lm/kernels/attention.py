@@ -30,15 +30,21 @@ class KeyValues:
 
 @struct.dataclass
 class Blocks:
-  """Blocks of keys, of which each query reads some; a key at position p is in block `p // size`.
+  """Blocks of keys, of which each query of each head reads some.
 
   Attributes:
-    read: bool `[B, G, L, N]`, whether a query reads the block; G may be 1, which stands for all heads.
-    size: positions of a block.
+    read: bool `[B, G, H / G, L, N]`, whether a query reads the block; G and H / G may be 1, which stands
+      for all heads, or for all that share a key head.
+    size: keys of a block.
+    most: blocks that `read` holds for a query at most, its own among them; `None` = all. No kernel needs
+      to know: costs are counted by it, see `Mask.count`.
+    of_keys: int32 `[B, S]`, the block that each key is in; `None` = one at position p is in `p // size`.
   """
 
   read: Array
   size: int = struct.field(pytree_node=False)
+  most: int | None = struct.field(pytree_node=False, default=None)
+  of_keys: Array | None = None
 
 
 @struct.dataclass
@@ -75,11 +81,23 @@ class Mask:
   documents: Documents | None = None
 
   def count(self, query: int, keys: int) -> int:
-    """How many keys the query at a position may read, by their distance, of those at 0 to `keys` - 1."""
+    """How many keys the query at a position reads at most, of valid ones at 0 to `keys` - 1.
+
+    What is known before a model runs counts: distance, sinks, and how many blocks are read at most. Of
+    the query's own block those keys count that it may read; each other block counts as full, though a
+    window or the end of the keys may cut it. Only a running model knows documents, which count as if
+    there were one, and what a method selects by scores, which is the `most` of `attention`.
+    """
     first, last = 0, query if self.causal else keys - 1
     if self.window is not None:
       first, last = max(0, query - self.window + 1), min(last, query + self.window - 1)
-    return last - first + 1 + min(self.sinks, first)
+    near, sinks = last - first + 1, min(self.sinks, first)
+    if self.blocks is None or self.blocks.most is None:
+      return near + sinks
+    size = self.blocks.size
+    start = query // size * size
+    own = min(last, start + size - 1) - max(first, start) + 1 + max(0, sinks - start)
+    return min(near + sinks, own + (self.blocks.most - 1) * size)
 
 
 def attention(
@@ -109,7 +127,10 @@ def attention(
   b, l, h, width = q_BxLxHxK.shape
   g = keys.k.shape[2]
   if jax.default_backend() == 'gpu' and on_weights is None and select is None:
-    of_heads = reads[:, :, 0] if reads.shape[1] == 1 else jnp.repeat(reads[:, :, 0], h // g, axis=1)
+    each = (b, g, h // g, *reads.shape[3:])
+    of_heads = (
+      reads[:, 0] if mask.blocks is None else jnp.broadcast_to(reads, each).reshape(b, h, l, -1)
+    )
     return jax.nn.dot_product_attention(q_BxLxHxK, keys.k, keys.v, mask=of_heads)
   q_BxGxRxLxK = q_BxLxHxK.reshape(b, l, g, h // g, width).transpose(0, 2, 3, 1, 4) * width**-0.5
   k_BxGxSxK, v_BxGxSxK = (a.transpose(0, 2, 1, 3) for a in (keys.k, keys.v))
@@ -148,9 +169,10 @@ def reads_of(mask: Mask, positions_BxL: Array, keys: KeyValues) -> Array:
     reads_BxLxS &= mask.documents.of_queries[:, :, None] == mask.documents.of_keys[:, None, :]
   if mask.blocks is None:
     return _or_own(reads_BxLxS, age_BxLxS)[:, None, None]
-  block_BxS = keys.positions // mask.blocks.size
-  chosen = jnp.take_along_axis(mask.blocks.read, block_BxS[:, None, None, :], axis=-1)
-  return _or_own(reads_BxLxS[:, None] & chosen, age_BxLxS[:, None])[:, :, None]
+  given_BxS = mask.blocks.of_keys
+  block_BxS = keys.positions // mask.blocks.size if given_BxS is None else given_BxS
+  chosen = jnp.take_along_axis(mask.blocks.read, block_BxS[:, None, None, None], axis=-1)
+  return _or_own(reads_BxLxS[:, None, None] & chosen, age_BxLxS[:, None, None])
 
 
 def _or_own(reads: Array, age: Array) -> Array:

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -46,24 +45,33 @@ def drawn(seed):
   q = draw.normal(size=(B, L, H, K)).astype('f')
   positions = draw.integers(0, S + 2, (B, L)).astype('i')
   documents = Documents(draw.integers(0, 2, (B, L)), draw.integers(0, 2, (B, S)))
-  blocks = Blocks(draw.random((B, G, L, 4)) < 0.5, 3)
+  of_keys = draw.integers(0, 4, (B, S), np.int32)
+  blocks = Blocks(draw.random((B, G, H // G, L, 4)) < 0.5, 3, of_keys=of_keys)
   return q, positions, keys, documents, blocks
 
 
+def by_head(read):
+  """`[B, G or 1, H / G or 1, ...]` as `[B, H, ...]`: heads of one key head follow each other."""
+  return np.broadcast_to(read, (B, G, H // G, *read.shape[3:])).reshape(B, H, *read.shape[3:])
+
+
 def reads_by_loop(mask, positions, keys):
-  """bool `[B, G, L, S]`, an entry at a time."""
-  reads = np.zeros((B, G, L, S), bool)
-  for b, g, l in np.ndindex(B, G, L):
+  """bool `[B, H, L, S]`, an entry at a time."""
+  reads = np.zeros((B, H, L, S), bool)
+  of_heads = None if mask.blocks is None else by_head(mask.blocks.read)
+  for b, h, l in np.ndindex(B, H, L):
     for s in range(S):
       query, key = positions[b, l], keys.positions[b, s]
       near = mask.window is None or abs(query - key) < mask.window or key < mask.sinks
-      reads[b, g, l, s] = keys.valid[b, s] and near and not (mask.causal and key > query)
+      reads[b, h, l, s] = keys.valid[b, s] and near and not (mask.causal and key > query)
       if mask.documents is not None:
-        reads[b, g, l, s] &= mask.documents.of_queries[b, l] == mask.documents.of_keys[b, s]
+        reads[b, h, l, s] &= mask.documents.of_queries[b, l] == mask.documents.of_keys[b, s]
       if mask.blocks is not None:
-        reads[b, g, l, s] &= mask.blocks.read[b, g, l, key // mask.blocks.size]
-    if not reads[b, g, l].any():
-      reads[b, g, l] = keys.positions[b] == positions[b, l]
+        given = mask.blocks.of_keys
+        block = key // mask.blocks.size if given is None else given[b, s]
+        reads[b, h, l, s] &= of_heads[b, h, l, block]
+    if not reads[b, h, l].any():
+      reads[b, h, l] = keys.positions[b] == positions[b, l]
   return reads
 
 
@@ -71,11 +79,15 @@ def reads_by_loop(mask, positions, keys):
 @settings(deadline=None, max_examples=60)
 def test_a_mask_reads_what_its_parts_all_allow(seed, static, documents, blocks):
   _, positions, keys, of_documents, of_blocks = drawn(seed)
+  # Blocks of positions too; and what is the same for all heads, or for those of one key head.
+  groups, heads = (slice(1 if seed % n else None) for n in (2, 3))
+  of_keys = of_blocks.of_keys if seed % 5 else None
+  of_blocks = of_blocks.replace(read=of_blocks.read[:, groups, heads], of_keys=of_keys)
   given_parts = {'documents': of_documents} if documents else {}
   given_parts |= {'blocks': of_blocks} if blocks else {}
   mask = Mask(**static, **given_parts)
-  found = jnp.broadcast_to(reads_of(mask, positions, keys), (B, G, 1, L, S))
-  assert_array_equal(found[:, :, 0], reads_by_loop(mask, positions, keys))
+  found = by_head(np.asarray(reads_of(mask, positions, keys)))
+  assert_array_equal(found, reads_by_loop(mask, positions, keys))
 
 
 @pytest.mark.parametrize('static', STATIC)
@@ -91,9 +103,9 @@ def attention_by_loop(q, keys, reads):
   out = np.zeros((B, q.shape[1], H, K))
   for b, l, h in np.ndindex(B, q.shape[1], H):
     g = h // (H // G)
-    read = np.flatnonzero(reads[b, g, l]) if reads[b, g, l].any() else np.arange(S)
+    read = np.flatnonzero(reads[b, h, l]) if reads[b, h, l].any() else np.arange(S)
     k, v = (a[b, read, g].astype(np.float64) for a in (keys.k, keys.v))
-    scores = k @ q[b, l, h] / K**0.5 if reads[b, g, l].any() else np.zeros(S)
+    scores = k @ q[b, l, h] / K**0.5 if reads[b, h, l].any() else np.zeros(S)
     weights = np.exp(scores - scores.max())
     out[b, l, h] = weights / weights.sum() @ v
   return out
@@ -118,7 +130,7 @@ def test_attention_equals_a_loop_over_queries_and_heads(seed, static, queries):
   reads = reads_by_loop(mask, positions, keys)[:, :, :queries]
   q, positions = q[:, :queries], positions[:, :queries]
   documents = documents.replace(of_queries=documents.of_queries[:, :queries])
-  blocks = blocks.replace(read=blocks.read[:, :, :queries])
+  blocks = blocks.replace(read=blocks.read[..., :queries, :])
   found = compiled(tuple(static.items()))(q, positions, keys, documents, blocks)
   assert_allclose(found, attention_by_loop(q, keys, reads), atol=1e-5)
 
@@ -157,6 +169,6 @@ def test_what_a_gpu_runs_equals_the_loop_too(parts, monkeypatch):
   )
   found = attention(q, positions, keys, mask)
   reads = reads_by_loop(mask, positions, keys)
-  some = reads.any(-1).repeat(H // G, axis=1).transpose(0, 2, 1)
+  some = reads.any(-1).transpose(0, 2, 1)
   assert run and some.sum() > 10  # a query without any key reads all alike, on a CPU alone
   assert_allclose(found[some], attention_by_loop(q, keys, reads)[some], atol=1e-5)
