@@ -36,9 +36,9 @@ class Decoder:
     lm.check_decodes(model)
     self.model, self.variables = model, variables
 
-  def cache(self, batch: int) -> Tree:
-    """An empty cache for so many sequences."""
-    shapes = lm.cache_shapes(self.model, self.variables, batch)
+  def cache(self, batch: int, together: int = 1) -> Tree:
+    """An empty cache for so many sequences, each of which goes on with `together` tokens at most."""
+    shapes = lm.cache_shapes(self.model, self.variables, batch, together)
     return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
 
   @functools.cached_property
@@ -81,10 +81,15 @@ class Decoder:
     )
     return logits, changed['cache']
 
-  def begin(self, prompts: Sequence[np.ndarray]) -> tuple[Array, Tree, np.ndarray]:
+  def begin(
+    self, prompts: Sequence[np.ndarray], together: int = 1
+  ) -> tuple[Array, Tree, np.ndarray]:
     """Logits after each prompt, the cache, and the prompts' lengths.
 
     Prompts are padded to a power of two, so that few lengths are compiled.
+
+    Args:
+      together: tokens of a sequence that are to go on in one call, at most.
 
     Raises:
       UserError: a prompt without a token, or one that leaves no room in the context.
@@ -101,7 +106,8 @@ class Decoder:
     tokens_BxL = np.zeros((len(prompts), room), np.int32)
     for row, prompt in zip(tokens_BxL, prompts):
       row[: len(prompt)] = prompt
-    logits, cache = self.prefill(self.variables, self.cache(len(prompts)), tokens_BxL, length_B)
+    cache = self.cache(len(prompts), together)
+    logits, cache = self.prefill(self.variables, cache, tokens_BxL, length_B)
     return logits, cache, length_B
 
   def generate(

@@ -139,8 +139,8 @@ def attention(
     weights = _weights(scores, reads, select)
     return weights if on_weights is None else on_weights(weights)
 
-  if l == 1:
-    out_BxGxRxLxK = _attend_once(q_BxGxRxLxK, k_BxGxSxK, v_BxGxSxK, weights_of, most)
+  if l == 1 or l < keys.k.shape[1]:  # keys that a cache holds
+    out_BxGxRxLxK = _attend_held(q_BxGxRxLxK, k_BxGxSxK, v_BxGxSxK, weights_of, most)
   else:
     weights = weights_of(jnp.einsum('bgrlk,bgsk->bgrls', q_BxGxRxLxK, k_BxGxSxK))
     out_BxGxRxLxK = jnp.einsum('bgrls,bgsk->bgrlk', weights, v_BxGxSxK)
@@ -186,28 +186,29 @@ def _weights(scores: Array, reads: Array, select: Select | None) -> Array:
   return jax.nn.softmax(jnp.where(reads, exact, jnp.finfo(jnp.float32).min)).astype(scores.dtype)
 
 
-def _attend_once(
-  q_BxGxRx1xK: Array,
+def _attend_held(
+  q_BxGxRxLxK: Array,
   k_BxGxSxK: Array,
   v_BxGxSxK: Array,
   weights_of: Callable[[Array], Array],
   most: int | None,
 ) -> Array:
-  """`[B, G, R, 1, K]` of a single query.
+  """`[B, G, R, L, K]` of one query of each sequence, or of a few that go on behind what a cache holds.
 
-  In three dimensions, keys in rows of features: XLA:CPU runs the general form ten times slower. A cache
-  holds keys and values in that layout (`kernels/cache.py`), so the transposes cost nothing.
+  In three dimensions, keys in rows of features: XLA:CPU runs the general form of a single query ten
+  times slower. A cache holds keys and values in that layout (`kernels/cache.py`), so the transposes cost
+  nothing.
   """
-  b, g, r, _, width = q_BxGxRx1xK.shape
-  q_NxRxK = q_BxGxRx1xK.reshape(b * g, r, width)
+  b, g, r, l, width = q_BxGxRxLxK.shape
+  q_NxRxK = q_BxGxRxLxK.reshape(b * g, r * l, width)
   k_NxKxS = k_BxGxSxK.swapaxes(2, 3).reshape(b * g, width, -1)
   v_NxSxK = v_BxGxSxK.reshape(b * g, *v_BxGxSxK.shape[2:])
   scores_NxRxS = jnp.einsum('nrk,nks->nrs', q_NxRxK, k_NxKxS)
-  weights_NxRxS = weights_of(scores_NxRxS.reshape(b, g, r, 1, -1)).reshape(b * g, r, -1)
-  if most is None or most >= weights_NxRxS.shape[-1]:
+  weights_NxRxS = weights_of(scores_NxRxS.reshape(b, g, r, l, -1)).reshape(b * g, r * l, -1)
+  if l > 1 or most is None or most >= weights_NxRxS.shape[-1]:
     out_NxRxK = jnp.einsum('nrs,nsk->nrk', weights_NxRxS, v_NxSxK)
   else:
     weights_NxRxS, index_NxRxS = jax.lax.top_k(weights_NxRxS, most)
     v_NxRxSxK = jnp.take_along_axis(v_NxSxK[:, None], index_NxRxS[..., None], axis=2)
     out_NxRxK = jnp.einsum('nrs,nrsk->nrk', weights_NxRxS, v_NxRxSxK)
-  return out_NxRxK.reshape(b, g, r, 1, -1)
+  return out_NxRxK.reshape(b, g, r, l, -1)

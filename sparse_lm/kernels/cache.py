@@ -1,12 +1,15 @@
 """How keys and values are laid out while a sequence is decoded, so that one query reads them in place."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
 LANES = 16
+# Tokens of a call that are written one by one; a prompt's are more.
+FEW = 16
 
 
 def slots_for(size: int) -> int:
@@ -53,18 +56,18 @@ KEYS, VALUES = Layout(axis=2), Layout(axis=1)
 def write(held: Array, new: Array, slot_BxL: Array, axis: int) -> Array:
   """Puts tokens, along `axis` of `new`, in their slots; rows of the first axis are shared out evenly.
 
-  A token of each sequence is written one sequence after another, in place: XLA:CPU runs the scatter
-  that would write them at once by copying all that is held.
+  A few tokens, or one of each sequence, are written one after another, in place: XLA:CPU runs the
+  scatter that would write them at once by copying all that is held.
   """
-  each = len(held) // len(slot_BxL)
-  if slot_BxL.shape[1] > 1:
+  each, tokens = len(held) // len(slot_BxL), slot_BxL.shape[1]
+  if tokens > 1 and slot_BxL.size > FEW:
     slots = jnp.repeat(slot_BxL, each, axis=0)
     put = jax.vmap(lambda row, tokens, at: jnp.moveaxis(row, axis - 1, 0).at[at].set(tokens))
-    tokens = jnp.moveaxis(new, axis, 1)
-    return jnp.moveaxis(put(held, tokens, slots), 1, axis)
-  for sequence in range(len(slot_BxL)):
+    return jnp.moveaxis(put(held, jnp.moveaxis(new, axis, 1), slots), 1, axis)
+  for sequence, token in itertools.product(range(len(slot_BxL)), range(tokens)):
     start = [0] * held.ndim
-    start[0], start[axis] = sequence * each, slot_BxL[sequence, 0]
+    start[0], start[axis] = sequence * each, slot_BxL[sequence, token]
     rows = new[sequence * each : (sequence + 1) * each]
-    held = jax.lax.dynamic_update_slice(held, rows, start)
+    row = jax.lax.slice_in_dim(rows, token, token + 1, axis=axis)
+    held = jax.lax.dynamic_update_slice(held, row, start)
   return held

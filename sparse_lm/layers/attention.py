@@ -80,7 +80,7 @@ class AttentionLayer(nn.Module):
 
   Attributes:
     method: makes the attention slot's module.
-    cache_size: keys that decoding keeps.
+    cache_size: keys behind and including its own that a query reads at most, which decoding keeps.
   """
 
   spec: Spec
@@ -119,8 +119,9 @@ class AttentionLayer(nn.Module):
       q_BxLxHxK, k_BxLxGxK = (rotate(a, tokens.positions) for a in (q_BxLxHxK, k_BxLxGxK))
     q_BxLxHxK = record.site(self, 'q', q_BxLxHxK)
     k_BxLxGxK, v_BxLxGxK = record.site(self, 'k', k_BxLxGxK), record.site(self, 'v', v_BxLxGxK)
-    keys = KeyValues(k_BxLxGxK, v_BxLxGxK, tokens.positions, tokens.valid)
-    return q_BxLxHxK, cache.extend(self, self.cache_size, keys) if self.caches(mode) else keys
+    if self.caches(mode):
+      return q_BxLxHxK, cache.extend(self, self.cache_size, tokens, k_BxLxGxK, v_BxLxGxK)
+    return q_BxLxHxK, KeyValues(k_BxLxGxK, v_BxLxGxK, tokens.positions, tokens.valid)
 
   def merge(self, out_BxLxHxK: jax.Array) -> jax.Array:
     """The heads' outputs `[B, L, H, K]` to `[B, L, D]`."""

@@ -1,54 +1,74 @@
 """The tokens that a layer has seen, so that decoding need not see them again."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sparse_lm.core.tree import Tree
 from sparse_lm.kernels.attention import KeyValues
 from sparse_lm.kernels.cache import KEYS, VALUES, Layout, slots_for, write
+from sparse_lm.layers.tokens import Tokens
+
+LENGTH, POSITION = 'length', 'position'
+NOWHERE = jnp.iinfo(jnp.int32).max  # behind every query, so that no causal one reads it
 
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
   """Where the tokens of one call belong in the `cache` collection of a module, and which are to be read.
 
-  The collection is allocated once. Each sequence of each layer counts its own tokens: what skips a layer
-  takes no slot of it. Full, the oldest token's slot is the next one's. One token reads all that is held,
-  itself included. Several begin a sequence and read each other: what the slots cannot hold is still read
-  by them.
+  The collection is allocated once, with room for those tokens that the next ones can read, and for
+  several of these: as many as the call that allocates it is given. Each sequence of each layer counts its
+  own tokens: what skips a layer takes no slot of it. Full, the oldest token's slot is the next one's.
+  Tokens that go on read all that is held, themselves included. Those that begin a sequence read each
+  other: what the slots cannot hold is still read by them.
 
   Attributes:
     module: owns the variables.
-    slots: allocated for each sequence.
+    slots: allocated for each sequence; the last one holds nothing that is read.
     slot_BxL: int32, where to write each token of the call.
+    positions: int32 `[B, S]`, of the tokens to be read.
     valid: bool `[B, S]`, which of the tokens to be read are there.
+    reads_new: whether the tokens to be read are those of the call.
   """
 
   module: nn.Module
   slots: int
   slot_BxL: jax.Array
+  positions: jax.Array
   valid: jax.Array
+  reads_new: bool
 
   @classmethod
-  def of(cls, module: nn.Module, size: int, valid_BxL: jax.Array) -> 'Cache':
-    """The cache of a module for `size` tokens of each sequence; counts the valid tokens of a call."""
-    slots, b = slots_for(size), len(valid_BxL)
-    length = module.variable('cache', 'length', jnp.zeros, (b,), jnp.int32)
+  def of(cls, module: nn.Module, size: int, tokens: Tokens) -> 'Cache':
+    """The cache of a module whose queries read `size` tokens at most; counts the valid ones of a call.
+
+    Raises ValueError for several tokens that go on and would overwrite what the first of them reads.
+    """
+    positions_BxL, valid_BxL = tokens.positions, tokens.valid
+    b, count = valid_BxL.shape
+    length = module.variable('cache', LENGTH, jnp.zeros, (b,), jnp.int32)
+    shape = b, slots_for(size + count - 1)
+    position = module.variable('cache', POSITION, jnp.zeros, shape, jnp.int32)
+    slots = position.value.shape[1]
+    room = slots - 1
     index_BxL = length.value[:, None] + jnp.cumsum(valid_BxL, axis=1) - 1
     total_B = length.value + jnp.sum(valid_BxL, axis=1, dtype=jnp.int32)
-    stays_BxL = valid_BxL & (index_BxL >= total_B[:, None] - size)
-    slot_BxL = jnp.where(stays_BxL, index_BxL % size, size)
+    stays_BxL = valid_BxL & (index_BxL >= total_B[:, None] - room)
+    slot_BxL = jnp.where(stays_BxL, index_BxL % room, room)
     if module.is_initializing():
-      return cls(module, slots, slot_BxL, valid_BxL)
+      return cls(module, slots, slot_BxL, positions_BxL, valid_BxL, True)
     length.value = total_B
-    held_BxS = jnp.arange(slots) < jnp.minimum(total_B, size)[:, None]
-    return cls(module, slots, slot_BxL, valid_BxL if valid_BxL.shape[1] > 1 else held_BxS)
-
-  @property
-  def _reads_new(self) -> bool:
-    return self.module.is_initializing() or self.slot_BxL.shape[1] > 1
+    position.value = write(position.value, positions_BxL, slot_BxL, axis=1)
+    if count > 1 and not tokens.continues:
+      return cls(module, slots, slot_BxL, positions_BxL, valid_BxL, True)
+    if size + count - 1 > room:
+      raise ValueError(f'{count} tokens go on; the cache was made for {room + 1 - size} at most')
+    held_BxS = _held(total_B, slots)
+    return cls(module, slots, slot_BxL, position.value, held_BxS, False)
 
   def extend(self, name: str, new_BxLxGxK: jax.Array, layout: Layout) -> jax.Array:
     """Writes one kind of what the tokens have; returns what is to be read of it: `[B, S, G, K]`."""
@@ -56,26 +76,46 @@ class Cache:
     if self.module.is_initializing():
       return new_BxLxGxK
     held.value = layout.write(held.value, new_BxLxGxK, self.slot_BxL)
-    return new_BxLxGxK if self._reads_new else layout.read(held.value, len(self.slot_BxL))
-
-  def positions(self, new_BxL: jax.Array) -> jax.Array:
-    """Writes the positions of the tokens; returns those to be read, int32 `[B, S]`."""
-    shape = (len(self.slot_BxL), self.slots)
-    held = self.module.variable('cache', 'position', jnp.zeros, shape, jnp.int32)
-    if self.module.is_initializing():
-      return new_BxL
-    held.value = write(held.value, new_BxL, self.slot_BxL, axis=1)
-    return new_BxL if self._reads_new else held.value
+    return new_BxLxGxK if self.reads_new else layout.read(held.value, len(self.slot_BxL))
 
 
-def extend(module: nn.Module, size: int, new: KeyValues) -> KeyValues:
-  """Writes the valid ones of new keys behind those that are held; returns the keys to be read.
+def extend(
+  module: nn.Module, size: int, tokens: Tokens, k_BxLxGxK: jax.Array, v_BxLxGxK: jax.Array
+) -> KeyValues:
+  """Writes the keys of valid tokens behind those that are held; returns the keys to be read.
 
   Args:
     module: keeps them in its `cache` collection.
-    size: keys that are held of each sequence at most.
+    size: keys behind and including its own that a query reads at most.
+    tokens: whose keys they are.
   """
-  cache = Cache.of(module, size, new.valid)
-  k_BxSxGxK = cache.extend('keys', new.k, KEYS)
-  v_BxSxGxK = cache.extend('values', new.v, VALUES)
-  return KeyValues(k_BxSxGxK, v_BxSxGxK, cache.positions(new.positions), cache.valid)
+  cache = Cache.of(module, size, tokens)
+  k_BxSxGxK = cache.extend('keys', k_BxLxGxK, KEYS)
+  v_BxSxGxK = cache.extend('values', v_BxLxGxK, VALUES)
+  return KeyValues(k_BxSxGxK, v_BxSxGxK, cache.positions, cache.valid)
+
+
+def truncated(cache: Tree, position_B: jax.Array) -> Tree:
+  """The `cache` collection without the tokens at `position`, int32 `[B]`, and behind it.
+
+  At most as many tokens as go on in one call may be taken back, but for one: what older tokens they have
+  overwritten is then read no more. Each layer takes back those that entered it.
+  """
+  if LENGTH not in cache:
+    return {
+      name: truncated(held, position_B) if isinstance(held, Mapping) else held
+      for name, held in cache.items()
+    }
+  position_BxS, length_B = cache[POSITION], cache[LENGTH]
+  there_BxS = _held(length_B, position_BxS.shape[1]) & (position_BxS != NOWHERE)
+  dropped_BxS = there_BxS & (position_BxS >= position_B[:, None])
+  return {
+    **cache,
+    LENGTH: length_B - jnp.sum(dropped_BxS, axis=1, dtype=jnp.int32),
+    POSITION: jnp.where(dropped_BxS, NOWHERE, position_BxS),
+  }
+
+
+def _held(length_B: jax.Array, slots: int) -> jax.Array:
+  """Which slots hold tokens, bool `[B, S]`."""
+  return jnp.arange(slots) < jnp.minimum(length_B, slots - 1)[:, None]

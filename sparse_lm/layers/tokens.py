@@ -14,11 +14,14 @@ class Tokens:
     positions: int32 `[B, L]`, the place of each token in its sequence. Where others are left out, a token
       keeps its own.
     valid: bool `[B, L]`, whether others may read the token.
+    continues: whether tokens that a module caches go on behind those that it holds. A single token always
+      does; several begin a sequence unless this is set.
   """
 
   x: jax.Array
   positions: jax.Array
   valid: jax.Array
+  continues: bool = struct.field(pytree_node=False, default=False)
 
   def only(self, chosen_BxL: jax.Array) -> 'Tokens':
     """The same tokens, of which those that are not chosen, bool `[B, L or 1]`, are not valid."""

@@ -48,6 +48,7 @@ class LM(nn.Module):
     positions_BxL: jax.Array | None = None,
     valid_BxL: jax.Array | None = None,
     embeddings_BxLxD: jax.Array | None = None,
+    continues: bool = False,
   ) -> jax.Array:
     """Logits for each next token.
 
@@ -55,11 +56,14 @@ class LM(nn.Module):
       tokens_BxL: int32.
       mode: 'train' (random draws, dropout), 'eval', or 'decode': what 'eval' computes (but that no
         expert drops a token) without what gates skip. With the `cache` collection mutable the first
-        call begins sequences, and each later call goes on with a token of each.
+        call begins sequences, and each later call goes on with a token of each, or with several.
       positions_BxL: int32, by default 0, 1, 2, ...
       valid_BxL: bool, whether a token may be read; by default all.
       embeddings_BxLxD: what the first layer reads in place of embedded tokens: of an image, of sound, or
         of a policy's input. Learned positions are added to them as to tokens.
+      continues: whether several tokens go on behind those that the cache holds, each reading the ones
+        before it; else they begin sequences. The cache must have been made for so many, see
+        `cache_shapes`.
 
     Returns:
       float32 `[B, L, V]`.
@@ -88,7 +92,7 @@ class LM(nn.Module):
       if not self.has_variable('packed', Part.REMOVED.of(layer))
     ]
     stack = self.stack.make({'spec': spec, 'name': 'stack'})
-    x_BxLxD = stack(layers, Tokens(x_BxLxD, positions_BxL, valid_BxL), mode)
+    x_BxLxD = stack(layers, Tokens(x_BxLxD, positions_BxL, valid_BxL, continues), mode)
     x_BxLxD = record.site(self, Part.RESIDUAL.of(spec.layers), x_BxLxD)
     return embed.logits(Norm(spec, name='norm')(x_BxLxD))
 
@@ -213,9 +217,13 @@ def check_decodes(model: LM) -> None:
       )
 
 
-def cache_shapes(model: LM, variables: Tree, batch: int) -> Tree:
-  """The `cache` collection for so many sequences, as shape structs; sizes are those of `variables`."""
-  token = jnp.zeros((batch, 1), jnp.int32)
+def cache_shapes(model: LM, variables: Tree, batch: int, together: int = 1) -> Tree:
+  """The `cache` collection for so many sequences, as shape structs; sizes are those of `variables`.
+
+  Args:
+    together: tokens of a sequence that go on in one call, at most.
+  """
+  token = jnp.zeros((batch, together), jnp.int32)
   # As in `init`: every layer makes its part, whether a token would enter it or not.
   make = flax.core.apply(
     lambda scope: model.clone(parent=scope)(token, mode='decode'),

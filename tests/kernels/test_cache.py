@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from sparse_lm.kernels.cache import KEYS, LANES, VALUES, slots_for
+from sparse_lm.kernels.cache import FEW, KEYS, LANES, VALUES, slots_for
 
 B, G, K = 3, 2, 4
 
 
-@pytest.mark.parametrize('tokens', [1, 5])
+@pytest.mark.parametrize('tokens', [1, 5, 8])
 @pytest.mark.parametrize('layout', [KEYS, VALUES])
 def test_tokens_are_read_where_they_were_written(layout, tokens):
+  assert B * 5 <= FEW < B * 8  # both ways to write several
   slots, draw = slots_for(20), np.random.default_rng(0)
   want = np.zeros((B, slots, G, K), np.float32)
   held = layout.empty(np.zeros((B, 1, G, K), np.float32), slots)

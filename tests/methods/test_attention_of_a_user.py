@@ -41,9 +41,9 @@ LATENT = '''
       latent_BxSxR = Linear(spec, self.rank, name='latent')(tokens.x)
       positions, valid = tokens.positions, tokens.valid
       if self.caches(mode):
-        cache = Cache.of(self, self.cache_size, valid)
+        cache = Cache.of(self, self.cache_size, tokens)
         latent_BxSxR = cache.extend('latents', latent_BxSxR[:, :, None], VALUES)[:, :, 0]
-        positions, valid = cache.positions(positions), cache.valid
+        positions, valid = cache.positions, cache.valid
       k_BxSxF = Linear(spec, heads, name='key')(latent_BxSxR)
       v_BxSxF = Linear(spec, heads, name='value')(latent_BxSxR)
       q, k, v = (a.reshape(b, -1, spec.heads, spec.head_dim) for a in (q_BxLxF, k_BxSxF, v_BxSxF))
