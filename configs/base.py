@@ -119,8 +119,11 @@ def _optimizer() -> dict[str, Any]:
     'final': 0.1,  # fraction of the rate at the last step
     'momentum': 0.9,  # b1 of the Adam family and Lion
     'b2': 0.99,
+    'eps': 1e-8,  # of adamw and nadamw, added to the root of the second moment
     'weight_decay': 0.1,  # decoupled; matrices only
+    'decay_last': False,  # decay what the update makes of the weights, not what they were before it
     'clip': 1.0,  # global gradient norm, 0 = off
+    'normalize': False,  # divide the gradient by its root mean square over all parameters together
     'ema': 0.0,  # decay of the parameters' moving average used for evaluation, 0 = off
   }
 

@@ -147,6 +147,7 @@ SHARED = {
   'optimizer.final': _FRACTION,
   'optimizer.momentum': _DECAY,
   'optimizer.b2': _DECAY,
+  'optimizer.eps': Range(float, '(0, inf)'),
   'optimizer.weight_decay': _AMOUNT,
   'optimizer.clip': _AMOUNT,
   'optimizer.ema': _DECAY,

@@ -9,7 +9,7 @@ import optax
 from ml_collections import ConfigDict
 
 from sparse_lm.core import tree
-from sparse_lm.core.errors import UserError, unknown
+from sparse_lm.core.errors import UserError, require, unknown
 from sparse_lm.core.tree import Tree
 
 SCHEDULES = ('cosine', 'linear', 'constant')
@@ -25,15 +25,60 @@ def _matrices(trainable: Tree) -> Tree:
   return tree.map_named(lambda path, p: p.ndim >= 2 and not _is_learned(path), trainable)
 
 
-def _scale_learned(rates: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:
+def _divide_by_rms(gradients: Tree, _: Tree | None = None) -> Tree:
+  """Gradients over their root mean square over all parameters together."""
+  size = sum(leaf.size for leaf in jax.tree.leaves(gradients))
+  rms = optax.tree.norm(gradients) / size**0.5
+  return jax.tree.map(lambda g: g / (rms + 1e-5), gradients)
+
+
+def _scale_rates(
+  learned: tuple[tuple[str, float], ...],
+) -> optax.GradientTransformationExtraArgs:
+  """Scales what is learned by rates of its own, and all updates by the step's `rate_factor`, if given."""
+
   def scale(path: str, update: jax.Array) -> jax.Array:
-    fits = [rate for start, rate in rates if path.startswith(f'{LEARNED}{start}')]
+    fits = [rate for start, rate in learned if path.startswith(f'{LEARNED}{start}')]
     return fits[0] * update if fits else update
 
-  return optax.stateless(lambda updates, _: tree.map_named(scale, updates))
+  def update(
+    updates: Tree,
+    state: Tree,
+    params: Tree | None = None,
+    *,
+    rate_factor: jax.Array | None = None,
+  ) -> tuple[Tree, Tree]:
+    updates = tree.map_named(scale, updates)
+    if rate_factor is not None:
+      updates = jax.tree.map(lambda u: rate_factor * u, updates)
+    return updates, state
+
+  return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+def _decay_last(weight_decay: float, rate: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+  """Decays what the other updates make of the matrices, `w <- (1 - decay * rate) (w + update)`."""
+
+  def init(params: Tree) -> optax.ScaleByScheduleState:
+    return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
+
+  def update(
+    updates: Tree,
+    state: optax.ScaleByScheduleState,
+    params: Tree,
+    *,
+    rate_factor: jax.Array | None = None,
+  ) -> tuple[Tree, Tree]:
+    share = weight_decay * rate(state.count) * (1.0 if rate_factor is None else rate_factor)
+    decayed = jax.tree.map(
+      lambda u, p, matrix: u - share * (p + u) if matrix else u, updates, params, _matrices(params)
+    )
+    return decayed, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _in_float32(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
   """`tx` computed in float32 throughout.
 
   Optax keeps moments in the dtype of the parameters. In bfloat16 (8 bits of precision) a second
@@ -44,10 +89,12 @@ def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformatio
   def init(params: Tree) -> Tree:
     return tx.init(as_float32(params))
 
-  def update(gradients: Tree, state: Tree, params: Tree | None = None) -> tuple[Tree, Tree]:
-    return tx.update(as_float32(gradients), state, as_float32(params))
+  def update(
+    gradients: Tree, state: Tree, params: Tree | None = None, **extra: jax.Array | None
+  ) -> tuple[Tree, Tree]:
+    return tx.update(as_float32(gradients), state, as_float32(params), **extra)
 
-  return optax.GradientTransformation(init, update)
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def as_float32(leaves: Tree) -> Tree:
@@ -71,9 +118,14 @@ def lost_updates(params: Tree, updates: Tree) -> jax.Array:
   return counts[0] / jnp.maximum(counts[1], 1)
 
 
-def _adam_like(make: Callable) -> Callable:
+def _adam_like(make: Callable, **fixed: Callable[['Optimizer'], float]) -> Callable:
   return lambda rate, c: make(
-    rate, b1=c.momentum, b2=c.b2, weight_decay=c.weight_decay, mask=_matrices
+    rate,
+    b1=c.momentum,
+    b2=c.b2,
+    weight_decay=c.weight_decay,
+    mask=_matrices,
+    **{name: value(c) for name, value in fixed.items()},
   )
 
 
@@ -89,8 +141,8 @@ def _with_decay(direction: Callable[['Optimizer'], optax.GradientTransformation]
 # Each of these is tested: the moments of changed weights are zeroed through it, and dead weights
 # stay dead under it.
 TESTED: dict[str, Callable] = {
-  'adamw': _adam_like(optax.adamw),
-  'nadamw': _adam_like(optax.nadamw),
+  'adamw': _adam_like(optax.adamw, eps=lambda c: c.eps),
+  'nadamw': _adam_like(optax.nadamw, eps=lambda c: c.eps),
   'lion': _adam_like(optax.lion),
   'sgd': _with_decay(lambda c: optax.trace(c.momentum)),
   'nesterov': _with_decay(lambda c: optax.trace(c.momentum, nesterov=True)),
@@ -117,8 +169,11 @@ class Optimizer:
   final: float
   momentum: float
   b2: float
+  eps: float
   weight_decay: float
+  decay_last: bool
   clip: float
+  normalize: bool
   ema: float
   steps: int
   # Of what the weight method learns, over that of the weights, by the beginning of a path.
@@ -150,6 +205,8 @@ class Optimizer:
       )
     if self.schedule not in SCHEDULES:
       raise unknown('config.optimizer.schedule', self.schedule, SCHEDULES)
+    valid = '0 with config.optimizer.normalize, which leaves nothing of a norm'
+    require(not (self.clip and self.normalize), 'config.optimizer.clip', self.clip, valid)
 
   def rate(self) -> optax.Schedule:
     """Linear warm-up, then the schedule down to `final` of the rate at the end."""
@@ -164,13 +221,22 @@ class Optimizer:
     ramp = optax.linear_schedule(self.learning_rate / max(warmup, 1), self.learning_rate, warmup)
     return optax.join_schedules([ramp, after], [warmup]) if warmup else after
 
-  def transform(self) -> optax.GradientTransformation:
-    """Clipping and the optimizer; its state and its updates are float32 for any dtype of parameters."""
+  def transform(self) -> optax.GradientTransformationExtraArgs:
+    """What is done to the gradient, the optimizer, and decay if it comes last.
+
+    Its state and its updates are float32 for any dtype of parameters. `update` takes a `rate_factor`, a
+    scalar that the learning rate of the step is multiplied with; `None` = 1.
+    """
     make = {**TESTED, **DENSE_ONLY}[self.name]
-    clip = optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()
-    return _in_float32(
-      optax.chain(clip, make(self.rate(), self), _scale_learned(self.learned_rates))
-    )
+    first = optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()
+    if self.normalize:
+      first = optax.stateless(_divide_by_rms)
+    stages = [first, make(self.rate(), self), _scale_rates(self.learned_rates)]
+    if self.decay_last:
+      undecayed = dataclasses.replace(self, weight_decay=0.0)
+      stages[1] = make(self.rate(), undecayed)
+      stages.append(_decay_last(self.weight_decay, self.rate()))
+    return _in_float32(optax.chain(*stages))
 
 
 def zero_moments(tx: optax.GradientTransformation, opt_state: Tree, changed: Tree) -> Tree:
@@ -183,7 +249,12 @@ def zero_moments(tx: optax.GradientTransformation, opt_state: Tree, changed: Tre
 
 
 def step_but_where(
-  tx: optax.GradientTransformation, gradients: Tree, opt_state: Tree, params: Tree, resting: Tree
+  tx: optax.GradientTransformationExtraArgs,
+  gradients: Tree,
+  opt_state: Tree,
+  params: Tree,
+  resting: Tree,
+  rate_factor: jax.Array | None = None,
 ) -> tuple[Tree, Tree]:
   """The updates of an optimizer step and its new state, zero updates and the old state where `resting`.
 
@@ -191,7 +262,7 @@ def step_but_where(
     gradients: like `params`.
     resting: for each leaf of `params` a Python bool, or a bool array of its shape.
   """
-  updates, new_state = tx.update(gradients, opt_state, params)
+  updates, new_state = tx.update(gradients, opt_state, params, rate_factor=rate_factor)
   if all(rests is False for rests in jax.tree.leaves(resting)):
     return updates, new_state
 

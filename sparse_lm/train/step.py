@@ -31,7 +31,7 @@ from sparse_lm.train.pass_costs import PassCosts
 from sparse_lm.train.states import TrainState
 from sparse_lm.weights import parts
 from sparse_lm.weights.collect import Gradients
-from sparse_lm.weights.method import Sparse, WeightMethod
+from sparse_lm.weights.method import Sparse, WeightMethod, apply_masks
 
 Array = jax.Array
 
@@ -192,7 +192,10 @@ class Program:
     resting, frozen = method.resting(updates, trainable), method.frozen(sparse)
     if not all(jax.tree.leaves(resting)):
       resting = resting | {'params': _resting_or_frozen(resting['params'], frozen)}
-      change, opt_state = step_but_where(self.tx, trainable_grads, opt_state, trainable, resting)
+      factor = method.rate_factor(sparse.target, step)
+      change, opt_state = step_but_where(
+        self.tx, trainable_grads, opt_state, trainable, resting, factor
+      )
       metrics |= _rounding(trainable, change)
       trainable = method.constrain(optax.apply_updates(trainable, change), sparse)
     read = Gradients(effective.params, grads.params)
@@ -235,7 +238,7 @@ class Program:
     mixed = tree.where_sparse(
       lambda w, flag: jnp.where(flag, 0, w), mixed, toggled, dense=lambda w: w
     )
-    return self.method.constrain(mixed, sparse)
+    return mixed | {'params': apply_masks(mixed['params'], sparse.masks)}
 
 
 def _resting_or_frozen(resting: Tree, frozen: Tree) -> Tree:

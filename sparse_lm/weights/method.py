@@ -187,8 +187,20 @@ class WeightMethod:
     """
     return jax.tree.map(lambda _: None, sparse.target)
 
+  def rate_factor(self, target: Tree, step: Array) -> Array | None:
+    """What the learning rate of a step is multiplied with, float32; `None` = 1.
+
+    Args:
+      target: the final density of each leaf, `None` = dense.
+    """
+    return None
+
   def constrain(self, trainable: Tree, sparse: Sparse) -> Tree:
-    """Masks the weights again after an optimizer update: moments, decay and EMA would wake dead ones."""
+    """Masks the weights again after an optimizer update: moments and decay would wake dead ones.
+
+    A method whose dropped weights go on learning, and whose `update` chooses among all weights in every
+    step, leaves them as they are here. Averages are masked in any case.
+    """
     return trainable | {'params': apply_masks(trainable['params'], sparse.masks)}
 
   def due(self, step: int) -> bool:

@@ -154,6 +154,12 @@ class Rules(WeightMethod):
       frozen = joined(sparse.target, frozen, own)
     return frozen
 
+  def rate_factor(self, target: Tree, step: Array) -> Array | None:
+    """The smallest of the methods' factors, for the weights that each of them owns."""
+    found = [rule.method.rate_factor(self._own(rule, target), step) for rule in self.rules]
+    found = [factor for factor in found if factor is not None]
+    return functools.reduce(jnp.minimum, found) if found else None
+
   def constrain(self, trainable: Tree, sparse: Sparse) -> Tree:
     """Each method's constraint on the weights that it owns."""
     params, learned = trainable['params'], {}

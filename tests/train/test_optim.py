@@ -11,6 +11,7 @@ import pytest
 from flax import linen as nn
 from numpy.testing import assert_allclose, assert_array_equal
 
+from configs import base
 from sparse_lm.core import distribution
 from sparse_lm.core import units as pattern
 from sparse_lm.core.errors import UserError
@@ -29,11 +30,8 @@ ALL = [*optim.TESTED, *optim.DENSE_ONLY]
 # A rate at which momentum and decay visibly move whatever they are let move.
 SETTINGS = {
   'learning_rate': 0.03,
-  'schedule': 'cosine',
   'warmup': 0.2,
   'final': 0.1,
-  'momentum': 0.9,
-  'b2': 0.99,
   'weight_decay': 0.5,
   'clip': 0.1,
   'ema': 0.8,
@@ -42,7 +40,7 @@ SETTINGS = {
 
 
 def optimizer(name, **overrides):
-  return optim.Optimizer(name=name, **SETTINGS | overrides)
+  return optim.Optimizer(**{**base.get_config().optimizer, **SETTINGS, **overrides, 'name': name})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,7 +349,9 @@ def test_the_average_of_bfloat16_parameters_is_kept_in_float32():
   want = 1.0
   for step in range(1, 201):
     weights = jnp.full((3,), 1 + step / 128, jnp.bfloat16)
-    average = program._average(average, {'params': weights}, Sparse(None, None), {'params': None})
+    average = program._average(
+      average, {'params': weights}, Sparse(None, None), {'params': None}, None
+    )
     want = 0.99 * want + 0.01 * float(weights[0])
   assert average['params'].dtype == jnp.float32
   assert_allclose(average['params'], want, rtol=1e-5)
@@ -388,7 +388,7 @@ def test_microbatches_of_bfloat16_gradients_add_up_in_float32():
 
   @functools.partial(jax.jit, static_argnums=0)
   def gradient(program, tokens):
-    seen = params.trainable['params'], {}
+    seen = params.trainable['params'], {}, jnp.float32(0)
     return program._gradients(seen, params, (tokens, None), params.key)[0][0]
 
   whole = gradient(dataclasses.replace(program, accumulation=64), batch)

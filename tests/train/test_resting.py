@@ -28,8 +28,11 @@ def optimizer(name):
     final=0.1,
     momentum=0.9,
     b2=0.95,
+    eps=1e-8,
     weight_decay=0.1,
+    decay_last=True,
     clip=1.0,
+    normalize=False,
     ema=0.0,
     steps=10,
   )
