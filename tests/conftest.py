@@ -166,6 +166,21 @@ def tiny_config(text_file):
 
 
 @pytest.fixture
+def on_gpu(monkeypatch):
+  """`on_gpu()`: JAX says it runs on a GPU. Returns what each call of its attention is then told."""
+
+  def pretend():
+    told, attend = [], jax.nn.dot_product_attention
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    monkeypatch.setattr(
+      jax.nn, 'dot_product_attention', lambda *qkv, **kw: told.append(kw) or attend(*qkv, **kw)
+    )
+    return told
+
+  return pretend
+
+
+@pytest.fixture
 def train_until(monkeypatch):
   """`train_until(config, workdir, step)` trains until SIGTERM arrives during that step."""
 

@@ -16,6 +16,8 @@ FILES = [
   str(path.relative_to(ROOT)) for name in FOLDERS for path in sorted((ROOT / name).rglob('*.py'))
 ]
 OURS = [path for path in FILES if path.startswith('sparse_lm/')]
+# Functions of JAX that are called in `sparse_lm/kernels/` and nowhere else.
+KERNELS = ('top_k', 'approx_max_k', 'ragged_dot', 'dot_product_attention')
 LONGEST_FILE, LONGEST_FUNCTION, MEDIAN_FILE = 400, 60, 100
 
 # Folders whose files are found by name: methods, patterns, signals, formats.
@@ -140,6 +142,17 @@ def asked_for(text):
       yield from (node.lineno for name in node.args[1:2] if isinstance(name, ast.Constant))
 
 
+def kernels_in(text):
+  """Lines that use what `sparse_lm/kernels/` chooses a backend for."""
+  for node in ast.walk(ast.parse(text)):
+    if isinstance(node, ast.Attribute) and node.attr in KERNELS:
+      # A field of the same name, such as that of an argument parser, is none.
+      if ast.unparse(node.value) in ('jax.lax', 'lax', 'jax.nn', 'nn'):
+        yield node.lineno
+    elif isinstance(node, ast.ImportFrom) and node.module in ('jax.lax', 'jax.nn'):
+      yield from (node.lineno for alias in node.names if alias.name in KERNELS)
+
+
 def untyped(text):
   """`function.parameter` of every parameter that is annotated as anything at all, or not."""
   for node in ast.walk(ast.parse(text)):
@@ -178,6 +191,12 @@ def test_attributes_are_declared_and_not_asked_for(path):
   assert not list(asked_for(source(path)))
 
 
+def test_kernels_are_called_by_the_functions_that_choose_them():
+  found = {path: list(kernels_in(source(path))) for path in OURS}
+  assert not {path: lines for path, lines in found.items() if lines and '/kernels/' not in path}
+  assert found['sparse_lm/kernels/topk.py'] and found['sparse_lm/kernels/attention.py']
+
+
 @pytest.mark.parametrize('path', OURS)
 def test_every_parameter_has_a_type(path):
   assert not list(untyped(source(path)))
@@ -210,6 +229,8 @@ def f(x: Any, y: 'Any | None', *rest: Any, z: dict[str, Any] = None, **more: int
   from sparse_lm.methods.weight import rigl
   import sparse_lm.patterns.n_of_m
   from ..patterns import row
+  from jax.lax import approx_max_k
+  jax.lax.top_k(x, y.top_k)
   return x == 'block', 'a block', "the 'head'", 'per_output'
 '''
 
@@ -225,6 +246,7 @@ def test_what_the_rules_find():
     'sparse_lm.patterns.row',
   ]
   assert len(list(asked_for(FAULTS))) == 1
+  assert len(list(kernels_in(FAULTS))) == 2
   assert list(untyped(FAULTS)) == ['f.x', 'f.y', 'f.rest']
   assert list(long_functions(FAULTS)) == []
   assert list(long_functions('def g():\n' + 60 * '  pass\n')) == ['g has 61 lines']

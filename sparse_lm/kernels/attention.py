@@ -1,18 +1,28 @@
 """Softmax attention to the keys that a mask describes: one function, the backend chosen inside."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from sparse_lm.kernels.placed import Placed
+from sparse_lm.kernels.topk import top
+
 Array = jax.Array
 # `(scores, mask) -> mask`, all `[B, G, H / G, L, S]`; the scores are float32.
 Select = Callable[[Array, Array], Array]
 
 
-@struct.dataclass
-class KeyValues:
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=('k', 'v', 'positions', 'valid'),
+  meta_fields=('whole',),
+)
+@dataclasses.dataclass(frozen=True)
+class KeyValues(Placed):
   """Keys and values of a batch of sequences: those of its tokens, or all that a cache holds.
 
   Attributes:
@@ -20,12 +30,14 @@ class KeyValues:
     v: `[B, S, G, K]`.
     positions: int32 `[B, S]`, the place of each key's token in its sequence, in any order.
     valid: bool `[B, S]`, whether the key may be read.
+    whole: whether all keys of each sequence are known to be there, in order; see `kernels/placed.py`.
   """
 
   k: Array
   v: Array
   positions: Array
   valid: Array
+  whole: bool = False
 
 
 @struct.dataclass
@@ -114,7 +126,9 @@ def attention(
   Scores and weights are arrays of `[B, H, L, S]` on every device: no fused kernel is used. On a CPU
   explicit einsums over `[B, H, L, K]` are 1.3 to 2 times faster than `jax.nn.dot_product_attention`,
   whose default implementation, which a GPU runs here, is XLA's unfused one too (its fused one,
-  `implementation='cudnn'`, has to be asked for). A query without any key reads all of them alike.
+  `implementation='cudnn'`, has to be asked for). It is told what the mask says, and not given bools,
+  where that is all there is to know: causality and a window, of the queries of whole sequences. A query
+  without any key reads all of them alike.
 
   Args:
     positions_BxL: int32, of the queries.
@@ -123,15 +137,11 @@ def attention(
     select: narrows the mask by the scores.
     most: keys that `select` leaves at most; a single query reads the values of no others.
   """
+  if jax.default_backend() == 'gpu' and on_weights is None and select is None:
+    return _on_gpu(q_BxLxHxK, positions_BxL, keys, mask)
   reads = reads_of(mask, positions_BxL, keys)
   b, l, h, width = q_BxLxHxK.shape
   g = keys.k.shape[2]
-  if jax.default_backend() == 'gpu' and on_weights is None and select is None:
-    each = (b, g, h // g, *reads.shape[3:])
-    of_heads = (
-      reads[:, 0] if mask.blocks is None else jnp.broadcast_to(reads, each).reshape(b, h, l, -1)
-    )
-    return jax.nn.dot_product_attention(q_BxLxHxK, keys.k, keys.v, mask=of_heads)
   q_BxGxRxLxK = q_BxLxHxK.reshape(b, l, g, h // g, width).transpose(0, 2, 3, 1, 4) * width**-0.5
   k_BxGxSxK, v_BxGxSxK = (a.transpose(0, 2, 1, 3) for a in (keys.k, keys.v))
 
@@ -145,6 +155,29 @@ def attention(
     weights = weights_of(jnp.einsum('bgrlk,bgsk->bgrls', q_BxGxRxLxK, k_BxGxSxK))
     out_BxGxRxLxK = jnp.einsum('bgrls,bgsk->bgrlk', weights, v_BxGxSxK)
   return out_BxGxRxLxK.transpose(0, 3, 1, 2, 4).reshape(b, l, h, -1)
+
+
+def _on_gpu(q_BxLxHxK: Array, positions_BxL: Array, keys: KeyValues, mask: Mask) -> Array:
+  """By JAX's own function, `[B, L, H, K]`, which is told of the mask what it has words for.
+
+  Those are causality and a window of places in the arrays, which are positions where the sequences are
+  whole and the queries are of the keys' own tokens: their positions are one array. For all else (blocks,
+  documents, sinks, tokens that were left out, a cache) the reference makes bools here.
+  """
+  attend = jax.nn.dot_product_attention
+  own = keys.whole and positions_BxL is keys.positions
+  if own and mask.blocks is None and mask.documents is None and not mask.sinks:
+    window = None
+    if mask.window is not None and mask.window < keys.k.shape[1]:
+      window = mask.window - 1, 0 if mask.causal else mask.window - 1
+    return attend(q_BxLxHxK, keys.k, keys.v, is_causal=mask.causal, local_window_size=window)
+  (b, l, h, _), g = q_BxLxHxK.shape, keys.k.shape[2]
+  reads = reads_of(mask, positions_BxL, keys)
+  each = (b, g, h // g, *reads.shape[3:])
+  of_heads = (
+    reads[:, 0] if mask.blocks is None else jnp.broadcast_to(reads, each).reshape(b, h, l, -1)
+  )
+  return attend(q_BxLxHxK, keys.k, keys.v, mask=of_heads)
 
 
 def computed_keys(queries: int, keys: int, most: int | None = None) -> int:
@@ -208,7 +241,7 @@ def _attend_held(
   if l > 1 or most is None or most >= weights_NxRxS.shape[-1]:
     out_NxRxK = jnp.einsum('nrs,nsk->nrk', weights_NxRxS, v_NxSxK)
   else:
-    weights_NxRxS, index_NxRxS = jax.lax.top_k(weights_NxRxS, most)
+    weights_NxRxS, index_NxRxS = top(weights_NxRxS, most)
     v_NxRxSxK = jnp.take_along_axis(v_NxSxK[:, None], index_NxRxS[..., None], axis=2)
     out_NxRxK = jnp.einsum('nrs,nrsk->nrk', weights_NxRxS, v_NxRxSxK)
   return out_NxRxK.reshape(b, g, r, l, -1)

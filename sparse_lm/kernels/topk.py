@@ -1,4 +1,4 @@
-"""Exact selection without sorting.
+"""Exact selection: as a mask without sorting, or as indices.
 
 The k-th largest of N values is found by bisection on their bits: a float's bit pattern, read as an
 integer, orders like the float, so 32 compare-and-count passes fix the threshold bit by bit. `k` may
@@ -40,6 +40,15 @@ def kth_largest(keys: Array, k: Array) -> Array:
     return jnp.where(count(keys >= candidate) >= k, candidate, threshold)
 
   return jax.lax.fori_loop(0, 31, set_bit, lowest)
+
+
+def top(scores: Array, k: int) -> tuple[Array, Array]:
+  """The `k` largest of each row (last axis), in falling order; ties go to the lower index.
+
+  Returns:
+    Values `[..., k]` in the dtype of `scores`, with the gradient of a gather, and their int32 indices.
+  """
+  return jax.lax.top_k(scores, k)
 
 
 def _first(flags: Array, need: Array) -> Array:

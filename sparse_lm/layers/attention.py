@@ -121,7 +121,7 @@ class AttentionLayer(nn.Module):
     k_BxLxGxK, v_BxLxGxK = record.site(self, 'k', k_BxLxGxK), record.site(self, 'v', v_BxLxGxK)
     if self.caches(mode):
       return q_BxLxHxK, cache.extend(self, self.cache_size, tokens, k_BxLxGxK, v_BxLxGxK)
-    return q_BxLxHxK, KeyValues(k_BxLxGxK, v_BxLxGxK, tokens.positions, tokens.valid)
+    return q_BxLxHxK, KeyValues(k_BxLxGxK, v_BxLxGxK, tokens.positions, tokens.valid, tokens.whole)
 
   def merge(self, out_BxLxHxK: jax.Array) -> jax.Array:
     """The heads' outputs `[B, L, H, K]` to `[B, L, D]`."""

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sparse_lm.kernels.matmul import matmul
 from sparse_lm.layers.spec import Spec
 from sparse_lm.plan import record
 
@@ -30,7 +31,7 @@ class Router(nn.Module):
     init = nn.initializers.normal(self.scale * x.shape[-1] ** -0.5)
     kernel = self.param('kernel', init, (x.shape[-1], self.features), self.spec.stored)
     x = record.site(self, 'input', x.astype(jnp.float32), kernel='kernel')
-    logits = x @ kernel.astype(jnp.float32)
+    logits = matmul(x, kernel.astype(jnp.float32))
     logits = record.matmul(logits, self.path, 'linear', 2 * x.size * self.features, kernel='kernel')
     if self.bias is not None:
       start = nn.initializers.constant(self.bias)

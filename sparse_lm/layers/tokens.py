@@ -1,12 +1,21 @@
 """The tokens that a layer sees, with what it has to know of each of them."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
-from flax import struct
+
+from sparse_lm.kernels.placed import Placed
 
 
-@struct.dataclass
-class Tokens:
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=('x', 'positions', 'valid'),
+  meta_fields=('continues', 'whole'),
+)
+@dataclasses.dataclass(frozen=True)
+class Tokens(Placed):
   """Tokens of a batch of sequences: all of them, or those that enter a layer.
 
   Attributes:
@@ -16,12 +25,14 @@ class Tokens:
     valid: bool `[B, L]`, whether others may read the token.
     continues: whether tokens that a module caches go on behind those that it holds. A single token always
       does; several begin a sequence unless this is set.
+    whole: whether these are known to be all tokens of each sequence, in order; see `kernels/placed.py`.
   """
 
   x: jax.Array
   positions: jax.Array
   valid: jax.Array
-  continues: bool = struct.field(pytree_node=False, default=False)
+  continues: bool = False
+  whole: bool = False
 
   def only(self, chosen_BxL: jax.Array) -> 'Tokens':
     """The same tokens, of which those that are not chosen, bool `[B, L or 1]`, are not valid."""
@@ -34,4 +45,4 @@ class Tokens:
       index = index_BxC.reshape(*index_BxC.shape, *[1] * (a.ndim - 2))
       return jnp.take_along_axis(a, index, axis=1)
 
-    return jax.tree.map(rows, self)
+    return jax.tree.map(rows, dataclasses.replace(self, whole=False))

@@ -76,6 +76,7 @@ class LM(nn.Module):
       raise ValueError('either tokens_BxL or embeddings_BxLxD is to be given, and not both')
     spec = self.spec
     shape = tokens_BxL.shape if embeddings_BxLxD is None else embeddings_BxLxD.shape[:2]
+    whole = positions_BxL is None and valid_BxL is None
     if positions_BxL is None:
       positions_BxL = jnp.broadcast_to(jnp.arange(shape[1]), shape)
     if valid_BxL is None:
@@ -92,7 +93,8 @@ class LM(nn.Module):
       if not self.has_variable('packed', Part.REMOVED.of(layer))
     ]
     stack = self.stack.make({'spec': spec, 'name': 'stack'})
-    x_BxLxD = stack(layers, Tokens(x_BxLxD, positions_BxL, valid_BxL, continues), mode)
+    tokens = Tokens(x_BxLxD, positions_BxL, valid_BxL, continues, whole)
+    x_BxLxD = stack(layers, tokens, mode)
     x_BxLxD = record.site(self, Part.RESIDUAL.of(spec.layers), x_BxLxD)
     return embed.logits(Norm(spec, name='norm')(x_BxLxD))
 
@@ -135,7 +137,7 @@ class Layer(nn.Module):
     """The residual stream `[B, L, D]` after it, of whole sequences."""
     positions_BxL = jnp.broadcast_to(jnp.arange(x_BxLxD.shape[1]), x_BxLxD.shape[:2])
     valid_BxL = jnp.ones(x_BxLxD.shape[:2], bool)
-    tokens = Tokens(x_BxLxD, positions_BxL, valid_BxL)
+    tokens = Tokens(x_BxLxD, positions_BxL, valid_BxL, whole=True)
     return _layer(self, self.layer)(tokens, mode)
 
 

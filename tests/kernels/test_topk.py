@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_lm.kernels.topk import compact, topk_mask
+from sparse_lm.kernels.topk import compact, top, topk_mask
 
 SHAPES = [(1,), (7,), (32,), (5, 8), (1, 9), (9, 1), (2, 3, 4)]
 # Few values, so that most selections have to break ties; the ends of float32 are among them.
@@ -99,6 +99,14 @@ def test_a_large_matrix_with_heavy_ties(share):
   scores = (np.round(rng.standard_normal((768, 3072)), 1) + 0.0).astype(np.float32)
   k = round(scores.size * share)
   np.testing.assert_array_equal(JITTED(scores, k), oracle(scores, k))
+
+
+def test_the_best_of_each_row_in_order():
+  scores = np.random.default_rng(2).integers(0, 4, (5, 9)).astype(np.float32)  # with ties
+  values, index = top(scores, 4)
+  order = np.argsort(-scores, axis=1, kind='stable')[:, :4]
+  np.testing.assert_array_equal(index, order)
+  np.testing.assert_array_equal(values, np.take_along_axis(scores, order, axis=1))
 
 
 @settings(max_examples=30, deadline=None)

@@ -7,6 +7,7 @@ from flax import linen as nn
 
 from sparse_lm.core.errors import require
 from sparse_lm.core.ranges import ranged
+from sparse_lm.kernels.topk import top
 from sparse_lm.layers.gate import normalised
 from sparse_lm.layers.method import LayerMethod, Traits
 from sparse_lm.layers.routed import gather_run_scatter, run_routed
@@ -83,9 +84,8 @@ class MixtureOfDepths(LayerMethod):
   ) -> jax.Array:
     valid_BxL, length = tokens.valid, tokens.x.shape[1]
     scores_BxL = jnp.where(valid_BxL, weight_BxLx1[..., 0], -jnp.inf)
-    index_BxC = jnp.sort(
-      jax.lax.top_k(jax.lax.stop_gradient(scores_BxL), self._entering(length))[1], axis=1
-    )
+    _, best_BxC = top(jax.lax.stop_gradient(scores_BxL), self._entering(length))
+    index_BxC = jnp.sort(best_BxC, axis=1)
     # Of a short sequence's padding some may be chosen; none of it enters.
     enters_BxL = jax.nn.one_hot(index_BxC, length, dtype=jnp.float32).sum(axis=1) * valid_BxL
     surprise_BxL = optax.sigmoid_binary_cross_entropy(likely_BxL, enters_BxL)

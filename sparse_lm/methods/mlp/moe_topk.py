@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from sparse_lm.core.errors import require
 from sparse_lm.core.ranges import ranged
+from sparse_lm.kernels.topk import top
 from sparse_lm.layers import dispatch
 from sparse_lm.layers.method import Traits
 from sparse_lm.layers.mixture import MixtureOfExperts
@@ -82,7 +83,7 @@ class MoETopK(MixtureOfExperts):
       x_TxD *= jax.random.uniform(self.make_rng('gates'), x_TxD.shape, minval=low, maxval=high)
     logits_TxE = Router(self.spec, self.experts, scale=0.1**0.5, name='router')(x_TxD)
     probability_TxE = jax.nn.softmax(logits_TxE)
-    weight_TxK, expert_TxK = jax.lax.top_k(probability_TxE, self.k)
+    weight_TxK, expert_TxK = top(probability_TxE, self.k)
     if self.k > 1:
       weight_TxK = weight_TxK / jnp.sum(weight_TxK, axis=-1, keepdims=True)
     if mode == 'train':
