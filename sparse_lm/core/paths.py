@@ -12,7 +12,7 @@ KERNEL, BIAS = 'kernel', 'bias'
 
 
 class Part(enum.StrEnum):
-  """What of a layer a module or an activation is: what its name begins with, before the layer's number.
+  """The parts of a layer. A part's name begins with the value here and ends with the number of the layer.
 
   Attributes:
     BLOCK: attention and the MLP, whose sum is added to the residual stream.
@@ -46,14 +46,14 @@ class Place:
 
   @classmethod
   def parse(cls, path: str) -> 'Place':
-    """Of a path with slashes between the names."""
+    """The place at a path whose names are separated by slashes."""
     return cls(tuple(filter(None, path.split('/'))))
 
   def __str__(self) -> str:
     return '/'.join(self.names)
 
   def __truediv__(self, name: str) -> 'Place':
-    """What is called `name` in this module, or deeper where the name is a path."""
+    """The submodule, parameter or activation `name` of this module; `name` may be a path."""
     return Place((*self.names, *Place.parse(name).names))
 
   @property
@@ -68,12 +68,12 @@ class Place:
 
   @property
   def layer(self) -> int | None:
-    """The layer's number, from 0; `None` of what is in no layer."""
+    """The layer's number, from 0; `None` outside of the layers."""
     return self._in_layer[1] if self._in_layer else None
 
   @property
   def part(self) -> Part | None:
-    """Which part of its layer it is in; `None` of what is in no layer."""
+    """The part of the layer that this place belongs to; `None` outside of the layers."""
     return self._in_layer[0] if self._in_layer else None
 
   @property
@@ -82,7 +82,7 @@ class Place:
     return (Part(found[1]), int(found[2])) if found else None
 
   def within(self, module: 'Place') -> bool:
-    """Whether it is the module, or is anywhere in it."""
+    """Whether this is `module` itself or lies inside of it, at any depth."""
     return self.names[: len(module.names)] == module.names
 
   @property

@@ -60,7 +60,7 @@ class _Cost(TypedDict):
 
 
 class _File(TypedDict):
-  """What a file holds: where it was measured, in words and versions, and the costs."""
+  """The contents of a file: where it was measured, in words and versions, and the costs."""
 
   measured: dict[str, str | int]
   formats: dict[str, _Cost]

@@ -97,11 +97,11 @@ def pack(model: LM, params: Tree, masks: Tree, state: Tree) -> PackedModel:
   dropped = {path: np.asarray(mask) for path, mask in tree.named(masks).items()}
   plan = plan_of(model)
   left = shrink(original, dropped, plan.units, _closed(model, params, state))
-  held = {path: left.params.pop(path) for path in plan.packable if path in left.params}
-  small = {path: array for path, array in held.items() if not _is_kernel(path, array.shape)}
+  packable = {path: left.params.pop(path) for path in plan.packable if path in left.params}
+  small = {path: array for path, array in packable.items() if not _is_kernel(path, array.shape)}
   kernels = {
     path: Kernel(array, left.masks.get(path, np.ones(array.shape, bool)), original[path].nbytes)
-    for path, array in held.items()
+    for path, array in packable.items()
     if path not in small
   }
   sizes = {path: math.prod(leaf.shape) for path, leaf in plan.shapes.items()}
@@ -175,10 +175,10 @@ def assemble(
   model: LM, left: Shrunk, matrices: dict[str, Matrix], small: dict[str, np.ndarray], state: Tree
 ) -> PackedModel:
   """The variables of a packed model from its parts."""
-  held: dict[str, Tree] = {path: matrix.runs for path, matrix in matrices.items()} | small
-  held |= {f'{path}/kept': kept for path, kept in left.kept.items()}
-  held |= {Part.REMOVED.of(layer): np.zeros((), np.int32) for layer in left.removed_layers}
-  variables = {'params': nested(left.params), 'packed': nested(held), **state}
+  stored: dict[str, Tree] = {path: matrix.runs for path, matrix in matrices.items()} | small
+  stored |= {f'{path}/kept': kept for path, kept in left.kept.items()}
+  stored |= {Part.REMOVED.of(layer): np.zeros((), np.int32) for layer in left.removed_layers}
+  variables = {'params': nested(left.params), 'packed': nested(stored), **state}
   return PackedModel(model, jax.device_put(variables), matrices, left.removed)
 
 

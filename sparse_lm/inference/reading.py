@@ -36,11 +36,11 @@ def read_bytes(packed: PackedModel, tokens_BxL: np.ndarray) -> int:
   for layer, parts in plan.fused.items():
     one, first = (str(Place.parse(path) / KERNEL) for path in (layer, parts[0]))
     read[one] = read[first]  # all parts run under the same gates
-  held = {
+  nbytes = {
     tree.path_name(path): leaf.nbytes
     for path, leaf in jax.tree_util.tree_leaves_with_path(packed.variables, is_leaf=is_packed)
   }
-  stored = {p: held.get(f'packed/{p}', held.get(f'params/{p}', 0)) for p in read}
+  stored = {p: nbytes.get(f'packed/{p}', nbytes.get(f'params/{p}', 0)) for p in read}
   return round(sum(stored[path] * share for path, share in read.items()))
 
 

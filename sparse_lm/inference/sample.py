@@ -18,7 +18,7 @@ class Sampling:
   Attributes:
     temperature: logits are divided by it; 0 = the largest, the lower id of equal ones.
     top_k: only that many of the largest logits may be drawn; 0 = all.
-    top_p: only the fewest likeliest tokens that hold this probability together (nucleus sampling,
+    top_p: only the fewest likeliest tokens whose probabilities add up to this (nucleus sampling,
       Holtzman et al. 2020); 1 = all. The likeliest one always may.
   """
 

@@ -39,7 +39,7 @@ class Times:
 
 
 class _Products(turns.Prepared):
-  """Products of one token with kernels, of which the caches hold nothing before a turn."""
+  """Products of one token with kernels, of which no cache of the processor has any before a turn."""
 
   def __init__(self, kernels: Sequence[Format], read: np.ndarray | None = None) -> None:
     """`read`: the inputs that are not zero, for a format that reads those alone."""

@@ -23,7 +23,7 @@ Select = Callable[[Array, Array], Array]
 )
 @dataclasses.dataclass(frozen=True)
 class KeyValues(Placed):
-  """Keys and values of a batch of sequences: those of its tokens, or all that a cache holds.
+  """Keys and values of a batch of sequences: those of its tokens, or all cached ones.
 
   Attributes:
     k: `[B, S, G, K]`; queries may have several heads for each of these.
@@ -61,7 +61,7 @@ class Blocks:
 
 @struct.dataclass
 class Documents:
-  """Which document each token belongs to, where a sequence holds several: none reads another.
+  """Which document each token belongs to, where a sequence has several: none reads another.
 
   Attributes:
     of_queries: int32 `[B, L]`.
@@ -133,7 +133,7 @@ def attention(
   Args:
     positions_BxL: int32, of the queries.
     on_weights: what is done to the attention weights, `[B, G, H / G, L, S]`, such as dropout; `None` =
-      nothing, and then a fused kernel may never hold them.
+      nothing, and then a fused kernel need not compute them.
     select: narrows the mask by the scores.
     most: keys that `select` leaves at most; a single query reads the values of no others.
   """
@@ -150,7 +150,7 @@ def attention(
     return weights if on_weights is None else on_weights(weights)
 
   if l == 1 or l < keys.k.shape[1]:  # keys that a cache holds
-    out_BxGxRxLxK = _attend_held(q_BxGxRxLxK, k_BxGxSxK, v_BxGxSxK, weights_of, most)
+    out_BxGxRxLxK = _attend_cached(q_BxGxRxLxK, k_BxGxSxK, v_BxGxSxK, weights_of, most)
   else:
     weights = weights_of(jnp.einsum('bgrlk,bgsk->bgrls', q_BxGxRxLxK, k_BxGxSxK))
     out_BxGxRxLxK = jnp.einsum('bgrls,bgsk->bgrlk', weights, v_BxGxSxK)
@@ -219,7 +219,7 @@ def _weights(scores: Array, reads: Array, select: Select | None) -> Array:
   return jax.nn.softmax(jnp.where(reads, exact, jnp.finfo(jnp.float32).min)).astype(scores.dtype)
 
 
-def _attend_held(
+def _attend_cached(
   q_BxGxRxLxK: Array,
   k_BxGxSxK: Array,
   v_BxGxSxK: Array,
@@ -229,7 +229,7 @@ def _attend_held(
   """`[B, G, R, L, K]` of one query of each sequence, or of a few that go on behind what a cache holds.
 
   In three dimensions, keys in rows of features: XLA:CPU runs the general form of a single query ten
-  times slower. A cache holds keys and values in that layout (`kernels/cache.py`), so the transposes cost
+  times slower. A cache keeps keys and values in that layout (`kernels/cache.py`), so the transposes cost
   nothing.
   """
   b, g, r, l, width = q_BxGxRxLxK.shape

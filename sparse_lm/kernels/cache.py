@@ -20,7 +20,7 @@ def slots_for(size: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """Where the tokens' axis is among those of what is held, `[B * G, ...]`.
+  """Which axis of the cached keys or values, `[B * G, ...]`, is that of the tokens.
 
   Attributes:
     axis: 2 = tokens in the last axis, as one query reads keys: rows of features. 1 = tokens before the
@@ -35,39 +35,39 @@ class Layout:
     shape = (b * g, width, slots) if self.axis == 2 else (b * g, slots, width)
     return jnp.zeros(shape, new_BxLxGxK.dtype)
 
-  def write(self, held: Array, new_BxLxGxK: Array, slot_BxL: Array) -> Array:
-    """What is held, with new tokens in their slots."""
+  def write(self, cached: Array, new_BxLxGxK: Array, slot_BxL: Array) -> Array:
+    """The cached array with new tokens in their slots."""
     b, l, g, width = new_BxLxGxK.shape
     if self.axis == 2:
       new = new_BxLxGxK.transpose(0, 2, 3, 1).reshape(b * g, width, l)
     else:
       new = new_BxLxGxK.transpose(0, 2, 1, 3).reshape(b * g, l, width)
-    return write(held, new, slot_BxL, self.axis)
+    return write(cached, new, slot_BxL, self.axis)
 
-  def read(self, held: Array, batch: int) -> Array:
-    """What is held as `[B, S, G, K]`."""
-    apart = held.reshape(batch, -1, *held.shape[1:])
-    return apart.transpose(0, 3, 1, 2) if self.axis == 2 else apart.transpose(0, 2, 1, 3)
+  def read(self, cached: Array, batch: int) -> Array:
+    """The cached array as `[B, S, G, K]`."""
+    by_sequence = cached.reshape(batch, -1, *cached.shape[1:])
+    return by_sequence.transpose((0, 3, 1, 2) if self.axis == 2 else (0, 2, 1, 3))
 
 
 KEYS, VALUES = Layout(axis=2), Layout(axis=1)
 
 
-def write(held: Array, new: Array, slot_BxL: Array, axis: int) -> Array:
+def write(cached: Array, new: Array, slot_BxL: Array, axis: int) -> Array:
   """Puts tokens, along `axis` of `new`, in their slots; rows of the first axis are shared out evenly.
 
   A few tokens, or one of each sequence, are written one after another, in place: XLA:CPU runs the
-  scatter that would write them at once by copying all that is held.
+  scatter that would write them at once by copying the whole array.
   """
-  each, tokens = len(held) // len(slot_BxL), slot_BxL.shape[1]
+  each, tokens = len(cached) // len(slot_BxL), slot_BxL.shape[1]
   if tokens > 1 and slot_BxL.size > FEW:
     slots = jnp.repeat(slot_BxL, each, axis=0)
     put = jax.vmap(lambda row, tokens, at: jnp.moveaxis(row, axis - 1, 0).at[at].set(tokens))
-    return jnp.moveaxis(put(held, jnp.moveaxis(new, axis, 1), slots), 1, axis)
+    return jnp.moveaxis(put(cached, jnp.moveaxis(new, axis, 1), slots), 1, axis)
   for sequence, token in itertools.product(range(len(slot_BxL)), range(tokens)):
-    start = [0] * held.ndim
+    start = [0] * cached.ndim
     start[0], start[axis] = sequence * each, slot_BxL[sequence, token]
     rows = new[sequence * each : (sequence + 1) * each]
     row = jax.lax.slice_in_dim(rows, token, token + 1, axis=axis)
-    held = jax.lax.dynamic_update_slice(held, row, start)
-  return held
+    cached = jax.lax.dynamic_update_slice(cached, row, start)
+  return cached

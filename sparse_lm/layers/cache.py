@@ -22,13 +22,13 @@ class Cache:
 
   The collection is allocated once, with room for those tokens that the next ones can read, and for
   several of these: as many as the call that allocates it is given. Each sequence of each layer counts its
-  own tokens: what skips a layer takes no slot of it. Full, the oldest token's slot is the next one's.
-  Tokens that go on read all that is held, themselves included. Those that begin a sequence read each
-  other: what the slots cannot hold is still read by them.
+  own tokens: what skips a layer takes no slot of it. In a full cache the next token replaces the oldest
+  one. Tokens that continue a sequence read all cached tokens, themselves included. Tokens that begin a
+  sequence read each other, those too for which there is no slot.
 
   Attributes:
     module: owns the variables.
-    slots: allocated for each sequence; the last one holds nothing that is read.
+    slots: allocated for each sequence; the last one is never read.
     slot_BxL: int32, where to write each token of the call.
     positions: int32 `[B, S]`, of the tokens to be read.
     valid: bool `[B, S]`, which of the tokens to be read are there.
@@ -67,22 +67,22 @@ class Cache:
       return cls(module, slots, slot_BxL, positions_BxL, valid_BxL, True)
     if size + count - 1 > room:
       raise ValueError(f'{count} tokens go on; the cache was made for {room + 1 - size} at most')
-    held_BxS = _held(total_B, slots)
-    return cls(module, slots, slot_BxL, position.value, held_BxS, False)
+    filled_BxS = _filled(total_B, slots)
+    return cls(module, slots, slot_BxL, position.value, filled_BxS, False)
 
   def extend(self, name: str, new_BxLxGxK: jax.Array, layout: Layout) -> jax.Array:
-    """Writes one kind of what the tokens have; returns what is to be read of it: `[B, S, G, K]`."""
-    held = self.module.variable('cache', name, layout.empty, new_BxLxGxK, self.slots)
+    """Writes the keys, or the values, of the call's tokens; returns those to be read, `[B, S, G, K]`."""
+    cached = self.module.variable('cache', name, layout.empty, new_BxLxGxK, self.slots)
     if self.module.is_initializing():
       return new_BxLxGxK
-    held.value = layout.write(held.value, new_BxLxGxK, self.slot_BxL)
-    return new_BxLxGxK if self.reads_new else layout.read(held.value, len(self.slot_BxL))
+    cached.value = layout.write(cached.value, new_BxLxGxK, self.slot_BxL)
+    return new_BxLxGxK if self.reads_new else layout.read(cached.value, len(self.slot_BxL))
 
 
 def extend(
   module: nn.Module, size: int, tokens: Tokens, k_BxLxGxK: jax.Array, v_BxLxGxK: jax.Array
 ) -> KeyValues:
-  """Writes the keys of valid tokens behind those that are held; returns the keys to be read.
+  """Writes the keys of valid tokens behind the cached ones; returns the keys and values to be read.
 
   Args:
     module: keeps them in its `cache` collection.
@@ -103,11 +103,11 @@ def truncated(cache: Tree, position_B: jax.Array) -> Tree:
   """
   if LENGTH not in cache:
     return {
-      name: truncated(held, position_B) if isinstance(held, Mapping) else held
-      for name, held in cache.items()
+      name: truncated(own, position_B) if isinstance(own, Mapping) else own
+      for name, own in cache.items()
     }
   position_BxS, length_B = cache[POSITION], cache[LENGTH]
-  there_BxS = _held(length_B, position_BxS.shape[1]) & (position_BxS != NOWHERE)
+  there_BxS = _filled(length_B, position_BxS.shape[1]) & (position_BxS != NOWHERE)
   dropped_BxS = there_BxS & (position_BxS >= position_B[:, None])
   return {
     **cache,
@@ -116,6 +116,6 @@ def truncated(cache: Tree, position_B: jax.Array) -> Tree:
   }
 
 
-def _held(length_B: jax.Array, slots: int) -> jax.Array:
-  """Which slots hold tokens, bool `[B, S]`."""
+def _filled(length_B: jax.Array, slots: int) -> jax.Array:
+  """Which slots have tokens, bool `[B, S]`."""
   return jnp.arange(slots) < jnp.minimum(length_B, slots - 1)[:, None]

@@ -21,7 +21,7 @@ def read(bytes_: int = 400_000_000) -> tuple[Callable[[], jax.Array], float]:
 
 
 def peak_memory(compiled: jax.stages.Compiled) -> int | None:
-  """Bytes that a compiled step holds at once, by XLA's own account: arguments, results and scratch."""
+  """Bytes that a compiled step allocates at once, as XLA counts: arguments, results and scratch."""
   memory = compiled.memory_analysis()
   if memory is None:
     return None

@@ -26,7 +26,7 @@ class ModelPlan:
 
   What a loop (`nn.scan`, `nn.vmap`) runs is in it once, by the path that the loop gives it: its matmuls
   are charged for every pass, its units are those of all passes, and its parameters, which the loop
-  stacks along leading axes, cannot be packed, because a packed format holds the matrices of one pass.
+  stacks along leading axes, cannot be packed, because a packed format stores the matrices of one pass.
 
   Attributes:
     variables: all collections that outlive a call, as shape structs. Plans are shared: change no tree of
@@ -71,7 +71,7 @@ def read(
 
   Args:
     init: from a key to the module's output and variables: its `init_with_output` for some inputs.
-    tokens: that those inputs hold; FLOPs are divided by their number.
+    tokens: of those inputs; FLOPs are divided by their number.
     sown: collections that every call writes anew, which are no part of the variables.
 
   Raises:

@@ -250,7 +250,7 @@ def site(module: nn.Module, name: str, value: jax.Array, kernel: str | None = No
 def hook(module: nn.Module, name: str) -> Callable[[jax.Array], jax.Array] | None:
   """The site as a function of its value, or `None` where nothing records it or acts on it.
 
-  For activations that a fused kernel never holds: a caller that gets a function must compute them.
+  For activations that a fused kernel does not write out: a caller that gets a function must compute them.
   """
   scope = _scope.get()
   path = '/'.join((*module.path, name))

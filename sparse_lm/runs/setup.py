@@ -147,14 +147,14 @@ def _check_masks(parent: Trained, program: Program, target: Tree, config: Config
 def _check_memory(program: Program, data: Data, target: Tree) -> None:
   """Raises UserError for a model or batch that no step could hold, from shapes alone."""
   state = jax.eval_shape(program.init, 0, target).replace(key=None)
-  held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+  state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
   tokens = data.batch // program.accumulation * data.context
   logits = 4 * tokens * program.model.spec.vocab
   room = runtime.memory()
-  if held + logits > room:
+  if state_bytes + logits > room:
     raise UserError(
       f'config.model and config.data.batch: weights, moments, masks and averages take '
-      f'{held / 2**30:,.2f} GiB and the logits of {tokens} tokens {logits / 2**30:,.2f} GiB, of '
+      f'{state_bytes / 2**30:,.2f} GiB and the logits of {tokens} tokens {logits / 2**30:,.2f} GiB, of '
       f'{room / 2**30:,.2f} GiB of memory; valid: a smaller model, or fewer tokens in a microbatch'
     )
 

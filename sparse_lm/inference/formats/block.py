@@ -28,12 +28,12 @@ class Block(Format):
 
   @classmethod
   def misfit(cls, mask: np.ndarray) -> str:
-    """Kernels that no size of tile divides, or all of whose tiles hold weights."""
+    """Kernels that no size of tile divides, or none of whose tiles is empty."""
     sizes = _dividing(mask)
     if not sizes:
       return f'no tile of {", ".join(map(str, SIZES))} divides {mask.shape}'
-    if all(_held(mask, size).all() for size in sizes):
-      return f'every tile of {sizes[-1]} holds weights'
+    if all(_occupied(mask, size).all() for size in sizes):
+      return f'every tile of {sizes[-1]} has weights'
     return ''
 
   @classmethod
@@ -49,16 +49,16 @@ class Block(Format):
   @classmethod
   def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'Block':
     """In tiles of the size that stores least."""
-    sizes = {size: _held(mask, size).sum() * size**2 for size in _dividing(mask)}
+    sizes = {size: _occupied(mask, size).sum() * size**2 for size in _dividing(mask)}
     size = min(sizes, key=sizes.get)
-    held_OxI = _held(mask, size).T
-    out, source = np.nonzero(held_OxI)
-    tiles = (kernel * mask).T.reshape(held_OxI.shape[0], size, held_OxI.shape[1], size)
-    counts = held_OxI.sum(axis=1)
+    occupied_OxI = _occupied(mask, size).T
+    out, source = np.nonzero(occupied_OxI)
+    tiles = (kernel * mask).T.reshape(occupied_OxI.shape[0], size, occupied_OxI.shape[1], size)
+    counts = occupied_OxI.sum(axis=1)
     parts = np.full((len(counts), max(counts.max(), 1)), len(out), np.int32)
     parts[np.arange(parts.shape[1]) < counts[:, None]] = np.arange(len(out))
     tiles = np.ascontiguousarray(tiles.transpose(0, 2, 1, 3)[out, source])
-    return cls(tiles, source.astype(np.int32), parts, held_OxI.shape[1])
+    return cls(tiles, source.astype(np.int32), parts, occupied_OxI.shape[1])
 
   def kernel(self) -> Array:
     """Tile by tile."""
@@ -88,7 +88,7 @@ def _dividing(mask: np.ndarray) -> list[int]:
   return [size for size in SIZES if not any(axis % size for axis in mask.shape)]
 
 
-def _held(mask: np.ndarray, size: int) -> np.ndarray:
-  """Which tiles hold any weight, `[in / size, out / size]`."""
+def _occupied(mask: np.ndarray, size: int) -> np.ndarray:
+  """Which tiles have any weight, `[in / size, out / size]`."""
   i, o = mask.shape
   return mask.reshape(i // size, size, o // size, size).any(axis=(1, 3))
