@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 
 import numpy as np
+from tqdm import tqdm
 
 from sparse_lm.core import discovery
 from sparse_lm.core.tree import Tree
@@ -52,6 +53,7 @@ class EvalData:
     split: its name.
     bytes_per_token: mean over the split, `None` where the tokens stand for no text.
     components: of a mixture, the 1-D tokens of each component by name.
+    progress: whether `passes` shows a bar, where stderr is a terminal.
   """
 
   tokens: np.ndarray
@@ -60,6 +62,7 @@ class EvalData:
   split: str = 'validation'
   bytes_per_token: float | None = None
   components: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  progress: bool = False
 
   @classmethod
   def of_split(cls, data: Data, split: str = 'validation') -> 'EvalData':
@@ -73,12 +76,22 @@ class EvalData:
 
     See `data.pipeline.eval_batches` for the two arrays, and for what is raised.
     """
-    for name, tokens in (self.components or {'': self.tokens}).items():
-      batches = pipeline.eval_batches(
-        tokens, context=self.context, batch=self.batch, split=self.split
-      )
-      for tokens_BxL1, weight_BxL in batches:
-        yield name, tokens_BxL1, weight_BxL
+    parts = self.components or {'': self.tokens}
+    step = self.context * self.batch
+    with tqdm(
+      total=sum(-(-(len(tokens) - 1) // step) for tokens in parts.values()),
+      desc=self.split,
+      unit='batch',
+      leave=False,
+      disable=None if self.progress else True,  # None: only where stderr is no terminal
+    ) as bar:
+      for name, tokens in parts.items():
+        batches = pipeline.eval_batches(
+          tokens, context=self.context, batch=self.batch, split=self.split
+        )
+        for tokens_BxL1, weight_BxL in batches:
+          yield name, tokens_BxL1, weight_BxL
+          bar.update()
 
 
 class Evaluation(abc.ABC):

@@ -36,7 +36,7 @@ def workload(tokens: np.ndarray, context: int, batch: int) -> Workload:
   if context <= DECODED or len(tokens) < batch * context:
     raise UserError(
       f'--batch={batch} sequences of config.data.context={context}: a context of more than {DECODED} and '
-      f'{batch * context} tokens of validation text are needed, of which there are {len(tokens)}'
+      f'{batch * context} tokens of text are needed, of which there are {len(tokens)}'
     )
   rows = np.asarray(tokens[: batch * context], np.int32).reshape(batch, context)
   return Workload(rows, context - DECODED)
@@ -71,7 +71,7 @@ class DecodeCall(turns.Prepared):
 
   @property
   def peak_memory(self) -> int | None:
-    """Bytes that a step holds at once, by XLA's account."""
+    """Bytes that a step allocates at once, by XLA's account."""
     token_B = self.work.tokens_BxL[:, 0]
     lowered = self.decoder.decode.lower(self.decoder.variables, self.cache, token_B, token_B)
     return machine.peak_memory(lowered.compile())

@@ -1,0 +1,93 @@
+"""`python -m sparse_lm.evaluate --workdir=FOLDER [--task=NAME,...]`: numbers of a model in a folder."""
+
+import dataclasses
+import json
+import sys
+
+from tabulate import tabulate
+
+from sparse_lm import evals
+from sparse_lm.commands.parser import Parser, local_path, one_line
+from sparse_lm.core.errors import UserError, unknown
+from sparse_lm.core.ranges import Range
+from sparse_lm.core.records import JsonObject
+from sparse_lm.data.corpus import SPLITS
+from sparse_lm.evals import EvalData, EvalModel, Values
+from sparse_lm.inference.pack import dense_twin
+from sparse_lm.runs import runnable, runtime
+
+
+def evaluate(
+  workdir: str, tasks: tuple[str, ...] = (), split: str = 'validation', batch: int | None = None
+) -> JsonObject:
+  """Runs evaluations, each with its default options, on the text that the model was trained on.
+
+  Args:
+    workdir: of a run, or a packed folder.
+    tasks: names of evaluations; by default all, and one that refuses the model or the text is left out.
+    split: 'train', 'validation' or 'test'.
+    batch: sequences that are evaluated together, by default `config.data.batch`.
+
+  Returns:
+    `source` (which checkpoint it is, in words), `split`, in `values` by name of each evaluation its
+    numbers (see its class in `evals/`), and in `left_out` by name what one said that was left out.
+
+  Raises:
+    UserError: an unknown evaluation or split, a folder without a model, another text, or what an
+      evaluation refuses: one of `tasks`, or every one.
+  """
+  found = {name: evals.evaluation(name)() for name in tasks or evals.names()}
+  if split not in SPLITS:
+    raise unknown('--split', split, SPLITS)
+  run = runnable.load(workdir)
+  data = EvalData.of_split(run.data(), split)
+  data = dataclasses.replace(data, batch=batch or data.batch, progress=True)
+  twin = run.packed and dense_twin(run.model)
+  model = EvalModel(run.model, run.variables, run.packed, twin)
+  values: dict[str, Values] = {}
+  left_out: dict[str, str] = {}
+  for name, evaluation in found.items():
+    try:
+      values[name] = evaluation.run(model, data)
+    except UserError as error:
+      left_out[name] = str(error)
+      if tasks or len(left_out) == len(found):
+        raise
+  return {'source': run.source, 'split': split, 'values': values, 'left_out': left_out}
+
+
+def table(values: dict[str, Values]) -> str:
+  """A Markdown table with a row for each number."""
+  rows = [(task, name, _text(x)) for task, found in values.items() for name, x in found.items()]
+  return tabulate(rows, ('task', 'number', 'value'), tablefmt='github', disable_numparse=True)
+
+
+def _text(value: float | int | None) -> str:
+  if value is None:
+    return '-'
+  return f'{value:,}' if isinstance(value, int) else f'{value:.6g}'
+
+
+@one_line
+def main() -> None:
+  """Prints the numbers, and which checkpoint they are of."""
+  parser = Parser('python -m sparse_lm.evaluate')
+  parser.add_argument('--workdir', type=local_path, required=True, help='of a run, or packed')
+  tasks = ','.join(evals.names())
+  parser.add_argument('--task', help=f'some of {tasks}; by default all that apply')
+  parser.add_argument('--split', default='validation', help=', '.join(SPLITS))
+  batch = Range(int, '[1, 2^24]')
+  parser.add_argument('--batch', type=batch, help='sequences side by side; default: as trained')
+  parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
+  given = parser.parse_args()
+  asked = () if given.task is None else tuple(name.strip() for name in given.task.split(','))
+  runtime.prepare()
+  found = evaluate(given.workdir, asked, given.split, given.batch)
+  for name, reason in found['left_out'].items():
+    print(f'left out: {name} ({reason})', file=sys.stderr)
+  text = f'{table(found["values"])}\n\n{found["source"]}; {found["split"]} split'
+  print(json.dumps(found, indent=2) if given.json else text)
+
+
+if __name__ == '__main__':
+  main()
