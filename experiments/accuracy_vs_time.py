@@ -7,14 +7,15 @@ holds times alone and the id of the run that it timed: losses and FLOPs stand in
 """
 
 import pathlib
-from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from experiments import dynamic_compute, sparsity_vs_accuracy
 from experiments.run import Study
 from experiments.sweep import Run
 from sparse_lm.core.errors import UserError
+from sparse_lm.core.records import JsonObject
 from sparse_lm.evals import EvalData, EvalModel
 from sparse_lm.evals.speed import Speed
 from sparse_lm.inference.pack import dense_twin, pack
@@ -33,7 +34,7 @@ DENSE = {'method': 'dense', 'setting': 'whole'}  # of both studies, in tables
 def runs() -> list[Run]:
   """The studies' runs, without the control of random gates: those draw over a batch and cannot decode."""
   return [
-    Run(run.config, run.overrides, {'study': study, **_row(run)})
+    Run(run.config, run.overrides, {'study': study, **_row(run)}, execute)
     for study, module in STUDIES.items()
     for run in module.runs()
     if run.overrides.get('depth.estimator') != 'random'
@@ -46,7 +47,7 @@ def _row(run: Run) -> dict[str, str]:
   return {'method': labels['method'], 'setting': setting}
 
 
-def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
+def execute(run: Run, workdir: pathlib.Path) -> JsonObject:
   """Trains the model if its study has not, packs it and times it."""
   runtime.prepare()
   study = Study.load(run.labels['study'], workdir.parents[2])
@@ -69,7 +70,7 @@ def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
   }
 
 
-def _dense(study: str) -> Any:
+def _dense(study: str) -> ConfigDict:
   """The config of the study's dense model."""
   first = STUDIES[study].runs()[0]
   assert first.labels['method'] == 'dense', first

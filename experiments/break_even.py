@@ -8,7 +8,6 @@ speed-up is that of single matrices, not of a model.
 
 import functools
 import pathlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ import numpy as np
 
 from experiments.sweep import Run
 from sparse_lm.core.format import Format
+from sparse_lm.core.records import JsonObject
 from sparse_lm.inference import formats
 from sparse_lm.measure import turns
 from sparse_lm.report import plot, results, table
@@ -37,6 +37,7 @@ def runs() -> list[Run]:
       CONFIG,
       {},
       {'format': name, 'matrix': f'{i}x{o}', 'batch': batch, 'density': density},
+      execute,
     )
     for name in FORMATS
     for i, o in SHAPES
@@ -57,7 +58,7 @@ def _kept(shape: tuple[int, int], density: float, size: int) -> int:
   return round(density * (shape[0] // size) * (shape[1] // size))
 
 
-def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
+def execute(run: Run, workdir: pathlib.Path) -> JsonObject:
   """Times one format beside the dense one."""
   runtime.prepare()
   name, size = _parse(run.labels['format'])

@@ -6,13 +6,15 @@ training step that consumes them.
 """
 
 import pathlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from experiments.sweep import Run
+from sparse_lm.core.records import JsonObject
+from sparse_lm.core.tree import Tree
 from sparse_lm.data.pipeline import train_iterator
 from sparse_lm.kernels.topk import topk_mask, topk_rows
 from sparse_lm.measure import turns
@@ -31,13 +33,20 @@ BATCHES = 50  # of the pipeline to a turn: one is too short to time
 def runs() -> list[Run]:
   """One run a component."""
   return [
-    Run(CONFIG, {}, {'component': 'mask update of 768 x 3072', 'reference': 'jnp.sort'}),
-    Run(CONFIG, {}, {'component': 'top 82 of each row, 2048 x 1024', 'reference': 'jax.lax.top_k'}),
-    Run(CONFIG, {}, {'component': 'input pipeline, per batch', 'reference': 'training step'}),
+    Run(CONFIG, {}, {'component': 'mask update of 768 x 3072', 'reference': 'jnp.sort'}, execute),
+    Run(
+      CONFIG,
+      {},
+      {'component': 'top 82 of each row, 2048 x 1024', 'reference': 'jax.lax.top_k'},
+      execute,
+    ),
+    Run(
+      CONFIG, {}, {'component': 'input pipeline, per batch', 'reference': 'training step'}, execute
+    ),
   ]
 
 
-def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
+def execute(run: Run, workdir: pathlib.Path) -> JsonObject:
   """Times a component against its reference."""
   runtime.prepare()
   config = configs.load(run.config, run.overrides)
@@ -50,7 +59,7 @@ def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
   return {'metrics': metrics, 'config': configs.to_json(config), 'env': environment()}
 
 
-def _selection(config: Any) -> dict[str, np.ndarray]:
+def _selection(config: ConfigDict) -> dict[str, np.ndarray]:
   scores = jnp.abs(jax.random.normal(jax.random.key(0), SHAPE))
   k = jnp.int32(scores.size // 10)
 
@@ -62,7 +71,7 @@ def _selection(config: Any) -> dict[str, np.ndarray]:
   return turns.interleaved(calls, REPEATS, 'mask update')
 
 
-def _rows(config: Any) -> dict[str, np.ndarray]:
+def _rows(config: ConfigDict) -> dict[str, np.ndarray]:
   scores, k = jax.random.normal(jax.random.key(0), (2048, 1024)), 82
   select = jax.jit(lambda scores: topk_rows(scores, k))
   top_k = jax.jit(lambda scores: jax.lax.top_k(scores, k))
@@ -70,13 +79,13 @@ def _rows(config: Any) -> dict[str, np.ndarray]:
   return turns.interleaved(calls, REPEATS, 'rows')
 
 
-def _pipeline(config: Any) -> dict[str, np.ndarray]:
+def _pipeline(config: ConfigDict) -> dict[str, np.ndarray]:
   tokens = np.random.default_rng(0).integers(0, VOCAB, 10_000_000).astype(np.uint8)
   batches = train_iterator(tokens, context=config.data.context, batch=config.data.batch, seed=0)
   program, target = build(config, VOCAB)
   state, batch = program.init(0, target), next(batches)
 
-  def step() -> Any:
+  def step() -> Tree:
     nonlocal state
     state, metrics = program.train_step(state, batch)
     return metrics

@@ -2,10 +2,10 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 from experiments.run import Study
 from sparse_lm.core.errors import UserError
+from sparse_lm.core.records import Json, JsonObject
 from sparse_lm.report import results
 
 
@@ -40,45 +40,45 @@ class Findings:
     """What the runs were made on."""
     return '; and on '.join(results.machines(self.lines))
 
-  def mean(self, metric: str, **labels: Any) -> float:
+  def mean(self, metric: str, **labels: Json) -> float:
     """The mean of a metric."""
     return self._statistics(metric, labels)[0]
 
-  def text(self, metric: str, digits: int = 3, **labels: Any) -> str:
+  def text(self, metric: str, digits: int = 3, **labels: Json) -> str:
     """`mean ± std`, or the mean alone where there is no spread."""
     mean, std = self._statistics(metric, labels)
     return f'{mean:.{digits}f} ± {std:.{digits}f}' if std > 0 else f'{mean:.{digits}f}'
 
-  def differences(self, metric: str, than: dict[str, Any], **labels: Any) -> list[float]:
+  def differences(self, metric: str, than: JsonObject, **labels: Json) -> list[float]:
     """The metric less that of the row with the labels `than`, for each seed that both have."""
     own, other = (results.by_seed(self._row(row), metric) for row in (labels, than))
     return [own[seed] - other[seed] for seed in own if seed in other]
 
-  def rows(self, metric: str, by: str, **labels: Any) -> dict[Any, float]:
+  def rows(self, metric: str, by: str, **labels: Json) -> dict[Json, float]:
     """The means of a metric over the rows with `labels`, by their values of the label `by`."""
     values = [line['labels'].get(by) for line in self.lines if results.matches(line, labels)]
     return {value: self.mean(metric, **labels, **{by: value}) for value in dict.fromkeys(values)}
 
-  def lowest(self, metric: str, by: str, **labels: Any) -> Any:
+  def lowest(self, metric: str, by: str, **labels: Json) -> Json:
     """The value of the label `by` whose row has the lowest mean, of those with `labels`."""
     rows = self.rows(metric, by, **labels)
     return min(rows, key=rows.__getitem__)
 
-  def highest(self, metric: str, by: str, **labels: Any) -> Any:
+  def highest(self, metric: str, by: str, **labels: Json) -> Json:
     """The same with the highest mean."""
     rows = self.rows(metric, by, **labels)
     return max(rows, key=rows.__getitem__)
 
-  def furthest(self, metric: str, value: float, **labels: Any) -> float:
+  def furthest(self, metric: str, value: float, **labels: Json) -> float:
     """How far the metric is from `value` in the seed where it is furthest."""
     return max(abs(own - value) for own in results.by_seed(self._row(labels), metric).values())
 
-  def _statistics(self, metric: str, labels: dict[str, Any]) -> tuple[float, float]:
+  def _statistics(self, metric: str, labels: JsonObject) -> tuple[float, float]:
     row = self._row(labels)
     results.check_metric(row, metric)
     return results.mean_std(list(results.by_seed(row, metric).values()))
 
-  def _row(self, labels: dict[str, Any]) -> list[results.Line]:
+  def _row(self, labels: JsonObject) -> list[results.Line]:
     found = [line for line in self.lines if results.matches(line, labels)]
     rows = {str(line['labels']) for line in found}
     if len(rows) != 1:

@@ -7,9 +7,9 @@ dense model is trained on as long, with and without its own teaching, as a contr
 
 import pathlib
 import shutil
-from typing import Any
 
 from experiments.sweep import Run
+from sparse_lm.core.records import JsonObject
 from sparse_lm.prune import prune
 from sparse_lm.report import plot, results, table
 from sparse_lm.runs import configs, runtime
@@ -43,13 +43,13 @@ def runs() -> list[Run]:
     for method in METHODS
   ]
   return [
-    Run(CONFIG, fields | {'seed': seed}, {'method': method, 'setting': setting})
+    Run(CONFIG, fields | {'seed': seed}, {'method': method, 'setting': setting}, execute)
     for method, setting, fields in rows
     for seed in SEEDS
   ]
 
 
-def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
+def execute(run: Run, workdir: pathlib.Path) -> JsonObject:
   """Trains the dense parent if it is not there yet, prunes it, and trains on in two ways."""
   runtime.prepare()
   seed = run.overrides['seed']

@@ -14,15 +14,15 @@ import functools
 import math
 import pathlib
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.sweep import Run
+from experiments.sweep import Overrides, Run
 from sparse_lm.core import tree
 from sparse_lm.core.paths import Part, Place
+from sparse_lm.core.records import JsonObject
 from sparse_lm.core.tree import Tree
 from sparse_lm.core.units import kept
 from sparse_lm.evals import EvalData, EvalModel
@@ -54,7 +54,7 @@ EXPERTS = {'mlp.name': 'moe_topk', 'mlp.experts': 16, 'mlp.k': 2, 'mlp.hidden': 
 HALF_DEPTH = {'depth.name': 'mixture_of_depths', 'depth.layers': '1::2'}
 ACTIVE = {'model.hidden': 2 * 768}  # as many units as two experts have
 # Overrides, patterns of the masks, density, and what it is timed beside if not its dense twin.
-ROWS: dict[str, tuple[dict[str, Any], tuple[str, ...], float, dict[str, Any] | None]] = {
+ROWS: dict[str, tuple[Overrides, tuple[str, ...], float, Overrides | None]] = {
   'dense': ({}, (), 1.0, None),
   'shrink: half of the neurons and heads': ({}, ('neuron', 'head'), 0.5, None),
   'blocks of 32, 90 %': ({}, ('block:32',), 0.1, None),
@@ -86,10 +86,13 @@ ROWS: dict[str, tuple[dict[str, Any], tuple[str, ...], float, dict[str, Any] | N
 
 def runs() -> list[Run]:
   """A run for each row."""
-  return [Run(CONFIG, SIZE | overrides, {'model': name}) for name, (overrides, *_) in ROWS.items()]
+  return [
+    Run(CONFIG, SIZE | overrides, {'model': name}, execute)
+    for name, (overrides, *_) in ROWS.items()
+  ]
 
 
-def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
+def execute(run: Run, workdir: pathlib.Path) -> JsonObject:
   """Packs a model of random weights and times it."""
   runtime.prepare()
   config = configs.load(run.config, run.overrides)
@@ -99,7 +102,7 @@ def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
   twin = dense_twin(model)
   if beside is not None:
     twin = dense_twin(lm.from_config(configs.load(run.config, SIZE | beside), VOCAB))
-  metrics: dict[str, Any] = {}
+  metrics: JsonObject = {}
   for what, batch in (('prefill', PREFILLED), ('decode', 1)):
     text = np.random.default_rng(0).integers(0, VOCAB, batch * config.data.context)
     data = EvalData(text, config.data.context, batch)
@@ -153,7 +156,7 @@ def _packed(model: lm.LM, patterns: tuple[str, ...], density: float) -> PackedMo
   return pack(model, jax.device_get(apply_masks(params, masks_tree)), masks_tree, {})
 
 
-def _random(draw: np.random.Generator, path: str, leaf: Any) -> np.ndarray:
+def _random(draw: np.random.Generator, path: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
   if path.endswith('scale'):
     return np.ones(leaf.shape, np.float32)
   if 'router_predictor' in path:

@@ -11,10 +11,11 @@ import optax
 from flax import linen as nn
 from flax.training.train_state import TrainState
 
+from sparse_lm.core.tree import Tree
 from sparse_lm.layers.spec import Spec
 
 
-def _rotary(x, positions):
+def _rotary(x: jax.Array, positions: jax.Array) -> jax.Array:
   half = x.shape[-1] // 2
   angle = positions[:, None, None] / 10_000.0 ** (jnp.arange(half) / half)
   cos, sin = jnp.cos(angle), jnp.sin(angle)
@@ -28,7 +29,7 @@ class PlainBlock(nn.Module):
   spec: Spec
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     """`[B, L, D]` to `[B, L, D]`."""
     b, l, d = x.shape
     spec = self.spec
@@ -52,7 +53,7 @@ class PlainLM(nn.Module):
   spec: Spec
 
   @nn.compact
-  def __call__(self, tokens):
+  def __call__(self, tokens: jax.Array) -> jax.Array:
     """int32 `[B, L]` to logits `[B, L, V]`."""
     spec = self.spec
     x = nn.Embed(spec.vocab, spec.width, name='embed')(tokens)
@@ -73,7 +74,7 @@ def create(spec: Spec, tx: optax.GradientTransformation, seed: int) -> TrainStat
 def train_step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, jax.Array]:
   """One optimizer step on `[B, L + 1]` tokens."""
 
-  def loss(params):
+  def loss(params: Tree) -> jax.Array:
     logits = state.apply_fn({'params': params}, tokens[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 

@@ -3,9 +3,8 @@
 A study is a module `experiments/<name>.py` with
   its question as docstring,
   `runs() -> list[Run]` (see `sweep`), in the order that its table is to have,
-  `report(lines, folder) -> str`, which writes tables and figures and returns Markdown to print,
-  and, where a run is more than training, `execute(run, workdir) -> dict` with the `metrics` and,
-  as far as there are any, the `config`, `env` and `data` of the run's line.
+  `report(lines, folder) -> str`, which writes tables and figures and returns Markdown to print.
+A run trains a model; one that does something else names a function for it, `Run(..., execute)`.
 
 Several processes can work on one study: each takes runs that no other one is at. A run that diverges
 is recorded as such, `report` gets nan for its metrics, and the others go on; it is trained again once
@@ -23,8 +22,8 @@ import pkgutil
 import shlex
 import sys
 import types
-from typing import Any
 
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import experiments
@@ -32,6 +31,7 @@ from experiments.sweep import Run
 from sparse_lm.commands.parser import Parser, local_path, one_line
 from sparse_lm.core.errors import Diverged, UserError, unknown, writing
 from sparse_lm.core.ranges import Range
+from sparse_lm.core.records import JsonObject
 from sparse_lm.report import results
 from sparse_lm.runs import lock
 
@@ -53,7 +53,7 @@ class Study:
 
   Attributes:
     name: of the module.
-    module: with `runs`, `report` and perhaps `execute`.
+    module: with `runs` and `report`.
     folder: `<results>/<name>`: `runs.jsonl`, tables, figures, `runs/<run id>`.
     runs: by id, in the study's order.
   """
@@ -104,7 +104,7 @@ class Study:
   def command(self, run_id: str) -> str:
     """What reproduces a run in a shell."""
     run = self.runs[run_id]
-    if not hasattr(self.module, 'execute'):
+    if run.execute is None:
       return run.command(self.workdir(run_id))
     arguments = shlex.join([f'--results={self.folder.parent}', f'--only={run_id}'])
     return f'python -m experiments.run {self.name} {arguments}  # {run.arguments}'
@@ -136,8 +136,7 @@ class Study:
     """
     missing, left = self.missing(runs, again), 0
     seeds = {run_id: _load(run).seed for run_id, run in missing.items()}
-    if not hasattr(self.module, 'execute'):
-      _check(missing)
+    _check({run_id: run for run_id, run in missing.items() if run.execute is None})
     finished = len(runs) - len(missing)
     bar = tqdm(
       total=len(runs),
@@ -169,7 +168,7 @@ class Study:
     head = {'study': self.name, 'run': run_id, 'labels': run.labels, 'seed': seed}
     head['command'] = self.command(run_id)
     try:
-      result = getattr(self.module, 'execute', _train)(run, self.workdir(run_id))
+      result = (run.execute or _train)(run, self.workdir(run_id))
     except Diverged as error:
       return head | results.diverged(str(error))
     except lock.Held:
@@ -198,13 +197,13 @@ class Study:
     return f'{shown}\n{note}: the table is of the others\n' if lacking else shown
 
 
-def _checked(run_id: str, result: dict[str, Any]) -> dict[str, Any]:
+def _checked(run_id: str, result: JsonObject) -> JsonObject:
   if not result.get('metrics'):
     raise ValueError(f'execute returned no metrics for run {run_id}')
   return result
 
 
-def _load(run: Run) -> Any:
+def _load(run: Run) -> ConfigDict:
   """The run's config, which validates it. Imported here: `--list` needs no JAX."""
   from sparse_lm.runs import configs as config
 
@@ -226,7 +225,7 @@ def _check(runs: dict[str, Run]) -> None:
         raise UserError(f'run {run_id}: {error}') from error
 
 
-def _train(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
+def _train(run: Run, workdir: pathlib.Path) -> JsonObject:
   """Trains or continues a run and returns its result.json. Imported here, as in `_load`."""
   from sparse_lm.runs import runtime
 

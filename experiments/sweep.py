@@ -13,12 +13,14 @@ import json
 import pathlib
 import re
 import shlex
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-Overrides = dict[str, Any]
+from sparse_lm.core.ranges import FieldValue
+from sparse_lm.core.records import Json, JsonObject
+
+Overrides = dict[str, FieldValue]
 Sweep = list[Overrides]
 
 # Magnitudes applied straight-through, at the final sparsity from the first step.
@@ -30,12 +32,12 @@ STE = {
 }
 
 
-def fixed(overrides: Mapping[str, Any] | None = None, /, **fields: Any) -> Sweep:
+def fixed(overrides: Mapping[str, FieldValue] | None = None, /, **fields: FieldValue) -> Sweep:
   """One set of overrides: `fixed({'weight.name': 'rigl'}, seed=1)`."""
   return [_merge((overrides or {}, fields))]
 
 
-def grid(field: str, values: Iterable[Any]) -> Sweep:
+def grid(field: str, values: Iterable[FieldValue | np.generic]) -> Sweep:
   """One set of overrides for each value."""
   # NumPy's scalars print and hash unlike the numbers that they are.
   return [{field: v.item() if isinstance(v, np.generic) else v} for v in values]
@@ -60,7 +62,7 @@ def together(*sweeps: Sweep) -> Sweep:
   return [_merge(parts) for parts in zip(*sweeps, strict=True)]
 
 
-def _merge(parts: Iterable[Mapping[str, Any]]) -> Overrides:
+def _merge(parts: Iterable[Mapping[str, FieldValue]]) -> Overrides:
   merged: Overrides = {}
   for part in parts:
     if twice := merged.keys() & part.keys():
@@ -71,18 +73,22 @@ def _merge(parts: Iterable[Mapping[str, Any]]) -> Overrides:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One training run of a study.
+  """One run of a study, which trains a model unless the study says what else is done.
 
   Attributes:
     config: path of its config file, such as 'configs/tiny.py'.
     overrides: values by dotted field, such as {'weight.sparsity': 0.9, 'seed': 1}.
     labels: what tables and figures group by: strings, numbers, booleans or None, by name. The seed
       is no label (ValueError): means are taken over it.
+    execute: what is done instead of training the config. It is handed the run and a folder of its own,
+      and returns the `metrics` and, as far as there are any, the `config`, `env` and `data` of the run's
+      line.
   """
 
   config: str
   overrides: Overrides
-  labels: dict[str, Any]
+  labels: JsonObject
+  execute: Callable[['Run', pathlib.Path], JsonObject] | None = None
 
   def __post_init__(self) -> None:
     if 'seed' in self.labels:
@@ -112,5 +118,5 @@ class Run:
     return f'python -m sparse_lm.train {self.arguments} {shlex.join([f"--workdir={workdir}"])}'
 
 
-def _word(name: str, value: Any) -> str:
+def _word(name: str, value: Json) -> str:
   return value if isinstance(value, str) else f'{name}{value}'

@@ -9,7 +9,6 @@ Routers of fixed capacity run less already in training; learned gates compute ev
 import functools
 import pathlib
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,11 +16,15 @@ import numpy as np
 from experiments import plain_twin
 from experiments.sweep import STE, Run
 from sparse_lm.core import tree
+from sparse_lm.core.records import JsonObject
+from sparse_lm.core.tree import Tree
 from sparse_lm.measure import machine, turns
 from sparse_lm.report import plot, results, table
 from sparse_lm.runs import configs, runtime
 from sparse_lm.runs.build import build
 from sparse_lm.runs.environment import environment
+from sparse_lm.train.step import Program
+from sparse_lm.weights.method import WeightMethod
 
 CONFIG = 'configs/base.py'
 VOCAB = 256
@@ -48,15 +51,16 @@ GELU = {'activation.name': 'gelu'}
 def runs() -> list[Run]:
   """The dense rows against the twin, then weight methods, routers and gates against the default."""
   dense = [
-    Run(CONFIG, GELU, {'step': 'default model with erf GELU', 'reference': TWIN}),
-    Run(CONFIG, {}, {'step': DENSE, 'reference': TWIN}),
+    Run(CONFIG, GELU, {'step': 'default model with erf GELU', 'reference': TWIN}, execute),
+    Run(CONFIG, {}, {'step': DENSE, 'reference': TWIN}, execute),
   ]
   sparse = [
-    Run(CONFIG, fields | {'weight.sparsity': SPARSITY}, {'step': name, 'reference': DENSE})
+    Run(CONFIG, fields | {'weight.sparsity': SPARSITY}, {'step': name, 'reference': DENSE}, execute)
     for name, fields in METHODS.items()
   ]
   gated = [
-    Run(CONFIG, overrides, {'step': step, 'reference': DENSE}) for step, overrides in GATED.items()
+    Run(CONFIG, overrides, {'step': step, 'reference': DENSE}, execute)
+    for step, overrides in GATED.items()
   ]
   return dense + sparse + gated
 
@@ -64,16 +68,16 @@ def runs() -> list[Run]:
 class _Stepper:
   """A compiled step that carries its state from call to call."""
 
-  def __init__(self, step: Callable, state: Any, tokens: np.ndarray) -> None:
+  def __init__(self, step: Callable, state: Tree, tokens: np.ndarray) -> None:
     self.compiled = jax.jit(step, donate_argnums=0).lower(state, tokens).compile()
     self.state, self.tokens = state, tokens
 
-  def __call__(self) -> Any:
+  def __call__(self) -> Tree:
     self.state, metrics = self.compiled(self.state, self.tokens)
     return self.state, metrics
 
 
-def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
+def execute(run: Run, workdir: pathlib.Path) -> JsonObject:
   """Times one row against its reference."""
   runtime.prepare()
   config = configs.load(run.config, run.overrides)
@@ -107,13 +111,13 @@ def execute(run: Run, workdir: pathlib.Path) -> dict[str, Any]:
   return {'metrics': metrics, 'config': configs.to_json(config), 'env': environment()}
 
 
-def _updates_per_step(method: Any, steps: int) -> float:
+def _updates_per_step(method: WeightMethod, steps: int) -> float:
   """Share of the steps that update the connections, in the middle of the run."""
   middle = range(steps // 2 - 50, steps // 2 + 50)
   return sum(method.due(step) for step in middle) / len(middle)
 
 
-def _reference(name: str, program: Any, tokens: np.ndarray) -> _Stepper:
+def _reference(name: str, program: Program, tokens: np.ndarray) -> _Stepper:
   if name == TWIN:
     state = plain_twin.create(program.model.spec, program.tx, seed=0)
     return _Stepper(plain_twin.train_step, state, tokens)

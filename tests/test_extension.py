@@ -186,7 +186,7 @@ SIZE = json.loads((pathlib.Path(__file__).parent / 'size.json').read_text())
 
 def runs():
   return [
-    Run('configs/tiny.py', SIZE | {'weight.pattern': name}, {'pattern': name})
+    Run('configs/tiny.py', SIZE | {'weight.pattern': name}, {'pattern': name}, execute)
     for name in ('unstructured', 'pairs')
   ]
 

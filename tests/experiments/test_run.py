@@ -29,7 +29,7 @@ HERE = pathlib.Path(__file__).parent
 
 def runs():
   sweep = product(grid('weight.name', ['none', 'static']), grid('seed', [0, 1]))
-  return [Run('configs/tiny.py', o, {'method': o['weight.name']}) for o in sweep]
+  return [Run('configs/tiny.py', o, {'method': o['weight.name']}, execute) for o in sweep]
 
 
 def execute(run, workdir):
@@ -172,14 +172,14 @@ def test_dry_run_prints_what_is_missing_and_runs_nothing(folder, call):
 
 
 def test_a_training_study_prints_the_training_commands(folder, call, tmp_path):
-  (folder / 'fake.py').write_text(STUDY.replace('def execute', 'def not_execute'))
+  (folder / 'fake.py').write_text(STUDY.replace(', execute)', ')'))
   words = shlex.split(call('fake', '--dry_run').out.splitlines()[1])
   assert words[:3] == ['python', '-m', 'sparse_lm.train']
   assert words[-1].startswith(f'--workdir={tmp_path}/results/fake/runs/none-seed0-')
 
 
 def test_training_is_the_default(folder, call, monkeypatch, tmp_path):
-  (folder / 'fake.py').write_text(STUDY.replace('def execute', 'def not_execute'))
+  (folder / 'fake.py').write_text(STUDY.replace(', execute)', ')'))
   monkeypatch.setattr(runner, '_train', lambda run, workdir: {'metrics': {'loss': 9.0}})
   assert call('fake').out.startswith('TABLE none0=9.0')
 
