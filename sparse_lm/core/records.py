@@ -1,8 +1,9 @@
 """What JSON holds: declared as a type, checked when it is read, and sealed by a digest of its content.
 
-A form is a type: `str`, `bool`, `int` (of 64 bits), `float` (whole numbers too), `None`, `Any`, a union,
-`list[form]`, `dict[str, form]`, or a `TypedDict`, beside whose keys there may be others. So a damaged
-file ends in one line where it is read, and not in a traceback, or in other numbers, where it is used.
+A form is a type: `str`, `bool`, `int` (of 64 bits), `float` (whole numbers too), `None`, a union,
+`list[form]`, `dict[str, form]`, a `TypedDict`, beside whose keys there may be others, or `object`, which
+admits any value. So a damaged file ends in one line where it is read, and not in a traceback, or in
+other numbers, where it is used.
 """
 
 import hashlib
@@ -11,14 +12,16 @@ import pathlib
 import types
 import typing
 from collections.abc import Iterator
-from typing import Any
 
 from sparse_lm.core.errors import UserError
+from sparse_lm.core.version import BEFORE, VERSION
 
 # JSON values.
 Json = None | bool | int | float | str | list['Json'] | dict[str, 'Json']
+JsonObject = dict[str, Json]
 # What declares them; see above.
 Form = type | types.UnionType | types.GenericAlias | None
+OBJECT: Form = dict[str, object]  # an object with any values
 
 SEAL = 'content_sha256'
 LARGEST = 2**26  # bytes of a file that is read as a whole
@@ -34,12 +37,12 @@ def digest(values: Json) -> str:
   return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def seal(values: dict[str, Any]) -> dict[str, Any]:
+def seal(values: JsonObject) -> JsonObject:
   """The values and, as `content_sha256`, their `digest`."""
   return values | {SEAL: digest(values)}
 
 
-def unseal(values: dict[str, Any]) -> dict[str, Any]:
+def unseal(values: JsonObject) -> JsonObject:
   """What `seal` was given. Raises `ValueError` where it was changed since."""
   content = {name: value for name, value in values.items() if name != SEAL}
   if values[SEAL] != digest(content):
@@ -47,12 +50,12 @@ def unseal(values: dict[str, Any]) -> dict[str, Any]:
   return content
 
 
-def sealed(values: dict[str, Any]) -> str:
+def sealed(values: JsonObject) -> str:
   """The text of a JSON file with the sealed `values`."""
   return json.dumps(seal(values), indent=2) + '\n'
 
 
-def read(path: pathlib.Path, form: Form) -> Any:
+def read(path: pathlib.Path, form: Form) -> Json:
   """The values of a JSON file that `sealed` made, of the given form and without their digest.
 
   Raises UserError, naming the file, where it cannot be read, is no JSON, has another form, or was
@@ -66,11 +69,11 @@ def read(path: pathlib.Path, form: Form) -> Any:
   try:
     if data is None:
       raise ValueError(f'{size} bytes, more than {LARGEST}' if size > LARGEST else 'it is no file')
-    values = parse(data, dict[str, Any])
+    values = parse(data, OBJECT)
     if SEAL not in values:
       raise UserError(
-        f'{path} has no {SEAL}: it was changed, or written by a version that saved checkpoints of '
-        'schema 2 or before; valid: an unchanged copy of it, or the version that wrote it'
+        f'{path} has no {SEAL}: it was changed, or written by sparse_lm {BEFORE}, and this is sparse_lm '
+        f'{VERSION}; valid: an unchanged copy of it, or the version that wrote it'
       )
     values = unseal(values)
     check(values, form)
@@ -79,7 +82,7 @@ def read(path: pathlib.Path, form: Form) -> Any:
   return values
 
 
-def read_lines(path: pathlib.Path, form: Form) -> Iterator[tuple[int, bytes, Any, str]]:
+def read_lines(path: pathlib.Path, form: Form) -> Iterator[tuple[int, bytes, Json, str]]:
   """For each line of a file that is not blank: its number, text, values, and what is wrong with it.
 
   Where something is, the values are `None`.
@@ -93,7 +96,7 @@ def read_lines(path: pathlib.Path, form: Form) -> Iterator[tuple[int, bytes, Any
           yield number, text, None, str(error)
 
 
-def parse(text: bytes, form: Form) -> Any:
+def parse(text: bytes, form: Form) -> Json:
   """The values of JSON in UTF-8. Raises `ValueError` where it is none, or they have another form."""
   try:
     values = json.loads(text)
@@ -108,7 +111,7 @@ def parse(text: bytes, form: Form) -> Any:
 def check(value: Json, form: Form, where: str = '') -> None:
   """Raises `ValueError`, naming the place, where a JSON value does not have the form."""
   origin, arguments = typing.get_origin(form), typing.get_args(form)
-  if form is Any:
+  if form is object:
     return
   if origin in (typing.Union, types.UnionType):
     _check_union(value, arguments, where)

@@ -5,7 +5,7 @@ import itertools
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import grain
 import jax
@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from sparse_lm.core import records, tree
 from sparse_lm.core.errors import UserError, unknown
 from sparse_lm.core.tree import Tree
+from sparse_lm.core.version import VERSION, WRITTEN_BY, other_format
 from sparse_lm.runs import digests, storage
 from sparse_lm.runs.digests import Leaf
 from sparse_lm.runs.history import History
@@ -39,7 +40,7 @@ class _Meta(TypedDict):
 
   schema: int
   step: int
-  numbers: dict[str, Any] | None
+  numbers: dict[str, object] | None
   leaves: dict[str, dict[str, int]]
   digests: dict[str, int]
   run: dict[str, str]
@@ -121,7 +122,7 @@ class Checkpoints:
       saved['data'] = grain.checkpoint.CheckpointSave(data)
     leaves = {name: digests.of_leaves(found) for name, found in arrays.items()}
     meta = {'schema': SCHEMA, 'step': step, 'numbers': numbers, 'leaves': leaves, 'digests': small}
-    meta |= {'run': self._run()}
+    meta |= {'run': self._run(), WRITTEN_BY: VERSION}
     doing = 'written'
     try:
       with storage.quiet():
@@ -204,7 +205,7 @@ class Checkpoints:
       raise unknown(f'leaf of {item} in checkpoint {step} of {self.path}', missing[0], saved)
     return tree.map_named(lambda path, _: found[path], template)
 
-  def newest_numbers(self) -> dict[str, Any] | None:
+  def newest_numbers(self) -> records.JsonObject | None:
     """The numbers that the newest checkpoint was saved with; `None` where there is none, or, said
     aloud, where it is damaged."""
     if not self.steps():
@@ -264,7 +265,7 @@ class Checkpoints:
   def _meta(self, step: int) -> _Meta:
     meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
     if isinstance(meta, dict) and meta.get('schema') != SCHEMA:
-      raise ValueError(f'its format is {meta.get("schema")}, and this version reads {SCHEMA}')
+      raise ValueError(other_format('it', meta.get('schema'), SCHEMA, meta.get(WRITTEN_BY)))
     records.check(meta, _Meta)
     if meta['step'] != step:
       raise ValueError(f'it is of step {meta["step"]}')

@@ -12,14 +12,15 @@ import json
 import os
 import pathlib
 import traceback
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 from ml_collections import ConfigDict
 
 from sparse_lm.core import ranges
 from sparse_lm.core.errors import UserError, require, unknown
-from sparse_lm.core.records import Json
+from sparse_lm.core.ranges import FieldValue
+from sparse_lm.core.records import Json, JsonObject
+from sparse_lm.core.version import VERSION
 from sparse_lm.model import slots
 from sparse_lm.runs.run_folder import folder_of, read_config
 
@@ -27,8 +28,13 @@ BASE = pathlib.Path(__file__).parents[2] / 'configs' / 'base.py'
 # The fields of `config.data` that say what is read and how it becomes tokens.
 TEXT = ('source', 'path', 'split', 'tokenizer', 'vocab_size')
 
+# Values by dotted name, such as {'weight.sparsity': 0.9}; strings are read as the field's type.
+Overrides = Mapping[str, FieldValue]
+# The fields of a group by name, and the groups within it.
+Group = dict[str, 'FieldValue | Group | None']
 
-def load(path: str, overrides: dict[str, Any] | None = None) -> ConfigDict:
+
+def load(path: str, overrides: Overrides | None = None) -> ConfigDict:
   """The locked config of a file; one with `init_from` takes that run's `data`, see `_inherit_data`.
 
   Args:
@@ -45,7 +51,7 @@ def load(path: str, overrides: dict[str, Any] | None = None) -> ConfigDict:
   return _overridden(config, overrides, path)
 
 
-def derive(config: ConfigDict, overrides: dict[str, Any], allowed: tuple[str, ...]) -> ConfigDict:
+def derive(config: ConfigDict, overrides: Overrides, allowed: tuple[str, ...]) -> ConfigDict:
   """A complete config with overrides; where they name another method its own fields are dropped.
 
   Raises UserError for an override outside the groups `allowed`, and what `load` raises.
@@ -62,7 +68,7 @@ def derive(config: ConfigDict, overrides: dict[str, Any], allowed: tuple[str, ..
   return _overridden(config, dict(overrides), 'the run')
 
 
-def _inherit_data(config: ConfigDict, overrides: dict[str, Any]) -> None:
+def _inherit_data(config: ConfigDict, overrides: Overrides) -> None:
   """Has a run that starts from another one read that one's text, in the same tokens.
 
   Of the parent's `data` group all fields are taken but those that an override sets, and those of `TEXT`
@@ -79,7 +85,7 @@ def _inherit_data(config: ConfigDict, overrides: dict[str, Any]) -> None:
       config.data[field] = _convert(f'data.{field}', value, config.data[field])
 
 
-def _saved_data(workdir: str) -> dict[str, Any]:
+def _saved_data(workdir: str) -> JsonObject:
   try:
     data = read_config(folder_of(workdir)[0]).get('data')
   except UserError:
@@ -87,7 +93,7 @@ def _saved_data(workdir: str) -> dict[str, Any]:
   return data if isinstance(data, dict) else {}
 
 
-def _overridden(config: ConfigDict, overrides: dict[str, Any], path: str) -> ConfigDict:
+def _overridden(config: ConfigDict, overrides: Overrides, path: str) -> ConfigDict:
   """Gives each group its method's fields and applies overrides.
 
   Those of rules come last, because a rule begins with what its slot's own fields say.
@@ -108,7 +114,7 @@ def _overridden(config: ConfigDict, overrides: dict[str, Any], path: str) -> Con
 def _apply(
   config: ConfigDict,
   methods: list[tuple[str, str, ConfigDict]],
-  overrides: dict[str, Any],
+  overrides: Overrides,
   path: str,
 ) -> None:
   """Merges the defaults of these groups' methods and applies overrides.
@@ -133,7 +139,7 @@ def _rules_of_file(config: ConfigDict) -> dict[str, ConfigDict]:
   return given
 
 
-def _add_rules(slot: str, node: ConfigDict, given: ConfigDict, overrides: dict[str, Any]) -> None:
+def _add_rules(slot: str, node: ConfigDict, given: ConfigDict, overrides: Overrides) -> None:
   """Makes the groups that `order` names, each with the slot's own values and then those of the file.
 
   Raises UserError for an order that names a rule twice, or a rule that it does not name.
@@ -155,15 +161,15 @@ def _add_rules(slot: str, node: ConfigDict, given: ConfigDict, overrides: dict[s
 
 
 def _begun(
-  node: ConfigDict, own: ConfigDict, group: str, overrides: dict[str, Any]
-) -> dict[str, Any]:
+  node: ConfigDict, own: ConfigDict, group: str, overrides: Overrides
+) -> dict[str, FieldValue]:
   """The method of a rule and its fields: the slot's own where the rule has the same method."""
   name = overrides.get(f'{group}.name', own.get('name', node.name))
   fields = slots.fields(node) if name == node.name else {}
   return {**fields, **{key: own[key] for key in own if key != 'inner'}, 'name': name}
 
 
-def _check_inner(config: ConfigDict, overrides: dict[str, Any]) -> None:
+def _check_inner(config: ConfigDict, overrides: Overrides) -> None:
   """Raises UserError for an override of what runs inside a method that runs nothing inside."""
   for slot, group, node in _methods(config):
     asked = next((field for field in overrides if field.startswith(f'{group}.inner.')), None)
@@ -217,15 +223,15 @@ def _missing(field: str) -> UserError:
   )
 
 
-def to_json(config: ConfigDict) -> dict[str, Any]:
+def to_json(config: ConfigDict) -> JsonObject:
   """Plain JSON values (tuples become lists)."""
   return json.loads(config.to_json())
 
 
-def from_json(values: dict[str, Any]) -> ConfigDict:
+def from_json(values: JsonObject) -> ConfigDict:
   """The inverse of `to_json`."""
 
-  def plain(value: Json) -> Any:
+  def plain(value: Json) -> FieldValue | Group | None:
     if isinstance(value, list):
       return tuple(plain(item) for item in value)
     return {k: plain(v) for k, v in value.items()} if isinstance(value, dict) else value
@@ -233,7 +239,7 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
   return ConfigDict(plain(values)).lock()
 
 
-def of_run(values: dict[str, Any], path: pathlib.Path) -> ConfigDict:
+def of_run(values: JsonObject, path: pathlib.Path) -> ConfigDict:
   """The config of a run from the values of its config.json at `path`.
 
   Raises UserError, naming the file, where it lacks a field of this version, or a field has another type
@@ -249,11 +255,11 @@ def of_run(values: dict[str, Any], path: pathlib.Path) -> ConfigDict:
       _check_types(config, {f'{group}.{key}': default for key, default in own.items()})
     check(config)
   except UserError as error:
-    raise UserError(f'{path} does not fit this version: {error}') from None
+    raise UserError(f'{path} does not fit this version, sparse_lm {VERSION}: {error}') from None
   return config
 
 
-def _shared_defaults() -> dict[str, Any]:
+def _shared_defaults() -> dict[str, FieldValue]:
   """The defaults of the fields that every config has, whatever methods it names."""
 
   def shared(field: str) -> bool:
@@ -263,7 +269,7 @@ def _shared_defaults() -> dict[str, Any]:
   return {field: value for field, value in flat(_read(str(BASE))).items() if shared(field)}
 
 
-def _check_types(config: ConfigDict, defaults: dict[str, Any]) -> None:
+def _check_types(config: ConfigDict, defaults: dict[str, FieldValue]) -> None:
   fields = flat(config)
   for field, default in defaults.items():
     if field not in fields:
@@ -273,7 +279,7 @@ def _check_types(config: ConfigDict, defaults: dict[str, Any]) -> None:
     _convert(field, fields[field], default)
 
 
-def flat(values: dict[str, Any] | ConfigDict, prefix: str = '') -> dict[str, Any]:
+def flat(values: JsonObject | ConfigDict, prefix: str = '') -> dict[str, Json | FieldValue]:
   """`{'weight': {'name': 'set'}}` as `{'weight.name': 'set'}`."""
   out = {}
   for key, value in values.items():
@@ -345,7 +351,7 @@ def _override(config: ConfigDict, field: str, value: object) -> None:
   node[last] = _convert(field, value, node[last])
 
 
-def _convert(field: str, value: object, default: object) -> Any:
+def _convert(field: str, value: object, default: FieldValue) -> FieldValue:
   """`value` in the type of `default`: an int passes for a float, a list for a tuple."""
   if isinstance(value, str) and not isinstance(default, str):
     text = {'true': 'True', 'false': 'False'}.get(value.lower(), value)

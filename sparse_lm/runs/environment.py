@@ -5,22 +5,23 @@ import os
 import pathlib
 import platform
 import subprocess
-from typing import Any
 
 import jax
 
+from sparse_lm.core.version import VERSION
 from sparse_lm.measure.device import processor
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 
-def environment() -> dict[str, Any]:
+def environment() -> dict[str, str | int | None]:
   """Versions, git revision, device and processor, as JSON values.
 
   Sums are added up in another order on processors with other vector instructions, so the same run has
   other last digits there: lines that are compared say on which processor they were made.
   """
   return {
+    'sparse_lm': VERSION,
     'python': platform.python_version(),
     **{name: importlib.metadata.version(name) for name in PACKAGES},
     'git': _git_revision(),

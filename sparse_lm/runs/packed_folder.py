@@ -1,8 +1,8 @@
 """A packed model as a folder: what it is in JSON, its arrays in safetensors, and a plain copy for others.
 
 config.json, tokenizer.json  of the run that was packed.
-packed.json                  version, digests of the other files that are read, and for each matrix the
-                             format that is stored and that runs.
+packed.json                  versions of layout and package, digests of the other files that are read, and
+                             for each matrix the format that is stored and that runs.
 packed.safetensors           the arrays: `<path>:<field>` of formats (`<field>/0`, ... of a tuple),
                              `<path>` of the rest.
 model.safetensors            every parameter under its path, zeros where a weight was dropped.
@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import jax
 import numpy as np
@@ -24,6 +24,8 @@ from sparse_lm.core import records, tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.format import Format, is_packed
 from sparse_lm.core.paths import KERNEL, Place
+from sparse_lm.core.records import JsonObject
+from sparse_lm.core.version import VERSION, WRITTEN_BY, other_format
 from sparse_lm.data import tokenizers
 from sparse_lm.inference import formats
 from sparse_lm.inference.pack import Matrix, PackedModel, nested
@@ -34,7 +36,7 @@ from sparse_lm.runs.run_folder import CONFIG, read_config, with_format
 from sparse_lm.runs.trained import Trained
 from sparse_lm.runs.workdir import check_new, read_json, whole_folder, write_json
 
-VERSION = 5
+FORMAT = 5
 MANIFEST, ARRAYS, PLAIN = 'packed.json', 'packed.safetensors', 'model.safetensors'
 READ = (ARRAYS, CONFIG, 'tokenizer.json')
 
@@ -50,7 +52,12 @@ class _Entry(TypedDict):
 
 
 class _Manifest(TypedDict):
-  """What packed.json holds, beside what `pack` found out: `sha256` by name of a file."""
+  """The contents of packed.json, beside what `pack` found out.
+
+  Attributes:
+    version: of the folder's format, `FORMAT`.
+    sha256: by name of a file.
+  """
 
   version: int
   sha256: dict[str, str]
@@ -73,7 +80,7 @@ class Saved:
   config: ConfigDict
   tokenizer: tokenizers.Tokenizer
   packed: PackedModel
-  manifest: dict[str, Any]
+  manifest: JsonObject
 
   @property
   def source(self) -> str:
@@ -84,7 +91,7 @@ class Saved:
     return f'Saved({self.path!r}, {self.packed}, {self.tokenizer})'
 
 
-def save(packed: PackedModel, trained: Trained, out: str, facts: dict[str, Any]) -> None:
+def save(packed: PackedModel, trained: Trained, out: str, facts: JsonObject) -> None:
   """Writes the folder as a whole: it is there with everything in it, or not at all.
 
   Raises UserError where it is there already.
@@ -97,9 +104,7 @@ def save(packed: PackedModel, trained: Trained, out: str, facts: dict[str, Any])
       raise UserError(f'{out} cannot be written ({error}); valid: a folder with room') from error
 
 
-def _write(
-  packed: PackedModel, trained: Trained, folder: pathlib.Path, facts: dict[str, Any]
-) -> None:
+def _write(packed: PackedModel, trained: Trained, folder: pathlib.Path, facts: JsonObject) -> None:
   arrays, matrices = _arrays(packed)
   save_file(arrays, folder / ARRAYS)
   save_file(
@@ -108,7 +113,7 @@ def _write(
   write_json(folder / CONFIG, with_format(configs.to_json(trained.config)))
   write_json(folder / 'tokenizer.json', trained.tokenizer.to_json())
   digests = {name: _digest(folder / name) for name in READ}
-  manifest = {'version': VERSION, 'sha256': digests, 'step': trained.step}
+  manifest = {'version': FORMAT, WRITTEN_BY: VERSION, 'sha256': digests, 'step': trained.step}
   write_json(
     folder / MANIFEST, manifest | facts | {'removed': packed.removed, 'matrices': matrices}
   )
@@ -143,19 +148,20 @@ def load(path: str) -> Saved:
         f'{folder / MANIFEST}: the matrix {name[:100]!r} does not fit its arrays or the model ({error}); '
         'valid: pack the run again'
       ) from None
-  held = {path: array for path, array in arrays.items() if ':' not in path.partition('/')[2]}
+  unpacked = {path: array for path, array in arrays.items() if ':' not in path.partition('/')[2]}
   running = {f'packed/{path}': matrix.runs for path, matrix in matrices.items()}
-  packed = PackedModel(model, nested(held | running), matrices, manifest['removed'])
+  packed = PackedModel(model, nested(unpacked | running), matrices, manifest['removed'])
   return Saved(path, config, tokenizer, packed, manifest)
 
 
-def _manifest(folder: pathlib.Path) -> dict[str, Any]:
+def _manifest(folder: pathlib.Path) -> JsonObject:
   """The contents of packed.json, once all digests have been compared."""
   manifest = read_json(folder / MANIFEST)
-  if manifest.get('version') != VERSION:
+  found = manifest.get('version')
+  if found != FORMAT:
     raise UserError(
-      f'{folder / MANIFEST} is of version {manifest.get("version")}, and this one reads {VERSION}; '
-      'valid: pack the run again'
+      f'{other_format(str(folder / MANIFEST), found, FORMAT, manifest.get(WRITTEN_BY))}; valid: pack the '
+      'run again'
     )
   try:
     records.check(manifest, _Manifest)
@@ -178,7 +184,7 @@ def is_saved(path: str) -> bool:
   return (pathlib.Path(os.path.expanduser(path)) / MANIFEST).exists()
 
 
-def _arrays(packed: PackedModel) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+def _arrays(packed: PackedModel) -> tuple[dict[str, jax.Array], JsonObject]:
   arrays, matrices = {}, {}
   leaves = jax.tree_util.tree_leaves_with_path(packed.variables, is_leaf=is_packed)
   for path, leaf in leaves:
@@ -215,7 +221,7 @@ def _kernel_shapes(model: lm.LM) -> dict[str, tuple[int, ...]]:
 
 
 def _matrix(
-  path: str, entry: dict[str, Any], arrays: dict[str, jax.Array], largest: tuple[int, ...]
+  path: str, entry: _Entry, arrays: dict[str, jax.Array], largest: tuple[int, ...]
 ) -> Matrix:
   """Raises ValueError, before anything is allocated, where the matrix is larger than the model's."""
   cls, running = formats.load(entry['stored']), formats.load(entry['runs'])
@@ -232,9 +238,9 @@ def _matrix(
   return Matrix(path, runs, stored, entry['dense_bytes'], entry['why'])
 
 
-def _fields(arrays: dict[str, jax.Array]) -> dict[str, Any]:
+def _fields(arrays: dict[str, jax.Array]) -> dict[str, jax.Array | tuple[jax.Array, ...]]:
   """Those of a format: `field`, or `field/0`, `field/1`, ... of a tuple."""
-  fields: dict[str, Any] = {}
+  fields: dict[str, jax.Array | tuple[jax.Array, ...]] = {}
   for name in sorted(arrays, key=lambda name: (len(name), name)):
     field, in_tuple, _ = name.partition('/')
     fields[field] = (*fields.get(field, ()), arrays[name]) if in_tuple else arrays[name]
@@ -246,7 +252,7 @@ def _digest(path: pathlib.Path) -> str:
     return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-def describe(packed: PackedModel) -> list[dict[str, Any]]:
+def describe(packed: PackedModel) -> list[dict[str, str | float]]:
   """A row for each matrix, for people."""
   return [
     {

@@ -2,10 +2,11 @@
 
 import os
 import pathlib
-from typing import Any
 
 from sparse_lm.core import records
 from sparse_lm.core.errors import UserError
+from sparse_lm.core.records import JsonObject
+from sparse_lm.core.version import VERSION, WRITTEN_BY, other_format
 
 CONFIG = 'config.json'
 CHECKPOINTS, BEST = 'checkpoints', 'best'
@@ -25,21 +26,21 @@ def folder_of(workdir: str) -> tuple[pathlib.Path, str]:
   return folder, CHECKPOINTS
 
 
-def with_format(config: dict[str, Any]) -> dict[str, Any]:
+def with_format(config: JsonObject) -> JsonObject:
   """The contents of a config.json for the JSON values of a config."""
-  return {'format': FORMAT, **config}
+  return {'format': FORMAT, WRITTEN_BY: VERSION, **config}
 
 
-def read_config(folder: pathlib.Path) -> dict[str, Any]:
+def read_config(folder: pathlib.Path) -> JsonObject:
   """The JSON values of the config in a run's folder.
 
   Raises UserError where the file is missing or damaged, or of another format than this version writes.
   """
-  values = records.read(folder / CONFIG, dict[str, Any])
-  found = values.pop('format', 1)
+  values = records.read(folder / CONFIG, records.OBJECT)
+  found, written_by = values.pop('format', 1), values.pop(WRITTEN_BY, None)
   if found != FORMAT:
     raise UserError(
-      f'{folder / CONFIG} has format {found}, that of the version that wrote it, and this version reads '
-      f'format {FORMAT}; valid: the version that wrote it, or a new workdir'
+      f'{other_format(str(folder / CONFIG), found, FORMAT, written_by)}; valid: the version that wrote '
+      'it, or a new workdir'
     )
   return values

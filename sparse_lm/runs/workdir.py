@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from ml_collections import ConfigDict
 from tensorboardX import summary
@@ -21,6 +21,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from sparse_lm.core import records
 from sparse_lm.core.errors import UserError, require, writing
+from sparse_lm.core.records import Json, JsonObject
+from sparse_lm.core.version import WRITTEN_BY
 from sparse_lm.data.corpus import Card
 from sparse_lm.data.pipeline import Data
 from sparse_lm.runs import configs, lock
@@ -40,15 +42,15 @@ class _Metrics(TypedDict):
 class Result(TypedDict):
   """What result.json holds."""
 
-  config: dict[str, Any]
-  env: dict[str, Any]
+  config: dict[str, object]
+  env: dict[str, object]
   data: Card
-  evaluation: dict[str, dict[str, Any]]
+  evaluation: dict[str, dict[str, object]]
   causal: dict[str, bool]
   metrics: _Metrics
 
 
-def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
+def write_json(path: pathlib.Path, values: JsonObject) -> None:
   """Replaces `path` as a whole, sealed by a digest of its content: a reader never sees half of it."""
   _replace(path, records.sealed(values).encode())
 
@@ -60,7 +62,7 @@ def _replace(path: pathlib.Path, text: bytes) -> None:
     os.replace(temporary, path)
 
 
-def read_json(path: pathlib.Path, form: records.Form = dict[str, Any]) -> Any:
+def read_json(path: pathlib.Path, form: records.Form = records.OBJECT) -> Json:
   """What `write_json` wrote, checked; see `core.records.read` for forms and the `UserError`."""
   return records.read(path, form)
 
@@ -98,9 +100,10 @@ def check_text(folder: pathlib.Path, data: Data, field: str) -> None:
     )
 
 
-def fixed(config: dict[str, Any]) -> dict[str, Any]:
+def fixed(config: JsonObject) -> JsonObject:
   """The fields of a config.json, by dotted name, that are the same for the whole life of a run."""
-  return {field: value for field, value in configs.flat(config).items() if field not in FREE}
+  free = (*FREE, WRITTEN_BY)  # another version may continue a run
+  return {field: value for field, value in configs.flat(config).items() if field not in free}
 
 
 def check_new(path: str, field: str) -> None:
@@ -168,7 +171,7 @@ class Workdir:
     write_json(self.path / 'data.json', self.data.card)
     write_json(self.path / 'tokenizer.json', self.data.tokenizer.to_json())
 
-  def result(self, steps: int) -> dict[str, Any] | None:
+  def result(self, steps: int) -> JsonObject | None:
     """`result.json` of the run if it has finished `steps` steps.
 
     Raises UserError where it is damaged or of another run.
@@ -183,7 +186,7 @@ class Workdir:
       )
     return result
 
-  def write_result(self, values: dict[str, Any]) -> None:
+  def write_result(self, values: JsonObject) -> None:
     """Marks the run as finished."""
     write_json(self.path / 'result.json', values)
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 import pytest
 from hypothesis import given
@@ -31,7 +31,7 @@ JSON = st.recursive(
 def test_what_is_sealed_is_read_back(tmp_path_factory, values):
   file = tmp_path_factory.getbasetemp() / 'sealed.json'
   file.write_text(records.sealed(values))
-  assert records.read(file, dict[str, Any]) == values
+  assert records.read(file, dict[str, object]) == values
 
 
 def test_the_digest_is_that_of_canonical_json():

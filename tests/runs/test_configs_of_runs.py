@@ -309,7 +309,7 @@ def test_a_saved_config_of_another_version_is_one_line():
       else:
         node[last] = None if change == 'null' else {'a': {'b': 1}}
       with pytest.raises(
-        UserError, match=r'^run/config\.json does not fit this version: '
+        UserError, match=r'^run/config\.json does not fit this version, sparse_lm [\w.]+: '
       ) as refused:
         configs.of_run(values, path)
       assert '\n' not in str(refused.value)

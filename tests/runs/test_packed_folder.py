@@ -116,7 +116,7 @@ def flip(folder):
 
 def other_version(folder):
   manifest = read_json(folder / 'packed.json')
-  write_json(folder / 'packed.json', manifest | {'version': 99})
+  write_json(folder / 'packed.json', manifest | {'version': 99, 'written_by': '9.9'})
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def other_version(folder):
   [
     (flip, 'does not match the sha256'),
     (lambda folder: (folder / 'packed.safetensors').unlink(), 'no such file'),
-    (other_version, 'version 99, and this one reads 5'),
+    (other_version, r'by sparse_lm 9\.9 \(format 99\); this is sparse_lm'),
     (lambda folder: (folder / 'packed.json').write_text('{'), 'damaged'),
     (lambda folder: (folder / 'packed.json').unlink(), 'holds no run'),
   ],

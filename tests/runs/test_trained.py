@@ -11,6 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from sparse_lm.core import rng, tree
 from sparse_lm.core.errors import UserError
+from sparse_lm.core.version import VERSION
 from sparse_lm.data import tokenizers
 from sparse_lm.runs.checkpoint import Checkpoints
 from sparse_lm.runs.evaluate import evaluate
@@ -144,6 +145,7 @@ def test_a_config_of_another_format_is_refused_by_its_number(format_, run, tmp_p
   """What an older version wrote has none: the first format had no number."""
 
   def other(values):
+    del values['written_by']
     if format_ is None:
       del values['format']
     else:
@@ -159,8 +161,22 @@ def test_a_config_of_another_format_is_refused_by_its_number(format_, run, tmp_p
     with pytest.raises(UserError) as refused:
       attempt()
     line = str(refused.value)
-    assert f'config.json has format {format_ or 1}' in line and 'reads format 2' in line
+    writer = 'a later version' if format_ == 3 else 'sparse_lm 0.1'
+    assert f'config.json was written by {writer} (format {format_ or 1})' in line
+    assert f'this is sparse_lm {VERSION}, which reads format 2' in line
     assert '\n' not in line
+
+
+def test_another_version_that_writes_this_format_continues_a_run(run, tmp_path):
+  assert read_json(run[1] / 'config.json')['written_by'] == VERSION
+  config = run[0]
+  for place, change in (
+    ('later', lambda v: v.update(written_by='0.3.0')),
+    ('unnamed', lambda v: v.pop('written_by')),
+  ):
+    copy = changed_copy(run[1], tmp_path / place, 'config.json', change)
+    assert load(str(copy)).step == load(str(run[1])).step
+    Workdir(str(copy), config, setup(config).data)
 
 
 def test_a_longer_run_is_the_same_run(run, trained, tmp_path):
