@@ -1,7 +1,6 @@
 """`python -m sparse_lm.cost --config=configs/x.py [--config.a.b=c ...]`: the ledger, without training."""
 
 import math
-from typing import Any
 
 from ml_collections import ConfigDict
 from tabulate import tabulate
@@ -34,7 +33,7 @@ def matmuls(program: Program, target: Tree) -> str:
   return tabulate(rows, header, tablefmt='github', floatfmt=('', ',.0f', '.4f', '.4f', ',.0f'))
 
 
-def summary(report: dict[str, Any]) -> str:
+def summary(report: dict[str, float]) -> str:
   """A Markdown table of the totals, the dense twin beside them."""
   dense_flops = report['flops_forward'] / report['flops_forward_ratio']
   rows = [
@@ -67,7 +66,7 @@ def summary(report: dict[str, Any]) -> str:
   return tabulate(rows, ('', 'this config', 'dense twin'), tablefmt='github', disable_numparse=True)
 
 
-def predict(config: ConfigDict) -> tuple[Program, Tree, dict[str, Any]]:
+def predict(config: ConfigDict) -> tuple[Program, Tree, dict[str, float]]:
   """The program, its target densities, and what the run will cost; names of runs in it are loaded."""
   data = data_of(config)
   program, target = build(config, data.tokenizer.vocab_size)

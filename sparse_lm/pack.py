@@ -1,13 +1,12 @@
 """`python -m sparse_lm.pack --workdir=RUN --out=FOLDER`: a model that executes what is left of it."""
 
-from typing import Any
-
 import jax
 import numpy as np
 from tabulate import tabulate
 
 from sparse_lm.commands.parser import Parser, local_path, one_line
 from sparse_lm.core.errors import UserError
+from sparse_lm.core.records import JsonObject
 from sparse_lm.inference.decode import Decoder
 from sparse_lm.inference.pack import PackedModel, weights
 from sparse_lm.inference.pack import pack as pack_model
@@ -20,7 +19,7 @@ CHECKED = 4  # sequences of the context's length
 GREEDY = 200  # tokens of greedy text
 
 
-def pack(workdir: str, out: str) -> dict[str, Any]:
+def pack(workdir: str, out: str) -> JsonObject:
   """Packs a trained run and writes it.
 
   Args:
@@ -71,7 +70,7 @@ def largest_error(trained: Trained, packed: PackedModel) -> float:
   return float(np.abs(got - want).max() / max(np.abs(want).max(), np.finfo(np.float32).tiny))
 
 
-def same_text(trained: Trained, packed: PackedModel) -> dict[str, Any]:
+def same_text(trained: Trained, packed: PackedModel) -> dict[str, int | float | None]:
   """How far greedy text of the packed model is that of the masked twin, token by token.
 
   Returns:
@@ -130,7 +129,7 @@ def main() -> None:
   )
 
 
-def _text(same: dict[str, Any]) -> str:
+def _text(same: dict[str, int | float | None]) -> str:
   if not same:
     return 'no greedy text to compare'
   if same['margin'] is None:

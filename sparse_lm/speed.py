@@ -1,6 +1,6 @@
 """`python -m sparse_lm.speed --workdir=FOLDER [--workdir=...]`: what sparsity saves once packed."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -17,6 +17,9 @@ from sparse_lm.report.results import machine
 from sparse_lm.runs import packed_folder, runtime, trained
 from sparse_lm.runs.environment import environment
 from sparse_lm.runs.setup import data_of
+
+# The numbers of a model, and its source.
+Row = dict[str, float | int | str | None]
 
 
 class Candidate(NamedTuple):
@@ -41,7 +44,7 @@ def candidate_of(path: str) -> Candidate:
   return Candidate(packed, run.config, run.tokenizer, run.source)
 
 
-def speed(paths: list[str], batch: int = 1, repeats: int = 15) -> dict[str, dict[str, Any]]:
+def speed(paths: list[str], batch: int = 1, repeats: int = 15) -> dict[str, Row]:
   """Times each model beside its dense twin, all in turns, on the first one's validation text.
 
   Returns:
@@ -85,7 +88,7 @@ ROWS = (
 )
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
+def table(found: dict[str, Row]) -> str:
   """A Markdown table: a packed model's row above its dense twin's."""
   rows = []
   for path, row in found.items():
@@ -100,7 +103,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
   return tabulate(rows, header, tablefmt='github', disable_numparse=True)
 
 
-def _ratio(row: dict[str, Any], what: str) -> str:
+def _ratio(row: Row, what: str) -> str:
   low, mid, high = (row[f'{what}_speedup{end}'] for end in ('_low', '', '_high'))
   return f'{mid:.2f} ({low:.2f}–{high:.2f})'
 

@@ -9,11 +9,16 @@ import argparse
 import dataclasses
 import math
 import re
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
 from sparse_lm.core.errors import UserError
+
+Number = TypeVar('Number', int, float)
+Default = TypeVar('Default')
+# The value of a field of a config.
+FieldValue = bool | int | float | str | tuple['FieldValue', ...]
 
 _NUMBER = r'(-?[\d.]+(?:e-?\d+)?|2\^\d+|inf)'
 _INTERVAL = re.compile(rf'(0 or )?([\[(]){_NUMBER}, {_NUMBER}([\])])')
@@ -84,12 +89,12 @@ class Range:
     return value
 
 
-def ranged(default: object, interval: str) -> Any:
+def ranged(default: Number, interval: str) -> Number:
   """A dataclass field of that default whose range is `interval`, of the default's type."""
   return dataclasses.field(default=default, metadata={'range': Range(type(default), interval)})
 
 
-def supplied(default: object) -> Any:
+def supplied(default: Default) -> Default:
   """A dataclass field that whoever builds the method fills in: it has a default and is no config key."""
   return dataclasses.field(default=default, kw_only=True, metadata={'supplied': True})
 

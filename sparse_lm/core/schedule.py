@@ -4,6 +4,7 @@
 picks between two compiled steps; the others are traced.
 """
 
+import jax
 import jax.numpy as jnp
 
 from sparse_lm.core.errors import require, unknown
@@ -35,7 +36,9 @@ def due(step: int, first: int, last: int, period: int) -> bool:
   return first <= step <= last and ((step - first) % period == 0 or step == last)
 
 
-def cubic_density(step, first: int, last: int, final):
+def cubic_density(
+  step: int | jax.Array, first: int, last: int, final: float | jax.Array
+) -> jax.Array:
   """Density 1 until `first`, `final` from `last`, cubic between (Zhu & Gupta 2017, equation 1).
 
   `final` is a density; the sparsity 1 - density is `(1 - final) (1 - (1 - progress)^3)`.
@@ -45,7 +48,7 @@ def cubic_density(step, first: int, last: int, final):
   return 1.0 - (1.0 - final) * (1.0 - (1.0 - progress) ** 3)
 
 
-def cosine_fraction(step, last: int, initial: float):
+def cosine_fraction(step: int | jax.Array, last: int, initial: float) -> jax.Array:
   """`initial` at step 0, zero from `last`, half a cosine between (RigL 2020, section 3)."""
   progress = jnp.clip(step / max(last, 1), 0.0, 1.0)
   return initial / 2 * (1.0 + jnp.cos(jnp.pi * progress))

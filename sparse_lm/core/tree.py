@@ -12,6 +12,7 @@ import jax
 
 from sparse_lm.core.errors import UserError
 
+# A pytree, and so also one leaf of it: no narrower type says that. Nothing else is typed `Any`.
 Tree = Any
 
 
@@ -20,7 +21,7 @@ def path_name(path: tuple) -> str:
   return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
-def named(tree: Tree) -> dict[str, Any]:
+def named(tree: Tree) -> dict[str, Tree]:
   """Every leaf of `tree` (without `None`s) by its path."""
   return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 

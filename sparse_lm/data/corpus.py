@@ -5,7 +5,9 @@ The card has content hashes, so that two numbers can be known to come from the s
 
 import dataclasses
 import hashlib
-from typing import Any, TypedDict
+from typing import TypedDict
+
+from sparse_lm.core.records import JsonObject
 
 SPLITS = ('train', 'validation', 'test')
 SEPARATOR = b'\0'  # stands between documents; no document contains it
@@ -25,14 +27,14 @@ class Corpus:
   """`splits`: 'train', 'validation' and 'test' as UTF-8 bytes; `card`: their JSON-able origin."""
 
   splits: dict[str, bytes]
-  card: dict[str, Any]
+  card: JsonObject
 
   def __repr__(self) -> str:
     sizes = ', '.join(f'{name} {len(text):,} bytes' for name, text in self.splits.items())
     return f'Corpus({self.card.get("source")}: {sizes})'
 
 
-def join(members: dict[str, list[bytes]], origin: dict[str, Any]) -> Corpus:
+def join(members: dict[str, list[bytes]], origin: JsonObject) -> Corpus:
   """The corpus of `members`: per split, non-empty texts in order, each one or more documents.
 
   The card is `origin` with each split's number of `documents`, `bytes` and `sha256`.

@@ -9,13 +9,13 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import grain
 import numpy as np
 from ml_collections import ConfigDict
 
 from sparse_lm.core.errors import UserError, unknown
+from sparse_lm.core.records import JsonObject
 from sparse_lm.data import mixture, sources, tokenizers
 from sparse_lm.data.corpus import SEPARATOR
 
@@ -129,7 +129,7 @@ class Data:
 
   tokens: dict[str, np.ndarray]
   tokenizer: tokenizers.Tokenizer
-  card: dict[str, Any]
+  card: JsonObject
   context: int
   batch: int
   spans: dict[str, dict[str, slice]] = dataclasses.field(default_factory=dict)
@@ -170,7 +170,7 @@ class Data:
     ]
     return itertools.chain.from_iterable(passes)
 
-  def evaluation(self, split: str = 'validation', component: str | None = None) -> dict[str, Any]:
+  def evaluation(self, split: str = 'validation', component: str | None = None) -> JsonObject:
     """What a mean loss over `eval_batches(split, component)` is a number of, as JSON values.
 
     After every `stride` tokens, predictions begin again without a past.
@@ -231,7 +231,7 @@ def load(config: ConfigDict, tokenizer: tokenizers.Tokenizer | None = None) -> D
 
 
 def _spans(
-  cards: dict[str, dict[str, Any]], tokens: dict[str, np.ndarray], tokenizer: tokenizers.Tokenizer
+  cards: dict[str, JsonObject], tokens: dict[str, np.ndarray], tokenizer: tokenizers.Tokenizer
 ) -> dict[str, dict[str, slice]]:
   """Where each component lies in each split, found by counting its documents' zero bytes."""
   found: dict[str, dict[str, slice]] = {name: {} for name in cards}

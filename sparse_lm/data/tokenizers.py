@@ -12,7 +12,7 @@ import json
 import re
 import types
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, ClassVar, TypedDict
 
 import numpy as np
 from tqdm import tqdm
@@ -64,7 +64,7 @@ class Bytes(_Json):
     """The text of 1-D `ids`; what is not UTF-8 becomes U+FFFD. Raises `ValueError` above 255."""
     return bytes(np.asarray(ids).tolist()).decode(errors='replace')
 
-  def to_json(self) -> dict[str, Any]:
+  def to_json(self) -> dict[str, str]:
     return {'name': 'bytes'}
 
 
@@ -108,7 +108,7 @@ class Chars(_Json):
     """The text of 1-D `ids`. Raises `IndexError` for an id outside the vocabulary."""
     return ''.join(self.chars[i] for i in np.asarray(ids).tolist())
 
-  def to_json(self) -> dict[str, Any]:
+  def to_json(self) -> dict[str, str]:
     return {'name': 'chars', 'chars': self.chars}
 
   @functools.cached_property
@@ -174,11 +174,11 @@ class Bpe(_Json):
       raise IndexError(f'ids {ids.min()} to {ids.max()}, vocabulary {self.vocab_size}')
     return self._model.decode(ids.tolist())
 
-  def to_json(self) -> dict[str, Any]:
+  def to_json(self) -> dict[str, str]:
     return {'name': 'bpe', 'merges': self.merges}
 
   @functools.cached_property
-  def _model(self) -> Any:
+  def _model(self) -> 'tokenizers.Tokenizer':
     pairs = [tuple(line.split(' ')) for line in self.merges.splitlines()]
     tokens = dict.fromkeys([*_alphabet(), *map(''.join, pairs)])
     vocabulary = {token: i for i, token in enumerate(tokens)}

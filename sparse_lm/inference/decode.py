@@ -2,11 +2,11 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.stages import Wrapped
 
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.tree import Tree
@@ -42,13 +42,13 @@ class Decoder:
     return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
 
   @functools.cached_property
-  def prefill(self) -> Any:
+  def prefill(self) -> Wrapped:
     """`(variables, cache, tokens_BxL, length_B) -> (logits_BxV of each last token, cache)`.
 
     Sequences of unequal length are padded on the right; what is beyond `length` is not read.
     """
 
-    def run(variables: Tree, cache: Tree, tokens_BxL: Array, length_B: Array):
+    def run(variables: Tree, cache: Tree, tokens_BxL: Array, length_B: Array) -> tuple[Array, Tree]:
       place_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
       valid_BxL = place_BxL < length_B[:, None]
       logits_BxLxV, cache = self._apply(variables, cache, tokens_BxL, place_BxL, valid_BxL)
@@ -58,10 +58,10 @@ class Decoder:
     return jax.jit(run, donate_argnums=1)
 
   @functools.cached_property
-  def decode(self) -> Any:
+  def decode(self) -> Wrapped:
     """`(variables, cache, token_B, position_B) -> (logits_BxV, cache)`: a token of each sequence."""
 
-    def run(variables: Tree, cache: Tree, token_B: Array, position_B: Array):
+    def run(variables: Tree, cache: Tree, token_B: Array, position_B: Array) -> tuple[Array, Tree]:
       valid_Bx1 = jnp.ones((token_B.size, 1), bool)
       logits, cache = self._apply(
         variables, cache, token_B[:, None], position_B[:, None], valid_Bx1
@@ -70,7 +70,14 @@ class Decoder:
 
     return jax.jit(run, donate_argnums=1)
 
-  def _apply(self, variables, cache, tokens_BxL, positions_BxL, valid_BxL):
+  def _apply(
+    self,
+    variables: Tree,
+    cache: Tree,
+    tokens_BxL: Array,
+    positions_BxL: Array,
+    valid_BxL: Array,
+  ) -> tuple[Array, Tree]:
     logits, changed = self.model.apply(
       {**variables, 'cache': cache},
       tokens_BxL,

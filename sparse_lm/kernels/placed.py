@@ -40,7 +40,7 @@ class Placed:
 
   def replace(self, **fields: Array) -> Self:
     """The same with other fields; not known to be whole any more if positions or `valid` are others."""
-    same = all(fields.get(name, held) is held for name, held in self._places.items())
+    same = all(fields.get(name, own) is own for name, own in self._places.items())
     return dataclasses.replace(self, **{'whole': self.whole and same} | fields)
 
   @property

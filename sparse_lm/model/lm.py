@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import flax
 import jax
@@ -19,7 +18,7 @@ from sparse_lm.layers.method import LayerMethod, Run
 from sparse_lm.layers.spec import Spec
 from sparse_lm.layers.tokens import Tokens
 from sparse_lm.model.block import Block
-from sparse_lm.model.slots import LAYER_SLOTS, MethodConfig, SlotConfig
+from sparse_lm.model.slots import LAYER_SLOTS, MethodConfig, SlotConfig, Supplied
 from sparse_lm.plan import record
 
 MODES = ('train', 'eval')  # 'decode' is 'eval' for one reader at a time
@@ -121,7 +120,7 @@ def _layer(parent: 'LM | Layer', layer: int) -> Run:
   return run
 
 
-def _make(own: MethodConfig, supplied: dict[str, Any], **more: str) -> LayerMethod:
+def _make(own: MethodConfig, supplied: Supplied, **more: str) -> LayerMethod:
   return own.make(supplied | more)
 
 

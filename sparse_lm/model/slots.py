@@ -17,13 +17,13 @@ holds what runs the layers: one method, without layers of its own.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 
 from sparse_lm.core import discovery
 from sparse_lm.core.errors import UserError
+from sparse_lm.core.ranges import FieldValue
 from sparse_lm.layers.method import LayerMethod, Traits
 from sparse_lm.layers.spec import Spec
 
@@ -58,7 +58,7 @@ def method(slot: str, name: str, field: str = '') -> type:
   return found
 
 
-def defaults(slot: str, name: str, field: str = '') -> dict[str, Any]:
+def defaults(slot: str, name: str, field: str = '') -> dict[str, FieldValue]:
   """The config keys of a method and their defaults; `field` as in `method`."""
   return {
     field.name: field.default
@@ -85,9 +85,13 @@ def groups(slot: str, config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
       yield f'{group}.inner', node.inner
 
 
-def fields(config: ConfigDict) -> dict[str, Any]:
+def fields(config: ConfigDict) -> dict[str, FieldValue]:
   """The part of a group that belongs to the method that it names."""
   return {key: value for key, value in config.items() if key not in _RESERVED}
+
+
+# What the model gives a method beside its config: the `Spec`, a name, and how to make the methods inside.
+Supplied = dict[str, Spec | str | Callable[..., LayerMethod] | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +108,7 @@ class MethodConfig:
 
   slot: str
   name: str
-  fields: tuple[tuple[str, Any], ...] = ()
+  fields: tuple[tuple[str, FieldValue], ...] = ()
   inner: 'MethodConfig | None' = None
   group: str = dataclasses.field(default='', compare=False)
 
@@ -150,7 +154,7 @@ class MethodConfig:
       return self.inner
     return MethodConfig(self.slot, twin, tuple(sorted(defaults(self.slot, twin).items())))
 
-  def make(self, supplied: dict[str, Any]) -> LayerMethod:
+  def make(self, supplied: Supplied) -> LayerMethod:
     """The method itself, with those of `supplied` that it has as fields; `inner` makes its inner one."""
     if self.inner:
       supplied = supplied | {

@@ -7,12 +7,12 @@ import argparse
 import pathlib
 import shlex
 import sys
-from typing import Any
 
 import pandas as pd
 
 from sparse_lm.commands.parser import Parser, local_path, one_line
 from sparse_lm.core.errors import UserError, unknown
+from sparse_lm.core.records import JsonObject
 from sparse_lm.report import formats, plot, results, runs, table
 
 
@@ -79,7 +79,7 @@ def _formatted(frame: pd.DataFrame, kind: str, lines: list[results.Line]) -> str
 
 
 def _draw(
-  arguments: argparse.Namespace, lines: list[results.Line], baseline: dict[str, Any] | None
+  arguments: argparse.Namespace, lines: list[results.Line], baseline: JsonObject | None
 ) -> None:
   path = pathlib.Path(arguments.figure)
   if path.suffix not in ('.png', '.pdf'):
@@ -93,9 +93,9 @@ def _names(text: str) -> list[str]:
   return [name.strip() for name in text.split(',') if name.strip()]
 
 
-def _baseline(lines: list[results.Line], text: str) -> dict[str, Any] | None:
+def _baseline(lines: list[results.Line], text: str) -> JsonObject | None:
   """`method=dense,sparsity=0` with the values as the lines have them."""
-  labels: dict[str, Any] = {}
+  labels: JsonObject = {}
   for item in _names(text):
     name, equals, value = item.partition('=')
     if not equals:

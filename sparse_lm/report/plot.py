@@ -8,7 +8,7 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -54,7 +54,7 @@ def curves(
   x: str | Column,
   y: str | Column,
   series: str,
-  baseline: Mapping[str, Any] | None = None,
+  baseline: Mapping[str, Json] | None = None,
 ) -> Figure:
   """`y` over `x`: mean over seeds, with the sample standard deviation as error bars.
 
@@ -125,7 +125,7 @@ def dots(
   category: str,
   x: str | Column,
   series: str,
-  baseline: Mapping[str, Any] | None = None,
+  baseline: Mapping[str, Json] | None = None,
 ) -> Figure:
   """`x` for each value of a label, from top to bottom: mean over seeds with the sample deviation.
 

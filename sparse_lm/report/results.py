@@ -11,28 +11,28 @@ import math
 import os
 import pathlib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NotRequired, TypedDict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import NotRequired, TypedDict
 
 from sparse_lm.core import records
 from sparse_lm.core.errors import UserError, unknown, writing
-from sparse_lm.core.records import Json
+from sparse_lm.core.records import Json, JsonObject
 from sparse_lm.runs import lock
 
-Line = dict[str, Any]
-Key = tuple[Any, ...]
+Line = JsonObject
+Key = tuple[Hashable, ...]
 
 
 class _Form(TypedDict):
   """What every line holds; one of an experiment also the name of its study."""
 
   run: str
-  labels: dict[str, Any]
+  labels: dict[str, object]
   seed: int
   metrics: dict[str, float | str | list | dict | None]
   study: NotRequired[str | None]
-  config: NotRequired[dict[str, Any] | None]
-  env: NotRequired[dict[str, Any] | None]
+  config: NotRequired[dict[str, object] | None]
+  env: NotRequired[dict[str, object] | None]
 
 
 def read(paths: Iterable[str | pathlib.Path]) -> list[Line]:
@@ -57,7 +57,7 @@ def read_file(path: pathlib.Path) -> list[Line]:
   if not path.is_file():
     raise UserError(f'no results file {path}; valid: the runs.jsonl of a study that ran')
   lines = []
-  for number, _, line, fault in records.read_lines(path, Any):
+  for number, _, line, fault in records.read_lines(path, object):
     if fault:
       # Also in the middle: the next process to append starts a new line behind the half one.
       print(f'{path}:{number}: half a line, left out ({fault})', file=sys.stderr)
@@ -94,7 +94,7 @@ def append(path: pathlib.Path, line: Line) -> None:
         raise
 
 
-def diverged(message: str) -> dict[str, Any]:
+def diverged(message: str) -> JsonObject:
   """What the line of a run that diverged holds besides what names the run."""
   return {'failed': 'diverged', 'message': message, 'metrics': {}}
 
@@ -126,7 +126,7 @@ def machines(lines: Iterable[Line]) -> list[str]:
   return list(found)
 
 
-def machine(env: Mapping[str, Any]) -> str:
+def machine(env: Mapping[str, Json]) -> str:
   """A run's `env` in a few words."""
   if env.get('device', 'cpu') != 'cpu':
     return f'{env["device"]}, jax {env.get("jax")}'
@@ -155,14 +155,14 @@ def group(lines: Sequence[Line], names: Sequence[str]) -> dict[Key, list[Line]]:
   return groups
 
 
-def _hashable(value: Json) -> Any:
+def _hashable(value: Json) -> Hashable:
   """A label's value as part of a key: JSON's lists as tuples, its objects as tuples of pairs."""
   if isinstance(value, dict):
     return tuple((key, _hashable(item)) for key, item in sorted(value.items()))
   return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
 
 
-def _check_one_row(row: Mapping[str, Any], members: Sequence[Line]) -> None:
+def _check_one_row(row: Mapping[str, Hashable], members: Sequence[Line]) -> None:
   first = members[0]['labels']
   for name in label_names(members):
     if other := [m for m in members if m['labels'].get(name) != first.get(name)]:
@@ -176,7 +176,7 @@ def _check_one_row(row: Mapping[str, Any], members: Sequence[Line]) -> None:
     runs[member['seed']] = member['run']
 
 
-def matches(line: Line, labels: Mapping[str, Any]) -> bool:
+def matches(line: Line, labels: Mapping[str, Json]) -> bool:
   """Whether a line has all of `labels`."""
   return all(line['labels'].get(name) == value for name, value in labels.items())
 

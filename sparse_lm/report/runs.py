@@ -6,9 +6,10 @@ in which the given runs differ, and those that a table asks for, become labels.
 
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from sparse_lm.core.errors import UserError, unknown
+from sparse_lm.core.records import JsonObject
 from sparse_lm.report import results
 from sparse_lm.runs import configs
 
@@ -52,8 +53,8 @@ class _Result(TypedDict):
   """What a table needs of a result.json."""
 
   config: _Config
-  env: dict[str, Any]
-  metrics: dict[str, Any]
+  env: dict[str, object]
+  metrics: dict[str, object]
 
 
 def _line(path: pathlib.Path) -> results.Line:
@@ -87,7 +88,7 @@ def _differing(lines: Sequence[results.Line]) -> list[str]:
   return differing
 
 
-def _values(line: results.Line, names: Iterable[str]) -> dict[str, Any]:
+def _values(line: results.Line, names: Iterable[str]) -> JsonObject:
   """The config's values of the fields `names`, as far as it has them."""
   fields = configs.flat(line.get('config') or {})
   return {name: fields[name] for name in names if name in fields}

@@ -9,11 +9,11 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pandas as pd
 
 from sparse_lm.core.errors import UserError
+from sparse_lm.core.records import Json
 from sparse_lm.report import formats, results
 
 TIMES = ('s', 'ms', 'µs', 'tokens/s')
@@ -131,7 +131,7 @@ def summarise(
   lines: Sequence[results.Line],
   rows: Sequence[str],
   columns: Sequence[Column],
-  baseline: Mapping[str, Any] | None = None,
+  baseline: Mapping[str, Json] | None = None,
 ) -> pd.DataFrame:
   """One row for each group of labels, in order of first appearance.
 

@@ -1,7 +1,6 @@
 """What a run costs in theory, before or after it has run."""
 
 import math
-from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -23,7 +22,7 @@ def report(
   masks: Tree | None = None,
   observed: dict[str, float] | None = None,
   work: Work | None = None,
-) -> dict[str, Any]:
+) -> dict[str, float]:
   """Sizes and FLOPs of the final model and of its training, beside its dense twin's.
 
   Args:

@@ -1,7 +1,6 @@
 """Evaluation of a run, and its result: what was measured, on what, and what it costs."""
 
-from typing import Any
-
+from sparse_lm.core.records import JsonObject
 from sparse_lm.core.tree import Tree
 from sparse_lm.data.pipeline import Data
 from sparse_lm.evals import EvalData, EvalModel, Values
@@ -27,7 +26,7 @@ def result_of(
   masks: Tree,
   measured: Values,
   work: Work,
-) -> dict[str, Any]:
+) -> JsonObject:
   """The contents of result.json.
 
   Args:
@@ -53,7 +52,7 @@ def result_of(
   }
 
 
-def _cards(data: Data) -> dict[str, dict[str, Any]]:
+def _cards(data: Data) -> dict[str, JsonObject]:
   """By name of an evaluated number, what it is a number of."""
   whole = data.evaluation()
   return {

@@ -1,8 +1,8 @@
 """What a run must remember besides its state so that, once interrupted, its log goes on unchanged."""
 
 import dataclasses
-from typing import Any
 
+from sparse_lm.core.records import JsonObject
 from sparse_lm.core.tree import Tree
 from sparse_lm.train.work import Work
 
@@ -38,11 +38,11 @@ class History:
     self.loss_sum, self.loss_steps = 0.0, 0
     return mean
 
-  def numbers(self) -> dict[str, Any]:
+  def numbers(self) -> JsonObject:
     """All fields but the masks, as JSON values."""
     fields = {field: value for field, value in vars(self).items() if field != 'masks'}
     return fields | {'work': dataclasses.asdict(self.work)}
 
-  def restore(self, numbers: dict[str, Any], masks: Tree) -> None:
+  def restore(self, numbers: JsonObject, masks: Tree) -> None:
     """Sets all fields to what a checkpoint holds."""
     vars(self).update(numbers, work=Work(**numbers['work']), masks=masks)

@@ -7,7 +7,6 @@ import signal
 import threading
 import types
 from collections.abc import Iterator
-from typing import Any
 
 import grain
 import jax
@@ -16,6 +15,7 @@ from ml_collections import ConfigDict
 
 from sparse_lm.core import rng
 from sparse_lm.core.errors import Diverged
+from sparse_lm.core.records import JsonObject
 from sparse_lm.core.tree import Tree
 from sparse_lm.evals import Values
 from sparse_lm.measure import observe
@@ -35,7 +35,7 @@ from sparse_lm.train.states import TrainState
 LOST = 0.5  # fraction of the updates that rounding undoes, above which a run warns
 
 
-def train(config: ConfigDict, workdir: str, progress: bool = True) -> dict[str, Any]:
+def train(config: ConfigDict, workdir: str, progress: bool = True) -> JsonObject:
   """Trains what `config` describes, or continues it, and returns the contents of result.json.
 
   Args:
@@ -104,7 +104,7 @@ class _Loop:
     self.newest: dict[str, float] = {}  # metrics of the newest step on the host
     self.evaluated: Evaluated | None = None
 
-  def run(self) -> dict[str, Any]:
+  def run(self) -> JsonObject:
     """Trains, logs, evaluates and saves."""
     state, batches = self._start()
     first, every, name = int(state.step), self.config.train, self.folder.path.name
@@ -244,7 +244,7 @@ class _Loop:
     self.console.say(f'stopped at step {step}, saved; the same command continues', always=True)
     raise SystemExit(128 + signum)
 
-  def _finish(self, state: TrainState) -> dict[str, Any]:
+  def _finish(self, state: TrainState) -> JsonObject:
     # A run that was stopped after its last step has logged that step's evaluation already.
     found = self.evaluated or self._measure(state)
     speeds = self.folder.logged('tokens_per_second')

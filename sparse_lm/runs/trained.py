@@ -3,10 +3,10 @@
 import dataclasses
 import functools
 import pathlib
-from typing import Any
 
 import jax
 import numpy as np
+from jax.stages import Wrapped
 from ml_collections import ConfigDict
 
 from sparse_lm.core import tree
@@ -54,7 +54,7 @@ class Trained:
   work: Work
 
   @functools.cached_property
-  def _apply(self) -> Any:
+  def _apply(self) -> Wrapped:
     variables = {'params': self.params, **self.model_state}
     return jax.jit(lambda tokens: self.program.model.apply(variables, tokens, mode='eval'))
 
@@ -71,7 +71,7 @@ class Trained:
     check_tokens(tokens_BxL, self.program.model.spec)
     return self._apply(tokens_BxL)
 
-  def costs(self) -> dict[str, Any]:
+  def costs(self) -> dict[str, float]:
     """Sizes and FLOPs beside the dense twin's, gates as planned; see `runs/cost_report.py`.
 
     The fraction of gates that the validation text opens stands in the workdir's result.json.

@@ -1,6 +1,6 @@
 """Training state: what a step reads and writes, how it begins, and what must hold of it."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -149,6 +149,6 @@ def _awake(trainable: Tree, sparse: Sparse) -> Tree:
   return jax.device_get(counts)
 
 
-def collections(variables: dict[str, Any]) -> dict[str, Any]:
+def collections(variables: dict[str, Tree]) -> dict[str, Tree]:
   """The collections of `variables` that live from step to step, besides the parameters."""
   return {name: value for name, value in variables.items() if name not in ('params', *SOWN)}

@@ -145,7 +145,9 @@ class Program:
       grads, (model_state, metrics) = gradient(effective, state, state.model_state, batch, key)
       return grads, model_state, metrics
 
-    def microbatch(carry: tuple[Tree, Tree], x: tuple[Batch, Array]):
+    def microbatch(
+      carry: tuple[Tree, Tree], x: tuple[Batch, Array]
+    ) -> tuple[tuple[Tree, Tree], Metrics]:
       total, model_state = carry
       grads, (model_state, metrics) = gradient(effective, state, model_state, *x)
       return (jax.tree.map(jnp.add, total, grads), model_state), metrics

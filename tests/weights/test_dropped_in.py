@@ -1,6 +1,5 @@
 """Scores and signals, one small file each in folders beside the package, are run as its own."""
 
-import ast
 import contextlib
 
 import jax
@@ -120,14 +119,6 @@ def folder(tmp_path_factory, dropped_in):
       (own := root / package).mkdir()
       stack.enter_context(dropped_in(package, own, files))
     yield
-
-
-def test_a_score_is_no_more_than_fifteen_lines_of_code():
-  lines = {number for number, line in enumerate(FISHER.splitlines(), 1) if line.strip()}
-  for node in ast.walk(ast.parse(FISHER)):
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-      lines -= set(range(node.lineno, node.end_lineno + 1))
-  assert len(lines) <= 15
 
 
 def gradient_of(program):

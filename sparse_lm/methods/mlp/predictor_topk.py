@@ -80,7 +80,9 @@ class PredictorTopK(LayerMethod):
       with hidden_units(self, None, h_BxLxF, mode):
         return down(h_BxLxF)
 
-  def _select(self, activation, score_BxLxF, mode: str) -> tuple[jax.Array, jax.Array]:
+  def _select(
+    self, activation: LayerMethod, score_BxLxF: jax.Array, mode: str
+  ) -> tuple[jax.Array, jax.Array]:
     """The activated scores of the chosen units, zero elsewhere, and which those are."""
     if self.density == 1:
       return activation(score_BxLxF, mode), jnp.ones(score_BxLxF.shape, bool)
