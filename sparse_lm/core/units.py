@@ -85,6 +85,11 @@ class Pattern:
     """Whether a unit may have weights in several matrices."""
     return False
 
+  @property
+  def unconstrained(self) -> bool:
+    """Whether any set of a matrix's weights may be kept."""
+    return False
+
   def covers(self, path: str, shape: tuple[int, ...]) -> bool:
     """Whether the parameter has units of this pattern; what has none stays dense."""
     return True
@@ -129,8 +134,14 @@ class Pattern:
     """The density of each array of units where its leaves have those of `target`."""
     return tree.named(target)
 
-  def select(self, units: Units, densities: Mapping[str, Array]) -> Units:
-    """The units that are kept, bool."""
+  def select(self, units: Units, densities: Mapping[str, Array], like: Tree) -> Units:
+    """The units that are kept, bool.
+
+    Args:
+      units: scores.
+      densities: of each array of units.
+      like: leaves of the shapes that the units were pooled from.
+    """
 
     def choose(name: str, array: Array) -> Array:
       top, density = self.top_of(name), densities[name]
@@ -140,7 +151,7 @@ class Pattern:
 
   def masks(self, scores: Tree, target: Tree) -> Tree:
     """The weights that are kept: bool, shaped like the leaves of `scores`."""
-    chosen = self.select(self.pool(scores), self.densities(target, scores))
+    chosen = self.select(self.pool(scores), self.densities(target, scores), scores)
     return self.expand(chosen, scores)
 
   def alive(self, masks: Tree) -> Units:

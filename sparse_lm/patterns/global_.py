@@ -1,33 +1,65 @@
 """Single weights, ranked over all matrices together."""
 
 import dataclasses
+import math
+import re
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax.numpy as jnp
 
 from sparse_lm.core import tree
+from sparse_lm.core.errors import UserError
+from sparse_lm.core.groups import Group
 from sparse_lm.core.tree import Tree
-from sparse_lm.core.units import Array, Pattern, Units, mean_density
+from sparse_lm.core.units import Array, Pattern, Shapes, Units, by_slice, mean_density
+from sparse_lm.kernels.topk import topk_mask
 
 
 @dataclasses.dataclass(frozen=True)
 class Global(Pattern):
-  """One ranking over all matrices.
+  """One ranking over all matrices: 'global', 'global:raw', and either with a floor: 'global:raw:0.01'.
 
-  Scores count over the norm of their matrix's, or matrices of large weights would keep everything.
+  Attributes:
+    raw: whether scores are compared as they are. Otherwise they count over the norm of their matrix's, or
+      matrices of large weights would keep everything.
+    floor: fraction of its own weights that every matrix keeps, and one weight at least, whatever the
+      ranking says; 0 = a matrix may lose all of its weights.
   """
 
+  raw: bool = False
+  floor: float = 0.0
   spelling: ClassVar[str] = 'global'
+
+  @classmethod
+  def parse(cls, name: str, declared: tuple[Group, ...]) -> 'Global | None':
+    """The spellings above. Raises UserError for another one that begins with 'global'."""
+    kind = name.partition(':')[0]
+    if kind != cls.spelling:
+      return None
+    match = re.fullmatch(r'(:raw)?(:(?:0\.\d{1,9}|1e-\d))?', name.removeprefix(kind))
+    floor = float(match[2][1:]) if match and match[2] else 0.0
+    if match is None or (match[2] and not floor):
+      raise UserError(
+        f'config.weight.pattern {name!r}: valid: {kind} or {kind}:raw, and behind either a floor between '
+        f'0 and 1, such as {kind}:raw:0.01'
+      )
+    return cls(bool(match[1]), floor)
 
   @property
   def spans_layers(self) -> bool:
     """The weights of all layers are ranked together."""
     return True
 
+  @property
+  def unconstrained(self) -> bool:
+    """Any weights of a matrix may be kept."""
+    return True
+
   def pool(self, leaves: Tree) -> Units:
     """All scores in one array."""
     scaled = [
-      leaf.ravel() / jnp.maximum(jnp.linalg.norm(leaf.ravel()), 1e-30)
+      leaf.ravel() / (1.0 if self.raw else jnp.maximum(jnp.linalg.norm(leaf.ravel()), 1e-30))
       for leaf in tree.named(leaves).values()
     ]
     return {'all': jnp.concatenate(scaled)}
@@ -43,3 +75,38 @@ class Global(Pattern):
   def densities(self, target: Tree, like: Tree) -> dict[str, Array]:
     """The mean over all weights."""
     return {'all': mean_density(tree.named(target), tree.named(like))}
+
+  def select(self, units: Units, densities: Mapping[str, Array], like: Tree) -> Units:
+    """The largest scores of all, behind those that the floor keeps of each matrix."""
+    if self.floor:
+      first = tree.named(self.expand(units, like))
+      best = [
+        by_slice(lambda m: topk_mask(m, _at_least(m.size, self.floor)), leaf).ravel()
+        for leaf in first.values()
+      ]
+      # What is dropped already is at minus infinity, and no floor brings it back.
+      chosen = jnp.concatenate(best) & ~jnp.isneginf(units['all'])
+      units = {'all': jnp.where(chosen, jnp.inf, units['all'])}
+    return super().select(units, densities, like)
+
+  def round_to_units(self, shapes: Shapes, density: Mapping[str, float]) -> dict[str, float]:
+    """As of single weights. Raises UserError for a floor that needs more than the density leaves."""
+    found = super().round_to_units(shapes, density)
+    sizes = {path: math.prod(shape) for path, shape in shapes.items()}
+    left = round(sum(found[path] * size for path, size in sizes.items()))
+    least = sum(
+      math.prod(shape[:-2]) * _at_least(math.prod(shape[-2:]), self.floor)
+      for shape in shapes.values()
+    )
+    if self.floor and least > left:
+      raise UserError(
+        f"config.weight.pattern: the floor of {self.floor} needs {least:,} weights, and "
+        f'config.weight.sparsity leaves {left:,}; valid: a floor up to about '
+        f'{left / sum(sizes.values()):.4g}, or a lower sparsity'
+      )
+    return found
+
+
+def _at_least(size: int, floor: float) -> int:
+  """How many of the weights of a matrix a floor keeps."""
+  return max(1, round(size * floor))

@@ -16,3 +16,8 @@ class Unstructured(Pattern):
   def lookahead(self) -> int:
     """Weights are ranked one by one."""
     return 1
+
+  @property
+  def unconstrained(self) -> bool:
+    """Any weights of a matrix may be kept."""
+    return True

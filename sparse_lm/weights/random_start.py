@@ -30,7 +30,8 @@ def random_start(
   prunable = restrict_to(params, target)
   shapes = jax.eval_shape(units.pool, prunable)
   draws = {name: jax.random.uniform(path_key(key, name), u.shape) for name, u in shapes.items()}
-  masks = units.expand(units.select(draws, units.densities(target, prunable)), prunable)
+  chosen = units.select(draws, units.densities(target, prunable), prunable)
+  masks = units.expand(chosen, prunable)
   if rescale != 'none':
     params = tree.where_sparse(
       lambda w, m, d: _rescaled(w, m, d, rescale), params, masks, target, dense=lambda w: w

@@ -150,7 +150,7 @@ class ScoredMethod(PatternMethod):
     alive, units = self.units.alive(masks), self.units.pool(scores)
     # Dropped units rank last, behind every living one.
     ranked = {name: jnp.where(alive[name], array, -jnp.inf) for name, array in units.items()}
-    chosen = self.units.select(ranked, self._densities(target, scores, step))
+    chosen = self.units.select(ranked, self._densities(target, scores, step), scores)
     # The ramp of a run that is continued with more steps is stretched and may lie above the masks.
     subset = {name: chosen[name] & alive[name] for name in chosen}
     new = tree.merge(sparse.masks, self.units.expand(subset, scores))
@@ -199,7 +199,7 @@ class ScoredMethod(PatternMethod):
     params = restrict_to(trainable['params'], sparse.target)
     scores = self.scores(trainable | {'params': params}, {})
     units = self.units.pool(jax.lax.stop_gradient(scores))
-    keeps = self.units.select(units, self._densities(sparse.target, params, step))
+    keeps = self.units.select(units, self._densities(sparse.target, params, step), params)
     masks = self.units.expand(keeps, params)
     if self.apply != SOFT:
       return masks, None, scores
