@@ -14,6 +14,7 @@ from sparse_lm.runs import cost_report
 from sparse_lm.runs.build import build
 from sparse_lm.runs.setup import Setup, data_of, loaded
 from sparse_lm.train.step import Program
+from sparse_lm.weights import parts
 
 
 def matmuls(program: Program, target: Tree) -> str:
@@ -72,7 +73,8 @@ def predict(config: ConfigDict) -> tuple[Program, Tree, dict[str, float]]:
   program, target = build(config, data.tokenizer.vocab_size)
   run = Setup(config, data, program, target, **loaded(config, program, data))
   final = {path: float(density) for path, density in tree.named(run.final).items()}
-  own = cost_report.predicted(program, final) + run.meter().teacher
+  passes = 1 + parts.batches_at_start(program.method) / config.train.steps
+  own = cost_report.predicted(program, final) + run.meter().teacher * passes
   before = run.inherited.over(cost_report.tokens(config, config.train.steps))
   return program, run.final, cost_report.report(program, run.final, work=before.plus(own))
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from sparse_lm.core.errors import require, unknown
 
-RAMPS = ('cubic', 'at_once')
+CUBIC, AT_ONCE, AT_START = RAMPS = ('cubic', 'at_once', 'at_start')
 
 
 def span(start: float, end: float, total_steps: int) -> tuple[int, int]:
@@ -19,15 +19,17 @@ def span(start: float, end: float, total_steps: int) -> tuple[int, int]:
 
 
 def ramp_span(ramp: str, start: float, end: float, total_steps: int) -> tuple[int, int]:
-  """First and last step of a ramp; one that prunes at once ends where it starts."""
-  return span(start, start if ramp == 'at_once' else end, total_steps)
+  """First and last step of a ramp; one that prunes at once ends where it starts, or at step 0."""
+  if ramp == AT_START:
+    return 0, 0
+  return span(start, start if ramp == AT_ONCE else end, total_steps)
 
 
 def check(ramp: str, start: float, end: float) -> None:
   """Raises UserError for an unknown ramp, or one that ends before it starts (as fractions of the run)."""
   if ramp not in RAMPS:
     raise unknown('config.weight.schedule', ramp, RAMPS)
-  if ramp != 'at_once':
+  if ramp == CUBIC:
     require(start <= end, 'config.weight.end', end, f'config.weight.start={start} or more')
 
 

@@ -73,7 +73,7 @@ def _endless(
 ) -> Callable[[np.ndarray], np.ndarray]:
   """`[N]` ascending places in the endless order of windows to the `[N, context + 1]` windows."""
   windows = np.lib.stride_tricks.sliding_window_view(tokens, context + 1)  # [every start, L + 1]
-  stretches = -(-len(windows) // context)
+  stretches = _stretches(len(tokens), context)
 
   @functools.lru_cache(maxsize=2)  # consecutive epochs, so that a batch may straddle them
   def starts(epoch: int) -> np.ndarray:
@@ -87,6 +87,11 @@ def _endless(
     return windows[np.concatenate(parts)]
 
   return read
+
+
+def _stretches(tokens: int, context: int) -> int:
+  """Windows of an epoch over so many tokens."""
+  return -(-(tokens - context) // context)
 
 
 def eval_batches(
@@ -141,6 +146,14 @@ class Data:
   def train_iterator(self, seed: int) -> grain.DatasetIterator:
     """`mixed_iterator` over the components of the training split; without any, `train_iterator`."""
     return mixed_iterator(self._shares(), context=self.context, batch=self.batch, seed=seed)
+
+  @property
+  def whole_batches(self) -> int:
+    """Batches that training reads before it comes to any stretch of text again."""
+    shares = self._shares().values()
+    total = sum(share for _, share in shares)
+    windows = min(_stretches(len(tokens), self.context) * total / share for tokens, share in shares)
+    return int(windows) // self.batch
 
   def components(self, split: str = 'validation') -> dict[str, np.ndarray]:
     """By name, or under '' where there is but one corpus, the 1-D tokens that make up `split`.

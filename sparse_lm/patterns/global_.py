@@ -100,7 +100,7 @@ class Global(Pattern):
     )
     if self.floor and least > left:
       raise UserError(
-        f"config.weight.pattern: the floor of {self.floor} needs {least:,} weights, and "
+        f'config.weight.pattern: the floor of {self.floor} needs {least:,} weights, and '
         f'config.weight.sparsity leaves {left:,}; valid: a floor up to about '
         f'{left / sum(sizes.values()):.4g}, or a lower sparsity'
       )

@@ -100,12 +100,15 @@ def _flops(
 def predicted(program: Program, target: dict[str, float]) -> float:
   """Mean FLOPs per token of the training steps that a config describes, without a teacher's.
 
+  The batches that are read before step 0 are added to those of the steps.
+
   Args:
     target: final densities by the path of the leaf.
   """
   steps = program.optimizer.steps
   passes: dict[tuple[float, ...], float] = {}
-  total = 0.0
+  before = parts.batches_at_start(program.method)
+  total = before * program.start_flops(target) if before else 0.0
   for step in range(steps):
     at = parts.densities(program.method, target, step)
     forward = passes.setdefault(tuple(at.values()), program.costs.training_pass(at))

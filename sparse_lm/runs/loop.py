@@ -21,6 +21,7 @@ from sparse_lm.evals import Values
 from sparse_lm.measure import observe
 from sparse_lm.measure.observe import scalars
 from sparse_lm.model import lm
+from sparse_lm.runs.at_start import prune_at_start
 from sparse_lm.runs.best import Best
 from sparse_lm.runs.checkpoint import Checkpoints
 from sparse_lm.runs.console import Console, opening
@@ -113,6 +114,8 @@ class _Loop:
       for note in (*self.program.method.notes, *lm.notes(self.program.model)):
         self.console.say(note)
       self._compare_plans(first)
+      if not first:
+        state = self._prune_at_start(state)
       for done in range(first + 1, every.steps + 1):
         state = self._step(state, next(batches), done)
         last = done == every.steps
@@ -138,6 +141,14 @@ class _Loop:
     self.best.forget_after(step)
     self.folder.resume_metrics(step)
     return state if restored is None else restored, batches
+
+  def _prune_at_start(self, state: TrainState) -> TrainState:
+    """The state of step 0 with the masks that are chosen before it; what they cost is counted."""
+    state = prune_at_start(self.setup, state)
+    self.history.work = self.history.work.plus(self.meter.at_start())
+    _, self.history.masks = self.program.finalize(state)
+    self.timer.start()
+    return state
 
   def _compare_plans(self, first: int) -> None:
     """Says that schedules were stretched, where the steps so far were planned for another length."""

@@ -83,20 +83,26 @@ def setup(config: ConfigDict) -> Setup:
   data = data_of(config)
   program, target = build(config, data.tokenizer.vocab_size)
   _check_memory(program, data, target)
-  _check_signals(config.weight, program)
+  _check_signals(config.weight, program, data)
   run = Setup(config, data, program, target, **loaded(config, program, data))
   if run.parent is not None:
     _check_masks(run.parent, program, target, config)
   return run
 
 
-def _check_signals(weight: ConfigDict, program: Program) -> None:
-  """Raises UserError for a method whose signals come from calibration text."""
+def _check_signals(weight: ConfigDict, program: Program, data: Data) -> None:
+  """Raises UserError for signals of calibration text, or of more batches than there are."""
   for part, (group, fields) in groups_of_parts(weight).items():
     if signals := from_calibration(program.method.parts[part].traits.needs):
       raise UserError(
         f'{group}.name={fields.name!r} prunes trained models by their {", ".join(signals)}; valid: '
         'python -m sparse_lm.prune, or a method that trains'
+      )
+    asked = program.method.parts[part].batches_at_start or 0
+    if asked > data.whole_batches:
+      raise UserError(
+        f'{group}.batches={asked} before step 0: the training split has {data.whole_batches} batches of '
+        f'{data.batch} sequences; valid: up to {data.whole_batches}, or a smaller config.data.batch'
       )
 
 

@@ -29,11 +29,13 @@ from sparse_lm.train.optim import (
 )
 from sparse_lm.train.pass_costs import PassCosts
 from sparse_lm.train.states import TrainState
-from sparse_lm.weights import parts
-from sparse_lm.weights.collect import Gradients
+from sparse_lm.weights import collect, parts
+from sparse_lm.weights.collect import Collected, Gradients
 from sparse_lm.weights.method import Sparse, WeightMethod, apply_masks
 
 Array = jax.Array
+# Folded into the key of what is drawn before step 0; numbers of steps are smaller.
+AT_START = 2**32 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +108,16 @@ class Program:
     return self.compiled(tuple(self.method.parts), parts.spanning_steps(self.method))
 
   @functools.cached_property
+  def collect_at_start(self) -> Wrapped:
+    """The compiled `add_at_start`; its `names` are static."""
+    return jax.jit(self.add_at_start, static_argnums=5)
+
+  @functools.cached_property
+  def update_at_start(self) -> Wrapped:
+    """The compiled `transition_at_start`; the state is donated."""
+    return jax.jit(self.transition_at_start, donate_argnums=0)
+
+  @functools.cached_property
   def finalize(self) -> Wrapped:
     """`state -> (params, masks)` as evaluated, reported and exported."""
     return jax.jit(lambda s: self.method.finalize(s.evaluated, s.sparse, s.step))
@@ -124,6 +136,22 @@ class Program:
     backward = parts.backward_densities(self.method, target, step)
     weight_gradient = None if backward is None else self.costs.training_pass(backward)
     return self.costs.training_step(forward, weight_gradient)
+
+  def start_flops(self, target: dict[str, float]) -> float:
+    """FLOPs per token of a batch that is read before step 0, without a teacher's.
+
+    What is pruned then is still dense, in the forward pass and in the gradient.
+
+    Args:
+      target: final densities by path.
+    """
+    pruned = parts.at_start(self.method)
+    dense = {path: 1.0 for path in target if self.method.owner(path) in pruned}
+    forward = parts.densities(self.method, target, 0) | dense
+    backward = (parts.backward_densities(self.method, target, 0) or forward) | dense
+    return self.costs.training_step(
+      self.costs.training_pass(forward), self.costs.training_pass(backward)
+    )
 
   def _effective(
     self, state: TrainState, key: Array
@@ -221,6 +249,49 @@ class Program:
       signals=collected,
     )
     return after, metrics
+
+  def add_at_start(
+    self,
+    state: TrainState,
+    collected: dict[str, Collected],
+    tokens_BxL1: Array,
+    teacher_BxLxV: Array | None,
+    number: Array,
+    names: tuple[str, ...],
+  ) -> dict[str, Collected]:
+    """`collected` with the signals of one more batch at the weights of step 0, uncompiled.
+
+    Args:
+      number: of the batch.
+      names: parts of the weight method that read it.
+    """
+    key = jax.random.fold_in(jax.random.fold_in(state.key, AT_START), number)
+    key_mask, key_model = jax.random.split(key)
+    effective, _ = self._effective(state, key_mask)
+    batch = Batch(tokens_BxL1, teacher_BxLxV)
+    grads, _, _ = self._gradients(effective, state, batch, key_model)
+    return parts.add(collected, Gradients(effective.params, grads.params), names)
+
+  def transition_at_start(
+    self, state: TrainState, collected: dict[str, Collected]
+  ) -> tuple[TrainState, dict[str, Array]]:
+    """The update of masks before step 0, uncompiled.
+
+    Returns:
+      The state, and by the path of a parameter that has signals whether all of them are zero (bool).
+    """
+    updates = tuple(parts.at_start(self.method))
+    signals = {name: collect.means(collected[name]) for name in updates}
+    key = jax.random.fold_in(state.key, AT_START)
+    update = self.method.update_parts(
+      updates, state.trainable, state.sparse, signals, state.step, key
+    )
+    silent: dict[str, Array] = {}
+    for found in (found for needs in signals.values() for found in needs.values()):
+      for path, values in tree.named(found).items():
+        silent[path] = silent.get(path, True) & ~jnp.any(values != 0)
+    ema = states.first_average(self.optimizer, update.trainable)
+    return state.replace(trainable=update.trainable, sparse=update.sparse, ema=ema), silent
 
   def _average(
     self, ema: Tree, trainable: Tree, sparse: Sparse, toggled: Tree, frozen: Tree

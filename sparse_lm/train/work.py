@@ -4,6 +4,7 @@ from them."""
 import dataclasses
 
 from sparse_lm.train.step import Program
+from sparse_lm.weights import parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,13 @@ class Meter:
   tokens: int
   teacher: float
   target: dict[str, float]
+
+  def at_start(self) -> float:
+    """FLOPs of the batches that are read before step 0."""
+    batches = parts.batches_at_start(self.program.method)
+    if not batches:
+      return 0.0
+    return batches * self.tokens * (self.program.start_flops(self.target) + self.teacher)
 
   def step(self, step: int, forward: float) -> float:
     """FLOPs of optimizer step `step`, whose forward pass took `forward` FLOPs per token."""

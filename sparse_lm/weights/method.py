@@ -203,6 +203,15 @@ class WeightMethod:
     """
     return trainable | {'params': apply_masks(trainable['params'], sparse.masks)}
 
+  @property
+  def batches_at_start(self) -> int | None:
+    """Batches of training text before step 0, after which `update` runs once, with step 0.
+
+    Its signals are means over these batches at the weights of step 0, which they leave as they are. 0
+    means that it runs without signals, and `None` that no update runs before step 0.
+    """
+    return None
+
   def due(self, step: int) -> bool:
     """Whether `update` runs in this step (on the host)."""
     return False

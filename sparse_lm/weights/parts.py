@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from sparse_lm.core import tree
 from sparse_lm.core.tree import Tree
+from sparse_lm.signals import from_training
 from sparse_lm.weights import collect
 from sparse_lm.weights.collect import Collected, Gradients
 from sparse_lm.weights.method import WeightMethod
@@ -16,6 +17,17 @@ from sparse_lm.weights.method import WeightMethod
 def due(method: WeightMethod, step: int) -> tuple[str, ...]:
   """The parts whose masks are updated in a step."""
   return tuple(name for name, part in method.parts.items() if part.due(step))
+
+
+def at_start(method: WeightMethod) -> dict[str, int]:
+  """The parts whose masks are updated before step 0, and the batches that each reads signals of."""
+  found = {name: part.batches_at_start for name, part in method.parts.items()}
+  return {name: batches for name, batches in found.items() if batches is not None}
+
+
+def batches_at_start(method: WeightMethod) -> int:
+  """Batches of training text that are read before step 0: the most that a part asks for."""
+  return max(at_start(method).values(), default=0)
 
 
 def own(method: WeightMethod, name: str, leaves: Tree) -> Tree:
@@ -76,6 +88,16 @@ def start_collecting(method: WeightMethod, params: Tree, target: Tree) -> dict[s
       collect.spanning_steps(method.parts[name]), params, own(method, name, target)
     )
     for name in spanning_steps(method)
+  }
+
+
+def collect_at_start(method: WeightMethod, params: Tree, target: Tree) -> dict[str, Collected]:
+  """Nothing collected yet of the signals that parts need before step 0."""
+  return {
+    name: collect.start(
+      from_training(method.parts[name].traits.needs), params, own(method, name, target)
+    )
+    for name in at_start(method)
   }
 
 

@@ -1,4 +1,4 @@
-"""Random masks at step 0, and the rescaling that keeps a masked layer's output variance."""
+"""Masks at random, or in a random order, and the rescaling that keeps a masked layer's output variance."""
 
 import zlib
 
@@ -37,6 +37,17 @@ def random_start(
       lambda w, m, d: _rescaled(w, m, d, rescale), params, masks, target, dense=lambda w: w
     )
   return {'params': apply_masks(params, masks), 'learned': {}}, Sparse(masks, target)
+
+
+def shuffled(key: Array, masks: Tree) -> Tree:
+  """Masks (bool) that keep as many weights of each trailing matrix as `masks` do, at random places."""
+
+  def mix(path: str, mask: Array) -> Array:
+    flat = mask.reshape(*mask.shape[:-2], -1)
+    mixed = jax.random.permutation(path_key(key, path), flat, axis=-1, independent=True)
+    return mixed.reshape(mask.shape)
+
+  return tree.map_named(mix, masks)
 
 
 def check(rescale: str) -> None:

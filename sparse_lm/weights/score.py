@@ -17,7 +17,7 @@ from sparse_lm.core.estimator import straight_through, with_gradient_of
 from sparse_lm.core.ranges import ranged
 from sparse_lm.core.tree import Tree
 from sparse_lm.core.units import Units, by_slice
-from sparse_lm.signals import from_calibration
+from sparse_lm.signals import from_calibration, from_training
 from sparse_lm.weights.method import (
   Array,
   MaskUpdate,
@@ -29,6 +29,7 @@ from sparse_lm.weights.method import (
   full_masks,
   restrict_to,
 )
+from sparse_lm.weights.random_start import shuffled
 
 MASKED, STRAIGHT_THROUGH, SOFT = APPLIES = ('masked', 'straight_through', 'soft')
 
@@ -42,8 +43,12 @@ class ScoredMethod(PatternMethod):
 
   Attributes:
     schedule: 'cubic', a ramp from dense at `start` to the target at `end` (Zhu and Gupta 2017, equation
-      1); or 'at_once', the target from `start` on, without a ramp: then `end` is not read.
+      1); 'at_once', the target from `start` on, without a ramp: then `end` is not read; or 'at_start',
+      the target before the first step, and the same masks to the end: then neither is read.
     start, end: fractions of the run.
+    batches: of training text, over which 'at_start' takes the mean of each signal that the scores need.
+    shuffle: whether the masks that 'at_start' chooses are then shuffled within each matrix, which leaves
+      nothing of the scores but how many weights each matrix keeps: a control.
     period: steps between two updates of stored masks along the ramp. Masks that are not stored are
       chosen in every step.
     apply: what becomes of a dropped weight, and of its gradient.
@@ -59,6 +64,8 @@ class ScoredMethod(PatternMethod):
   schedule: str = 'cubic'
   start: float = ranged(0.25, '[0, 1]')
   end: float = ranged(0.75, '[0, 1]')
+  batches: int = ranged(1, '[1, 2^31)')
+  shuffle: bool = False
   period: int = ranged(100, '[1, 2^31)')
   apply: str = MASKED
 
@@ -87,7 +94,25 @@ class ScoredMethod(PatternMethod):
     schedule.check(self.schedule, self.start, self.end)
     if self.apply not in APPLIES:
       raise unknown('config.weight.apply', self.apply, APPLIES)
+    require(
+      self.schedule != schedule.AT_START or self._stored,
+      'config.weight.schedule',
+      self.schedule,
+      f'{schedule.CUBIC} or {schedule.AT_ONCE}: masks that are not stored are chosen in every step',
+    )
     needs, units = self.traits.needs, self.units
+    require(
+      not self.shuffle or self.schedule == schedule.AT_START,
+      'config.weight.shuffle',
+      self.shuffle,
+      f'False, or True with config.weight.schedule={schedule.AT_START}',
+    )
+    require(
+      not self.shuffle or units.unconstrained,
+      'config.weight.pattern',
+      self.pattern,
+      'a pattern in which any weights of a matrix may be kept, where config.weight.shuffle=True',
+    )
     require(
       not needs or self.apply == MASKED,
       'config.weight.apply',
@@ -127,9 +152,17 @@ class ScoredMethod(PatternMethod):
       )
     return seen, densities(masks)
 
+  @property
+  def batches_at_start(self) -> int | None:
+    """`batches` where the schedule is 'at_start' and the scores need signals."""
+    if self.schedule != schedule.AT_START:
+      return None
+    return self.batches if from_training(self.traits.needs) else 0
+
   def due(self, step: int) -> bool:
     """Every `period` steps along the ramp, and at its end, where masks are stored."""
-    return self._stored and schedule.due(step, *self._span, self.period)
+    ramps = self._stored and self.schedule != schedule.AT_START
+    return ramps and schedule.due(step, *self._span, self.period)
 
   def update(
     self, trainable: Tree, sparse: Sparse, signals: dict[str, Tree], step: Array, key: Array
@@ -153,13 +186,15 @@ class ScoredMethod(PatternMethod):
     chosen = self.units.select(ranked, self._densities(target, scores, step), scores)
     # The ramp of a run that is continued with more steps is stretched and may lie above the masks.
     subset = {name: chosen[name] & alive[name] for name in chosen}
-    new = tree.merge(sparse.masks, self.units.expand(subset, scores))
-    return exchange_masks(trainable, sparse, new)
+    new = self.units.expand(subset, scores)
+    if self.shuffle:
+      new = shuffled(key, new)
+    return exchange_masks(trainable, sparse, tree.merge(sparse.masks, new))
 
   def density(self, target: float, step: int) -> float:
     """The ramp, as updates follow it where masks are stored."""
     first, last = self._span
-    if self._stored:
+    if self._stored and self.schedule != schedule.AT_START:
       if step <= first:
         return 1.0
       step = last if step > last else first + (step - 1 - first) // self.period * self.period

@@ -245,7 +245,9 @@ def test_global_ties_go_to_the_earlier_leaf_and_zeros_come_last():
 @settings(deadline=None, max_examples=40)
 def test_a_raw_ranking_with_a_floor_keeps_the_best_of_every_matrix_first(seed, share):
   draw = np.random.default_rng(seed)
-  scores = {path: draw.permutation(math.prod(s)).reshape(s).astype('f') for path, s in LEAVES.items()}
+  scores = {
+    path: draw.permutation(math.prod(s)).reshape(s).astype('f') for path, s in LEAVES.items()
+  }
   scores['a'] *= 100  # without a floor it would keep everything
   target = dict.fromkeys(LEAVES, share)
   got = jax.device_get(floor_masks(scores, floats(target)))
@@ -269,7 +271,9 @@ def test_a_floor_brings_nothing_back_that_was_dropped():
 def test_a_floor_that_needs_more_than_the_sparsity_leaves_is_one_line():
   shapes = {'a': (10, 10), 'b': (2, 10, 10)}
   assert pattern('global:0.2').round_to_units(shapes, dict.fromkeys(shapes, 0.2))
-  with pytest.raises(UserError, match=r'^config\.weight\.pattern.*0\.2 needs 60 .* leaves 30; valid'):
+  with pytest.raises(
+    UserError, match=r'^config\.weight\.pattern.*0\.2 needs 60 .* leaves 30; valid'
+  ):
     pattern('global:0.2').round_to_units(shapes, dict.fromkeys(shapes, 0.1))
 
 

@@ -1,0 +1,19 @@
+"""SNIP on the tiny model: pruned before the first step, by the gradient of four batches.
+
+Command:  python -m sparse_lm.train --config=configs/snip.py --workdir=results/snip
+Time:     35 s on 2 CPU cores, compilation included.
+Expected: validation loss 1.9 nats per byte.
+Paper:    Lee et al. 2019.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import tiny
+
+
+def get_config() -> ConfigDict:
+  """90 % of the weights outside embedding and head dropped."""
+  config = tiny.get_config()
+  config.weight.update({'name': 'snip', 'sparsity': 0.9})
+  config.model.init = 'gpt2'  # a head that starts at zero would leave all else without a gradient
+  return config
