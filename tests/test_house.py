@@ -35,8 +35,8 @@ PACKAGES = (
 # Names that are English words or NumPy's: these are sought as whole strings, in quotes, and behind
 # `name=`; all others anywhere in a string.
 WORDS = (
-  'block', 'channels', 'column', 'dense', 'energy', 'full', 'gated', 'gather', 'global', 'grads', 'head',
-  'layer', 'loss', 'neuron', 'none', 'plain', 'residual', 'row', 'set', 'speed', 'static',
+  'block', 'channels', 'column', 'dense', 'energy', 'floor', 'full', 'gated', 'gather', 'global', 'grads',
+  'head', 'layer', 'loss', 'neuron', 'none', 'plain', 'residual', 'row', 'set', 'speed', 'static',
 )  # fmt: skip
 
 # What a word means where it stands, if not the method, pattern, signal or format of that name.
@@ -60,6 +60,7 @@ MEANS_SOMETHING_ELSE = {
   'sparse_lm/methods/mlp/gated.py': {'neuron': UNIT},
   'sparse_lm/methods/mlp/predictor_topk.py': {'neuron': UNIT},
   'sparse_lm/methods/weight/rigl.py': {'grads': SIGNAL},
+  'sparse_lm/methods/weight/snip.py': {'grads': SIGNAL},
   'sparse_lm/methods/weight/sparsegpt.py': {'xtx': SIGNAL},
   'sparse_lm/methods/weight/wanda.py': {'x_sq': SIGNAL},
   'sparse_lm/model/slots.py': {'dense': KEY},

@@ -1,4 +1,4 @@
-"""Masks at random, or in a random order, and the rescaling that keeps a masked layer's output variance."""
+"""Masks at random or in a random order, and the rescaling that keeps a masked layer's output variance."""
 
 import zlib
 
