@@ -88,6 +88,10 @@ PAIRS = {
     'mlp': method_of('l0', open=0.5, price=2.0, learned_rate=3.0),
     'attention': method_of('set', pattern='per_output', period=6),
   },
+  'Top-KAST, AC/DC': {
+    'mlp': method_of('top_kast', period=4),
+    'attention': method_of('ac_dc'),
+  },
   'none, magnitude': {
     'mlp': method_of('none'),
     'attention': method_of('magnitude', start=0.0, end=0.5, period=4),
@@ -182,6 +186,23 @@ def test_only_the_leaves_of_a_rule_that_replaces_the_step_rest():
   # Alone in a model, a rule does what its method does: the whole optimizer rests.
   alone = Rules(40, both.rules[1:])
   assert rests(alone, 'attention') == set(SHAPES) and rests(alone) == set()
+
+
+def test_each_rule_freezes_weights_of_its_own():
+  methods = PAIRS['Top-KAST, AC/DC']
+  both = rules_of(methods)
+  trainable, sparse = both.init(KEY, draw(0), target_of(methods, OWNED))
+  alone = methods['mlp'].init(KEY, draw(0), target_of(methods, {'mlp'}))
+  frozen = both.frozen(sparse)
+  close(frozen, methods['mlp'].frozen(alone[1]), OWNED['mlp'])
+  assert {path: None if held is None else int(held.sum()) for path, held in frozen.items()} == {
+    'up': 48, 'down': 48, 'query': None, 'scale': None
+  }  # fmt: skip
+  paid = both.penalty(trainable, sparse, None)
+  assert float(paid) == float(methods['mlp'].penalty(*alone, None)) > 0
+  target = {path: DENSITY[path] for path in DENSITY}
+  assert parts.backward_densities(both, target, 0) == {'up': 0.75, 'down': 0.75, 'query': 1.0}
+  assert parts.backward_densities(both, target, 5)['query'] == 0.25
 
 
 def test_penalty_rates_and_costs_are_each_rules_own():
