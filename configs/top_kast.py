@@ -1,8 +1,9 @@
 """Top-KAST on the tiny model.
 
 Command:  python -m sparse_lm.train --config=configs/top_kast.py --workdir=results/top_kast
-Time:     XX s on 2 CPU cores, compilation included.
-Expected: validation loss X nats per byte (the dense tiny model: 1.893).
+Time:     49 s on one CPU core, compilation included.
+Expected: validation loss 2.038 nats per byte (the dense tiny model: 1.893); 2.037 without a penalty and
+          2.354 with the default of 1e-4, whose sum over all matrices is large here.
 Paper:    Jayakumar et al. 2020.
 """
 
@@ -14,5 +15,5 @@ from configs import tiny
 def get_config() -> ConfigDict:
   """90 % of the weights outside embedding and head dropped; 55 % get a gradient."""
   config = tiny.get_config()
-  config.weight.update({'name': 'top_kast', 'sparsity': 0.9, 'period': 25})
+  config.weight.update({'name': 'top_kast', 'sparsity': 0.9, 'period': 25, 'penalty_weight': 1e-5})
   return config
