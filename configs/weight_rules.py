@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
   config.weight.rules.mlp = {'name': 'magnitude', 'pattern': '2:4', 'sparsity': 0.5, 'period': 10}
   config.weight.rules.attention = {
     'name': 'rigl',
-    'pattern': 'block:8',
+    'pattern': 'block:16',
     'sparsity': 0.75,
     'period': 25,
   }

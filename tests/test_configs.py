@@ -38,6 +38,11 @@ def shrunk(name, text_file):
   sizes = {field: min(full[field], most) for field, most in LARGEST.items()}
   if all(full[f'{slot}.layers'] == ':' for slot in slots.LAYER_SLOTS):
     sizes['model.layers'] = 1
+  # A matrix has several tiles of every pattern of blocks.
+  patterns = [str(value) for field, value in full.items() if field.endswith('.pattern')]
+  side = max((int(p.removeprefix('block:')) for p in patterns if p.startswith('block:')), default=0)
+  for field in ('model.width', 'model.hidden'):
+    sizes[field] = max(sizes[field], min(full[field], 2 * side))
   sizes['model.kv_heads'] = max(1, full['model.kv_heads'] * 2 // full['model.heads'])
   sizes['train.accumulation'] = min(full['train.accumulation'], 2)
   # The head is most of so small a model, and no gate skips it.

@@ -20,7 +20,12 @@ from sparse_lm.model import lm, slots
 from sparse_lm.model.plans import plan_of
 
 VOCAB, CONTEXT, BATCH = 11, 16, 3
-GATES = {'depth': ('token_gate', 'layer_gate'), 'attention': ('head_gate',)}
+GATES = [
+  (slot, name)
+  for slot in lm.LAYER_SLOTS
+  for name in slots.names(slot)
+  if 'estimator' in slots.defaults(slot, name)
+]
 # Every method, one of each slot at a time.
 EVERY = [
   {f'{slot}.name': name for slot, name in zip(lm.LAYER_SLOTS, methods) if name}
@@ -131,13 +136,12 @@ def test_decode_mode_is_evaluation_without_dropped_tokens(tiny_config):
     assert np.allclose(*logits, rtol=1e-4, atol=1e-5) == same
 
 
-@pytest.mark.parametrize('slot', GATES)
-def test_random_gates_do_not_decode(slot, tiny_config):
-  for name in GATES[slot]:
-    fields = {f'{slot}.name': name, f'{slot}.estimator': 'random'}
-    model = lm.from_config(tiny_config(**fields), vocab=VOCAB)
-    with pytest.raises(UserError, match=f'config.{slot}.name={name!r}.*cannot decode'):
-      Decoder(model, {})
+@pytest.mark.parametrize(('slot', 'name'), GATES)
+def test_random_gates_do_not_decode(slot, name, tiny_config):
+  fields = {f'{slot}.name': name, f'{slot}.estimator': 'random'}
+  model = lm.from_config(tiny_config(**fields), vocab=VOCAB)
+  with pytest.raises(UserError, match=f'config.{slot}.name={name!r}.*cannot decode'):
+    Decoder(model, {})
 
 
 def held(cache, batch=BATCH):
