@@ -7,6 +7,9 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
+# Branches of conditionals that are compiled beside each other at most: each takes some 20 ms.
+UNROLLED = 64
+
 
 def grouped_matmul(x_NxPxI: Array, kernel_ExIxF: Array, group_N: Array | None = None) -> Array:
   """Each block of rows times the matrix of its group: `[N, P, F]`.
@@ -63,6 +66,7 @@ def one_by_one(
   shape = jax.eval_shape(branches[0], x_NxPxI[0])
   branches += [lambda x_PxI: jnp.zeros(shape.shape, shape.dtype)]
   run = lambda block: jax.lax.switch(block[0], branches, block[1])  # noqa: E731
-  if x_NxPxI.shape[1] == 1:  # of one token, few: a loop would cost more than what it repeats
+  if x_NxPxI.shape[1] == 1 and len(x_NxPxI) * groups <= UNROLLED:
+    # Of one token, few: a loop would cost more than what it repeats.
     return jnp.stack([run(block) for block in zip(group_N, x_NxPxI)])
   return jax.lax.map(run, (group_N, x_NxPxI))

@@ -52,6 +52,14 @@ def test_groups_one_after_the_other_give_the_same(rows):
     assert_allclose(one_by_one(of_group, E, blocks, groups), want, rtol=1e-4, atol=1e-5)
 
 
+def test_many_blocks_of_many_groups_are_a_loop_whose_branches_are_compiled_once():
+  x, kernel, group = drawn(4, 1, blocks=100)
+  traced = jax.make_jaxpr(grouped_matmul)(x, kernel, group).jaxpr
+  assert [str(traced).count(f'{name}[') for name in ('cond', 'scan')] == [1, 1]
+  assert executed.count(traced).flops == 2 * 100 * I * F
+  assert_allclose(run(x, kernel, group), by_loop(x, kernel, group), rtol=1e-4, atol=1e-5)
+
+
 def test_a_block_gets_the_part_of_its_group_and_zeros_where_it_has_none():
   _, kernel, _ = drawn(2)
   found = of_blocks(kernel, np.array([2, E, 0]))
