@@ -1,7 +1,7 @@
 """What a user adds is one file: score, signal, router, pattern, format, evaluation, study; each runs.
 
-Routers and attention methods are compared with NumPy in tests/methods/test_routers_of_a_user.py and
-tests/methods/test_attention_of_a_user.py.
+Attention methods are compared with NumPy in tests/methods/test_attention_of_a_user.py, and routers in the
+tests of the methods themselves.
 """
 
 import ast

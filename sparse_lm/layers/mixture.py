@@ -1,4 +1,4 @@
-"""A mixture of experts around its router: what methods that differ in the router alone share."""
+"""Mixtures of experts around their routers: what methods that differ in the router alone share."""
 
 from collections.abc import Callable
 from typing import ClassVar
@@ -11,6 +11,7 @@ from sparse_lm.core.errors import unknown
 from sparse_lm.core.ranges import ranged
 from sparse_lm.layers import dispatch, routing
 from sparse_lm.layers.experts import Experts
+from sparse_lm.layers.feed_forward import FeedForward
 from sparse_lm.layers.method import LayerMethod
 from sparse_lm.layers.routing import Routing
 from sparse_lm.layers.sow import sow
@@ -41,6 +42,16 @@ class MixtureOfExperts(LayerMethod):
     if self.executor not in dispatch.EXECUTORS:
       raise unknown('config.mlp.executor', self.executor, dispatch.EXECUTORS)
 
+  @property
+  def count(self) -> int:
+    """How many experts the router chooses among."""
+    return self.experts
+
+  @property
+  def units(self) -> int:
+    """Hidden units of one of them."""
+    return self.hidden or self.spec.hidden
+
   def route(self, x_TxD: jax.Array, mode: str) -> Routing:
     """The router: which experts T tokens visit. It may sow losses, and keep variables of its own."""
     raise NotImplementedError(type(self).__name__)
@@ -52,7 +63,7 @@ class MixtureOfExperts(LayerMethod):
     first, second = (l, b) if self.by_position else (b, l)
     x_TxD = (x_BxLxD.swapaxes(0, 1) if self.by_position else x_BxLxD).reshape(b * l, d)
     routed = self.route(x_TxD, mode)
-    plan = dispatch.plan(routed.expert_TxJ, self.experts, routed.capacity)
+    plan = dispatch.plan(routed.expert_TxJ, self.count, routed.capacity)
     routing.observe(self, routed, plan)
     visits_T = jnp.sum(plan.served_TxJ, axis=-1, dtype=jnp.float32)
     active = (visits_T / routed.visits).reshape(first, second)
@@ -64,10 +75,9 @@ class MixtureOfExperts(LayerMethod):
   def _run(
     self, x_TxD: jax.Array, routed: Routing, plan: dispatch.Plan, mode: str, few: bool
   ) -> jax.Array:
-    hidden = self.hidden or self.spec.hidden
-    experts = Experts(self.spec, self.activation, self.experts, hidden, name='experts')
+    experts = Experts(self.spec, self.activation, self.count, self.units, name='experts')
     visits = x_TxD.shape[0] * routed.visits
-    if few and routed.expert_TxJ.size <= self.experts:
+    if few and routed.expert_TxJ.size <= self.count:
       run = lambda x_NxPxD, expert_N: experts(x_NxPxD, expert_N, visits, mode)  # noqa: E731
       return dispatch.run_choices(run, x_TxD, routed.expert_TxJ, routed.weight_TxJ)
     expert_N = plan.expert_N if routed.capacity is None else None
@@ -75,3 +85,27 @@ class MixtureOfExperts(LayerMethod):
     with record.gated(self.path, self.traits.gating):
       y_NxPxD = experts(x_NxPxD, expert_N, visits, mode)
     return dispatch.combine(y_NxPxD, plan, routed.weight_TxJ, self.executor)
+
+
+class SharedMixture(MixtureOfExperts):
+  """A mixture beside experts that every token visits, whose output is added unweighted.
+
+  The shared experts are one MLP of as many units as they have together: the sum of MLPs is that of their
+  units. They run for every token, so no gate is charged for them.
+
+  Attributes:
+    shared: how many shared experts there are, each as large as a routed one; 0 = none.
+  """
+
+  shared: int = ranged(0, '[0, 2^16]')
+
+  @nn.compact
+  def __call__(self, x_BxLxD: jax.Array, mode: str) -> jax.Array:
+    """`[B, L, D]` to `[B, L, D]`."""
+    routed_BxLxD = super().__call__(x_BxLxD, mode)
+    if not self.shared:
+      return routed_BxLxD
+    hidden = self.shared * self.units
+    return routed_BxLxD + FeedForward(self.spec, self.activation, hidden, name='shared')(
+      x_BxLxD, mode
+    )

@@ -32,13 +32,17 @@ def observe(module: nn.Module, routing: Routing, plan: Plan) -> None:
   """Sows what became of a routing as `stats` of the module.
 
   `load` is the share of all choices by expert, `[E]`; `max_violation` the largest load over the mean,
-  less 1; `entropy` that of a token's probabilities in nats; `drop_rate` and `dead_experts` are fractions.
+  less 1, and 0 where no token asked for any expert: such a layer is `closed`, which is 1 then and else 0.
+  `entropy` is that of a token's probabilities in nats; `drop_rate` and `dead_experts` are fractions.
   """
-  share_E = plan.load_E / jnp.maximum(jnp.sum(plan.load_E), 1)
+  asked = jnp.sum(plan.load_E)
+  share_E = plan.load_E / jnp.maximum(asked, 1)
   probability_TxE = routing.probability_TxE
   entropy = -jnp.sum(probability_TxE * jnp.log(jnp.maximum(probability_TxE, 1e-20)), axis=-1)
   sow(module, 'stats', 'load', share_E)
-  sow(module, 'stats', 'max_violation', jnp.max(share_E) * plan.load_E.size - 1)
+  violation = jnp.max(share_E) * plan.load_E.size - 1
+  sow(module, 'stats', 'max_violation', jnp.where(asked > 0, violation, 0.0))
+  sow(module, 'stats', 'closed', (asked == 0).astype(jnp.float32))
   sow(module, 'stats', 'entropy', jnp.mean(entropy))
   sow(module, 'stats', 'drop_rate', plan.dropped.astype(jnp.float32))
   sow(module, 'stats', 'dead_experts', jnp.mean(plan.load_E == 0, dtype=jnp.float32))

@@ -9,11 +9,12 @@ from flax import linen as nn
 from sparse_lm.core import tree
 from sparse_lm.core.paths import Place
 from sparse_lm.core.tree import Tree
+from sparse_lm.layers.after_step import UPDATES
 from sparse_lm.layers.method import LayerMethod
 from sparse_lm.plan import record
 
 # Written anew in every forward pass, never state.
-SOWN = ('losses', 'stats', 'gates', 'policy')
+SOWN = ('losses', 'stats', 'gates', 'policy', UPDATES)
 CHUNKS = (8, 32)  # consecutive tokens that a batched or speculative decoder runs together
 
 

@@ -11,6 +11,7 @@ import optax
 from sparse_lm.core import tree
 from sparse_lm.core.estimator import ENTROPY_BONUS
 from sparse_lm.core.tree import Tree
+from sparse_lm.layers.after_step import UPDATES
 from sparse_lm.layers.sow import SOWN, activity_of
 from sparse_lm.measure.observe import GATES
 from sparse_lm.model.lm import LM
@@ -53,11 +54,30 @@ class Batch(NamedTuple):
   teacher_BxLxV: Array | None
 
 
+class Beside(NamedTuple):
+  """What a forward pass in training leaves besides its loss.
+
+  Attributes:
+    model_state: the collections after it.
+    updates: what modules sowed for when the optimizer step is done, see `layers/after_step.py`.
+    metrics: by name.
+  """
+
+  model_state: Tree
+  updates: Tree
+  metrics: Metrics
+
+
 class _Pass(NamedTuple):
   """A forward pass in training: the cross-entropy of each token, and what modules sowed."""
 
   losses_BxL: Array
   variables: Tree
+
+  def beside(self, metrics: Metrics) -> Beside:
+    """What the pass leaves, with its metrics."""
+    updates = self.variables.get(UPDATES, {})
+    return Beside(states.collections(self.variables), updates, metrics)
 
 
 def token_losses(logits_BxLxV: Array, targets_BxL: Array) -> Array:
@@ -98,7 +118,7 @@ class Objective:
     model_state: Tree,
     batch: Batch,
     key: Array,
-  ) -> tuple[Array, tuple[Tree, Metrics]]:
+  ) -> tuple[Array, Beside]:
     """The scalar to minimise.
 
     It is the mean in nats per token, with a teacher's part in it, plus what modules sowed into `losses`,
@@ -111,7 +131,7 @@ class Objective:
       key: of dropout and of the gates' draws.
 
     Returns:
-      The loss, and beside it the collections after this pass and the metrics.
+      The loss, and what the pass leaves beside it.
     """
     params, density, penalty = effective
     tokens_BxL1, teacher_BxLxV = batch
@@ -149,7 +169,7 @@ class Objective:
       divergence = self.distillation.divergence(logits, teacher_BxLxV)
       metrics['divergence'] = divergence
       nats += self.distillation.weight * (divergence - nats)
-    return nats + auxiliary, (states.collections(variables), metrics)
+    return nats + auxiliary, sampled.beside(metrics)
 
   def _charged_density(self, density: Tree, target: Tree) -> dict[str, Array]:
     """By path, the densities that are charged: those that are not learned as they are in the end."""

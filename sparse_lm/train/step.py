@@ -17,6 +17,7 @@ from jax.stages import Wrapped
 
 from sparse_lm.core import tree
 from sparse_lm.core.tree import Tree
+from sparse_lm.layers.after_step import updated
 from sparse_lm.model.lm import LM
 from sparse_lm.train import states
 from sparse_lm.train.objective import Batch, EffectiveParams, Metrics, Objective
@@ -167,26 +168,31 @@ class Program:
   def _gradients(
     self, effective: EffectiveParams, state: TrainState, batch: Batch, key: Array
   ) -> tuple[EffectiveParams, Tree, Metrics]:
-    """Gradient at the effective parameters, averaged over the microbatches."""
+    """Gradient at the effective parameters, averaged over the microbatches.
+
+    Beside it the model's collections after the step, and the metrics.
+    """
     gradient = jax.grad(self.objective.loss, has_aux=True)
     if self.accumulation == 1:
-      grads, (model_state, metrics) = gradient(effective, state, state.model_state, batch, key)
-      return grads, model_state, metrics
+      grads, beside = gradient(effective, state, state.model_state, batch, key)
+      return grads, updated(beside.model_state, beside.updates), beside.metrics
 
     def microbatch(
       carry: tuple[Tree, Tree], x: tuple[Batch, Array]
     ) -> tuple[tuple[Tree, Tree], Metrics]:
       total, model_state = carry
-      grads, (model_state, metrics) = gradient(effective, state, model_state, *x)
-      return (jax.tree.map(jnp.add, total, grads), model_state), metrics
+      grads, beside = gradient(effective, state, model_state, *x)
+      total = jax.tree.map(jnp.add, total, grads)
+      return (total, beside.model_state), (beside.updates, beside.metrics)
 
     batches = jax.tree.map(lambda a: a.reshape(self.accumulation, -1, *a.shape[1:]), batch)
     # Sums of bfloat16 gradients lose what a microbatch adds; each is rounded once, at the end.
     zeros = as_float32(jax.tree.map(jnp.zeros_like, effective))
-    (total, model_state), metrics = jax.lax.scan(
+    (total, model_state), (updates, metrics) = jax.lax.scan(
       microbatch, (zeros, state.model_state), (batches, jax.random.split(key, self.accumulation))
     )
     mean = jax.tree.map(lambda g, s: (g / self.accumulation).astype(s.dtype), total, effective)
+    model_state = updated(model_state, jax.tree.map(lambda u: jnp.sum(u, axis=0), updates))
     return mean, model_state, jax.tree.map(lambda m: jnp.mean(m, axis=0), metrics)
 
   def transition(

@@ -117,6 +117,7 @@ def observed(params, x, load, dropped):
     'entropy': -(p * np.log(p)).sum(-1).mean(),
     'drop_rate': dropped / load.sum(),
     'dead_experts': (load == 0).mean(),
+    'closed': float(load.sum() == 0),
   }
 
 
