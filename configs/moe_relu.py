@@ -1,0 +1,19 @@
+"""Eight experts, of which a token visits those that its router leaves above zero, on the tiny model.
+
+Command:  python -m sparse_lm.train --config=configs/moe_relu.py --workdir=results/moe_relu
+Time:     60 s on 2 CPU cores, compilation included.
+Expected: validation loss 1.813 nats per byte at 1.012 of the forward FLOPs
+          of the dense twin (the tiny model: 1.893).
+Paper:    ReMoE (Wang et al. 2024).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import tiny
+
+
+def get_config() -> ConfigDict:
+  """Two experts of 256 units a token on average, the compute of the dense MLP."""
+  config = tiny.get_config()
+  config.mlp.update({'name': 'moe_relu', 'experts': 8, 'k': 2, 'hidden': 256})
+  return config
