@@ -83,6 +83,7 @@ ROWS = (
   ('weights left', 'kept_weights', '.2%', 1),
   ('weights (MB)', 'weights_bytes', '.2f', 1e-6),
   ('read per token (MB)', 'read_bytes', '.2f', 1e-6),
+  ('cache read per token (MB)', 'cache_bytes', '.2f', 1e-6),
   ('of the bandwidth', 'bandwidth', '.0%', 1),
   ('peak memory (MB)', 'peak_memory', '.1f', 1e-6),
 )

@@ -40,7 +40,8 @@ class Speed(Evaluation):
       By name `decode_ms` (of a token of every sequence), `prefill_tokens_per_second`, `peak_memory`
       (bytes), `weights_bytes`, `kept_weights` (share of the kernels' weights that packing left: units
       that masks disconnect are removed), `read_bytes` (of weights that a token reads, gates as measured
-      on the text; of batch 1 only), `bandwidth` (of them, over the machine's measured one), the same
+      on the text; of batch 1 only), `cache_bytes` (of keys, values and what else is kept of its sequence
+      that a token reads), `bandwidth` (of the weights, over the machine's measured one), the same
       with `dense_` before it, and `decode_speedup`, `prefill_speedup` with `_low` and `_high`, their
       quartiles over the turns.
 
@@ -96,10 +97,12 @@ def _decoding(
 ) -> Values:
   """Numbers of decoding: `step` is in seconds a token, `bandwidth` in bytes a second."""
   # Side by side, sequences share what they read.
-  read = read_bytes(packed, work.tokens_BxL) if work.batch == 1 else None
+  found = read_bytes(packed, work.tokens_BxL)
+  read = found.weights if work.batch == 1 else None
   return {
     'decode_ms': 1e3 * step,
     'peak_memory': call.peak_memory,
     'read_bytes': read,
+    'cache_bytes': found.cache,
     'bandwidth': None if read is None else read / step / bandwidth,
   }

@@ -1,6 +1,9 @@
-"""How many bytes of its weights a packed model reads for each token."""
+"""How many bytes a packed model reads for each token: of its weights, and of what its layers keep."""
 
+import dataclasses
 import math
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -17,8 +20,21 @@ from sparse_lm.plan.cost import Gate
 from sparse_lm.plan.plan import ModelPlan
 
 
-def read_bytes(packed: PackedModel, tokens_BxL: np.ndarray) -> int:
-  """Bytes of weights that a token of a batch of one reads, gates as they are on the text.
+class ReadBytes(NamedTuple):
+  """Bytes that a token reads.
+
+  Attributes:
+    weights: of a batch of one: sequences side by side share what they read.
+    cache: keys, values and what else layers keep of the token's own sequence. A program reads as much of
+      a cache with room for the context however few tokens are in it.
+  """
+
+  weights: int
+  cache: int
+
+
+def read_bytes(packed: PackedModel, tokens_BxL: np.ndarray) -> ReadBytes:
+  """What decoding a token reads, gates as they are on the text.
 
   Args:
     packed: the model.
@@ -27,8 +43,20 @@ def read_bytes(packed: PackedModel, tokens_BxL: np.ndarray) -> int:
   model, plan = packed.model, plan_of(packed.model)
   run = jax.jit(lambda v, t: model.apply(v, t, mode='eval', mutable=['gates'])[1])
   active = activity_of(run(packed.variables, tokens_BxL))
+  weights = _weights(packed, plan, tokens_BxL.shape[1], active)
+  reads = {
+    path: dataclasses.replace(read, gates=tuple(gate for gate in read.gates if gate.skips))
+    for path, read in plans.reads(model, packed.variables).items()
+  }
+  cached = cost.read_bytes(reads, cost.fractions(reads, active))
+  return ReadBytes(weights, round(float(cached)))
+
+
+def _weights(
+  packed: PackedModel, plan: ModelPlan, length: int, active: Mapping[str, jax.Array]
+) -> int:
   read = cost.read_shares(
-    plans.ledger(model, tokens_BxL.shape[1]),
+    plans.ledger(packed.model, length),
     {path: math.prod(leaf.shape) for path, leaf in plan.shapes.items()},
     active,
     lambda gate: gate.skips and _gathers(gate, packed, plan),

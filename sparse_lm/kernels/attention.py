@@ -18,8 +18,8 @@ Select = Callable[[Array, Array], Array]
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=('k', 'v', 'positions', 'valid'),
-  meta_fields=('whole',),
+  data_fields=('k', 'v', 'positions', 'valid', 'means'),
+  meta_fields=('whole', 'cached'),
 )
 @dataclasses.dataclass(frozen=True)
 class KeyValues(Placed):
@@ -31,6 +31,8 @@ class KeyValues(Placed):
     positions: int32 `[B, S]`, the place of each key's token in its sequence, in any order.
     valid: bool `[B, S]`, whether the key may be read.
     whole: whether all keys of each sequence are known to be there, in order; see `kernels/placed.py`.
+    means: float32 `[B, N, G, K]`, the mean of each block of keys, where a cache keeps them; see `blocks`.
+    cached: whether these are a cache's, so that what is read of them is counted.
   """
 
   k: Array
@@ -38,6 +40,8 @@ class KeyValues(Placed):
   positions: Array
   valid: Array
   whole: bool = False
+  means: Array | None = None
+  cached: bool = False
 
 
 @struct.dataclass
@@ -146,7 +150,7 @@ def attention(
   k_BxGxSxK, v_BxGxSxK = (a.transpose(0, 2, 1, 3) for a in (keys.k, keys.v))
 
   def weights_of(scores: Array) -> Array:
-    weights = _weights(scores, reads, select)
+    weights = softmax(scores, reads, select)
     return weights if on_weights is None else on_weights(weights)
 
   if l == 1 or l < keys.k.shape[1]:  # keys that a cache holds
@@ -212,7 +216,7 @@ def _or_own(reads: Array, age: Array) -> Array:
   return reads | ((age == 0) & ~jnp.any(reads, axis=-1, keepdims=True))
 
 
-def _weights(scores: Array, reads: Array, select: Select | None) -> Array:
+def softmax(scores: Array, reads: Array, select: Select | None = None) -> Array:
   """Softmax over the keys that are read, and that `select` leaves; in float32, given as scores were."""
   exact = scores.astype(jnp.float32)
   reads = reads if select is None else select(exact, reads)

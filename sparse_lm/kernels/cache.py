@@ -53,6 +53,23 @@ class Layout:
 KEYS, VALUES = Layout(axis=2), Layout(axis=1)
 
 
+def all_means(cached_MxKxS: Array, size: int, blocks: int) -> Array:
+  """The mean of each block of so many keys that are cached, float32 `[B * G, N, K]`."""
+  m, width, _ = cached_MxKxS.shape
+  k_MxKxNxS = cached_MxKxS[..., : blocks * size].reshape(m, width, blocks, size)
+  return jnp.mean(k_MxKxNxS, axis=-1, dtype=jnp.float32).swapaxes(1, 2)
+
+
+def one_mean(cached_MxKxS: Array, size: int, block_B: Array) -> Array:
+  """The mean of one block of each sequence, float32 `[B * G, 1, K]`: only its keys are read."""
+  (m, width, _), b = cached_MxKxS.shape, len(block_B)
+  apart = cached_MxKxS.reshape(b, m // b, width, -1)
+  each = jax.vmap(
+    lambda keys, block: jax.lax.dynamic_slice_in_dim(keys, block * size, size, axis=-1)
+  )
+  return jnp.mean(each(apart, block_B), axis=-1, dtype=jnp.float32).reshape(m, 1, width)
+
+
 def write(cached: Array, new: Array, slot_BxL: Array, axis: int) -> Array:
   """Puts tokens, along `axis` of `new`, in their slots; rows of the first axis are shared out evenly.
 

@@ -58,17 +58,24 @@ class MaskedAttention(AttentionMethod):
     """Narrows the mask by the scores to `most` keys; `None` = the mask is all."""
     return None
 
-  @nn.compact
   def __call__(self, tokens: Tokens, q_BxLxHxK: jax.Array, keys: KeyValues, mode: str) -> jax.Array:
     """Returns `[B, L, H, K]`, of queries `[B, L, H, K]`, grouped where `keys` have fewer heads."""
+    return self.attend(tokens, q_BxLxHxK, keys, mode, self.mask)
+
+  @nn.compact
+  def attend(
+    self, tokens: Tokens, q_BxLxHxK: jax.Array, keys: KeyValues, mode: str, mask: Mask
+  ) -> jax.Array:
+    """What `__call__` does, by a mask that may depend on the queries."""
     dropout = nn.Dropout(self.spec.dropout, deterministic=mode != 'train')
     dropped = dropout.rate > 0 and not dropout.deterministic
     acts = [act for act in (dropout if dropped else None, record.hook(self, 'weights')) if act]
+    q_BxLxHxK = note(q_BxLxHxK, self.path, keys.k.shape[1], mask, self.most)
     return attention(
-      note(q_BxLxHxK, self.path, keys.k.shape[1], self.mask, self.most),
+      note_read(q_BxLxHxK, self.path, keys, self.most),
       tokens.positions,
       keys,
-      self.mask,
+      mask,
       (lambda weights: functools.reduce(lambda w, act: act(w), acts, weights)) if acts else None,
       self.select,
       self.most,
@@ -81,11 +88,13 @@ class AttentionLayer(nn.Module):
   Attributes:
     method: makes the attention slot's module.
     cache_size: keys behind and including its own that a query reads at most, which decoding keeps.
+    block: keys of a block, of which decoding keeps the mean too; `None` = there are no blocks.
   """
 
   spec: Spec
   method: Callable[[], AttentionMethod]
   cache_size: int
+  block: int | None = None
 
   @nn.compact
   def __call__(self, tokens: Tokens, mode: str) -> jax.Array:
@@ -120,7 +129,8 @@ class AttentionLayer(nn.Module):
     q_BxLxHxK = record.site(self, 'q', q_BxLxHxK)
     k_BxLxGxK, v_BxLxGxK = record.site(self, 'k', k_BxLxGxK), record.site(self, 'v', v_BxLxGxK)
     if self.caches(mode):
-      return q_BxLxHxK, cache.extend(self, self.cache_size, tokens, k_BxLxGxK, v_BxLxGxK)
+      keep = functools.partial(cache.extend, self, self.cache_size, tokens, block=self.block)
+      return q_BxLxHxK, keep(k_BxLxGxK, v_BxLxGxK)
     return q_BxLxHxK, KeyValues(k_BxLxGxK, v_BxLxGxK, tokens.positions, tokens.valid, tokens.whole)
 
   def merge(self, out_BxLxHxK: jax.Array) -> jax.Array:
@@ -160,3 +170,20 @@ def note(
   q_BxLxHxK = record.matmul(q_BxLxHxK, path, 'values', pair * keys * read, causal=causal)
   computed, charged = computed_keys(queries, keys, most), keys * (scored + read)
   return record.uncharged(q_BxLxHxK, 'keys that a query does not read', pair * (computed - charged))
+
+
+def note_read(
+  q_BxLxHxK: jax.Array, path: tuple[str, ...], keys: KeyValues, most: int | None = None
+) -> jax.Array:
+  """Returns the queries, marked with the bytes that `attention` reads of a cache, if the keys are one's.
+
+  Args:
+    most: see `attention`. Each head of a single query then gathers so many values of its own.
+  """
+  if not keys.cached:
+    return q_BxLxHxK
+  queries, held = q_BxLxHxK.shape[1], keys.k.shape[1]
+  part = queries == 1 and most is not None and most < held
+  values = q_BxLxHxK.size * most * keys.v.dtype.itemsize if part else keys.v.nbytes
+  q_BxLxHxK = record.read(q_BxLxHxK, path, 'keys', keys.k.nbytes)
+  return record.read(q_BxLxHxK, path, 'values', values)

@@ -9,8 +9,9 @@ from flax import linen as nn
 
 from sparse_lm.core.tree import Tree
 from sparse_lm.kernels.attention import KeyValues
-from sparse_lm.kernels.cache import KEYS, VALUES, Layout, slots_for, write
+from sparse_lm.kernels.cache import KEYS, VALUES, Layout, all_means, one_mean, slots_for, write
 from sparse_lm.layers.tokens import Tokens
+from sparse_lm.plan import record
 
 LENGTH, POSITION = 'length', 'position'
 NOWHERE = jnp.iinfo(jnp.int32).max  # behind every query, so that no causal one reads it
@@ -70,17 +71,66 @@ class Cache:
     filled_BxS = _filled(total_B, slots)
     return cls(module, slots, slot_BxL, position.value, filled_BxS, False)
 
-  def extend(self, name: str, new_BxLxGxK: jax.Array, layout: Layout) -> jax.Array:
-    """Writes the keys, or the values, of the call's tokens; returns those to be read, `[B, S, G, K]`."""
+  def extend(
+    self, name: str, new_BxLxGxK: jax.Array, layout: Layout, counted: bool = True
+  ) -> jax.Array:
+    """Writes the keys, or the values, of the call's tokens; returns those to be read, `[B, S, G, K]`.
+
+    Args:
+      counted: whether all of it is noted as read; who reads a part of it notes that instead.
+    """
     cached = self.module.variable('cache', name, layout.empty, new_BxLxGxK, self.slots)
     if self.module.is_initializing():
       return new_BxLxGxK
     cached.value = layout.write(cached.value, new_BxLxGxK, self.slot_BxL)
-    return new_BxLxGxK if self.reads_new else layout.read(cached.value, len(self.slot_BxL))
+    if self.reads_new:
+      return new_BxLxGxK
+    read = layout.read(cached.value, len(self.slot_BxL))
+    return record.read(read, self.module.path, name, read.nbytes) if counted else read
+
+  def means(self, name: str, block: int, count: int) -> jax.Array | None:
+    """The mean of each block of the keys cached under a name, float32 `[B, count, G, K]`.
+
+    A block's mean is taken when its last key is written, from what is cached of it then. So its keys are
+    read once more, and nothing is to be undone where tokens are taken back and others written in their
+    slots. Of a block that is not full the mean says nothing. Tokens that read each other get `None`.
+
+    Args:
+      block: keys of a block.
+      count: blocks; the slots never hold more, or they are not in order.
+    """
+    cached = self.module.get_variable('cache', name)
+    (m, width, _), b = cached.shape, len(self.slot_BxL)
+    shape = (m, count, width)
+    kept = self.module.variable('cache', f'{name}_means', jnp.zeros, shape, jnp.float32)
+    if self.module.is_initializing():
+      return None
+    if self.slot_BxL.shape[1] > 1:
+      kept.value = all_means(cached, block, count)
+    else:
+      kept.value = self._with_last(kept.value, cached, block)
+    return None if self.reads_new else VALUES.read(kept.value, b)
+
+  def _with_last(self, means_MxNxK: jax.Array, keys: jax.Array, block: int) -> jax.Array:
+    """The means, with those of the blocks that the call's one token of each sequence fills."""
+    slot_B, (m, count, _) = self.slot_BxL[:, 0], means_MxNxK.shape
+    full_B = (slot_B < self.slots - 1) & ((slot_B + 1) % block == 0)
+    here_BxN = (jnp.arange(count) == slot_B[:, None] // block) & full_B[:, None]
+
+    def taken() -> jax.Array:
+      here_MxNx1 = jnp.repeat(here_BxN, m // len(slot_B), axis=0)[..., None]
+      return jnp.where(here_MxNx1, one_mean(keys, block, slot_B // block), means_MxNxK)
+
+    return jax.lax.cond(jnp.any(full_B), taken, lambda: means_MxNxK)
 
 
 def extend(
-  module: nn.Module, size: int, tokens: Tokens, k_BxLxGxK: jax.Array, v_BxLxGxK: jax.Array
+  module: nn.Module,
+  size: int,
+  tokens: Tokens,
+  k_BxLxGxK: jax.Array,
+  v_BxLxGxK: jax.Array,
+  block: int | None = None,
 ) -> KeyValues:
   """Writes the keys of valid tokens behind the cached ones; returns the keys and values to be read.
 
@@ -88,11 +138,15 @@ def extend(
     module: keeps them in its `cache` collection.
     size: keys behind and including its own that a query reads at most.
     tokens: whose keys they are.
+    block: keys of a block, where means of blocks are kept too.
   """
-  cache = Cache.of(module, size, tokens)
-  k_BxSxGxK = cache.extend('keys', k_BxLxGxK, KEYS)
-  v_BxSxGxK = cache.extend('values', v_BxLxGxK, VALUES)
-  return KeyValues(k_BxSxGxK, v_BxSxGxK, cache.positions, cache.valid)
+  count = None if block is None else -(-size // block)
+  cache = Cache.of(module, size if block is None else count * block, tokens)
+  k_BxSxGxK = cache.extend('keys', k_BxLxGxK, KEYS, counted=False)
+  v_BxSxGxK = cache.extend('values', v_BxLxGxK, VALUES, counted=False)
+  means = None if block is None else cache.means('keys', block, count)
+  cached = not cache.reads_new
+  return KeyValues(k_BxSxGxK, v_BxSxGxK, cache.positions, cache.valid, means=means, cached=cached)
 
 
 def truncated(cache: Tree, position_B: jax.Array) -> Tree:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from sparse_lm.layers.sow import SOWN
 from sparse_lm.model import lm
 from sparse_lm.model.lm import LM
 from sparse_lm.plan import executed
-from sparse_lm.plan.cost import Ledger
+from sparse_lm.plan.cost import Ledger, Reads
 from sparse_lm.plan.executed import Traced
 from sparse_lm.plan.plan import ModelPlan, check_accounted, read
 
@@ -43,21 +44,36 @@ def traced(model: LM, length: int, mode: str = 'eval') -> Traced:
 
   In mode 'decode' it is one token that is decoded with a cache for `length` tokens.
   """
-  tokens, mutable = length, True
   if mode == 'decode':
-    tokens, mutable = 1, ['cache']
     model = model.clone(spec=dataclasses.replace(model.spec, context=length))
-  variables = dict(plan_of(model).variables)
-  if mode == 'decode':
-    variables['cache'] = lm.cache_shapes(model, variables, 1)
+    return executed.trace(*_decoding(model, plan_of(model).variables))
 
   def run(variables: Tree, tokens_BxL: jax.Array) -> Tree:
     key = jax.random.key(0)
     rngs = {'dropout': key, 'gates': key} if mode == 'train' else None
-    return model.apply(variables, tokens_BxL, mode=mode, mutable=mutable, rngs=rngs)
+    return model.apply(variables, tokens_BxL, mode=mode, mutable=True, rngs=rngs)
 
-  tokens_BxL = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
-  return executed.trace(run, variables, tokens_BxL).per_token(tokens)
+  tokens_BxL = jax.ShapeDtypeStruct((1, length), jnp.int32)
+  return executed.trace(run, plan_of(model).variables, tokens_BxL).per_token(length)
+
+
+def reads(model: LM, variables: Tree) -> Reads:
+  """What a token reads of what layers keep of the tokens before it: as many as the context has.
+
+  Args:
+    variables: of the model, packed or not; shape structs will do.
+  """
+  return executed.reads(*_decoding(model, variables))
+
+
+def _decoding(model: LM, variables: Tree) -> tuple[Callable[..., Tree], Tree, Tree, Tree]:
+  """A function that decodes a token with a cache for the model's context, and its arguments."""
+  cache = lm.cache_shapes(model, variables, 1)
+
+  def run(variables: Tree, cache: Tree, token_Bx1: jax.Array) -> Tree:
+    return model.apply({**variables, 'cache': cache}, token_Bx1, mode='decode', mutable=['cache'])
+
+  return run, variables, cache, jax.ShapeDtypeStruct((1, 1), jnp.int32)
 
 
 @functools.lru_cache(maxsize=32)

@@ -66,8 +66,38 @@ class Matmul:
   gates: tuple[Gate, ...] = ()
   causal: float = 1.0
 
+  def times(self, factor: float) -> 'Matmul':
+    """So often."""
+    return dataclasses.replace(self, flops=factor * self.flops)
+
+  def plus(self, other: 'Matmul') -> 'Matmul':
+    """With the FLOPs of another one like it."""
+    return dataclasses.replace(self, flops=self.flops + other.flops)
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+  """What decoding reads of what a layer keeps of earlier tokens.
+
+  Attributes:
+    nbytes: over the traced call, every gate open.
+    gates: what may skip it, from the outermost in.
+  """
+
+  nbytes: float
+  gates: tuple[Gate, ...] = ()
+
+  def times(self, factor: float) -> 'Read':
+    """So often."""
+    return dataclasses.replace(self, nbytes=factor * self.nbytes)
+
+  def plus(self, other: 'Read') -> 'Read':
+    """With the bytes of another one like it."""
+    return dataclasses.replace(self, nbytes=self.nbytes + other.nbytes)
+
 
 Ledger = dict[str, Matmul]
+Reads = dict[str, Read]
 
 
 def forward_flops(
@@ -85,12 +115,17 @@ def forward_flops(
   )
 
 
-def _active(matmul: Matmul, activity: Mapping[str, Fraction]) -> Fraction:
-  separate = math.prod(activity.get(gate.path, gate.planned) for gate in matmul.gates)
-  return activity.get(_joint(matmul.gates), separate)
+def read_bytes(reads: Reads, activity: Mapping[str, Fraction] | None = None) -> Fraction:
+  """Bytes that are read of what layers keep, each gate at its activity; see `forward_flops`."""
+  return sum(read.nbytes * _active(read, activity or {}) for read in reads.values())
 
 
-def fractions(ledger: Ledger, active: Mapping[str, Array]) -> dict[str, Array]:
+def _active(own: Matmul | Read, activity: Mapping[str, Fraction]) -> Fraction:
+  separate = math.prod(activity.get(gate.path, gate.planned) for gate in own.gates)
+  return activity.get(_joint(own.gates), separate)
+
+
+def fractions(ledger: Ledger | Reads, active: Mapping[str, Array]) -> dict[str, Array]:
   """The fraction of the work behind each gate that runs, and of the work behind nested gates.
 
   Gates that open for the same tokens leave more than the product of their means, so nested gates are

@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
@@ -37,6 +38,7 @@ GATES = 'gates that are open'
 PAIRS = 'keys that come after their query'
 KEYS = 'keys that a cache has room for'
 _NOTHING = cost.Matmul('nothing', 0.0)
+Noted = TypeVar('Noted', cost.Matmul, cost.Read)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Executed:
   """What a program executes.
 
   Attributes:
-    flops: of all matmuls.
+    flops: of all matmuls, or bytes where those are counted.
     marks: how often each mark of `record.MARKS` is passed.
   """
 
@@ -64,18 +66,21 @@ class Traced:
     flops: executed, at density 1 and with every gate open.
     ledger: what is charged.
     uncharged: what the modules declare to execute and not to charge, by reason.
+    reads: of what layers keep, as the modules declare it.
   """
 
   flops: float
   ledger: cost.Ledger
   uncharged: dict[str, float]
+  reads: cost.Reads
 
   def per_token(self, tokens: int) -> 'Traced':
-    """All FLOPs divided by a number of tokens."""
+    """All FLOPs and bytes divided by a number of tokens."""
     return Traced(
       self.flops / tokens,
-      {path: dataclasses.replace(m, flops=m.flops / tokens) for path, m in self.ledger.items()},
+      {path: matmul.times(1 / tokens) for path, matmul in self.ledger.items()},
       {reason: flops / tokens for reason, flops in self.uncharged.items()},
+      {path: read.times(1 / tokens) for path, read in self.reads.items()},
     )
 
 
@@ -85,32 +90,39 @@ def trace(function: Callable[..., Tree], *arguments: Tree) -> Traced:
     return charged(jax.make_jaxpr(function)(*arguments))
 
 
+def reads(function: Callable[..., Tree], *arguments: Tree) -> cost.Reads:
+  """What a program reads of what layers keep, also where its matmuls run an unknown number of times."""
+  with record.recording():
+    jaxpr = jax.make_jaxpr(function)(*arguments)
+  return _noted(count(jaxpr.jaxpr, read=True)).reads
+
+
 def charged(jaxpr: ClosedJaxpr) -> Traced:
   """The matmuls of a program that was traced in a recording. Raises what `count` raises."""
-  executed = count(jaxpr.jaxpr)
+  return _noted(count(jaxpr.jaxpr))
+
+
+def _noted(executed: Executed) -> Traced:
   ledger: cost.Ledger = {}
+  reads: cost.Reads = {}
   reasons: dict[str, float] = collections.defaultdict(float)
   for mark, times in executed.marks.items():
     noted = record.MARKS[mark]
-    if noted.charged:
-      _add(ledger, noted.name, noted.matmul, times)
+    if isinstance(noted.noted, cost.Read):
+      _add(reads, noted.name, noted.noted, times)
+    elif noted.charged:
+      _add(ledger, noted.name, noted.noted, times)
     else:
-      reasons[noted.name] += times * noted.matmul.flops
-  return Traced(executed.flops, ledger, dict(reasons))
+      reasons[noted.name] += times * noted.noted.flops
+  return Traced(executed.flops, ledger, dict(reasons), reads)
 
 
-def _add(ledger: cost.Ledger, name: str, matmul: cost.Matmul, times: float) -> None:
-  """Adds a matmul to the entry of its name, or beside it where other gates skip that one."""
-  there = ledger.get(name)
-  while there is not None and not _alike(there, matmul):
+def _add(entries: dict[str, Noted], name: str, own: Noted, times: float) -> None:
+  """Adds what is noted to the entry of its name, or beside it where other gates skip that one."""
+  while name in entries and entries[name].times(0) != own.times(0):
     name = f'{name} again'
-    there = ledger.get(name)
-  before = 0.0 if there is None else there.flops
-  ledger[name] = dataclasses.replace(matmul, flops=before + times * matmul.flops)
-
-
-def _alike(a: cost.Matmul, b: cost.Matmul) -> bool:
-  return dataclasses.replace(a, flops=0.0) == dataclasses.replace(b, flops=0.0)
+  before = entries.get(name, own.times(0))
+  entries[name] = before.plus(own.times(times))
 
 
 def differences(claimed: cost.Ledger, traced: Traced) -> dict[str, float]:
@@ -147,13 +159,16 @@ def differences(claimed: cost.Ledger, traced: Traced) -> dict[str, float]:
   return {reason: flops for reason, flops in found.items() if abs(flops) > least}
 
 
-def count(jaxpr: Jaxpr) -> Executed:
+def count(jaxpr: Jaxpr, read: bool = False) -> Executed:
   """What a jaxpr executes.
+
+  Args:
+    read: to count bytes that are read of what layers keep instead of FLOPs, and no other marks.
 
   Raises:
     UserError: matmuls that run an unknown number of times (in a while loop, say) or out of sight.
   """
-  return _sum(_equation(equation) for equation in jaxpr.eqns)
+  return _sum(_equation(equation, read) for equation in jaxpr.eqns)
 
 
 def _sum(parts: Iterable[Executed]) -> Executed:
@@ -165,16 +180,20 @@ def _sum(parts: Iterable[Executed]) -> Executed:
   return Executed(flops, marks)
 
 
-def _equation(equation: JaxprEqn) -> Executed:
+def _equation(equation: JaxprEqn, read: bool) -> Executed:
   name, params = equation.primitive.name, equation.params
   if name in _MATMULS:
-    return Executed(_MATMULS[name](equation))
+    return Executed(0.0 if read else _MATMULS[name](equation))
   if name == 'name' and params['name'] in record.MARKS:
-    grown = equation.outvars[0].aval.size / max(record.MARKS[params['name']].size, 1)
-    return Executed(marks={params['name']: grown})
-  if name in OPAQUE:
+    mark = record.MARKS[params['name']]
+    grown = equation.outvars[0].aval.size / max(mark.size, 1)
+    if not read:
+      return Executed(marks={params['name']: grown})
+    of_cache = isinstance(mark.noted, cost.Read)
+    return Executed(grown * mark.noted.nbytes, {params['name']: grown}) if of_cache else Executed()
+  if name in OPAQUE and not read:
     raise UserError(f'FLOPs of {name} cannot be counted; valid: matmuls that JAX can see')
-  inside = [count(jaxpr) for jaxpr in _functions(params)]
+  inside = [count(jaxpr, read) for jaxpr in _functions(params)]
   if name == 'cond':
     return max(inside, key=lambda branch: branch.flops)
   if name == 'scan':

@@ -16,21 +16,21 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from sparse_lm.core.groups import Group, Member
-from sparse_lm.plan.cost import Gate, Gating, Matmul
+from sparse_lm.plan.cost import Gate, Gating, Matmul, Read
 
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-  """What the result of a matmul is marked with.
+  """What the result of a matmul, or what is read of a cache, is marked with.
 
   Attributes:
     name: of the entry in the ledger, or the reason why the FLOPs are not charged.
-    matmul: with its FLOPs for one array of `size` elements: under `vmap` the array becomes larger.
-    charged: whether it belongs to the ledger.
+    noted: with its FLOPs or bytes for one array of `size` elements: under `vmap` there are more.
+    charged: whether FLOPs belong to the ledger.
   """
 
   name: str
-  matmul: Matmul
+  noted: Matmul | Read
   size: int
   charged: bool = True
 
@@ -170,7 +170,16 @@ def uncharged(y: jax.Array, reason: str, flops: float) -> jax.Array:
   return _mark(y, reason, Matmul('uncharged', float(flops)), charged=False)
 
 
-def _mark(y: jax.Array, name: str, own: Matmul, charged: bool = True) -> jax.Array:
+def read(y: jax.Array, path: tuple[str, ...], kind: str, nbytes: float) -> jax.Array:
+  """Returns `y`, marked with bytes that decoding reads of what the module at `path` keeps.
+
+  Args:
+    kind: what they are ('keys').
+  """
+  return _mark(y, '/'.join((*path, kind)), Read(float(nbytes), _scope.get().gates))
+
+
+def _mark(y: jax.Array, name: str, own: Matmul | Read, charged: bool = True) -> jax.Array:
   if _scope.get().found is None:
     return y
   mark = Mark(name, own, y.size, charged)

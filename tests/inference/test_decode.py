@@ -31,6 +31,7 @@ EVERY = [
   {f'{slot}.name': name for slot, name in zip(lm.LAYER_SLOTS, methods) if name}
   for methods in itertools.zip_longest(*(slots.names(slot) for slot in lm.LAYER_SLOTS))
 ]
+MOBA = {'attention.name': 'moba', 'attention.block': 2, 'attention.k': 2}
 CASES = {
   **{'-'.join(fields.values()): fields for fields in EVERY},
   'plain': {},
@@ -60,6 +61,8 @@ CASES = {
     'attention.k': 3,
     'depth.name': 'mixture_of_depths',
   },
+  'few blocks of grouped queries': MOBA | {'model.kv_heads': 1},
+  'blocks in a layer that tokens skip': MOBA | {'depth.name': 'mixture_of_depths'},
   'tied': {'model.tied': True, 'model.init': 'gpt2'},
 }
 # Two layers where what one decides is what the next one reads.
@@ -100,6 +103,7 @@ SLOW = (
   'token_gate-reinforce',
   'token_gate-hard_concrete',
   'expert choice of many',
+  'blocks in a layer that tokens skip',
 )
 
 

@@ -57,7 +57,21 @@ def tokens():
 )
 def test_bytes_that_a_token_reads(fields, mlp, tokens, tiny_config):
   packed = packed_of(tiny_config(**{'data.context': 32} | fields))
-  assert read_bytes(packed, tokens) == 4 * (ATTENTION + mlp + HEAD)
+  assert read_bytes(packed, tokens).weights == 4 * (ATTENTION + mlp + HEAD)
+
+
+def test_bytes_of_the_cache_are_those_of_the_heads_that_are_left(tokens, tiny_config):
+  model = lm.from_config(tiny_config(data__context=32, model__heads=4, model__kv_heads=4), VOCAB)
+  params = jax.tree.map(lambda a: np.ones(a.shape, 'f'), plan_of(model).params)
+  masks = jax.tree.map(lambda _: None, params)
+  attention = params['block_0']['attention']
+  kept = np.repeat(np.arange(4) != 2, WIDTH // 4)  # nothing leaves the third head
+  attention['out']['kernel'] *= kept[:, None]
+  masks['block_0']['attention']['out']['kernel'] = np.broadcast_to(kept[:, None], (WIDTH, WIDTH))
+  slots = 48
+  assert (
+    read_bytes(pack.pack(model, params, masks, {}), tokens).cache == 4 * 2 * 3 * slots * WIDTH // 4
+  )
 
 
 def test_layers_that_tokens_skip_are_read_as_often_as_they_enter(tokens, tiny_config):
@@ -66,7 +80,8 @@ def test_layers_that_tokens_skip_are_read_as_often_as_they_enter(tokens, tiny_co
   share = np.mean(seen['gates']['depth_0']['active'])
   assert 0 < share < 1
   layer = ATTENTION + 2 * WIDTH * HIDDEN
-  assert read_bytes(packed, tokens) == round(4 * (share * layer + WIDTH + HEAD))
+  assert read_bytes(packed, tokens).weights == round(4 * (share * layer + WIDTH + HEAD))
+  assert read_bytes(packed, tokens).cache == round(4 * share * 2 * 48 * WIDTH)
 
 
 def test_selected_units_are_all_read_where_their_rows_are_not_gathered(tokens, tiny_config):
@@ -76,4 +91,4 @@ def test_selected_units_are_all_read_where_their_rows_are_not_gathered(tokens, t
   packed = packed_of(config, mask)
   down = packed.matrices['block_0/mlp/down/kernel'].runs
   assert down.selects != -2 and down.nbytes < 4 * mask.size / 2
-  assert read_bytes(packed, tokens) == 4 * (ATTENTION + WIDTH * 64 + HEAD) + down.nbytes
+  assert read_bytes(packed, tokens).weights == 4 * (ATTENTION + WIDTH * 64 + HEAD) + down.nbytes

@@ -18,9 +18,10 @@ TOGETHER = 4
 # has as many for 12 keys, and wraps around where a wrong token entered a layer that the right one skips.
 WIDE = {'attention.name': 'sliding_window', 'attention.window': 15, 'data.context': 48}
 SKIPPED = WIDE | {'attention.window': 12, 'depth.name': 'mixture_of_depths', 'depth.capacity': 0.6}
+BLOCKS = 'blocks in a layer that tokens skip'
 OWN = {
   **{'-'.join(fields.values()): fields for fields in EVERY},
-  **{name: CASES[name] for name in ('plain', 'window 5', 'window behind a gate')},
+  **{name: CASES[name] for name in ('plain', 'window 5', 'window behind a gate', BLOCKS)},
   'a wide window': WIDE,
   'a wide window that tokens skip': SKIPPED,
 }
