@@ -7,6 +7,7 @@ import pytest
 
 from experiments import (
   accuracy_vs_time,
+  block_attention,
   break_even,
   budget_control,
   component_speed,
@@ -55,7 +56,7 @@ def test_the_smoke_study_runs_every_method_once():
 
 
 def test_speed_studies_plan_runs_that_load():
-  for study in (train_step_speed, component_speed, packed_speed, break_even):
+  for study in (train_step_speed, component_speed, packed_speed, break_even, block_attention):
     runs = study.runs()
     assert len({run.id('x') for run in runs}) == len(runs) > 2
     for run in runs:
@@ -94,6 +95,23 @@ def test_a_format_pays_up_to_the_largest_density_at_which_it_is_faster(tmp_path)
   assert {row[4] for row in rows if row[0] != 'gather'} == {'0.50'}
   assert {row[4] for row in rows if row[0] == 'gather'} == {'0.00'}
   assert (tmp_path / 'break_even.png').exists()
+
+
+def test_decoding_of_blocks_is_timed_beside_full_attention(monkeypatch, tmp_path):
+  monkeypatch.setattr(block_attention, 'REPEATS', 2)
+  sizes = {'model.layers': 1, 'model.width': 16, 'model.hidden': 16}
+  sizes |= {'model.heads': 2, 'model.kv_heads': 2}
+  monkeypatch.setattr(block_attention, 'SIZE', sizes)
+  monkeypatch.setattr(block_attention, 'ROWS', [(8, 64)])
+  (run,) = block_attention.runs()
+  line = {'run': 'x', 'labels': run.labels, 'seed': 0} | run.execute(run, tmp_path)
+  found = line['metrics']
+  assert found['speedup_low'] <= found['speedup'] <= found['speedup_high']
+  # Rows of 16 numbers: 80 slots of keys and of values; three blocks of 8 of both, and 8 means.
+  assert found['full_cache_bytes'] == 2 * 80 * 64
+  assert found['blocks_cache_bytes'] == (2 * 24 + 8) * 64
+  assert f'{found["speedup"]:.2f}' in block_attention.report([line], tmp_path)
+  assert (tmp_path / 'block_attention.png').exists()
 
 
 @pytest.mark.slow
