@@ -68,7 +68,9 @@ def after(place_B, count):
   return place_B[:, None] + np.arange(count)
 
 
-@pytest.mark.parametrize('name', OWN)
+@pytest.mark.parametrize(
+  'name', [pytest.param(n, marks=pytest.mark.slow) if n == BLOCKS else n for n in OWN]
+)
 def test_several_tokens_equal_the_full_pass_after_wrong_ones_are_taken_back(name, decoder_of):
   decoder = decoder_of(name)
   draw = np.random.default_rng(3)
