@@ -23,9 +23,9 @@ from sparse_lm.train.step import Program
 from sparse_lm.weights import rewire
 from sparse_lm.weights.score import APPLIES
 
-LAYERS = pytest.mark.parametrize(
-  ('slot', 'name'), [(slot, name) for slot in lm.LAYER_SLOTS for name in slots.names(slot)]
-)
+NAMES = [(slot, name) for slot in (*lm.LAYER_SLOTS, 'stack') for name in slots.names(slot)]
+LAYERS = pytest.mark.parametrize(('slot', 'name'), NAMES)
+IN_SOME_LAYERS = pytest.mark.parametrize(('slot', 'name'), [n for n in NAMES if n[0] != 'stack'])
 # Every weight method with its defaults, and one score with each way to apply its mask.
 CONFIGS = {name: {'name': name} for name in slots.names('weight')}
 CONFIGS |= {
@@ -146,7 +146,7 @@ def test_a_token_that_is_not_valid_is_not_read(slot, name, model_of):
   assert np.abs(seen[:, 6:]).max() > 1e-3
 
 
-@LAYERS
+@IN_SOME_LAYERS
 def test_method_may_be_named_for_some_layers(slot, name, tiny_config):
   choice = {f'{slot}.name': name, f'{slot}.layers': '1::2'}
   assert plan_of(lm.from_config(tiny_config(model__layers=2, **choice), vocab=11)).variables

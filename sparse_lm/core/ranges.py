@@ -94,6 +94,23 @@ def ranged(default: Number, interval: str) -> Number:
   return dataclasses.field(default=default, metadata={'range': Range(type(default), interval)})
 
 
+def sliced(field: str, text: str, count: int) -> range:
+  """Those of `count` layers that a Python slice, such as '1::2', names.
+
+  Raises UserError, naming the field, where the text is no slice, or names none of them.
+  """
+  try:
+    parts = [int(part) if part.strip() else None for part in text.split(':')]
+    if len(parts) not in (2, 3):
+      raise ValueError
+    chosen = range(count)[slice(*parts)]
+  except ValueError:
+    raise UserError(f"{field}={text!r} is not a slice such as ':' or '1::2'") from None
+  if not chosen:
+    raise UserError(f'{field}={text!r} matches none of the {count} layers; valid: 0 to {count - 1}')
+  return chosen
+
+
 def supplied(default: Default) -> Default:
   """A dataclass field that whoever builds the method fills in: it has a default and is no config key."""
   return dataclasses.field(default=default, kw_only=True, metadata={'supplied': True})

@@ -29,6 +29,8 @@ class Traits:
     couples: modes in which other sequences of the batch change what it computes.
     policy: whether it samples actions that are trained by their reward.
     fixed: whether its decision is the same for every input, so that packing can remove what it closes.
+    splits: of a stack method, whether in evaluation it carries nothing but the residual stream: then the
+      first layers may run by themselves, and the others later.
   """
 
   paper: str
@@ -41,6 +43,7 @@ class Traits:
   couples: tuple[str, ...] = ()
   policy: bool = False
   fixed: bool = False
+  splits: bool = False
 
 
 class LayerMethod(nn.Module):

@@ -1,6 +1,7 @@
 """What a method says about its forward pass, besides its output."""
 
 import contextlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +15,28 @@ from sparse_lm.layers.method import LayerMethod
 from sparse_lm.plan import record
 
 # Written anew in every forward pass, never state.
-SOWN = ('losses', 'stats', 'gates', 'policy', UPDATES)
+SOWN = ('losses', 'stats', 'gates', 'policy', 'exits', UPDATES)
 CHUNKS = (8, 32)  # consecutive tokens that a batched or speculative decoder runs together
+
+
+class Exit(NamedTuple):
+  """A residual stream from which the model's head is trained to predict too.
+
+  Attributes:
+    x_BxLxD: before the head's norm.
+    weight: of its loss, float32, where that of the last layer has 1.
+  """
+
+  x_BxLxD: jax.Array
+  weight: jax.Array
 
 
 def sow(module: nn.Module, collection: str, name: str, value: Tree) -> None:
   """Sows `value` at the module's path; a second call of the module replaces it.
 
   `losses` are added to the training loss as they are, `stats` and `gates` are logged, `policy` is
-  trained by its reward. Does nothing where the collection is not asked for.
+  trained by its reward, and `exits` (each an `Exit`) by the loss of the model's head on them. Does
+  nothing where the collection is not asked for.
   """
   module.sow(collection, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
 

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 
 from sparse_lm.kernels.placed import Placed
 
+from sparse_lm.layers.progress import Progress
+
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=('x', 'positions', 'valid'),
+  data_fields=('x', 'positions', 'valid', 'progress'),
   meta_fields=('continues', 'whole'),
 )
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Tokens(Placed):
     continues: whether tokens that a module caches go on behind those that it holds. A single token always
       does; several begin a sequence unless this is set.
     whole: whether these are known to be all tokens of each sequence, in order; see `kernels/placed.py`.
+    progress: where training stands, for schedules of modules; `None` where nothing is trained.
   """
 
   x: jax.Array
@@ -33,6 +36,7 @@ class Tokens(Placed):
   valid: jax.Array
   continues: bool = False
   whole: bool = False
+  progress: Progress | None = None
 
   def only(self, chosen_BxL: jax.Array) -> 'Tokens':
     """The same tokens, of which those that are not chosen, bool `[B, L or 1]`, are not valid."""
@@ -45,4 +49,5 @@ class Tokens(Placed):
       index = index_BxC.reshape(*index_BxC.shape, *[1] * (a.ndim - 2))
       return jnp.take_along_axis(a, index, axis=1)
 
-    return jax.tree.map(rows, dataclasses.replace(self, whole=False))
+    at = {'x': rows(self.x), 'positions': rows(self.positions), 'valid': rows(self.valid)}
+    return dataclasses.replace(self, whole=False, **at)

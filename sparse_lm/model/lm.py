@@ -15,6 +15,8 @@ from sparse_lm.core.tree import Tree
 from sparse_lm.layers.embed import Embed
 from sparse_lm.layers.linear import Norm
 from sparse_lm.layers.method import LayerMethod, Run
+from sparse_lm.layers.progress import Progress
+from sparse_lm.layers.sow import Exit
 from sparse_lm.layers.spec import Spec
 from sparse_lm.layers.tokens import Tokens
 from sparse_lm.model.block import Block
@@ -48,8 +50,12 @@ class LM(nn.Module):
     valid_BxL: jax.Array | None = None,
     embeddings_BxLxD: jax.Array | None = None,
     continues: bool = False,
+    stream_BxLxD: jax.Array | None = None,
+    first: int = 0,
+    last: int | None = None,
+    progress: Progress | None = None,
   ) -> jax.Array:
-    """Logits for each next token.
+    """Logits for each next token, or the residual stream where not all layers run.
 
     Args:
       tokens_BxL: int32.
@@ -63,39 +69,47 @@ class LM(nn.Module):
       continues: whether several tokens go on behind those that the cache holds, each reading the ones
         before it; else they begin sequences. The cache must have been made for so many, see
         `cache_shapes`.
+      stream_BxLxD: the residual stream that layer `first` reads, in place of tokens, see `check_splits`.
+      first: the layer that runs first. Behind the last one there are norm and head alone.
+      last: the layer before which the pass ends, `None` = behind the head.
+      progress: where training stands, for schedules of modules.
 
     Returns:
-      float32 `[B, L, V]`.
+      Logits, float32 `[B, L, V]`, or `[B, L, D]` where `last` is given.
 
-    Raises ValueError for an unknown mode, and unless either tokens or embeddings are given.
+    Raises ValueError for an unknown mode, and unless one of tokens, embeddings and stream is given.
     """
     if mode not in (*MODES, 'decode'):
       raise ValueError(f'mode {mode!r} is none of {(*MODES, "decode")}')
-    if (tokens_BxL is None) == (embeddings_BxLxD is None):
-      raise ValueError('either tokens_BxL or embeddings_BxLxD is to be given, and not both')
-    spec = self.spec
-    shape = tokens_BxL.shape if embeddings_BxLxD is None else embeddings_BxLxD.shape[:2]
+    given = [a for a in (tokens_BxL, embeddings_BxLxD, stream_BxLxD) if a is not None]
+    if len(given) != 1:
+      raise ValueError('either tokens_BxL or embeddings_BxLxD or stream_BxLxD is to be given')
+    spec, shape = self.spec, given[0].shape[:2]
     whole = positions_BxL is None and valid_BxL is None
     if positions_BxL is None:
       positions_BxL = jnp.broadcast_to(jnp.arange(shape[1]), shape)
     if valid_BxL is None:
       valid_BxL = jnp.ones(shape, bool)
-    embed = Embed(spec, name='embed')
-    if embeddings_BxLxD is None:
-      x_BxLxD = embed(tokens_BxL, positions_BxL)
-    else:
-      x_BxLxD = embed.placed(embeddings_BxLxD, positions_BxL)
-    x_BxLxD = nn.Dropout(spec.dropout, deterministic=mode != 'train')(x_BxLxD)
-    layers = [
-      _layer(self, layer)
-      for layer in range(spec.layers)
-      if not self.has_variable('packed', Part.REMOVED.of(layer))
-    ]
-    stack = self.stack.make({'spec': spec, 'name': 'stack'})
-    tokens = Tokens(x_BxLxD, positions_BxL, valid_BxL, continues, whole)
-    x_BxLxD = stack(layers, tokens, mode)
+    embed, end = Embed(spec, name='embed'), spec.layers if last is None else last
+    if stream_BxLxD is None:
+      enters = embed if embeddings_BxLxD is None else embed.placed
+      dropout = nn.Dropout(spec.dropout, deterministic=mode != 'train')
+      stream_BxLxD = dropout(enters(given[0], positions_BxL))
+    tokens = Tokens(stream_BxLxD, positions_BxL, valid_BxL, continues, whole, progress)
+    x_BxLxD = self._run(tokens, range(first, end), mode) if first < end else stream_BxLxD
+    if last is not None:
+      return x_BxLxD
     x_BxLxD = record.site(self, Part.RESIDUAL.of(spec.layers), x_BxLxD)
     return embed.logits(Norm(spec, name='norm')(x_BxLxD))
+
+  def _run(self, tokens: Tokens, layers: range, mode: str) -> jax.Array:
+    """The residual stream `[B, L, D]` after these layers, but for those that were removed."""
+    runs = [
+      _layer(self, layer)
+      for layer in layers
+      if not self.has_variable('packed', Part.REMOVED.of(layer))
+    ]
+    return self.stack.make({'spec': self.spec, 'name': 'stack'})(runs, tokens, mode)
 
 
 def _layer(parent: 'LM | Layer', layer: int) -> Run:
@@ -216,6 +230,31 @@ def check_decodes(model: LM) -> None:
         f'{own.group}.name={own.name!r} decides over a whole batch with these fields and cannot '
         f'decode; valid: another {own.group}.estimator, or another method'
       )
+
+
+def check_splits(model: LM) -> None:
+  """Raises UserError where the model's layers cannot run in two parts, one after the other."""
+  own = model.stack
+  if not own.traits(model.spec).splits:
+    raise UserError(
+      f'{own.group}.name={own.name!r} carries more than the residual stream from layer to layer, which '
+      'cannot run in parts; valid: a stack whose traits say that it splits'
+    )
+
+
+def exits(model: LM, variables: Tree, sown: Tree) -> list[tuple[jax.Array, jax.Array]]:
+  """What the head predicts from the `exits` that a training pass sowed, and the weight of each.
+
+  Args:
+    variables: of the model.
+    sown: collections that the pass wrote.
+
+  Returns:
+    Pairs of float32 logits `[B, L, V]` and a float32 scalar.
+  """
+  found = jax.tree.leaves(sown.get('exits', {}), is_leaf=lambda node: isinstance(node, Exit))
+  head = functools.partial(model.apply, variables, mode='train', first=model.spec.layers)
+  return [(head(stream_BxLxD=own.x_BxLxD), own.weight) for own in found]
 
 
 def cache_shapes(model: LM, variables: Tree, batch: int, together: int = 1) -> Tree:

@@ -42,7 +42,8 @@ def ledger(model: LM, length: int, mode: str = 'eval') -> Ledger:
 def traced(model: LM, length: int, mode: str = 'eval') -> Traced:
   """What one sequence of `length` tokens executes and charges, in FLOPs per token.
 
-  In mode 'decode' it is one token that is decoded with a cache for `length` tokens.
+  In mode 'decode' it is one token that is decoded with a cache for `length` tokens, and in mode 'train'
+  the head on what the stack's method sows as exits belongs to it.
   """
   if mode == 'decode':
     model = model.clone(spec=dataclasses.replace(model.spec, context=length))
@@ -51,7 +52,8 @@ def traced(model: LM, length: int, mode: str = 'eval') -> Traced:
   def run(variables: Tree, tokens_BxL: jax.Array) -> Tree:
     key = jax.random.key(0)
     rngs = {'dropout': key, 'gates': key} if mode == 'train' else None
-    return model.apply(variables, tokens_BxL, mode=mode, mutable=True, rngs=rngs)
+    out, changed = model.apply(variables, tokens_BxL, mode=mode, mutable=True, rngs=rngs)
+    return out, changed, lm.exits(model, variables, changed)
 
   tokens_BxL = jax.ShapeDtypeStruct((1, length), jnp.int32)
   return executed.trace(run, plan_of(model).variables, tokens_BxL).per_token(length)

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from sparse_lm.core import discovery
 from sparse_lm.core.errors import UserError
-from sparse_lm.core.ranges import FieldValue
+from sparse_lm.core.ranges import FieldValue, sliced
 from sparse_lm.layers.method import LayerMethod, Traits
 from sparse_lm.layers.spec import Spec
 
@@ -204,7 +204,7 @@ class SlotConfig:
     """The method of each layer. Raises UserError for a slice that holds no layer that is left for it."""
     found: dict[int, MethodConfig] = {}
     for text, own in self.rules:
-      chosen = _layers(text, own.group, count)
+      chosen = sliced(f'{own.group}.layers', text, count)
       left = [layer for layer in chosen if layer not in found]
       if not left:
         raise UserError(
@@ -230,7 +230,7 @@ class SlotConfig:
       return []
     taken, found = set(), []
     for text, own in self.rules:
-      chosen = _layers(text, own.group, count)
+      chosen = sliced(f'{own.group}.layers', text, count)
       if lost := [layer for layer in chosen if layer in taken]:
         found.append(f'{own.group}: rules before it hold layers {_listed(lost)}')
       taken.update(chosen)
@@ -242,17 +242,3 @@ class SlotConfig:
 
 def _listed(layers: list[int]) -> str:
   return ', '.join(map(str, layers))
-
-
-def _layers(text: str, group: str, count: int) -> range:
-  """The layers that a slice names. Raises UserError where it is none, or names none."""
-  try:
-    parts = [int(part) if part.strip() else None for part in text.split(':')]
-    if len(parts) not in (2, 3):
-      raise ValueError
-    chosen = range(count)[slice(*parts)]
-  except ValueError:
-    raise UserError(f"{group}.layers={text!r} is not a slice such as ':' or '1::2'") from None
-  if not chosen:
-    raise UserError(f'{group}.layers={text!r} matches none of the {count} layers')
-  return chosen

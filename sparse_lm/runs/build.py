@@ -28,7 +28,8 @@ def build(config: ConfigDict, vocab: int) -> tuple[Program, Tree]:
   model = lm.from_config(config, vocab)
   method, target = weight_method(config.weight, plan_of(model), config.train.steps)
   optimizer = Optimizer.from_config(config, method.traits.masked, method.learned_rates)
-  objective = Objective(model, method, Budget.from_config(config), Distillation.from_config(config))
+  budget, distillation = Budget.from_config(config), Distillation.from_config(config)
+  objective = Objective(model, method, budget, distillation, config.train.steps)
   program = Program(objective, optimizer, config.train.accumulation)
   if objective.budget:
     _check_floor(objective, target)

@@ -12,8 +12,10 @@ from sparse_lm.core import tree
 from sparse_lm.core.estimator import ENTROPY_BONUS
 from sparse_lm.core.tree import Tree
 from sparse_lm.layers.after_step import UPDATES
+from sparse_lm.layers.progress import Progress
 from sparse_lm.layers.sow import SOWN, activity_of
 from sparse_lm.measure.observe import GATES
+from sparse_lm.model import lm
 from sparse_lm.model.lm import LM
 from sparse_lm.plan import cost
 from sparse_lm.train import policy, states
@@ -85,6 +87,14 @@ def token_losses(logits_BxLxV: Array, targets_BxL: Array) -> Array:
   return optax.softmax_cross_entropy_with_integer_labels(logits_BxLxV, targets_BxL)
 
 
+def _mean_with_exits(nats: Array, exits: list[tuple[Array, Array]], targets_BxL: Array) -> Array:
+  """The mean of the last layer's cross-entropy, at weight 1, and those of the exits, at theirs."""
+  weights = [weight for _, weight in exits]
+  losses = [jnp.mean(token_losses(logits, targets_BxL)) for logits, _ in exits]
+  weighted = sum((w * loss for w, loss in zip(weights, losses)), nats)
+  return weighted / (1 + sum(weights))
+
+
 def observed(ledger: cost.Ledger, variables: Tree) -> Metrics:
   """What modules sowed into `stats`, and the fractions that gates, alone and nested, opened."""
   stats = tree.named(variables.get('stats', {}))
@@ -99,12 +109,14 @@ class Objective:
   Attributes:
     budget: holds the FLOPs that run at a target, or `None`.
     distillation: how a teacher's logits count, or `None`.
+    steps: optimizer steps of the run, for the schedules of modules.
   """
 
   model: LM
   method: WeightMethod
   budget: Budget | None = None
   distillation: Distillation | None = None
+  steps: int = 1
 
   @functools.cached_property
   def costs(self) -> PassCosts:
@@ -121,8 +133,9 @@ class Objective:
   ) -> tuple[Array, Beside]:
     """The scalar to minimise.
 
-    It is the mean in nats per token, with a teacher's part in it, plus what modules sowed into `losses`,
-    the weight method's penalty, the budget's penalty and the loss of sampled policies.
+    It is the mean in nats per token, of the last layer and the exits that a stack method sows together,
+    with a teacher's part in it, plus what modules sowed into `losses`, the weight method's penalty, the
+    budget's penalty and the loss of sampled policies.
 
     Args:
       effective: what is differentiated.
@@ -136,14 +149,12 @@ class Objective:
     params, density, penalty = effective
     tokens_BxL1, teacher_BxLxV = batch
     charged_density = self._charged_density(density, state.sparse.target)
+    before, mutable = {'params': params, **model_state}, [*SOWN, *model_state]
+    progress = Progress(state.step, self.steps)
 
     def forward(**rngs: Array) -> tuple[Array, _Pass]:
       logits, variables = self.model.apply(
-        {'params': params, **model_state},
-        tokens_BxL1[:, :-1],
-        mode='train',
-        rngs=rngs,
-        mutable=[*SOWN, *model_state],
+        before, tokens_BxL1[:, :-1], 'train', progress=progress, rngs=rngs, mutable=mutable
       )
       return logits, _Pass(token_losses(logits, tokens_BxL1[:, 1:]), variables)
 
@@ -165,6 +176,8 @@ class Objective:
       _, greedy = forward(dropout=key)
       auxiliary += self._policy_loss(state, charged_density, activity, sampled, greedy)
     metrics['auxiliary'] = auxiliary
+    if exits := lm.exits(self.model, before, variables):
+      nats = metrics['exits_loss'] = _mean_with_exits(nats, exits, tokens_BxL1[:, 1:])
     if teacher_BxLxV is not None:
       divergence = self.distillation.divergence(logits, teacher_BxLxV)
       metrics['divergence'] = divergence

@@ -1,0 +1,19 @@
+"""Layer dropout and exits that predict, on four layers: trained for self-speculative decoding.
+
+Command:  python -m sparse_lm.train --config=configs/layer_skip.py --workdir=results/layer_skip
+Time:     TODO s on 2 CPU cores, compilation included.
+Expected: validation loss TODO nats per byte (a plain stack of these layers: TODO).
+Paper:    LayerSkip (Elhoushi et al. 2024).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import tiny
+
+
+def get_config() -> ConfigDict:
+  """Four layers of width 96; the head predicts after two of them in turn, and after the last one."""
+  config = tiny.get_config()
+  config.model.update({'layers': 4, 'width': 96, 'hidden': 384})
+  config.stack.update({'name': 'layer_skip'})
+  return config

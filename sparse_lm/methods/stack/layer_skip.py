@@ -1,0 +1,89 @@
+"""Layers that training drops the more the later they are, and exits that learn to predict."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from sparse_lm.core.ranges import ranged, sliced
+from sparse_lm.layers.method import LayerMethod, Run, Traits
+from sparse_lm.layers.progress import Progress
+from sparse_lm.layers.sow import Exit, sow
+from sparse_lm.layers.spec import Spec
+from sparse_lm.layers.tokens import Tokens
+
+
+class LayerSkip(LayerMethod):
+  """Every layer runs once; in training each sequence skips some, and the head learns from earlier ones.
+
+  Layer l of L is dropped at step t of T for a sequence with probability
+  `dropout * S(t) * (exp(l ln 2 / (L - 1)) - 1)`. Dropped layers are computed, and charged, because the
+  sequences of a batch drop different ones. The head also predicts from the residual stream after earlier
+  layers: their losses count `scale` where the last layer's counts 1, over the sum of these weights. With
+  each step every exit moves on by a layer, and from the last layer to the first one; there it counts
+  nothing, because the last layer always predicts. Training is charged a pass of the head for each exit.
+
+  Evaluation is that of a plain stack. What the method changes is how well the first layers predict by
+  themselves, which self-speculative decoding lives on. The weights are those of the port in torchtune.
+
+  Attributes:
+    dropout: probability at the last layer, at the end of its growth.
+    grows: whether layer dropout grows over the run, S(t) = exp(t ln 2 / (T - 1)) - 1, as a model that is
+      trained from scratch needs; S = 1 where a trained model is continued.
+    exits: a slice of the layers after which the head predicts at the first step.
+    scale: weight of each of their losses.
+  """
+
+  spec: Spec
+  dropout: float = ranged(0.1, '[0, 1)')
+  grows: bool = True
+  exits: str = '::2'
+  scale: float = ranged(0.2, '[0, inf)')
+
+  @property
+  def traits(self) -> Traits:
+    """What the method declares."""
+    return Traits(
+      paper='LayerSkip (Elhoushi et al. 2024)',
+      saves='in self-speculative decoding, a pass of the later layers for every draft that is kept',
+      twin='sequential',
+      splits=True,
+    )
+
+  def check(self) -> None:
+    """Raises UserError for exits outside of the layers."""
+    sliced('config.stack.exits', self.exits, self.spec.layers)
+
+  def __call__(self, layers: Sequence[Run], tokens: Tokens, mode: str) -> jax.Array:
+    """Returns the residual stream `[B, L, D]` after the last layer; see `Sequential`."""
+    x_BxLxD, streams, trains = tokens.x, [], mode == 'train'
+    kept_NxB = self._kept(len(layers), tokens) if trains and self.dropout else None
+    for layer, run in enumerate(layers):
+      after_BxLxD = run(tokens.replace(x=x_BxLxD), mode)
+      if kept_NxB is not None:
+        after_BxLxD = jnp.where(kept_NxB[layer, :, None, None], after_BxLxD, x_BxLxD)
+      x_BxLxD = after_BxLxD
+      streams.append(x_BxLxD)
+    if trains:
+      self._sow_exits(streams, tokens.progress)
+    return x_BxLxD
+
+  def _kept(self, layers: int, tokens: Tokens) -> jax.Array:
+    """Which layers run for each sequence, bool `[N, B]`."""
+    late_N = jnp.exp(jnp.arange(layers) * math.log(2) / max(layers - 1, 1)) - 1
+    grown = 1.0
+    if self.grows and tokens.progress is not None:
+      grown = jnp.exp(tokens.progress.fraction * math.log(2)) - 1
+    shape = layers, len(tokens.x)
+    dropped_N = self.dropout * grown * late_N
+    return jax.random.bernoulli(self.make_rng('dropout'), 1 - dropped_N[:, None], shape)
+
+  def _sow_exits(self, streams: Sequence[jax.Array], progress: Progress | None) -> None:
+    count, step = len(streams), 0 if progress is None else progress.step
+    first_E = jnp.array(sliced('config.stack.exits', self.exits, count))
+    layer_E = (first_E + step) % count
+    weight_E = jnp.where(layer_E == count - 1, 0.0, self.scale)
+    chosen_ExBxLxD = jnp.stack(streams)[layer_E]
+    for i, weight in enumerate(weight_E):
+      sow(self, 'exits', str(i), Exit(chosen_ExBxLxD[i], weight))
