@@ -12,6 +12,7 @@ from sparse_lm.core.errors import UserError
 from sparse_lm.core.ranges import Range
 from sparse_lm.inference.decode import Decoder
 from sparse_lm.inference.sample import TEMPERATURE, TOP_P, Sampling
+from sparse_lm.inference.speculate import SelfSpeculation, check_greedy
 from sparse_lm.measure import energy
 from sparse_lm.runs import runtime
 from sparse_lm.runs.runnable import Runnable, load
@@ -26,6 +27,7 @@ def generate(
   sampling: Sampling = PLAIN,
   stop: str = '',
   seed: int = 0,
+  speculation: SelfSpeculation | None = None,
 ) -> Iterator[list[str]]:
   """The continuation of every prompt so far, after each token.
 
@@ -36,6 +38,7 @@ def generate(
     sampling: how they are drawn.
     stop: a text that ends a continuation, before it; '' = none.
     seed: of the draws.
+    speculation: makes a single, greedy continuation, see there; `None` = token by token.
 
   Raises:
     UserError: a prompt that does not fit the context or the tokenizer, or a bad option.
@@ -44,7 +47,12 @@ def generate(
   tokens = tokens or max(run.model.spec.context - max(map(len, encoded)), 1)
   made: list[list[int]] = [[] for _ in prompts]
   texts, open_ = [''] * len(prompts), [True] * len(prompts)
-  for token_B in Decoder(run.model, run.variables).generate(encoded, tokens, sampling, seed):
+  if speculation is None:
+    made_BxT = Decoder(run.model, run.variables).generate(encoded, tokens, sampling, seed)
+  else:
+    check_greedy(sampling.temperature, prompts)
+    made_BxT = (np.array([token]) for token in speculation.generate(encoded[0], tokens))
+  for token_B in made_BxT:
     for row in np.flatnonzero(open_):
       made[row].append(int(token_B[row]))
       text = run.tokenizer.decode(made[row])
@@ -76,6 +84,12 @@ def _arguments() -> argparse.Namespace:
   parser.add_argument('--top_p', type=TOP_P, default=1.0, help='1 = all')
   parser.add_argument('--stop', default='', help='text that ends it')
   parser.add_argument('--seed', type=Range(int, '[0, 2^31)'), default=0)
+  parser.add_argument(
+    '--speculate', type=Range(int, '[0, 2^31)'), default=0, help='drafts of a round; 0 = none'
+  )
+  parser.add_argument(
+    '--exit_layer', type=Range(int, '[0, 2^31)'), default=0, help='layers that draft; 0 = half'
+  )
   return parser.parse_args()
 
 
@@ -101,13 +115,17 @@ def main() -> None:
   runtime.prepare()
   run = load(arguments.workdir)
   sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+  speculation = None
+  if arguments.speculate or arguments.exit_layer:
+    speculation = SelfSpeculation(
+      Decoder(run.model, run.variables), arguments.speculate, arguments.exit_layer
+    )
   begin, count, meter = time.perf_counter(), 0, energy.meter()
 
   def counted() -> Iterator[list[str]]:
     nonlocal count
-    texts = generate(
-      run, arguments.prompt, arguments.tokens, sampling, arguments.stop, arguments.seed
-    )
+    options = arguments.prompt, arguments.tokens, sampling, arguments.stop, arguments.seed
+    texts = generate(run, *options, speculation)
     for text in texts:
       if not count and len(text) == 1:  # once all that may be refused is checked
         print(arguments.prompt[0], end='', flush=True)
@@ -126,6 +144,8 @@ def main() -> None:
     f'{run.source}',
     file=sys.stderr,
   )
+  if speculation is not None:
+    print(speculation.counts, file=sys.stderr)
 
 
 if __name__ == '__main__':

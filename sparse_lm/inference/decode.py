@@ -51,7 +51,8 @@ class Decoder:
     def run(variables: Tree, cache: Tree, tokens_BxL: Array, length_B: Array) -> tuple[Array, Tree]:
       place_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
       valid_BxL = place_BxL < length_B[:, None]
-      logits_BxLxV, cache = self._apply(variables, cache, tokens_BxL, place_BxL, valid_BxL)
+      given = {'tokens_BxL': tokens_BxL, 'positions_BxL': place_BxL, 'valid_BxL': valid_BxL}
+      logits_BxLxV, cache = self.apply(variables, cache, **given)
       last_Bx1x1 = (length_B - 1)[:, None, None]
       return jnp.take_along_axis(logits_BxLxV, last_Bx1x1, axis=1)[:, 0], cache
 
@@ -62,31 +63,17 @@ class Decoder:
     """`(variables, cache, token_B, position_B) -> (logits_BxV, cache)`: a token of each sequence."""
 
     def run(variables: Tree, cache: Tree, token_B: Array, position_B: Array) -> tuple[Array, Tree]:
-      valid_Bx1 = jnp.ones((token_B.size, 1), bool)
-      logits, cache = self._apply(
-        variables, cache, token_B[:, None], position_B[:, None], valid_Bx1
-      )
+      given = {'tokens_BxL': token_B[:, None], 'positions_BxL': position_B[:, None]}
+      logits, cache = self.apply(variables, cache, **given)
       return logits[:, 0], cache
 
     return jax.jit(run, donate_argnums=1)
 
-  def _apply(
-    self,
-    variables: Tree,
-    cache: Tree,
-    tokens_BxL: Array,
-    positions_BxL: Array,
-    valid_BxL: Array,
-  ) -> tuple[Array, Tree]:
-    logits, changed = self.model.apply(
-      {**variables, 'cache': cache},
-      tokens_BxL,
-      mode='decode',
-      positions_BxL=positions_BxL,
-      valid_BxL=valid_BxL,
-      mutable=['cache'],
-    )
-    return logits, changed['cache']
+  def apply(self, variables: Tree, cache: Tree, **given: Array | int | bool) -> tuple[Array, Tree]:
+    """What the model returns in mode 'decode' when it is called with these, and the cache after it."""
+    before = {**variables, 'cache': cache}
+    out, changed = self.model.apply(before, mode='decode', mutable=['cache'], **given)
+    return out, changed['cache']
 
   def begin(
     self, prompts: Sequence[np.ndarray], together: int = 1
@@ -117,6 +104,15 @@ class Decoder:
     logits, cache = self.prefill(self.variables, cache, tokens_BxL, length_B)
     return logits, cache, length_B
 
+  def check_room(self, prompts: Sequence[np.ndarray], tokens: int) -> None:
+    """Raises UserError where the context has no room for so many tokens behind the longest prompt."""
+    room = self.model.spec.context - max(len(prompt) for prompt in prompts)
+    if not 1 <= tokens <= max(room, 1):
+      raise UserError(
+        f'--tokens={tokens} behind a prompt of {self.model.spec.context - room}; valid: 1 to {room} '
+        f'(config.data.context={self.model.spec.context})'
+      )
+
   def generate(
     self, prompts: Sequence[np.ndarray], tokens: int, sampling: Sampling, seed: int = 0
   ) -> Iterator[np.ndarray]:
@@ -125,12 +121,7 @@ class Decoder:
     Raises UserError for prompts that leave no room for so many, and what `begin` raises.
     """
     sampling.check(self.model.spec.vocab)
-    room = self.model.spec.context - max(len(prompt) for prompt in prompts)
-    if not 1 <= tokens <= max(room, 1):
-      raise UserError(
-        f'--tokens={tokens} behind a prompt of {self.model.spec.context - room}; valid: 1 to {room} '
-        f'(config.data.context={self.model.spec.context})'
-      )
+    self.check_room(prompts, tokens)
     logits, cache, position_B = self.begin(prompts)
     key = jax.random.key(seed)
     for i in range(tokens):

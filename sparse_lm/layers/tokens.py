@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from sparse_lm.kernels.placed import Placed
-
 from sparse_lm.layers.progress import Progress
 
 
