@@ -14,6 +14,7 @@ from experiments import (
   dynamic_compute,
   dynamic_smoke,
   packed_speed,
+  self_speculation,
   smoke,
   sparsity_vs_accuracy,
   train_step_speed,
@@ -56,7 +57,14 @@ def test_the_smoke_study_runs_every_method_once():
 
 
 def test_speed_studies_plan_runs_that_load():
-  for study in (train_step_speed, component_speed, packed_speed, break_even, block_attention):
+  for study in (
+    train_step_speed,
+    component_speed,
+    packed_speed,
+    break_even,
+    block_attention,
+    self_speculation,
+  ):
     runs = study.runs()
     assert len({run.id('x') for run in runs}) == len(runs) > 2
     for run in runs:
