@@ -1,8 +1,9 @@
 """Layer dropout and exits that predict, on four layers: trained for self-speculative decoding.
 
 Command:  python -m sparse_lm.train --config=configs/layer_skip.py --workdir=results/layer_skip
-Time:     TODO s on 2 CPU cores, compilation included.
-Expected: validation loss TODO nats per byte (a plain stack of these layers: TODO).
+Time:     57 s on one CPU core, compilation included.
+Expected: validation loss 1.816 nats per byte (a plain stack of these layers: 1.793), for
+          1.095 times its training FLOPs.
 Paper:    LayerSkip (Elhoushi et al. 2024).
 """
 

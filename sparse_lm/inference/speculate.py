@@ -91,14 +91,18 @@ class SelfSpeculation:
     """
     return jax.jit(self._round, donate_argnums=1)
 
-  def _round(self, variables: Tree, cache: Tree, token_B: Array, position_B: Array):
+  def _round(
+    self, variables: Tree, cache: Tree, token_B: Array, position_B: Array
+  ) -> tuple[Array, Array, Array, Tree]:
     model, ends = self.decoder.model, self.exit_layer
 
     def shallow(cache: Tree, token_B: Array, position_B: Array) -> tuple[Array, Tree]:
       tokens = {'tokens_BxL': token_B[:, None], 'positions_BxL': position_B[:, None]}
       return self.decoder.apply(variables, cache, last=ends, **tokens)
 
-    def draft(carry: tuple[Tree, Array], place: Array):
+    def draft(
+      carry: tuple[Tree, Array], place: Array
+    ) -> tuple[tuple[Tree, Array], tuple[Array, Array]]:
       cache, token_B = carry
       x_Bx1xD, cache = shallow(cache, token_B, position_B + place)
       logits = model.apply(variables, mode='decode', stream_BxLxD=x_Bx1xD, first=model.spec.layers)

@@ -206,7 +206,10 @@ def test_a_width_of_many_divisors_is_answered_at_once(tiny_config):
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 NUMBERS = {
-  'generate': ('--tokens', '--temperature', '--top_k', '--top_p', '--seed'),
+  'generate': (
+    *('--tokens', '--temperature', '--top_k', '--top_p', '--seed'),
+    *('--speculate', '--exit_layer'),
+  ),
   'speed': ('--batch', '--repeats'),
   'prune': ('--segments',),
   'format_costs': ('--repeats',),

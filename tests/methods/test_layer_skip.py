@@ -102,14 +102,13 @@ def test_the_loss_is_the_weighted_mean_of_layers_by_hand(run):
   loss = jax.jit(lambda state: objective.loss(effective, state, {}, Batch(tokens, None), state.key))
   nats = nats_by_layer(run.program.model, jax.device_get(params), np.asarray(tokens))
   assert max(nats) - min(nats) > 1e-3  # or no weight would show
-  for step, on in enumerate(
-    [(0,), (0, 1), (1,), (0,)]
-  ):  # below the last; '::2' of three layers rolls
-    total, (_, metrics) = loss(state.replace(step=jnp.int32(step)))
+  # Below the last layer, as '::2' of three layers rolls.
+  for step, on in enumerate([(0,), (0, 1), (1,), (0,)]):
+    total, beside = loss(state.replace(step=jnp.int32(step)))
     want = (nats[-1] + 0.4 * sum(nats[layer] for layer in on)) / (1 + 0.4 * len(on))
     assert_allclose(total, want, rtol=1e-5)
-    assert_allclose(metrics['exits_loss'], want, rtol=1e-5)
-    assert_allclose(metrics['loss'], nats[-1], rtol=1e-5)
+    assert_allclose(beside.metrics['exits_loss'], want, rtol=1e-5)
+    assert_allclose(beside.metrics['loss'], nats[-1], rtol=1e-5)
 
 
 def test_without_dropout_every_mode_is_a_plain_stack_to_the_bit(run):
