@@ -24,7 +24,7 @@ from sparse_lm.runs.environment import environment
 from sparse_lm.runs.setup import setup
 
 CONFIG = 'configs/base.py'
-LAYERS, CONTEXT, BATCH, STEPS = 8, 128, 8, 60
+LAYERS, CONTEXT, BATCH, STEPS = 8, 128, 4, 70
 SIZE = {
   'data.context': CONTEXT,
   'data.batch': BATCH,
@@ -41,7 +41,7 @@ TRAINED = {
   'layer dropout and exits': {'stack.name': 'layer_skip'},
 }
 DRAFT, EXITS = 4, (2, 4)
-REPEATS, PROMPTS, PROMPT, TOKENS = 9, 2, 32, 64
+REPEATS, PROMPTS, PROMPT, TOKENS = 7, 2, 32, 64
 GREEDY = Sampling(temperature=0)
 
 
