@@ -88,21 +88,25 @@ class Decoder:
     Raises:
       UserError: a prompt without a token, or one that leaves no room in the context.
     """
-    context = self.model.spec.context
+    self.check_prompts(prompts)
     length_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    for length in length_B:
-      if not 1 <= length < context:
-        raise UserError(
-          f'--prompt of {length} tokens; valid: 1 to {context - 1} (config.data.context={context}, and '
-          'at least one token is to follow)'
-        )
-    room = min(context, 1 << int(length_B.max() - 1).bit_length())
+    room = min(self.model.spec.context, 1 << int(length_B.max() - 1).bit_length())
     tokens_BxL = np.zeros((len(prompts), room), np.int32)
     for row, prompt in zip(tokens_BxL, prompts):
       row[: len(prompt)] = prompt
     cache = self.cache(len(prompts), together)
     logits, cache = self.prefill(self.variables, cache, tokens_BxL, length_B)
     return logits, cache, length_B
+
+  def check_prompts(self, prompts: Sequence[np.ndarray]) -> None:
+    """Raises UserError for a prompt without a token, or one that leaves no room in the context."""
+    context = self.model.spec.context
+    for length in map(len, prompts):
+      if not 1 <= length < context:
+        raise UserError(
+          f'--prompt of {length} tokens; valid: 1 to {context - 1} (config.data.context={context}, and '
+          'at least one token is to follow)'
+        )
 
   def check_room(self, prompts: Sequence[np.ndarray], tokens: int) -> None:
     """Raises UserError where the context has no room for so many tokens behind the longest prompt."""

@@ -135,8 +135,8 @@ class SelfSpeculation:
     Raises UserError for a prompt behind which there is no room for so many, or for a round of drafts.
     """
     decoder, counts = self.decoder, self.counts
+    decoder.check_prompts([prompt])
     decoder.check_room([prompt], tokens)
-    logits, cache, position_B = decoder.begin([prompt], self.draft + 1)
     context = decoder.model.spec.context
     room = context - len(prompt)
     require(
@@ -145,6 +145,7 @@ class SelfSpeculation:
       self.draft,
       f'1 to {room - 1} behind a prompt of {len(prompt)} (config.data.context={context})',
     )
+    logits, cache, position_B = decoder.begin([prompt], self.draft + 1)
     token = int(jnp.argmax(logits[0]))
     yield token
     made, variables = 1, decoder.variables
