@@ -2,8 +2,9 @@
 
 Command:  python -m sparse_lm.train --config=configs/snip.py --workdir=results/snip
 Time:     40 s on 2 CPU cores that others used too, compilation included.
-Expected: validation loss 2.169 nats per byte.
-Paper:    Lee et al. 2019.
+Expected: validation loss 2.169 nats per byte; 2.132 with --config.weight.shuffle=True, the control
+          (the dense tiny model with the same initialisation: 1.796; configs/static.py with it: 1.780).
+Paper:    Lee et al. 2019; the control, Frankle et al. 2021.
 """
 
 from ml_collections import ConfigDict

@@ -62,6 +62,11 @@ def with_gradient_of(value: Array, surrogate: Array) -> Array:
   return jax.lax.stop_gradient(value - surrogate) + surrogate
 
 
+def with_gradient_to_score(seen: Array, score: Array, weights: Array) -> Array:
+  """`seen`; a score gets the gradient of `seen` times the weight, straight through the mask."""
+  return seen + (weights * (score - jax.lax.stop_gradient(score))).astype(seen.dtype)
+
+
 def _soft(logits: Array, key: Array, sample: bool) -> Decision:
   probability, fires = jax.nn.sigmoid(logits), logits > 0
   cost = with_gradient_of(fires, probability)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from sparse_lm.core import schedule, tree
 from sparse_lm.core.errors import require, unknown
-from sparse_lm.core.estimator import straight_through, with_gradient_of
+from sparse_lm.core.estimator import straight_through, with_gradient_of, with_gradient_to_score
 from sparse_lm.core.ranges import ranged
 from sparse_lm.core.tree import Tree
 from sparse_lm.core.units import Units, by_slice
@@ -39,7 +39,7 @@ class ScoredMethod(PatternMethod):
   """Starts dense and keeps the units of the largest scores, as many as a schedule allows.
 
   A subclass defines `scores`. One whose scores are trainable also sets `learns_scores` in its traits
-  and defines `first_scores`.
+  and may define `first_scores`.
 
   Attributes:
     schedule: 'cubic', a ramp from dense at `start` to the target at `end` (Zhu and Gupta 2017, equation
@@ -86,8 +86,13 @@ class ScoredMethod(PatternMethod):
     raise NotImplementedError(type(self).__name__)
 
   def first_scores(self, key: Array, params: Tree) -> Tree:
-    """The trainable scores at step 0, for the prunable leaves in `params` (`None` elsewhere)."""
-    return {}
+    """The trainable scores at step 0, for the prunable leaves in `params` (`None` elsewhere).
+
+    They are zeros, float32, unless a subclass says otherwise; `{}` where scores are not trainable.
+    """
+    if not self.traits.learns_scores:
+      return {}
+    return jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), params)
 
   def check(self) -> None:
     """Raises UserError for an unknown choice, or for choices that do not go together."""
@@ -148,7 +153,7 @@ class ScoredMethod(PatternMethod):
     seen = self._seen(trainable['params'], masks, shrink)
     if self.traits.learns_scores:
       seen = tree.where_sparse(
-        _with_gradient_to_score, seen, scores, fixed['params'], dense=lambda w: w
+        with_gradient_to_score, seen, scores, fixed['params'], dense=lambda w: w
       )
     return seen, densities(masks)
 
@@ -262,8 +267,3 @@ class ScoredMethod(PatternMethod):
       shrink,
       dense=lambda w: w,
     )
-
-
-def _with_gradient_to_score(seen: Array, score: Array, weights: Array) -> Array:
-  """`seen`; a score gets the gradient of `seen` times the weight, straight through the mask."""
-  return seen + (weights * (score - jax.lax.stop_gradient(score))).astype(seen.dtype)

@@ -1,0 +1,101 @@
+"""Soft movement pruning: learned scores, kept above a threshold."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from sparse_lm.core import tree
+from sparse_lm.core.estimator import with_gradient_of, with_gradient_to_score
+from sparse_lm.core.ranges import ranged
+from sparse_lm.core.tree import Tree
+from sparse_lm.core.units import Units
+from sparse_lm.weights.method import (
+  Array,
+  PatternMethod,
+  Sparse,
+  apply_masks,
+  mean_density,
+  restrict_to,
+)
+from sparse_lm.weights.traits import Traits
+
+
+@dataclasses.dataclass(frozen=True)
+class MovementSoft(PatternMethod):
+  """Keeps the units of the pattern whose learned score S has `sigmoid(S)` above a threshold.
+
+  A score gets the gradient of what the model sees times the weight, summed over the unit's weights, as
+  if there were no threshold. Dropped weights keep their values, get no gradient, and may come back. All
+  scores start at zero, where every unit is kept. How sparse the model ends is learned: `price` says what
+  keeping costs, or `config.budget.target` holds the forward FLOPs. The paper fine-tunes trained models:
+  give `config.init_from`.
+
+  Attributes:
+    threshold: of `sigmoid(S)`; below a half, where scores start.
+    price: nats a token for each unit of the mean of `sigmoid(S)` over all prunable weights.
+    learned_rate: learning rate of the scores over that of the weights; by default the paper's.
+  """
+
+  threshold: float = ranged(0.1, '(0, 0.5)')
+  price: float = ranged(30.0, '[0, inf)')
+  learned_rate: float = ranged(333.0, '(0, inf)')
+  traits: ClassVar[Traits] = Traits(
+    paper='Sanh et al. 2020 (Movement Pruning), section 4',
+    saves='the forward pass of dropped units; training computes them all',
+    exact_density=False,
+    controlled=True,
+  )
+
+  @property
+  def learned_rates(self) -> dict[str, float]:
+    """The rate of the scores, which are all that the method learns."""
+    return {'': self.learned_rate}
+
+  def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
+    """Starts from scores of zero and stores no masks."""
+    shapes = jax.eval_shape(self.units.pool, restrict_to(params, target))
+    scores = {name: jnp.zeros(units.shape, jnp.float32) for name, units in shapes.items()}
+    return {'params': params, 'learned': scores}, Sparse(
+      jax.tree.map(lambda _: None, params), target
+    )
+
+  def effective(
+    self, trainable: Tree, sparse: Sparse, mode: str, step: Array, key: Array | None
+  ) -> tuple[Tree, Tree]:
+    """Weights where their scores are above the threshold, and the fraction of each matrix that is.
+
+    The fraction has the gradient of the mean of `sigmoid(S)`.
+    """
+    params, scores = trainable['params'], trainable['learned']
+    prunable, keeps = restrict_to(params, sparse.target), self._keeps(scores)
+    seen = tree.where_sparse(
+      with_gradient_to_score,
+      apply_masks(params, self.units.expand(keeps, prunable)),
+      self.units.expand(scores, prunable),
+      jax.lax.stop_gradient(prunable),
+      dense=lambda w: w,
+    )
+    share = {
+      name: with_gradient_of(keeps[name].astype(jnp.float32), jax.nn.sigmoid(units))
+      for name, units in scores.items()
+    }
+    return seen, jax.tree.map(jnp.mean, self.units.expand(share, prunable))
+
+  def penalty(self, trainable: Tree, sparse: Sparse, density: Tree) -> Array:
+    """`price` times the mean of `sigmoid(S)` over the prunable weights."""
+    prunable = restrict_to(trainable['params'], sparse.target)
+    shares = {name: jax.nn.sigmoid(units) for name, units in trainable['learned'].items()}
+    means = jax.tree.map(jnp.mean, self.units.expand(shares, prunable))
+    return self.price * mean_density(means, prunable)
+
+  def finalize(self, trainable: Tree, sparse: Sparse, step: Array) -> tuple[Tree, Tree]:
+    """The weights that the threshold keeps, and which these are."""
+    params = trainable['params']
+    masks = self.units.expand(self._keeps(trainable['learned']), restrict_to(params, sparse.target))
+    return apply_masks(params, masks), masks
+
+  def _keeps(self, scores: Units) -> Units:
+    """Which units are above the threshold, bool."""
+    return {name: jax.nn.sigmoid(units) > self.threshold for name, units in scores.items()}
