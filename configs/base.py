@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
       'mlp': _slot('dense'),
       'depth': _slot('residual'),
       'stack': {'name': 'sequential'},  # what runs the layers
+      'site': {'name': 'none'},  # what acts on activations at named points of all layers
       # Holds the forward FLOPs, weights at their density times open gates, over the dense twin.
       'budget': {
         'target': 1.0,  # fraction of the dense twin's forward FLOPs, 1 = no controller

@@ -23,9 +23,11 @@ from sparse_lm.train.step import Program
 from sparse_lm.weights import rewire
 from sparse_lm.weights.score import APPLIES
 
-NAMES = [(slot, name) for slot in (*lm.LAYER_SLOTS, 'stack') for name in slots.names(slot)]
+NAMES = [(slot, name) for slot in slots.SLOTS if slot != 'weight' for name in slots.names(slot)]
 LAYERS = pytest.mark.parametrize(('slot', 'name'), NAMES)
-IN_SOME_LAYERS = pytest.mark.parametrize(('slot', 'name'), [n for n in NAMES if n[0] != 'stack'])
+IN_SOME_LAYERS = pytest.mark.parametrize(
+  ('slot', 'name'), [found for found in NAMES if found[0] in lm.LAYER_SLOTS]
+)
 # Every weight method with its defaults, and one score with each way to apply its mask.
 CONFIGS = {name: {'name': name} for name in slots.names('weight')}
 CONFIGS |= {

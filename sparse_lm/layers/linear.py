@@ -72,7 +72,9 @@ def fused_projections(
     return [Linear(spec, count, name=name)(x) for name, count in features.items()]
   y = Linear(spec, sum(features.values()), name=fused)(x)
   ends = np.cumsum(list(features.values())) * y.shape[-1] // sum(features.values())
-  return jnp.split(y, ends[:-1], axis=-1)
+  # Each part is a site of the name that it has where none is fused.
+  parts = zip(features, jnp.split(y, ends[:-1], axis=-1))
+  return [record.site(module, f'{name}/output', part) for name, part in parts]
 
 
 @dataclasses.dataclass(frozen=True)

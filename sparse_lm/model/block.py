@@ -32,7 +32,9 @@ class Block(nn.Module):
     dropout = nn.Dropout(spec.dropout, deterministic=mode != 'train')
     layer = self.attention(parent=None).layer
     attention = layer(spec, self.attention, name='attention')
-    a_BxLxD = attention(tokens.replace(x=Norm(spec, name='norm_1')(x_BxLxD)), mode)
+    a_BxLxD = record.site(self, 'attention/input', Norm(spec, name='norm_1')(x_BxLxD))
+    a_BxLxD = attention(tokens.replace(x=a_BxLxD), mode)
     a_BxLxD = record.site(self, 'attention/output', dropout(a_BxLxD))
-    m_BxLxD = self.mlp()(Norm(spec, name='norm_2')(x_BxLxD + a_BxLxD), mode)
+    m_BxLxD = record.site(self, 'mlp/input', Norm(spec, name='norm_2')(x_BxLxD + a_BxLxD))
+    m_BxLxD = self.mlp()(m_BxLxD, mode)
     return a_BxLxD + record.site(self, 'mlp/output', dropout(m_BxLxD))

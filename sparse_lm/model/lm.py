@@ -21,9 +21,21 @@ from sparse_lm.layers.spec import Spec
 from sparse_lm.layers.tokens import Tokens
 from sparse_lm.model.block import Block
 from sparse_lm.model.slots import LAYER_SLOTS, MethodConfig, SlotConfig, Supplied
-from sparse_lm.plan import record
+from sparse_lm.plan import record, sites
 
 MODES = ('train', 'eval')  # 'decode' is 'eval' for one reader at a time
+
+
+def _with_sites(call: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+  """A model's call in which its method of the site slot acts on the activations that modules name."""
+
+  @functools.wraps(call)
+  def run(self: 'LM | Layer', *arguments: Tree, **keywords: Tree) -> jax.Array:
+    method = self.site.module(self.spec)
+    with sites.acting(method.where, method.act):
+      return call(self, *arguments, **keywords)
+
+  return run
 
 
 class LM(nn.Module):
@@ -35,13 +47,16 @@ class LM(nn.Module):
   Attributes:
     slots: one `SlotConfig` for each of `LAYER_SLOTS`, in that order.
     stack: what runs the layers.
+    site: what acts on activations that modules name, see `plan/sites.py`.
   """
 
   spec: Spec
   slots: tuple[SlotConfig, ...]
   stack: MethodConfig
+  site: MethodConfig
 
   @nn.compact
+  @_with_sites
   def __call__(
     self,
     tokens_BxL: jax.Array | None = None,
@@ -144,8 +159,10 @@ class Layer(nn.Module):
   spec: Spec
   slots: tuple[SlotConfig, ...]
   layer: int
+  site: MethodConfig
 
   @nn.compact
+  @_with_sites
   def __call__(self, x_BxLxD: jax.Array, mode: str = 'eval') -> jax.Array:
     """The residual stream `[B, L, D]` after it, of whole sequences."""
     positions_BxL = jnp.broadcast_to(jnp.arange(x_BxLxD.shape[1]), x_BxLxD.shape[:2])
@@ -158,7 +175,8 @@ def from_config(config: ConfigDict, vocab: int) -> LM:
   """The model that a config describes. Raises UserError where it describes none."""
   spec = Spec.from_config(config.model, vocab, config.data.context)
   slots = tuple(SlotConfig.from_config(slot, config[slot]) for slot in LAYER_SLOTS)
-  model = LM(spec, slots, MethodConfig.from_config('stack', 'stack', config.stack))
+  alone = [MethodConfig.from_config(slot, slot, config[slot]) for slot in ('stack', 'site')]
+  model = LM(spec, slots, *alone)
   for own in running(model):
     own.check(spec)
   _check_credit(model)
@@ -166,9 +184,9 @@ def from_config(config: ConfigDict, vocab: int) -> LM:
 
 
 def running(model: LM) -> list[MethodConfig]:
-  """The methods that run in any layer, and the one that runs the layers."""
+  """The methods that run in any layer, the one that runs the layers, and the one that acts at sites."""
   layers = [own for slot in model.slots for own in slot.running(model.spec.layers)]
-  return [*layers, model.stack]
+  return [*layers, model.stack, model.site]
 
 
 def notes(model: LM) -> list[str]:
@@ -207,7 +225,8 @@ def samples(model: LM) -> bool:
 def twin(model: LM) -> LM:
   """The dense twin: each method that runs less is replaced by what it is compared with."""
   spec = model.spec
-  return LM(spec, tuple(slot.dense(spec) for slot in model.slots), model.stack.dense(spec))
+  layers = tuple(slot.dense(spec) for slot in model.slots)
+  return LM(spec, layers, model.stack.dense(spec), model.site.dense(spec))
 
 
 def causal(model: LM) -> dict[str, bool]:

@@ -11,7 +11,7 @@ from sparse_lm.core.tree import Tree
 from sparse_lm.layers.sow import SOWN
 from sparse_lm.model import lm
 from sparse_lm.model.lm import LM
-from sparse_lm.plan import executed
+from sparse_lm.plan import executed, sites
 from sparse_lm.plan.cost import Ledger, Reads
 from sparse_lm.plan.executed import Traced
 from sparse_lm.plan.plan import ModelPlan, check_accounted, read
@@ -19,10 +19,15 @@ from sparse_lm.plan.plan import ModelPlan, check_accounted, read
 
 @functools.lru_cache(maxsize=64)
 def plan_of(model: LM) -> ModelPlan:
-  """The plan of evaluation over the whole context. Raises UserError as `plan.read` does."""
+  """The plan of evaluation over the whole context.
+
+  Raises UserError as `plan.read` does, and where a method names a site that the model does not have.
+  """
   tokens_BxL = jnp.zeros((1, model.spec.context), jnp.int32)
   init = functools.partial(model.init_with_output, mode='eval')
-  return read(lambda key: init(key, tokens_BxL), tokens_BxL.size, SOWN)
+  plan = read(lambda key: init(key, tokens_BxL), tokens_BxL.size, SOWN)
+  sites.check(model.site.module(model.spec).where, plan.sites, f'{model.site.group}.where')
+  return plan
 
 
 def ledger(model: LM, length: int, mode: str = 'eval') -> Ledger:

@@ -12,7 +12,8 @@ In the config of a layer slot
                  `rules.early` and `rules.late`, each with a name, layers, and an inner of its own; a
                  layer runs the first whose slice holds it
 The dense twin, which costs are compared with, follows from what the methods declare. The slot `stack`
-holds what runs the layers: one method, without layers of its own.
+holds what runs the layers, and `site` what acts on activations that modules name: one method each,
+without layers of its own.
 """
 
 import dataclasses
@@ -28,11 +29,12 @@ from sparse_lm.layers.method import LayerMethod, Traits
 from sparse_lm.layers.spec import Spec
 
 LAYER_SLOTS = ('activation', 'attention', 'mlp', 'depth')
-SLOTS = ('weight', *LAYER_SLOTS, 'stack')
+SLOTS = ('weight', *LAYER_SLOTS, 'stack', 'site')
 # The keys of a slot's config, and of one of its rules, besides its method's own fields.
 SHARED = {
   'weight': ('name', 'sparsity', 'distribution', 'dense', 'order', 'rules'),
   'stack': ('name',),
+  'site': ('name',),
   **dict.fromkeys(LAYER_SLOTS, ('name', 'layers', 'inner', 'fallback', 'order', 'rules')),
 }
 OF_RULE = {
@@ -99,7 +101,7 @@ class MethodConfig:
   """A method of a layer slot with its fields, hashable.
 
   Attributes:
-    slot: one of `LAYER_SLOTS`, or 'stack'.
+    slot: one of `LAYER_SLOTS`, 'stack' or 'site'.
     name: the method.
     fields: its config keys and values.
     inner: what runs inside of it, `None` of a method that wraps none.

@@ -82,6 +82,28 @@ def replacing(replace: Mapping[str, Replacement]) -> Iterator[None]:
   _check_matched(replacer)
 
 
+def acting(
+  patterns: tuple[str, ...], function: Replacement
+) -> contextlib.AbstractContextManager[None]:
+  """Replaces floating-point activations in the calls inside, at the sites that patterns match.
+
+  The calls may lack sites: whether a whole model has them, `check` says.
+  """
+
+  def replace(value: jax.Array) -> jax.Array:
+    return function(value) if jnp.issubdtype(value.dtype, jnp.floating) else value
+
+  return record.acting(_Replacer(dict.fromkeys(patterns, replace)))
+
+
+def check(patterns: tuple[str, ...], found: Mapping[str, record.Site], field: str) -> None:
+  """Raises UserError, naming `field`, for a pattern that no site of floating-point activations has."""
+  numbers = [path for path, site in found.items() if jnp.issubdtype(site.dtype, jnp.floating)]
+  for pattern in patterns:
+    if not any(_matches(pattern, path) for path in numbers):
+      raise unknown(field, pattern, {str(Place.parse(path).in_any_layer) for path in numbers})
+
+
 def _matches(pattern: str, path: str) -> bool:
   return fnmatch.fnmatchcase(path, pattern)
 

@@ -168,7 +168,7 @@ class _Layers:
 
   def module(self, layer: int) -> Layer:
     """The module of a layer."""
-    return Layer(self.model.spec, self.model.slots, layer)
+    return Layer(self.model.spec, self.model.slots, layer, self.model.site)
 
   def sums(
     self, layer: int, params: Tree, stream: list[Array]

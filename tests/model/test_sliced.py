@@ -39,7 +39,7 @@ def logits_of(model, params, others=None):
 
 def added_by(model, layer, block, x):
   """What a layer adds to the residual stream."""
-  module = lm.Layer(model.spec, model.slots, layer)
+  module = lm.Layer(model.spec, model.slots, layer, model.site)
   return jax.jit(module.apply)({'params': {f'block_{layer}': block}}, x) - x
 
 

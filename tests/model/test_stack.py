@@ -84,7 +84,7 @@ def layers_of(model, variables, x_BxLxD):
   for layer in range(model.spec.layers):
     own = (f'block_{layer}', f'depth_{layer}')
     params = {name: variables['params'][name] for name in own if name in variables['params']}
-    module = lm.Layer(model.spec, model.slots, layer)
+    module = lm.Layer(model.spec, model.slots, layer, model.site)
     found.append(module.apply({'params': params}, found[-1]))
   return found
 

@@ -82,7 +82,7 @@ def by_numpy(params, replace=None):
   for i in range(LAYERS):
     x, at = site(f'residual_{i}', x), f'block_{i}'
     site(f'{at}/valid', np.ones((BATCH, LENGTH), bool))
-    h = normed(x, params[at]['norm_1']['scale'])
+    h = site(f'{at}/attention/input', normed(x, params[at]['norm_1']['scale']))
     q, k, v = (heads(n, linear(f'{at}/attention/{n}', h)) for n in ('query', 'key', 'value'))
     q, k = site(f'{at}/attention/q', rotated(q)), site(f'{at}/attention/k', rotated(k))
     v = site(f'{at}/attention/v', v)
@@ -93,7 +93,8 @@ def by_numpy(params, replace=None):
     weights = site(f'{at}/attention/attention/weights', weights)
     out = np.einsum('bgrls,bsgk->blgrk', weights, v).reshape(BATCH, LENGTH, WIDTH)
     a = site(f'{at}/attention/output', linear(f'{at}/attention/out', out))
-    h = linear(f'{at}/mlp/up', normed(x + a, params[at]['norm_2']['scale']))
+    h = site(f'{at}/mlp/input', normed(x + a, params[at]['norm_2']['scale']))
+    h = linear(f'{at}/mlp/up', h)
     h = site(f'{at}/mlp/hidden', np.maximum(h, 0))
     x = x + a + site(f'{at}/mlp/output', linear(f'{at}/mlp/down', h))
   x = normed(site(f'residual_{LAYERS}', x), params['norm']['scale'])

@@ -87,7 +87,7 @@ def test_layers_one_after_another_are_the_model(case, tiny_config):
   embed = {'params': params['embed']}
   x = Embed(model.spec).apply(embed, tokens, positions)
   for layer in range(2):
-    module = lm.Layer(model.spec, model.slots, layer)
+    module = lm.Layer(model.spec, model.slots, layer, model.site)
     names = jax.eval_shape(module.init, jax.random.key(0), x)['params']
     assert set(names) <= {f'block_{layer}', f'depth_{layer}'}
     own = {
