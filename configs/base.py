@@ -81,6 +81,7 @@ def _model() -> dict[str, Any]:
     'positions': 'rotary',  # rotary | learned
     'init': 'fan_in',  # fan_in | gpt2
     'tied': False,  # the head shares the embedding
+    'bigram': False,  # a table [vocabulary, vocabulary] of logits by the last token is learned too
     'bias': False,
     'dropout': 0.0,
     'dtype': 'float32',  # of the computation; losses and norms stay in float32

@@ -12,7 +12,7 @@ from sparse_lm.plan import record
 
 
 class Embed(nn.Module):
-  """Token embedding, learned positions if `spec` wants them, and the head."""
+  """Token embedding, the head, and learned positions and a table of bigrams if `spec` wants them."""
 
   spec: Spec
 
@@ -26,6 +26,9 @@ class Embed(nn.Module):
       self.positions = self.param('positions', init, (spec.context, spec.width), spec.stored)
     if not spec.tied:
       self.head = Linear(spec, spec.vocab, role='head')
+    if spec.bigram:
+      init = nn.initializers.uniform(0.02)
+      self.bigrams = self.param('bigrams', init, (spec.vocab, spec.vocab), spec.stored)
 
   def __call__(self, tokens_BxL: jax.Array, positions_BxL: jax.Array) -> jax.Array:
     """int32 `[B, L]` to `[B, L, D]`."""
@@ -48,6 +51,18 @@ class Embed(nn.Module):
     flops = 2 * x_BxLxD.size * self.spec.vocab
     logits_BxLxV = record.matmul(logits_BxLxV, self.path, 'linear', flops, kernel='tokens')
     return record.site(self, 'head/output', logits_BxLxV).astype(jnp.float32)
+
+  def bigram_logits(self, tokens_BxL: jax.Array | None) -> jax.Array:
+    """What the last token alone says of the next one: int32 `[B, L]` to float32 `[B, L, V]`.
+
+    Raises ValueError where a model has this table and reads something else than tokens.
+    """
+    if tokens_BxL is None:
+      raise ValueError(
+        'bigram logits are looked up by tokens, and embeddings_BxLxD come without any'
+      )
+    row_BxLxV = self.bigrams[tokens_BxL].astype(jnp.float32)
+    return record.matmul(row_BxLxV, self.path, 'lookup', 0, kernel='bigrams')
 
 
 def rotate(x_BxLxHxK: jax.Array, positions_BxL: jax.Array) -> jax.Array:

@@ -37,6 +37,7 @@ class Spec:
   positions: str
   init: str
   tied: bool
+  bigram: bool
   bias: bool
   dropout: float
   dtype: str

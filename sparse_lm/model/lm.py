@@ -115,7 +115,8 @@ class LM(nn.Module):
     if last is not None:
       return x_BxLxD
     x_BxLxD = record.site(self, Part.RESIDUAL.of(spec.layers), x_BxLxD)
-    return embed.logits(Norm(spec, name='norm')(x_BxLxD))
+    logits_BxLxV = embed.logits(Norm(spec, name='norm')(x_BxLxD))
+    return logits_BxLxV + embed.bigram_logits(tokens_BxL) if spec.bigram else logits_BxLxV
 
   def _run(self, tokens: Tokens, layers: range, mode: str) -> jax.Array:
     """The residual stream `[B, L, D]` after these layers, but for those that were removed."""

@@ -64,7 +64,7 @@ CASES = {
   'few blocks of grouped queries': MOBA | {'model.kv_heads': 1},
   'blocks in a layer that tokens skip': MOBA | {'depth.name': 'mixture_of_depths'},
   'tied': {'model.tied': True, 'model.init': 'gpt2'},
-  'magnitudes at sites': {'site.name': 'abs_topk'},
+  'magnitudes at sites and bigrams': {'site.name': 'abs_topk', 'model.bigram': True},
 }
 # Two layers where what one decides is what the next one reads.
 LAYERS = {name: 1 + ('depth.name' in fields) for name, fields in CASES.items()}

@@ -18,6 +18,7 @@ COMBINATIONS = {
   'learned_layernorm': {'positions': 'learned', 'norm': 'layernorm', 'bias': True},
   'gqa': {'kv_heads': 2, 'init': 'gpt2'},
   'gqa_one_key_head_gated': {'kv_heads': 1, 'mlp': 'gated'},
+  'bigram': {'bigram': True},
   'tied_bias': {'tied': True, 'bias': True},
   'tied_learned_gated': {'tied': True, 'positions': 'learned', 'mlp': 'gated'},
 }

@@ -160,6 +160,7 @@ SPEC = Spec(
   positions='rotary',
   init='fan_in',
   tied=False,
+  bigram=False,
   bias=False,
   dropout=0.0,
   dtype='float32',

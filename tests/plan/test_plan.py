@@ -30,6 +30,7 @@ SPEC = Spec(
   positions='rotary',
   init='fan_in',
   tied=False,
+  bigram=False,
   bias=True,
   dropout=0.0,
   dtype='float32',
