@@ -45,6 +45,8 @@ def shrunk(name, text_file):
     sizes[field] = max(sizes[field], min(full[field], 2 * side))
   sizes['model.kv_heads'] = max(1, full['model.kv_heads'] * 2 // full['model.heads'])
   sizes['train.accumulation'] = min(full['train.accumulation'], 2)
+  # A floor of a few weights for each channel is much of so small a matrix.
+  sizes['weight.sparsity'] = min(full['weight.sparsity'], 0.75)
   # The head is most of so small a model, and no gate skips it.
   sizes['budget.target'] = max(full['budget.target'], 0.9)
   sizes |= {'data.source': 'files', 'data.path': str(text_file)}

@@ -50,6 +50,15 @@ def cubic_density(
   return 1.0 - (1.0 - final) * (1.0 - (1.0 - progress) ** 3)
 
 
+def linear_density(
+  step: int | jax.Array, first: int, last: int, final: float | jax.Array
+) -> jax.Array:
+  """Density 1 until `first`, `final` from `last`, linear between."""
+  progress = jnp.clip((step - first) / max(last - first, 1), 0.0, 1.0)
+  progress = jnp.where(step >= last, 1.0, progress)
+  return 1.0 - (1.0 - final) * progress
+
+
 def cosine_fraction(step: int | jax.Array, last: int, initial: float) -> jax.Array:
   """`initial` at step 0, zero from `last`, half a cosine between (RigL 2020, section 3)."""
   progress = jnp.clip(step / max(last, 1), 0.0, 1.0)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sparse_lm.core.errors import UserError
 from sparse_lm.kernels.matmul import matmul
 from sparse_lm.layers.init import INITS
 from sparse_lm.layers.linear import Linear
@@ -55,11 +56,12 @@ class Embed(nn.Module):
   def bigram_logits(self, tokens_BxL: jax.Array | None) -> jax.Array:
     """What the last token alone says of the next one: int32 `[B, L]` to float32 `[B, L, V]`.
 
-    Raises ValueError where a model has this table and reads something else than tokens.
+    Raises UserError where a model has this table and reads something else than tokens.
     """
     if tokens_BxL is None:
-      raise ValueError(
-        'bigram logits are looked up by tokens, and embeddings_BxLxD come without any'
+      raise UserError(
+        'config.model.bigram=True: its logits are looked up by tokens, and embeddings or a residual '
+        'stream are read without any here; valid: False'
       )
     row_BxLxV = self.bigrams[tokens_BxL].astype(jnp.float32)
     return record.matmul(row_BxLxV, self.path, 'lookup', 0, kernel='bigrams')

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.testing import assert_allclose
 
 from sparse_lm.core import schedule
 from sparse_lm.core.errors import UserError
@@ -46,6 +47,16 @@ def test_cubic_density_is_final_from_last_on(first, last):
   """Also where the ramp has no length: one-shot pruning at `last`."""
   for step in (last, last + 1, last + 1000):
     assert float(schedule.cubic_density(step, first, last, 0.1)) == pytest.approx(0.1, abs=1e-6)
+
+
+@pytest.mark.parametrize(('first', 'last'), [(0, 0), (5, 5), (0, 9), (3, 10)])
+@pytest.mark.parametrize('final', [1 / 64, 0.5, 1.0])
+def test_linear_density_interpolates(first, last, final):
+  steps = np.arange(-1, 15)
+  want = np.interp(steps, [first, last], [1.0, final])
+  want = np.where(steps >= last, final, want)  # a span of one step has no way to go
+  found = [schedule.linear_density(step, first, last, final) for step in steps]
+  assert_allclose(found, want, rtol=1e-6)
 
 
 def test_mean_sparsity_along_the_ramp_is_three_quarters_of_the_final_one():

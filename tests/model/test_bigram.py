@@ -6,6 +6,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from sparse_lm.core import tree
+from sparse_lm.core.errors import UserError
 from sparse_lm.model import lm
 from sparse_lm.model.plans import plan_of
 from sparse_lm.runs.build import build
@@ -54,5 +55,5 @@ def test_it_is_pruned_only_where_a_config_leaves_it_to_the_method(tiny_config):
 
 def test_embeddings_in_place_of_tokens_are_refused(models):
   model, _, params = models
-  with pytest.raises(ValueError, match='bigram logits are looked up by tokens'):
+  with pytest.raises(UserError, match='its logits are looked up by tokens'):
     model.apply({'params': params}, embeddings_BxLxD=np.zeros((1, 4, 16), 'f'))
