@@ -128,11 +128,13 @@ def test_the_penalty_is_that_of_the_formula_and_so_is_its_gradient(norm, share):
   assert not np.asarray(gradient['params']['b']).any()
 
 
-def test_a_dense_matrix_pays_no_penalty():
-  for norm in ('l1', 'l2'):
-    method, trainable, sparse = started(1.0, norm=norm)
-    value, gradient = jax.value_and_grad(lambda t: method.penalty(t, sparse, None))(trainable)  # noqa: B023
-    assert value == 0 and not any(np.asarray(g).any() for g in jax.tree.leaves(gradient))
+@pytest.mark.parametrize('norm', ['l1', 'l2'])
+@pytest.mark.parametrize(('density', 'scale'), [(1.0, 1.0), (DENSITY, 0.0)])
+def test_a_matrix_that_is_dense_or_zero_pays_no_penalty(density, scale, norm):
+  method, trainable, sparse = started(density, norm=norm)
+  scaled = jax.tree.map(lambda w: scale * w, trainable)
+  value, gradient = jax.value_and_grad(lambda t: method.penalty(t, sparse, None))(scaled)
+  assert value == 0 and not any(np.asarray(g).any() for g in jax.tree.leaves(gradient))
 
 
 @pytest.mark.parametrize(
