@@ -24,8 +24,8 @@ from sparse_lm.weights.traits import Traits
 
 FORWARD, BACKWARD = 'forward', 'backward'  # the sets, in `Sparse.extra`
 NORMS = {
-  'l1': lambda w: jnp.sum(jnp.abs(w), dtype=jnp.float32),
-  'l2': lambda w: optax.safe_norm(w.astype(jnp.float32), 0.0),  # of zeros, no gradient of NaN
+  'l1': lambda w: jnp.sum(w * jnp.sign(w), dtype=jnp.float32),  # of a zero, a gradient of zero
+  'l2': lambda w: optax.safe_norm(w.astype(jnp.float32), 0.0),  # of zeros, zero and not NaN
 }
 
 
