@@ -83,7 +83,8 @@ def nats_by_layer(model, params, tokens):
   x, found = np.asarray(params['embed']['tokens'])[tokens[:, :-1]], []
   for layer in range(model.spec.layers):
     own = {name: params[name] for name in (f'block_{layer}',)}
-    x = np.asarray(lm.Layer(model.spec, model.slots, layer).apply({'params': own}, x))
+    one = lm.Layer(model.spec, model.slots, layer, model.site)
+    x = np.asarray(one.apply({'params': own}, x))
     unit = x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + 1e-5)
     logits = np.float64(
       unit * params['norm']['scale'] @ np.asarray(params['embed']['head']['kernel'])
