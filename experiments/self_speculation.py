@@ -1,17 +1,17 @@
 """What does self-speculative decoding save in time, and how much of it is training?
 
 Two models of 8 layers of width 512 are trained on bytes of the standard library's source for the same
-short time, one of them with layer dropout and exits. Each makes the same greedy text token by token and
+300 steps, one of them with layer dropout and exits. Each makes the same greedy texts token by token and
 speculatively, in turns in one process: batch 1, float32, 4 drafts a round, from prompts of the validation
-text. How many drafts are accepted depends on how long the models were trained. After the 70 steps of 512
-bytes that fit into four minutes their greedy text repeats itself, so the first layers guess all of it:
-the ratios are then the most that drafting can save here, and say nothing of what exits are worth.
+text. How many drafts are accepted depends on how long the models were trained, and greedy texts of small
+models repeat themselves, which is easy to draft: short texts from several prompts keep that small.
 """
 
 import functools
 import pathlib
 
 import numpy as np
+from tqdm import tqdm
 
 from experiments.sweep import Run
 from sparse_lm.core import rng
@@ -26,7 +26,7 @@ from sparse_lm.runs.environment import environment
 from sparse_lm.runs.setup import setup
 
 CONFIG = 'configs/base.py'
-LAYERS, CONTEXT, BATCH, STEPS = 8, 128, 4, 70
+LAYERS, CONTEXT, BATCH, STEPS = 8, 128, 8, 300
 SIZE = {
   'data.context': CONTEXT,
   'data.batch': BATCH,
@@ -43,7 +43,7 @@ TRAINED = {
   'layer dropout and exits': {'stack.name': 'layer_skip'},
 }
 DRAFT, EXITS = 4, (2, 4)
-REPEATS, PROMPTS, PROMPT, TOKENS = 7, 2, 32, 64
+REPEATS, PROMPTS, PROMPT, TOKENS = 7, 8, 32, 32
 GREEDY = Sampling(temperature=0)
 
 
@@ -63,7 +63,7 @@ def _trained(name: str) -> tuple[Decoder, list[np.ndarray], float]:
   state = run.program.init(run.config.seed, run.target)
   batches = run.data.train_iterator(rng.data_seed(run.config.seed))
   losses = []
-  for step in range(STEPS):
+  for step in tqdm(range(STEPS), f'training: {name}', unit='step', leave=False, disable=None):
     state, metrics = run.program.step(step)(state, next(batches))
     losses.append(metrics['loss'])
   params, _ = run.program.finalize(state)
