@@ -71,8 +71,8 @@ class ScoredMethod(PatternMethod):
 
   @property
   def one_shot(self) -> bool:
-    """Every score prunes trained models too."""
-    return True
+    """Every score that is not learned prunes trained models too."""
+    return not self.traits.learns_scores
 
   def scores(self, trainable: Tree, signals: dict[str, Tree]) -> Tree:
     """The score of every weight, float, shaped like the parameters; the largest are kept.

@@ -17,6 +17,7 @@ from sparse_lm.core import units as pattern
 from sparse_lm.core.errors import UserError
 from sparse_lm.model import slots
 from sparse_lm.model.plans import plan_of
+from sparse_lm.model.slots import MethodConfig
 from sparse_lm.plan import record
 from sparse_lm.runs.build import build
 from sparse_lm.train import optim, states
@@ -46,6 +47,7 @@ def optimizer(name, **overrides):
 @dataclasses.dataclass(frozen=True)
 class ToySpec:
   context: int = 6
+  layers: int = 1
   vocab: int = 7
 
 
@@ -54,9 +56,10 @@ class Toy(nn.Module):
 
   spec: ToySpec
   stored: type = jnp.float32
+  site: MethodConfig = MethodConfig('site', 'none')
 
   @nn.compact
-  def __call__(self, tokens_BxL, mode='eval'):
+  def __call__(self, tokens_BxL, mode='eval', progress=None):
     init = functools.partial(nn.initializers.normal(0.5), dtype=self.stored)
     x_BxLxD = self.param('embed', init, (self.spec.vocab, 8))[tokens_BxL]
     x_BxLxD = record.matmul(x_BxLxD, self.path, 'lookup', 0, kernel='embed')
