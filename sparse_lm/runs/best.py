@@ -1,4 +1,4 @@
-"""The checkpoint of lowest validation loss, kept in `best/` beside the newest ones."""
+"""The checkpoint of lowest validation loss at the final density, kept in `best/` beside the newest."""
 
 import dataclasses
 import math

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from sparse_lm.core import rng
+from sparse_lm.core import rng, tree
 from sparse_lm.core.errors import Diverged
 from sparse_lm.core.records import JsonObject
 from sparse_lm.core.tree import Tree
@@ -32,6 +32,7 @@ from sparse_lm.runs.timing import StepTimer
 from sparse_lm.runs.workdir import Workdir
 from sparse_lm.train import states
 from sparse_lm.train.states import TrainState
+from sparse_lm.weights import parts
 
 LOST = 0.5  # fraction of the updates that rounding undoes, above which a run warns
 
@@ -225,10 +226,15 @@ class _Loop:
       moved = observe.connections(found.masks, self.history.masks)
       self.folder.log(step, found.values | moved)
       self.history.masks = found.masks
-      best = self.best.offer(self.program, state, found.values['val_loss'], self.history.work)
-      self.console.say(
-        f'step {step:,}: validation loss {found.values["val_loss"]:.4f}{" (the best)" if best else ""}'
-      )
+      loss, work = found.values['val_loss'], self.history.work
+      best = self._at_final_density(step) and self.best.offer(self.program, state, loss, work)
+      self.console.say(f'step {step:,}: validation loss {loss:.4f}{" (the best)" if best else ""}')
+
+  def _at_final_density(self, step: int) -> bool:
+    """Whether the model is as sparse as it is to be: one that is denser still is no best state."""
+    target = {path: float(final) for path, final in tree.named(self.setup.target).items()}
+    planned = parts.densities(self.program.method, target, step)
+    return all(planned[path] <= final + 1e-6 for path, final in target.items())
 
   def _measure(self, state: TrainState) -> Evaluated:
     params, masks = self.program.finalize(state)

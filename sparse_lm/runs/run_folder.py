@@ -18,7 +18,8 @@ FORMAT = 2
 def folder_of(workdir: str) -> tuple[pathlib.Path, str]:
   """The folder of a run, and the name in it of the checkpoints that `workdir` means.
 
-  `<folder>/best` means the checkpoint of lowest validation loss, any other path the newest one.
+  `<folder>/best` means the checkpoint of lowest validation loss at the final density, any other path the
+  newest one.
   """
   folder = pathlib.Path(os.path.expanduser(workdir))
   if folder.name == BEST and not (folder / CONFIG).exists():

@@ -26,14 +26,19 @@ GATES = [
   for name in slots.names(slot)
   if 'estimator' in slots.defaults(slot, name)
 ]
-# Every method, one of each slot at a time.
+# Every method, one of each slot at a time; many experts take long to compile.
 EVERY = [
   {f'{slot}.name': name for slot, name in zip(lm.LAYER_SLOTS, methods) if name}
   for methods in itertools.zip_longest(*(slots.names(slot) for slot in lm.LAYER_SLOTS))
 ]
+FEW_EXPERTS = {
+  name: {'mlp.experts': 4}
+  for name in slots.names('mlp')
+  if 'experts' in slots.defaults('mlp', name)
+}
 MOBA = {'attention.name': 'moba', 'attention.block': 2, 'attention.k': 2}
 CASES = {
-  **{'-'.join(fields.values()): fields for fields in EVERY},
+  **{'-'.join(own.values()): own | FEW_EXPERTS.get(own.get('mlp.name'), {}) for own in EVERY},
   'plain': {},
   'depth-mixture_of_depths': {'depth.name': 'mixture_of_depths'},
   **{

@@ -20,7 +20,7 @@ WIDE = {'attention.name': 'sliding_window', 'attention.window': 15, 'data.contex
 SKIPPED = WIDE | {'attention.window': 12, 'depth.name': 'mixture_of_depths', 'depth.capacity': 0.6}
 BLOCKS = 'blocks in a layer that tokens skip'
 OWN = {
-  **{'-'.join(fields.values()): fields for fields in EVERY},
+  **{name: CASES[name] for name in map('-'.join, (own.values() for own in EVERY))},
   **{name: CASES[name] for name in ('plain', 'window 5', 'window behind a gate', BLOCKS)},
   'a wide window': WIDE,
   'a wide window that tokens skip': SKIPPED,

@@ -141,6 +141,7 @@ def test_the_rate_follows_the_sparsest_matrices_also_where_rules_own_them():
   assert method.density(1 / 64, 0) == 1
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_as_an_undisturbed_one_and_decodes_packed_as_it_was_trained(
   tiny_config, tmp_path, train_until
 ):

@@ -369,6 +369,20 @@ def test_the_best_state_is_kept_and_loads(rigl, tmp_path, kill_at, train_until):
 
 
 @pytest.mark.usefixtures('losses')
+@pytest.mark.parametrize(('end', 'best'), [(0.6, 15), (0.9, 20)])
+def test_a_state_that_is_denser_than_the_final_one_is_not_the_best(
+  end, best, tiny_config, tmp_path
+):
+  # The loss is lowest at step 15, before or after the last weights are dropped, at step 12 or 18.
+  config = tiny_config(
+    weight__name='magnitude', weight__sparsity=0.5, weight__end=end, weight__period=1,
+    train__steps=STEPS, train__eval_every=5,
+  )  # fmt: skip
+  metrics = train(config, str(tmp_path), progress=False)['metrics']
+  assert (metrics['best_step'], metrics['best_val_loss']) == (best, LOSSES[best])
+
+
+@pytest.mark.usefixtures('losses')
 def test_a_damaged_best_state_is_named_and_does_not_stop_the_run(
   rigl, tmp_path, train_until, capfd
 ):

@@ -203,32 +203,6 @@ def test_a_score_of_gradients_prunes_trained_models_by_calibration_text(tiny_con
     assert_array_equal(tree.named(trainable['params'])[path], np.where(mask, w, 0))
 
 
-def test_learned_scores_train_and_select(tiny_config):
-  fields = {'weight__start': 0.0, 'weight__end': 0.25}
-  config = tiny_config(**PLAIN, weight__name='movement', weight__sparsity=0.5, **fields)
-  run, states, tokens = trained(config)
-  params, masks = run.program.finalize(states[-1])
-  learned, gradient = states[-1].trainable['learned'], gradient_of(run.program)
-  # The identity of movement pruning under plain SGD: S = -rate * sum of gradient times weight.
-  moved = jax.tree.map(lambda s: np.zeros(s.shape), learned)
-  for state, batch in zip(states[:-1], tokens):
-    seen, _ = run.program.method.effective(state.trainable, state.sparse, 'train', state.step, None)
-    grads, weights = gradient(seen, batch), state.trainable['params']
-    moved = tree.map_named(
-      lambda path, s, grads=grads, weights=weights: (
-        s - 0.1 * np.asarray(tree.named(grads)[path] * tree.named(weights)[path], float)
-      ),
-      moved,
-    )
-  for path, scores in tree.named(learned).items():
-    assert_allclose(scores, tree.named(moved)[path], rtol=1e-3, atol=1e-7)
-    mask = np.asarray(tree.named(masks)[path])
-    assert_array_equal(mask, largest(scores, mask.size // 2))
-    assert not np.asarray(tree.named(params)[path])[~mask].any()
-    # A dropped weight keeps its value, and is not trained while it is dropped.
-    assert (tree.named(states[-1].trainable['params'])[path] != 0).all()
-
-
 HALF = '''
 from sparse_lm.core.signal import TrainingSignal
 
