@@ -299,6 +299,7 @@ def sorted_topk(scores, k):
   return (jnp.argsort(order) < k).reshape(scores.shape)
 
 
+@pytest.mark.slow
 @TRAINED
 def test_steps_without_jit_equal_jit(name, trained, monkeypatch):
   run, states, _ = trained(name, sparsity_for(name))

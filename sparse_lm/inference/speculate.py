@@ -33,8 +33,8 @@ class Counts:
     drafted: tokens that were drafted.
     accepted: drafted tokens that the whole model would have made too.
     rounds: verifications.
-    close: tokens that were made where the two best logits differed by less than `CLOSE`. There the text
-      may differ from that of plain decoding, and go on differently.
+    close: tokens behind the first one that were made where the two best logits differed by less than
+      `CLOSE`. There the text may differ from that of plain decoding, and go on differently.
   """
 
   drafted: int = 0
@@ -143,7 +143,8 @@ class SelfSpeculation:
       self.draft < room,
       '--speculate',
       self.draft,
-      f'1 to {room - 1} behind a prompt of {len(prompt)} (config.data.context={context})',
+      f'{f"1 to {room - 1}" if room > 1 else "0"} behind a prompt of {len(prompt)} '
+      f'(config.data.context={context})',
     )
     logits, cache, position_B = decoder.begin([prompt], self.draft + 1)
     token = int(jnp.argmax(logits[0]))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from sparse_lm.core.errors import UserError
+from sparse_lm.core.errors import UserError, require
 from sparse_lm.core.paths import Part
 from sparse_lm.core.tree import Tree
 from sparse_lm.layers.embed import Embed
@@ -260,6 +260,10 @@ def check_splits(model: LM) -> None:
       f'{own.group}.name={own.name!r} carries more than the residual stream from layer to layer, which '
       'cannot run in parts; valid: a stack whose traits say that it splits'
     )
+  valid = (
+    'False where layers run in parts: the table is looked up by tokens, which the last part has not'
+  )
+  require(not model.spec.bigram, 'config.model.bigram', model.spec.bigram, valid)
 
 
 def exits(model: LM, variables: Tree, sown: Tree) -> list[tuple[jax.Array, jax.Array]]:

@@ -2,7 +2,7 @@
 
 import jax
 
-from sparse_lm.core import rng
+from sparse_lm.core import rng, tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.runs.setup import Setup
 from sparse_lm.train.states import TrainState
@@ -29,7 +29,8 @@ def prune_at_start(run: Setup, state: TrainState) -> TrainState:
     names = tuple(name for name, most in wanted.items() if number < most)
     collected = program.collect_at_start(state, collected, tokens_BxL1, taught, number, names)
   state, silent = program.update_at_start(state, collected)
-  if missed := [path for path, flag in jax.device_get(silent).items() if flag]:
+  target = jax.device_get(tree.named(run.target))
+  if missed := [path for path, flag in jax.device_get(silent).items() if flag and target[path] < 1]:
     raise UserError(
       f'every signal of {missed[0]} ({len(missed)} such parameters) is zero before step 0, so that its '
       f'weights cannot be ranked; valid: config.model.init=gpt2 (where it is fan_in the head starts at '

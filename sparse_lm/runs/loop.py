@@ -55,12 +55,14 @@ def train(config: ConfigDict, workdir: str, progress: bool = True) -> JsonObject
   folder = Workdir(workdir, config, run.data)
   if finished := folder.result(config.train.steps):
     return finished
+  # Before anything is written, because it may find that there is nothing to choose masks by.
+  start = None if folder.has_checkpoints() else prune_at_start(run, run.start())
   with contextlib.ExitStack() as stack:
     stack.callback(folder.close)
     folder.open()
     checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder.path)))
     best = stack.enter_context(contextlib.closing(Best(folder.path)))
-    return _Loop(run, folder, checkpoints, best, progress).run()
+    return _Loop(run, folder, checkpoints, best, progress).run(start)
 
 
 class _Stop:
@@ -106,17 +108,19 @@ class _Loop:
     self.newest: dict[str, float] = {}  # metrics of the newest step on the host
     self.evaluated: Evaluated | None = None
 
-  def run(self) -> JsonObject:
-    """Trains, logs, evaluates and saves."""
-    state, batches = self._start()
+  def run(self, start: TrainState | None) -> JsonObject:
+    """Trains, logs, evaluates and saves.
+
+    Args:
+      start: of step 0, with the masks that are chosen before it; `None` where a checkpoint follows.
+    """
+    state, batches = self._start(start)
     first, every, name = int(state.step), self.config.train, self.folder.path.name
     with _Stop() as stop, Console(self.progress, name, first, every.steps) as self.console:
       self.console.say(opening(self.setup, name, first))
       for note in (*self.program.method.notes, *lm.notes(self.program.model)):
         self.console.say(note)
       self._compare_plans(first)
-      if not first:
-        state = self._prune_at_start(state)
       for done in range(first + 1, every.steps + 1):
         state = self._step(state, next(batches), done)
         last = done == every.steps
@@ -130,9 +134,9 @@ class _Loop:
           self._leave(stop.signum, done)
       return self._finish(state)
 
-  def _start(self) -> tuple[TrainState, Iterator[np.ndarray]]:
+  def _start(self, start: TrainState | None) -> tuple[TrainState, Iterator[np.ndarray]]:
     """The state and the data where the newest checkpoint left them, or at step 0."""
-    state = self.setup.start()
+    state = self.setup.start() if start is None else start
     batches = self.setup.data.train_iterator(rng.data_seed(self.config.seed))
     _, masks = self.program.finalize(state)
     self.history = History(masks, self.config.train.steps, self.setup.inherited)
@@ -141,15 +145,13 @@ class _Loop:
     self.checkpoints.set_aside_after(step)
     self.best.forget_after(step)
     self.folder.resume_metrics(step)
-    return state if restored is None else restored, batches
-
-  def _prune_at_start(self, state: TrainState) -> TrainState:
-    """The state of step 0 with the masks that are chosen before it; what they cost is counted."""
-    state = prune_at_start(self.setup, state)
+    if restored is not None:
+      return restored, batches
+    if start is None:  # none of the checkpoints could be read
+      state = prune_at_start(self.setup, state)
+      _, self.history.masks = self.program.finalize(state)
     self.history.work = self.history.work.plus(self.meter.at_start())
-    _, self.history.masks = self.program.finalize(state)
-    self.timer.start()
-    return state
+    return state, batches
 
   def _compare_plans(self, first: int) -> None:
     """Says that schedules were stretched, where the steps so far were planned for another length."""

@@ -159,6 +159,10 @@ class Workdir:
     self._events: EventsWriter | None = None
     self._first = 1  # step that this process logs
 
+  def has_checkpoints(self) -> bool:
+    """Whether a run has saved here, whatever became of its files."""
+    return any((self.path / CHECKPOINTS).glob('[0-9]*'))
+
   def open(self) -> None:
     """Makes the folder, locks it and writes what describes the run. Raises UserError where another
     process has locked it."""

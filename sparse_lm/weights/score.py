@@ -53,7 +53,7 @@ class ScoredMethod(PatternMethod):
       chosen in every step.
     apply: what becomes of a dropped weight, and of its gradient.
       'masked': it is zero for good. Masks are stored, and later ones are subsets of earlier ones. Masks
-        from trainable scores are not stored: there a dropped weight keeps its value and gets no gradient.
+        from trainable scores are not stored: there a dropped weight stays and gets no gradient.
       'straight_through': it keeps its value, the model sees zero, and it gets the gradient of what the
         model sees (Bengio et al. 2013). The mask is chosen anew in every step.
       'soft': the same, and a kept weight is shrunk by the share that the largest dropped score has of

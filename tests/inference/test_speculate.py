@@ -153,6 +153,11 @@ def test_what_cannot_speculate_is_named(decoder_of, method, tiny_config):
     UserError, match='--exit_layer=0 is not valid; valid: none, of a model of one layer'
   ):
     SelfSpeculation(Decoder(single, {}))
+  with pytest.raises(UserError, match='--speculate=1 is not valid; valid: 0 behind a prompt of 31'):
+    next(SelfSpeculation(decoder, 1).generate(np.ones(CONTEXT - 1, np.int32), 1))
+  bigrams = lm.from_config(tiny_config(model__layers=2, model__bigram=True), VOCAB)
+  with pytest.raises(UserError, match=r'config\.model\.bigram=True is not valid; valid: False'):
+    SelfSpeculation(Decoder(bigrams, {}))
   method('stack', 'carries', CARRIES)
   model = lm.from_config(tiny_config(model__layers=2, stack__name='carries'), VOCAB)
   with pytest.raises(UserError, match=r"config.stack.name='carries' carries more than .* in parts"):

@@ -167,3 +167,5 @@ def test_exits_outside_of_the_layers_are_refused(tiny_config):
       lm.from_config(
         tiny_config(model__layers=3, stack__name='layer_skip', stack__exits=exits), VOCAB
       )
+  with pytest.raises(UserError, match=r'config\.model\.bigram=True is not valid; valid: False'):
+    lm.from_config(tiny_config(stack__name='layer_skip', model__bigram=True), VOCAB)

@@ -53,11 +53,11 @@ def test_the_phases_are_those_of_the_paper_in_a_run_of_any_length(steps):
     0.3 if sparse else 1.0 for sparse in closed[:-1]
   ]
   assert [method.due(step) for step in range(steps)] == [
-    closed[step] != closed[step + 1] for step in range(steps)
+    closed[step] != closed[step + 1] or step + 1 == steps for step in range(steps)
   ]
   if steps == 100:
     switches = [step + 1 for step in range(steps) if method.due(step)]
-    assert switches == [10, 15, 20, 25, 30, 35, 40, 45, 50, 55, 60, 65, 70, 75, 85]
+    assert switches == [10, 15, 20, 25, 30, 35, 40, 45, 50, 55, 60, 65, 70, 75, 85, 100]
 
 
 @pytest.mark.parametrize(('fields', 'switches'), [
@@ -70,7 +70,7 @@ def test_the_phases_are_those_of_the_paper_in_a_run_of_any_length(steps):
 def test_fields_say_when_masks_close_and_open(fields, switches):
   method = AC_DC(total_steps=100, **fields)
   method.check()
-  assert [step + 1 for step in range(100) if method.due(step)] == switches
+  assert [step + 1 for step in range(100) if method.due(step)] == sorted({*switches, 100})
 
 
 @pytest.mark.parametrize('pattern', ['unstructured', 'block:10'])
@@ -96,14 +96,14 @@ def test_masks_are_the_largest_magnitudes_when_they_close_and_full_when_they_ope
         tiles = np.kron(largest(tiles, 3), np.ones((10, 10), bool))
         mask = largest(np.abs(w), 300) if pattern == 'unstructured' else tiles
         assert mask.sum() == 300
-      else:
+      elif not closed_at(40, step + 1):
         mask = np.ones(SHAPE, bool)
       w = np.where(mask & old, w, 0)
       assert_array_equal(change.toggled['w'], mask != old)
       seen.append(mask)
     assert_array_equal(sparse.masks['w'], mask)
     assert_array_equal(trainable['params']['w'], w)
-  assert len(seen) == 15 and any((a != b).any() for a, b in zip(seen[::2], seen[2::2]))
+  assert len(seen) == 16 and any((a != b).any() for a, b in zip(seen[:15:2], seen[2:15:2]))
   params, masks = method.finalize(trainable, sparse, jnp.int32(40))
   assert_array_equal(params['w'], np.where(masks['w'], w, 0))
   assert masks['w'].sum() == 300 and masks['b'] is None
@@ -119,6 +119,18 @@ def test_masks_that_are_closed_stay_so_where_a_longer_run_closes_them():
   again = longer.update(first.trainable, first.sparse, {}, jnp.int32(20), jax.random.key(0))
   assert first.toggled['w'].sum() == 900 and not again.toggled['w'].any()
   assert_array_equal(again.sparse.masks['w'], first.sparse.masks['w'])
+
+
+def test_masks_that_are_open_close_where_a_shorter_run_ends_in_what_was_a_dense_phase():
+  # Step 32 of 40 is in the last dense phase, and in the last sparse one of 36 steps.
+  first, shorter = AC_DC(total_steps=40), AC_DC(total_steps=36)
+  assert first.density(0.25, 32) == 1.0 and shorter.density(0.25, 32) == 0.25
+  w = jnp.asarray(np.random.default_rng(0).standard_normal(SHAPE), jnp.float32)
+  trainable, sparse = shorter.init(jax.random.key(0), {'w': w}, {'w': jnp.float32(0.25)})
+  for step in filter(shorter.due, range(32, 36)):
+    change = shorter.update(trainable, sparse, {}, jnp.int32(step), jax.random.key(0))
+    trainable, sparse = change.trainable, change.sparse
+  assert sparse.masks['w'].mean() == 0.25
 
 
 @pytest.mark.parametrize(('fields', 'words'), [

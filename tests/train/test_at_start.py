@@ -292,3 +292,4 @@ def test_bad_input_is_one_line_with_exit_code_2(given, words, text_file, call, t
   )
   lines = [line for line in err.splitlines() if 'config.' in line]
   assert code == 2 and len(lines) == 1 and all(word in lines[0] for word in words), err
+  assert not (tmp_path / 'run').exists()

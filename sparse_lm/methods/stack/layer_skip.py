@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from sparse_lm.core.errors import require
 from sparse_lm.core.ranges import ranged, sliced
 from sparse_lm.layers.method import LayerMethod, Run, Traits
 from sparse_lm.layers.progress import Progress
@@ -52,7 +53,9 @@ class LayerSkip(LayerMethod):
     )
 
   def check(self) -> None:
-    """Raises UserError for exits outside of the layers."""
+    """Raises UserError for exits outside of the layers, or a head that needs more than the stream."""
+    valid = 'False: the table is looked up by tokens, and exits have the residual stream alone'
+    require(not self.spec.bigram, 'config.model.bigram', self.spec.bigram, valid)
     sliced('config.stack.exits', self.exits, self.spec.layers)
 
   def __call__(self, layers: Sequence[Run], tokens: Tokens, mode: str) -> jax.Array:

@@ -33,6 +33,8 @@ class ACDC(PatternMethod):
   epochs of ResNet-50: dense until 0.1; from then on sparse and dense phases of 0.05; dense from 0.75
   and sparse from 0.85 to the end.
 
+  Differs from the paper: at an opening the momentum of the weights that were kept goes on.
+
   A run of few steps leaves out phases that have no step. Its first step is always dense, and it ends
   sparse even if it has one step.
 
@@ -67,8 +69,13 @@ class ACDC(PatternMethod):
     return {'params': params, 'learned': {}}, Sparse(full_masks(params, target), target)
 
   def due(self, step: int) -> bool:
-    """Where the next step is of another phase than this one, or where the run ends."""
-    return bool(self._is_sparse(step) != self._is_sparse(step + 1))
+    """Where the next step is of another phase than this one, and where the run ends.
+
+    A run that is continued for another length keeps its masks until its new schedule changes phase. The
+    last step drops what is left to drop.
+    """
+    ends = step + 1 == self.total_steps
+    return ends or bool(self._is_sparse(step) != self._is_sparse(step + 1))
 
   def update(
     self, trainable: Tree, sparse: Sparse, signals: dict[str, Tree], step: Array, key: Array

@@ -14,9 +14,9 @@ class Movement(ScoredMethod):
   """Keeps the largest of scores that are learned with the weights, along a cubic ramp.
 
   A score gets the gradient of what the model sees times the weight, so that it rises where training moves
-  a weight away from zero. Dropped weights keep their values, get no gradient, and may come back. No
-  learning rate of the scores would change their order: they have that of the weights. The paper
-  fine-tunes trained models: give `config.init_from`.
+  a weight away from zero. Dropped weights get no gradient and may come back; decay and momentum alone
+  move them. No learning rate of the scores would change their order: they have that of the weights. The
+  paper fine-tunes trained models: give `config.init_from`.
   """
 
   traits: ClassVar[Traits] = Traits(
@@ -28,7 +28,7 @@ class Movement(ScoredMethod):
   def check(self) -> None:
     """Raises UserError for a start at which all scores are zero still."""
     super().check()
-    later = 'a later start, or a ramp: before the first step all scores are zero'
+    later = 'a later start, a ramp, or more steps: before the first step all scores are zero'
     require(self.density(0.5, 0) == 1, 'config.weight.start', self.start, later)
 
   def scores(self, trainable: Tree, signals: dict[str, Tree]) -> Tree:

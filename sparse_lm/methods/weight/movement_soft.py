@@ -27,19 +27,23 @@ class MovementSoft(PatternMethod):
   """Keeps the units of the pattern whose learned score S has `sigmoid(S)` above a threshold.
 
   A score gets the gradient of what the model sees times the weight, summed over the unit's weights, as
-  if there were no threshold. Dropped weights keep their values, get no gradient, and may come back. All
-  scores start at zero, where every unit is kept. How sparse the model ends is learned: `price` says what
-  keeping costs, or `config.budget.target` holds the forward FLOPs. The paper fine-tunes trained models:
-  give `config.init_from`.
+  if there were no threshold. Dropped weights get no gradient and may come back; decay and momentum alone
+  move them. All scores start at zero, where every unit is kept. How sparse the model ends is learned:
+  `price` says what keeping costs, or `config.budget.target` holds the forward FLOPs. The paper fine-tunes
+  trained models: give `config.init_from`.
+
+  One threshold holds for all scores: under N:M, per_output and patterns with a floor any number of a
+  group may be kept, and the masks are those of 'unstructured'.
 
   Attributes:
     threshold: of `sigmoid(S)`; below a half, where scores start.
-    price: nats a token for each unit of the mean of `sigmoid(S)` over all prunable weights.
+    price: nats a token for each unit of the mean of `sigmoid(S)` over all prunable weights, without a
+      budget.
     learned_rate: learning rate of the scores over that of the weights; by default the paper's.
   """
 
   threshold: float = ranged(0.1, '(0, 0.5)')
-  price: float = ranged(30.0, '[0, inf)')
+  price: float = ranged(0.0, '[0, inf)')
   learned_rate: float = ranged(333.0, '(0, inf)')
   traits: ClassVar[Traits] = Traits(
     paper='Sanh et al. 2020 (Movement Pruning), section 4',

@@ -33,7 +33,8 @@ class WeightSparse(PatternMethod):
   density) of the sparsest matrices. With the pattern 'floor:4', as in the paper, no neuron and no channel
   of a head keeps fewer than four weights.
 
-  Differs from the paper: counts are rounded to the nearest, where the paper rounds down.
+  Differs from the paper: counts are rounded to the nearest, where the paper rounds down. Queries, keys
+  and values are three matrices, where the paper ranks one of all three.
 
   Attributes:
     start, end: fractions of the run between which the density falls.
