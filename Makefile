@@ -14,7 +14,8 @@ ablation: .venv/core
 test: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not fuzz'
 
-# What takes too long for every run of the tests: notebooks, and inputs of many megabytes.
+# What takes too long for every run of the tests: notebooks, a step of every config, steps without jit,
+# and inputs of many megabytes.
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist load -m slow
 

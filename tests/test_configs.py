@@ -53,6 +53,8 @@ def shrunk(name, text_file):
   return configs.load(path, sizes)
 
 
+# In `make test` the contract trains every method, and the tests below read every config.
+@pytest.mark.slow
 @pytest.mark.parametrize('name', FILES)
 def test_config_builds_and_steps(name, text_file):
   run = setup(shrunk(name, text_file))
