@@ -20,7 +20,7 @@ from sparse_lm.inference.decode import Decoder
 from sparse_lm.inference.sample import Sampling
 from sparse_lm.inference.speculate import Counts, SelfSpeculation
 from sparse_lm.measure import turns
-from sparse_lm.report import results, table
+from sparse_lm.report import plot, results, table
 from sparse_lm.runs import configs, runtime
 from sparse_lm.runs.environment import environment
 from sparse_lm.runs.setup import setup
@@ -108,7 +108,7 @@ def execute(run: Run, workdir: pathlib.Path) -> JsonObject:
 
 
 def report(lines: list[results.Line], folder: pathlib.Path) -> str:
-  """The table."""
+  """The table, and a chart of the ratios."""
   columns = [
     table.Column('ms', 'speculative', '.2f', 'ms a token'),
     table.Column('plain_ms', 'plain', '.2f', 'ms a token'),
@@ -127,4 +127,7 @@ def report(lines: list[results.Line], folder: pathlib.Path) -> str:
     f'{TOKENS} tokens, {DRAFT} drafts a round; medians of {REPEATS} turns. The models were trained for '
     f'{STEPS} steps of {BATCH * CONTEXT} bytes, and acceptance moves with that'
   )
+  ratio = table.Column('ratio', 'time of plain decoding / time of self-speculation')
+  figure = plot.bars(lines, 'exit layer', ratio, 'ratio_low', 'ratio_high', 'trained with')
+  plot.save(figure, folder, 'self_speculation')
   return table.write(frame, folder, caption, 'python -m experiments.run self_speculation')

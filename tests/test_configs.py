@@ -53,7 +53,7 @@ def shrunk(name, text_file):
   return configs.load(path, sizes)
 
 
-# In `make test` the contract trains every method, and the tests below read every config.
+# In `make test` the contract does both for every method.
 @pytest.mark.slow
 @pytest.mark.parametrize('name', FILES)
 def test_config_builds_and_steps(name, text_file):
@@ -88,6 +88,7 @@ def leaks(model, mode):
   return bool(moved[:half].max() > 1e-5) if moved[half:].max() > 1e-3 else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mode', lm.MODES)
 @pytest.mark.parametrize('name', FILES)
 def test_config_keeps_to_the_past_unless_it_says_otherwise(name, mode, text_file):

@@ -154,6 +154,7 @@ def test_method_may_be_named_for_some_layers(slot, name, tiny_config):
   assert plan_of(lm.from_config(tiny_config(model__layers=2, **choice), vocab=11)).variables
 
 
+@pytest.mark.slow
 @LAYERS
 def test_every_point_of_a_layer_can_be_read_by_name(slot, name, model_of):
   model, variables, tokens = model_of(slot, name)

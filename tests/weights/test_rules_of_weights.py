@@ -75,8 +75,9 @@ def method_of(name, **fields):
   return slots.method('weight', name)(total_steps=40, **fields)
 
 
+FIRST = 'magnitude 2:4, RigL block:4'
 PAIRS = {
-  'magnitude 2:4, RigL block:4': {
+  FIRST: {
     'mlp': method_of('magnitude', pattern='2:4', start=0.0, end=0.5, period=4),
     'attention': method_of('rigl', pattern='block:4', period=6, drop_fraction=0.5),
   },
@@ -126,7 +127,10 @@ def close(found, want, paths):
     assert_array_equal(np.asarray(found[path]), np.asarray(want[path]), err_msg=path)
 
 
-@pytest.mark.parametrize('pair', PAIRS)
+# One pair in `make test`.
+@pytest.mark.parametrize(
+  'pair', [pair if pair == FIRST else pytest.param(pair, marks=pytest.mark.slow) for pair in PAIRS]
+)
 def test_each_rule_does_what_its_method_does_alone_on_what_the_rule_owns(pair):
   methods = PAIRS[pair]
   both = rules_of(methods)
@@ -174,7 +178,7 @@ def test_each_rule_does_what_its_method_does_alone_on_what_the_rule_owns(pair):
 
 
 def test_only_the_leaves_of_a_rule_that_replaces_the_step_rest():
-  both = rules_of(PAIRS['magnitude 2:4, RigL block:4'])
+  both = rules_of(PAIRS[FIRST])
   trainable, _ = both.init(KEY, draw(0), target_of(both.parts, OWNED))
 
   def rests(method, *due):
@@ -220,7 +224,7 @@ def test_penalty_rates_and_costs_are_each_rules_own():
   assert both.learned_rates == {'mlp/': 3.0}
   assert parts.learns_density(both, 'up') and not parts.learns_density(both, 'query')
   assert not parts.learns_density(both, 'scale') and both.owner('scale') is None
-  pair = rules_of(PAIRS['magnitude 2:4, RigL block:4'])
+  pair = rules_of(PAIRS[FIRST])
   target = {path: DENSITY[path] for path in DENSITY}
   for step in range(40):
     found = parts.densities(pair, target, step)
@@ -232,7 +236,7 @@ def test_penalty_rates_and_costs_are_each_rules_own():
 
 
 def test_traits_of_all_rules_together():
-  both = rules_of(PAIRS['magnitude 2:4, RigL block:4'])
+  both = rules_of(PAIRS[FIRST])
   assert both.traits.needs == ('grads',) and both.traits.masked and both.traits.exact_density
   assert not both.one_shot and not both.traits.takes_masks and not both.traits.controlled
   assert rules_of(PAIRS['L0, set per output']).traits.controlled
