@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_lm.core.errors import unknown
+from sparse_lm.core.errors import require, unknown
 from sparse_lm.core.ranges import ranged
 from sparse_lm.layers import dispatch, routing
 from sparse_lm.layers.experts import Experts
@@ -109,3 +109,8 @@ class SharedMixture(MixtureOfExperts):
     return routed_BxLxD + FeedForward(self.spec, self.activation, hidden, name='shared')(
       x_BxLxD, mode
     )
+
+
+def check_visits(k: int, experts: int) -> None:
+  """Raises UserError where a token is to visit more experts than there are."""
+  require(k <= experts, 'config.mlp.k', k, f'1 to the number of experts, {experts}')

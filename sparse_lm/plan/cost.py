@@ -67,11 +67,11 @@ class Matmul:
   causal: float = 1.0
 
   def times(self, factor: float) -> 'Matmul':
-    """So often."""
+    """The entry with its FLOPs multiplied by `factor`."""
     return dataclasses.replace(self, flops=factor * self.flops)
 
   def plus(self, other: 'Matmul') -> 'Matmul':
-    """With the FLOPs of another one like it."""
+    """The entry with the FLOPs of another one added."""
     return dataclasses.replace(self, flops=self.flops + other.flops)
 
 
@@ -88,11 +88,11 @@ class Read:
   gates: tuple[Gate, ...] = ()
 
   def times(self, factor: float) -> 'Read':
-    """So often."""
+    """The entry with its bytes multiplied by `factor`."""
     return dataclasses.replace(self, nbytes=factor * self.nbytes)
 
   def plus(self, other: 'Read') -> 'Read':
-    """With the bytes of another one like it."""
+    """The entry with the bytes of another one added."""
     return dataclasses.replace(self, nbytes=self.nbytes + other.nbytes)
 
 

@@ -55,8 +55,10 @@ def train(config: ConfigDict, workdir: str, progress: bool = True) -> JsonObject
   folder = Workdir(workdir, config, run.data)
   if finished := folder.result(config.train.steps):
     return finished
-  # Before anything is written, because it may find that there is nothing to choose masks by.
-  start = None if folder.has_checkpoints() else prune_at_start(run, run.start())
+  start = None
+  if parts.at_start(run.program.method) and not folder.has_checkpoints():
+    # Before anything is written, because it may find that there is nothing to choose masks by.
+    start = prune_at_start(run, run.start())
   with contextlib.ExitStack() as stack:
     stack.callback(folder.close)
     folder.open()
@@ -112,7 +114,8 @@ class _Loop:
     """Trains, logs, evaluates and saves.
 
     Args:
-      start: of step 0, with the masks that are chosen before it; `None` where a checkpoint follows.
+      start: of step 0, with masks that were chosen before it; `None` where none are, or a checkpoint is
+        there.
     """
     state, batches = self._start(start)
     first, every, name = int(state.step), self.config.train, self.folder.path.name
@@ -147,7 +150,7 @@ class _Loop:
     self.folder.resume_metrics(step)
     if restored is not None:
       return restored, batches
-    if start is None:  # none of the checkpoints could be read
+    if start is None and parts.at_start(self.program.method):  # no checkpoint could be read
       state = prune_at_start(self.setup, state)
       _, self.history.masks = self.program.finalize(state)
     self.history.work = self.history.work.plus(self.meter.at_start())

@@ -323,7 +323,7 @@ class Program:
 def _resting_or_frozen(resting: Tree, frozen: Tree) -> Tree:
   """The leaves that rest in a step (bool), and of the others which weights are frozen, where any is."""
   return tree.where_sparse(
-    lambda rests, held: rests or held, resting, frozen, dense=lambda rests: rests
+    lambda rests, weights: rests or weights, resting, frozen, dense=lambda rests: rests
   )
 
 

@@ -166,8 +166,7 @@ class ScoredMethod(PatternMethod):
 
   def due(self, step: int) -> bool:
     """Every `period` steps along the ramp, and at its end, where masks are stored."""
-    ramps = self._stored and self.schedule != schedule.AT_START
-    return ramps and schedule.due(step, *self._span, self.period)
+    return self._updates and schedule.due(step, *self._span, self.period)
 
   def update(
     self, trainable: Tree, sparse: Sparse, signals: dict[str, Tree], step: Array, key: Array
@@ -199,7 +198,7 @@ class ScoredMethod(PatternMethod):
   def density(self, target: float, step: int) -> float:
     """The ramp, as updates follow it where masks are stored."""
     first, last = self._span
-    if self._stored and self.schedule != schedule.AT_START:
+    if self._updates:
       if step <= first:
         return 1.0
       step = last if step > last else first + (step - 1 - first) // self.period * self.period
@@ -222,6 +221,11 @@ class ScoredMethod(PatternMethod):
   def _stored(self) -> bool:
     """Whether masks are kept from step to step, and not chosen in every forward pass."""
     return self.apply == MASKED and not self.traits.learns_scores
+
+  @property
+  def _updates(self) -> bool:
+    """Whether stored masks change between steps."""
+    return self._stored and self.schedule != schedule.AT_START
 
   @property
   def _span(self) -> tuple[int, int]:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
+from one_run import mirrors, states_of
 
 from sparse_lm.core import rng, tree
 from sparse_lm.core.errors import UserError
@@ -154,28 +155,7 @@ def trained(tiny_config):
   run = setup(tiny_config(**COMMON, **own, **fields))
   batches = run.data.train_iterator(rng.data_seed(0))
   tokens = [next(batches) for _ in range(STEPS)]
-  return run, continued(run, run.program.init(0, run.target), 0, tokens, STEPS), tokens
-
-
-def continued(run, state, first, tokens, last):
-  """The states on the host from before step `first` to after the step before `last`."""
-  states = [jax.device_get(state)]
-  for step in range(first, last):
-    state, _ = run.program.step(step)(jax.tree.map(jnp.copy, state), tokens[step])
-    states.append(jax.device_get(state))
-  return states
-
-
-def mirrors(state):
-  """Both moments, the average and the weights: the trees that are shaped like the parameters."""
-  like = jax.tree.structure(state.trainable)
-
-  def same(node):
-    return jax.tree.structure(node) == like
-
-  moments = [t for t in jax.tree.leaves(state.opt_state, is_leaf=same) if same(t)]
-  assert len(moments) == 2
-  return [tree.named(t['params']) for t in (*moments, state.ema, state.trainable)]
+  return run, states_of(run, run.program.init(0, run.target), tokens), tokens
 
 
 def test_every_step_of_a_run_has_the_exact_count_of_its_phase(trained):
@@ -191,7 +171,7 @@ def test_a_dense_phase_trains_as_the_dense_model_does_to_the_bit(trained, tiny_c
   fresh = dense.program.init(0, dense.target)
   for first, last in ((0, 3), (8, 13)):  # the step before a phase ends closes the masks after it
     start = states[first].replace(sparse=fresh.sparse, key=fresh.key)
-    for found, want in zip(continued(dense, start, first, tokens, last), states[first:]):
+    for found, want in zip(states_of(dense, start, tokens[first:last], first), states[first:]):
       for ours, theirs in zip(mirrors(want), mirrors(found)):
         assert ours.keys() == theirs.keys()
         for path, value in theirs.items():
@@ -223,5 +203,5 @@ def test_a_run_continued_in_either_phase_is_the_run_that_was_not_stopped(
   checkpoints.save(states[stopped], run.data.train_iterator(0))
   state = checkpoints.restore(run.program.init(0, run.target))
   checkpoints.close()
-  last = continued(run, state, stopped, tokens, STEPS)[-1]
+  last = states_of(run, state, tokens[stopped:], stopped)[-1]
   jax.tree.map(assert_array_equal, last.replace(key=None), states[-1].replace(key=None))

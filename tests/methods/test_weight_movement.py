@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from one_run import states_of
 
 from sparse_lm.core import rng, tree
 from sparse_lm.core.errors import UserError
@@ -136,13 +137,8 @@ def trained(tiny_config):
   def run(name, **fields):
     prepared = setup(tiny_config(**(PLAIN | fields), weight__name=name, train__steps=STEPS))
     batches = prepared.data.train_iterator(rng.data_seed(0))
-    state = prepared.program.init(0, prepared.target)
-    states, read = [jax.device_get(state)], []
-    for step in range(STEPS):
-      read.append(next(batches))
-      state, _ = prepared.program.step(step)(state, read[-1])
-      states.append(jax.device_get(state))
-    return prepared, states, read
+    read = [next(batches) for _ in range(STEPS)]
+    return prepared, states_of(prepared, prepared.program.init(0, prepared.target), read), read
 
   return run
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from one_run import mirrors, states_of
 
 from sparse_lm.core import rng, tree
 from sparse_lm.core.errors import UserError
@@ -155,26 +156,9 @@ def test_bad_fields_are_refused_in_one_line(fields, words, tiny_config):
 def trained(tiny_config):
   """The run, its states on the host from step 0 to the last, and what the steps read."""
   run = setup(tiny_config(**ADAM))
-  state = run.program.init(0, run.target)
   batches = run.data.train_iterator(rng.data_seed(0))
   tokens = [next(batches) for _ in range(STEPS)]
-  states = [jax.device_get(state)]
-  for step in range(STEPS):
-    state, _ = run.program.step(step)(state, tokens[step])
-    states.append(jax.device_get(state))
-  return run, states, tokens
-
-
-def mirrors(state):
-  """Weights, averages and both moments: the trees that are shaped like the parameters."""
-  like = jax.tree.structure(state.trainable)
-
-  def same(node):
-    return jax.tree.structure(node) == like
-
-  moments = [t for t in jax.tree.leaves(state.opt_state, is_leaf=same) if same(t)]
-  assert len(moments) == 2
-  return [tree.named(t['params']) for t in (state.trainable, state.ema, *moments)]
+  return run, states_of(run, run.program.init(0, run.target), tokens), tokens
 
 
 def test_nothing_moves_outside_the_backward_set(trained):

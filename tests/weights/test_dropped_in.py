@@ -53,8 +53,8 @@ class GradsSq(TrainingSignal):
   def of_gradient(self, weights, gradient):
     return gradient * gradient
 '''
-MOVEMENT = '''
-"""Movement pruning."""
+MOVED = '''
+"""Weights that have moved."""
 
 import dataclasses
 from typing import ClassVar
@@ -67,7 +67,7 @@ from sparse_lm.weights.traits import Traits
 
 
 @dataclasses.dataclass(frozen=True)
-class Movement(ScoredMethod):
+class Moved(ScoredMethod):
   """Scores that learn from the gradient of each weight."""
 
   traits: ClassVar[Traits] = Traits(learns_scores=True)
@@ -111,7 +111,7 @@ def folder(tmp_path_factory, dropped_in):
   """A folder beside the package that its methods and signals are found in too."""
   root = tmp_path_factory.mktemp('mine')
   found = {
-    'sparse_lm.methods.weight': {'fisher': FISHER, 'movement': MOVEMENT},
+    'sparse_lm.methods.weight': {'fisher': FISHER, 'moved': MOVED},
     'sparse_lm.signals': {'grads_sq': GRADS_SQ, 'x_abs': X_ABS},
   }
   with contextlib.ExitStack() as stack:
@@ -201,6 +201,33 @@ def test_a_score_of_gradients_prunes_trained_models_by_calibration_text(tiny_con
     want = largest(w.astype(float) ** 2 * square, mask.size // 2)
     assert (np.asarray(mask) != want).mean() <= 0.004, path
     assert_array_equal(tree.named(trainable['params'])[path], np.where(mask, w, 0))
+
+
+@pytest.mark.slow
+def test_learned_scores_train_and_select(tiny_config):
+  fields = {'weight__start': 0.0, 'weight__end': 0.25}
+  config = tiny_config(**PLAIN, weight__name='moved', weight__sparsity=0.5, **fields)
+  run, states, tokens = trained(config)
+  params, masks = run.program.finalize(states[-1])
+  learned, gradient = states[-1].trainable['learned'], gradient_of(run.program)
+  # The identity of movement pruning under plain SGD: S = -rate * sum of gradient times weight.
+  moved = jax.tree.map(lambda s: np.zeros(s.shape), learned)
+  for state, batch in zip(states[:-1], tokens):
+    seen, _ = run.program.method.effective(state.trainable, state.sparse, 'train', state.step, None)
+    grads, weights = gradient(seen, batch), state.trainable['params']
+    moved = tree.map_named(
+      lambda path, s, grads=grads, weights=weights: (
+        s - 0.1 * np.asarray(tree.named(grads)[path] * tree.named(weights)[path], float)
+      ),
+      moved,
+    )
+  for path, scores in tree.named(learned).items():
+    assert_allclose(scores, tree.named(moved)[path], rtol=1e-3, atol=1e-7)
+    mask = np.asarray(tree.named(masks)[path])
+    assert_array_equal(mask, largest(scores, mask.size // 2))
+    assert not np.asarray(tree.named(params)[path])[~mask].any()
+    # A dropped weight keeps its value, and is not trained while it is dropped.
+    assert (tree.named(states[-1].trainable['params'])[path] != 0).all()
 
 
 HALF = '''

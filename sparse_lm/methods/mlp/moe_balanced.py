@@ -11,7 +11,7 @@ from sparse_lm.kernels.topk import top
 from sparse_lm.layers import dispatch
 from sparse_lm.layers.after_step import after_step
 from sparse_lm.layers.method import Traits
-from sparse_lm.layers.mixture import SharedMixture
+from sparse_lm.layers.mixture import SharedMixture, check_visits
 from sparse_lm.layers.router import Router
 from sparse_lm.layers.routing import Routing
 from sparse_lm.plan.cost import Gating
@@ -80,8 +80,7 @@ class MoEBalanced(SharedMixture):
   def check(self) -> None:
     """Raises UserError where fields do not fit each other or the model."""
     super().check()
-    valid = f'1 to the number of experts, {self.experts}'
-    require(self.k <= self.experts, 'config.mlp.k', self.k, valid)
+    check_visits(self.k, self.experts)
     whole = self.hidden or self.spec.hidden
     valid = f'a divisor of the hidden units of an expert, {whole}'
     require(whole % self.split == 0, 'config.mlp.split', self.split, valid)

@@ -5,11 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sparse_lm.core.errors import require
 from sparse_lm.core.ranges import ranged
 from sparse_lm.layers.after_step import after_step
 from sparse_lm.layers.method import Traits
-from sparse_lm.layers.mixture import SharedMixture
+from sparse_lm.layers.mixture import SharedMixture, check_visits
 from sparse_lm.layers.router import Router
 from sparse_lm.layers.routing import Routing
 from sparse_lm.layers.sow import sow
@@ -80,8 +79,7 @@ class MoEReLU(SharedMixture):
   def check(self) -> None:
     """Raises UserError where fields do not fit each other."""
     super().check()
-    valid = f'1 to the number of experts, {self.experts}'
-    require(self.k <= self.experts, 'config.mlp.k', self.k, valid)
+    check_visits(self.k, self.experts)
 
   def route(self, x_TxD: jax.Array, mode: str) -> Routing:
     """Every token has a choice for each expert; it counts where the expert's gate is open."""

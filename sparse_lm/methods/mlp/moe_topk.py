@@ -10,7 +10,7 @@ from sparse_lm.core.ranges import ranged
 from sparse_lm.kernels.topk import top
 from sparse_lm.layers import dispatch
 from sparse_lm.layers.method import Traits
-from sparse_lm.layers.mixture import MixtureOfExperts
+from sparse_lm.layers.mixture import MixtureOfExperts, check_visits
 from sparse_lm.layers.router import Router
 from sparse_lm.layers.routing import Routing
 from sparse_lm.layers.sow import sow
@@ -65,8 +65,7 @@ class MoETopK(MixtureOfExperts):
   def check(self) -> None:
     """Raises UserError where fields do not fit each other or the context."""
     super().check()
-    valid = f'1 to the number of experts, {self.experts}'
-    require(self.k <= self.experts, 'config.mlp.k', self.k, valid)
+    check_visits(self.k, self.experts)
     least = self.experts / (self.k * self.spec.context)
     for field, factor in (('capacity', self.capacity), ('eval_capacity', self.eval_capacity)):
       slots_of_one = factor * self.k * self.spec.context / self.experts

@@ -17,22 +17,16 @@ from sparse_lm.core.ranges import ranged
 from sparse_lm.core.tree import Tree
 from sparse_lm.core.units import by_slice, kept
 from sparse_lm.kernels.topk import topk_mask
-from sparse_lm.weights.method import (
-  Array,
-  PatternMethod,
-  Sparse,
-  apply_masks,
-  mean_density,
-  restrict_to,
-)
+from sparse_lm.weights.method import Array, Sparse, apply_masks, mean_density, restrict_to
 from sparse_lm.weights.random_start import path_key
 from sparse_lm.weights.traits import Traits
+from sparse_lm.weights.unit_scores import UnitScores
 
 EVALUATED = 0.8  # of a logit, in evaluation
 
 
 @dataclasses.dataclass(frozen=True)
-class L0(PatternMethod):
+class L0(UnitScores):
   """Multiplies each unit of the pattern by a hard concrete gate whose logit is learned with the weights.
 
   Training draws the gates. Evaluation opens as many as training expects to be open, those of the largest
@@ -52,8 +46,6 @@ class L0(PatternMethod):
   """
 
   open: float = ranged(0.9, '(0, 1)')
-  price: float = ranged(0.0, '[0, inf)')
-  learned_rate: float = ranged(10.0, '(0, inf)')
   traits: ClassVar[Traits] = Traits(
     paper='Louizos et al. 2018 (Learning Sparse Neural Networks through L0 Regularization)',
     saves='the forward pass of closed units; training computes them all',
@@ -62,17 +54,9 @@ class L0(PatternMethod):
   )
 
   @property
-  def learned_rates(self) -> dict[str, float]:
-    """The rate of the logits, which are all that the method learns."""
-    return {'': self.learned_rate}
-
-  def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
-    """Starts from one logit for each unit, the same for all, and stores no masks."""
-    logit = hard_concrete_logit(self.open)
-    shapes = jax.eval_shape(self.units.pool, restrict_to(params, target))
-    logits = {name: jnp.full(units.shape, logit, jnp.float32) for name, units in shapes.items()}
-    nothing = jax.tree.map(lambda w: None, params)
-    return {'params': params, 'learned': logits}, Sparse(nothing, target)
+  def first_score(self) -> float:
+    """The logit at which a gate is open with probability `open`."""
+    return hard_concrete_logit(self.open)
 
   def effective(
     self, trainable: Tree, sparse: Sparse, mode: str, step: Array, key: Array | None
@@ -90,8 +74,8 @@ class L0(PatternMethod):
       name: with_gradient_of(opened[name].astype(jnp.float32), hard_concrete_probability(units))
       for name, units in logits.items()
     }
-    density = jax.tree.map(jnp.mean, self.units.expand(priced, prunable))
-    return _times(trainable['params'], self.units.expand(gates, prunable)), density
+    seen = _times(trainable['params'], self.units.expand(gates, prunable))
+    return seen, self.means(priced, prunable)
 
   def penalty(self, trainable: Tree, sparse: Sparse, density: Tree) -> Array:
     """`price` times the share of the prunable weights that is kept."""

@@ -11,19 +11,13 @@ from sparse_lm.core.estimator import with_gradient_of, with_gradient_to_score
 from sparse_lm.core.ranges import ranged
 from sparse_lm.core.tree import Tree
 from sparse_lm.core.units import Units
-from sparse_lm.weights.method import (
-  Array,
-  PatternMethod,
-  Sparse,
-  apply_masks,
-  mean_density,
-  restrict_to,
-)
+from sparse_lm.weights.method import Array, Sparse, apply_masks, mean_density, restrict_to
 from sparse_lm.weights.traits import Traits
+from sparse_lm.weights.unit_scores import UnitScores
 
 
 @dataclasses.dataclass(frozen=True)
-class MovementSoft(PatternMethod):
+class MovementSoft(UnitScores):
   """Keeps the units of the pattern whose learned score S has `sigmoid(S)` above a threshold.
 
   A score gets the gradient of what the model sees times the weight, summed over the unit's weights, as
@@ -43,7 +37,6 @@ class MovementSoft(PatternMethod):
   """
 
   threshold: float = ranged(0.1, '(0, 0.5)')
-  price: float = ranged(0.0, '[0, inf)')
   learned_rate: float = ranged(333.0, '(0, inf)')
   traits: ClassVar[Traits] = Traits(
     paper='Sanh et al. 2020 (Movement Pruning), section 4',
@@ -51,19 +44,6 @@ class MovementSoft(PatternMethod):
     exact_density=False,
     controlled=True,
   )
-
-  @property
-  def learned_rates(self) -> dict[str, float]:
-    """The rate of the scores, which are all that the method learns."""
-    return {'': self.learned_rate}
-
-  def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
-    """Starts from scores of zero and stores no masks."""
-    shapes = jax.eval_shape(self.units.pool, restrict_to(params, target))
-    scores = {name: jnp.zeros(units.shape, jnp.float32) for name, units in shapes.items()}
-    return {'params': params, 'learned': scores}, Sparse(
-      jax.tree.map(lambda _: None, params), target
-    )
 
   def effective(
     self, trainable: Tree, sparse: Sparse, mode: str, step: Array, key: Array | None
@@ -85,14 +65,13 @@ class MovementSoft(PatternMethod):
       name: with_gradient_of(keeps[name].astype(jnp.float32), jax.nn.sigmoid(units))
       for name, units in scores.items()
     }
-    return seen, jax.tree.map(jnp.mean, self.units.expand(share, prunable))
+    return seen, self.means(share, prunable)
 
   def penalty(self, trainable: Tree, sparse: Sparse, density: Tree) -> Array:
     """`price` times the mean of `sigmoid(S)` over the prunable weights."""
     prunable = restrict_to(trainable['params'], sparse.target)
     shares = {name: jax.nn.sigmoid(units) for name, units in trainable['learned'].items()}
-    means = jax.tree.map(jnp.mean, self.units.expand(shares, prunable))
-    return self.price * mean_density(means, prunable)
+    return self.price * mean_density(self.means(shares, prunable), prunable)
 
   def finalize(self, trainable: Tree, sparse: Sparse, step: Array) -> tuple[Tree, Tree]:
     """The weights that the threshold keeps, and which these are."""

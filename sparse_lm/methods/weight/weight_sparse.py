@@ -73,7 +73,7 @@ class WeightSparse(PatternMethod):
     return jnp.sqrt(final / schedule.linear_density(step, *self._span, final))
 
   def due(self, step: int) -> bool:
-    """Every step."""
+    """An update follows every step."""
     return True
 
   def update(
