@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
@@ -46,45 +46,75 @@ def mixed_iterator(
   """
   for name, (tokens, _) in components.items():
     _check_window(tokens, context, batch, name)
-  turns = mixture.schedule([share for _, share in components.values()])
-  readers = [
-    _endless(tokens, context, seed, number)
-    for number, (tokens, _) in enumerate(components.values())
+  views = [
+    np.lib.stride_tricks.sliding_window_view(tokens, context + 1)  # [every start, L + 1]
+    for tokens, _ in components.values()
   ]
+  order = _order(_sizes(components), context, batch, seed)
 
   def cut(index: int) -> np.ndarray:
-    component_B, place_B = turns(np.arange(index * batch, (index + 1) * batch))
+    component_B, start_B = order(index)
     windows_BxL1 = np.empty((batch, context + 1), np.int32)
     for number in np.unique(component_B).tolist():
       mine_B = component_B == number
-      windows_BxL1[mine_B] = readers[number](place_B[mine_B])
+      windows_BxL1[mine_B] = views[number][start_B[mine_B]]
     return windows_BxL1
 
-  # A grain element is a whole batch. Cutting and stacking window by window is some ten times slower,
-  # and grain's own shuffle takes milliseconds per element where there are few.
-  batches = grain.MapDataset.range(sys.maxsize).map(cut)
+  return _read(cut)
+
+
+def _read(element: Callable[[int], np.ndarray]) -> grain.DatasetIterator:
+  """An endless iterator over `element(0)`, `element(1)`, ..., each of which is a whole batch.
+
+  Cutting and stacking window by window is some ten times slower, and grain's own shuffle takes
+  milliseconds per element where there are few.
+  """
+  batches = grain.MapDataset.range(sys.maxsize).map(element)
   # One thread hides the work behind the step; more would only contend for the interpreter lock.
   read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
   return iter(batches.to_iter_dataset(read))
 
 
-def _endless(
-  tokens: np.ndarray, context: int, seed: int, number: int
-) -> Callable[[np.ndarray], np.ndarray]:
-  """`[N]` ascending places in the endless order of windows to the `[N, context + 1]` windows."""
-  windows = np.lib.stride_tricks.sliding_window_view(tokens, context + 1)  # [every start, L + 1]
-  stretches = _stretches(len(tokens), context)
+def _sizes(components: Mapping[str, tuple[np.ndarray, float]]) -> list[tuple[int, float]]:
+  return [(len(tokens), share) for tokens, share in components.values()]
+
+
+def _order(
+  components: Sequence[tuple[int, float]], context: int, batch: int, seed: int
+) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+  """The number of a batch to the component of each of its windows, and to its start in there.
+
+  Args:
+    components: tokens and share of the windows of each.
+  """
+  turns = mixture.schedule([share for _, share in components])
+  starts = [_endless(size, context, seed, number) for number, (size, _) in enumerate(components)]
+
+  def order(index: int) -> tuple[np.ndarray, np.ndarray]:
+    component_B, place_B = turns(np.arange(index * batch, (index + 1) * batch))
+    start_B = np.empty(batch, np.int64)
+    for number in np.unique(component_B).tolist():
+      mine_B = component_B == number
+      start_B[mine_B] = starts[number](place_B[mine_B])
+    return component_B, start_B
+
+  return order
+
+
+def _endless(size: int, context: int, seed: int, number: int) -> Callable[[np.ndarray], np.ndarray]:
+  """`[N]` ascending places in the endless order of windows over `size` tokens to their `[N]` starts."""
+  stretches = _stretches(size, context)
 
   @functools.lru_cache(maxsize=2)  # consecutive epochs, so that a batch may straddle them
   def starts(epoch: int) -> np.ndarray:
     rng = np.random.default_rng((seed, epoch, number))
     start = rng.permutation(stretches) * context + rng.integers(context, size=stretches)
-    return start % len(windows)
+    return start % (size - context)
 
   def read(place_N: np.ndarray) -> np.ndarray:
     epoch_N, place_N = np.divmod(place_N, stretches)
     parts = [starts(epoch)[place_N[epoch_N == epoch]] for epoch in np.unique(epoch_N).tolist()]
-    return windows[np.concatenate(parts)]
+    return np.concatenate(parts)
 
   return read
 
@@ -146,6 +176,22 @@ class Data:
   def train_iterator(self, seed: int) -> grain.DatasetIterator:
     """`mixed_iterator` over the components of the training split; without any, `train_iterator`."""
     return mixed_iterator(self._shares(), context=self.context, batch=self.batch, seed=seed)
+
+  def start_iterator(self, seed: int) -> grain.DatasetIterator:
+    """The starts of the windows of `train_iterator(seed)` in `tokens['train']`: int32 `[batch]`.
+
+    `windows.gather` cuts the windows where the tokens lie. The position in the data is that of
+    `train_iterator`, so either continues where the other was saved.
+    """
+    spans = [span['train'] for span in self.spans.values()] or [slice(0, None)]
+    first_C = np.array([span.start for span in spans])
+    order = _order(_sizes(self._shares()), self.context, self.batch, seed)
+
+    def starts(index: int) -> np.ndarray:
+      component_B, start_B = order(index)
+      return (first_C[component_B] + start_B).astype(np.int32)
+
+    return _read(starts)
 
   @property
   def whole_batches(self) -> int:
