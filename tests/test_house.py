@@ -68,7 +68,7 @@ MEANS_SOMETHING_ELSE = {
   'sparse_lm/plan/plan.py': {'layer': UNIT},
   'sparse_lm/report/plot.py': {'dense': LABEL, 'none': ABSENT},
   'sparse_lm/runs/console.py': {'dense': LABEL},
-  'sparse_lm/runs/loop.py': {'loss': METRIC},
+  'sparse_lm/runs/record.py': {'loss': METRIC},
   'sparse_lm/train/objective.py': {'loss': METRIC},
   'sparse_lm/train/one_shot.py': {'layer': 'the unit of a progress bar'},
   'sparse_lm/weights/one_shot.py': {'block': KEY},

@@ -87,8 +87,8 @@ class Console:
     if self.shown or always:
       tqdm.write(line, file=sys.stderr)
 
-  def warn_once(self, kind: str, line: str) -> None:
-    """Prints a line, shown or not, unless there was one of this kind."""
-    if kind not in self._warned:
+  def warn_once(self, kind: str, line: str | None) -> None:
+    """Prints a line, if there is one, shown or not, unless there was one of this kind."""
+    if line is not None and kind not in self._warned:
       self._warned.add(kind)
       self.say(f'warning: {line}', always=True)

@@ -1,8 +1,6 @@
 """The training loop."""
 
 import contextlib
-import dataclasses
-import math
 import signal
 import threading
 import types
@@ -13,28 +11,19 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from sparse_lm.core import rng, tree
-from sparse_lm.core.errors import Diverged
+from sparse_lm.core import rng
 from sparse_lm.core.records import JsonObject
-from sparse_lm.core.tree import Tree
-from sparse_lm.evals import Values
 from sparse_lm.measure import observe
-from sparse_lm.measure.observe import scalars
 from sparse_lm.model import lm
 from sparse_lm.runs.at_start import prune_at_start
-from sparse_lm.runs.best import Best
-from sparse_lm.runs.checkpoint import Checkpoints
 from sparse_lm.runs.console import Console, opening
-from sparse_lm.runs.evaluate import evaluate, result_of
-from sparse_lm.runs.history import History
-from sparse_lm.runs.setup import Setup, setup
+from sparse_lm.runs.evaluate import evaluate
+from sparse_lm.runs.record import Evaluated, Record, opened
+from sparse_lm.runs.setup import setup
 from sparse_lm.runs.timing import StepTimer
 from sparse_lm.runs.workdir import Workdir
-from sparse_lm.train import states
 from sparse_lm.train.states import TrainState
 from sparse_lm.weights import parts
-
-LOST = 0.5  # fraction of the updates that rounding undoes, above which a run warns
 
 
 def train(config: ConfigDict, workdir: str, progress: bool = True) -> JsonObject:
@@ -59,21 +48,21 @@ def train(config: ConfigDict, workdir: str, progress: bool = True) -> JsonObject
   if parts.at_start(run.program.method) and not folder.has_checkpoints():
     # Before anything is written, because it may find that there is nothing to choose masks by.
     start = prune_at_start(run, run.start())
-  with contextlib.ExitStack() as stack:
-    stack.callback(folder.close)
-    folder.open()
-    checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder.path)))
-    best = stack.enter_context(contextlib.closing(Best(folder.path)))
-    return _Loop(run, folder, checkpoints, best, progress).run(start)
+  with opened(run, folder) as record:
+    return _Loop(record, progress).run(start)
 
 
-class _Stop:
-  """Notes SIGTERM and Ctrl-C while a run is under way, so that it can save first."""
+class Stop:
+  """Notes SIGTERM and Ctrl-C while a run is under way, so that it can save first.
+
+  Attributes:
+    signum: of the signal that came, `None` before one does.
+  """
 
   def __init__(self) -> None:
     self.signum: int | None = None
 
-  def __enter__(self) -> '_Stop':
+  def __enter__(self) -> 'Stop':
     self._old = {}
     if threading.current_thread() is threading.main_thread():
       for signum in (signal.SIGTERM, signal.SIGINT):
@@ -88,27 +77,14 @@ class _Stop:
       signal.signal(signum, handler)
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluated:
-  """An evaluation: its values by name, and the masks of what was evaluated."""
-
-  values: Values
-  masks: Tree
-
-
 class _Loop:
   """One run from where it stands to its last step."""
 
-  def __init__(
-    self, run: Setup, folder: Workdir, checkpoints: Checkpoints, best: Best, progress: bool
-  ) -> None:
-    self.setup, self.folder, self.checkpoints, self.best = run, folder, checkpoints, best
-    self.config, self.program = run.config, run.program
-    self.progress = progress
-    self.timer, self.meter = StepTimer(), run.meter()
+  def __init__(self, record: Record, progress: bool) -> None:
+    self.record, self.progress = record, progress
+    self.setup, self.config, self.program = record.setup, record.setup.config, record.setup.program
+    self.timer = StepTimer()
     self.pending: list[tuple[int, dict[str, jax.Array]]] = []
-    self.newest: dict[str, float] = {}  # metrics of the newest step on the host
-    self.evaluated: Evaluated | None = None
 
   def run(self, start: TrainState | None) -> JsonObject:
     """Trains, logs, evaluates and saves.
@@ -117,13 +93,14 @@ class _Loop:
       start: of step 0, with masks that were chosen before it; `None` where none are, or a checkpoint is
         there.
     """
-    state, batches = self._start(start)
-    first, every, name = int(state.step), self.config.train, self.folder.path.name
-    with _Stop() as stop, Console(self.progress, name, first, every.steps) as self.console:
+    batches = self.setup.data.train_iterator(rng.data_seed(self.config.seed))
+    state = self.record.resume(start, batches)
+    first, every, name = int(state.step), self.config.train, self.record.folder.path.name
+    with Stop() as stop, Console(self.progress, name, first, every.steps) as self.console:
       self.console.say(opening(self.setup, name, first))
       for note in (*self.program.method.notes, *lm.notes(self.program.model)):
         self.console.say(note)
-      self._compare_plans(first)
+      self.console.warn_once('plan', self.record.compare_plans(first))
       for done in range(first + 1, every.steps + 1):
         state = self._step(state, next(batches), done)
         last = done == every.steps
@@ -135,42 +112,8 @@ class _Loop:
           self._save(state, batches)
         if stop.signum:
           self._leave(stop.signum, done)
-      return self._finish(state)
-
-  def _start(self, start: TrainState | None) -> tuple[TrainState, Iterator[np.ndarray]]:
-    """The state and the data where the newest checkpoint left them, or at step 0."""
-    state = self.setup.start() if start is None else start
-    batches = self.setup.data.train_iterator(rng.data_seed(self.config.seed))
-    _, masks = self.program.finalize(state)
-    self.history = History(masks, self.config.train.steps, self.setup.inherited)
-    restored = self.checkpoints.restore(state, batches, history=self.history)
-    step = 0 if restored is None else int(restored.step)
-    self.checkpoints.set_aside_after(step)
-    self.best.forget_after(step)
-    self.folder.resume_metrics(step)
-    if restored is not None:
-      return restored, batches
-    if start is None and parts.at_start(self.program.method):  # no checkpoint could be read
-      state = prune_at_start(self.setup, state)
-      _, self.history.masks = self.program.finalize(state)
-    self.history.work = self.history.work.plus(self.meter.at_start())
-    return state, batches
-
-  def _compare_plans(self, first: int) -> None:
-    """Says that schedules were stretched, where the steps so far were planned for another length."""
-    before, now = self.history.planned_steps, self.config.train.steps
-    if before != now:
-      optimizer = self.program.optimizer
-      old, new = (
-        float(dataclasses.replace(optimizer, steps=steps).rate()(first)) for steps in (before, now)
-      )
-      self.console.warn_once(
-        'plan',
-        f'steps 1 to {first} ran on schedules of {before} steps, and config.train.steps is {now} now: '
-        f'from here on all schedules span {now} steps (the learning rate goes from {old:.2g} to '
-        f'{new:.2g})',
-      )
-      self.history.planned_steps = now
+      # A run that was stopped after its last step has logged that step's evaluation already.
+      return self.record.finish(state, self.record.evaluated or self._measure(state))
 
   def _step(self, state: TrainState, tokens_BxL1: np.ndarray, done: int) -> TrainState:
     """Dispatches the step after which `done` are done."""
@@ -194,89 +137,41 @@ class _Loop:
   def _fetch(self) -> None:
     """Brings the steps since the last call to the host and refuses what is not finite."""
     for step, metrics in self.pending:
-      self.newest = scalars(jax.device_get(metrics))
-      for name in ('loss', 'gradient_norm'):
-        self._check_finite(name, self.newest[name], step)
-      self.history.add_loss(self.newest['loss'])
-      flops = self.meter.step(step - 1, self.newest['flops_pass'])
-      self.history.work = self.history.work.plus(flops)
+      self.record.add(step, jax.device_get(metrics))
     self.pending = []
 
   def _log(self, step: int) -> None:
     """Logs the newest step, with the mean loss and the speed since the last line."""
     with self._paused():
-      seconds, loss = self.timer.take(), self.history.take_mean_loss()
-      values, status = self.newest | {'loss': loss}, f'loss {loss:.3f}'
+      seconds = self.timer.take()
+      tokens, measured, status = self.config.data.batch * self.config.data.context, {}, ''
       if seconds is not None:
-        speed = self.config.data.batch * self.config.data.context / seconds
-        values['tokens_per_second'] = speed
-        status += f', {speed:,.0f} tokens/s'
-      self.folder.log(step, values)
-      self.console.status(status)
-      if self.newest.get('lost_updates', 0) > LOST:
-        self.console.warn_once(
-          'rounding',
-          f'at step {step} {self.newest["lost_updates"]:.0%} of the updates are lost to the rounding '
-          f'of {self.config.model.param_dtype} parameters; remedy: config.model.param_dtype=float32, '
-          'which leaves the computation in config.model.dtype',
-        )
+        measured['tokens_per_second'] = tokens / seconds
+        status = f', {tokens / seconds:,.0f} tokens/s'
+      loss = self.record.log(step, measured)
+      self.console.status(f'loss {loss:.3f}{status}')
+      self.console.warn_once('rounding', self.record.lost_to_rounding(step))
 
   def _evaluate(self, state: TrainState, step: int) -> None:
     """Logs the validation loss and what the connections did since the last evaluation, and keeps the
     best state."""
     with self._paused():
       self.console.status('evaluating')
-      self.evaluated = found = self._measure(state)
-      self._check_finite('validation loss', found.values['val_loss'], step)
-      moved = observe.connections(found.masks, self.history.masks)
-      self.folder.log(step, found.values | moved)
-      self.history.masks = found.masks
-      loss, work = found.values['val_loss'], self.history.work
-      best = self._at_final_density(step) and self.best.offer(self.program, state, loss, work)
+      record, found = self.record, self._measure(state)
+      record.log_evaluation(step, found, observe.connections(found.masks, record.history.masks))
+      loss, work = found.values['val_loss'], record.history.work
+      best = record.at_final_density(step) and record.best.offer(self.program, state, loss, work)
       self.console.say(f'step {step:,}: validation loss {loss:.4f}{" (the best)" if best else ""}')
-
-  def _at_final_density(self, step: int) -> bool:
-    """Whether the model is as sparse as it is to be: one that is denser still is no best state."""
-    target = {path: float(final) for path, final in tree.named(self.setup.target).items()}
-    planned = parts.densities(self.program.method, target, step)
-    return all(planned[path] <= final + 1e-6 for path, final in target.items())
 
   def _measure(self, state: TrainState) -> Evaluated:
     params, masks = self.program.finalize(state)
     return Evaluated(evaluate(self.setup, params, state.model_state), masks)
 
   def _save(self, state: TrainState, batches: grain.DatasetIterator) -> None:
-    """Never saves a state whose losses were not seen to be finite, or less sparse than its masks."""
+    """Never saves a state whose losses were not seen to be finite."""
     with self._paused():
-      states.check_masks(self.program.method, state)
-      self.checkpoints.save(state, batches, self.history)
-      self.best.settle()
-
-  def _check_finite(self, name: str, value: float, step: int) -> None:
-    if math.isfinite(value):
-      return
-    steps = self.checkpoints.steps()
-    good = f'checkpoint {steps[-1]} in {self.checkpoints.path}' if steps else 'none yet'
-    raise Diverged(
-      f'{name} is {value} at step {step}; nothing was saved from it; last good: {good}; try a lower '
-      f'config.optimizer.learning_rate than {self.config.optimizer.learning_rate}'
-    )
+      self.record.save(state, batches)
 
   def _leave(self, signum: int, step: int) -> None:
     self.console.say(f'stopped at step {step}, saved; the same command continues', always=True)
     raise SystemExit(128 + signum)
-
-  def _finish(self, state: TrainState) -> JsonObject:
-    # A run that was stopped after its last step has logged that step's evaluation already.
-    found = self.evaluated or self._measure(state)
-    speeds = self.folder.logged('tokens_per_second')
-    tokens = self.config.data.batch * self.config.data.context
-    measured = {
-      'best_val_loss': self.best.loss,
-      'best_step': self.best.step,
-      'train_step_ms': 1e3 * tokens / float(np.median(speeds)) if speeds else None,
-    }
-    measured |= found.values
-    result = result_of(self.setup, state, found.masks, measured, self.history.work)
-    self.folder.write_result(result)
-    return result

@@ -1,0 +1,189 @@
+"""What one run leaves in its folder as it goes on: log, history, best state, checkpoints and result.
+
+Nothing here drives a run: `runs/loop.py` trains one and keeps its record, `runs/pack_loop.py` trains
+several at once and keeps the record of each.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+
+import grain
+import numpy as np
+
+from sparse_lm.core import tree
+from sparse_lm.core.errors import Diverged
+from sparse_lm.core.records import JsonObject
+from sparse_lm.core.tree import Tree
+from sparse_lm.evals import Values
+from sparse_lm.measure.observe import scalars
+from sparse_lm.runs.at_start import prune_at_start
+from sparse_lm.runs.best import Best
+from sparse_lm.runs.checkpoint import Checkpoints
+from sparse_lm.runs.evaluate import result_of
+from sparse_lm.runs.history import History
+from sparse_lm.runs.setup import Setup
+from sparse_lm.runs.workdir import Workdir
+from sparse_lm.train import states
+from sparse_lm.train.states import TrainState
+from sparse_lm.weights import parts
+
+LOST = 0.5  # fraction of the updates that rounding undoes, above which a run warns
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+  """An evaluation: its values by name, and the masks of what was evaluated."""
+
+  values: Values
+  masks: Tree
+
+
+class Record:
+  """The record of one run.
+
+  Attributes:
+    setup: the run.
+    folder, checkpoints, best: where it is kept; open.
+    history: what goes into checkpoints besides the state; set by `resume`.
+    newest: metrics of the newest step that was added.
+    evaluated: the newest evaluation, or `None` before the first.
+  """
+
+  def __init__(self, run: Setup, folder: Workdir, checkpoints: Checkpoints, best: Best) -> None:
+    self.setup, self.folder, self.checkpoints, self.best = run, folder, checkpoints, best
+    self.history: History
+    self.newest: dict[str, float] = {}
+    self.evaluated: Evaluated | None = None
+    self._meter = run.meter()
+
+  def resume(self, start: TrainState | None, batches: grain.DatasetIterator) -> TrainState:
+    """The state where the newest checkpoint left it, to which `batches` are set too; or of step 0.
+
+    Args:
+      start: of step 0, with masks that were chosen before it; `None` where none are, or a checkpoint is
+        there.
+      batches: of training.
+    """
+    program = self.setup.program
+    state = self.setup.start() if start is None else start
+    _, masks = program.finalize(state)
+    self.history = History(masks, self.setup.config.train.steps, self.setup.inherited)
+    restored = self.checkpoints.restore(state, batches, history=self.history)
+    step = 0 if restored is None else int(restored.step)
+    self.checkpoints.set_aside_after(step)
+    self.best.forget_after(step)
+    self.folder.resume_metrics(step)
+    if restored is not None:
+      return restored
+    if start is None and parts.at_start(program.method):  # no checkpoint could be read
+      state = prune_at_start(self.setup, state)
+      _, self.history.masks = program.finalize(state)
+    self.history.work = self.history.work.plus(self._meter.at_start())
+    return state
+
+  def compare_plans(self, first: int) -> str | None:
+    """A warning that schedules were stretched, where the steps so far were planned for another length.
+
+    Args:
+      first: steps that are done already.
+    """
+    before, now = self.history.planned_steps, self.setup.config.train.steps
+    if before == now:
+      return None
+    self.history.planned_steps = now
+    optimizer = self.setup.program.optimizer
+    old, new = (
+      float(dataclasses.replace(optimizer, steps=steps).rate()(first)) for steps in (before, now)
+    )
+    return (
+      f'steps 1 to {first} ran on schedules of {before} steps, and config.train.steps is {now} now: '
+      f'from here on all schedules span {now} steps (the learning rate goes from {old:.2g} to '
+      f'{new:.2g})'
+    )
+
+  def add(self, step: int, metrics: Mapping[str, np.ndarray]) -> None:
+    """Counts the step after which `step` are done. Raises Diverged where it is not finite."""
+    self.newest = scalars(metrics)
+    for name in ('loss', 'gradient_norm'):
+      self.check_finite(name, self.newest[name], step)
+    self.history.add_loss(self.newest['loss'])
+    flops = self._meter.step(step - 1, self.newest['flops_pass'])
+    self.history.work = self.history.work.plus(flops)
+
+  def log(self, step: int, measured: Mapping[str, float]) -> float:
+    """Logs the newest step beside what was `measured`, and returns the mean loss since the last line."""
+    loss = self.history.take_mean_loss()
+    self.folder.log(step, self.newest | {'loss': loss} | measured)
+    return loss
+
+  def lost_to_rounding(self, step: int) -> str | None:
+    """A warning with its remedy where rounding undoes most updates of the newest step."""
+    lost = self.newest.get('lost_updates', 0)
+    if lost <= LOST:
+      return None
+    return (
+      f'at step {step} {lost:.0%} of the updates are lost to the rounding '
+      f'of {self.setup.config.model.param_dtype} parameters; remedy: config.model.param_dtype=float32, '
+      'which leaves the computation in config.model.dtype'
+    )
+
+  def log_evaluation(self, step: int, found: Evaluated, moved: Mapping[str, float]) -> None:
+    """Logs an evaluation. Raises Diverged where its loss is not finite.
+
+    Args:
+      moved: `observe.connections` since the last evaluation.
+    """
+    self.evaluated = found
+    self.check_finite('validation loss', found.values['val_loss'], step)
+    self.folder.log(step, found.values | moved)
+    self.history.masks = found.masks
+
+  def at_final_density(self, step: int) -> bool:
+    """Whether the model is as sparse as it is to be: one that is denser still is no best state."""
+    target = {path: float(final) for path, final in tree.named(self.setup.target).items()}
+    planned = parts.densities(self.setup.program.method, target, step)
+    return all(planned[path] <= final + 1e-6 for path, final in target.items())
+
+  def save(self, state: TrainState, batches: grain.DatasetIterator) -> None:
+    """Never saves a state less sparse than its masks; the caller has added all its steps."""
+    states.check_masks(self.setup.program.method, state)
+    self.checkpoints.save(state, batches, self.history)
+    self.best.settle()
+
+  def check_finite(self, name: str, value: float, step: int) -> None:
+    """Raises Diverged, naming the last good checkpoint."""
+    if math.isfinite(value):
+      return
+    steps = self.checkpoints.steps()
+    good = f'checkpoint {steps[-1]} in {self.checkpoints.path}' if steps else 'none yet'
+    raise Diverged(
+      f'{name} is {value} at step {step}; nothing was saved from it; last good: {good}; try a lower '
+      f'config.optimizer.learning_rate than {self.setup.config.optimizer.learning_rate}'
+    )
+
+  def finish(self, state: TrainState, found: Evaluated) -> JsonObject:
+    """Writes result.json, which marks the run as finished, and returns its contents."""
+    speeds = self.folder.logged('tokens_per_second')
+    tokens = self.setup.config.data.batch * self.setup.config.data.context
+    measured = {
+      'best_val_loss': self.best.loss,
+      'best_step': self.best.step,
+      'train_step_ms': 1e3 * tokens / float(np.median(speeds)) if speeds else None,
+    }
+    measured |= found.values
+    result = result_of(self.setup, state, found.masks, measured, self.history.work)
+    self.folder.write_result(result)
+    return result
+
+
+@contextlib.contextmanager
+def opened(run: Setup, folder: Workdir) -> Iterator[Record]:
+  """The record of a run in its folder, which is locked for the block."""
+  with contextlib.ExitStack() as stack:
+    stack.callback(folder.close)
+    folder.open()
+    checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder.path)))
+    best = stack.enter_context(contextlib.closing(Best(folder.path)))
+    yield Record(run, folder, checkpoints, best)
