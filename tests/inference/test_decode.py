@@ -108,6 +108,8 @@ SLOW = (
   'topk keys in a layer that tokens skip',
   'token_gate-reinforce',
   'token_gate-hard_concrete',
+  'token_gate-soft',
+  'token_gate-gumbel_sigmoid',
   'expert choice of many',
   'blocks in a layer that tokens skip',
 )

@@ -55,7 +55,13 @@ def best_logits(decoder, text, prompt):
 
 @pytest.mark.parametrize(
   ('name', 'draft', 'exit_layer'),
-  [('plain', 1, 1), ('plain', 7, 2), ('window', 4, 1), ('topk_keys', 4, 2), ('depth', 3, 1)],
+  [
+    ('plain', 7, 2),
+    ('window', 4, 1),
+    ('depth', 3, 1),
+    pytest.param('plain', 1, 1, marks=pytest.mark.slow),
+    pytest.param('topk_keys', 4, 2, marks=pytest.mark.slow),
+  ],
 )
 @settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 2**31), length=st.integers(1, 8), data=st.data())

@@ -126,7 +126,14 @@ def rewind(path):
   )
 
 
-@pytest.mark.parametrize(('damage', 'first'), [(flip, 0), (truncate, 1), (remove, 2)])
+@pytest.mark.parametrize(
+  ('damage', 'first'),
+  [
+    (flip, 0),
+    pytest.param(truncate, 1, marks=pytest.mark.slow),
+    pytest.param(remove, 2, marks=pytest.mark.slow),
+  ],
+)
 def test_one_damaged_file_never_gives_a_wrong_state(
   damage, first, workdir, restored, intact, capfd
 ):

@@ -35,6 +35,11 @@ FIELDS = {
   'neurons': {'weight__pattern': 'neuron', 'model__layers': 2},
   'experts': {'weight__pattern': 'head', 'mlp__name': 'moe_topk', 'mlp__experts': 12},
 }
+# What other tests of this file pack too; `make test-slow` runs them all.
+QUICK = ('n of m', 'weights', 'neurons')
+EACH = pytest.mark.parametrize(
+  'name', [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FIELDS]
+)
 
 
 @pytest.fixture(scope='module')
@@ -58,7 +63,7 @@ def copy(folder, tmp_path):
   return shutil.copytree(folder, tmp_path / 'copy')
 
 
-@pytest.mark.parametrize('name', FIELDS)
+@EACH
 def test_it_is_read_back_as_it_was_and_equals_the_run(name, packed):
   workdir, folder, found = packed(name)
   assert found['largest_error'] < 1e-5
@@ -74,6 +79,7 @@ def test_it_is_read_back_as_it_was_and_equals_the_run(name, packed):
   assert there.tokenizer.digest == run.tokenizer.digest and there.config == run.config
 
 
+@pytest.mark.slow
 def test_what_is_stored_as_many_arrays_is_read_back_in_their_order(packed):
   _, folder, _ = packed('experts')
   matrices = saved.load(folder).packed.matrices
@@ -81,7 +87,7 @@ def test_what_is_stored_as_many_arrays_is_read_back_in_their_order(packed):
   assert stored == {'unstacked_experts'}  # twelve: '10' sorts before '2'
 
 
-@pytest.mark.parametrize('name', FIELDS)
+@EACH
 def test_the_plain_file_holds_every_parameter_under_its_path(name, packed):
   workdir, folder, _ = packed(name)
   plain = load_file(f'{folder}/model.safetensors')
@@ -91,12 +97,12 @@ def test_the_plain_file_holds_every_parameter_under_its_path(name, packed):
     assert_array_equal(plain[path], array)
 
 
-def test_bytes_on_disk_are_those_that_are_reported(packed):
-  for name in FIELDS:
-    _, folder, found = packed(name)
-    arrays = load_file(f'{folder}/packed.safetensors')
-    assert sum(array.nbytes for array in arrays.values()) == found['stored_bytes']
-    assert found['stored_bytes'] < found['dense_bytes']
+@EACH
+def test_bytes_on_disk_are_those_that_are_reported(name, packed):
+  _, folder, found = packed(name)
+  arrays = load_file(f'{folder}/packed.safetensors')
+  assert sum(array.nbytes for array in arrays.values()) == found['stored_bytes']
+  assert found['stored_bytes'] < found['dense_bytes']
 
 
 def test_a_folder_that_exists_is_left_alone(packed, tmp_path):

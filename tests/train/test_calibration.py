@@ -90,8 +90,17 @@ def routed(tiny_config, route, method, bias):
   return program, target, *random_variables(program.model, bias), tokens
 
 
-@pytest.mark.parametrize('method', ['wanda', 'sparsegpt'])
-@pytest.mark.parametrize('route', ROUTES)
+# Each route with one method; `make test-slow` runs all pairs.
+@pytest.mark.parametrize(
+  ('route', 'method'),
+  [
+    (route, method)
+    if (method == 'wanda') == (route == 'token_gate')
+    else pytest.param(route, method, marks=pytest.mark.slow)
+    for route in ROUTES
+    for method in ('wanda', 'sparsegpt')
+  ],
+)
 def test_masks_are_those_of_the_entering_tokens_alone(route, method, tiny_config):
   bias = -2.5 if route == 'hard concrete' else -0.8
   program, target, params, state, tokens = routed(tiny_config, route, method, bias)

@@ -90,7 +90,15 @@ def test_the_floor_of_a_budget_is_what_no_gate_can_skip(tiny_config):
     build(tiny_config(**own, budget__target=floor - 1e-3), 23)
 
 
-@pytest.mark.parametrize('pattern', ['unstructured', 'neuron', '2:4', 'block:4'])
+@pytest.mark.parametrize(
+  'pattern',
+  [
+    'neuron',
+    '2:4',
+    pytest.param('unstructured', marks=pytest.mark.slow),
+    pytest.param('block:4', marks=pytest.mark.slow),
+  ],
+)
 def test_a_budget_brings_training_and_evaluation_to_its_target(pattern, tiny_config):
   config = tiny_config(
     weight__name='l0',

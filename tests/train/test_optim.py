@@ -109,8 +109,17 @@ def operation_by_operation(toy_gradients, monkeypatch):
     yield
 
 
-@pytest.mark.parametrize('method', ['rigl', 'set', 'magnitude'])
-@pytest.mark.parametrize('name', optim.TESTED)
+# Each optimizer with one method and each method with one optimizer; `make test-slow` runs all pairs.
+@pytest.mark.parametrize(
+  ('name', 'method'),
+  [
+    (name, method)
+    if name == 'adamw' or method == 'magnitude'
+    else pytest.param(name, method, marks=pytest.mark.slow)
+    for name in optim.TESTED
+    for method in ('rigl', 'set', 'magnitude')
+  ],
+)
 @pytest.mark.usefixtures('operation_by_operation')
 def test_dead_weights_stay_dead(name, method):
   program, target = toy_program(name, method, period=2, end=0.9)

@@ -249,8 +249,8 @@ def main(call):
   ('name', 'sparsity', 'pattern', 'group'),
   [
     ('wanda', 0.5, '2:4', 4),
-    ('sparsegpt', 0.7, 'unstructured', None),
-    ('magnitude', 0.3, 'unstructured', None),
+    pytest.param('sparsegpt', 0.7, 'unstructured', None, marks=pytest.mark.slow),
+    pytest.param('magnitude', 0.3, 'unstructured', None, marks=pytest.mark.slow),
   ],
 )
 def test_the_command_writes_a_run_of_exact_density(
