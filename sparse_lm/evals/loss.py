@@ -12,11 +12,12 @@ from jax.stages import Wrapped
 
 from sparse_lm.core.tree import Tree
 from sparse_lm.evals import EvalData, EvalModel, Evaluation, Values
+from sparse_lm.kernels.cross_entropy import cross_entropy
 from sparse_lm.layers.sow import SOWN
 from sparse_lm.measure.observe import scalars
 from sparse_lm.model import plans
 from sparse_lm.model.lm import LM
-from sparse_lm.train.objective import observed, token_losses
+from sparse_lm.train.objective import observed
 
 SHORT = {'validation': 'val'}  # what tables call a split
 
@@ -67,8 +68,12 @@ def eval_step(model: LM) -> Wrapped:
   def run(
     variables: Tree, tokens_BxL1: jax.Array, weight_BxL: jax.Array
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    logits, sown = model.apply(variables, tokens_BxL1[:, :-1], mode='eval', mutable=SOWN)
-    nats = jnp.sum(token_losses(logits, tokens_BxL1[:, 1:]) * weight_BxL)
-    return nats, observed(plans.ledger(model, model.spec.context), sown)
+    predicted, sown = model.apply(
+      variables, tokens_BxL1[:, :-1], mode='eval', readout=True, mutable=SOWN
+    )
+    _, losses = cross_entropy(predicted, tokens_BxL1[:, 1:])
+    return jnp.sum(losses.nats * weight_BxL), observed(
+      plans.ledger(model, model.spec.context), sown
+    )
 
   return jax.jit(run)

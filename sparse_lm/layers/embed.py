@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sparse_lm.core.errors import UserError
+from sparse_lm.kernels.cross_entropy import Head, Readout
 from sparse_lm.kernels.matmul import matmul
 from sparse_lm.layers.init import INITS
 from sparse_lm.layers.linear import Linear
@@ -43,8 +44,35 @@ class Embed(nn.Module):
       x_BxLxD = x_BxLxD + record.matmul(row_BxLxD, self.path, 'lookup', 0, kernel='positions')
     return x_BxLxD.astype(self.spec.compute)
 
-  def logits(self, x_BxLxD: jax.Array) -> jax.Array:
-    """`[B, L, D]` to float32 logits `[B, L, V]`."""
+  def predicted(
+    self, x_BxLxD: jax.Array, tokens_BxL: jax.Array | None, readout: bool = False
+  ) -> jax.Array | Readout:
+    """Logits for each next token, float32 `[B, L, V]`, or what they are computed from.
+
+    Args:
+      x_BxLxD: behind the last norm.
+      tokens_BxL: int32, that the model read; a table of bigrams looks its logits up by them.
+      readout: whether to give what logits are computed from. They are computed all the same where the
+        head is packed, or where something reads or replaces its outputs by their name.
+
+    Raises UserError where a model has a table of bigrams and reads something else than tokens.
+    """
+    if self.spec.bigram and tokens_BxL is None:
+      raise UserError(
+        'config.model.bigram=True: its logits are looked up by tokens, and embeddings or a residual '
+        'stream are read without any here; valid: False'
+      )
+    head = self._head() if readout else None
+    if head is not None:
+      return self._readout(x_BxLxD, tokens_BxL, head)
+    logits_BxLxV = self._logits(x_BxLxD)
+    if not self.spec.bigram:
+      return logits_BxLxV
+    row_BxLxV = self.bigrams[tokens_BxL].astype(jnp.float32)
+    return logits_BxLxV + record.matmul(row_BxLxV, self.path, 'lookup', 0, kernel='bigrams')
+
+  def _logits(self, x_BxLxD: jax.Array) -> jax.Array:
+    """`[B, L, D]` to float32 `[B, L, V]`."""
     if not self.spec.tied:
       return self.head(x_BxLxD).astype(jnp.float32)
     x_BxLxD = record.site(self, 'head/input', x_BxLxD, kernel='tokens')
@@ -53,18 +81,27 @@ class Embed(nn.Module):
     logits_BxLxV = record.matmul(logits_BxLxV, self.path, 'linear', flops, kernel='tokens')
     return record.site(self, 'head/output', logits_BxLxV).astype(jnp.float32)
 
-  def bigram_logits(self, tokens_BxL: jax.Array | None) -> jax.Array:
-    """What the last token alone says of the next one: int32 `[B, L]` to float32 `[B, L, V]`.
+  def _head(self) -> Head | None:
+    """The head's parameters; `None` where logits must be computed as a whole."""
+    tied = self.spec.tied
+    stored = (self.tokens.T, None) if tied else self.head.stored
+    if stored is None or record.wanted(self, 'head/output'):
+      return None
+    return Head(*stored, self.bigrams if self.spec.bigram else None)
 
-    Raises UserError where a model has this table and reads something else than tokens.
-    """
-    if tokens_BxL is None:
-      raise UserError(
-        'config.model.bigram=True: its logits are looked up by tokens, and embeddings or a residual '
-        'stream are read without any here; valid: False'
-      )
-    row_BxLxV = self.bigrams[tokens_BxL].astype(jnp.float32)
-    return record.matmul(row_BxLxV, self.path, 'lookup', 0, kernel='bigrams')
+  def _readout(self, x_BxLxD: jax.Array, tokens_BxL: jax.Array, head: Head) -> Readout:
+    """Notes the matmuls of the loss that multiplies these."""
+    if self.spec.tied:
+      module, point, kernel = self, 'head/input', 'tokens'
+    else:
+      module, point, kernel = self.head, 'input', 'kernel'
+    x_BxLxD = record.site(module, point, x_BxLxD.astype(self.spec.compute), kernel=kernel)
+    flops = 2 * x_BxLxD.size * self.spec.vocab
+    x_BxLxD = record.matmul(x_BxLxD, module.path, 'linear', flops, kernel=kernel)
+    if not self.spec.bigram:
+      return Readout(x_BxLxD, head)
+    x_BxLxD = record.matmul(x_BxLxD, self.path, 'lookup', 0, kernel='bigrams')
+    return Readout(x_BxLxD, head, tokens_BxL)
 
 
 def rotate(x_BxLxHxK: jax.Array, positions_BxL: jax.Array) -> jax.Array:

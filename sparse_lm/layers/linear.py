@@ -44,6 +44,14 @@ class Linear(nn.Module):
     return record.site(self, 'output', y)
 
   @property
+  def stored(self) -> tuple[jax.Array, jax.Array | None] | None:
+    """The kernel and the bias, which may be `None`, as parameters; `None` where they are packed."""
+    if not self.has_variable('params', 'kernel'):
+      return None
+    bias = self.get_variable('params', 'bias') if self.spec.bias else None
+    return self.get_variable('params', 'kernel'), bias
+
+  @property
   def gathers(self) -> bool:
     """Whether packed weights are of a format that reads those of non-zero inputs alone."""
     return (

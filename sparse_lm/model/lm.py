@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from sparse_lm.core.errors import UserError, require
 from sparse_lm.core.paths import Part
 from sparse_lm.core.tree import Tree
+from sparse_lm.kernels.cross_entropy import Readout
 from sparse_lm.layers.embed import Embed
 from sparse_lm.layers.linear import Norm
 from sparse_lm.layers.method import LayerMethod, Run
@@ -69,7 +70,8 @@ class LM(nn.Module):
     first: int = 0,
     last: int | None = None,
     progress: Progress | None = None,
-  ) -> jax.Array:
+    readout: bool = False,
+  ) -> jax.Array | Readout:
     """Logits for each next token, or the residual stream where not all layers run.
 
     Args:
@@ -88,11 +90,10 @@ class LM(nn.Module):
       first: the layer that runs first. Behind the last one there are norm and head alone.
       last: the layer before which the pass ends, `None` = behind the head.
       progress: where training stands, for schedules of modules.
+      readout: whether to return what logits are computed from, see `Embed.predicted`.
 
-    Returns:
-      Logits, float32 `[B, L, V]`, or `[B, L, D]` where `last` is given.
-
-    Raises ValueError for an unknown mode, and unless one of tokens, embeddings and stream is given.
+    Returns logits, float32 `[B, L, V]`, or `[B, L, D]` where `last` is given. Raises ValueError for an
+    unknown mode, and unless one of tokens, embeddings and stream is given.
     """
     if mode not in (*MODES, 'decode'):
       raise ValueError(f'mode {mode!r} is none of {(*MODES, "decode")}')
@@ -108,15 +109,14 @@ class LM(nn.Module):
     embed, end = Embed(spec, name='embed'), spec.layers if last is None else last
     if stream_BxLxD is None:
       enters = embed if embeddings_BxLxD is None else embed.placed
-      dropout = nn.Dropout(spec.dropout, deterministic=mode != 'train')
-      stream_BxLxD = dropout(enters(given[0], positions_BxL))
+      stream_BxLxD = enters(given[0], positions_BxL)
+      stream_BxLxD = nn.Dropout(spec.dropout, deterministic=mode != 'train')(stream_BxLxD)
     tokens = Tokens(stream_BxLxD, positions_BxL, valid_BxL, continues, whole, progress)
     x_BxLxD = self._run(tokens, range(first, end), mode) if first < end else stream_BxLxD
     if last is not None:
       return x_BxLxD
     x_BxLxD = record.site(self, Part.RESIDUAL.of(spec.layers), x_BxLxD)
-    logits_BxLxV = embed.logits(Norm(spec, name='norm')(x_BxLxD))
-    return logits_BxLxV + embed.bigram_logits(tokens_BxL) if spec.bigram else logits_BxLxV
+    return embed.predicted(Norm(spec, name='norm')(x_BxLxD), tokens_BxL, readout)
 
   def _run(self, tokens: Tokens, layers: range, mode: str) -> jax.Array:
     """The residual stream `[B, L, D]` after these layers, but for those that were removed."""
@@ -266,18 +266,23 @@ def check_splits(model: LM) -> None:
   require(not model.spec.bigram, 'config.model.bigram', model.spec.bigram, valid)
 
 
-def exits(model: LM, variables: Tree, sown: Tree) -> list[tuple[jax.Array, jax.Array]]:
+def exits(
+  model: LM, variables: Tree, sown: Tree, readout: bool = False
+) -> list[tuple[jax.Array | Readout, jax.Array]]:
   """What the head predicts from the `exits` that a training pass sowed, and the weight of each.
 
   Args:
     variables: of the model.
     sown: collections that the pass wrote.
+    readout: as in the model's call.
 
   Returns:
-    Pairs of float32 logits `[B, L, V]` and a float32 scalar.
+    Pairs of float32 logits `[B, L, V]`, or what they are computed from, and a float32 scalar.
   """
   found = jax.tree.leaves(sown.get('exits', {}), is_leaf=lambda node: isinstance(node, Exit))
-  head = functools.partial(model.apply, variables, mode='train', first=model.spec.layers)
+  head = functools.partial(
+    model.apply, variables, mode='train', first=model.spec.layers, readout=readout
+  )
   return [(head(stream_BxLxD=own.x_BxLxD), own.weight) for own in found]
 
 

@@ -261,11 +261,15 @@ def hook(module: nn.Module, name: str) -> Callable[[jax.Array], jax.Array] | Non
 
   For activations that a fused kernel does not write out: a caller that gets a function must compute them.
   """
-  scope = _scope.get()
-  path = '/'.join((*module.path, name))
-  if scope.found is None and not any(actor.wants(path) for actor in scope.actors):
+  if _scope.get().found is None and not wanted(module, name):
     return None
   return lambda value: site(module, name, value)
+
+
+def wanted(module: nn.Module, name: str) -> bool:
+  """Whether something reads or replaces the activations at a named point of a module."""
+  path = '/'.join((*module.path, name))
+  return any(actor.wants(path) for actor in _scope.get().actors)
 
 
 def in_branch() -> contextlib.AbstractContextManager[None]:

@@ -25,7 +25,7 @@ def prune_at_start(run: Setup, state: TrainState) -> TrainState:
   batches = run.data.train_iterator(rng.data_seed(run.config.seed))
   for number in range(parts.batches_at_start(program.method)):
     tokens_BxL1 = next(batches)
-    taught = None if run.teacher is None else run.teacher.logits(tokens_BxL1[:, :-1])
+    taught = None if run.teacher is None else run.teacher.readout(tokens_BxL1[:, :-1])
     names = tuple(name for name, most in wanted.items() if number < most)
     collected = program.collect_at_start(state, collected, tokens_BxL1, taught, number, names)
   state, silent = program.update_at_start(state, collected)

@@ -118,7 +118,7 @@ class _Loop:
   def _step(self, state: TrainState, tokens_BxL1: np.ndarray, done: int) -> TrainState:
     """Dispatches the step after which `done` are done."""
     teacher = self.setup.teacher
-    taught = None if teacher is None else teacher.logits(tokens_BxL1[:, :-1])
+    taught = None if teacher is None else teacher.readout(tokens_BxL1[:, :-1])
     state, metrics = self.program.step(done - 1)(state, tokens_BxL1, taught)
     self.timer.step(metrics)
     self.pending.append((done, metrics))

@@ -13,6 +13,7 @@ from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.tree import Tree
 from sparse_lm.data import tokenizers
+from sparse_lm.kernels.cross_entropy import Readout
 from sparse_lm.layers.spec import Spec
 from sparse_lm.model import plans
 from sparse_lm.model.plans import plan_of
@@ -53,10 +54,17 @@ class Trained:
   step: int
   work: Work
 
+  @property
+  def _variables(self) -> Tree:
+    return {'params': self.params, **self.model_state}
+
   @functools.cached_property
   def _apply(self) -> Wrapped:
-    variables = {'params': self.params, **self.model_state}
-    return jax.jit(lambda tokens: self.program.model.apply(variables, tokens, mode='eval'))
+    return jax.jit(functools.partial(self.program.model.apply, mode='eval'))
+
+  @functools.cached_property
+  def _readout(self) -> Wrapped:
+    return jax.jit(functools.partial(self.program.model.apply, mode='eval', readout=True))
 
   def __repr__(self) -> str:
     count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
@@ -69,7 +77,15 @@ class Trained:
     or ids outside the vocabulary.
     """
     check_tokens(tokens_BxL, self.program.model.spec)
-    return self._apply(tokens_BxL)
+    return self._apply(self._variables, tokens_BxL)
+
+  def readout(self, tokens_BxL: np.ndarray) -> Readout | jax.Array:
+    """What the logits are computed from, for a loss in chunks of tokens; logits where there is no such.
+
+    Raises UserError as `logits` does.
+    """
+    check_tokens(tokens_BxL, self.program.model.spec)
+    return self._readout(self._variables, tokens_BxL)
 
   def costs(self) -> dict[str, float]:
     """Sizes and FLOPs beside the dense twin's, gates as planned; see `runs/cost_report.py`.

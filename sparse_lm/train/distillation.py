@@ -2,11 +2,7 @@
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
-
-Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +20,3 @@ class Distillation:
     """Reads `config.distill`; `None` without a teacher."""
     weight, temperature = config.distill.weight, config.distill.temperature
     return cls(weight, temperature) if config.distill.teacher else None
-
-  def divergence(self, logits_BxLxV: Array, teacher_BxLxV: Array) -> Array:
-    """KL in nats a token between the softened distributions, times the temperature's square."""
-    ours, theirs = (
-      jax.nn.log_softmax(logits / self.temperature) for logits in (logits_BxLxV, teacher_BxLxV)
-    )
-    return self.temperature**2 * jnp.mean(jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1))

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from sparse_lm.core import tree
 from sparse_lm.core.estimator import ENTROPY_BONUS
 from sparse_lm.core.tree import Tree
+from sparse_lm.kernels.cross_entropy import Losses, Readout, cross_entropy
 from sparse_lm.layers.after_step import UPDATES
 from sparse_lm.layers.progress import Progress
 from sparse_lm.layers.sow import SOWN, activity_of
@@ -49,11 +49,24 @@ class Batch(NamedTuple):
 
   Attributes:
     tokens_BxL1: int32 `[B, L + 1]`; each token but the first is predicted.
-    teacher_BxLxV: a teacher's logits, float32, or `None`.
+    teacher: what a teacher's logits are computed from, or the logits, float32 `[B, L, V]`; or `None`.
   """
 
   tokens_BxL1: Array
-  teacher_BxLxV: Array | None
+  teacher: Readout | Array | None
+
+  def microbatches(self, number: int) -> 'Batch':
+    """The batch with a leading axis of so many parts of it, without the teacher's head."""
+    batch = self
+    if isinstance(self.teacher, Readout):
+      batch = self._replace(teacher=self.teacher._replace(head=None))
+    return jax.tree.map(lambda a: a.reshape(number, -1, *a.shape[1:]), batch)
+
+  def with_head_of(self, batch: 'Batch') -> 'Batch':
+    """A part of `batch` with the teacher's head."""
+    if not isinstance(batch.teacher, Readout):
+      return self
+    return self._replace(teacher=self.teacher._replace(head=batch.teacher.head))
 
 
 class Beside(NamedTuple):
@@ -82,19 +95,6 @@ class _Pass(NamedTuple):
     return Beside(states.collections(self.variables), updates, metrics)
 
 
-def token_losses(logits_BxLxV: Array, targets_BxL: Array) -> Array:
-  """Cross-entropy of each token in nats, float32 `[B, L]`."""
-  return optax.softmax_cross_entropy_with_integer_labels(logits_BxLxV, targets_BxL)
-
-
-def _mean_with_exits(nats: Array, exits: list[tuple[Array, Array]], targets_BxL: Array) -> Array:
-  """The mean of the last layer's cross-entropy, at weight 1, and those of the exits, at theirs."""
-  weights = [weight for _, weight in exits]
-  losses = [jnp.mean(token_losses(logits, targets_BxL)) for logits, _ in exits]
-  weighted = sum((w * loss for w, loss in zip(weights, losses)), nats)
-  return weighted / (1 + sum(weights))
-
-
 def observed(ledger: cost.Ledger, variables: Tree) -> Metrics:
   """What modules sowed into `stats`, and the fractions that gates, alone and nested, opened."""
   stats = tree.named(variables.get('stats', {}))
@@ -108,7 +108,7 @@ class Objective:
 
   Attributes:
     budget: holds the FLOPs that run at a target, or `None`.
-    distillation: how a teacher's logits count, or `None`.
+    distillation: how a teacher counts, or `None`.
     steps: optimizer steps of the run, for the schedules of modules.
   """
 
@@ -147,22 +147,23 @@ class Objective:
       The loss, and what the pass leaves beside it.
     """
     params, density, penalty = effective
-    tokens_BxL1, teacher_BxLxV = batch
     charged_density = self._charged_density(density, state.sparse.target)
-    before, mutable = {'params': params, **model_state}, [*SOWN, *model_state]
-    progress = Progress(state.step, self.steps)
-
-    def forward(**rngs: Array) -> tuple[Array, _Pass]:
-      logits, variables = self.model.apply(
-        before, tokens_BxL1[:, :-1], 'train', progress=progress, rngs=rngs, mutable=mutable
-      )
-      return logits, _Pass(token_losses(logits, tokens_BxL1[:, 1:]), variables)
-
-    logits, sampled = forward(dropout=key, gates=jax.random.fold_in(key, 1))
-    variables = sampled.variables
-    nats = jnp.mean(sampled.losses_BxL)
+    before = {'params': params, **model_state}
+    forward = functools.partial(
+      self.model.apply,
+      before,
+      batch.tokens_BxL1[:, :-1],
+      'train',
+      progress=Progress(state.step, self.steps),
+      readout=True,
+      mutable=[*SOWN, *model_state],
+    )
+    predicted, variables = forward(rngs={'dropout': key, 'gates': jax.random.fold_in(key, 1)})
+    exits = lm.exits(self.model, before, variables, readout=True)
+    loss, losses, learned = self._learned(predicted, exits, batch)
+    sampled = _Pass(losses.nats, variables)
     seen = observed(self.costs.ledger, variables)
-    metrics = {'loss': nats, 'density': mean_density(density, params)} | seen
+    metrics = learned | {'density': mean_density(density, params)} | seen
     metrics['flops_pass'] = self.costs.training_pass(density)
     auxiliary = sum(jax.tree.leaves(variables.get('losses', {})), penalty)
     activity = activity_of(variables)
@@ -173,16 +174,47 @@ class Objective:
         auxiliary += self.budget.penalty(state.control, fraction)
     if 'policy' in variables:
       # Without draws gates act greedily: the self-critical baseline.
-      _, greedy = forward(dropout=key)
+      predicted, of_greedy = forward(rngs={'dropout': key})
+      _, losses = cross_entropy(jax.lax.stop_gradient(predicted), batch.tokens_BxL1[:, 1:])
+      greedy = _Pass(losses.nats, of_greedy)
       auxiliary += self._policy_loss(state, charged_density, activity, sampled, greedy)
     metrics['auxiliary'] = auxiliary
-    if exits := lm.exits(self.model, before, variables):
-      nats = metrics['exits_loss'] = _mean_with_exits(nats, exits, tokens_BxL1[:, 1:])
-    if teacher_BxLxV is not None:
-      divergence = self.distillation.divergence(logits, teacher_BxLxV)
-      metrics['divergence'] = divergence
-      nats += self.distillation.weight * (divergence - nats)
-    return nats + auxiliary, sampled.beside(metrics)
+    return loss + auxiliary, sampled.beside(metrics)
+
+  def _learned(
+    self,
+    predicted: Readout | Array,
+    exits: list[tuple[Readout | Array, Array]],
+    batch: Batch,
+  ) -> tuple[Array, Losses, Metrics]:
+    """What a pass learns from text and teacher.
+
+    The last layer's cross-entropy has weight 1 and those of the exits theirs. Their weighted mean and the
+    teacher's divergence share the loss.
+
+    Returns:
+      The loss, the last layer's losses of each token, and metrics.
+    """
+    targets_BxL = batch.tokens_BxL1[:, 1:]
+    total = 1 + sum(weight for _, weight in exits)
+    text, taught, temperature = 1.0, 0.0, 1.0
+    if batch.teacher is not None:
+      taught, temperature = self.distillation.weight, self.distillation.temperature
+      text -= taught
+    loss, losses = cross_entropy(
+      predicted, targets_BxL, batch.teacher, (text / total, taught), temperature
+    )
+    nats = weighted = jnp.mean(losses.nats)
+    for each, weight in exits:
+      part, found = cross_entropy(each, targets_BxL, weights=(text * weight / total, 0.0))
+      loss += part
+      weighted += weight * jnp.mean(found.nats)
+    metrics = {'loss': nats}
+    if exits:
+      metrics['exits_loss'] = weighted / total
+    if batch.teacher is not None:
+      metrics['divergence'] = jnp.mean(losses.divergence)
+    return loss, losses, metrics
 
   def _charged_density(self, density: Tree, target: Tree) -> dict[str, Array]:
     """By path, the densities that are charged: those that are not learned as they are in the end."""

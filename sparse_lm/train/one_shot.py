@@ -12,12 +12,12 @@ from sparse_lm.core import rng, tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.paths import Part, Place
 from sparse_lm.core.tree import Tree
+from sparse_lm.kernels.cross_entropy import cross_entropy
 from sparse_lm.layers.embed import Embed
 from sparse_lm.model.lm import LM, Layer
 from sparse_lm.model.plans import plan_of
 from sparse_lm.plan import sites
 from sparse_lm.signals import from_calibration, from_training
-from sparse_lm.train.objective import token_losses
 from sparse_lm.train.step import Program
 from sparse_lm.weights import collect, parts
 from sparse_lm.weights.collect import Collected, Gradients
@@ -121,8 +121,8 @@ def _gradient_signals(
 
   def nats(params: Tree, tokens_BxL: Array) -> Array:
     variables = {'params': params, **model_state}
-    logits = program.model.apply(variables, tokens_BxL[:, :-1], mode='eval')
-    return jnp.mean(token_losses(logits, tokens_BxL[:, 1:]))
+    predicted = program.model.apply(variables, tokens_BxL[:, :-1], mode='eval', readout=True)
+    return cross_entropy(predicted, tokens_BxL[:, 1:])[0]
 
   @jax.jit
   def add(collected: Collected, params: Tree, tokens_BxL: Array) -> Collected:

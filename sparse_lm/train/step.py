@@ -17,6 +17,7 @@ from jax.stages import Wrapped
 
 from sparse_lm.core import tree
 from sparse_lm.core.tree import Tree
+from sparse_lm.kernels.cross_entropy import Readout
 from sparse_lm.layers.after_step import updated
 from sparse_lm.model.lm import LM
 from sparse_lm.train import states
@@ -87,7 +88,7 @@ class Program:
     return {}
 
   def compiled(self, updates: tuple[str, ...] = (), collects: tuple[str, ...] = ()) -> Wrapped:
-    """`(state, tokens_BxL+1, teacher's logits or None) -> (state, metrics)`; the state is donated.
+    """`(state, tokens_BxL+1, teacher or None) -> (state, metrics)`; the state is donated.
 
     There is one executable for each set of parts of the weight method that update their masks in the
     same step, so selection stays out of all other steps; see `transition`.
@@ -181,15 +182,18 @@ class Program:
       carry: tuple[Tree, Tree], x: tuple[Batch, Array]
     ) -> tuple[tuple[Tree, Tree], Metrics]:
       total, model_state = carry
-      grads, beside = gradient(effective, state, model_state, *x)
+      part, key = x
+      part = part.with_head_of(batch)
+      grads, beside = gradient(effective, state, model_state, part, key)
       total = jax.tree.map(jnp.add, total, grads)
       return (total, beside.model_state), (beside.updates, beside.metrics)
 
-    batches = jax.tree.map(lambda a: a.reshape(self.accumulation, -1, *a.shape[1:]), batch)
     # Sums of bfloat16 gradients lose what a microbatch adds; each is rounded once, at the end.
     zeros = as_float32(jax.tree.map(jnp.zeros_like, effective))
     (total, model_state), (updates, metrics) = jax.lax.scan(
-      microbatch, (zeros, state.model_state), (batches, jax.random.split(key, self.accumulation))
+      microbatch,
+      (zeros, state.model_state),
+      (batch.microbatches(self.accumulation), jax.random.split(key, self.accumulation)),
     )
     mean = jax.tree.map(lambda g, s: (g / self.accumulation).astype(s.dtype), total, effective)
     model_state = updated(model_state, jax.tree.map(lambda u: jnp.sum(u, axis=0), updates))
@@ -199,7 +203,7 @@ class Program:
     self,
     state: TrainState,
     tokens_BxL1: Array,
-    teacher_BxLxV: Array | None = None,
+    teacher: Readout | Array | None = None,
     *,
     updates: tuple[str, ...] = (),
     collects: tuple[str, ...] = (),
@@ -207,6 +211,7 @@ class Program:
     """One optimizer step, uncompiled.
 
     Args:
+      teacher: see `Batch`.
       updates: parts of the weight method (see `weights/parts.py`) whose `update` follows the optimizer's
         update, or replaces it.
       collects: parts that add the step's gradient to signals that span several steps.
@@ -214,9 +219,8 @@ class Program:
     method, step = self.method, state.step
     key_mask, key_model, key_update = jax.random.split(jax.random.fold_in(state.key, step), 3)
     effective, pull_back = self._effective(state, key_mask)
-    grads, model_state, metrics = self._gradients(
-      effective, state, Batch(tokens_BxL1, teacher_BxLxV), key_model
-    )
+    batch = Batch(tokens_BxL1, teacher)
+    grads, model_state, metrics = self._gradients(effective, state, batch, key_model)
     (trainable_grads,) = pull_back(grads)
     metrics['gradient_norm'] = optax.tree.norm(as_float32(trainable_grads))
     control = state.control
@@ -261,20 +265,21 @@ class Program:
     state: TrainState,
     collected: dict[str, Collected],
     tokens_BxL1: Array,
-    teacher_BxLxV: Array | None,
+    teacher: Readout | Array | None,
     number: Array,
     names: tuple[str, ...],
   ) -> dict[str, Collected]:
     """`collected` with the signals of one more batch at the weights of step 0, uncompiled.
 
     Args:
+      teacher: see `Batch`.
       number: of the batch.
       names: parts of the weight method that read it.
     """
     key = jax.random.fold_in(jax.random.fold_in(state.key, AT_START), number)
     key_mask, key_model = jax.random.split(key)
     effective, _ = self._effective(state, key_mask)
-    batch = Batch(tokens_BxL1, teacher_BxLxV)
+    batch = Batch(tokens_BxL1, teacher)
     grads, _, _ = self._gradients(effective, state, batch, key_model)
     return parts.add(collected, Gradients(effective.params, grads.params), names)
 

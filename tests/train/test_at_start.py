@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import SMALL
 from numpy.testing import assert_allclose, assert_array_equal
@@ -15,7 +16,6 @@ from sparse_lm.runs.loop import train
 from sparse_lm.runs.setup import setup
 from sparse_lm.runs.trained import load
 from sparse_lm.train import __main__ as command
-from sparse_lm.train.objective import token_losses
 from sparse_lm.train.step import Program
 from sparse_lm.weights import collect, parts
 
@@ -94,7 +94,7 @@ def gradient_of(run, params, tokens):
 
   def nats(params):
     logits = run.program.model.apply({'params': params}, tokens[:, :-1], mode='eval')
-    return jnp.mean(token_losses(logits, tokens[:, 1:]))
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]))
 
   return tree.named(jax.device_get(jax.jit(jax.grad(nats))(params)))
 

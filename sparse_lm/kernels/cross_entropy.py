@@ -1,0 +1,302 @@
+"""Cross-entropy from hidden states, in chunks of tokens, without the logits of a whole batch.
+
+Logits of all tokens are the largest array of a training step: in float32 those of `[16384, 50304]` take
+3.3 GB, and their softmax as much again. Here one chunk of tokens after the other goes through the head. A
+loss is the last thing that a step computes, so a chunk's gradient is known as soon as its logits are:
+
+  d CE / d logits = softmax(logits) - onehot(target)
+
+Therefore the forward pass of a differentiated loss also computes the gradients of the hidden states and
+of the head, and the backward pass multiplies them by one number. The head runs once, and the logits of a
+chunk do not outlive it.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+# Of the float32 logits of a chunk. On a GPU 1,334 rows of 50,304 logits fill its matmuls, and a batch of
+# small models (context 256, a vocabulary of characters) stays one chunk, which needs no loop.
+LOGITS_BYTES = 2**28
+
+
+class Head(NamedTuple):
+  """What makes logits of hidden states: `hidden @ kernel + bias + bigrams[token]`.
+
+  Attributes:
+    kernel_DxV: as the model stores it; multiplied in the dtype of the hidden states.
+    bias_V: or `None`.
+    bigrams_VxV: a row of logits for each token that is read, or `None`.
+  """
+
+  kernel_DxV: Array
+  bias_V: Array | None = None
+  bigrams_VxV: Array | None = None
+
+
+class Readout(NamedTuple):
+  """Logits that are not computed yet.
+
+  Attributes:
+    hidden_BxLxD: what the head reads, behind the last norm.
+    tokens_BxL: int32, that the model read; `None` for a head without bigrams.
+  """
+
+  hidden_BxLxD: Array
+  head: Head
+  tokens_BxL: Array | None = None
+
+
+class Losses(NamedTuple):
+  """Of each token, in nats, float32; without a gradient.
+
+  Attributes:
+    nats: cross-entropy with the target.
+    divergence: `temperature^2 KL(teacher || model)` of the distributions that the temperature softens;
+      `None` without a teacher.
+  """
+
+  nats: Array
+  divergence: Array | None
+
+
+class _Known(NamedTuple):
+  """What the loss reads of tokens besides the hidden states, `[T, ...]`; it has no gradient."""
+
+  tokens: Array | None
+  targets: Array
+  teacher_hidden: Array | None = None
+  teacher_tokens: Array | None = None
+
+
+def cross_entropy(
+  predicted: Readout | Array,
+  targets_BxL: Array,
+  teacher: Readout | Array | None = None,
+  weights: tuple[float | Array, float | Array] = (1.0, 0.0),
+  temperature: float = 1.0,
+) -> tuple[Array, Losses]:
+  """The loss to minimise: a weighted sum of the means of cross-entropy and divergence over all tokens.
+
+  Args:
+    predicted: what the logits are computed from, in chunks; or the logits, float32 `[B, L, V]`.
+    targets_BxL: int32.
+    teacher: likewise, of the same vocabulary; has no gradient.
+    weights: of the cross-entropy and of the divergence.
+    temperature: of the divergence, see `Losses`.
+
+  Returns:
+    A float32 scalar, and the losses of each token, `[B, L]`.
+  """
+  if not isinstance(predicted, Readout) or not isinstance(teacher, Readout | None):
+    # Logits that are there already are not looked at in chunks.
+    logits, theirs = whole(predicted), None if teacher is None else whole(teacher)
+    losses = _losses(logits, theirs, targets_BxL, temperature)
+    return _weighted(losses, weights), jax.lax.stop_gradient(losses)
+  hidden_BxLxD, head, tokens_BxL = predicted
+  known = _Known(tokens_BxL, targets_BxL)
+  if teacher is not None:
+    known = known._replace(teacher_hidden=teacher.hidden_BxLxD, teacher_tokens=teacher.tokens_BxL)
+  flat_hidden, flat = jax.tree.map(
+    lambda a: a.reshape(targets_BxL.size, *a.shape[2:]), (hidden_BxLxD, known)
+  )
+  weights = tuple(jnp.asarray(weight, jnp.float32) for weight in weights)
+  loss, losses = _in_chunks(temperature, flat_hidden, head, weights, flat, teacher and teacher.head)
+  losses = jax.tree.map(lambda a: a.reshape(targets_BxL.shape), losses)
+  return loss, jax.lax.stop_gradient(losses)
+
+
+def rows_of(tokens: int, vocab: int) -> int:
+  """Rows of a chunk: all tokens where their logits stay below `LOGITS_BYTES`, else a part of them.
+
+  Chunks are of one size where up to twice as many as are needed divide the tokens.
+  """
+  most = max(1, LOGITS_BYTES // (4 * vocab))
+  needed = -(-tokens // most)
+  for chunks in range(needed, 2 * needed):
+    if tokens % chunks == 0:
+      return tokens // chunks
+  return -(-tokens // needed)
+
+
+def whole(predicted: Readout | Array) -> Array:
+  """The logits of all tokens, float32 `[..., V]`."""
+  if not isinstance(predicted, Readout):
+    return predicted
+  hidden_BxLxD, head, tokens_BxL = predicted
+  tokens_T = None if tokens_BxL is None else tokens_BxL.reshape(-1)
+  logits_TxV = _logits(hidden_BxLxD.reshape(-1, hidden_BxLxD.shape[-1]), tokens_T, head)
+  return logits_TxV.reshape(*hidden_BxLxD.shape[:-1], -1)
+
+
+def _logits(hidden: Array, tokens: Array | None, head: Head) -> Array:
+  """float32 `[..., V]`, products accumulated in float32."""
+  kernel_DxV = head.kernel_DxV.astype(hidden.dtype)
+  logits = jnp.matmul(hidden, kernel_DxV, preferred_element_type=jnp.float32)
+  if head.bias_V is not None:
+    logits += head.bias_V.astype(jnp.float32)
+  if head.bigrams_VxV is not None:
+    logits += head.bigrams_VxV[tokens].astype(jnp.float32)
+  return logits
+
+
+def _losses(logits: Array, theirs: Array | None, targets: Array, temperature: float) -> Losses:
+  chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  nats = jax.nn.logsumexp(logits, axis=-1) - chosen
+  if theirs is None:
+    return Losses(nats, None)
+  ours, theirs = (jax.nn.log_softmax(x / temperature) for x in (logits, theirs))
+  return Losses(nats, temperature**2 * jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1))
+
+
+def _weighted(losses: Losses, weights: tuple[float | Array, float | Array]) -> Array:
+  loss = weights[0] * jnp.mean(losses.nats)
+  return loss if losses.divergence is None else loss + weights[1] * jnp.mean(losses.divergence)
+
+
+def _gradient(
+  logits: Array,
+  theirs: Array | None,
+  targets: Array,
+  weights: tuple[Array, Array],
+  temperature: float,
+) -> Array:
+  """Of a token's weighted losses with respect to its logits."""
+  onehot = targets[..., None] == jnp.arange(logits.shape[-1])
+  gradient = weights[0] * (jax.nn.softmax(logits) - onehot)
+  if theirs is None:
+    return gradient
+  ours, theirs = (jax.nn.softmax(x / temperature) for x in (logits, theirs))
+  return gradient + weights[1] * temperature * (ours - theirs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_chunks(
+  temperature: float,
+  hidden_TxD: Array,
+  head: Head,
+  weights: tuple[Array, Array],
+  known: _Known,
+  teacher: Head | None,
+) -> tuple[Array, Losses]:
+  """The weighted loss, and the losses of each token, `[T]`. Has a gradient for the first three arrays."""
+  head, teacher = _cast(head, hidden_TxD), _cast(teacher, known.teacher_hidden)
+
+  def chunk(carry: None, some: tuple[Array, _Known]) -> tuple[None, Losses]:
+    logits, theirs = _both_logits(head, teacher, *some)
+    return carry, _losses(logits, theirs, some[1].targets, temperature)
+
+  _, losses = _over_chunks(chunk, None, (hidden_TxD, known), head)
+  return _weighted(losses, weights), losses
+
+
+class _Saved(NamedTuple):
+  """What the backward pass scales: gradients of the sum over tokens, and means of both losses.
+
+  Attributes:
+    stored: empty arrays of the dtypes of the head as it is stored.
+  """
+
+  hidden_TxD: Array
+  head: Head
+  means: tuple[Array, Array]
+  stored: Head
+
+
+def _forward(
+  temperature: float,
+  hidden_TxD: Array,
+  head: Head,
+  weights: tuple[Array, Array],
+  known: _Known,
+  teacher: Head | None,
+) -> tuple[tuple[Array, Losses], _Saved]:
+  """The loss together with its gradient."""
+  stored = jax.tree.map(lambda a: jnp.zeros(0, a.dtype), head)
+  head, teacher = _cast(head, hidden_TxD), _cast(teacher, known.teacher_hidden)
+
+  def chunk(total: Head, some: tuple[Array, _Known]) -> tuple[Head, tuple[Losses, Array]]:
+    hidden, known = some
+    logits, theirs = _both_logits(head, teacher, hidden, known)
+    losses = _losses(logits, theirs, known.targets, temperature)
+    gradient = _gradient(logits, theirs, known.targets, weights, temperature)
+    own, total = _through_head(gradient, hidden, known.tokens, head, total)
+    return total, (losses, own)
+
+  zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), head)
+  total, (losses, own) = _over_chunks(chunk, zeros, (hidden_TxD, known), head)
+  divergence = jnp.zeros(()) if losses.divergence is None else jnp.mean(losses.divergence)
+  means = jnp.mean(losses.nats), divergence
+  return (_weighted(losses, weights), losses), _Saved(own, total, means, stored)
+
+
+def _backward(
+  temperature: float, saved: _Saved, cotangents: tuple[Array, Losses]
+) -> tuple[Array, Head, tuple[Array, Array], None, None]:
+  """Scales what the forward pass has computed; losses of single tokens have no gradient."""
+  cotangent, _ = cotangents
+  scale = cotangent / saved.hidden_TxD.shape[0]
+  hidden_TxD = (scale * saved.hidden_TxD).astype(saved.hidden_TxD.dtype)
+  head = jax.tree.map(lambda a, like: (scale * a).astype(like.dtype), saved.head, saved.stored)
+  return hidden_TxD, head, tuple(cotangent * mean for mean in saved.means), None, None
+
+
+_in_chunks.defvjp(_forward, _backward)
+
+
+def _through_head(
+  gradient: Array, hidden: Array, tokens: Array | None, head: Head, total: Head
+) -> tuple[Array, Head]:
+  """The gradient of a chunk's hidden states, and those of the head added to `total`, float32.
+
+  Args:
+    gradient: of the chunk's logits, float32; multiplied in the dtype of the hidden states.
+  """
+  rounded = gradient.astype(hidden.dtype)
+  own = jnp.matmul(rounded, head.kernel_DxV.T)
+  kernel = jnp.matmul(hidden.T, rounded, preferred_element_type=jnp.float32)
+  total = total._replace(kernel_DxV=total.kernel_DxV + kernel)
+  if head.bias_V is not None:
+    total = total._replace(bias_V=total.bias_V + jnp.sum(gradient, axis=0))
+  if head.bigrams_VxV is not None:
+    total = total._replace(bigrams_VxV=total.bigrams_VxV.at[tokens].add(gradient))
+  return own, total
+
+
+def _cast(head: Head | None, hidden: Array | None) -> Head | None:
+  """The head with its kernel in the dtype of the hidden states: once, not in each chunk."""
+  if head is None:
+    return None
+  return head._replace(kernel_DxV=head.kernel_DxV.astype(hidden.dtype))
+
+
+def _both_logits(
+  head: Head, teacher: Head | None, hidden: Array, known: _Known
+) -> tuple[Array, Array | None]:
+  logits = _logits(hidden, known.tokens, head)
+  if teacher is None:
+    return logits, None
+  return logits, _logits(known.teacher_hidden, known.teacher_tokens, teacher)
+
+
+def _over_chunks(
+  step: Callable, carry: Head | None, known: tuple[Array, _Known], head: Head
+) -> tuple[Head | None, tuple]:
+  """`jax.lax.scan` over chunks of tokens, and `step` once more on the tokens that remain."""
+  tokens = known[0].shape[0]
+  rows = rows_of(tokens, head.kernel_DxV.shape[1])
+  if rows == tokens:
+    return step(carry, known)
+  even = tokens // rows * rows
+  chunks = jax.tree.map(lambda a: a[:even].reshape(-1, rows, *a.shape[1:]), known)
+  carry, found = jax.lax.scan(step, carry, chunks)
+  found = jax.tree.map(lambda a: a.reshape(even, *a.shape[2:]), found)
+  if even == tokens:
+    return carry, found
+  carry, rest = step(carry, jax.tree.map(lambda a: a[even:], known))
+  return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), found, rest)
