@@ -5,11 +5,23 @@ PYTHON_COLAB ?= $(shell for python in python3.13 python3.12 python3; do \
   $$python -c pass 2> /dev/null && echo $$python && break; done)
 BIN := .venv/bin
 
-.PHONY: ablation test test-slow test-colab fuzz lint notebooks clean
+.PHONY: ablation accelerator accelerator-all accelerator-quick test test-slow test-colab fuzz lint notebooks clean
 .DELETE_ON_ERROR:
 
 ablation: .venv/core
 	$(BIN)/python -m experiments.run sparsity_vs_accuracy
+
+# Measures the GPU that is there in at most five minutes; accelerator-all adds every method and whole
+# runs, and accelerator-quick shows in two minutes on a CPU that all of it runs.
+accelerator: .venv/core
+	$(BIN)/python -m experiments.run accelerator
+
+accelerator-all: .venv/core
+	$(BIN)/python -m experiments.run accelerator
+	$(BIN)/python -m experiments.run accelerator_all
+
+accelerator-quick: .venv/core
+	$(BIN)/python -m experiments.run accelerator_quick
 
 test: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not fuzz'

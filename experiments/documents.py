@@ -1,6 +1,7 @@
 """`python -m experiments.documents [NAME ...]`: writes README.md and docs/ from the lines of studies.
 
 Every table, figure and quoted number of a study comes from one set of lines, docs/lines/<study>.jsonl.
+Of a study of machines there is one set for each device, docs/lines/<study>-<device>.jsonl.
 With names, the lines of those studies are first taken from the folder of results. Prose stands in
 docs/templates, one Jinja template for each document. It quotes numbers as
 `{{ study('patterns').text('val_loss', scope='MLP', ...) }}` (see `findings`), and states what a sentence
@@ -22,6 +23,7 @@ from collections.abc import Iterable
 
 import jinja2
 
+from experiments import accelerator_report
 from experiments.findings import Findings
 from experiments.run import Study
 from sparse_lm import list_methods
@@ -30,6 +32,8 @@ from sparse_lm.core import records
 from sparse_lm.core.errors import UserError
 from sparse_lm.report import results
 
+# Studies of machines: each keeps its lines in a file for each device, `<study>-<device>.jsonl`.
+MACHINES = ('accelerator', 'accelerator_all', 'accelerator_quick')
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LINES, TEMPLATES = ROOT / 'docs' / 'lines', ROOT / 'docs' / 'templates'
 # What follows from a run's command, and folders of the machine that ran it, are not kept.
@@ -40,13 +44,31 @@ def take(name: str, folder: str) -> None:
   """Copies the lines of a finished study from a folder of results to docs/lines.
 
   Raises:
-    UserError: there is no such study, or runs of it are missing.
+    UserError: there is no such study, or runs of it are missing; of a study of machines, all of them.
   """
-  lines = Findings(Study.load(name, folder)).lines
+  study = Study.load(name, folder)
+  finished = list(study.finished().values())
+  by_machine = name in MACHINES and finished
+  lines = finished if by_machine else Findings(study).lines
   kept = [_portable(line, folder) for line in lines]
   LINES.mkdir(parents=True, exist_ok=True)
   text = ''.join(json.dumps(records.seal(line)) + '\n' for line in kept)
-  (LINES / f'{name}.jsonl').write_text(text)
+  stem = f'{name}-{_device(lines[-1])}' if by_machine else name
+  (LINES / f'{stem}.jsonl').write_text(text)
+
+
+def _device(line: results.Line) -> str:
+  """The device that a line was made on, fit for the name of a file; a CPU's instruction set too."""
+  env = line['env']
+  words = env['device'] if env['device'] != 'cpu' else f'cpu {env["instruction_set"]}'
+  return re.sub(r'[^a-z0-9]+', '-', words.lower()).strip('-')
+
+
+def machines(folder: pathlib.Path, name: str) -> str:
+  """The tables of a study of machines, those of all devices side by side; draws its figure."""
+  files = sorted(LINES.glob(f'{name}-*.jsonl'))
+  lines = [line for file in files for line in results.read_file(file)]
+  return accelerator_report.page(lines, folder / name).strip() if lines else 'Not measured yet.'
 
 
 def _portable(line: results.Line, folder: str) -> results.Line:
@@ -77,6 +99,7 @@ def documents(folder: pathlib.Path) -> dict[pathlib.Path, str]:
   # Each study is read once, however many documents quote it.
   study = functools.cache(lambda name: Findings(Study.load(name, folder)))
   environment.globals |= {'study': study, 'methods': list_methods.table, 'claim': claim}
+  environment.globals['machines'] = functools.partial(machines, folder)
   environment.filters |= {'bullets': bullets, 'paragraph': paragraph}
   found = {}
   for name in sorted(environment.list_templates()):

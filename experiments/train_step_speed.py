@@ -86,7 +86,7 @@ def execute(run: Run, workdir: pathlib.Path) -> JsonObject:
   tokens = np.random.default_rng(0).integers(0, VOCAB, shape).astype(np.int32)
   make = functools.partial(program.init, 0, target)
   calls = {'step': _Stepper(program.transition, make(), tokens)}
-  updates = _updates_per_step(program.method, program.optimizer.steps)
+  updates = updates_per_step(program.method, program.optimizer.steps)
   if updates:
     every = tuple(program.method.parts)
     calls['update'] = _Stepper(functools.partial(program.transition, updates=every), make(), tokens)
@@ -111,7 +111,7 @@ def execute(run: Run, workdir: pathlib.Path) -> JsonObject:
   return {'metrics': metrics, 'config': configs.to_json(config), 'env': environment()}
 
 
-def _updates_per_step(method: WeightMethod, steps: int) -> float:
+def updates_per_step(method: WeightMethod, steps: int) -> float:
   """Share of the steps that update the connections, in the middle of the run."""
   middle = range(steps // 2 - 50, steps // 2 + 50)
   return sum(method.due(step) for step in middle) / len(middle)

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 
-def matmul(size: int = 2048) -> tuple[Callable[[], jax.Array], float]:
-  """A float32 square matmul and its FLOPs: what this machine's library reaches at best."""
-  a = jax.random.normal(jax.random.key(0), (size, size), jnp.float32)
+def matmul(size: int = 2048, dtype: str = 'float32') -> tuple[Callable[[], jax.Array], float]:
+  """A square matmul and its FLOPs: what this machine's library reaches at best."""
+  a = jax.random.normal(jax.random.key(0), (size, size), dtype)
   multiply = jax.jit(jnp.matmul)
   return (lambda: multiply(a, a)), 2.0 * size**3
 
@@ -18,6 +18,13 @@ def read(bytes_: int = 400_000_000) -> tuple[Callable[[], jax.Array], float]:
   a = jnp.ones(bytes_ // 4, jnp.float32)
   total = jax.jit(jnp.sum)
   return (lambda: total(a)), float(a.nbytes)
+
+
+def copy(bytes_: int = 2_000_000_000) -> tuple[Callable[[], jax.Array], float]:
+  """A pass that writes what it reads, negated, and the bytes of both: its memory's speed at best."""
+  a = jnp.ones(bytes_ // 4, jnp.float32)
+  negate = jax.jit(jnp.negative)
+  return (lambda: negate(a)), 2.0 * a.nbytes
 
 
 def peak_memory(compiled: jax.stages.Compiled) -> int | None:

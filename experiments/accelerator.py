@@ -1,0 +1,67 @@
+"""How near are training steps to what this GPU can do, and what does each sparse method add to one?
+
+At most five minutes on one H100 or H200. 12 layers of width 768, 12 heads, context 1024, batch 16,
+vocabulary 50,304, in the model of the PyTorch twin (LayerNorm, learned positions, squared ReLU, an untied
+head). The most important rows come first; what is interrupted continues.
+"""
+
+import functools
+import pathlib
+
+from experiments import accelerator_goals as goals
+from experiments import accelerator_report
+from experiments.accelerator_bench import Bench
+from experiments.sweep import STE, Overrides, Run
+from sparse_lm.report import results
+
+SIZE = {
+  'data.context': 1024,
+  'data.batch': 16,
+  'model.layers': 12,
+  'model.width': 768,
+  'model.hidden': 3072,
+  'model.heads': 12,
+  'model.kv_heads': 12,
+  'model.norm': 'layernorm',
+  'model.positions': 'learned',
+  'model.dtype': 'bfloat16',
+}
+SPARSITY = {'weight.sparsity': 0.9}
+# Of the rows that are steps beside the dense one, in the order of the study.
+STEPS: dict[str, Overrides] = {
+  goals.STE: STE | SPARSITY,
+  goals.STATIC: {'weight.name': 'static'} | SPARSITY,
+  goals.RIGL: {'weight.name': 'rigl'} | SPARSITY,
+  goals.EXPERTS: {'mlp.name': 'moe_topk', 'mlp.experts': 8, 'mlp.k': 1},
+  goals.DEPTHS: {'depth.name': 'mixture_of_depths', 'depth.layers': '1::2'},
+}
+LATER: dict[str, Overrides] = {
+  goals.MAGNITUDE: {'weight.name': 'magnitude'} | SPARSITY,
+  goals.SET: {'weight.name': 'set'} | SPARSITY,
+  goals.DEFAULT: {'model.norm': 'rmsnorm', 'model.positions': 'rotary'},
+}
+SMALL = 'configs/shakespeare_char.py'  # nanoGPT's CPU size
+BENCH = Bench('configs/base.py', tuple(SIZE.items()), 50304, 5, 12, 8192, 2_000_000_000)
+PACKED = Bench(SMALL, (), 65, 100, 9, 8192, 2_000_000_000)
+
+
+def runs() -> list[Run]:
+  """A run for each row."""
+  return rows(BENCH, PACKED, 16)
+
+
+def rows(bench: Bench, packed: Bench, count: int) -> list[Run]:
+  """The rows at one size, and so many packed runs at another."""
+  return [
+    bench.run(goals.PEAK, bench.peaks),
+    bench.run(goals.DENSE, bench.dense_step),
+    *(bench.run(row, bench.step, overrides) for row, overrides in STEPS.items()),
+    bench.run(goals.START, bench.first_step),
+    packed.run(f'{count} packed runs', functools.partial(packed.packed, count)),
+    *(bench.run(row, bench.step, overrides) for row, overrides in LATER.items()),
+  ]
+
+
+def report(lines: list[results.Line], folder: pathlib.Path) -> str:
+  """The tables and the figure of this machine."""
+  return accelerator_report.write(lines, folder)

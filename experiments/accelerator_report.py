@@ -1,0 +1,214 @@
+"""Tables and the figure of the accelerator studies: of one machine, or of several side by side."""
+
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from tabulate import tabulate
+
+from experiments import accelerator_goals
+from experiments.accelerator_goals import Goal
+from sparse_lm.core.records import Json
+from sparse_lm.report import plot, results
+from sparse_lm.report.formats import ABSENT
+
+Rows = dict[str, results.Line]
+
+
+class Cell(NamedTuple):
+  """A column of the table of steps: metrics of one row, as they are printed.
+
+  Attributes:
+    metrics: one number, or a number and its quartiles.
+    scale: what each is multiplied by.
+  """
+
+  heading: str
+  metrics: tuple[str, ...]
+  format: str
+  scale: float = 1.0
+
+  def text(self, found: Mapping[str, Json]) -> str:
+    """`value`, or `value (low–high)`."""
+    values = [found.get(metric) for metric in self.metrics]
+    if any(value is None for value in values):
+      return ABSENT
+    first, *ends = (f'{value * self.scale:{self.format}}' for value in values)
+    return f'{first} ({"–".join(ends)})' if ends else first
+
+
+CELLS = (
+  Cell('step (ms)', ('step_ms', 'step_ms_low', 'step_ms_high'), '.2f'),
+  Cell('reference (ms)', ('reference_ms',), '.2f'),
+  Cell('step / reference', ('ratio', 'ratio_low', 'ratio_high'), '.3f'),
+  Cell('mask update (ms)', ('update_ms',), '.1f'),
+  Cell('decode (ms)', ('decode_ms',), '.2f'),
+  Cell(
+    'decode, dense / packed',
+    ('decode_speedup', 'decode_speedup_low', 'decode_speedup_high'),
+    '.2f',
+  ),
+  Cell('TFLOP/s', ('flops_per_s',), '.4g', 1e-12),
+  Cell('of the matmul peak', ('fraction_of_peak',), '.2f'),
+  Cell('peak memory (GB)', ('peak_memory',), '.2f', 1e-9),
+  Cell('first step (s)', ('first_step_s',), '.1f'),
+  Cell('energy (mJ/token)', ('joules_per_token',), '.3g', 1e3),
+)
+
+
+def by_machine(lines: Iterable[results.Line]) -> dict[str, Rows]:
+  """The newest line of each row by the machine that it was measured on."""
+  found: dict[str, Rows] = {}
+  for line in lines:
+    found.setdefault(results.machine(line['env']), {})[line['labels']['row']] = line
+  return found
+
+
+def write(lines: Sequence[results.Line], folder: pathlib.Path) -> str:
+  """Writes `table.md` and the figure in a study's folder and returns the Markdown."""
+  text = page(lines, folder)
+  temporary = folder / f'table.md.{os.getpid()}.tmp'
+  temporary.write_text(text, encoding='utf-8')
+  os.replace(temporary, folder / 'table.md')
+  return text
+
+
+def page(lines: Iterable[results.Line], folder: pathlib.Path) -> str:
+  """The goals of all machines side by side, then a table for each; draws the figure in `folder`."""
+  machines = by_machine(lines)
+  if any(_ratios(rows) for rows in machines.values()):
+    plot.save(ratios(machines, folder.name), folder, folder.name)
+  parts = [goals_table(machines, folder.name)]
+  for machine, rows in machines.items():
+    parts += [f'**{machine}**', peaks(rows), steps_table(rows), *notes(rows)]
+  return '\n\n'.join(part for part in parts if part) + '\n'
+
+
+def goals_table(machines: Mapping[str, Rows], study: str) -> str:
+  """A row for each goal, and for each machine what it reached and whether that meets it."""
+  wanted: dict[str, dict[str, str]] = {}
+  for machine, rows in machines.items():
+    for goal in accelerator_goals.goals(study, _device(rows)):
+      head = {'goal': f'{goal.what} at most {goal.text(goal.most)}'}
+      wanted.setdefault(head['goal'], head)[machine] = reached(goal, rows)
+  if not wanted:
+    return ''
+  table = [[row['goal'], *(row.get(m, ABSENT) for m in machines)] for row in wanted.values()]
+  return tabulate(table, ['goal', *machines], tablefmt='pipe', disable_numparse=True)
+
+
+def reached(goal: Goal, rows: Rows) -> str:
+  """What one machine reached: `0.98 ×, met`."""
+  value = rows[goal.row]['metrics'].get(goal.metric) if goal.row in rows else None
+  if value is None:
+    return 'not measured'
+  return f'{goal.text(value)}, {"met" if value <= goal.most else "missed"}'
+
+
+def peaks(rows: Rows) -> str:
+  """A sentence on what the machine reaches at best."""
+  found = rows[accelerator_goals.PEAK]['metrics'] if accelerator_goals.PEAK in rows else {}
+  if 'memory_per_s' not in found:
+    return ''
+  return (
+    f'At best the machine multiplies {1e-12 * found["bfloat16_per_s"]:.4g} TFLOP/s in bfloat16 and '
+    f'{1e-12 * found["float32_per_s"]:.4g} in float32, and its memory moves '
+    f'{1e-9 * found["memory_per_s"]:,.0f} GB/s.'
+  )
+
+
+def steps_table(rows: Rows) -> str:
+  """Time, ratio, FLOPs, memory and energy of each step that was measured on one machine."""
+  metrics = {name: line['metrics'] for name, line in rows.items()}
+  steps = {
+    name: found for name, found in metrics.items() if found.keys() & {'step_ms', 'decode_ms'}
+  }
+  shown = [cell for cell in CELLS if any(cell.text(found) != ABSENT for found in steps.values())]
+  table = [[name, *(cell.text(found) for cell in shown)] for name, found in steps.items()]
+  headings = ['step', *(cell.heading for cell in shown)]
+  align = ['left', *('right' for _ in shown)]
+  return tabulate(table, headings, tablefmt='pipe', disable_numparse=True, colalign=align)
+
+
+def notes(rows: Rows) -> list[str]:
+  """Sentences on first steps, on what was not measured, and on how long all of it took."""
+  said = []
+  start = rows.get(accelerator_goals.START, {}).get('metrics', {})
+  if start.get('cold_s') is not None:
+    held = start.get('peak_memory')
+    said.append(
+      f'A new process has done its first step after {start["cold_s"]:.1f} s where nothing was compiled '
+      f'before, and after {start["warm_s"]:.1f} s the next time'
+      + ('.' if held is None else f', when its allocator has held {1e-9 * held:.2f} GB at most.')
+    )
+  if not any(line['metrics'].get('joules_per_token') for line in rows.values()):
+    said.append('Energy was not measured: no meter could be read.')
+  dense = rows.get(accelerator_goals.DENSE, {}).get('metrics', {})
+  if 'reference' in dense:
+    said.append(f'The twin of the dense step: {dense["reference"]}.')
+  said += [
+    f'{name} was not measured: {rows[name]["message"]}.' for name in rows if _failed(rows, name)
+  ]
+  total = sum(line['metrics'].get('seconds', 0) for line in rows.values())
+  return [' '.join([*said, f'All of it took {total:.0f} s.'])]
+
+
+def ratios(machines: Mapping[str, Rows], study: str) -> Figure:
+  """Each step's time over its reference's with quartiles, a line at 1, and a bar at each goal."""
+  names = list(dict.fromkeys(name for rows in machines.values() for name in _ratios(rows)))
+  with matplotlib.rc_context(plot.STYLE):
+    figure = Figure(figsize=(6.4, 1.4 + 0.34 * len(names)), layout='constrained')
+    axes = figure.add_subplot()
+    axes.axvline(1.0, color='#555555', linestyle='--', linewidth=1.2, zorder=1)
+    for index, (machine, rows) in enumerate(machines.items()):
+      apart = 0.5 * (index + 0.5 - len(machines) / 2) / len(machines)
+      found = _ratios(rows)
+      axes.errorbar(
+        [m['ratio'] for m in found.values()],
+        [names.index(name) + apart for name in found],
+        xerr=[
+          [m['ratio'] - m['ratio_low'] for m in found.values()],
+          [m['ratio_high'] - m['ratio'] for m in found.values()],
+        ],
+        color=plot.COLOURS[index % len(plot.COLOURS)],
+        marker=plot.MARKERS[index % len(plot.MARKERS)],
+        label=machine,
+        linestyle='none',
+        capsize=2.5,
+      )
+      marked = {
+        g.row: g.most for g in accelerator_goals.goals(study, _device(rows)) if g.metric == 'ratio'
+      }
+      places = [(most, names.index(row)) for row, most in marked.items() if row in names]
+      axes.plot(
+        *zip(*places), '|', color='black', markersize=13, markeredgewidth=2
+      ) if places else None
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set(xlabel='step time / reference (the dense step; of the dense step: the PyTorch twin)')
+    goal = Line2D(
+      [], [], color='black', marker='|', markersize=13, markeredgewidth=2, linestyle='none'
+    )
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend([*handles, goal], [*labels, 'goal, at most'], loc='outside lower center')
+  return figure
+
+
+def _ratios(rows: Rows) -> dict[str, Mapping[str, float]]:
+  """The metrics of the rows that are steps beside another one, by row; packed runs are none."""
+  metrics = {name: line['metrics'] for name, line in rows.items()}
+  return {
+    name: found for name, found in metrics.items() if 'ratio' in found and 'runs' not in found
+  }
+
+
+def _failed(rows: Rows, name: str) -> bool:
+  return 'failed' in rows[name]
+
+
+def _device(rows: Rows) -> str:
+  return next(iter(rows.values()))['env']['device']

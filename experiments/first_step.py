@@ -1,0 +1,31 @@
+"""Initialises a model, runs one training step and ends: what a study times from outside.
+
+`python -m experiments.first_step '{"config": ..., "overrides": {...}, "vocab": ...}'` prints a JSON
+object when the step is done: `peak_memory`, the most bytes that the device's allocator has held, or null.
+"""
+
+import json
+import sys
+
+import jax
+
+from sparse_lm.runs import configs, runtime
+from sparse_lm.runs.build import build
+
+
+def main() -> None:
+  """One step on random tokens."""
+  asked = json.loads(sys.argv[1])
+  runtime.prepare()
+  config = configs.load(asked['config'], asked['overrides'])
+  program, target = build(config, asked['vocab'])
+  shape = (config.data.batch, config.data.context + 1)
+  tokens = jax.random.randint(jax.random.key(0), shape, 0, asked['vocab'])
+  state, metrics = program.train_step(program.init(config.seed, target), tokens)
+  jax.block_until_ready((state, metrics))
+  stats = jax.local_devices()[0].memory_stats() or {}
+  print(json.dumps({'peak_memory': stats.get('peak_bytes_in_use')}), flush=True)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,161 @@
+"""The dense model and its training step in PyTorch: what the speed of our own step is measured against.
+
+`python -m experiments.torch_twin --width=768 ...` is a process of its own, so that the two frameworks
+do not share one allocator. It compiles the step (`torch.compile` and bfloat16 autocast on a GPU; plain
+float32 in two threads on a CPU) and prints a JSON object with `params`, `loss`, `torch` (the version)
+and `first_step_s`. Then it runs as many steps as each line of its input says, without waiting for the
+device between them, and prints a JSON object with their `seconds` and its `peak_memory` in bytes so far.
+
+It is what config.model.norm=layernorm and config.model.positions=learned describe: pre-norm layers, fused
+query, key and value, SDPA, squared ReLU, an untied head, no biases. AdamW is fused, decays matrices alone
+and clips the global norm, with the constants of `configs/base.py`.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+LEARNING_RATE, BETAS, EPS, DECAY, CLIP = 2e-3, (0.9, 0.99), 1e-8, 0.1, 1.0
+NORM_EPS = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """Dimensions of the model and of its batch; the defaults are those of GPT-2 small."""
+
+  layers: int = 12
+  width: int = 768
+  hidden: int = 3072
+  heads: int = 12
+  context: int = 1024
+  batch: int = 16
+  vocab: int = 50304
+
+
+class Block(nn.Module):
+  """One pre-norm layer."""
+
+  def __init__(self, sizes: Sizes) -> None:
+    super().__init__()
+    width, hidden = sizes.width, sizes.hidden
+    self.heads = sizes.heads
+    self.norm_1 = nn.LayerNorm(width, eps=NORM_EPS, bias=False)
+    self.norm_2 = nn.LayerNorm(width, eps=NORM_EPS, bias=False)
+    self.qkv, self.out = (
+      nn.Linear(width, 3 * width, bias=False),
+      nn.Linear(width, width, bias=False),
+    )
+    self.up, self.down = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, width, bias=False)
+
+  def forward(self, x: torch.Tensor) -> torch.Tensor:
+    """`[B, L, D]` to `[B, L, D]`."""
+    b, l, d = x.shape
+    parts = self.qkv(self.norm_1(x)).split(d, 2)
+    q, k, v = (part.view(b, l, self.heads, -1).transpose(1, 2) for part in parts)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, l, d)
+    x = x + self.out(y)
+    return x + self.down(F.relu(self.up(self.norm_2(x))).square())
+
+
+class TorchLM(nn.Module):
+  """The whole model and its loss."""
+
+  def __init__(self, sizes: Sizes) -> None:
+    super().__init__()
+    self.embed = nn.Embedding(sizes.vocab, sizes.width)
+    self.position = nn.Embedding(sizes.context, sizes.width)
+    self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.layers))
+    self.norm = nn.LayerNorm(sizes.width, eps=NORM_EPS, bias=False)
+    self.head = nn.Linear(sizes.width, sizes.vocab, bias=False)
+    nn.init.normal_(self.embed.weight, std=0.02)
+    nn.init.normal_(self.position.weight, std=0.02)
+
+  def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The mean cross-entropy in nats of int64 `[B, L]` targets."""
+    x = self.embed(tokens) + self.position.weight
+    for block in self.blocks:
+      x = block(x)
+    return F.cross_entropy(self.head(self.norm(x)).float().flatten(0, 1), targets.flatten())
+
+
+class Trainer:
+  """The model, its optimizer and one batch of random tokens."""
+
+  def __init__(self, sizes: Sizes) -> None:
+    self.gpu = torch.cuda.is_available()
+    self.device = 'cuda' if self.gpu else 'cpu'
+    self.model = TorchLM(sizes).to(self.device)
+    self.loss = torch.compile(self.model) if self.gpu else self.model
+    parameters = list(self.model.parameters())
+    groups = [
+      {'params': [p for p in parameters if p.ndim >= 2], 'weight_decay': DECAY},
+      {'params': [p for p in parameters if p.ndim < 2], 'weight_decay': 0.0},
+    ]
+    self.optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, eps=EPS, fused=True)
+    shape = (sizes.batch, sizes.context + 1)
+    self.tokens = torch.randint(0, sizes.vocab, shape, device=self.device)
+
+  def step(self) -> torch.Tensor:
+    """One optimizer step; the loss before it."""
+    with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.gpu):
+      loss = self.loss(self.tokens[:, :-1], self.tokens[:, 1:].contiguous())
+    loss.backward()
+    nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+    self.optimizer.step()
+    self.optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+  def window(self, steps: int) -> float:
+    """Seconds of so many steps, the device idle before and after them."""
+    self.wait()
+    begin = time.perf_counter()
+    for _ in range(steps):
+      self.step()
+    self.wait()
+    return time.perf_counter() - begin
+
+  def wait(self) -> None:
+    """Until the device has finished."""
+    if self.gpu:
+      torch.cuda.synchronize()
+
+  @property
+  def peak_memory(self) -> int | None:
+    """Bytes that tensors have taken at once so far; `None` on a CPU."""
+    return torch.cuda.max_memory_allocated() if self.gpu else None
+
+
+def main() -> None:
+  """Serves windows of steps until its input ends."""
+  begin = time.perf_counter()
+  parser = argparse.ArgumentParser()
+  for field in dataclasses.fields(Sizes):
+    parser.add_argument(f'--{field.name}', type=int, default=field.default)
+  if not torch.cuda.is_available():
+    torch.set_num_threads(2)
+  torch.set_float32_matmul_precision('high')
+  trainer = Trainer(Sizes(**vars(parser.parse_args())))
+  loss = trainer.step().item()
+  trainer.wait()
+  _print(
+    params=sum(p.numel() for p in trainer.model.parameters()),
+    loss=loss,
+    torch=torch.__version__,
+    first_step_s=time.perf_counter() - begin,
+  )
+  for line in sys.stdin:
+    _print(seconds=trainer.window(int(line)), peak_memory=trainer.peak_memory)
+
+
+def _print(**values: float | str | None) -> None:
+  print(json.dumps(values), flush=True)
+
+
+if __name__ == '__main__':
+  main()
