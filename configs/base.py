@@ -84,9 +84,10 @@ def _model() -> dict[str, Any]:
     'bigram': False,  # a table [vocabulary, vocabulary] of logits by the last token is learned too
     'bias': False,
     'dropout': 0.0,
-    'dtype': 'float32',  # of the computation; losses and norms stay in float32
-    # float32 | bfloat16, which loses small updates; averages and moments are float32 with either.
-    'param_dtype': 'float32',
+    # Of the computation: float32 | bfloat16 | auto, bfloat16 where the device is faster with it. Weights,
+    # moments, averages, norms and losses are float32 with either.
+    'precision': 'auto',
+    'attention_kernel': 'auto',  # einsum | cudnn, fused | auto, cudnn where it can do what is asked
     'remat': False,  # recompute activations in the backward pass
   }
 

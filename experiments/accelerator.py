@@ -24,7 +24,7 @@ SIZE = {
   'model.kv_heads': 12,
   'model.norm': 'layernorm',
   'model.positions': 'learned',
-  'model.dtype': 'bfloat16',
+  'model.precision': 'bfloat16',
 }
 SPARSITY = {'weight.sparsity': 0.9}
 # Of the rows that are steps beside the dense one, in the order of the study.

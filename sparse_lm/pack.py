@@ -38,7 +38,7 @@ def pack(workdir: str, out: str) -> JsonObject:
   trained = load(workdir)
   packed = pack_model(trained.program.model, trained.params, trained.masks, trained.model_state)
   error = largest_error(trained, packed)
-  if trained.config.model.dtype == 'float32' and not error <= TOLERANCE:
+  if trained.program.model.spec.precision == 'float32' and not error <= TOLERANCE:
     raise UserError(
       f'--workdir={workdir}: packed, its logits are off by {error:.1e} of the largest; valid: '
       f'{TOLERANCE:.0e} at most (a gate whose logits are all but equal can do that)'
@@ -96,7 +96,7 @@ def same_text(trained: Trained, packed: PackedModel) -> dict[str, int | float | 
     if own.argmax() != token_B[0]:
       second, best = np.partition(twin, -2)[-2:]
       margin = float((best - second) / max(np.abs(twin).max(), np.finfo(np.float32).tiny))
-      if trained.config.model.dtype == 'float32' and margin > TOLERANCE:
+      if trained.program.model.spec.precision == 'float32' and margin > TOLERANCE:
         raise UserError(
           f'--workdir={trained.workdir}: packed, its greedy text differs from token {made} on, where the '
           f'two best logits are {margin:.1e} of the largest apart; valid: {TOLERANCE:.0e} at most'

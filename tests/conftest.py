@@ -26,6 +26,7 @@ import pytest
 
 from sparse_lm import patterns, signals
 from sparse_lm.inference import costs, formats
+from sparse_lm.kernels import device
 from sparse_lm.runs import configs, runtime
 from sparse_lm.runs.loop import train
 from sparse_lm.train.step import Program
@@ -42,6 +43,7 @@ SMALL = {
   'model.hidden': 32,
   'model.heads': 2,
   'model.kv_heads': 2,
+  'model.precision': 'float32',  # on every device that tests run on
   'train.steps': 12,
   'train.log_every': 1,
   'train.eval_every': 100,
@@ -166,16 +168,26 @@ def tiny_config(text_file):
 
 
 @pytest.fixture
-def on_gpu(monkeypatch):
-  """`on_gpu()`: JAX says it runs on a GPU. Returns what each call of its attention is then told."""
+def on_nvidia(monkeypatch):
+  """`on_nvidia(9, 0)`: the device is taken for an NVIDIA GPU of that compute capability with cuDNN 9.10.
 
-  def pretend():
-    told, attend = [], jax.nn.dot_product_attention
-    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-    monkeypatch.setattr(
-      jax.nn, 'dot_product_attention', lambda *qkv, **kw: told.append(kw) or attend(*qkv, **kw)
-    )
-    return told
+  Programs can be traced and lowered for it, and not run.
+  """
+  # JAX asks the device for these before it lowers its fused attention.
+  cudnn = importlib.import_module('jax._src.cudnn.fused_attention_stablehlo')
+
+  def numbers(capability):
+    return tuple(map(int, capability.split('.')))
+
+  def pretend(*capability, version=91000):
+    monkeypatch.setattr(device, 'compute_capability', lambda: capability)
+    monkeypatch.setattr(cudnn, 'check_cudnn_version', lambda: version)
+    checks = {
+      'check_compute_capability': lambda asked: capability >= numbers(asked),
+      'is_cuda_compute_capability_equal': lambda asked: capability == numbers(asked),
+    }
+    for name, check in checks.items():
+      monkeypatch.setattr(cudnn, name, check)
 
   return pretend
 

@@ -1,17 +1,23 @@
 """Softmax attention to the keys that a mask describes: one function, the backend chosen inside."""
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from sparse_lm.kernels import device
 from sparse_lm.kernels.placed import Placed
 from sparse_lm.kernels.topk import top
 
 Array = jax.Array
+EINSUM, CUDNN = 'einsum', 'cudnn'
+KERNELS = ('auto', EINSUM, CUDNN)  # what `config.model.attention_kernel` may be
+WIDEST = 128  # head that cuDNN's fused attention takes, on every GPU that has it
 # `(scores, mask) -> mask`, all `[B, G, H / G, L, S]`; the scores are float32.
 Select = Callable[[Array, Array], Array]
 
@@ -124,25 +130,31 @@ def attention(
   on_weights: Callable[[Array], Array] | None = None,
   select: Select | None = None,
   most: int | None = None,
+  kernel: str = EINSUM,
 ) -> Array:
   """Softmax attention, grouped-query where keys have fewer heads: `[B, L, H, K]`.
 
-  Scores and weights are arrays of `[B, H, L, S]` on every device: no fused kernel is used. On a CPU
-  explicit einsums over `[B, H, L, K]` are 1.3 to 2 times faster than `jax.nn.dot_product_attention`,
-  whose default implementation, which a GPU runs here, is XLA's unfused one too (its fused one,
-  `implementation='cudnn'`, has to be asked for). It is told what the mask says, and not given bools,
-  where that is all there is to know: causality and a window, of the queries of whole sequences. A query
-  without any key reads all of them alike.
+  Two kernels compute it. Einsums over `[B, H, L, K]` do all of it on every device, and write out scores
+  and weights as arrays of `[B, H, L, S]`. (On a CPU they are 1.3 to 2 times faster than the default
+  implementation of `jax.nn.dot_product_attention`, which is XLA's unfused one on a GPU too.) cuDNN's
+  fused kernel writes out neither, and does what `unfused` finds nothing against. A query without any key
+  reads all of them alike.
 
   Args:
     positions_BxL: int32, of the queries.
     on_weights: what is done to the attention weights, `[B, G, H / G, L, S]`, such as dropout; `None` =
-      nothing, and then a fused kernel need not compute them.
+      nothing.
     select: narrows the mask by the scores.
     most: keys that `select` leaves at most; a single query reads the values of no others.
+    kernel: one of `KERNELS`. With any but 'einsum' the fused kernel runs where device and call allow it,
+      and einsums elsewhere: whether 'cudnn' may be asked for is checked before a run starts.
   """
-  if jax.default_backend() == 'gpu' and on_weights is None and select is None:
-    return _on_gpu(q_BxLxHxK, positions_BxL, keys, mask)
+  reason = unfused(q_BxLxHxK, positions_BxL, keys, mask, on_weights, select)
+  seen = _calls.get()
+  if seen is not None:
+    seen.append(reason)
+  if not reason and kernel != EINSUM and device.has_fused_attention():
+    return _fused(q_BxLxHxK, keys, mask, 'cudnn')
   reads = reads_of(mask, positions_BxL, keys)
   b, l, h, width = q_BxLxHxK.shape
   g = keys.k.shape[2]
@@ -161,27 +173,73 @@ def attention(
   return out_BxGxRxLxK.transpose(0, 3, 1, 2, 4).reshape(b, l, h, -1)
 
 
-def _on_gpu(q_BxLxHxK: Array, positions_BxL: Array, keys: KeyValues, mask: Mask) -> Array:
-  """By JAX's own function, `[B, L, H, K]`, which is told of the mask what it has words for.
+_calls: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar('calls', default=None)
 
-  Those are causality and a window of places in the arrays, which are positions where the sequences are
-  whole and the queries are of the keys' own tokens: their positions are one array. For all else (blocks,
-  documents, sinks, tokens that were left out, a cache) the reference makes bools here.
+
+@contextlib.contextmanager
+def calls() -> Iterator[list[str]]:
+  """Collects what `unfused` says of every call of `attention` that is traced inside."""
+  found: list[str] = []
+  token = _calls.set(found)
+  try:
+    yield found
+  finally:
+    _calls.reset(token)
+
+
+def unfused(
+  q_BxLxHxK: Array,
+  positions_BxL: Array,
+  keys: KeyValues,
+  mask: Mask,
+  on_weights: Callable[[Array], Array] | None = None,
+  select: Select | None = None,
+) -> str:
+  """Why cuDNN's fused kernel cannot do a call of `attention` on any device, '' where it can.
+
+  Its mask is causality and a window of places in the arrays. These are positions where the sequences are
+  whole and the queries are of the keys' own tokens: their positions are one array. Its dropout cannot be
+  used from JAX: its seed is a constant of the compiled program, so every step would drop the same ones.
   """
-  attend = jax.nn.dot_product_attention
-  own = keys.whole and positions_BxL is keys.positions
-  if own and mask.blocks is None and mask.documents is None and not mask.sinks:
-    window = None
-    if mask.window is not None and mask.window < keys.k.shape[1]:
-      window = mask.window - 1, 0 if mask.causal else mask.window - 1
-    return attend(q_BxLxHxK, keys.k, keys.v, is_causal=mask.causal, local_window_size=window)
-  (b, l, h, _), g = q_BxLxHxK.shape, keys.k.shape[2]
-  reads = reads_of(mask, positions_BxL, keys)
-  each = (b, g, h // g, *reads.shape[3:])
-  of_heads = (
-    reads[:, 0] if mask.blocks is None else jnp.broadcast_to(reads, each).reshape(b, h, l, -1)
+  width, dtype = q_BxLxHxK.shape[-1], q_BxLxHxK.dtype
+  if select is not None:
+    return 'the method selects keys by their scores'
+  if on_weights is not None:
+    return (
+      'something acts on the attention weights (config.model.dropout, or a method at their site)'
+    )
+  if mask.blocks is not None or mask.documents is not None or mask.sinks or not mask.causal:
+    return 'its mask is causality and a window, and the method has another one'
+  if not keys.whole or positions_BxL is not keys.positions:
+    return 'it reads whole sequences, and here tokens are left out or keys are cached'
+  if dtype not in (jnp.bfloat16, jnp.float16):
+    return f'it computes in bfloat16, and config.model.precision is {dtype}'
+  if width % 8 or width > WIDEST or keys.v.shape[-1] != width:
+    return f'its heads are 8, 16, 24, ... {WIDEST} wide, and these are {width}'
+  if q_BxLxHxK.shape[1] % 2:  # JAX refuses the gradient
+    return f'it trains on an even number of tokens, and config.data.context is {q_BxLxHxK.shape[1]}'
+  return ''
+
+
+def _fused(q_BxLxHxK: Array, keys: KeyValues, mask: Mask, implementation: str) -> Array:
+  """JAX's own function, `[B, L, H, K]`, told what a mask of causality and a window says.
+
+  The window is given beside `is_causal`: without it, cuDNN's window reads later keys (jax issue 39576).
+
+  Args:
+    implementation: 'cudnn', or 'xla', which means the same by the same arguments.
+  """
+  window = None
+  if mask.window is not None and mask.window < keys.k.shape[1]:
+    window = mask.window - 1, 0
+  return jax.nn.dot_product_attention(
+    q_BxLxHxK,
+    keys.k,
+    keys.v,
+    is_causal=True,
+    local_window_size=window,
+    implementation=implementation,
   )
-  return attend(q_BxLxHxK, keys.k, keys.v, mask=of_heads)
 
 
 def computed_keys(queries: int, keys: int, most: int | None = None) -> int:
@@ -196,12 +254,18 @@ def reads_of(mask: Mask, positions_BxL: Array, keys: KeyValues) -> Array:
   A query that no such key is left for (a token that skips the layer) reads its own: its output is
   dropped, but the gradient of the gate that dropped it must not come from later tokens.
   """
-  age_BxLxS = positions_BxL[:, :, None] - keys.positions[:, None, :]
-  behind = age_BxLxS >= 0 if mask.causal else jnp.ones_like(age_BxLxS, bool)
-  reads_BxLxS = behind & keys.valid[:, None, :]
+  places_BxS, whole = keys.positions, keys.whole and positions_BxL is keys.positions
+  if whole:  # then these are bools of one sequence, `[1, L, S]`, which stand for all
+    positions_BxL = places_BxS = jnp.arange(places_BxS.shape[1], dtype=jnp.int32)[None]
+  age_BxLxS = positions_BxL[:, :, None] - places_BxS[:, None, :]
+  reads_BxLxS = age_BxLxS >= 0 if mask.causal else jnp.ones_like(age_BxLxS, bool)
+  if not whole:
+    reads_BxLxS &= keys.valid[:, None, :]
   if mask.window is not None:
     near = (age_BxLxS if mask.causal else jnp.abs(age_BxLxS)) < mask.window
-    reads_BxLxS &= near if not mask.sinks else near | (keys.positions[:, None, :] < mask.sinks)
+    reads_BxLxS &= near if not mask.sinks else near | (places_BxS[:, None, :] < mask.sinks)
+  if whole and mask.blocks is None and mask.documents is None:
+    return reads_BxLxS[:, None, None]  # each query reads its own key
   if mask.documents is not None:
     reads_BxLxS &= mask.documents.of_queries[:, :, None] == mask.documents.of_keys[:, None, :]
   if mask.blocks is None:
@@ -218,9 +282,38 @@ def _or_own(reads: Array, age: Array) -> Array:
 
 def softmax(scores: Array, reads: Array, select: Select | None = None) -> Array:
   """Softmax over the keys that are read, and that `select` leaves; in float32, given as scores were."""
-  exact = scores.astype(jnp.float32)
-  reads = reads if select is None else select(exact, reads)
-  return jax.nn.softmax(jnp.where(reads, exact, jnp.finfo(jnp.float32).min)).astype(scores.dtype)
+  reads = reads if select is None else select(scores.astype(jnp.float32), reads)
+  return (_softmax if scores.dtype == jnp.float32 else _rounded_softmax)(scores, reads)
+
+
+def _softmax(scores: Array, reads: Array) -> Array:
+  return jax.nn.softmax(
+    jnp.where(reads, scores.astype(jnp.float32), jnp.finfo(jnp.float32).min)
+  ).astype(scores.dtype)
+
+
+@jax.custom_vjp
+def _rounded_softmax(scores: Array, reads: Array) -> Array:
+  """`_softmax` of bfloat16 scores, of which the backward pass keeps the rounded weights.
+
+  JAX's own gradient would keep the float32 ones beside them, which is twice as much to write and to read.
+  """
+  return _softmax(scores, reads)
+
+
+def _keep_weights(scores: Array, reads: Array) -> tuple[Array, tuple[Array, Array]]:
+  weights = _softmax(scores, reads)
+  return weights, (weights, reads)
+
+
+def _pull_back(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
+  exact, reads = kept[0].astype(jnp.float32), kept[1]
+  gradient = gradient.astype(jnp.float32)
+  inner = jnp.sum(exact * gradient, axis=-1, keepdims=True)
+  return jnp.where(reads, exact * (gradient - inner), 0).astype(kept[0].dtype), None
+
+
+_rounded_softmax.defvjp(_keep_weights, _pull_back)
 
 
 def _attend_cached(

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from sparse_lm.kernels.attention import KeyValues, Mask, Select, attention, computed_keys
@@ -79,6 +80,7 @@ class MaskedAttention(AttentionMethod):
       (lambda weights: functools.reduce(lambda w, act: act(w), acts, weights)) if acts else None,
       self.select,
       self.most,
+      self.spec.attention_kernel,
     )
 
 
@@ -125,7 +127,9 @@ class AttentionLayer(nn.Module):
     # Fewer heads where some were removed.
     q_BxLxHxK, k_BxLxGxK, v_BxLxGxK = (y.reshape(b, l, -1, spec.head_dim) for y in projected)
     if spec.positions == 'rotary':
-      q_BxLxHxK, k_BxLxGxK = (rotate(a, tokens.positions) for a in (q_BxLxHxK, k_BxLxGxK))
+      # Of whole sequences one table stands for all.
+      places = jnp.arange(l, dtype=jnp.int32)[None] if tokens.whole else tokens.positions
+      q_BxLxHxK, k_BxLxGxK = (rotate(a, places) for a in (q_BxLxHxK, k_BxLxGxK))
     q_BxLxHxK = record.site(self, 'q', q_BxLxHxK)
     k_BxLxGxK, v_BxLxGxK = record.site(self, 'k', k_BxLxGxK), record.site(self, 'v', v_BxLxGxK)
     if self.caches(mode):

@@ -22,15 +22,15 @@ class Embed(nn.Module):
     spec = self.spec
     # A tied table is the head too, so it starts as small as one.
     init = INITS['gpt2' if spec.tied else spec.init]('embed', spec.layers)
-    self.tokens = self.param('tokens', init, (spec.vocab, spec.width), spec.stored)
+    self.tokens = self.param('tokens', init, (spec.vocab, spec.width), jnp.float32)
     if spec.positions == 'learned':
       init = INITS['gpt2']('embed', spec.layers)
-      self.positions = self.param('positions', init, (spec.context, spec.width), spec.stored)
+      self.positions = self.param('positions', init, (spec.context, spec.width), jnp.float32)
     if not spec.tied:
       self.head = Linear(spec, spec.vocab, role='head')
     if spec.bigram:
       init = nn.initializers.uniform(0.02)
-      self.bigrams = self.param('bigrams', init, (spec.vocab, spec.vocab), spec.stored)
+      self.bigrams = self.param('bigrams', init, (spec.vocab, spec.vocab), jnp.float32)
 
   def __call__(self, tokens_BxL: jax.Array, positions_BxL: jax.Array) -> jax.Array:
     """int32 `[B, L]` to `[B, L, D]`."""
@@ -38,7 +38,7 @@ class Embed(nn.Module):
     return self.placed(x_BxLxD, positions_BxL)
 
   def placed(self, x_BxLxD: jax.Array, positions_BxL: jax.Array) -> jax.Array:
-    """`[B, L, D]` embeddings in `spec.dtype`, with learned positions added where the model has them."""
+    """`[B, L, D]` embeddings in `spec.precision`, with learned positions added if the model has them."""
     if self.spec.positions == 'learned':
       row_BxLxD = self.positions[positions_BxL]
       x_BxLxD = x_BxLxD + record.matmul(row_BxLxD, self.path, 'lookup', 0, kernel='positions')
@@ -105,7 +105,10 @@ class Embed(nn.Module):
 
 
 def rotate(x_BxLxHxK: jax.Array, positions_BxL: jax.Array) -> jax.Array:
-  """Rotary positions (Su et al. 2021): pairs `(x[k], x[k + K/2])` turned by position / 10000^(2k/K)."""
+  """Rotary positions (Su et al. 2021): pairs `(x[k], x[k + K/2])` turned by position / 10000^(2k/K).
+
+  Positions of one sequence, `[1, L]`, are those of all.
+  """
   half = x_BxLxHxK.shape[-1] // 2
   frequency = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angle = positions_BxL[:, :, None, None].astype(jnp.float32) * frequency

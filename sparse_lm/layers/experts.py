@@ -94,7 +94,7 @@ class Experts(nn.Module):
       y = one_by_one(stored.of_expert, left, x_NxPxI, expert_N)
     else:
       record.packable(self.path, name, f'{name}_bias')
-      kernel = self.param(name, each, (self.experts, width, features), spec.stored)
+      kernel = self.param(name, each, (self.experts, width, features), jnp.float32)
       y = grouped_matmul(x_NxPxI, kernel, expert_N)
       row, slots = 2 * width * features, x_NxPxI.shape[0] * x_NxPxI.shape[1]
       y = record.matmul(y, self.path, 'linear', row * rows, kernel=name)
@@ -106,7 +106,7 @@ class Experts(nn.Module):
         bias = self.get_variable('packed', f'{name}_bias')
       else:
         shape = (self.experts, features)
-        bias = self.param(f'{name}_bias', nn.initializers.zeros, shape, spec.stored)
+        bias = self.param(f'{name}_bias', nn.initializers.zeros, shape, jnp.float32)
         bias = record.matmul(bias, self.path, 'bias', 0, kernel=f'{name}_bias')
       bias_NxF = of_blocks(bias.astype(spec.compute), expert_N)
       y = y + record.uncharged(bias_NxF, COPIES, selection_flops(bias, expert_N))[:, None]

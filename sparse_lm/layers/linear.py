@@ -15,7 +15,7 @@ from sparse_lm.plan import record
 
 
 class Linear(nn.Module):
-  """`x @ kernel (+ bias)`, kernel `[in, features]` in `spec.param_dtype`, output in `spec.dtype`.
+  """`x @ kernel (+ bias)`, float32 kernel `[in, features]`, output in `spec.precision`.
 
   Attributes:
     features: outputs (heads folded in).
@@ -35,11 +35,11 @@ class Linear(nn.Module):
       return record.site(self, 'output', run(x))
     record.packable(self.path, 'kernel', 'bias')
     init = INITS[spec.init](self.role, spec.layers)
-    kernel = self.param('kernel', init, (x.shape[-1], self.features), spec.stored)
+    kernel = self.param('kernel', init, (x.shape[-1], self.features), jnp.float32)
     y = matmul(x, kernel.astype(spec.compute))
     y = record.matmul(y, self.path, 'linear', 2 * x.size * self.features, kernel='kernel')
     if spec.bias:
-      bias = self.param('bias', nn.initializers.zeros, (self.features,), spec.stored)
+      bias = self.param('bias', nn.initializers.zeros, (self.features,), jnp.float32)
       y = y + bias.astype(spec.compute)
     return record.site(self, 'output', y)
 
@@ -123,13 +123,13 @@ class Norm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """`[..., D]` to `[..., D]` in `spec.dtype`."""
+    """`[..., D]` to `[..., D]` in `spec.precision`."""
     spec = self.spec
-    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],), spec.stored)
+    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],), jnp.float32)
     y = x.astype(jnp.float32)
     if spec.norm == 'layernorm':
       y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-5) * scale
     if spec.norm == 'layernorm' and spec.bias:
-      y = y + self.param('bias', nn.initializers.zeros, (x.shape[-1],), spec.stored)
+      y = y + self.param('bias', nn.initializers.zeros, (x.shape[-1],), jnp.float32)
     return y.astype(spec.compute)

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from sparse_lm.core.errors import UserError, unknown
+from sparse_lm.kernels import device
+from sparse_lm.kernels.attention import KERNELS
 from sparse_lm.layers.init import INITS
 
 NORMS = ('rmsnorm', 'layernorm')
 POSITIONS = ('rotary', 'learned')
-DTYPES = ('float32', 'bfloat16', 'float16')
-# Gradients of float16 parameters are float16, which without loss scaling underflows and overflows.
-PARAM_DTYPES = ('float32', 'bfloat16')
+AUTO = 'auto'
+PRECISIONS = (AUTO, 'float32', 'bfloat16')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,9 @@ class Spec:
   Attributes:
     vocab: tokens.
     context: longest sequence (rows of learned positions).
-    dtype: of the computation; `param_dtype` of the stored parameters.
+    precision: 'float32' or 'bfloat16', the dtype of the computation. Parameters, norms, softmax, routers
+      and losses are float32 with either.
+    attention_kernel: one of `kernels.attention.KERNELS`.
   """
 
   vocab: int
@@ -40,16 +43,25 @@ class Spec:
   bigram: bool
   bias: bool
   dropout: float
-  dtype: str
-  param_dtype: str
+  precision: str
+  attention_kernel: str
   remat: bool
 
   @classmethod
   def from_config(cls, config: ConfigDict, vocab: int, context: int) -> 'Spec':
-    """Reads `config.model`. Raises UserError where its fields do not fit each other."""
+    """Reads `config.model`. Raises UserError where its fields do not fit each other.
+
+    A precision of 'auto' becomes the one of this device, see `precision_here`.
+    """
+    fields = [
+      field.name for field in dataclasses.fields(cls) if field.name not in ('vocab', 'context')
+    ]
+    for field in config:
+      if field not in fields:
+        raise unknown('field', f'config.model.{field}', [f'config.model.{name}' for name in fields])
     spec = cls(vocab=vocab, context=context, **config)
     spec._check()
-    return spec
+    return dataclasses.replace(spec, precision=precision_here(spec.precision))
 
   def _check(self) -> None:
     if self.width % self.heads:
@@ -68,7 +80,8 @@ class Spec:
         'positions cannot pair'
       )
     choices = {'norm': NORMS, 'positions': POSITIONS, 'init': INITS}
-    for field, valid in (choices | {'dtype': DTYPES, 'param_dtype': PARAM_DTYPES}).items():
+    choices |= {'precision': PRECISIONS, 'attention_kernel': KERNELS}
+    for field, valid in choices.items():
       if getattr(self, field) not in valid:
         raise unknown(f'config.model.{field}', getattr(self, field), valid)
 
@@ -80,12 +93,17 @@ class Spec:
   @property
   def compute(self) -> jnp.dtype:
     """dtype of activations."""
-    return jnp.dtype(self.dtype)
+    return jnp.dtype(self.precision)
 
-  @property
-  def stored(self) -> jnp.dtype:
-    """dtype of parameters."""
-    return jnp.dtype(self.param_dtype)
+
+def precision_here(asked: str) -> str:
+  """What `config.model.precision` is on this device: 'float32' or 'bfloat16'.
+
+  'auto' is bfloat16 where that is fast, and float32 elsewhere; any other value stays as it is.
+  """
+  if asked != AUTO:
+    return asked
+  return 'bfloat16' if device.has_fast_bfloat16() else 'float32'
 
 
 def _divisors(n: int) -> str:

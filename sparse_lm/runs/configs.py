@@ -12,7 +12,7 @@ import json
 import os
 import pathlib
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from ml_collections import ConfigDict
 
@@ -27,6 +27,11 @@ from sparse_lm.runs.run_folder import folder_of, read_config
 BASE = pathlib.Path(__file__).parents[2] / 'configs' / 'base.py'
 # The fields of `config.data` that say what is read and how it becomes tokens.
 TEXT = ('source', 'path', 'split', 'tokenizer', 'vocab_size')
+# Fields of former versions, and what is there in their place.
+REPLACED = {
+  'model.dtype': 'config.model.precision',
+  'model.param_dtype': 'config.model.precision, with which weights are always float32',
+}
 
 # Values by dotted name, such as {'weight.sparsity': 0.9}; strings are read as the field's type.
 Overrides = Mapping[str, FieldValue]
@@ -182,12 +187,19 @@ def _check_inner(config: ConfigDict, overrides: Overrides) -> None:
 
 
 def check(config: ConfigDict) -> None:
-  """Raises UserError, naming the field, for a number that is missing or outside its field's range."""
+  """Raises UserError, naming the field, for a number that is missing or outside its field's range, and
+  for a field that another one has replaced."""
   values = flat(config)
+  _refuse_replaced(values)
   for field, range_ in ranges_of(config).items():
     if field not in values:
       raise _missing(field)
     range_.require(f'config.{field}', values[field])
+
+
+def _refuse_replaced(fields: Iterable[str]) -> None:
+  for field in REPLACED.keys() & fields:
+    raise UserError(f'config.{field} is no field any more; valid: {REPLACED[field]}')
 
 
 def ranges_of(config: ConfigDict) -> dict[str, ranges.Range]:
@@ -338,6 +350,7 @@ def _merge_defaults(config: ConfigDict, group: str, name: str, path: str) -> Non
 
 
 def _override(config: ConfigDict, field: str, value: object) -> None:
+  _refuse_replaced((field,))
   *parents, last = field.split('.')
   node = config
   for depth, key in enumerate([*parents, last]):

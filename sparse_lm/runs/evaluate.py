@@ -36,9 +36,10 @@ def result_of(
   """
   numbers, observed = separated(measured)
   spent = work.over(cost_report.tokens(run.config, int(state.step)))
+  kernels = {'attention': ', '.join(run.kernels)} if run.kernels else {}
   return {
     'config': configs.to_json(run.config),
-    'env': environment(),
+    'env': environment() | kernels,
     'data': run.data.card,
     'evaluation': _cards(run.data),
     'causal': lm.causal(run.program.model),

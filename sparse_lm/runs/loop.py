@@ -41,7 +41,7 @@ def train(config: ConfigDict, workdir: str, progress: bool = True) -> JsonObject
     SystemExit: SIGTERM or Ctrl-C, after the state has been saved.
   """
   run = setup(config)
-  folder = Workdir(workdir, config, run.data)
+  folder = Workdir(workdir, run.config, run.data)
   if finished := folder.result(config.train.steps):
     return finished
   start = None
@@ -98,7 +98,8 @@ class _Loop:
     first, every, name = int(state.step), self.config.train, self.record.folder.path.name
     with Stop() as stop, Console(self.progress, name, first, every.steps) as self.console:
       self.console.say(opening(self.setup, name, first))
-      for note in (*self.program.method.notes, *lm.notes(self.program.model)):
+      own = self.setup.notes
+      for note in (*own, *self.program.method.notes, *lm.notes(self.program.model)):
         self.console.say(note)
       self.console.warn_once('plan', self.record.compare_plans(first))
       for done in range(first + 1, every.steps + 1):
@@ -150,7 +151,6 @@ class _Loop:
         status = f', {tokens / seconds:,.0f} tokens/s'
       loss = self.record.log(step, measured)
       self.console.status(f'loss {loss:.3f}{status}')
-      self.console.warn_once('rounding', self.record.lost_to_rounding(step))
 
   def _evaluate(self, state: TrainState, step: int) -> None:
     """Logs the validation loss and what the connections did since the last evaluation, and keeps the

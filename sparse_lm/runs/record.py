@@ -29,8 +29,6 @@ from sparse_lm.train import states
 from sparse_lm.train.states import TrainState
 from sparse_lm.weights import parts
 
-LOST = 0.5  # fraction of the updates that rounding undoes, above which a run warns
-
 
 @dataclasses.dataclass(frozen=True)
 class Evaluated:
@@ -117,17 +115,6 @@ class Record:
     loss = self.history.take_mean_loss()
     self.folder.log(step, self.newest | {'loss': loss} | measured)
     return loss
-
-  def lost_to_rounding(self, step: int) -> str | None:
-    """A warning with its remedy where rounding undoes most updates of the newest step."""
-    lost = self.newest.get('lost_updates', 0)
-    if lost <= LOST:
-      return None
-    return (
-      f'at step {step} {lost:.0%} of the updates are lost to the rounding '
-      f'of {self.setup.config.model.param_dtype} parameters; remedy: config.model.param_dtype=float32, '
-      'which leaves the computation in config.model.dtype'
-    )
 
   def log_evaluation(self, step: int, found: Evaluated, moved: Mapping[str, float]) -> None:
     """Logs an evaluation. Raises Diverged where its loss is not finite.

@@ -12,7 +12,7 @@ CONFIG = 'config.json'
 CHECKPOINTS, BEST = 'checkpoints', 'best'
 # The layout of a config's keys. It changes where a key is renamed, moved or dropped: a config of an older
 # layout cannot be told from one with other settings.
-FORMAT = 2
+FORMAT = 3
 
 
 def folder_of(workdir: str) -> tuple[pathlib.Path, str]:

@@ -15,7 +15,7 @@ from sparse_lm.data import pipeline
 from sparse_lm.data.pipeline import Data
 from sparse_lm.data.tokenizers import Tokenizer
 from sparse_lm.model import slots
-from sparse_lm.runs import configs, runtime
+from sparse_lm.runs import arithmetic, configs, runtime
 from sparse_lm.runs.build import build, check_costs
 from sparse_lm.runs.trained import Trained, check_fits, inherited_tokenizer, load
 from sparse_lm.runs.weight import groups_of_parts
@@ -36,6 +36,8 @@ class Setup:
     target: final density of each prunable leaf, `None` = dense.
     parent: the run that this one starts from, or `None`.
     teacher: the run that it learns from besides the text, or `None`.
+    kernels: names of the kernels that attention runs, see `arithmetic.attention_kernels`.
+    notes: lines on what 'auto' could not be on this device.
   """
 
   config: ConfigDict
@@ -44,6 +46,8 @@ class Setup:
   target: Tree
   parent: Trained | None = None
   teacher: Trained | None = None
+  kernels: tuple[str, ...] = ()
+  notes: tuple[str, ...] = ()
 
   def meter(self) -> Meter:
     """Counts the FLOPs of the run's steps."""
@@ -77,14 +81,21 @@ class Setup:
 
 
 def setup(config: ConfigDict) -> Setup:
-  """Checks a config and builds what it describes. Raises UserError in one line."""
+  """Checks a config and builds what it describes on this device. Raises UserError in one line.
+
+  The config of the result says which precision 'auto' is here, see `runs/arithmetic.py`.
+  """
+  asked, config = config, arithmetic.resolved(config)
   _check_accumulation(config)
   check_costs(config)
   data = data_of(config)
   program, target = build(config, data.tokenizer.vocab_size)
   _check_memory(program, data, target)
   _check_signals(config.weight, program, data)
-  run = Setup(config, data, program, target, **loaded(config, program, data))
+  kernels, reasons = arithmetic.attention_kernels(program.model)
+  notes = arithmetic.notes(asked, reasons)
+  related = loaded(config, program, data)
+  run = Setup(config, data, program, target, **related, kernels=kernels, notes=tuple(notes))
   if run.parent is not None:
     _check_masks(run.parent, program, target, config)
   return run

@@ -78,46 +78,6 @@ def _decay_last(weight_decay: float, rate: optax.Schedule) -> optax.GradientTran
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _in_float32(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
-  """`tx` computed in float32 throughout.
-
-  Optax keeps moments in the dtype of the parameters. In bfloat16 (8 bits of precision) a second
-  moment with a decay of 0.999 cannot change any more, because a change of one part in 1000 rounds
-  away.
-  """
-
-  def init(params: Tree) -> Tree:
-    return tx.init(as_float32(params))
-
-  def update(
-    gradients: Tree, state: Tree, params: Tree | None = None, **extra: jax.Array | None
-  ) -> tuple[Tree, Tree]:
-    return tx.update(as_float32(gradients), state, as_float32(params), **extra)
-
-  return optax.GradientTransformationExtraArgs(init, update)
-
-
-def as_float32(leaves: Tree) -> Tree:
-  """The same leaves, each as float32."""
-  return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), leaves)
-
-
-def lost_updates(params: Tree, updates: Tree) -> jax.Array:
-  """The fraction of the nonzero updates that leave their parameter unchanged by rounding, float32.
-
-  Args:
-    params: before the update, in the dtype in which they are stored.
-    updates: float32, as `Optimizer.transform` returns them.
-  """
-  after = optax.apply_updates(params, updates)
-  asked = jax.tree.map(lambda u: u != 0, updates)
-  lost = jax.tree.map(lambda p, q, a: a & (p == q), params, after, asked)
-  counts = [
-    sum(jnp.sum(leaf, dtype=jnp.float32) for leaf in jax.tree.leaves(t)) for t in (lost, asked)
-  ]
-  return counts[0] / jnp.maximum(counts[1], 1)
-
-
 def _adam_like(make: Callable, **fixed: Callable[['Optimizer'], float]) -> Callable:
   return lambda rate, c: make(
     rate,
@@ -224,8 +184,8 @@ class Optimizer:
   def transform(self) -> optax.GradientTransformationExtraArgs:
     """What is done to the gradient, the optimizer, and decay if it comes last.
 
-    Its state and its updates are float32 for any dtype of parameters. `update` takes a `rate_factor`, a
-    scalar that the learning rate of the step is multiplied with; `None` = 1.
+    Its state and its updates are float32, as the parameters are. `update` takes a `rate_factor`, a scalar
+    that the learning rate of the step is multiplied with; `None` = 1.
     """
     make = {**TESTED, **DENSE_ONLY}[self.name]
     first = optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()
@@ -236,7 +196,7 @@ class Optimizer:
       undecayed = dataclasses.replace(self, weight_decay=0.0)
       stages[1] = make(self.rate(), undecayed)
       stages.append(_decay_last(self.weight_decay, self.rate()))
-    return _in_float32(optax.chain(*stages))
+    return optax.chain(*stages)
 
 
 def zero_moments(tx: optax.GradientTransformation, opt_state: Tree, changed: Tree) -> Tree:

@@ -11,7 +11,7 @@ from sparse_lm.core.tree import Tree
 from sparse_lm.layers.sow import SOWN
 from sparse_lm.model.lm import LM
 from sparse_lm.train.control import Budget, Control
-from sparse_lm.train.optim import Optimizer, as_float32
+from sparse_lm.train.optim import Optimizer
 from sparse_lm.weights import parts
 from sparse_lm.weights.collect import Collected
 from sparse_lm.weights.method import Sparse, WeightMethod, densities
@@ -22,10 +22,10 @@ class TrainState(struct.PyTreeNode):
 
   Attributes:
     step: int32, optimizer steps completed.
-    trainable: `{'params': of the model, 'learned': of the weight method}`.
+    trainable: `{'params': of the model, 'learned': of the weight method}`, all float32.
     sparse: masks, targets and what else the weight method keeps.
     opt_state: of the optimizer, over `trainable`.
-    ema: moving average of `trainable` in float32, or `None`.
+    ema: moving average of `trainable`, or `None`.
     model_state: Flax collections that are not parameters (running thresholds, balance biases).
     control: of the budget controller, or `None`.
     key: of the run's draws; a step folds its number in.
@@ -44,10 +44,8 @@ class TrainState(struct.PyTreeNode):
 
   @property
   def evaluated(self) -> Tree:
-    """The trainable tree that evaluation and export use, in the dtypes of `trainable`."""
-    if self.ema is None:
-      return self.trainable
-    return jax.tree.map(lambda mean, p: mean.astype(p.dtype), self.ema, self.trainable)
+    """The trainable tree that evaluation and export use."""
+    return self.trainable if self.ema is None else self.ema
 
 
 class Start(NamedTuple):
@@ -125,7 +123,7 @@ def restart(
 
 def first_average(optimizer: Optimizer, trainable: Tree) -> Tree:
   """The moving average of a run that starts from `trainable`: float32, or `None` without one."""
-  return as_float32(trainable) if optimizer.ema else None
+  return trainable if optimizer.ema else None
 
 
 def check_masks(method: WeightMethod, state: TrainState) -> None:

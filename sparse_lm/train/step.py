@@ -24,8 +24,6 @@ from sparse_lm.train import states
 from sparse_lm.train.objective import Batch, EffectiveParams, Metrics, Objective
 from sparse_lm.train.optim import (
   Optimizer,
-  as_float32,
-  lost_updates,
   step_but_where,
   zero_moments,
 )
@@ -188,14 +186,13 @@ class Program:
       total = jax.tree.map(jnp.add, total, grads)
       return (total, beside.model_state), (beside.updates, beside.metrics)
 
-    # Sums of bfloat16 gradients lose what a microbatch adds; each is rounded once, at the end.
-    zeros = as_float32(jax.tree.map(jnp.zeros_like, effective))
+    zeros = jax.tree.map(jnp.zeros_like, effective)
     (total, model_state), (updates, metrics) = jax.lax.scan(
       microbatch,
       (zeros, state.model_state),
       (batch.microbatches(self.accumulation), jax.random.split(key, self.accumulation)),
     )
-    mean = jax.tree.map(lambda g, s: (g / self.accumulation).astype(s.dtype), total, effective)
+    mean = jax.tree.map(lambda g: g / self.accumulation, total)
     model_state = updated(model_state, jax.tree.map(lambda u: jnp.sum(u, axis=0), updates))
     return mean, model_state, jax.tree.map(lambda m: jnp.mean(m, axis=0), metrics)
 
@@ -222,7 +219,7 @@ class Program:
     batch = Batch(tokens_BxL1, teacher)
     grads, model_state, metrics = self._gradients(effective, state, batch, key_model)
     (trainable_grads,) = pull_back(grads)
-    metrics['gradient_norm'] = optax.tree.norm(as_float32(trainable_grads))
+    metrics['gradient_norm'] = optax.tree.norm(trainable_grads)
     control = state.control
     if control is not None:
       control = self.objective.budget.update(control, metrics['flops_fraction'])
@@ -236,7 +233,6 @@ class Program:
       change, opt_state = step_but_where(
         self.tx, trainable_grads, opt_state, trainable, resting, factor
       )
-      metrics |= _rounding(trainable, change)
       trainable = method.constrain(optax.apply_updates(trainable, change), sparse)
     read = Gradients(effective.params, grads.params)
     collected = parts.add(state.signals, read, collects)
@@ -310,7 +306,7 @@ class Program:
     """The moving average after a step; that of `toggled` weights (bool, `None` = dense) starts at 0."""
     if ema is None:
       return None
-    mixed = optax.incremental_update(as_float32(trainable), ema, 1 - self.optimizer.ema)
+    mixed = optax.incremental_update(trainable, ema, 1 - self.optimizer.ema)
     params = tree.where_sparse(
       lambda new, rests, old: jnp.where(rests, old, new),
       mixed['params'],
@@ -330,13 +326,6 @@ def _resting_or_frozen(resting: Tree, frozen: Tree) -> Tree:
   return tree.where_sparse(
     lambda rests, weights: rests or weights, resting, frozen, dense=lambda rests: rests
   )
-
-
-def _rounding(trainable: Tree, change: Tree) -> Metrics:
-  """The share of the updates that rounding undoes; nothing where all parameters are float32."""
-  if all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(trainable)):
-    return {}
-  return {'lost_updates': lost_updates(trainable, change)}
 
 
 @functools.lru_cache(maxsize=16)

@@ -173,25 +173,6 @@ def test_what_is_done_to_the_weights_is_done_to_those_of_every_query():
     assert_allclose(doubled, 2 * plain, rtol=1e-6)
 
 
-@pytest.mark.parametrize('static', [*STATIC, {'window': 2**31 - 1}, {'documents': True}])
-@pytest.mark.parametrize('whole', [True, False])
-def test_a_gpu_is_told_of_whole_sequences_what_the_mask_says(static, whole, on_gpu):
-  q, _, keys, documents, _ = drawn(3)
-  documents = Documents(documents.of_keys, documents.of_keys)
-  mask = Mask(**({'documents': documents} if 'documents' in static else static))
-  q = np.concatenate([q, q], axis=1)[:, :S]
-  places = np.broadcast_to(np.arange(S, dtype='i'), (B, S))
-  keys = keys.replace(positions=places, valid=np.ones((B, S), bool), whole=whole)
-  want = attention(q, places, keys, mask)
-  told = on_gpu()
-  assert_allclose(attention(q, places, keys, mask), want, atol=1e-5)
-  in_words = whole and not static.keys() & {'sinks', 'documents'}
-  assert [('mask' in kw) for kw in told] == [not in_words]
-  if whole:  # another array of positions may say anything
-    attention(q, places + 1, keys, mask)
-    assert 'mask' in told[-1]
-
-
 def test_sequences_are_not_called_whole_where_they_can_be_seen_not_to_be():
   *_, keys, _, _ = drawn(0)
   places = {'positions': np.stack([np.arange(S)] * B), 'valid': np.ones((B, S), bool)}
@@ -200,16 +181,3 @@ def test_sequences_are_not_called_whole_where_they_can_be_seen_not_to_be():
     keys.replace(valid=places['valid'], whole=True)
   with pytest.raises(ValueError, match='whole sequences'):
     keys.replace(positions=places['positions'], whole=True)
-
-
-@pytest.mark.parametrize('parts', [(), ('documents',), ('documents', 'blocks')])
-def test_what_a_gpu_runs_equals_the_loop_too(parts, on_gpu):
-  q, positions, keys, documents, blocks = drawn(2)
-  chosen = {'documents': documents, 'blocks': blocks}
-  mask = Mask(window=4, **{part: chosen[part] for part in parts})
-  told = on_gpu()
-  found = attention(q, positions, keys, mask)
-  reads = reads_by_loop(mask, positions, keys)
-  some = reads.any(-1).transpose(0, 2, 1)
-  assert told and some.sum() > 10  # a query without any key reads all alike, on a CPU alone
-  assert_allclose(found[some], attention_by_loop(q, keys, reads)[some], atol=1e-5)

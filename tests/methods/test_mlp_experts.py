@@ -23,9 +23,9 @@ RELU2 = functools.partial(slots.method('activation', 'relu2'), name='activation'
 SEEDS = st.integers(0, 2**31)
 
 
-def module(dtype='float32', **fields):
+def module(precision='float32', **fields):
   config = base.get_config()
-  config.model.update({'width': WIDTH, 'hidden': HIDDEN, 'bias': True, 'dtype': dtype})
+  config.model.update({'width': WIDTH, 'hidden': HIDDEN, 'bias': True, 'precision': precision})
   spec = Spec.from_config(config.model, vocab=11, context=LENGTH)
   cls = slots.method('mlp', 'moe_topk')
   return cls(spec=spec, activation=RELU2, **{'experts': EXPERTS, **fields})

@@ -153,21 +153,6 @@ def test_default_positions_count_from_zero_and_all_tokens_are_valid():
   np.testing.assert_array_equal(run(model, params, tokens), defaults)
 
 
-@pytest.mark.parametrize('remat', [False, True])
-def test_a_gpu_gets_no_bools_of_whole_sequences(remat, on_gpu):
-  model = model_of(remat=remat, kv_heads=2)
-  params, tokens = random_params(model), tokens_of()
-  want = run(model, params, tokens)
-  told = on_gpu()
-  found = jax.jit(lambda params, tokens: model.apply({'params': params}, tokens))(params, tokens)
-  np.testing.assert_allclose(found, want, atol=1e-5)
-  assert [('mask' in kw, kw.get('is_causal')) for kw in told] == [(False, True)] * 2
-  told.clear()
-  valid = jnp.ones(tokens.shape, bool)
-  jax.eval_shape(lambda v: model.apply({'params': params}, tokens, valid_BxL=v), valid)
-  assert [('mask' in kw, kw.get('is_causal')) for kw in told] == [(True, None)] * 2
-
-
 def test_tokens_that_others_are_left_out_of_are_no_whole_sequences():
   shape = (2, LENGTH)
   places = np.broadcast_to(np.arange(LENGTH), shape)

@@ -110,7 +110,7 @@ def test_remat_really_recomputes():
 
 
 def test_bfloat16_compute_keeps_float32_parameters_and_logits():
-  exact, half = model_of(), model_of(dtype='bfloat16')
+  exact, half = model_of(), model_of(precision='bfloat16')
   params, tokens = random_params(exact), tokens_of()
   stored = plan_of(half).params
   assert {leaf.dtype for leaf in jax.tree.leaves(stored)} == {jnp.dtype('float32')}
@@ -123,11 +123,6 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits():
     jax.grad(lambda p: jnp.sum(half.apply({'params': p}, tokens) ** 2)), params
   )
   assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype('float32')}
-
-
-def test_parameters_can_be_stored_in_bfloat16():
-  params = plan_of(model_of(param_dtype='bfloat16', bias=True, norm='layernorm')).params
-  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype('bfloat16')}
 
 
 def test_dropout_acts_in_training_only():

@@ -138,7 +138,7 @@ def test_a_stack_carries_which_tokens_have_left(method, tiny_config):
 
 
 def test_embeddings_enter_in_place_of_tokens(tiny_config):
-  for fields in ({}, {'model__positions': 'learned', 'model__dtype': 'bfloat16'}):
+  for fields in ({}, {'model__positions': 'learned', 'model__precision': 'bfloat16'}):
     model, variables, tokens = model_of(tiny_config, **fields)
     embeddings = variables['params']['embed']['tokens'][tokens]
     want = model.apply(variables, tokens)

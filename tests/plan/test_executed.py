@@ -163,8 +163,8 @@ SPEC = Spec(
   bigram=False,
   bias=False,
   dropout=0.0,
-  dtype='float32',
-  param_dtype='float32',
+  precision='float32',
+  attention_kernel='einsum',
   remat=False,
 )
 DEPTH = 4

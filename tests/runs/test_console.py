@@ -74,18 +74,6 @@ def test_a_continued_run_says_where_it_is_and_that_schedules_are_stretched(
   assert shown(io.StringIO(), longer, tmp_path / 'run') == ''
 
 
-def test_updates_lost_to_rounding_are_one_warning_with_its_remedy(tiny_config, tmp_path, shown):
-  config = tiny_config(
-    model__param_dtype='bfloat16', optimizer__learning_rate=1e-5, train__log_every=2
-  )
-  lines = shown(io.StringIO(), config, tmp_path / 'run', progress=False).splitlines()
-  assert len(lines) == 1
-  assert re.match(
-    r'warning: at step \d+ \d+% of the updates are lost to the rounding of bfloat16', lines[0]
-  )
-  assert 'remedy: config.model.param_dtype=float32' in lines[0]
-
-
 def test_a_warning_comes_once_for_each_kind(capsys):
   with Console(False, 'x', 0, 1) as console:
     for kind in 'aab':

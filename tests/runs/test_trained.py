@@ -140,7 +140,7 @@ def test_files_of_another_run_are_refused(run, tmp_path):
       load(str(copy))
 
 
-@pytest.mark.parametrize('format_', [None, 1, 3])
+@pytest.mark.parametrize('format_', [None, 1, 4])
 def test_a_config_of_another_format_is_refused_by_its_number(format_, run, tmp_path):
   """What an older version wrote has none: the first format had no number."""
 
@@ -161,9 +161,9 @@ def test_a_config_of_another_format_is_refused_by_its_number(format_, run, tmp_p
     with pytest.raises(UserError) as refused:
       attempt()
     line = str(refused.value)
-    writer = 'a later version' if format_ == 3 else 'sparse_lm 0.1'
+    writer = 'a later version' if format_ == 4 else 'sparse_lm 0.1'
     assert f'config.json was written by {writer} (format {format_ or 1})' in line
-    assert f'this is sparse_lm {VERSION}, which reads format 2' in line
+    assert f'this is sparse_lm {VERSION}, which reads format 3' in line
     assert '\n' not in line
 
 

@@ -1,7 +1,6 @@
 """Optimizers under changing masks, their schedules, decay and averages."""
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -20,11 +19,10 @@ from sparse_lm.model.plans import plan_of
 from sparse_lm.model.slots import MethodConfig
 from sparse_lm.plan import record
 from sparse_lm.runs.build import build
-from sparse_lm.train import optim, states
+from sparse_lm.train import optim
 from sparse_lm.train.objective import Objective
 from sparse_lm.train.step import Program
 from sparse_lm.weights import rewire
-from sparse_lm.weights.method import Sparse
 
 STEPS = 14
 ALL = [*optim.TESTED, *optim.DENSE_ONLY]
@@ -55,15 +53,14 @@ class Toy(nn.Module):
   """The smallest model with a masked matrix: its 24 programs compile in the time of a few LMs."""
 
   spec: ToySpec
-  stored: type = jnp.float32
   site: MethodConfig = MethodConfig('site', 'none')
 
   @nn.compact
   def __call__(self, tokens_BxL, mode='eval', progress=None):
-    init = functools.partial(nn.initializers.normal(0.5), dtype=self.stored)
+    init = nn.initializers.normal(0.5)
     x_BxLxD = self.param('embed', init, (self.spec.vocab, 8))[tokens_BxL]
     x_BxLxD = record.matmul(x_BxLxD, self.path, 'lookup', 0, kernel='embed')
-    bias = self.param('bias', nn.initializers.zeros, (12,), self.stored)
+    bias = self.param('bias', nn.initializers.zeros, (12,))
     h_BxLxF = x_BxLxD @ self.param('up', init, (8, 12)) + bias
     h_BxLxF = jnp.tanh(record.matmul(h_BxLxF, self.path, 'up', 2 * 8 * h_BxLxF.size, kernel='up'))
     logits_BxLxV = h_BxLxF @ self.param('head', init, (12, self.spec.vocab))
@@ -309,86 +306,3 @@ def test_rate_reaches_the_update():
   for step in range(STEPS):
     updates, state = tx.update(params, state, params)
     assert_allclose(-updates['w'][0, 0], optimizer('sgd').rate()(step), rtol=1e-6)
-
-
-def bfloat16_trees(seed):
-  """Parameters and gradients whose values bfloat16 holds exactly."""
-  draw = np.random.default_rng(seed)
-  return [
-    {k: jnp.asarray(draw.normal(size=s), jnp.bfloat16) for k, s in {'w': (6, 4), 'b': (4,)}.items()}
-    for _ in 'ab'
-  ]
-
-
-@pytest.mark.parametrize('name', ALL)
-def test_state_and_updates_are_float32_and_those_of_float32_parameters(name):
-  params, grads = bfloat16_trees(0)
-  tx = optimizer(name, schedule='constant', warmup=0.0, clip=0.0).transform()
-  exact = optim.as_float32(params)
-  state, want_state = tx.init(params), tx.init(exact)
-  update = jax.jit(tx.update)
-  for _ in range(3):
-    grads = jax.tree.map(lambda g: -2 * g, grads)
-    updates, state = update(grads, state, params)
-    want, want_state = update(optim.as_float32(grads), want_state, exact)
-    floats = [x for x in jax.tree.leaves((state, updates)) if jnp.issubdtype(x.dtype, jnp.floating)]
-    assert {x.dtype for x in floats} == {jnp.dtype('float32')}
-    jax.tree.map(assert_array_equal, updates, want)
-
-
-def test_adam_on_bfloat16_parameters_follows_its_equations():
-  # NumPy in float64. A bfloat16 second moment with this decay would stop moving after a few steps.
-  params, grads = bfloat16_trees(1)
-  tx = optimizer('adamw', schedule='constant', warmup=0.0, clip=0.0, b2=0.999).transform()
-  state, update = tx.init(params), jax.jit(tx.update)
-  w = np.asarray(params['w'], np.float64)
-  first, second = np.zeros_like(w), np.zeros_like(w)
-  for step in range(100):
-    scaled = jax.tree.map(lambda x, s=1 + step % 7: x * s, grads)
-    updates, state = update(scaled, state, params)
-    g = np.asarray(scaled['w'], np.float64)
-    first = 0.9 * first + 0.1 * g
-    second = 0.999 * second + 0.001 * g**2
-  direction = first / (1 - 0.9**100) / (np.sqrt(second / (1 - 0.999**100)) + 1e-8)
-  assert_allclose(updates['w'], -0.03 * (direction + 0.5 * w), rtol=1e-4, atol=1e-6)
-
-
-def test_the_average_of_bfloat16_parameters_is_kept_in_float32():
-  program, _ = toy_program('adamw', 'none')
-  program = dataclasses.replace(program, optimizer=optimizer('adamw', ema=0.99))
-  weights = jnp.full((3,), 1.0, jnp.bfloat16)
-  average = states.first_average(program.optimizer, {'params': weights})
-  want = 1.0
-  for step in range(1, 201):
-    weights = jnp.full((3,), 1 + step / 128, jnp.bfloat16)
-    average = program._average(
-      average, {'params': weights}, Sparse(None, None), {'params': None}, None
-    )
-    want = 0.99 * want + 0.01 * float(weights[0])
-  assert average['params'].dtype == jnp.float32
-  assert_allclose(average['params'], want, rtol=1e-5)
-  state = states.TrainState(*[None] * 9).replace(trainable={'params': weights}, ema=average)
-  # What is evaluated and exported has the dtype of the parameters: stored_bytes counts that one.
-  assert state.evaluated['params'].dtype == jnp.bfloat16
-  assert_allclose(np.asarray(state.evaluated['params'], np.float32), want, rtol=2**-8)
-
-
-def test_microbatches_of_bfloat16_gradients_add_up_in_float32():
-  program, _ = toy_program('sgd', 'none')
-  objective = dataclasses.replace(program.objective, model=Toy(ToySpec(), jnp.bfloat16))
-  program = dataclasses.replace(program, objective=objective)
-  params = program.init(0, jax.tree.map(lambda _: None, plan_of(program.model).params))
-  batch = np.random.default_rng(3).integers(7, size=(64, 7)).astype(np.int32)
-
-  @functools.partial(jax.jit, static_argnums=0)
-  def gradient(program, tokens):
-    seen = params.trainable['params'], {}, jnp.float32(0)
-    return program._gradients(seen, params, (tokens, None), params.key)[0][0]
-
-  whole = gradient(dataclasses.replace(program, accumulation=64), batch)
-  parts = [gradient(program, batch[i : i + 1]) for i in range(64)]
-  for path, value in whole.items():
-    assert value.dtype == jnp.bfloat16
-    mean = np.mean([np.asarray(part[path], np.float64) for part in parts], axis=0)
-    rounded = np.asarray(jnp.asarray(mean, jnp.bfloat16), np.float32)
-    assert_allclose(np.asarray(value, np.float32), rounded, rtol=2**-7, atol=2e-4)

@@ -1,0 +1,59 @@
+"""What the device that arrays are on can run well. A choice between kernels asks here."""
+
+import jax
+import jax.numpy as jnp
+
+# NVIDIA's GPUs from A100 (2020) on. Those before have no fast bfloat16, and cuDNN's fused attention
+# does not run on them.
+_FIRST_WITH_BFLOAT16 = 8, 0
+
+
+def compute_capability() -> tuple[int, int] | None:
+  """NVIDIA's compute capability of the GPU that arrays are on, `None` on any other device."""
+  device = jax.local_devices()[0]
+  if device.platform != 'gpu' or 'cuda' not in device.client.platform_version:
+    return None
+  major, minor = device.compute_capability.split('.')
+  return int(major), int(minor)
+
+
+def name() -> str:
+  """The device in words, with the compute capability that NVIDIA gives it."""
+  capability, kind = compute_capability(), jax.local_devices()[0].device_kind
+  if capability is None:
+    return kind
+  major, minor = capability
+  return f'{kind} (compute capability {major}.{minor})'
+
+
+def is_old_gpu() -> bool:
+  """Whether arrays are on an NVIDIA GPU without fast bfloat16, such as a T4."""
+  capability = compute_capability()
+  return capability is not None and capability < _FIRST_WITH_BFLOAT16
+
+
+def has_fast_bfloat16() -> bool:
+  """Whether bfloat16 is faster than float32 here: on newer NVIDIA GPUs, and on TPUs."""
+  if jax.default_backend() == 'tpu':
+    return True
+  capability = compute_capability()
+  return capability is not None and capability >= _FIRST_WITH_BFLOAT16
+
+
+def has_fused_attention() -> bool:
+  """Whether cuDNN's fused attention runs here.
+
+  JAX itself is asked for all but the compute capability: whether it finds cuDNN, and whether that is
+  recent enough for the GPU.
+  """
+  if compute_capability() is None or is_old_gpu():
+    return False
+  one = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)
+  attend = jax.nn.dot_product_attention
+  try:
+    jax.eval_shape(
+      lambda q, k, v: attend(q, k, v, is_causal=True, implementation='cudnn'), one, one, one
+    )
+  except (NotImplementedError, RuntimeError):
+    return False
+  return True
