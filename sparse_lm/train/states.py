@@ -70,7 +70,7 @@ def create(
   seed: int,
   target: Tree,
 ) -> TrainState:
-  """The state at step 0; pure, so that it is jitted as a whole.
+  """The state at step 0; pure, so that it can be compiled and vmapped.
 
   Args:
     seed: of the run; may be traced.

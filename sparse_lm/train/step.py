@@ -16,6 +16,7 @@ import optax
 from jax.stages import Wrapped
 
 from sparse_lm.core import tree
+from sparse_lm.core.by_output import ByOutput
 from sparse_lm.core.tree import Tree
 from sparse_lm.kernels.cross_entropy import Readout
 from sparse_lm.layers.after_step import updated
@@ -72,10 +73,10 @@ class Program:
     return self.optimizer.transform()
 
   @functools.cached_property
-  def init(self) -> Wrapped:
-    """`(seed, target) -> TrainState`."""
+  def init(self) -> ByOutput:
+    """`(seed, target) -> TrainState`, compiled leaf by leaf where the model is deep."""
     objective = self.objective
-    return jax.jit(
+    return ByOutput(
       functools.partial(
         states.create, objective.model, objective.method, self.optimizer, objective.budget
       )
