@@ -89,9 +89,15 @@ class Range:
     return value
 
 
-def ranged(default: Number, interval: str) -> Number:
-  """A dataclass field of that default whose range is `interval`, of the default's type."""
-  return dataclasses.field(default=default, metadata={'range': Range(type(default), interval)})
+def ranged(default: Number, interval: str, traced: bool = False) -> Number:
+  """A dataclass field of that default whose range is `interval`, of the default's type.
+
+  Args:
+    traced: whether the number enters a training step by arithmetic alone, so that it may be a traced
+      scalar there: runs that differ in nothing else can be packed into one program.
+  """
+  metadata = {'range': Range(type(default), interval), 'traced': traced}
+  return dataclasses.field(default=default, metadata=metadata)
 
 
 def sliced(field: str, text: str, count: int) -> range:
@@ -119,6 +125,16 @@ def supplied(default: Default) -> Default:
 def of_fields(cls: type) -> dict[str, Range]:
   """The ranges that the fields of a dataclass state, by field name."""
   return {f.name: f.metadata['range'] for f in dataclasses.fields(cls) if 'range' in f.metadata}
+
+
+def traced() -> dataclasses.Field:
+  """A dataclass field without a default that may be a traced scalar, see `ranged`."""
+  return dataclasses.field(metadata={'traced': True})
+
+
+def traced_fields(cls: type) -> list[str]:
+  """The fields of a dataclass that may be traced scalars."""
+  return [f.name for f in dataclasses.fields(cls) if f.metadata.get('traced')]
 
 
 def _single(value: float) -> float:

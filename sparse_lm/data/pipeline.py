@@ -53,7 +53,7 @@ def mixed_iterator(
   order = _order(_sizes(components), context, batch, seed)
 
   def cut(index: int) -> np.ndarray:
-    component_B, start_B = order(index)
+    component_B, start_B = order(index, 1)
     windows_BxL1 = np.empty((batch, context + 1), np.int32)
     for number in np.unique(component_B).tolist():
       mine_B = component_B == number
@@ -81,8 +81,9 @@ def _sizes(components: Mapping[str, tuple[np.ndarray, float]]) -> list[tuple[int
 
 def _order(
   components: Sequence[tuple[int, float]], context: int, batch: int, seed: int
-) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
-  """The number of a batch to the component of each of its windows, and to its start in there.
+) -> Callable[[int, int], tuple[np.ndarray, np.ndarray]]:
+  """`(first, count)` of consecutive batches to the component of each of their windows, and to its start
+  in there, both `[count * batch]`.
 
   Args:
     components: tokens and share of the windows of each.
@@ -90,13 +91,13 @@ def _order(
   turns = mixture.schedule([share for _, share in components])
   starts = [_endless(size, context, seed, number) for number, (size, _) in enumerate(components)]
 
-  def order(index: int) -> tuple[np.ndarray, np.ndarray]:
-    component_B, place_B = turns(np.arange(index * batch, (index + 1) * batch))
-    start_B = np.empty(batch, np.int64)
-    for number in np.unique(component_B).tolist():
-      mine_B = component_B == number
-      start_B[mine_B] = starts[number](place_B[mine_B])
-    return component_B, start_B
+  def order(first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    component_W, place_W = turns(np.arange(first * batch, (first + count) * batch))
+    start_W = np.empty(count * batch, np.int64)
+    for number in np.unique(component_W).tolist():
+      mine_W = component_W == number
+      start_W[mine_W] = starts[number](place_W[mine_W])
+    return component_W, start_W
 
   return order
 
@@ -177,21 +178,32 @@ class Data:
     """`mixed_iterator` over the components of the training split; without any, `train_iterator`."""
     return mixed_iterator(self._shares(), context=self.context, batch=self.batch, seed=seed)
 
+  def starts(self, seed: int) -> Callable[[int, int], np.ndarray]:
+    """`(first, count)` of consecutive batches of `train_iterator(seed)` to the starts of their windows in
+    `tokens['train']`, int32 `[count, batch]`; `windows.gather` cuts the windows where the tokens lie."""
+    spans = [span['train'] for span in self.spans.values()] or [slice(0, None)]
+    begin_C = np.array([span.start for span in spans])
+    order = _order(_sizes(self._shares()), self.context, self.batch, seed)
+
+    def starts(first: int, count: int) -> np.ndarray:
+      component_W, start_W = order(first, count)
+      return (begin_C[component_W] + start_W).astype(np.int32).reshape(count, self.batch)
+
+    return starts
+
   def start_iterator(self, seed: int) -> grain.DatasetIterator:
     """The starts of the windows of `train_iterator(seed)` in `tokens['train']`: int32 `[batch]`.
 
-    `windows.gather` cuts the windows where the tokens lie. The position in the data is that of
-    `train_iterator`, so either continues where the other was saved.
+    The position in the data is that of `train_iterator`, so either continues where the other was saved.
     """
-    spans = [span['train'] for span in self.spans.values()] or [slice(0, None)]
-    first_C = np.array([span.start for span in spans])
-    order = _order(_sizes(self._shares()), self.context, self.batch, seed)
+    starts = self.starts(seed)
+    return _read(lambda index: starts(index, 1)[0])
 
-    def starts(index: int) -> np.ndarray:
-      component_B, start_B = order(index)
-      return (first_C[component_B] + start_B).astype(np.int32)
-
-    return _read(starts)
+  def train_iterator_at(self, seed: int, index: int) -> grain.DatasetIterator:
+    """`train_iterator(seed)` where `index` batches have been read."""
+    iterator = self.train_iterator(seed)
+    iterator.set_state(iterator.get_state() | {'next_index': index})
+    return iterator
 
   @property
   def whole_batches(self) -> int:

@@ -15,14 +15,35 @@ GATES = (
 )
 
 
+def _count(new: jax.Array, old: jax.Array) -> tuple[jax.Array, jax.Array]:
+  return jnp.mean(new), jnp.mean(new != old)
+
+
 @jax.jit
 def _counts(masks: Tree, before: Tree) -> Tree:
-  return jax.tree.map(lambda new, old: (jnp.mean(new), jnp.mean(new != old)), masks, before)
+  return jax.tree.map(_count, masks, before)
+
+
+@jax.jit
+def _counts_of_each(masks: Tree, before: Tree) -> Tree:
+  return jax.tree.map(jax.vmap(_count), masks, before)
 
 
 def connections(masks: Tree, before: Tree) -> dict[str, float]:
   """`density/<path>` and `flips/<path>`, the share of a mask's bits that differ from `before`."""
-  counted = jax.device_get(_counts(masks, before))
+  return _by_path(jax.device_get(_counts(masks, before)))
+
+
+def connections_of_each(masks: Tree, before: Tree, runs: int) -> list[dict[str, float]]:
+  """`connections` of so many runs, whose masks have a leading axis of them."""
+  counted = jax.device_get(_counts_of_each(masks, before))
+  return [
+    _by_path(jax.tree.map(lambda leaf, number=number: leaf[number], counted))
+    for number in range(runs)
+  ]
+
+
+def _by_path(counted: Tree) -> dict[str, float]:
   observed: dict[str, float] = {}
   for path, value in tree.named(counted).items():
     leaf, _, which = path.rpartition('/')

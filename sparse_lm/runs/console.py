@@ -74,9 +74,9 @@ class Console:
   def __exit__(self, *_: object) -> None:
     self._bar.close()
 
-  def step(self) -> None:
-    """One more step was dispatched."""
-    self._bar.update()
+  def step(self, count: int = 1) -> None:
+    """So many more steps were dispatched."""
+    self._bar.update(count)
 
   def status(self, text: str) -> None:
     """Shows at the bar what is going on."""

@@ -4,7 +4,7 @@ from sparse_lm.core.records import JsonObject
 from sparse_lm.core.tree import Tree
 from sparse_lm.data.pipeline import Data
 from sparse_lm.evals import EvalData, EvalModel, Values
-from sparse_lm.evals.loss import Loss, separated
+from sparse_lm.evals.loss import Loss, run_packed, separated
 from sparse_lm.measure import observe
 from sparse_lm.model import lm
 from sparse_lm.runs import configs, cost_report
@@ -18,6 +18,16 @@ def evaluate(run: Setup, params: Tree, model_state: Tree, split: str = 'validati
   """The values of `evals.loss.Loss` on a split of the run's data."""
   model = EvalModel(run.program.model, {'params': params, **model_state})
   return Loss().run(model, EvalData.of_split(run.data, split))
+
+
+def evaluate_packed(run: Setup, params: Tree, model_state: Tree) -> list[Values]:
+  """`evaluate` on the validation split for several runs, which are the leading axis of both trees.
+
+  Args:
+    run: one of them; all share its model and data.
+  """
+  variables = {'params': params, **model_state}
+  return run_packed(run.program.model, variables, EvalData.of_split(run.data))
 
 
 def result_of(

@@ -93,8 +93,7 @@ class _Loop:
       start: of step 0, with masks that were chosen before it; `None` where none are, or a checkpoint is
         there.
     """
-    batches = self.setup.data.train_iterator(rng.data_seed(self.config.seed))
-    state = self.record.resume(start, batches)
+    state, batches = self._start(start)
     first, every, name = int(state.step), self.config.train, self.record.folder.path.name
     with Stop() as stop, Console(self.progress, name, first, every.steps) as self.console:
       self.console.say(opening(self.setup, name, first))
@@ -115,6 +114,19 @@ class _Loop:
           self._leave(stop.signum, done)
       # A run that was stopped after its last step has logged that step's evaluation already.
       return self.record.finish(state, self.record.evaluated or self._measure(state))
+
+  def _start(self, start: TrainState | None) -> tuple[TrainState, grain.DatasetIterator]:
+    """The state and the data where the newest checkpoint left them, or at step 0."""
+    state = self.setup.start() if start is None else start
+    batches = self.setup.data.train_iterator(rng.data_seed(self.config.seed))
+    _, masks = self.program.finalize(state)
+    restored = self.record.resume(state, masks, batches)
+    if restored is not None:
+      return restored, batches
+    if start is None and parts.at_start(self.program.method):  # no checkpoint could be read
+      state = prune_at_start(self.setup, state)
+      _, self.record.history.masks = self.program.finalize(state)
+    return state, batches
 
   def _step(self, state: TrainState, tokens_BxL1: np.ndarray, done: int) -> TrainState:
     """Dispatches the step after which `done` are done."""
@@ -138,7 +150,7 @@ class _Loop:
   def _fetch(self) -> None:
     """Brings the steps since the last call to the host and refuses what is not finite."""
     for step, metrics in self.pending:
-      self.record.add(step, jax.device_get(metrics))
+      self.record.add(step, observe.scalars(jax.device_get(metrics)))
     self.pending = []
 
   def _log(self, step: int) -> None:

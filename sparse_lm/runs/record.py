@@ -17,8 +17,6 @@ from sparse_lm.core.errors import Diverged
 from sparse_lm.core.records import JsonObject
 from sparse_lm.core.tree import Tree
 from sparse_lm.evals import Values
-from sparse_lm.measure.observe import scalars
-from sparse_lm.runs.at_start import prune_at_start
 from sparse_lm.runs.best import Best
 from sparse_lm.runs.checkpoint import Checkpoints
 from sparse_lm.runs.evaluate import result_of
@@ -56,30 +54,27 @@ class Record:
     self.evaluated: Evaluated | None = None
     self._meter = run.meter()
 
-  def resume(self, start: TrainState | None, batches: grain.DatasetIterator) -> TrainState:
-    """The state where the newest checkpoint left it, to which `batches` are set too; or of step 0.
+  def resume(
+    self, state: TrainState, masks: Tree, batches: grain.DatasetIterator
+  ) -> TrainState | None:
+    """The state where the newest checkpoint left it, to which `batches` are set too.
+
+    `None` where there is none: the run begins at step 0.
 
     Args:
-      start: of step 0, with masks that were chosen before it; `None` where none are, or a checkpoint is
-        there.
+      state: of step 0.
+      masks: of `state`, as they are evaluated.
       batches: of training.
     """
-    program = self.setup.program
-    state = self.setup.start() if start is None else start
-    _, masks = program.finalize(state)
     self.history = History(masks, self.setup.config.train.steps, self.setup.inherited)
     restored = self.checkpoints.restore(state, batches, history=self.history)
     step = 0 if restored is None else int(restored.step)
     self.checkpoints.set_aside_after(step)
     self.best.forget_after(step)
     self.folder.resume_metrics(step)
-    if restored is not None:
-      return restored
-    if start is None and parts.at_start(program.method):  # no checkpoint could be read
-      state = prune_at_start(self.setup, state)
-      _, self.history.masks = program.finalize(state)
-    self.history.work = self.history.work.plus(self._meter.at_start())
-    return state
+    if restored is None:
+      self.history.work = self.history.work.plus(self._meter.at_start())
+    return restored
 
   def compare_plans(self, first: int) -> str | None:
     """A warning that schedules were stretched, where the steps so far were planned for another length.
@@ -92,8 +87,10 @@ class Record:
       return None
     self.history.planned_steps = now
     optimizer = self.setup.program.optimizer
+    rate = self.setup.config.optimizer.learning_rate
     old, new = (
-      float(dataclasses.replace(optimizer, steps=steps).rate()(first)) for steps in (before, now)
+      float(dataclasses.replace(optimizer, steps=steps, learning_rate=rate).rate()(first))
+      for steps in (before, now)
     )
     return (
       f'steps 1 to {first} ran on schedules of {before} steps, and config.train.steps is {now} now: '
@@ -101,9 +98,9 @@ class Record:
       f'{new:.2g})'
     )
 
-  def add(self, step: int, metrics: Mapping[str, np.ndarray]) -> None:
+  def add(self, step: int, metrics: dict[str, float]) -> None:
     """Counts the step after which `step` are done. Raises Diverged where it is not finite."""
-    self.newest = scalars(metrics)
+    self.newest = metrics
     for name in ('loss', 'gradient_norm'):
       self.check_finite(name, self.newest[name], step)
     self.history.add_loss(self.newest['loss'])
@@ -159,6 +156,9 @@ class Record:
       'best_step': self.best.step,
       'train_step_ms': 1e3 * tokens / float(np.median(speeds)) if speeds else None,
     }
+    if packed := self.folder.logged('packed_step_ms'):
+      measured['packed_step_ms'] = float(np.median(packed))
+      measured['packed_runs'] = self.folder.logged('packed_runs')[-1]
     measured |= found.values
     result = result_of(self.setup, state, found.masks, measured, self.history.work)
     self.folder.write_result(result)

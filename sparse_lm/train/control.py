@@ -8,6 +8,7 @@ from flax import struct
 from ml_collections import ConfigDict
 
 from sparse_lm.core.errors import unknown
+from sparse_lm.core.ranges import traced
 
 Array = jax.Array
 
@@ -44,10 +45,10 @@ class Budget:
     rate: of the price's ascent, in nats a step.
   """
 
-  target: float
+  target: float = traced()
   controller: str
-  weight: float
-  rate: float
+  weight: float = traced()
+  rate: float = traced()
 
   @classmethod
   def from_config(cls, config: ConfigDict) -> 'Budget | None':

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError, require, unknown
+from sparse_lm.core.ranges import traced
 from sparse_lm.core.tree import Tree
 
 SCHEDULES = ('cosine', 'linear', 'constant')
@@ -123,14 +124,14 @@ class Optimizer:
   """`config.optimizer` for a run of `steps` optimizer steps; see `configs/base.py` for the fields."""
 
   name: str
-  learning_rate: float
+  learning_rate: float = traced()
   schedule: str
   warmup: float
   final: float
   momentum: float
   b2: float
   eps: float
-  weight_decay: float
+  weight_decay: float = traced()
   decay_last: bool
   clip: float
   normalize: bool

@@ -7,6 +7,7 @@ what the trainer supplies. A method that scores weights and keeps the best deriv
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax
@@ -135,6 +136,10 @@ class WeightMethod:
   def parts(self) -> dict[str, 'WeightMethod']:
     """The methods that decide about the model's weights, by the name of their rule; '' if only one."""
     return {'': self}
+
+  def with_parts(self, parts: Mapping[str, 'WeightMethod']) -> 'WeightMethod':
+    """The same method with others in place of its `parts`."""
+    return parts['']
 
   def owner(self, path: str) -> str | None:
     """The part that decides about the parameter at `path`; `None` where no part does."""

@@ -60,6 +60,11 @@ class Rules(WeightMethod):
     """The method of each rule."""
     return {rule.name: rule.method for rule in self.rules}
 
+  def with_parts(self, parts: Mapping[str, WeightMethod]) -> 'Rules':
+    """The same rules with other methods."""
+    rules = tuple(dataclasses.replace(rule, method=parts[rule.name]) for rule in self.rules)
+    return dataclasses.replace(self, rules=rules)
+
   @functools.cached_property
   def _owners(self) -> dict[str, str]:
     return {path: rule.name for rule in self.rules for path in rule.paths}

@@ -22,7 +22,7 @@ class UnitScores(PatternMethod):
     learned_rate: learning rate of the scores over that of the weights.
   """
 
-  price: float = ranged(0.0, '[0, inf)')
+  price: float = ranged(0.0, '[0, inf)', traced=True)
   learned_rate: float = ranged(10.0, '(0, inf)')
 
   @property

@@ -49,7 +49,7 @@ class TopKAST(PatternMethod):
   """
 
   backward_share: float = ranged(0.5, '[0, 1]')
-  penalty_weight: float = ranged(1e-4, '[0, inf)')
+  penalty_weight: float = ranged(1e-4, '[0, inf)', traced=True)
   norm: str = 'l1'
   period: int = ranged(100, '[1, 2^31)')
   traits: ClassVar[Traits] = Traits(

@@ -1,0 +1,296 @@
+"""The training loop of several runs that are one program on the device."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from sparse_lm.core import rng
+from sparse_lm.core.errors import Diverged
+from sparse_lm.core.records import JsonObject
+from sparse_lm.core.tree import Tree
+from sparse_lm.measure import observe
+from sparse_lm.runs.console import Console, opening
+from sparse_lm.runs.evaluate import evaluate_packed
+from sparse_lm.runs.loop import Stop
+from sparse_lm.runs.packs import CHUNK, Pack
+from sparse_lm.runs.record import Evaluated, Record, opened
+from sparse_lm.runs.setup import Setup
+from sparse_lm.runs.workdir import Workdir
+from sparse_lm.train import packed
+from sparse_lm.train.packed import Feed, PackedMetrics
+from sparse_lm.train.states import TrainState
+from sparse_lm.train.work import Work
+
+Outcome = JsonObject | Diverged
+
+
+def train_packed(
+  runs: Sequence[Setup], workdirs: Sequence[str], progress: bool = True
+) -> list[Outcome]:
+  """Trains runs as one program, or continues them, and returns the contents of each one's result.json.
+
+  Each run keeps a folder of its own, in which it is continued alone or packed. A checkpoint is written
+  at the end, or where a signal stops the pack, and with it the best state: not every
+  `config.train.checkpoint_every` steps. Numbers are those of the runs alone up to the rounding of
+  float32, because sums are added up in another order.
+
+  Args:
+    runs: that `packs.difference` finds nothing between.
+    workdirs: their folders; one that holds a finished run is not trained again.
+    progress: whether to show on stderr what is going on.
+
+  Returns:
+    In the place of a run whose loss is no longer finite, the error that says so: the others go on.
+
+  Raises:
+    UserError: runs that cannot be packed, before anything is written; see also `loop.train`.
+    SystemExit: SIGTERM or Ctrl-C, after all states have been saved.
+  """
+  outcomes: dict[int, Outcome] = {}
+  folders = [Workdir(path, run.config, run.data) for path, run in zip(workdirs, runs)]
+  for number, (run, folder) in enumerate(zip(runs, folders)):
+    if finished := folder.result(run.config.train.steps):
+      outcomes[number] = finished
+  left = [number for number in range(len(runs)) if number not in outcomes]
+  if not left:
+    return [outcomes[number] for number in range(len(runs))]
+  pack = Pack.of([runs[number] for number in left])
+  with contextlib.ExitStack() as stack:
+    records = [
+      stack.enter_context(opened(run, folders[number])) for number, run in zip(left, pack.runs)
+    ]
+    for same, states in _by_step(_resumed(pack, records)):
+      found = _PackLoop(pack.only(same), [records[i] for i in same], progress).run(states)
+      outcomes |= {left[i]: outcome for i, outcome in zip(same, found)}
+  return [outcomes[number] for number in range(len(runs))]
+
+
+def _resumed(pack: Pack, records: Sequence[Record]) -> list[TrainState]:
+  """Each run's state, where its newest checkpoint left it or at step 0."""
+  fresh = [run.start() for run in pack.runs]
+  _, masks = jax.device_get(pack.program.finalize(packed.stack(fresh), pack.numbers))
+  found = []
+  for number, (record, state) in enumerate(zip(records, fresh)):
+    batches = record.setup.data.train_iterator(rng.data_seed(record.setup.config.seed))
+    restored = record.resume(state, packed.unstack(masks, number), batches)
+    found.append(state if restored is None else restored)
+  return found
+
+
+def _by_step(states: Sequence[TrainState]) -> list[tuple[list[int], list[TrainState]]]:
+  """Indices and states of the runs that have done equally many steps."""
+  groups: dict[int, list[int]] = {}
+  for number, state in enumerate(states):
+    groups.setdefault(int(state.step), []).append(number)
+  return [(group, [states[number] for number in group]) for group in groups.values()]
+
+
+class _Kept(NamedTuple):
+  """The best state of a run since it was saved, on the host."""
+
+  state: TrainState
+  loss: float
+  work: Work
+
+
+class _Chunk(NamedTuple):
+  """Steps that were dispatched together: the steps done before them, and their metrics."""
+
+  first: int
+  metrics: list[PackedMetrics]
+
+  @property
+  def end(self) -> int:
+    """Steps done after them."""
+    return self.first + len(self.metrics)
+
+
+class _PackLoop:
+  """Runs of one program that have done equally many steps, from there to the last step."""
+
+  def __init__(self, pack: Pack, records: Sequence[Record], progress: bool) -> None:
+    self.pack, self.records, self.progress = pack, records, progress
+    self.run_of_all = pack.runs[0]  # what does not differ among the runs is read from it
+    self.lost: dict[int, Diverged] = {}
+    self.kept: dict[int, _Kept] = {}
+    self.pending: _Chunk | None = None
+    self.timer = _Timer()
+
+  def run(self, states: Sequence[TrainState]) -> list[Outcome]:
+    """Trains, logs, evaluates and saves; `states` are of each run."""
+    config, first = self.run_of_all.config, int(states[0].step)
+    name = f'{len(states)} runs from {self.records[0].folder.path.name}'
+    with Stop() as stop, Console(self.progress, name, first, config.train.steps) as self.console:
+      self.console.say(f'{name}, in one program; of the first: {opening(self.run_of_all, "", first)}')
+      for record in self.records:
+        self.console.warn_once('plan', record.compare_plans(first))
+      self._prepare(first)
+      stacked, done = packed.stack(states), first
+      while done < config.train.steps and len(self.lost) < len(self.records):
+        stacked, done = self._advance(stacked, done)
+        last = done == config.train.steps
+        if last or stop.signum or done % config.train.eval_every == 0:
+          self._collect()
+          if last or done % config.train.eval_every == 0:
+            self._evaluate(stacked, done)
+          if last or stop.signum:
+            self._save(stacked, done)
+          self.timer.start()
+        if stop.signum:
+          self.console.say(
+            f'stopped at step {done}, saved; the same command continues', always=True
+          )
+          raise SystemExit(128 + stop.signum)
+      return self._finish(stacked)
+
+  def _prepare(self, first: int) -> None:
+    """Compiles the steps and puts on the device what they read."""
+    self.steps = self.pack.compiled(first)
+    data = self.run_of_all.data
+    self.tokens, self.numbers = jax.device_put((data.tokens['train'], self.pack.numbers))
+    self.starts = [data.starts(rng.data_seed(run.config.seed)) for run in self.pack.runs]
+    masks = [jax.device_get(record.history.masks) for record in self.records]
+    self.masks = jax.tree.map(lambda *leaves: np.stack(leaves), *masks)
+    self.timer.start()
+
+  def _advance(self, states: TrainState, done: int) -> tuple[TrainState, int]:
+    """Dispatches the steps to the next line of the log or evaluation, `CHUNK` at most.
+
+    While the device is at work on them, the metrics of the steps before them are collected.
+    """
+    train = self.run_of_all.config.train
+    ends = [every - done % every + done for every in (CHUNK, train.log_every, train.eval_every)]
+    end, metrics = min(*ends, train.steps), []
+    starts_KxNxB = np.stack([starts(done, CHUNK) for starts in self.starts], axis=1)
+    feed = Feed(self.tokens, self.numbers, *jax.device_put((np.int32(done), starts_KxNxB)))
+    for step in range(done, end):
+      states, found = self.steps[self.pack.updates(step)](states, feed)
+      metrics.append(found)
+    self._collect()
+    self.pending = _Chunk(done, metrics)
+    self.console.step(end - done)
+    return states, end
+
+  def _collect(self) -> None:
+    """Brings the metrics of the pending steps to the host, and logs them at the log's lines."""
+    if self.pending is None:
+      return
+    chunk, self.pending = self.pending, None
+    values = jax.device_get([metrics.values_NxM for metrics in chunk.metrics])
+    self.timer.add(len(chunk.metrics))
+    for step, (metrics, rows) in enumerate(zip(chunk.metrics, values), chunk.first + 1):
+      for number, record in self._alive():
+        with self._noting(number):
+          record.add(step, dict(zip(metrics.names, rows[number].tolist())))
+    train = self.run_of_all.config.train
+    if chunk.end == train.steps or chunk.end % train.log_every == 0:
+      self._log(chunk.end)
+
+  def _log(self, step: int) -> None:
+    milliseconds = self.timer.take()
+    measured = {'packed_runs': len(self.records), 'packed_step_ms': milliseconds}
+    losses = []
+    for _, record in self._alive():
+      losses.append(record.log(step, measured))
+      self.console.warn_once('rounding', record.lost_to_rounding(step))
+    self.console.status(f'{_span("loss", losses)}, {milliseconds:.2f} ms a step')
+
+  def _evaluate(self, states: TrainState, step: int) -> None:
+    """Logs each run's validation loss and what its connections did, and keeps its best state."""
+    self.console.status('evaluating')
+    found, masks = self._measure(states)
+    moved = observe.connections_of_each(masks, self.masks, len(self.records))
+    self.masks, better, losses = masks, [], []
+    for number, record in self._alive():
+      with self._noting(number):
+        record.log_evaluation(step, found[number], moved[number])
+        losses.append(found[number].values['val_loss'])
+        best = self.kept[number].loss if number in self.kept else record.best.loss
+        if record.at_final_density(step) and losses[-1] < best:
+          better.append(number)
+    if better:
+      # What evaluation reads; a run never continues from it.
+      read = states.replace(opt_state=None, control=None, signals={}, key=None)
+      host = jax.device_get(read)
+      for number in better:
+        state, loss = packed.unstack(host, number), found[number].values['val_loss']
+        self.kept[number] = _Kept(state, loss, self.records[number].history.work)
+    self.console.say(f'step {step:,}: {_span("validation loss", losses)} of {len(losses)} runs')
+
+  def _measure(self, states: TrainState) -> tuple[list[Evaluated], Tree]:
+    """The evaluation of each run, and the masks of all."""
+    params, masks = self.pack.program.finalize(states, self.numbers)
+    values = evaluate_packed(self.run_of_all, params, states.model_state)
+    host = jax.device_get(masks)
+    each = [Evaluated(own, packed.unstack(host, i)) for i, own in enumerate(values)]
+    return each, masks
+
+  def _save(self, states: TrainState, step: int) -> None:
+    """Saves each run's best state and the newest, from which it continues."""
+    host = jax.device_get(states.replace(key=None))
+    for number, record in self._alive():
+      run = record.setup
+      if number in self.kept:
+        record.best.offer(run.program, *self.kept.pop(number))
+      batches = run.data.train_iterator_at(rng.data_seed(run.config.seed), step)
+      record.save(packed.unstack(host, number), batches)
+
+  def _finish(self, states: TrainState) -> list[Outcome]:
+    host, measured = jax.device_get(states.replace(key=None)), None
+    outcomes: dict[int, Outcome] = dict(self.lost)
+    for number, record in self._alive():
+      if record.evaluated is None:  # stopped after its last step, which it has logged
+        measured = measured or self._measure(states)[0]
+        record.evaluated = measured[number]
+      outcomes[number] = record.finish(packed.unstack(host, number), record.evaluated)
+    return [outcomes[number] for number in range(len(self.records))]
+
+  def _alive(self) -> list[tuple[int, Record]]:
+    """The runs that have not diverged."""
+    return [(i, record) for i, record in enumerate(self.records) if i not in self.lost]
+
+  @contextlib.contextmanager
+  def _noting(self, number: int) -> Iterator[None]:
+    """Notes where a run diverges: its numbers are left alone from there on, and the others go on."""
+    try:
+      yield
+    except Diverged as error:
+      self.lost[number] = error
+      self.console.say(f'{self.records[number].folder.path.name}: {error}', always=True)
+
+
+class _Timer:
+  """Time of steps while the device is never idle: between two moments at which steps were done."""
+
+  def __init__(self) -> None:
+    self._seconds, self._steps = 0.0, 0
+
+  def start(self) -> None:
+    """The next steps begin now."""
+    self._mark = time.perf_counter()
+
+  def add(self, steps: int) -> None:
+    """So many more steps are done now."""
+    now = time.perf_counter()
+    self._seconds, self._steps, self._mark = (
+      self._seconds + now - self._mark,
+      self._steps + steps,
+      now,
+    )
+
+  def take(self) -> float:
+    """Milliseconds a step since the last call."""
+    milliseconds = 1e3 * self._seconds / self._steps
+    self._seconds, self._steps = 0.0, 0
+    return milliseconds
+
+
+def _span(what: str, losses: Sequence[float]) -> str:
+  """The lowest and the highest of the runs' losses, in words."""
+  if not losses:
+    return f'no {what}'
+  return f'{what} {min(losses):.4f} to {max(losses):.4f}'

@@ -1,0 +1,204 @@
+"""Which runs can be one program (see `train/packed.py`), and how many of them fit a device's memory."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+from collections.abc import Hashable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.stages import Compiled
+
+from sparse_lm.core import tree
+from sparse_lm.core.errors import UserError
+from sparse_lm.runs import configs, runtime
+from sparse_lm.runs.setup import Setup
+from sparse_lm.train import numbers, states
+from sparse_lm.train.packed import Feed, PackedProgram, Updates, Variant, packed
+from sparse_lm.train.states import TrainState
+from sparse_lm.train.step import Program, shared
+from sparse_lm.weights import parts
+
+CHUNK = 10  # steps whose starts of windows go to the device at once
+INTERVALS = ('train.steps', 'train.log_every', 'train.eval_every')
+
+
+def alone_because(run: Setup) -> str | None:
+  """Why a run cannot be one of a pack, in words; `None` where it can."""
+  if run.parent is not None:
+    return 'it starts from another run (config.init_from)'
+  if run.teacher is not None:
+    return 'it learns from a teacher (config.distill.teacher)'
+  if parts.at_start(run.program.method):
+    return 'its masks are chosen before the first step'
+  return None
+
+
+def key(run: Setup) -> Hashable:
+  """Runs of equal keys can be packed.
+
+  They share the program but for `numbers.numbers`, the leaves that they prune, the data, and the steps
+  at which they log and evaluate. Their masks are updated in the same steps, because the program says in
+  which. What differs is traced: seeds, and with them the order of the data, final densities and those
+  numbers.
+  """
+  fields = configs.flat(run.config)
+  return (
+    common(run),
+    tuple(tree.named(run.target)),
+    json.dumps(configs.to_json(run.config.data)),
+    run.data.tokenizer.digest,
+    *(fields[name] for name in INTERVALS),
+  )
+
+
+def difference(one: Setup, other: Setup) -> str | None:
+  """What keeps two runs from being packed, in words; `None` where nothing does."""
+  for run in (one, other):
+    if reason := alone_because(run):
+      return reason
+  if key(one) == key(other):
+    return None
+  ours, theirs = configs.flat(one.config), configs.flat(other.config)
+  traced = {name.removeprefix('config.') for name in numbers.numbers(one.program)}
+  differ = [
+    f'config.{name} ({ours.get(name)!r} and {theirs.get(name)!r})'
+    for name in {**ours, **theirs}
+    if ours.get(name) != theirs.get(name) and not _may_differ(name, traced)
+  ]
+  return f'they differ in {", ".join(differ) or "what they prune"}'
+
+
+def _may_differ(name: str, traced: set[str]) -> bool:
+  sparsity = name.startswith('weight.') and name.endswith('.sparsity')
+  return sparsity or name in {'seed', 'train.checkpoint_every', *traced}
+
+
+def common(run: Setup) -> Program:
+  """The program that a run shares with all that it can be packed with."""
+  return shared(numbers.common(run.program))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pack:
+  """Runs that are trained as one program.
+
+  Attributes:
+    runs: each with the program that is common to all.
+    numbers: float32 `[N]`, in which they differ, see `train/numbers.py`.
+  """
+
+  runs: tuple[Setup, ...]
+  numbers: dict[str, jax.Array]
+
+  @classmethod
+  def of(cls, runs: Sequence[Setup]) -> 'Pack':
+    """Raises UserError, with what differs, where the runs cannot be packed."""
+    for run in runs:
+      if reason := difference(runs[0], run):
+        raise UserError(
+          f'runs of config.seed={runs[0].config.seed} and {run.config.seed} cannot be packed: {reason}; '
+          'valid: runs that differ in seed, sparsity, learning rate, weight decay or penalty'
+        )
+    own = [numbers.numbers(run.program) for run in runs]
+    program = common(runs[0])
+    return cls(
+      tuple(dataclasses.replace(run, program=program) for run in runs),
+      {name: jnp.array([each[name] for each in own], jnp.float32) for name in own[0]},
+    )
+
+  def only(self, indices: Sequence[int]) -> 'Pack':
+    """The pack of some of the runs."""
+    chosen = jnp.array(indices)
+    return Pack(
+      tuple(self.runs[index] for index in indices),
+      {name: values[chosen] for name, values in self.numbers.items()},
+    )
+
+  @property
+  def program(self) -> PackedProgram:
+    """The program of the pack."""
+    return packed(self.runs[0].program)
+
+  def updates(self, step: int) -> Updates:
+    """The parts of the weight method whose masks change in a step, and those that collect signals."""
+    method = self.runs[0].program.method
+    return parts.due(method, step), parts.collecting(method, step)
+
+  def compiled(self, first: int = 0) -> dict[Updates, Compiled]:
+    """The compiled steps of a pack that has done `first` steps, by their updates."""
+    run = self.runs[0]
+    found = list(dict.fromkeys(map(self.updates, range(first, run.config.train.steps))))
+    variants = [Variant(self._states, self._feed, updates) for updates in found]
+    return dict(zip(found, self.program.compile(variants)))
+
+  def bytes_at_least(self) -> int:
+    """What states, tokens and logits take, without compiling anything."""
+    data, spec = self.runs[0].data, self.runs[0].program.model.spec
+    microbatch = data.batch // self.runs[0].program.accumulation
+    logits = 4 * len(self.runs) * microbatch * data.context * spec.vocab
+    leaves = jax.tree.leaves((self._states.replace(key=None), self._feed))
+    return logits + sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+  def bytes(self) -> int:
+    """What the largest of the compiled steps takes, all buffers included."""
+    found = [compiled.memory_analysis() for compiled in self.compiled().values()]
+    return max(
+      memory.argument_size_in_bytes
+      + memory.output_size_in_bytes
+      - memory.alias_size_in_bytes
+      + memory.temp_size_in_bytes
+      for memory in found
+    )
+
+  @functools.cached_property
+  def _states(self) -> TrainState:
+    """Shape structs of the states."""
+    run = self.runs[0]
+    program = run.program
+    create = functools.partial(
+      states.create, program.model, program.method, program.optimizer, program.objective.budget
+    )
+    return jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct((len(self.runs), *leaf.shape), leaf.dtype),
+      jax.eval_shape(create, 0, run.target),
+    )
+
+  @functools.cached_property
+  def _feed(self) -> Feed:
+    """Shape structs of the feed."""
+    data = self.runs[0].data
+    tokens = data.tokens['train']
+    return Feed(
+      tokens=jax.ShapeDtypeStruct(tokens.shape, tokens.dtype),
+      numbers={name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in self.numbers.items()},
+      first=jax.ShapeDtypeStruct((), jnp.int32),
+      starts_KxNxB=jax.ShapeDtypeStruct((CHUNK, len(self.runs), data.batch), jnp.int32),
+    )
+
+
+def fitting(pack: Pack) -> int:
+  """How many of the runs fit the device's memory together; all of them, where the pack does."""
+  room, count = runtime.memory(), len(pack.runs)
+  for measure in (pack.bytes_at_least, pack.bytes):
+    if (need := measure()) > room:
+      return min(count - 1, math.floor(count * room / need))
+  return count
+
+
+def split(runs: Sequence[Setup], most: int) -> list[list[int]]:
+  """Indices of runs in packs of at most `most`, of sizes as equal as can be; runs that are left over,
+  or cannot be packed, are packs of one."""
+  groups: dict[Hashable, list[int]] = {}
+  for number, run in enumerate(runs):
+    own = ('alone', number) if alone_because(run) else key(run)
+    groups.setdefault(own, []).append(number)
+  return [part for group in groups.values() for part in _parts(group, most)]
+
+
+def _parts(group: list[int], most: int) -> list[list[int]]:
+  count = math.ceil(len(group) / most)
+  bounds = [len(group) * number // count for number in range(count + 1)]
+  return [group[begin:end] for begin, end in itertools.pairwise(bounds)]

@@ -1,0 +1,72 @@
+"""The numbers in which runs of one program may differ: packed steps take them as traced scalars.
+
+They are the optimizer's learning rate and weight decay, the numbers of the budget controller, and what a
+weight method declares as `traced`, such as the price of a penalty. Each enters a step by arithmetic
+alone. The optimizer is built inside the trace from such scalars, so that its state has the same tree as
+that of a run alone.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+
+from sparse_lm.core.ranges import traced_fields
+from sparse_lm.train.control import Budget
+from sparse_lm.train.optim import Optimizer
+from sparse_lm.train.step import Program
+from sparse_lm.weights.method import WeightMethod
+
+Number = float | jax.Array
+
+
+def numbers(program: Program) -> dict[str, float]:
+  """Every such number of a program, by the config's name of it."""
+  return {name: vars(node)[field] for name, (node, field) in _fields(program).items()}
+
+
+def with_numbers(program: Program, values: Mapping[str, Number]) -> Program:
+  """The program with these numbers, which may be traced, in place of its own.
+
+  Args:
+    values: one for each name of `numbers(program)`.
+  """
+
+  def replaced(group: str, node: Optimizer | Budget | WeightMethod) -> dict[str, Number]:
+    return {field: values[f'{group}.{field}'] for field in traced_fields(type(node))}
+
+  objective, optimizer = program.objective, program.optimizer
+  method, budget = objective.method, objective.budget
+  parts = {
+    name: dataclasses.replace(part, **replaced(_group(name), part))
+    for name, part in method.parts.items()
+  }
+  if budget is not None:
+    budget = dataclasses.replace(budget, **replaced('config.budget', budget))
+  return dataclasses.replace(
+    program,
+    objective=dataclasses.replace(objective, method=method.with_parts(parts), budget=budget),
+    optimizer=dataclasses.replace(optimizer, **replaced('config.optimizer', optimizer)),
+  )
+
+
+def common(program: Program) -> Program:
+  """The program with zeros for these numbers: equal for all runs that can share one program."""
+  return with_numbers(program, dict.fromkeys(numbers(program), 0.0))
+
+
+def _group(part: str) -> str:
+  """The config group of a part of the weight method."""
+  return f'config.weight.rules.{part}' if part else 'config.weight'
+
+
+def _fields(program: Program) -> dict[str, tuple[Optimizer | Budget | WeightMethod, str]]:
+  nodes = {'config.optimizer': program.optimizer}
+  if program.objective.budget is not None:
+    nodes['config.budget'] = program.objective.budget
+  nodes |= {_group(name): part for name, part in program.method.parts.items()}
+  return {
+    f'{group}.{field}': (node, field)
+    for group, node in nodes.items()
+    for field in traced_fields(type(node))
+  }

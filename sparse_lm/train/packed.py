@@ -1,0 +1,165 @@
+"""Several runs as one program: the steps of `train/step.py`, vmapped over runs.
+
+Shapes: N runs, B batch, L context, K steps that a feed serves. All trees of states have N as their
+leading axis.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import os
+from collections.abc import Hashable, Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.stages import Compiled, Wrapped
+
+from sparse_lm.core.tree import Tree
+from sparse_lm.data import windows
+from sparse_lm.train.numbers import with_numbers
+from sparse_lm.train.states import TrainState
+from sparse_lm.train.step import Program
+
+Array = jax.Array
+Updates = tuple[tuple[str, ...], tuple[str, ...]]
+
+
+class Feed(struct.PyTreeNode):
+  """What the steps of a pack read besides its states; all of it lies on the device.
+
+  Attributes:
+    tokens: `[T]`, of the training split, which all runs share.
+    numbers: float32 `[N]`, see `train/numbers.py`.
+    first: int32, the step at which `starts_KxNxB` begins.
+    starts_KxNxB: int32, where the windows of each step and run begin in `tokens`.
+  """
+
+  tokens: Array
+  numbers: dict[str, Array]
+  first: Array
+  starts_KxNxB: Array
+
+
+class PackedMetrics(struct.PyTreeNode):
+  """The metrics of one step of all runs, in one array, so that a fetch copies one.
+
+  Attributes:
+    names: of the M scalars.
+    values_NxM: float32.
+  """
+
+  values_NxM: Array
+  names: tuple[str, ...] = struct.field(pytree_node=False)
+
+  @classmethod
+  def of(cls, metrics: dict[str, Array]) -> 'PackedMetrics':
+    """Metrics `[N]`, or `[N, C]`, of which each column is a scalar `name/0`, `name/1`, ..."""
+    columns: dict[str, Array] = {}
+    for name, value in metrics.items():
+      if value.ndim == 1:
+        columns[name] = value
+      else:
+        columns |= {f'{name}/{i}': value[:, i] for i in range(value.shape[1])}
+    values = [value.astype(jnp.float32) for value in columns.values()]
+    return cls(jnp.stack(values, axis=1), tuple(columns))
+
+
+class Variant(NamedTuple):
+  """What a step of a pack is compiled for.
+
+  Attributes:
+    states, feed: shape structs of what it is called with.
+    updates: see `PackedProgram.step`.
+  """
+
+  states: Tree
+  feed: Tree
+  updates: Updates
+
+  @property
+  def key(self) -> Hashable:
+    """Equal for variants of a program that share an executable."""
+    shapes = tuple(leaf.shape for leaf in jax.tree.leaves((self.feed, self.states.step)))
+    return shapes, self.updates
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedProgram:
+  """What a pack of N runs compiles.
+
+  Attributes:
+    program: common to the runs, see `numbers.common`.
+  """
+
+  program: Program
+
+  def step(self, states: TrainState, feed: Feed, updates: Updates) -> tuple[TrainState, Tree]:
+    """One optimizer step of all runs, uncompiled: the states and a `PackedMetrics`.
+
+    Args:
+      updates: parts of the weight method that update their masks in this step, and parts that collect
+        signals in it; the same for all runs.
+    """
+    length = self.program.model.spec.context + 1
+    starts_NxB = feed.starts_KxNxB[states.step[0] - feed.first]
+
+    def one(
+      numbers: dict[str, Array], state: TrainState, starts_B: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
+      tokens_BxL1 = windows.gather(feed.tokens, starts_B, length)
+      program = with_numbers(self.program, numbers)
+      return program.transition(state, tokens_BxL1, updates=updates[0], collects=updates[1])
+
+    states, metrics = jax.vmap(one)(feed.numbers, states, starts_NxB)
+    return states, PackedMetrics.of(metrics)
+
+  @functools.cached_property
+  def _compiled(self) -> dict[Hashable, Compiled]:
+    return {}
+
+  def compile(self, variants: Iterable[Variant]) -> list[Compiled]:
+    """`(states, feed) -> (states, PackedMetrics)`, compiled for each variant; the states are donated.
+
+    What has to be compiled is compiled at the same time, by as many threads as there are cores.
+    """
+    variants = list(variants)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+      new = {}
+      for variant in variants:
+        if variant.key not in self._compiled and variant.key not in new:
+          step = jax.jit(functools.partial(self.step, updates=variant.updates), donate_argnums=0)
+          new[variant.key] = pool.submit(step.lower(variant.states, variant.feed).compile)
+      self._compiled.update({key: future.result() for key, future in new.items()})
+    return [self._compiled[variant.key] for variant in variants]
+
+  @functools.cached_property
+  def finalize(self) -> Wrapped:
+    """`(states, numbers) -> (params, masks)` as evaluated, reported and exported."""
+
+    def one(state: TrainState, numbers: dict[str, Array]) -> tuple[Tree, Tree]:
+      method = with_numbers(self.program, numbers).method
+      return method.finalize(state.evaluated, state.sparse, state.step)
+
+    return jax.jit(jax.vmap(one))
+
+
+@functools.lru_cache(maxsize=16)
+def packed(program: Program) -> PackedProgram:
+  """The one pack's program for runs with this common program, with what it has compiled so far."""
+  return PackedProgram(program)
+
+
+def stack(states: Sequence[TrainState]) -> TrainState:
+  """States of runs side by side, on the device; stacked on the host, so that nothing is compiled."""
+  keys = jnp.stack([state.key for state in states])
+  hosts = [jax.device_get(state.replace(key=None)) for state in states]
+  stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *hosts)
+  return jax.device_put(stacked).replace(key=keys)
+
+
+def unstack(states: Tree, number: int) -> Tree:
+  """One of the runs of a tree on the host."""
+  return jax.tree.map(lambda leaf: leaf[number], states)
