@@ -9,10 +9,15 @@ A run trains a model; one that does something else names a function for it, `Run
 Several processes can work on one study: each takes runs that no other one is at. A run that diverges
 is recorded as such, `report` gets nan for its metrics, and the others go on; it is trained again once
 its line is removed from runs.jsonl, or with `--only=RUN_ID`.
+
+`--pack` trains runs that differ in seed, sparsity, learning rate, weight decay or penalty as one
+program on an accelerator, as many as fit its memory; `--pack=N` at most N, on a CPU too. Every run keeps
+its own folder and line. `--dry_run` shows the packs.
 """
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -124,8 +129,11 @@ class Study:
       if run_id not in lines or (again and results.has_diverged(lines[run_id]))
     }
 
-  def train(self, runs: dict[str, Run], again: bool = False) -> int:
+  def train(self, runs: dict[str, Run], again: bool = False, pack: int | None = None) -> int:
     """Runs what is missing (see there) and no other process is at, and appends its line.
+
+    Args:
+      pack: see `packing.plan`; `None` = each run is executed alone.
 
     Returns:
       How many runs were left to other processes.
@@ -136,7 +144,7 @@ class Study:
     """
     missing, left = self.missing(runs, again), 0
     seeds = {run_id: _load(run).seed for run_id, run in missing.items()}
-    _check({run_id: run for run_id, run in missing.items() if run.execute is None})
+    jobs = _jobs(missing, pack)
     finished = len(runs) - len(missing)
     bar = tqdm(
       total=len(runs),
@@ -147,35 +155,68 @@ class Study:
       file=sys.stderr,
     )
     with bar:
-      for number, (run_id, run) in enumerate(missing.items(), finished + 1):
-        bar.set_description(run_id)
+      for job in jobs:
+        name = ' and '.join([*list(job)[:1], *([f'{len(job) - 1} more'] if len(job) > 1 else [])])
+        bar.set_description(name)
         if bar.disable:
-          print(f'run {number}/{len(runs)}: {run_id}', file=sys.stderr, flush=True)
-        with writing(self.workdir(run_id)):
-          self.workdir(run_id).mkdir(parents=True, exist_ok=True)
+          print(f'run {finished + 1}/{len(runs)}: {name}', file=sys.stderr, flush=True)
         try:
-          # Not the lock of the workdir itself, which training takes.
-          with lock.held(self.workdir(run_id) / 'study.lock', f'run {run_id}'):
-            if self.missing({run_id: run}, again):  # another process may have done it meanwhile
-              results.append(self.file, self._line(run_id, run, seeds[run_id]))
+          with contextlib.ExitStack() as stack:
+            taken = [run_id for run_id in job if self._take(run_id, stack)]
+            left += len(job) - len(taken)
+            # Another process may have done some meanwhile.
+            todo = self.missing({run_id: job[run_id] for run_id in taken}, again)
+            for run_id, outcome in self._outcomes(todo).items():
+              results.append(self.file, self._head(run_id, seeds[run_id]) | outcome)
         except lock.Held:
-          left += 1
-        bar.update()
+          left += len(taken)
+        bar.update(len(job))
+        finished += len(job)
     return left
 
-  def _line(self, run_id: str, run: Run, seed: int) -> results.Line:
-    """Executes a run. Raises UserError where it fails for another reason than that it diverges."""
-    head = {'study': self.name, 'run': run_id, 'labels': run.labels, 'seed': seed}
-    head['command'] = self.command(run_id)
+  def _take(self, run_id: str, stack: contextlib.ExitStack) -> bool:
+    """Locks a run, and returns whether no other process is at it."""
+    with writing(self.workdir(run_id)):
+      self.workdir(run_id).mkdir(parents=True, exist_ok=True)
     try:
-      result = (run.execute or _train)(run, self.workdir(run_id))
+      # Not the lock of the workdir itself, which training takes.
+      stack.enter_context(lock.held(self.workdir(run_id) / 'study.lock', f'run {run_id}'))
+    except lock.Held:
+      return False
+    return True
+
+  def _head(self, run_id: str, seed: int) -> JsonObject:
+    """What a run's line holds besides its outcome."""
+    return {
+      'study': self.name,
+      'run': run_id,
+      'labels': self.runs[run_id].labels,
+      'seed': seed,
+      'command': self.command(run_id),
+    }
+
+  def _outcomes(self, job: dict[str, Run]) -> dict[str, JsonObject]:
+    """Executes runs together. Raises UserError where one fails for another reason than divergence."""
+    workdirs = [self.workdir(run_id) for run_id in job]
+    try:
+      if len(job) > 1:
+        from experiments import packing
+
+        found = packing.train(job, workdirs)
+      else:
+        found = [(run.execute or _train)(run, *workdirs) for run in job.values()]
     except Diverged as error:
-      return head | results.diverged(str(error))
+      found = [error]
     except lock.Held:
       raise
     except UserError as error:
-      raise UserError(f'run {run_id}: {error}') from error
-    return head | _checked(run_id, result)
+      raise UserError(f'run {next(iter(job))}: {error}') from error
+    return {
+      run_id: results.diverged(str(outcome))
+      if isinstance(outcome, Diverged)
+      else _checked(run_id, outcome)
+      for run_id, outcome in zip(job, found)
+    }
 
   def report(self) -> str:
     """Tables and figures of what has finished, and how much of the study that is."""
@@ -208,6 +249,16 @@ def _load(run: Run) -> ConfigDict:
   from sparse_lm.runs import configs as config
 
   return config.load(run.config, run.overrides)
+
+
+def _jobs(runs: dict[str, Run], pack: int | None) -> list[dict[str, Run]]:
+  """The runs that are executed together. Raises UserError for a config that is wrong."""
+  if pack is None:
+    _check({run_id: run for run_id, run in runs.items() if run.execute is None})
+    return [{run_id: run} for run_id, run in runs.items()]
+  from experiments import packing
+
+  return [dict(job.runs) for job in packing.plan(runs, pack)]
 
 
 def _check(runs: dict[str, Run]) -> None:
@@ -247,14 +298,28 @@ def main() -> None:
   again = bool(arguments.only)
   runs = study.only(arguments.only) if again else study.shard(arguments.index, arguments.num_shards)
   if arguments.dry_run:
-    missing = study.missing(runs, again)
-    print(f'# {len(runs) - len(missing)} of {len(runs)} runs are finished; missing:')
+    _list_missing(study, runs, study.missing(runs, again), arguments.pack)
+    return
+  if left := study.train(runs, again, arguments.pack):
+    print(f'{left} runs are in the hands of other processes', file=sys.stderr)
+  print(study.report())
+
+
+def _list_missing(
+  study: Study, runs: dict[str, Run], missing: dict[str, Run], pack: int | None
+) -> None:
+  """Prints the commands of the missing runs, and where runs are packed which are."""
+  print(f'# {len(runs) - len(missing)} of {len(runs)} runs are finished; missing:')
+  if pack is None:
     for run_id in missing:
       print(study.command(run_id))
     return
-  if left := study.train(runs, again):
-    print(f'{left} runs are in the hands of other processes', file=sys.stderr)
-  print(study.report())
+  from experiments import packing
+
+  for job in packing.plan(missing, pack):
+    print(f'# {job.title}')
+    for run_id in job.runs:
+      print(study.command(run_id))
 
 
 def _arguments() -> argparse.Namespace:
@@ -266,6 +331,14 @@ def _arguments() -> argparse.Namespace:
   parser.add_argument('--only', metavar='RUN_ID', help='one run, also if it has diverged before')
   parser.add_argument('--list', action='store_true', help='list the studies')
   parser.add_argument('--dry_run', action='store_true', help='print what is missing')
+  parser.add_argument(
+    '--pack',
+    nargs='?',
+    const=0,
+    type=Range(int, '[2, 2^31)'),
+    metavar='N',
+    help='train runs that share a program as one, at most N; without N as many as fit an accelerator',
+  )
   parser.add_argument('--index', type=Range(int, '[0, 2^31)'), default=0, help='of this shard')
   parser.add_argument(
     '--num_shards', type=Range(int, '[1, 2^31)'), default=1, help='processes that share the study'

@@ -123,9 +123,9 @@ class _PackLoop:
   def run(self, states: Sequence[TrainState]) -> list[Outcome]:
     """Trains, logs, evaluates and saves; `states` are of each run."""
     config, first = self.run_of_all.config, int(states[0].step)
-    name = f'{len(states)} runs from {self.records[0].folder.path.name}'
+    name, count = self.records[0].folder.path.name, len(states)
     with Stop() as stop, Console(self.progress, name, first, config.train.steps) as self.console:
-      self.console.say(f'{name}, in one program; of the first: {opening(self.run_of_all, "", first)}')
+      self.console.say(f'{count} runs in one program; {opening(self.run_of_all, name, first)}')
       for record in self.records:
         self.console.warn_once('plan', record.compare_plans(first))
       self._prepare(first)

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Hashable, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,19 @@ from sparse_lm.core.errors import UserError
 from sparse_lm.runs import configs, runtime
 from sparse_lm.runs.setup import Setup
 from sparse_lm.train import numbers, states
-from sparse_lm.train.packed import Feed, PackedProgram, Updates, Variant, packed
+from sparse_lm.train.packed import (
+  Feed,
+  PackedProgram,
+  Updates,
+  Variant,
+  compile_steps,
+  packed,
+)
 from sparse_lm.train.states import TrainState
 from sparse_lm.train.step import Program, shared
 from sparse_lm.weights import parts
 
+T = TypeVar('T')
 CHUNK = 10  # steps whose starts of windows go to the device at once
 INTERVALS = ('train.steps', 'train.log_every', 'train.eval_every')
 
@@ -127,12 +136,17 @@ class Pack:
     method = self.runs[0].program.method
     return parts.due(method, step), parts.collecting(method, step)
 
+  def variants(self, first: int = 0) -> list[Variant]:
+    """What the steps from `first` on are compiled for."""
+    steps = range(first, self.runs[0].config.train.steps)
+    found = dict.fromkeys(map(self.updates, steps))
+    return [Variant(self._states, self._feed, updates) for updates in found]
+
   def compiled(self, first: int = 0) -> dict[Updates, Compiled]:
     """The compiled steps of a pack that has done `first` steps, by their updates."""
-    run = self.runs[0]
-    found = list(dict.fromkeys(map(self.updates, range(first, run.config.train.steps))))
-    variants = [Variant(self._states, self._feed, updates) for updates in found]
-    return dict(zip(found, self.program.compile(variants)))
+    variants = self.variants(first)
+    compile_steps((self.program, variant) for variant in variants)
+    return {variant.updates: self.program.compiled(variant) for variant in variants}
 
   def bytes_at_least(self) -> int:
     """What states, tokens and logits take, without compiling anything."""
@@ -188,17 +202,29 @@ def fitting(pack: Pack) -> int:
   return count
 
 
-def split(runs: Sequence[Setup], most: int) -> list[list[int]]:
+def compile_packs(packs: Sequence[Pack]) -> None:
+  """Compiles the steps of all packs that may fit, so that nothing waits for the compiler later."""
+  room = runtime.memory()
+  compile_steps(
+    (pack.program, variant)
+    for pack in packs
+    if pack.bytes_at_least() <= room
+    for variant in pack.variants()
+  )
+
+
+def split(runs: Sequence[Setup], most: int) -> list[Sequence[int]]:
   """Indices of runs in packs of at most `most`, of sizes as equal as can be; runs that are left over,
   or cannot be packed, are packs of one."""
   groups: dict[Hashable, list[int]] = {}
   for number, run in enumerate(runs):
     own = ('alone', number) if alone_because(run) else key(run)
     groups.setdefault(own, []).append(number)
-  return [part for group in groups.values() for part in _parts(group, most)]
+  return [part for group in groups.values() for part in parts_of(group, most)]
 
 
-def _parts(group: list[int], most: int) -> list[list[int]]:
+def parts_of(group: Sequence[T], most: int) -> list[Sequence[T]]:
+  """A group in parts of at most `most`, of sizes as equal as can be."""
   count = math.ceil(len(group) / most)
   bounds = [len(group) * number // count for number in range(count + 1)]
   return [group[begin:end] for begin, end in itertools.pairwise(bounds)]

@@ -120,20 +120,9 @@ class PackedProgram:
   def _compiled(self) -> dict[Hashable, Compiled]:
     return {}
 
-  def compile(self, variants: Iterable[Variant]) -> list[Compiled]:
-    """`(states, feed) -> (states, PackedMetrics)`, compiled for each variant; the states are donated.
-
-    What has to be compiled is compiled at the same time, by as many threads as there are cores.
-    """
-    variants = list(variants)
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-      new = {}
-      for variant in variants:
-        if variant.key not in self._compiled and variant.key not in new:
-          step = jax.jit(functools.partial(self.step, updates=variant.updates), donate_argnums=0)
-          new[variant.key] = pool.submit(step.lower(variant.states, variant.feed).compile)
-      self._compiled.update({key: future.result() for key, future in new.items()})
-    return [self._compiled[variant.key] for variant in variants]
+  def compiled(self, variant: Variant) -> Compiled:
+    """`(states, feed) -> (states, PackedMetrics)`; the states are donated. See `compile_steps`."""
+    return self._compiled[variant.key]
 
   @functools.cached_property
   def finalize(self) -> Wrapped:
@@ -146,9 +135,22 @@ class PackedProgram:
     return jax.jit(jax.vmap(one))
 
 
+def compile_steps(wanted: Iterable[tuple[PackedProgram, Variant]]) -> None:
+  """Compiles steps that programs lack, at the same time in as many threads as there are cores."""
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    new: dict[tuple[PackedProgram, Hashable], concurrent.futures.Future[Compiled]] = {}
+    for program, variant in wanted:
+      if variant.key not in program._compiled and (program, variant.key) not in new:
+        step = jax.jit(functools.partial(program.step, updates=variant.updates), donate_argnums=0)
+        lowered = step.lower(variant.states, variant.feed)
+        new[program, variant.key] = pool.submit(lowered.compile)
+    for (program, key), future in new.items():
+      program._compiled[key] = future.result()
+
+
 @functools.lru_cache(maxsize=16)
 def packed(program: Program) -> PackedProgram:
-  """The one pack's program for runs with this common program, with what it has compiled so far."""
+  """The one program of packs of runs with this common program, with what it has compiled so far."""
   return PackedProgram(program)
 
 

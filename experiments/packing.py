@@ -1,0 +1,121 @@
+"""Which runs of a study are trained as one program (`--pack`), and their training."""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+
+import jax
+
+from experiments.sweep import Run
+from sparse_lm.core.errors import UserError
+from sparse_lm.runs import configs, packs, runtime
+from sparse_lm.runs.pack_loop import Outcome, train_packed
+from sparse_lm.runs.setup import Setup, setup
+
+AUTO = 0  # `--pack` without a number: as many as fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """Runs that are executed together.
+
+  Attributes:
+    runs: by id; those of a pack, or one.
+    alone_because: why a run is no part of a pack, in words.
+  """
+
+  runs: Mapping[str, Run]
+  alone_because: str = ''
+
+  @property
+  def title(self) -> str:
+    """What the job is, in words."""
+    if self.alone_because:
+      return f'alone: {self.alone_because}'
+    return f'a pack of {len(self.runs)} runs'
+
+
+def plan(runs: Mapping[str, Run], most: int) -> list[Job]:
+  """Packs of runs, and the runs that are executed alone, in the order in which they are begun.
+
+  The steps of all packs are compiled, which shows what memory they take.
+
+  Args:
+    runs: by id.
+    most: runs of a pack at most; `AUTO` = as many as fit the accelerator's memory.
+
+  Raises:
+    UserError: a config is wrong; a pack of `most` does not fit; or no two runs can be packed.
+  """
+  runtime.prepare()
+  if most == AUTO and jax.default_backend() == 'cpu':
+    print(
+      '--pack packs on an accelerator: on a CPU packed runs take as long as one after the other; '
+      '--pack=N packs here too',
+      file=sys.stderr,
+    )
+    return [Job({run_id: run}, 'the device is a CPU') for run_id, run in runs.items()]
+  setups = _setups(runs)
+  found = packs.split(list(setups.values()), most or max(len(setups), 1))
+  names = list(setups)
+  found = _fitted([[names[number] for number in part] for part in found], setups, most)
+  if most != AUTO and len(setups) > 1 and all(len(part) == 1 for part in found):
+    first, second = names[:2]
+    raise UserError(
+      f'--pack={most}: no two of the missing runs can be packed, such as {first} and {second}: '
+      f'{packs.difference(setups[first], setups[second])}; valid: without --pack'
+    )
+  jobs = [_job(part, runs, setups) for part in found]
+  jobs += [Job({run_id: run}, 'it trains no model') for run_id, run in runs.items() if run.execute]
+  return jobs
+
+
+def train(job: Job, workdirs: Sequence[pathlib.Path]) -> list[Outcome]:
+  """Trains the runs of a pack: the result.json of each, or the error of one that diverged."""
+  setups = _setups(job.runs)
+  return train_packed(list(setups.values()), list(map(str, workdirs)))
+
+
+def _setups(runs: Mapping[str, Run]) -> dict[str, Setup]:
+  """Each run that trains a model, checked. Raises UserError that names the run."""
+  found = {}
+  for run_id, run in runs.items():
+    if run.execute is None:
+      try:
+        found[run_id] = setup(configs.load(run.config, run.overrides))
+      except UserError as error:
+        raise UserError(f'run {run_id}: {error}') from error
+  return found
+
+
+def _job(part: Sequence[str], runs: Mapping[str, Run], setups: Mapping[str, Setup]) -> Job:
+  reason = ''
+  if len(part) == 1:
+    reason = packs.alone_because(setups[part[0]]) or 'no other run shares its program'
+  return Job({run_id: runs[run_id] for run_id in part}, reason)
+
+
+def _fitted(
+  parts: Sequence[Sequence[str]], setups: Mapping[str, Setup], most: int
+) -> list[Sequence[str]]:
+  """The parts, divided further where `most` is `AUTO` and they do not fit.
+
+  Raises UserError where it is not and one does not fit.
+  """
+  made = {tuple(part): packs.Pack.of([setups[i] for i in part]) for part in parts if len(part) > 1}
+  packs.compile_packs(list(made.values()))
+  found = []
+  for part in parts:
+    fits = packs.fitting(made[tuple(part)]) if len(part) > 1 else 1
+    if fits >= len(part):
+      found.append(part)
+    elif most == AUTO:
+      found += _fitted(packs.parts_of(part, max(fits, 1)), setups, most)
+    else:
+      valid = f'--pack={fits}' if fits > 1 else 'without --pack'
+      raise UserError(
+        f'--pack={most}: {len(part)} runs such as {part[0]} do not fit the '
+        f'{runtime.memory() / 2**30:,.2f} GiB of memory together; valid: {valid}'
+      )
+  return found
