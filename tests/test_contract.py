@@ -295,9 +295,13 @@ def compiled_gradients(program):
   return jax.jit(program._gradients)
 
 
-def sorted_topk(scores, k):
-  order = jnp.argsort(-scores, axis=None, stable=True)
-  return (jnp.argsort(order) < k).reshape(scores.shape)
+def sorted_topk(scores, counts):
+  def matrix(scores, k):
+    order = jnp.argsort(-scores, axis=None, stable=True)
+    return (jnp.argsort(order) < k).reshape(scores.shape)
+
+  each = (jnp.broadcast_to(k, array.shape[:-2]) for array, k in zip(scores, counts))
+  return [pattern.by_slice(matrix, array, k) for array, k in zip(scores, each)]
 
 
 @pytest.mark.slow
@@ -317,8 +321,8 @@ def test_steps_without_jit_equal_jit(name, trained, monkeypatch):
   tokens = [next(batches) for _ in range(STEPS)]
   # The model is tested above, and takes long to run operation by operation, as a bisection does.
   monkeypatch.setattr(Program, '_gradients', with_jit)
-  monkeypatch.setattr(pattern, 'topk_mask', sorted_topk)
-  monkeypatch.setattr(rewire, 'topk_mask', sorted_topk)
+  monkeypatch.setattr(pattern, 'topk_masks', sorted_topk)
+  monkeypatch.setattr(rewire, 'topk_masks', sorted_topk)
   for step in {due[-1] if due else STEPS - 1, STEPS - 1}:
     with jax.disable_jit():
       state, _ = run.program.step(step)(jax.device_put(states[step]), tokens[step])

@@ -21,7 +21,7 @@ from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.groups import Group
 from sparse_lm.core.tree import Tree
-from sparse_lm.kernels.topk import topk_mask
+from sparse_lm.kernels.topk import topk_mask, topk_masks
 
 Array = jax.Array
 Units = dict[str, Array]
@@ -98,9 +98,25 @@ class Pattern:
     """bool, the `count` largest of one unstacked array of units."""
     return topk_mask(units, count)
 
-  def top_of(self, name: str) -> Callable[[Array, Array], Array]:
-    """What selects in the array of units called `name`: `top`, where all arrays are selected in alike."""
-    return self.top
+  def top_of(self, name: str) -> Callable[[Array, Array], Array] | None:
+    """What selects in the array of units called `name`; `None` where any set of its units may be kept."""
+    return None if type(self).top is Pattern.top else self.top
+
+  def largest(self, units: Units, counts: Mapping[str, Array]) -> Units:
+    """bool, the largest of every trailing array of units, as many as `counts` says.
+
+    Args:
+      units: scores.
+      counts: int32 by name, which broadcasts to the leading axes.
+    """
+    tops = {name: self.top_of(name) for name in units}
+    free = [name for name in units if tops[name] is None]
+    masks = topk_masks([units[name] for name in free], [counts[name] for name in free])
+    found = dict(zip(free, masks))
+    for name in units.keys() - found:
+      each = jnp.broadcast_to(counts[name], units[name].shape[:-2])
+      found[name] = by_slice(tops[name], units[name], each)
+    return {name: found[name] for name in units}
 
   def threshold(self, units: Array, keeps: Array) -> Array:
     """The largest score of a dropped unit among those that a unit of one unstacked array competes with.
@@ -142,12 +158,10 @@ class Pattern:
       densities: of each array of units.
       like: leaves of the shapes that the units were pooled from.
     """
-
-    def choose(name: str, array: Array) -> Array:
-      top, density = self.top_of(name), densities[name]
-      return by_slice(lambda units: top(units, kept(units.size, density)), array)
-
-    return {name: choose(name, array) for name, array in units.items()}
+    counts = {
+      name: kept(math.prod(array.shape[-2:]), densities[name]) for name, array in units.items()
+    }
+    return self.largest(units, counts)
 
   def masks(self, scores: Tree, target: Tree) -> Tree:
     """The weights that are kept: bool, shaped like the leaves of `scores`."""

@@ -3,24 +3,34 @@
 The k-th largest of N values is found by bisection on their bits: a float's bit pattern, read as an
 integer, orders like the float, so 32 compare-and-count passes fix the threshold bit by bit. `k` may
 be traced, and a pass is one fused reduction where a sort shuffles memory N log N times.
+
+So a CPU selects, one array after the other. On other devices all arrays of one size are selected in
+together, four bits a pass (`kernels/radix.py`): the masks are the same. The device is the one that a
+program is lowered for.
 """
+
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import ndtri
 
+from sparse_lm.kernels import radix
+
 Array = jax.Array
 
 
-def ordered_bits(values: Array) -> Array:
-  """int32 keys that order like the float32 `values` (-0.0 counts as 0.0)."""
-  bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
-  keys = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-  return jnp.where(keys == -1, 0, keys)
+def counts(flags: Sequence[Array]) -> list[Array]:
+  """Number of True in each array, int32."""
+  return jax.lax.platform_dependent(tuple(flags), cpu=_counts_one_by_one, default=radix.counts)
 
 
-def count(flags: Array) -> Array:
+def _counts_one_by_one(flags: Sequence[Array]) -> list[Array]:
+  return [_count(one) for one in flags]
+
+
+def _count(flags: Array) -> Array:
   """Number of True in `flags`, int32.
 
   Columns are summed in float32 first, exact below 2**24 rows: XLA:CPU vectorises that sum and not
@@ -31,13 +41,13 @@ def count(flags: Array) -> Array:
   return jnp.sum(jnp.sum(flags, axis=0, dtype=jnp.float32).astype(jnp.int32))
 
 
-def kth_largest(keys: Array, k: Array) -> Array:
+def _kth_largest(keys: Array, k: Array) -> Array:
   """The largest int32 `t` for which at least `k` of `keys` are >= `t` (the k-th largest key)."""
-  lowest = jnp.where(count(keys >= 0) >= k, 0, jnp.iinfo(jnp.int32).min).astype(jnp.int32)
+  lowest = jnp.where(_count(keys >= 0) >= k, 0, jnp.iinfo(jnp.int32).min).astype(jnp.int32)
 
   def set_bit(i: Array, threshold: Array) -> Array:
     candidate = threshold + (jnp.int32(1) << (30 - i))
-    return jnp.where(count(keys >= candidate) >= k, candidate, threshold)
+    return jnp.where(_count(keys >= candidate) >= k, candidate, threshold)
 
   return jax.lax.fori_loop(0, 31, set_bit, lowest)
 
@@ -58,7 +68,7 @@ def _first(flags: Array, need: Array) -> Array:
 
   def set_bit(i: Array, cut: Array) -> Array:
     candidate = cut + (jnp.int32(1) << (bits - 1 - i))
-    return jnp.where(count(flags & (index < candidate)) <= need, candidate, cut)
+    return jnp.where(_count(flags & (index < candidate)) <= need, candidate, cut)
 
   return flags & (index < jax.lax.fori_loop(0, bits, set_bit, jnp.int32(0)))
 
@@ -73,22 +83,56 @@ def topk_mask(scores: Array, k: Array | int) -> Array:
   Returns:
     bool, the shape of `scores`.
   """
-  keys = ordered_bits(scores)
+
+  def by_digits(scores: Array, k: Array) -> Array:
+    (mask,) = radix.masks((scores.reshape(-1),), (k,))
+    return mask.reshape(scores.shape)
+
   k = jnp.asarray(k, jnp.int32)
-  threshold = kth_largest(keys, k)
+  return jax.lax.platform_dependent(scores, k, cpu=_by_bits, default=by_digits)
+
+
+def topk_masks(scores: Sequence[Array], k: Sequence[Array | int]) -> list[Array]:
+  """`topk_mask` in every trailing matrix of several arrays; a vector counts as a matrix.
+
+  Args:
+    scores: each float `[..., in, out]` without NaN; taken as float32.
+    k: of each array, int32 that broadcasts to `[...]`, may be traced.
+
+  Returns:
+    bool, the shapes of `scores`.
+  """
+  each = [
+    jnp.broadcast_to(jnp.asarray(count, jnp.int32), array.shape[:-2])
+    for array, count in zip(scores, k, strict=True)
+  ]
+  return jax.lax.platform_dependent(
+    tuple(scores), tuple(each), cpu=_masks_one_by_one, default=radix.masks
+  )
+
+
+def _masks_one_by_one(scores: Sequence[Array], k: Sequence[Array]) -> list[Array]:
+  return [_vmapped(_by_bits, array.ndim - 2)(array, count) for array, count in zip(scores, k)]
+
+
+def _vmapped(f: Callable, times: int) -> Callable:
+  return f if times < 1 else jax.vmap(_vmapped(f, times - 1))
+
+
+def _by_bits(scores: Array, k: Array) -> Array:
+  keys = radix.ordered_keys(scores.astype(jnp.float32))
+  threshold = _kth_largest(keys, k)
   at_least = keys >= threshold
 
   def break_ties() -> Array:
     above = keys > threshold
-    return above | _first(keys == threshold, k - count(above))
+    return above | _first(keys == threshold, k - _count(above))
 
-  return jax.lax.cond(count(at_least) == k, lambda: at_least, break_ties)
+  return jax.lax.cond(_count(at_least) == k, lambda: at_least, break_ties)
 
 
 def topk_rows(scores: Array, k: Array | int) -> Array:
   """Exactly `k` True in each row (last axis), where it is largest; ties go to the lower index.
-
-  The 32 bits are bisected as two int16 halves: XLA:CPU compares and counts those four times as fast.
 
   Args:
     scores: float `[..., N]` without NaN, taken as float32; N below 2**20.
@@ -97,8 +141,14 @@ def topk_rows(scores: Array, k: Array | int) -> Array:
   Returns:
     bool `[..., N]`.
   """
-  keys = ordered_bits(scores)
-  k = jnp.asarray(k, jnp.float32)
+  k = jnp.asarray(k, jnp.int32)
+  return jax.lax.platform_dependent(scores, k, cpu=_rows_by_bits, default=radix.rows)
+
+
+def _rows_by_bits(scores: Array, k: Array) -> Array:
+  """The 32 bits are bisected as two int16 halves: XLA:CPU counts those four times as fast."""
+  keys = radix.ordered_keys(scores.astype(jnp.float32))
+  k = k.astype(jnp.float32)
   high = (keys >> 16).astype(jnp.int16)
   low = ((keys & 0xFFFF) - 0x8000).astype(jnp.int16)
   threshold = _kth_in_row(high, k)

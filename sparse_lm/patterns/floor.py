@@ -45,10 +45,10 @@ class Floor(Pattern):
     """Only parameters of two axes or more."""
     return is_matrix(shape)
 
-  def top_of(self, name: str) -> Callable[[Array, Array], Array]:
-    """Selects in the matrix at the path `name`."""
+  def top_of(self, name: str) -> Callable[[Array, Array], Array] | None:
+    """Selects in the matrix at the path `name`, where it has channels."""
     axis = dict(self.axes).get(name)
-    return self.top if axis is None else functools.partial(self._top, axis)
+    return None if axis is None else functools.partial(self._top, axis)
 
   def _top(self, axis: int, units: Array, count: Array) -> Array:
     along = units.T if axis == -1 else units  # a channel is a row

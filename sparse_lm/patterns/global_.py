@@ -12,8 +12,8 @@ from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.groups import Group
 from sparse_lm.core.tree import Tree
-from sparse_lm.core.units import Array, Pattern, Shapes, Units, by_slice, mean_density
-from sparse_lm.kernels.topk import topk_mask
+from sparse_lm.core.units import Array, Pattern, Shapes, Units, mean_density
+from sparse_lm.kernels.topk import topk_masks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +79,9 @@ class Global(Pattern):
   def select(self, units: Units, densities: Mapping[str, Array], like: Tree) -> Units:
     """The largest scores of all, behind those that the floor keeps of each matrix."""
     if self.floor:
-      first = tree.named(self.expand(units, like))
-      best = [
-        by_slice(lambda m: topk_mask(m, _at_least(m.size, self.floor)), leaf).ravel()
-        for leaf in first.values()
-      ]
+      first = list(tree.named(self.expand(units, like)).values())
+      least = [_at_least(math.prod(leaf.shape[-2:]), self.floor) for leaf in first]
+      best = [mask.ravel() for mask in topk_masks(first, least)]
       # What is dropped already is at minus infinity, and no floor brings it back.
       chosen = jnp.concatenate(best) & ~jnp.isneginf(units['all'])
       units = {'all': jnp.where(chosen, jnp.inf, units['all'])}

@@ -20,7 +20,7 @@ from sparse_lm.core.groups import Group
 from sparse_lm.core.ranges import supplied
 from sparse_lm.core.tree import Tree
 from sparse_lm.core.units import Pattern
-from sparse_lm.kernels.topk import count
+from sparse_lm.kernels.topk import counts
 from sparse_lm.patterns import pattern
 from sparse_lm.signals import from_training
 from sparse_lm.weights.traits import Traits
@@ -298,7 +298,9 @@ class PatternMethod(WeightMethod):
 
 def densities(masks: Tree) -> Tree:
   """The fraction that each mask keeps, float32; exact below 2**24 weights."""
-  return jax.tree.map(lambda mask: count(mask).astype(jnp.float32) / mask.size, masks)
+  leaves, structure = jax.tree.flatten(masks)
+  shares = (count.astype(jnp.float32) / mask.size for mask, count in zip(leaves, counts(leaves)))
+  return jax.tree.unflatten(structure, shares)
 
 
 def mean_density(density: Tree, params: Tree) -> Array:

@@ -1,6 +1,8 @@
 """Masks at random or in a random order, and the rescaling that keeps a masked layer's output variance."""
 
+import functools
 import zlib
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 from sparse_lm.core import tree
 from sparse_lm.core.errors import unknown
 from sparse_lm.core.tree import Tree
-from sparse_lm.core.units import Pattern
+from sparse_lm.core.units import Pattern, Units
 from sparse_lm.weights.method import Array, Sparse, apply_masks, restrict_to
 
 RESCALES = ('none', 'layer', 'unit')
@@ -29,7 +31,7 @@ def random_start(
   """
   prunable = restrict_to(params, target)
   shapes = jax.eval_shape(units.pool, prunable)
-  draws = {name: jax.random.uniform(path_key(key, name), u.shape) for name, u in shapes.items()}
+  draws = uniform({name: path_key(key, name) for name in shapes}, shapes)
   chosen = units.select(draws, units.densities(target, prunable), prunable)
   masks = units.expand(chosen, prunable)
   if rescale != 'none':
@@ -54,6 +56,22 @@ def check(rescale: str) -> None:
   """Raises UserError for an unknown rescaling."""
   if rescale not in RESCALES:
     raise unknown('config.weight.rescale', rescale, RESCALES)
+
+
+def uniform(keys: Mapping[str, Array], like: Mapping[str, Array]) -> Units:
+  """Draws from [0, 1) by each name's own key, in the shapes of `like`.
+
+  Arrays of one shape are drawn in one operation, which compiles once; an array's values do not depend
+  on the others.
+  """
+  names: dict[tuple[int, ...], list[str]] = {}
+  for name in keys:
+    names.setdefault(like[name].shape, []).append(name)
+  drawn = {}
+  for shape, together in names.items():
+    draw = jax.vmap(functools.partial(jax.random.uniform, shape=shape))
+    drawn |= zip(together, draw(jnp.stack([keys[name] for name in together])))
+  return {name: drawn[name] for name in keys}
 
 
 def path_key(key: Array, path: str) -> Array:

@@ -1,7 +1,7 @@
 """Drop-and-grow: the step that SET and RigL share, and a base class for methods made of it."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from sparse_lm.core.ranges import ranged
 from sparse_lm.core.tree import Tree
-from sparse_lm.core.units import by_slice
-from sparse_lm.kernels.topk import topk_mask
+from sparse_lm.core.units import Pattern, Units
+from sparse_lm.kernels.topk import topk_masks
 from sparse_lm.weights.method import (
   Array,
   MaskUpdate,
@@ -19,41 +19,51 @@ from sparse_lm.weights.method import (
   exchange_masks,
   restrict_to,
 )
-from sparse_lm.weights.random_start import check, path_key, random_start
+from sparse_lm.weights.random_start import check, path_key, random_start, uniform
 
 
 def drop_and_grow(
-  mask: Array,
-  weights: Array,
-  growth: Array,
-  fraction: Array,
-  noise: Array,
-  top: Callable[[Array, Array], Array] = topk_mask,
-) -> tuple[Array, Array]:
+  masks: Units,
+  weights: Units,
+  growth: Units,
+  fractions: Mapping[str, Array],
+  noise: Units,
+  units: Pattern,
+) -> tuple[Units, Units]:
   """Drops the smallest connections and grows as many elsewhere (SET 2018; RigL 2020, section 3).
 
+  All arguments but `units` are by name.
+
   Args:
-    mask: bool `[..., in, out]`; the count of each trailing matrix stays what it is.
+    masks: bool `[..., in, out]`; the count of each trailing matrix stays what it is.
     weights: their magnitudes rank the drop.
     growth: scores of the positions to grow, among all that are not kept: a connection that is dropped
       may be grown again at once.
-    fraction: scalar in [0, 1], the share of a matrix's active connections that is dropped.
-    noise: uniform [0, 1) like `mask`; a 1e-5 part of it breaks ties of the drop.
-    top: `(scores, count) -> mask`, what a pattern allows to be kept.
+    fractions: scalars in [0, 1], the share of each matrix's active connections that is dropped.
+    noise: uniform [0, 1) like `masks`; a 1e-5 part of it breaks ties of the drop.
+    units: the pattern, which says what may be kept.
 
   Returns:
-    The new mask, and which of its connections were not dropped, both bool like `mask`.
+    The new masks, and which of their connections were not dropped, both bool like `masks`.
   """
+  active = {name: _active(mask) for name, mask in masks.items()}
+  survive = [
+    count - jnp.floor(fractions[name] * count).astype(jnp.int32) for name, count in active.items()
+  ]
+  ranked = [
+    jnp.where(mask, jnp.abs(weights[name]) + 1e-5 * noise[name], -1.0)
+    for name, mask in masks.items()
+  ]
+  keep = dict(zip(masks, topk_masks(ranked, survive)))
+  # What is kept comes first; where the pattern has no room for all of it, the largest growth does.
+  first = {name: jnp.where(keep[name], jnp.inf, growth[name]) for name in masks}
+  new = units.largest(first, active)
+  return new, {name: keep[name] & new[name] for name in masks}
 
-  def matrix(mask: Array, weights: Array, growth: Array, noise: Array) -> tuple[Array, Array]:
-    active = jnp.sum(mask, dtype=jnp.int32)
-    drops = jnp.floor(fraction * active).astype(jnp.int32)
-    keep = topk_mask(jnp.where(mask, jnp.abs(weights) + 1e-5 * noise, -1.0), active - drops)
-    # What is kept comes first; where the pattern has no room for all of it, the largest growth does.
-    new = top(jnp.where(keep, jnp.inf, growth), active)
-    return new, keep & new
 
-  return by_slice(matrix, mask, weights, growth, noise)
+def _active(mask: Array) -> Array:
+  """Connections of each trailing matrix, int32; a vector counts as one."""
+  return jnp.sum(mask, axis=tuple(range(max(mask.ndim - 2, 0), mask.ndim)), dtype=jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +100,13 @@ class Rewiring(PatternMethod):
     """Every `period` steps, neither at step 0 nor from `end` on."""
     return 0 < step < self._last and step % self.period == 0
 
-  def growth(self, shape: tuple[int, ...], signals: dict[str, Array], key: Array) -> Array:
-    """Scores of units of that shape; `signals` holds the units' mean magnitudes of each, by name."""
+  def growth(self, signals: dict[str, Units], noise: Units) -> Units:
+    """Scores of the units to grow.
+
+    Args:
+      signals: the units' mean magnitudes of each signal.
+      noise: uniform [0, 1).
+    """
     raise NotImplementedError(type(self).__name__)
 
   def fraction(self, step: Array) -> Array:
@@ -111,19 +126,16 @@ class Rewiring(PatternMethod):
       need: units.pool(jax.tree.map(jnp.abs, restrict_to(signals[need], sparse.masks)))
       for need in self.traits.needs
     }
-    rewired, survived = {}, {}
-    for name, mask in alive.items():
-      key_drop, key_grow = jax.random.split(path_key(key, name))
-      growth = self.growth(
-        mask.shape, {need: pool[name] for need, pool in signalled.items()}, key_grow
-      )
-      noise = jax.random.uniform(key_drop, mask.shape)
-      fraction = jnp.where(
-        mask.all(), 0.0, self.fraction(step)
-      )  # a dense matrix has nowhere to grow
-      rewired[name], survived[name] = drop_and_grow(
-        mask, pooled[name], growth, fraction, noise, units.top_of(name)
-      )
+    # A dense matrix has nowhere to grow.
+    fractions = {
+      name: jnp.where(mask.all(), 0.0, self.fraction(step)) for name, mask in alive.items()
+    }
+    pairs = {name: jax.random.split(path_key(key, name)) for name in alive}
+    noise, spread = (
+      uniform({name: pair[use] for name, pair in pairs.items()}, alive) for use in range(2)
+    )
+    growth = self.growth(signalled, spread)
+    rewired, survived = drop_and_grow(alive, pooled, growth, fractions, noise, units)
     masks = units.expand(rewired, magnitudes)
     if self.regrown_at_zero:
       return exchange_masks(trainable, sparse, masks, units.expand(survived, magnitudes))

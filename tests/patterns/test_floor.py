@@ -85,8 +85,8 @@ def test_drop_and_grow_keeps_the_floor_too():
   draw = np.random.default_rng(0)
   mask, weights, growth, noise = (draw.random((8, 6)).astype('f') for _ in range(4))
   growth[:, 0] += 9  # all growth would go to one output
-  top = pattern('floor:2', DECLARED).top_of('up')
-  new, _ = drop_and_grow(mask > 0.6, weights, growth, 0.9, noise, top)
+  named = ({'up': array} for array in (mask > 0.6, weights, growth, 0.9, noise))
+  new = drop_and_grow(*named, pattern('floor:2', DECLARED))[0]['up']
   assert new.sum() == (mask > 0.6).sum() and np.asarray(new).sum(axis=0).min() == 2
 
 

@@ -79,9 +79,9 @@ def toy_program(optimizer_name, method_name, **fields):
   return program, distribution.targets(params, 0.6, 'uniform', ('embed', 'bias'), method.units)
 
 
-def sorted_topk(scores, k):
-  order = jnp.argsort(-scores, axis=None)
-  return (jnp.argsort(order) < k).reshape(scores.shape)
+def sorted_topk(scores, counts):
+  ranks = (jnp.argsort(jnp.argsort(-array, axis=None)).reshape(array.shape) for array in scores)
+  return [rank < k for rank, k in zip(ranks, counts)]
 
 
 @pytest.fixture(scope='module')
@@ -99,8 +99,8 @@ def operation_by_operation(toy_gradients, monkeypatch):
       return toy_gradients(*arguments)
 
   # Which weights are chosen is tested elsewhere; a bisection is slow without jit.
-  monkeypatch.setattr(pattern, 'topk_mask', sorted_topk)
-  monkeypatch.setattr(rewire, 'topk_mask', sorted_topk)
+  monkeypatch.setattr(pattern, 'topk_masks', sorted_topk)
+  monkeypatch.setattr(rewire, 'topk_masks', sorted_topk)
   monkeypatch.setattr(Program, '_gradients', gradients)
   with jax.disable_jit():
     yield

@@ -10,12 +10,23 @@ from hypothesis import strategies as st
 
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.groups import Group, Member
+from sparse_lm.core.units import Pattern
 from sparse_lm.model import slots
 from sparse_lm.patterns import pattern
 from sparse_lm.weights.method import Sparse
 from sparse_lm.weights.rewire import drop_and_grow
 
-JITTED = jax.jit(drop_and_grow)
+UNSTRUCTURED = Pattern()
+
+
+def rewired(mask, weights, growth, fraction, noise, units=UNSTRUCTURED):
+  """`drop_and_grow` of one matrix."""
+  named = ({'w': array} for array in (mask, weights, growth, fraction, noise))
+  new, survived = drop_and_grow(*named, units)
+  return new['w'], survived['w']
+
+
+JITTED = jax.jit(rewired, static_argnums=5)
 RIGL, SET = slots.method('weight', 'rigl'), slots.method('weight', 'set')
 FRACTIONS = [0.0, 0.125, 0.25, 0.5, 1.0]  # exact in float32, so that the floor is unambiguous
 
@@ -79,7 +90,7 @@ def test_a_dropped_connection_may_be_grown_again():
   weights = np.array([[5.0, 0.1, 0.0, 0.0]], np.float32)
   growth = np.array([[0.0, 9.0, 1.0, 2.0]], np.float32)
   noise = np.zeros((1, 4), np.float32)
-  assert drop_and_grow(mask, weights, growth, 0.5, noise)[0].tolist() == mask.tolist()
+  assert rewired(mask, weights, growth, 0.5, noise)[0].tolist() == mask.tolist()
 
 
 def test_growth_never_picks_what_is_kept_even_where_all_gradients_are_zero():
@@ -92,7 +103,7 @@ def test_noise_breaks_ties_of_the_drop():
   mask = np.array([[True, True, True, True, False, False]])
   noise = np.array([[0.1, 0.9, 0.5, 0.7, 0.0, 0.0]], np.float32)
   growth = np.array([[0, 0, 0, 0, 1, 1]], np.float32)
-  new, _ = drop_and_grow(mask, mask.astype(np.float32), growth, 0.5, noise)
+  new, _ = rewired(mask, mask.astype(np.float32), growth, 0.5, noise)
   assert new.tolist() == [[False, True, False, True, True, True]]
 
 
@@ -112,7 +123,7 @@ def test_n_of_m_masks_grow_where_their_groups_have_lost_something():
   mask = in_groups(lambda w: np.argsort(np.argsort(-w)) < 2)(weights)
   growth, noise = draw.random((2, 12, 8)).astype(np.float32)
   weights *= mask
-  new = np.asarray(drop_and_grow(mask, weights, growth, 0.25, noise, pattern('2:4').top)[0])
+  new = np.asarray(rewired(mask, weights, growth, 0.25, noise, pattern('2:4'))[0])
   smallest = np.sort(weights[mask])[12]  # a quarter of 48 is dropped
   keep = mask & (weights >= smallest)
   want = in_groups(lambda k, g: np.argsort(np.argsort(-np.where(k, 9, g))) < 2)(keep, growth)

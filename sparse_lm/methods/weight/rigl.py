@@ -4,7 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from sparse_lm.core import schedule
-from sparse_lm.weights.method import Array
+from sparse_lm.core.units import Array, Units
 from sparse_lm.weights.rewire import Rewiring
 from sparse_lm.weights.traits import Traits
 
@@ -26,7 +26,7 @@ class RigL(Rewiring):
     replaces_step=True,
   )
 
-  def growth(self, shape: tuple[int, ...], signals: dict[str, Array], key: Array) -> Array:
+  def growth(self, signals: dict[str, Units], noise: Units) -> Units:
     """Grows by the magnitude of the dense gradient."""
     return signals['grads']
 

@@ -3,10 +3,9 @@
 import dataclasses
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 
-from sparse_lm.weights.method import Array
+from sparse_lm.core.units import Array, Units
 from sparse_lm.weights.rewire import Rewiring
 from sparse_lm.weights.traits import Traits
 
@@ -27,9 +26,9 @@ class SET(Rewiring):
     saves='weights, gradients and moments of dropped connections, from the first step',
   )
 
-  def growth(self, shape: tuple[int, ...], signals: dict[str, Array], key: Array) -> Array:
-    """Draws uniform random scores."""
-    return jax.random.uniform(key, shape)
+  def growth(self, signals: dict[str, Units], noise: Units) -> Units:
+    """Uniform random scores."""
+    return noise
 
   def fraction(self, step: Array) -> Array:
     """The share is `drop_fraction` at every step."""
