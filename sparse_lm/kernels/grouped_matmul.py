@@ -1,25 +1,38 @@
 """Blocks of rows times matrices out of a stack: one function, the backend chosen inside."""
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+from sparse_lm.kernels import expert_tiles
 
 Array = jax.Array
 
 # Branches of conditionals that are compiled beside each other at most: each takes some 20 ms.
 UNROLLED = 64
 
+FIRST_WITH_TILES = 8.0  # compute capability, of the first GPU that Triton compiles for
+COPIED_TO = 64  # rows of a block that a matrix is copied to
+
 
 def grouped_matmul(x_NxPxI: Array, kernel_ExIxF: Array, group_N: Array | None = None) -> Array:
   """Each block of rows times the matrix of its group: `[N, P, F]`.
 
-  With one row to the block (a token that is decoded) only the matrices that are named are read.
+  With one row to the block (a token that is decoded) only the matrices that are named are read. On an
+  NVIDIA GPU that is so for every block, and blocks of no group cost nothing; elsewhere the matrices are
+  copied to the blocks by a product with one-hot rows.
 
   Args:
     kernel_ExIxF: of any float dtype; it is multiplied in that of the rows.
-    group_N: int32, the group of each block; E names none, and gives zeros. `None` = block i is group i's.
+    group_N: int32, the group of each block, ascending where there is a gradient; E names none, and gives
+      zeros. `None` = block i is group i's.
   """
+  if _in_tiles(x_NxPxI, kernel_ExIxF, group_N):
+    padded = jnp.pad(x_NxPxI, ((0, 0), (0, _empty_rows(x_NxPxI)), (0, 0)))
+    y_NxPxF = expert_tiles.product(padded, kernel_ExIxF.astype(x_NxPxI.dtype), group_N)
+    return y_NxPxF[:, : x_NxPxI.shape[1]]
   if group_N is not None and x_NxPxI.shape[1] == 1:
     of_group = lambda x, group: x @ kernel_ExIxF[group].astype(x.dtype)  # noqa: E731
     return one_by_one(of_group, len(kernel_ExIxF), x_NxPxI, group_N)
@@ -28,10 +41,46 @@ def grouped_matmul(x_NxPxI: Array, kernel_ExIxF: Array, group_N: Array | None = 
 
 
 def copied_flops(x_NxPxI: Array, kernel_ExIxF: Array, group_N: Array | None = None) -> float:
-  """FLOPs that `grouped_matmul` executes beside the products of all rows."""
+  """FLOPs that `grouped_matmul` executes beside the products of all rows, on this process' device."""
+  if _in_tiles(x_NxPxI, kernel_ExIxF, group_N):
+    return 2.0 * len(x_NxPxI) * _empty_rows(x_NxPxI) * math.prod(kernel_ExIxF.shape[1:])
   if group_N is not None and x_NxPxI.shape[1] == 1:
     return 0.0
   return selection_flops(kernel_ExIxF, group_N)
+
+
+def block_rows(shape: tuple[int, int, int], capacity: int | None) -> int:
+  """Rows of the blocks that an expert's rows are best cut into on this process' device.
+
+  Args:
+    shape: of the matrices, `(E, I, F)`.
+    capacity: most rows of an expert, `None` = any number. Where matrices are copied to blocks, an expert
+      with a capacity has one block.
+  """
+  if has_tiles() and expert_tiles.fits(expert_tiles.ROWS, shape, 1):
+    return expert_tiles.ROWS
+  return capacity or COPIED_TO
+
+
+def has_tiles() -> bool:
+  """Whether the kernels of `expert_tiles` run on this process' device: NVIDIA's GPUs since A100."""
+  device = jax.local_devices()[0]
+  if device.platform != 'gpu' or 'cuda' not in device.client.platform_version:
+    return False
+  return float(device.compute_capability) >= FIRST_WITH_TILES
+
+
+def _in_tiles(x_NxPxI: Array, kernel_ExIxF: Array, group_N: Array | None) -> bool:
+  """Whether blocks are multiplied by the kernels of `expert_tiles`."""
+  if group_N is None or not has_tiles():
+    return False
+  rows = x_NxPxI.shape[1] + _empty_rows(x_NxPxI)
+  return expert_tiles.fits(rows, kernel_ExIxF.shape, len(x_NxPxI))
+
+
+def _empty_rows(x_NxPxI: Array) -> int:
+  """Rows of zeros that fill a block with one row to a tile."""
+  return expert_tiles.SIZES[-1] - 1 if x_NxPxI.shape[1] == 1 else 0
 
 
 def of_blocks(stacked: Array, group_N: Array | None) -> Array:

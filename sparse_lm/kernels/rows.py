@@ -33,3 +33,25 @@ def _backward(inverse: Array, gradient: Array) -> tuple[Array, None, None]:
 
 
 take_rows.defvjp(_forward, _backward)
+
+
+def places_of(index_BxM: Array, rows: int) -> Array:
+  """The place in `index` of each of a sequence's rows: int32 `[B, rows]`, M for a row that it lacks.
+
+  Args:
+    index_BxM: int32, no row of a sequence twice.
+    rows: how many a sequence has.
+  """
+  sequence_Bx1 = jnp.arange(len(index_BxM))[:, None]
+  place_M = jnp.arange(index_BxM.shape[1], dtype=jnp.int32)
+  return jnp.full((len(index_BxM), rows), place_M.size).at[sequence_Bx1, index_BxM].set(place_M)
+
+
+def take_rows_of_each(x_BxLxD: Array, index_BxM: Array, place_BxL: Array) -> Array:
+  """Rows of each sequence of a batch: `[B, M, D]`, zeros where the index is out of range.
+
+  Args:
+    index_BxM: int32, no row of a sequence twice.
+    place_BxL: `places_of(index_BxM, L)`. With the two exchanged the rows go back to their places.
+  """
+  return jax.vmap(take_rows)(x_BxLxD, index_BxM, place_BxL[..., None])

@@ -1,7 +1,7 @@
 """Tokens to experts and back: one plan, and what runs it.
 
 A plan gives (token, choice) pairs slots; slots come in blocks of equal size and a block belongs to
-one expert, so that experts run as one batched matmul. `sort` moves rows by index; `einsum` multiplies
+one expert, so that experts run as one grouped matmul. `sort` moves rows by index; `einsum` multiplies
 by one-hot matrices, as GShard does, and is the reference. Few tokens take no slots: each of their choices
 is a block of its own.
 """
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sparse_lm.kernels.ranks import ranks, sizes
 from sparse_lm.kernels.rows import take_rows
 from sparse_lm.plan import record
 
@@ -26,15 +27,20 @@ class Plan(NamedTuple):
   Attributes:
     slot_TxJ: int32, the slot of a choice, S where it was dropped.
     pair_S: int32, `token * J + choice` of the pair in a slot, T * J where it is empty.
-    expert_N: int32, the expert of each block of S / N slots; without a capacity E behind the last
-      block that is used.
+    expert_N: int32, the expert of each block of S / N slots, ascending; E behind the last block that is
+      used. `None` = E blocks, of which block i is expert i's.
     load_E: int32, pairs that asked for each expert, dropped ones included.
   """
 
   slot_TxJ: Array
   pair_S: Array
-  expert_N: Array
+  expert_N: Array | None
   load_E: Array
+
+  @property
+  def blocks(self) -> int:
+    """N."""
+    return self.load_E.size if self.expert_N is None else self.expert_N.size
 
   @property
   def served_TxJ(self) -> Array:
@@ -48,47 +54,46 @@ class Plan(NamedTuple):
     return (asked - jnp.sum(self.served_TxJ)) / jnp.maximum(asked, 1)
 
 
-def plan(expert_TxJ: Array, experts: int, capacity: int | None, block: int = 64) -> Plan:
+def plan(expert_TxJ: Array, experts: int, capacity: int | None, block: int) -> Plan:
   """Gives pairs slots in order: earlier tokens first, of one token the earlier choice.
 
   Args:
     expert_TxJ: int32, the expert of each choice; `experts` = none.
     experts: E.
-    capacity: slots of each expert; pairs beyond are dropped. `None` = none are: every expert gets as
-      many blocks as it needs, at a cost of at most `block - 1` empty slots each.
-    block: slots of a block without a capacity.
+    capacity: slots of each expert; pairs beyond are dropped. `None` = none are.
+    block: slots of a block. Every expert gets as many blocks as it needs, at a cost of at most
+      `block - 1` empty slots each; where its capacity fits one block, it has one of that size.
   """
   tokens, choices = expert_TxJ.shape
   pairs = tokens * choices
-  flat = expert_TxJ.reshape(-1)
-  load_E = load(expert_TxJ, experts)
-  order = jnp.argsort(flat, stable=True)  # by expert, and within an expert by arrival
-  first_E = jnp.cumsum(load_E) - load_E
-  sorted_expert = flat[order]
-  one_of = jnp.minimum(sorted_expert, experts - 1)
-  place = jnp.arange(pairs) - first_E[one_of]
-  if capacity is not None:
-    slots = experts * capacity
+  flat_P = expert_TxJ.reshape(-1)
+  place_P, load_E = ranks(flat_P, experts)
+  one_of = jnp.minimum(flat_P, experts - 1)
+  if capacity is not None and capacity <= block:
+    slots, expert_N = experts * capacity, None
     start_E = jnp.arange(experts) * capacity
-    expert_N = jnp.arange(experts)
-    served = place < capacity
   else:
-    blocks_E = -(-load_E // block)
+    served_E = load_E if capacity is None else jnp.minimum(load_E, capacity)
+    last_E = jnp.cumsum(-(-served_E // block))
     blocks = -(-pairs // block) + experts
+    if capacity is not None:
+      blocks = min(blocks, experts * -(-capacity // block))
     slots = blocks * block
-    start_E = (jnp.cumsum(blocks_E) - blocks_E) * block
+    start_E = jnp.concatenate([jnp.zeros(1, jnp.int32), last_E[:-1]]) * block
     # Behind the last block with a pair in it they are no expert's.
-    expert_N = jnp.searchsorted(jnp.cumsum(blocks_E), jnp.arange(blocks), side='right')
-    served = True
-  slot = jnp.where(served & (sorted_expert < experts), start_E[one_of] + place, slots)
-  slot_TxJ = jnp.zeros(pairs, jnp.int32).at[order].set(slot.astype(jnp.int32))
-  pair_S = jnp.full(slots, pairs, jnp.int32).at[slot].set(order.astype(jnp.int32), mode='drop')
-  return Plan(slot_TxJ.reshape(tokens, choices), pair_S, expert_N.astype(jnp.int32), load_E)
+    expert_N = jnp.sum(last_E <= jnp.arange(blocks)[:, None], axis=1, dtype=jnp.int32)
+  served_P = flat_P < experts
+  if capacity is not None:
+    served_P &= place_P < capacity
+  slot_P = jnp.where(served_P, start_E[one_of] + place_P, slots).astype(jnp.int32)
+  pair_S = jnp.full(slots, pairs, jnp.int32)
+  pair_S = pair_S.at[slot_P].set(jnp.arange(pairs, dtype=jnp.int32), mode='drop')
+  return Plan(slot_P.reshape(tokens, choices), pair_S, expert_N, load_E)
 
 
 def load(expert_TxJ: Array, experts: int) -> Array:
   """How many choices ask for each expert, int32 `[E]`; `experts` = none."""
-  return jnp.sum(expert_TxJ.reshape(-1)[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
+  return sizes(expert_TxJ.reshape(-1), experts)
 
 
 def dispatch(x_TxD: Array, plan: Plan, executor: str) -> Array:
@@ -101,7 +106,7 @@ def dispatch(x_TxD: Array, plan: Plan, executor: str) -> Array:
   else:
     token_S = jnp.where(plan.pair_S < tokens * choices, plan.pair_S // choices, tokens)
     x_SxD = take_rows(x_TxD, token_S, plan.slot_TxJ)
-  return x_SxD.reshape(plan.expert_N.size, -1, x_TxD.shape[1])
+  return x_SxD.reshape(plan.blocks, -1, x_TxD.shape[1])
 
 
 def combine(y_NxPxD: Array, plan: Plan, weight_TxJ: Array, executor: str) -> Array:

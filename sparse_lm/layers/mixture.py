@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from sparse_lm.core.errors import require, unknown
 from sparse_lm.core.ranges import ranged
+from sparse_lm.kernels.grouped_matmul import block_rows
 from sparse_lm.layers import dispatch, routing
 from sparse_lm.layers.experts import Experts
 from sparse_lm.layers.feed_forward import FeedForward
@@ -63,7 +64,8 @@ class MixtureOfExperts(LayerMethod):
     first, second = (l, b) if self.by_position else (b, l)
     x_TxD = (x_BxLxD.swapaxes(0, 1) if self.by_position else x_BxLxD).reshape(b * l, d)
     routed = self.route(x_TxD, mode)
-    plan = dispatch.plan(routed.expert_TxJ, self.count, routed.capacity)
+    block = block_rows((self.count, d, self.units), routed.capacity)
+    plan = dispatch.plan(routed.expert_TxJ, self.count, routed.capacity, block)
     routing.observe(self, routed, plan)
     visits_T = jnp.sum(plan.served_TxJ, axis=-1, dtype=jnp.float32)
     active = (visits_T / routed.visits).reshape(first, second)
@@ -80,10 +82,9 @@ class MixtureOfExperts(LayerMethod):
     if few and routed.expert_TxJ.size <= self.count:
       run = lambda x_NxPxD, expert_N: experts(x_NxPxD, expert_N, visits, mode)  # noqa: E731
       return dispatch.run_choices(run, x_TxD, routed.expert_TxJ, routed.weight_TxJ)
-    expert_N = plan.expert_N if routed.capacity is None else None
     x_NxPxD = dispatch.dispatch(x_TxD, plan, self.executor)
     with record.gated(self.path, self.traits.gating):
-      y_NxPxD = experts(x_NxPxD, expert_N, visits, mode)
+      y_NxPxD = experts(x_NxPxD, plan.expert_N, visits, mode)
     return dispatch.combine(y_NxPxD, plan, routed.weight_TxJ, self.executor)
 
 

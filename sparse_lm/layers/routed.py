@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sparse_lm.kernels.rows import places_of, take_rows_of_each
 from sparse_lm.layers.tokens import Tokens
 from sparse_lm.plan import record
 
@@ -13,11 +14,15 @@ from sparse_lm.plan import record
 def gather_run_scatter(
   block: nn.Module, tokens: Tokens, index_BxC: jax.Array, mode: str
 ) -> jax.Array:
-  """What the block adds, `[B, L, D]`, to the valid ones of the tokens at `index`; zeros elsewhere."""
+  """What the block adds, `[B, L, D]`, to the valid ones of the tokens at `index`; zeros elsewhere.
+
+  Rows are gathered on their way back too: each token reads the row that is its own. `index` names no
+  token of a sequence twice.
+  """
   taken = tokens.take(index_BxC)
   added_BxCxD = jnp.where(taken.valid[..., None], block(taken, mode), 0)
-  row = jnp.arange(len(index_BxC))[:, None]
-  return jnp.zeros_like(tokens.x).at[row, index_BxC].set(added_BxCxD.astype(tokens.x.dtype))
+  place_BxL = places_of(index_BxC, tokens.x.shape[1])
+  return take_rows_of_each(added_BxCxD.astype(tokens.x.dtype), place_BxL, index_BxC)
 
 
 def run_routed(block: nn.Module, tokens: Tokens, mode: str) -> jax.Array:

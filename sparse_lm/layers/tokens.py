@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_lm.kernels.placed import Placed
+from sparse_lm.kernels.rows import places_of, take_rows_of_each
 from sparse_lm.layers.progress import Progress
 
 
@@ -42,11 +43,9 @@ class Tokens(Placed):
     return self.replace(valid=self.valid & chosen_BxL)
 
   def take(self, index_BxC: jax.Array) -> 'Tokens':
-    """The tokens at int32 `[B, C]` of each sequence."""
-
-    def rows(a: jax.Array) -> jax.Array:
-      index = index_BxC.reshape(*index_BxC.shape, *[1] * (a.ndim - 2))
-      return jnp.take_along_axis(a, index, axis=1)
-
-    at = {'x': rows(self.x), 'positions': rows(self.positions), 'valid': rows(self.valid)}
+    """The tokens at int32 `[B, C]` of each sequence, none of them twice."""
+    place_BxL = places_of(index_BxC, self.x.shape[1])
+    at = {'x': take_rows_of_each(self.x, index_BxC, place_BxL)}
+    for name in ('positions', 'valid'):
+      at[name] = jnp.take_along_axis(self._places[name], index_BxC, axis=1)
     return dataclasses.replace(self, whole=False, **at)

@@ -1,8 +1,9 @@
 """The FLOPs of the matmuls that a traced program executes, and the ledger that is noted in it.
 
 Everything is read from the jaxpr: a scan counts as often as it runs, a conditional as its most expensive
-branch, and functions that are called inside (jit, remat, custom derivatives) are entered. Nothing is
-compiled. FLOPs are those of matmuls alone, two for each multiplication with its addition.
+branch, and functions that are called inside (jit, remat, custom derivatives) are entered. A Pallas kernel
+counts what it estimates its own costs to be. Nothing is compiled. FLOPs are those of matmuls alone, two
+for each multiplication with its addition.
 """
 
 import collections
@@ -191,6 +192,8 @@ def _equation(equation: JaxprEqn, read: bool) -> Executed:
       return Executed(marks={params['name']: grown})
     of_cache = isinstance(mark.noted, cost.Read)
     return Executed(grown * mark.noted.nbytes, {params['name']: grown}) if of_cache else Executed()
+  if name == 'pallas_call' and params['cost_estimate'] is not None:
+    return Executed(0.0 if read else float(params['cost_estimate'].flops))
   if name in OPAQUE and not read:
     raise UserError(f'FLOPs of {name} cannot be counted; valid: matmuls that JAX can see')
   inside = [count(jaxpr, read) for jaxpr in _functions(params)]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.testing import assert_allclose, assert_array_equal
 
-from sparse_lm.kernels.rows import take_rows
+from sparse_lm.kernels.rows import places_of, take_rows, take_rows_of_each
 
 
 def test_rows_are_taken_and_their_gradients_go_back_where_they_came_from():
@@ -19,3 +19,18 @@ def test_rows_are_taken_and_their_gradients_go_back_where_they_came_from():
   assert_array_equal(found, [x[i] if i < rows else np.zeros(3) for i in index])
   want = [sum((toward[i] for i in at), np.zeros(3)) for at in went]
   assert_allclose(pullback(toward)[0], want, rtol=1e-6)
+
+
+def test_rows_of_each_sequence_go_there_and_back():
+  draw, sequences, rows = np.random.default_rng(1), 3, 6
+  x = draw.normal(size=(sequences, rows, 2)).astype('f')
+  index = np.stack([draw.permutation(rows)[:4] for _ in range(sequences)]).astype('i')
+  place = places_of(index, rows)
+  want = [[list(one).index(row) if row in one else 4 for row in range(rows)] for one in index]
+  assert_array_equal(place, want)
+  taken = take_rows_of_each(x, index, place)
+  assert_array_equal(taken, [x[b, one] for b, one in enumerate(index)])
+  back, pullback = jax.vjp(lambda taken: take_rows_of_each(taken, place, index), taken)
+  kept = np.asarray(place)[..., None] < 4
+  assert_array_equal(back, np.where(kept, x, 0))
+  assert_array_equal(pullback(x)[0], taken)

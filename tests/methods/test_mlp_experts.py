@@ -12,6 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from configs import base
 from sparse_lm.core.errors import UserError
+from sparse_lm.kernels import grouped_matmul
 from sparse_lm.layers.spec import Spec
 from sparse_lm.model import slots
 from sparse_lm.plan import executed
@@ -316,3 +317,34 @@ def test_bad_fields_are_refused_in_one_line(fields, value, valid):
 def test_fields_at_the_ends_of_their_ranges_are_accepted():
   for fields in ({'k': 4}, {'capacity': 0.5}, {'capacity': 0.0}, {'eval_capacity': 0.5}, {}):
     module(**fields).check()
+
+
+@pytest.mark.parametrize('mode', ['train', 'eval'])
+def test_on_a_gpu_experts_with_a_capacity_are_cut_into_blocks_and_compute_the_same(
+  mode, monkeypatch
+):
+  wide = TOP2.spec.__class__(**vars(TOP2.spec) | {'width': 16, 'hidden': 32})
+  mlp = TOP2.clone(spec=wide, capacity=0.75)
+  draw = np.random.default_rng(9)
+  x = draw.standard_normal((64, 12, 16)).astype('f')
+
+  def run(x):
+    variables = mlp.init(jax.random.key(0), x, 'eval')
+    apply = lambda params, x: mlp.apply({'params': params}, x, mode, mutable=SOWN)[0]  # noqa: E731
+    y, pullback = jax.vjp(apply, variables['params'], x)
+    return y, pullback(jnp.cos(y))
+
+  def flops_have_a_reason():
+    traced = executed.trace(lambda x: mlp.apply(shapes_of, x, mode, mutable=SOWN), x)
+    assert (
+      sum(traced.uncharged.values()) + sum(m.flops for m in traced.ledger.values()) == traced.flops
+    )
+
+  shapes_of = mlp.init(jax.random.key(0), x, 'eval')
+  want = jax.jit(run)(x)
+  monkeypatch.setattr(grouped_matmul, 'has_tiles', lambda: True)
+  got = jax.jit(lambda x: run(x))(x)
+  jax.tree.map(close, got, want)
+  text = jax.jit(lambda x: run(x)).trace(x).lower(lowering_platforms=('cuda',)).as_text()
+  assert text.count('xla.gpu.triton') >= 6 and 'stablehlo.sort' not in text
+  flops_have_a_reason()

@@ -1,0 +1,220 @@
+"""Blocks of rows times matrices out of a stack on an NVIDIA GPU, by Pallas kernels that Triton compiles.
+
+Each tile of a result reads the matrix of its block where it lies: no matrix is copied to the blocks that
+it is multiplied with, and blocks of no group cost nothing. The gradient of the rows is such a product
+with the transposed matrices, and that of a matrix is a sum over the blocks of its group.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+Array = jax.Array
+
+ROWS = 128  # of a block that fills a tile
+SIZES = (128, 64, 32, 16)  # of a tile's axes; tensor cores take no fewer than 16
+NEAR = 8  # blocks of rows whose tiles run side by side: they read the same matrices from the cache
+MOST = 2**31 - 1  # elements of an array: kernels count them in int32
+
+
+def fits(rows: int, shape: tuple[int, int, int], blocks: int) -> bool:
+  """Whether blocks of so many rows can be multiplied with a stack `[E, I, F]`: by their sizes alone."""
+  sizes = (rows, *shape[1:])
+  widest = blocks * rows * max(shape[1:])
+  return all(size % SIZES[-1] == 0 for size in sizes) and max(math.prod(shape), widest) <= MOST
+
+
+@jax.custom_vjp
+def product(x_NxPxI: Array, kernel_ExIxF: Array, group_N: Array) -> Array:
+  """Each block of rows times the matrix of its group: `[N, P, F]`, sums in float32.
+
+  On other devices a loop over blocks gives the same.
+
+  Args:
+    kernel_ExIxF: of the dtype of the rows.
+    group_N: int32, the group of each block, ascending; E names none, and gives zeros.
+  """
+  return _rows(x_NxPxI, kernel_ExIxF, group_N, False)
+
+
+def _forward(x: Array, kernel: Array, group_N: Array) -> tuple[Array, tuple[Array, ...]]:
+  return product(x, kernel, group_N), (x, kernel, group_N)
+
+
+def _backward(saved: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, None]:
+  x, kernel, group_N = saved
+  to_x = _rows(gradient, kernel, group_N, True)
+  groups = len(kernel)
+  to_kernel = jax.lax.platform_dependent(
+    *(x, gradient, group_N),
+    cuda=functools.partial(matrices_in_tiles, groups=groups),
+    default=functools.partial(matrices_by_loop, groups=groups),
+  )
+  return to_x, to_kernel, None
+
+
+product.defvjp(_forward, _backward)
+
+
+def _rows(x_NxPxI: Array, kernel: Array, group_N: Array, transposed: bool) -> Array:
+  return jax.lax.platform_dependent(
+    *(x_NxPxI, kernel, group_N),
+    cuda=functools.partial(rows_in_tiles, transposed=transposed),
+    default=functools.partial(rows_by_loop, transposed=transposed),
+  )
+
+
+def rows_by_loop(x_NxPxI: Array, kernel: Array, group_N: Array, transposed: bool) -> Array:
+  """What `rows_in_tiles` computes, block after block."""
+  groups = len(kernel)
+
+  def one(block: tuple[Array, Array]) -> Array:
+    x_PxI, group = block
+    matrix = kernel[jnp.minimum(group, groups - 1)]
+    y_PxF = x_PxI @ (matrix.T if transposed else matrix)
+    return jnp.where(group < groups, y_PxF, 0)
+
+  return jax.lax.map(one, (x_NxPxI, group_N))
+
+
+def matrices_by_loop(x_NxPxI: Array, y_NxPxF: Array, group_N: Array, groups: int) -> Array:
+  """What `matrices_in_tiles` computes, block after block."""
+
+  def add(sum_ExIxF: Array, block: tuple[Array, Array, Array]) -> tuple[Array, None]:
+    x_PxI, y_PxF, group = block
+    own = jnp.einsum('pi,pf->if', x_PxI, y_PxF, preferred_element_type=jnp.float32)
+    return sum_ExIxF.at[group].add(own, mode='drop'), None
+
+  start = jnp.zeros((groups, x_NxPxI.shape[2], y_NxPxF.shape[2]), jnp.float32)
+  total, _ = jax.lax.scan(add, start, (x_NxPxI, y_NxPxF, group_N))
+  return total.astype(x_NxPxI.dtype)
+
+
+class _Tiles(NamedTuple):
+  """The sizes of a kernel's tiles: rows and columns of the result, and terms of the sum in a step."""
+
+  rows: int
+  columns: int
+  step: int
+
+
+def rows_in_tiles(
+  x_NxPxI: Array, kernel: Array, group_N: Array, transposed: bool, interpret: bool = False
+) -> Array:
+  """Each block times the matrix `[I, F]` of its group, or times a transposed `[F, I]`: `[N, P, F]`.
+
+  Args:
+    group_N: int32, the group of each block; `len(kernel)` names none, and gives zeros.
+    interpret: whether to run it as a program of JAX, for tests.
+  """
+  blocks, rows, inputs = x_NxPxI.shape
+  outputs = kernel.shape[1 if transposed else 2]
+  tiles = _Tiles(_largest(rows), _largest(outputs), _step(inputs, x_NxPxI.dtype))
+  many = rows // tiles.rows  # of a block of many rows each tile is a block of its own
+  flat = _call(
+    functools.partial(_rows_tile, tiles, transposed),
+    blocks * many * (outputs // tiles.columns),
+    jax.ShapeDtypeStruct((blocks * rows, outputs), x_NxPxI.dtype),
+    2 * x_NxPxI.size * outputs,
+    interpret,
+  )(jnp.repeat(group_N, many), x_NxPxI.reshape(-1, inputs), kernel)
+  return flat.reshape(blocks, rows, outputs)
+
+
+def _rows_tile(
+  tiles: _Tiles, transposed: bool, group: Array, x: Array, kernel: Array, y: Array
+) -> None:
+  """One tile of `rows_in_tiles`; arrays are references to the device's memory."""
+  blocks, wide = group.shape[0], y.shape[1] // tiles.columns
+  place = pl.program_id(0)
+  first = place // (NEAR * wide) * NEAR
+  near = jnp.minimum(blocks - first, NEAR)
+  inside = place % (NEAR * wide)
+  block, column = first + inside % near, inside // near
+  rows = pl.ds(block * tiles.rows, tiles.rows)
+  columns = pl.ds(column * tiles.columns, tiles.columns)
+  own = group[block]
+
+  def add(k: Array, total: Array) -> Array:
+    terms = pl.ds(k * tiles.step, tiles.step)
+    matrix = kernel[own, columns, terms] if transposed else kernel[own, terms, columns]
+    return total + _dot(x[rows, terms], matrix, 1, int(transposed))
+
+  steps = jnp.where(own < kernel.shape[0], x.shape[1] // tiles.step, 0)
+  start = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
+  y[rows, columns] = jax.lax.fori_loop(0, steps, add, start).astype(y.dtype)
+
+
+def matrices_in_tiles(
+  x_NxPxI: Array, y_NxPxF: Array, group_N: Array, groups: int, interpret: bool = False
+) -> Array:
+  """The sum of `x.T @ y` over the blocks of each group: `[E, I, F]`, zeros for a group without any.
+
+  Args:
+    group_N: int32, ascending; `groups` names none.
+    groups: E.
+    interpret: whether to run it as a program of JAX, for tests.
+  """
+  rows, inputs = x_NxPxI.shape[1:]
+  outputs = y_NxPxF.shape[2]
+  tiles = _Tiles(_largest(inputs), _largest(outputs), _step(rows, x_NxPxI.dtype))
+  before = group_N[None] < jnp.arange(groups + 1)[:, None]
+  first = jnp.sum(before, axis=1, dtype=jnp.int32) * (rows // tiles.step)  # step of each group
+  return _call(
+    functools.partial(_matrices_tile, tiles),
+    groups * (inputs // tiles.rows) * (outputs // tiles.columns),
+    jax.ShapeDtypeStruct((groups, inputs, outputs), x_NxPxI.dtype),
+    2 * x_NxPxI.size * outputs,
+    interpret,
+  )(first, x_NxPxI.reshape(-1, inputs), y_NxPxF.reshape(-1, outputs))
+
+
+def _matrices_tile(tiles: _Tiles, first: Array, x: Array, y: Array, kernel: Array) -> None:
+  """One tile of `matrices_in_tiles`; arrays are references to the device's memory."""
+  high, wide = kernel.shape[1] // tiles.rows, kernel.shape[2] // tiles.columns
+  place = pl.program_id(0)
+  group, inside = place // (high * wide), place % (high * wide)
+  rows = pl.ds(inside % high * tiles.rows, tiles.rows)
+  columns = pl.ds(inside // high * tiles.columns, tiles.columns)
+
+  def add(k: Array, total: Array) -> Array:
+    terms = pl.ds(k * tiles.step, tiles.step)
+    return total + _dot(x[terms, rows], y[terms, columns], 0, 0)
+
+  start = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
+  total = jax.lax.fori_loop(first[group], first[group + 1], add, start)
+  kernel[group, rows, columns] = total.astype(kernel.dtype)
+
+
+def _dot(a: Array, b: Array, axis_of_a: int, axis_of_b: int) -> Array:
+  numbers = (((axis_of_a,), (axis_of_b,)), ((), ()))
+  return jax.lax.dot_general(a, b, numbers, preferred_element_type=jnp.float32)
+
+
+def _call(
+  tile: Callable[..., None], tiles: int, out: jax.ShapeDtypeStruct, flops: int, interpret: bool
+) -> Callable[..., Array]:
+  return pl.pallas_call(
+    tile,
+    out_shape=out,
+    grid=(tiles,),
+    interpret=interpret,
+    compiler_params=triton.CompilerParams(num_warps=8, num_stages=3),
+    cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=0, transcendentals=0),
+  )
+
+
+def _largest(size: int) -> int:
+  return next(tile for tile in SIZES if size % tile == 0)
+
+
+def _step(size: int, dtype: jnp.dtype) -> int:
+  """Of a sum's terms, how many a step adds: as many as three steps' tiles leave room for."""
+  most = 128 // jnp.dtype(dtype).itemsize
+  return next(step for step in SIZES if step <= most and size % step == 0)
