@@ -196,7 +196,6 @@ class _PackLoop:
     losses = []
     for _, record in self._alive():
       losses.append(record.log(step, measured))
-      self.console.warn_once('rounding', record.lost_to_rounding(step))
     self.console.status(f'{_span("training loss", losses)}, {milliseconds:.2f} ms a step')
 
   def _evaluate(self, states: TrainState, step: int) -> None:
