@@ -29,6 +29,7 @@ from sparse_lm.core.records import JsonObject
 from sparse_lm.core.tree import Tree
 from sparse_lm.measure import energy, machine, turns
 from sparse_lm.runs import configs, runtime
+from sparse_lm.runs.arithmetic import resolved
 from sparse_lm.runs.build import build
 from sparse_lm.runs.environment import environment
 from sparse_lm.train.step import Program
@@ -51,7 +52,10 @@ def execute(measure: Measure, run: Run, workdir: pathlib.Path) -> JsonObject:
     found |= {'failed': 'not measured', 'message': f'{type(error).__name__}: {reason}'}
   found['metrics']['seconds'] = time.perf_counter() - begin
   print(said(run.labels['row'], found), flush=True)
-  return found | {'config': configs.to_json(configs.load(run.config)), 'env': environment()}
+  return found | {
+    'config': configs.to_json(resolved(configs.load(run.config))),
+    'env': environment(),
+  }
 
 
 def said(row: str, found: JsonObject) -> str:

@@ -23,6 +23,7 @@ from sparse_lm.model.plans import plan_of
 from sparse_lm.plan import cost
 from sparse_lm.report import plot, results, table
 from sparse_lm.runs import configs, runtime
+from sparse_lm.runs.arithmetic import resolved
 from sparse_lm.runs.environment import environment
 
 CONFIG = 'configs/base.py'
@@ -70,7 +71,7 @@ def execute(run: Run, workdir: pathlib.Path) -> JsonObject:
     metrics |= {f'{name}_ms': mid, f'{name}_ms_low': low, f'{name}_ms_high': high}
   ratio = turns.ratio(seconds['full'], seconds['blocks'])
   metrics |= {key.replace('ratio', 'speedup'): value for key, value in ratio.items()}
-  config = configs.load(run.config, run.overrides)
+  config = resolved(configs.load(run.config, run.overrides))
   return {'metrics': metrics, 'config': configs.to_json(config), 'env': environment()}
 
 

@@ -20,6 +20,7 @@ from sparse_lm.inference import formats
 from sparse_lm.measure import turns
 from sparse_lm.report import plot, results, table
 from sparse_lm.runs import configs, runtime
+from sparse_lm.runs.arithmetic import resolved
 from sparse_lm.runs.environment import environment
 
 CONFIG = 'configs/base.py'
@@ -92,7 +93,11 @@ def execute(run: Run, workdir: pathlib.Path) -> JsonObject:
   metrics |= {f'{k}_us': 1e6 * float(np.median(v)) / MATRICES for k, v in seconds.items()}
   # Of whole tiles: 4 of 36 where a tenth is asked for.
   metrics['density'] = len(index) / shape[0] if name == 'gather' else float(np.mean(masks))
-  return {'metrics': metrics, 'config': configs.to_json(configs.load(CONFIG)), 'env': environment()}
+  return {
+    'metrics': metrics,
+    'config': configs.to_json(resolved(configs.load(CONFIG))),
+    'env': environment(),
+  }
 
 
 def _mask(

@@ -20,6 +20,7 @@ from sparse_lm.kernels.topk import topk_mask, topk_rows
 from sparse_lm.measure import turns
 from sparse_lm.report import results, table
 from sparse_lm.runs import configs, runtime
+from sparse_lm.runs.arithmetic import resolved
 from sparse_lm.runs.build import build
 from sparse_lm.runs.environment import environment
 
@@ -49,7 +50,7 @@ def runs() -> list[Run]:
 def execute(run: Run, workdir: pathlib.Path) -> JsonObject:
   """Times a component against its reference."""
   runtime.prepare()
-  config = configs.load(run.config, run.overrides)
+  config = resolved(configs.load(run.config, run.overrides))
   seconds = MEASURES[run.labels['reference']](config)
   metrics = {
     'ms': 1e3 * float(np.median(seconds['component'])),

@@ -35,6 +35,7 @@ from sparse_lm.model.slots import SlotConfig
 from sparse_lm.patterns import pattern
 from sparse_lm.report import plot, results, table
 from sparse_lm.runs import configs, runtime
+from sparse_lm.runs.arithmetic import resolved
 from sparse_lm.runs.environment import environment
 from sparse_lm.weights.method import apply_masks
 
@@ -95,7 +96,7 @@ def runs() -> list[Run]:
 def execute(run: Run, workdir: pathlib.Path) -> JsonObject:
   """Packs a model of random weights and times it."""
   runtime.prepare()
-  config = configs.load(run.config, run.overrides)
+  config = resolved(configs.load(run.config, run.overrides))
   model = lm.from_config(config, VOCAB)
   _, patterns, density, beside = ROWS[run.labels['model']]
   packed = _packed(model, patterns, density)

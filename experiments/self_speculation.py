@@ -22,6 +22,7 @@ from sparse_lm.inference.speculate import Counts, SelfSpeculation
 from sparse_lm.measure import turns
 from sparse_lm.report import plot, results, table
 from sparse_lm.runs import configs, runtime
+from sparse_lm.runs.arithmetic import resolved
 from sparse_lm.runs.environment import environment
 from sparse_lm.runs.setup import setup
 
@@ -75,7 +76,7 @@ def _trained(name: str) -> tuple[Decoder, list[np.ndarray], float]:
 def execute(run: Run, workdir: pathlib.Path) -> JsonObject:
   """Trains the model unless this process has, and times both ways to decode."""
   runtime.prepare()
-  config = configs.load(run.config, run.overrides)
+  config = resolved(configs.load(run.config, run.overrides))
   decoder, prompts, loss = _trained(run.labels['trained with'])
   own = SelfSpeculation(decoder, DRAFT, run.labels['exit layer'])
 

@@ -21,6 +21,7 @@ from sparse_lm.core.tree import Tree
 from sparse_lm.measure import machine, turns
 from sparse_lm.report import plot, results, table
 from sparse_lm.runs import configs, runtime
+from sparse_lm.runs.arithmetic import resolved
 from sparse_lm.runs.build import build
 from sparse_lm.runs.environment import environment
 from sparse_lm.train.step import Program
@@ -80,7 +81,7 @@ class _Stepper:
 def execute(run: Run, workdir: pathlib.Path) -> JsonObject:
   """Times one row against its reference."""
   runtime.prepare()
-  config = configs.load(run.config, run.overrides)
+  config = resolved(configs.load(run.config, run.overrides))
   program, target = build(config, VOCAB)
   shape = (config.data.batch, config.data.context + 1)
   tokens = np.random.default_rng(0).integers(0, VOCAB, shape).astype(np.int32)

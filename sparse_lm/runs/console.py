@@ -12,7 +12,7 @@ from sparse_lm.weights import parts
 
 
 def opening(run: Setup, name: str, first: int) -> str:
-  """One line on what is about to train: parameters, sparsity, device, tokens and steps.
+  """One line on what is about to train: parameters, sparsity, device, precision, tokens and steps.
 
   Args:
     run: a checked config.
@@ -27,6 +27,7 @@ def opening(run: Setup, name: str, first: int) -> str:
     if relative is not None
   )
   devices = f'{jax.device_count()} × {jax.devices()[0].device_kind} ({jax.default_backend()})'
+  devices += f' in {run.program.model.spec.precision}'
   return (
     f'{name}: {sum(leaf.size for leaf in shapes.values()):,} parameters, {_dropped(run)}; {devices}; '
     f'{len(run.data.tokens["train"]):,} training tokens; steps {first + 1:,} to {train.steps:,} of '

@@ -126,6 +126,8 @@ class _PackLoop:
     name, count = self.records[0].folder.path.name, len(states)
     with Stop() as stop, Console(self.progress, name, first, config.train.steps) as self.console:
       self.console.say(f'{count} runs in one program; {opening(self.run_of_all, name, first)}')
+      for note in self.run_of_all.notes:
+        self.console.say(note)
       for record in self.records:
         self.console.warn_once('plan', record.compare_plans(first))
       self._prepare(first)

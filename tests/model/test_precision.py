@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparse_lm.model import lm, plans
 from sparse_lm.plan.executed import _functions
 from sparse_lm.runs import arithmetic
 from sparse_lm.runs.build import build
@@ -83,6 +84,17 @@ def test_the_step_of_a_gpu_has_fused_attention_forward_and_backward(
     ('einsum' if kernel == 'einsum' else 'cudnn',),
     (),
   )
+
+
+def test_costs_are_those_of_einsums_whatever_runs(tiny_config, on_nvidia):
+  fields = {'model__attention_kernel': 'einsum', 'model__precision': 'bfloat16'}
+  sizes = {'data__context': 12, 'model__remat': True}
+  want = lm.from_config(tiny_config(**fields | sizes), 11)
+  on_nvidia(9, 0)
+  found = lm.from_config(tiny_config(**fields | sizes | {'model__attention_kernel': 'cudnn'}), 11)
+  assert plans.ledger(found, 12, 'train') == plans.ledger(want, 12, 'train')
+  assert plans.traced(found, 12, 'train').flops == plans.traced(want, 12, 'train').flops
+  assert plans.recomputed(found, 12) == plans.recomputed(want, 12) > 0
 
 
 def test_the_gradient_in_bfloat16_is_that_of_float32_but_for_rounding(tiny_config):

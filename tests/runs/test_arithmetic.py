@@ -58,6 +58,16 @@ def test_an_old_gpu_says_so_in_one_line(tiny_config, on_nvidia, named):
   )
 
 
+def test_a_run_shows_what_it_fell_back_to(tiny_config, on_nvidia, named, tmp_path, capfd):
+  on_nvidia(7, 5)
+  named(T4)
+  train(tiny_config(model__precision='auto', **SIZES), str(tmp_path / 'run'))
+  opening, note, *_ = capfd.readouterr().err.splitlines()
+  assert ' in float32; ' in opening and note.startswith(
+    "config.model.precision='auto' is float32 on"
+  )
+
+
 def test_precision_that_the_device_cannot_run_is_refused(tiny_config, on_nvidia, named):
   on_nvidia(7, 5)
   named(T4)

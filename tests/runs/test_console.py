@@ -39,7 +39,7 @@ def test_a_file_gets_the_opening_line_and_the_losses_without_a_bar(static, tmp_p
   assert len(lines) == 4 and not any('\r' in line for line in lines)
   # Of one block: 4 attention matrices of 16 x 16 and 2 of the MLP of 16 x 32.
   assert re.fullmatch(
-    r'run: [\d,]+ parameters, 75.0% of 2,048 to be dropped; \d+ × .+; [\d,]+ training tokens; '
+    r'run: [\d,]+ parameters, 75.0% of 2,048 to be dropped; \d+ × .+ in float32; [\d,]+ training tokens; '
     r'steps 1 to 12 of 64 tokens each',
     lines[0],
   )
