@@ -16,13 +16,13 @@ import optax
 from jax.stages import Wrapped
 
 from sparse_lm.core import tree
-from sparse_lm.core.by_output import ByOutput
 from sparse_lm.core.tree import Tree
 from sparse_lm.kernels.cross_entropy import Readout
 from sparse_lm.layers.after_step import updated
 from sparse_lm.model.lm import LM
 from sparse_lm.train import states
 from sparse_lm.train.objective import Batch, EffectiveParams, Metrics, Objective
+from sparse_lm.train.on_host import on_host
 from sparse_lm.train.optim import (
   Optimizer,
   step_but_where,
@@ -73,10 +73,10 @@ class Program:
     return self.optimizer.transform()
 
   @functools.cached_property
-  def init(self) -> ByOutput:
-    """`(seed, target) -> TrainState`, compiled leaf by leaf where the model is deep."""
+  def init(self) -> Callable[[int, Tree], TrainState]:
+    """`(seed, target) -> TrainState`, computed on the host; see `on_host`."""
     objective = self.objective
-    return ByOutput(
+    return on_host(
       functools.partial(
         states.create, objective.model, objective.method, self.optimizer, objective.budget
       )

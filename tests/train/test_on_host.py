@@ -1,0 +1,56 @@
+"""The initial state is computed on the host, and is the same there as on a CPU, for every device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparse_lm.runs.build import build
+from sparse_lm.train.on_host import on_host
+
+
+def test_the_host_computes_and_the_device_gets_what_it_made(monkeypatch):
+  (host, *_), seen, put = jax.local_devices(backend='cpu'), [], []
+
+  def function(x, y):
+    seen.append(jax.config.jax_default_device)
+    return {'sum': x + y}
+
+  monkeypatch.setattr(
+    jax, 'local_devices', lambda backend=None: ['gpu'] if backend is None else [host]
+  )
+  monkeypatch.setattr(jax, 'device_put', lambda made, device: put.append(device) or made)
+  run = on_host(function)
+  assert float(run(2, jnp.float32(3))['sum']) == 5 and float(run(4, jnp.float32(3))['sum']) == 7
+  assert seen == [host] and put == ['gpu', 'gpu']  # traced once
+
+
+def test_without_a_host_and_where_traced_it_is_compiled_as_usual(monkeypatch):
+  run = on_host(lambda x: x + 1)
+  np.testing.assert_array_equal(jax.vmap(run)(jnp.arange(3)), [1, 2, 3])
+  local = jax.local_devices
+
+  def alone(backend=None):
+    if backend == 'cpu':
+      raise RuntimeError('Unknown backend cpu')
+    return local()
+
+  monkeypatch.setattr(jax, 'local_devices', alone)
+  assert float(run(1)) == 2
+
+
+@pytest.mark.parametrize('method', ['none', 'static'])
+def test_what_runs_on_a_gpu_starts_from_the_weights_and_masks_of_a_cpu(
+  method, tiny_config, on_nvidia
+):
+  def state():
+    sparsity = 0.5 if method == 'static' else 0.0
+    config = tiny_config(weight__name=method, weight__sparsity=sparsity, model__precision='auto')
+    program, target = build(config, 11)
+    return program.model, program.init(0, target).replace(key=None)
+
+  here, want = state()
+  on_nvidia(9, 0)
+  there, got = state()
+  assert (here.spec.precision, there.spec.precision) == ('float32', 'bfloat16')
+  jax.tree.map(np.testing.assert_array_equal, got, want)
