@@ -146,9 +146,9 @@ def _rows_tile(
     matrix = kernel[own, columns, terms] if transposed else kernel[own, terms, columns]
     return total + _dot(x[rows, terms], matrix, 1, int(transposed))
 
-  steps = jnp.where(own < kernel.shape[0], x.shape[1] // tiles.step, 0)
+  steps = (own < kernel.shape[0]).astype(jnp.int32) * jnp.int32(x.shape[1] // tiles.step)
   start = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
-  y[rows, columns] = jax.lax.fori_loop(0, steps, add, start).astype(y.dtype)
+  y[rows, columns] = jax.lax.fori_loop(jnp.int32(0), steps, add, start).astype(y.dtype)
 
 
 def matrices_in_tiles(

@@ -6,14 +6,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sparse_lm.kernels import expert_tiles
+from sparse_lm.kernels import device, expert_tiles
 
 Array = jax.Array
 
 # Branches of conditionals that are compiled beside each other at most: each takes some 20 ms.
 UNROLLED = 64
 
-FIRST_WITH_TILES = 8.0  # compute capability, of the first GPU that Triton compiles for
 COPIED_TO = 64  # rows of a block that a matrix is copied to
 
 
@@ -49,25 +48,15 @@ def copied_flops(x_NxPxI: Array, kernel_ExIxF: Array, group_N: Array | None = No
   return selection_flops(kernel_ExIxF, group_N)
 
 
-def block_rows(shape: tuple[int, int, int], capacity: int | None) -> int:
-  """Rows of the blocks that an expert's rows are best cut into on this process' device.
-
-  Args:
-    shape: of the matrices, `(E, I, F)`.
-    capacity: most rows of an expert, `None` = any number. Where matrices are copied to blocks, an expert
-      with a capacity has one block.
-  """
-  if has_tiles() and expert_tiles.fits(expert_tiles.ROWS, shape, 1):
-    return expert_tiles.ROWS
-  return capacity or COPIED_TO
+def block_rows(shape: tuple[int, int, int]) -> int:
+  """Rows of a block that this process' device multiplies best with matrices of a stack `(E, I, F)`."""
+  in_tiles = has_tiles() and expert_tiles.fits(expert_tiles.ROWS, shape, 1)
+  return expert_tiles.ROWS if in_tiles else COPIED_TO
 
 
 def has_tiles() -> bool:
   """Whether the kernels of `expert_tiles` run on this process' device: NVIDIA's GPUs since A100."""
-  device = jax.local_devices()[0]
-  if device.platform != 'gpu' or 'cuda' not in device.client.platform_version:
-    return False
-  return float(device.compute_capability) >= FIRST_WITH_TILES
+  return device.compute_capability() is not None and not device.is_old_gpu()
 
 
 def _in_tiles(x_NxPxI: Array, kernel_ExIxF: Array, group_N: Array | None) -> bool:

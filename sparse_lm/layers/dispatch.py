@@ -61,30 +61,26 @@ def plan(expert_TxJ: Array, experts: int, capacity: int | None, block: int) -> P
     expert_TxJ: int32, the expert of each choice; `experts` = none.
     experts: E.
     capacity: slots of each expert; pairs beyond are dropped. `None` = none are.
-    block: slots of a block. Every expert gets as many blocks as it needs, at a cost of at most
-      `block - 1` empty slots each; where its capacity fits one block, it has one of that size.
+    block: slots of a block without a capacity: every expert gets as many blocks as it needs, at a cost of
+      at most `block - 1` empty slots each. With a capacity it has one block of that size.
   """
   tokens, choices = expert_TxJ.shape
   pairs = tokens * choices
   flat_P = expert_TxJ.reshape(-1)
   place_P, load_E = ranks(flat_P, experts)
   one_of = jnp.minimum(flat_P, experts - 1)
-  if capacity is not None and capacity <= block:
+  served_P = flat_P < experts
+  if capacity is not None:
     slots, expert_N = experts * capacity, None
     start_E = jnp.arange(experts) * capacity
+    served_P &= place_P < capacity
   else:
-    served_E = load_E if capacity is None else jnp.minimum(load_E, capacity)
-    last_E = jnp.cumsum(-(-served_E // block))
+    last_E = jnp.cumsum(-(-load_E // block))
     blocks = -(-pairs // block) + experts
-    if capacity is not None:
-      blocks = min(blocks, experts * -(-capacity // block))
     slots = blocks * block
     start_E = jnp.concatenate([jnp.zeros(1, jnp.int32), last_E[:-1]]) * block
     # Behind the last block with a pair in it they are no expert's.
     expert_N = jnp.sum(last_E <= jnp.arange(blocks)[:, None], axis=1, dtype=jnp.int32)
-  served_P = flat_P < experts
-  if capacity is not None:
-    served_P &= place_P < capacity
   slot_P = jnp.where(served_P, start_E[one_of] + place_P, slots).astype(jnp.int32)
   pair_S = jnp.full(slots, pairs, jnp.int32)
   pair_S = pair_S.at[slot_P].set(jnp.arange(pairs, dtype=jnp.int32), mode='drop')

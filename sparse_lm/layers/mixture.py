@@ -64,7 +64,7 @@ class MixtureOfExperts(LayerMethod):
     first, second = (l, b) if self.by_position else (b, l)
     x_TxD = (x_BxLxD.swapaxes(0, 1) if self.by_position else x_BxLxD).reshape(b * l, d)
     routed = self.route(x_TxD, mode)
-    block = block_rows((self.count, d, self.units), routed.capacity)
+    block = block_rows((self.count, d, self.units))
     plan = dispatch.plan(routed.expert_TxJ, self.count, routed.capacity, block)
     routing.observe(self, routed, plan)
     visits_T = jnp.sum(plan.served_TxJ, axis=-1, dtype=jnp.float32)

@@ -106,17 +106,8 @@ def test_on_a_gpu_a_grouped_matmul_copies_no_matrix_forward_or_backward(rows, on
 
 
 @pytest.mark.parametrize(
-  ('tiles', 'width', 'capacity', 'rows'),
-  [
-    (False, 64, None, 64),
-    (False, 64, 200, 200),
-    (True, 64, None, 128),
-    (True, 64, 200, 128),
-    (True, 60, 200, 200),
-  ],
+  ('tiles', 'width', 'rows'), [(False, 64, 64), (True, 64, 128), (True, 60, 64)]
 )
-def test_blocks_are_cut_as_the_device_multiplies_them_best(
-  tiles, width, capacity, rows, monkeypatch
-):
+def test_blocks_are_as_large_as_the_device_multiplies_them_best(tiles, width, rows, monkeypatch):
   monkeypatch.setattr(grouped_matmul, 'has_tiles', lambda: tiles)
-  assert grouped_matmul.block_rows((E, width, 256), capacity) == rows
+  assert grouped_matmul.block_rows((E, width, 256)) == rows

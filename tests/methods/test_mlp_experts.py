@@ -320,11 +320,9 @@ def test_fields_at_the_ends_of_their_ranges_are_accepted():
 
 
 @pytest.mark.parametrize('mode', ['train', 'eval'])
-def test_on_a_gpu_experts_with_a_capacity_are_cut_into_blocks_and_compute_the_same(
-  mode, monkeypatch
-):
+def test_on_a_gpu_nothing_is_sorted_and_experts_without_a_capacity_run_in_tiles(mode, monkeypatch):
   wide = TOP2.spec.__class__(**vars(TOP2.spec) | {'width': 16, 'hidden': 32})
-  mlp = TOP2.clone(spec=wide, capacity=0.75)
+  mlp = TOP2.clone(spec=wide)
   draw = np.random.default_rng(9)
   x = draw.standard_normal((64, 12, 16)).astype('f')
 
@@ -346,5 +344,7 @@ def test_on_a_gpu_experts_with_a_capacity_are_cut_into_blocks_and_compute_the_sa
   got = jax.jit(lambda x: run(x))(x)
   jax.tree.map(close, got, want)
   text = jax.jit(lambda x: run(x)).trace(x).lower(lowering_platforms=('cuda',)).as_text()
-  assert text.count('xla.gpu.triton') >= 6 and 'stablehlo.sort' not in text
+  # Two matrices, forward and backward: with a capacity they are batched products.
+  assert text.count('xla.gpu.triton') == (6 if mode == 'eval' else 0)
+  assert 'stablehlo.sort' not in text
   flops_have_a_reason()
