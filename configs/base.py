@@ -89,6 +89,8 @@ def _model() -> dict[str, Any]:
     'precision': 'auto',
     'attention_kernel': 'auto',  # einsum | cudnn, fused | auto, cudnn where it can do what is asked
     'remat': False,  # recompute activations in the backward pass
+    # Whether equal layers run as one scan, which is compiled once however many they are.
+    'scan_layers': 'auto',  # auto: 16 of them or more | always | never
   }
 
 

@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from sparse_lm.kernels.attention import KeyValues, Mask, Select, attention, computed_keys
 from sparse_lm.layers import cache
+from sparse_lm.layers.draws import Dropout
 from sparse_lm.layers.embed import rotate
 from sparse_lm.layers.linear import Linear, fused_projections
 from sparse_lm.layers.method import LayerMethod
@@ -68,7 +69,7 @@ class MaskedAttention(AttentionMethod):
     self, tokens: Tokens, q_BxLxHxK: jax.Array, keys: KeyValues, mode: str, mask: Mask
   ) -> jax.Array:
     """What `__call__` does, by a mask that may depend on the queries."""
-    dropout = nn.Dropout(self.spec.dropout, deterministic=mode != 'train')
+    dropout = Dropout(self.spec.dropout, deterministic=mode != 'train')
     dropped = dropout.rate > 0 and not dropout.deterministic
     acts = [act for act in (dropout if dropped else None, record.hook(self, 'weights')) if act]
     q_BxLxHxK = note(q_BxLxHxK, self.path, keys.k.shape[1], mask, self.most)

@@ -1,6 +1,5 @@
 """What every learned gate shares: fields, checks, and how its decision reaches loss and log."""
 
-import zlib
 from typing import ClassVar
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 from sparse_lm.core.errors import unknown
 from sparse_lm.core.estimator import ESTIMATORS, Decision
 from sparse_lm.core.ranges import ranged
+from sparse_lm.layers.draws import fixed_key
 from sparse_lm.layers.method import LayerMethod, Traits
 from sparse_lm.layers.sow import sow
 from sparse_lm.layers.spec import Spec
@@ -61,8 +61,7 @@ class LearnedGate(LayerMethod):
     deterministically; what is random even then repeats from call to call.
     """
     sample = mode == 'train' and self.has_rng('gates')
-    fixed = zlib.crc32('/'.join(self.path).encode())
-    key = self.make_rng('gates') if sample else jax.random.key(fixed)
+    key = self.make_rng('gates') if sample else fixed_key(self)
     estimator = ESTIMATORS[self.estimator]
     if not estimator.learned:  # the rate is the config's, whatever the router says
       logits_BxLxU = jnp.full_like(logits_BxLxU, self.first_logit)

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-from flax import linen as nn
 
+from sparse_lm.layers.draws import Drawing
 from sparse_lm.layers.tokens import Tokens
 from sparse_lm.plan.cost import Gating
 
@@ -31,6 +31,8 @@ class Traits:
     fixed: whether its decision is the same for every input, so that packing can remove what it closes.
     splits: of a stack method, whether in evaluation it carries nothing but the residual stream: then the
       first layers may run by themselves, and the others later.
+    scans: of a stack method, modes in which it runs every layer once and does nothing but hand the
+      residual stream to the next. One of the `layers` that it is given may then run several.
   """
 
   paper: str
@@ -44,9 +46,10 @@ class Traits:
   policy: bool = False
   fixed: bool = False
   splits: bool = False
+  scans: tuple[str, ...] = ()
 
 
-class LayerMethod(nn.Module):
+class LayerMethod(Drawing):
   """The base class of all methods of the layer slots.
 
   A method is one file in the slot's folder and defines one subclass. A field with a default is a config

@@ -15,6 +15,7 @@ NORMS = ('rmsnorm', 'layernorm')
 POSITIONS = ('rotary', 'learned')
 AUTO = 'auto'
 PRECISIONS = (AUTO, 'float32', 'bfloat16')
+SCAN_LAYERS = (AUTO, 'always', 'never')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Spec:
     precision: 'float32' or 'bfloat16', the dtype of the computation. Parameters, norms, softmax, routers
       and losses are float32 with either.
     attention_kernel: one of `kernels.attention.KERNELS`.
+    scan_layers: whether equal layers run as one scan, one of `SCAN_LAYERS`; see `model/scanned.py`.
   """
 
   vocab: int
@@ -46,6 +48,7 @@ class Spec:
   precision: str
   attention_kernel: str
   remat: bool
+  scan_layers: str
 
   @classmethod
   def from_config(cls, config: ConfigDict, vocab: int, context: int) -> 'Spec':
@@ -80,7 +83,7 @@ class Spec:
         'positions cannot pair'
       )
     choices = {'norm': NORMS, 'positions': POSITIONS, 'init': INITS}
-    choices |= {'precision': PRECISIONS, 'attention_kernel': KERNELS}
+    choices |= {'precision': PRECISIONS, 'attention_kernel': KERNELS, 'scan_layers': SCAN_LAYERS}
     for field, valid in choices.items():
       if getattr(self, field) not in valid:
         raise unknown(f'config.model.{field}', getattr(self, field), valid)

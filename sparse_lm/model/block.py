@@ -6,6 +6,7 @@ import jax
 from flax import linen as nn
 
 from sparse_lm.layers.attention import AttentionMethod
+from sparse_lm.layers.draws import Dropout
 from sparse_lm.layers.linear import Norm
 from sparse_lm.layers.spec import Spec
 from sparse_lm.layers.tokens import Tokens
@@ -29,7 +30,7 @@ class Block(nn.Module):
     """`[B, L, D]` to the addend `[B, L, D]`."""
     spec, x_BxLxD = self.spec, tokens.x
     tokens = tokens.replace(valid=record.site(self, 'valid', tokens.valid))
-    dropout = nn.Dropout(spec.dropout, deterministic=mode != 'train')
+    dropout = Dropout(spec.dropout, deterministic=mode != 'train')
     layer = self.attention(parent=None).layer
     attention = layer(spec, self.attention, name='attention')
     a_BxLxD = record.site(self, 'attention/input', Norm(spec, name='norm_1')(x_BxLxD))

@@ -20,7 +20,9 @@ from sparse_lm.layers.progress import Progress
 from sparse_lm.layers.sow import Exit
 from sparse_lm.layers.spec import Spec
 from sparse_lm.layers.tokens import Tokens
+from sparse_lm.model import scanned
 from sparse_lm.model.block import Block
+from sparse_lm.model.scanned import Passes
 from sparse_lm.model.slots import LAYER_SLOTS, MethodConfig, SlotConfig, Supplied
 from sparse_lm.plan import record, sites
 
@@ -120,15 +122,33 @@ class LM(nn.Module):
 
   def _run(self, tokens: Tokens, layers: range, mode: str) -> jax.Array:
     """The residual stream `[B, L, D]` after these layers, but for those that were removed."""
-    runs = [
-      _layer(self, layer)
-      for layer in layers
-      if not self.has_variable('packed', Part.REMOVED.of(layer))
-    ]
-    return self.stack.make({'spec': self.spec, 'name': 'stack'})(runs, tokens, mode)
+    present = [layer for layer in layers if not self.has_variable('packed', Part.REMOVED.of(layer))]
+    stack = self.stack.make({'spec': self.spec, 'name': 'stack'})
+    runs = []
+    for passes in self._passes(present, mode, mode in stack.traits.scans):
+      if len(passes) == 1:
+        runs.append(_layer(self, *passes[0]))
+      else:
+        together = _Layers(self.spec, self.slots, passes[0], parent=None)
+        runs.append(scanned.run(self, together, passes))
+    return stack(runs, tokens, mode)
+
+  def _passes(self, layers: list[int], mode: str, scans: bool) -> list[Passes]:
+    """Layers that run as one scan, see `scanned.split`, and those that run by themselves."""
+    # Whatever is made in a pass is made by single layers, and so are plans, which name all of them.
+    makes = any(self.is_mutable_collection(name) for name in ('params', 'cache'))
+    least = scanned.LEAST.get(self.spec.scan_layers)
+    if least is None or makes or not scans or not record.layers_alike():
+      return [((layer,),) for layer in layers]
+    kinds = [(_methods(self, layer), scanned.kind(self.variables, layer)) for layer in layers]
+    return list(scanned.split(layers, kinds, least))
 
 
-def _layer(parent: 'LM | Layer', layer: int) -> Run:
+def _methods(model: LM, layer: int) -> tuple[MethodConfig, ...]:
+  return tuple(slot.at(layer, model.spec.layers) for slot in model.slots)
+
+
+def _layer(parent: 'LM | Layer | _Layers', layer: int) -> Run:
   """Makes a layer, whose modules belong to `parent`, in which this is called.
 
   Returns `(tokens, mode) -> the residual stream [B, L, D] after the layer`.
@@ -152,6 +172,21 @@ def _layer(parent: 'LM | Layer', layer: int) -> Run:
 
 def _make(own: MethodConfig, supplied: Supplied, **more: str) -> LayerMethod:
   return own.make(supplied | more)
+
+
+class _Layers(nn.Module):
+  """Layers of the model by themselves, one after the other; variables are named as in the whole."""
+
+  spec: Spec
+  slots: tuple[SlotConfig, ...]
+  layers: tuple[int, ...]
+
+  @nn.compact
+  def __call__(self, tokens: Tokens, mode: str) -> jax.Array:
+    """The residual stream `[B, L, D]` after the last of them."""
+    for layer in self.layers:
+      tokens = tokens.replace(x=_layer(self, layer)(tokens, mode))
+    return tokens.x
 
 
 class Layer(nn.Module):
@@ -181,6 +216,7 @@ def from_config(config: ConfigDict, vocab: int) -> LM:
   for own in running(model):
     own.check(spec)
   _check_credit(model)
+  _check_scans(model)
   return model
 
 
@@ -216,6 +252,26 @@ def _check_credit(model: LM) -> None:
           f'training {own.group}.name={own.name!r} lets the sequences of a batch change each other '
           'with these fields; valid: another estimator, or no limit on what they compete for'
         )
+
+
+def _check_scans(model: LM) -> None:
+  """Raises UserError where layers are to be scanned whatever it costs, and cannot be."""
+  if model.spec.scan_layers != 'always':
+    return
+  layers, own, site = range(model.spec.layers), model.stack, model.site.module(model.spec)
+  kinds = [_methods(model, layer) for layer in layers]
+  alone = all(len(p) == 1 for p in scanned.split(layers, kinds, scanned.LEAST['always']))
+  reason = ''
+  if 'train' not in own.traits(model.spec).scans:
+    reason = f'{own.group}.name={own.name!r} trains layer by layer'
+  elif not sites.alike(site.where):
+    reason = f'{model.site.group}.where={site.where!r} tells layers apart'
+  elif alone:
+    reason = (
+      f'no group of the {len(layers)} layers (config.model.layers) is followed by an equal one'
+    )
+  if reason:
+    raise UserError(f"config.model.scan_layers='always', but {reason}; valid: 'auto' or 'never'")
 
 
 def samples(model: LM) -> bool:

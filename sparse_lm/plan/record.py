@@ -77,6 +77,11 @@ class Recording:
 class Actor(abc.ABC):
   """What reads or replaces activations at sites; see `plan/sites.py`."""
 
+  @property
+  def alike(self) -> bool:
+    """Whether it acts in all layers alike, so that one may be traced for several."""
+    return False
+
   @abc.abstractmethod
   def wants(self, path: str) -> bool:
     """Whether it acts on the site of that name."""
@@ -254,6 +259,12 @@ def site(module: nn.Module, name: str, value: jax.Array, kernel: str | None = No
   for actor in reversed(scope.actors):
     value = actor.act(module, name, path, value, scope.branch)
   return value
+
+
+def layers_alike() -> bool:
+  """Whether one layer may be traced for several equal ones: nothing asks for each by its name."""
+  scope = _scope.get()
+  return scope.found is None and all(actor.alike for actor in scope.actors)
 
 
 def hook(module: nn.Module, name: str) -> Callable[[jax.Array], jax.Array] | None:

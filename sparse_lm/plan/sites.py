@@ -9,6 +9,7 @@ cost nothing: the traced program is the same as without them.
 import contextlib
 import dataclasses
 import fnmatch
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
@@ -93,7 +94,15 @@ def acting(
   def replace(value: jax.Array) -> jax.Array:
     return function(value) if jnp.issubdtype(value.dtype, jnp.floating) else value
 
-  return record.acting(_Replacer(dict.fromkeys(patterns, replace)))
+  return record.acting(_Replacer(dict.fromkeys(patterns, replace), alike=alike(patterns)))
+
+
+def alike(patterns: tuple[str, ...]) -> bool:
+  """Whether patterns match the sites of all layers alike.
+
+  A layer's number stands before the first slash, where a star matches any number.
+  """
+  return not any(re.search(r'[\d?[]', pattern.partition('/')[0]) for pattern in patterns)
 
 
 def check(patterns: tuple[str, ...], found: Mapping[str, record.Site], field: str) -> None:
@@ -120,10 +129,12 @@ class _Matcher(record.Actor):
 
   Attributes:
     patterns: by which sites are wanted, and for each what they are replaced by, if they are.
+    alike: see `record.Actor`.
     passed: names of all sites of the trace, in their order.
   """
 
   patterns: Mapping[str, Replacement | None]
+  alike: bool = False
   passed: dict[str, None] = dataclasses.field(default_factory=dict)
 
   def wants(self, path: str) -> bool:

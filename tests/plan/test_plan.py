@@ -36,6 +36,7 @@ SPEC = Spec(
   precision='float32',
   attention_kernel='einsum',
   remat=False,
+  scan_layers='auto',
 )
 
 

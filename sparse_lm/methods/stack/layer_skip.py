@@ -50,6 +50,7 @@ class LayerSkip(LayerMethod):
       saves='in self-speculative decoding, a pass of the later layers for every draft that is kept',
       twin='sequential',
       splits=True,
+      scans=('eval',),  # training drops single layers and learns from the stream between them
     )
 
   def check(self) -> None:

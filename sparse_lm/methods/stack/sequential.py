@@ -18,7 +18,9 @@ class Sequential(LayerMethod):
   @property
   def traits(self) -> Traits:
     """What the method declares."""
-    return Traits(paper='Vaswani et al. 2017', saves='nothing', splits=True)
+    return Traits(
+      paper='Vaswani et al. 2017', saves='nothing', splits=True, scans=('train', 'eval')
+    )
 
   def __call__(self, layers: Sequence[Run], tokens: Tokens, mode: str) -> jax.Array:
     """Returns the residual stream `[B, L, D]` after the last layer; each of `layers` returns its own."""

@@ -1,0 +1,115 @@
+"""Equal layers that run as one scan, so that they are traced and compiled once.
+
+Variables stay those of single layers, by their names: a step stacks them for the scan, which costs a copy
+of the weights and of their gradients, and what the scan's passes sow is put back under the name of every
+layer. Fusion stops at the scan's borders, and residuals for the backward pass are copied into stacks.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sparse_lm.core.paths import Place
+from sparse_lm.core.tree import Tree
+from sparse_lm.layers import draws
+from sparse_lm.layers.method import Run
+from sparse_lm.layers.tokens import Tokens
+
+# Passes of a scan: each runs as many layers, equal to those of the other passes, one after the other.
+Passes = tuple[tuple[int, ...], ...]
+# Layers that a scan covers at least, by `config.model.scan_layers`; without an entry nothing is scanned.
+LEAST = {'auto': 16, 'always': 2}
+
+
+def split(layers: Sequence[int], kinds: Sequence[object], least: int) -> Iterator[Passes]:
+  """Splits layers into maximal runs of equal groups, and what is left into single layers.
+
+  Where several runs begin at a layer, the one that covers most is taken, of the smallest groups.
+
+  Args:
+    kinds: of each layer; equal ones can run as one.
+    least: layers that a run covers; what a shorter one would cover is left single.
+
+  Yields:
+    The passes of a run, two at least; for a single layer, one pass of it.
+  """
+  first = 0
+  while first < len(layers):
+    sizes = range(1, (len(layers) - first) // 2 + 1)
+    runs = [(size, size * _times(kinds[first:], size)) for size in sizes]
+    size, covered = max(
+      (run for run in runs if run[1] >= max(2 * run[0], least)),
+      key=lambda run: run[1],
+      default=(1, 1),
+    )
+    starts = range(first, first + covered, size)
+    yield tuple(tuple(layers[start : start + size]) for start in starts)
+    first += covered
+
+
+def _times(kinds: Sequence[object], size: int) -> int:
+  """How often the first `size` kinds follow one another."""
+  group, times = kinds[:size], 1
+  while kinds[times * size : (times + 1) * size] == group:
+    times += 1
+  return times
+
+
+def kind(variables: Tree, layer: int) -> tuple[object, ...]:
+  """What must be equal of the variables of layers that run as one: trees, shapes and dtypes."""
+  leaves, structure = jax.tree.flatten(_of_layers(variables, {layer: 0}))
+  return structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
+
+
+def run(parent: nn.Module, module: nn.Module, passes: Passes) -> Run:
+  """One scan over all passes.
+
+  Args:
+    parent: the model, in whose call the scan is made and called.
+    module: `(tokens, mode) -> residual stream [B, L, D]` after the layers of the first pass, with the
+      variables of these layers named as in the model.
+
+  Returns:
+    `(tokens, mode) -> the residual stream [B, L, D]` after the last pass. What modules sow and change is
+    in the parent then, as if every layer had run by itself; draws are the same bits (`layers/draws.py`).
+  """
+  stands_for = {layer: tuple(of[at] for of in passes) for at, layer in enumerate(passes[0])}
+
+  def scanned(tokens: Tokens, mode: str) -> jax.Array:
+    rngs, mutable = parent.scope.rngs, parent.scope.mutable or []
+
+    def one(x_BxLxD: jax.Array, own: tuple[jax.Array, Tree]) -> tuple[jax.Array, Tree]:
+      index, variables = own
+      keys = {name: jax.random.fold_in(rng.as_jax_rng(), index) for name, rng in rngs.items()}
+      with draws.standing_for(draws.Pass(stands_for, index, rngs, parent.path)):
+        at = tokens.replace(x=x_BxLxD)
+        return module.apply(variables, at, mode, rngs=keys, mutable=mutable)
+
+    of_passes = [
+      _of_layers(parent.variables, dict(zip(layers, passes[0], strict=True))) for layers in passes
+    ]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_passes)
+    x_BxLxD, changed = jax.lax.scan(one, tokens.x, (jnp.arange(len(passes)), stacked))
+    for collection, parts in changed.items():
+      for name, stack in parts.items():
+        place = Place.parse(name)
+        for index, layer in enumerate(stands_for[place.layer]):
+          own = jax.tree.map(lambda leaf, index=index: leaf[index], stack)
+          parent.put_variable(collection, place.part.of(layer), own)
+    return x_BxLxD
+
+  return scanned
+
+
+def _of_layers(variables: Tree, renamed: Mapping[int, int]) -> Tree:
+  """The variables of some layers by collection, under the names that other layers' have."""
+  return {
+    collection: {
+      place.part.of(renamed[place.layer]): parts[str(place)]
+      for place in map(Place.parse, parts)
+      if place.layer in renamed
+    }
+    for collection, parts in variables.items()
+  }
