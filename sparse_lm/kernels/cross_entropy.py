@@ -20,9 +20,9 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
-# Of the float32 logits of a chunk. On a GPU 1,334 rows of 50,304 logits fill its matmuls, and a batch of
-# small models (context 256, a vocabulary of characters) stays one chunk, which needs no loop.
-LOGITS_BYTES = 2**28
+# Of the float32 logits of a chunk. On an accelerator 1,334 rows of 50,304 logits fill the matmuls, and
+# batches of small models stay one chunk, which needs no loop. On a CPU a chunk stays in the last cache.
+LOGITS_BYTES, LOGITS_BYTES_ON_CPU = 2**28, 2**24
 
 
 class Head(NamedTuple):
@@ -112,11 +112,12 @@ def cross_entropy(
 
 
 def rows_of(tokens: int, vocab: int) -> int:
-  """Rows of a chunk: all tokens where their logits stay below `LOGITS_BYTES`, else a part of them.
+  """Rows of a chunk: all tokens where their logits take no more bytes than the limit, else some of them.
 
-  Chunks are of one size where up to twice as many as are needed divide the tokens.
+  Chunks are of one size where less than twice as many as are needed divide the tokens.
   """
-  most = max(1, LOGITS_BYTES // (4 * vocab))
+  limit = LOGITS_BYTES_ON_CPU if jax.default_backend() == 'cpu' else LOGITS_BYTES
+  most = max(1, limit // (4 * vocab))
   needed = -(-tokens // most)
   for chunks in range(needed, 2 * needed):
     if tokens % chunks == 0:
@@ -129,15 +130,15 @@ def whole(predicted: Readout | Array) -> Array:
   if not isinstance(predicted, Readout):
     return predicted
   hidden_BxLxD, head, tokens_BxL = predicted
+  hidden_TxD = hidden_BxLxD.reshape(-1, hidden_BxLxD.shape[-1])
   tokens_T = None if tokens_BxL is None else tokens_BxL.reshape(-1)
-  logits_TxV = _logits(hidden_BxLxD.reshape(-1, hidden_BxLxD.shape[-1]), tokens_T, head)
+  logits_TxV = _logits(hidden_TxD, tokens_T, _cast(head, hidden_TxD))
   return logits_TxV.reshape(*hidden_BxLxD.shape[:-1], -1)
 
 
 def _logits(hidden: Array, tokens: Array | None, head: Head) -> Array:
   """float32 `[..., V]`, products accumulated in float32."""
-  kernel_DxV = head.kernel_DxV.astype(hidden.dtype)
-  logits = jnp.matmul(hidden, kernel_DxV, preferred_element_type=jnp.float32)
+  logits = jnp.matmul(hidden, head.kernel_DxV, preferred_element_type=jnp.float32)
   if head.bias_V is not None:
     logits += head.bias_V.astype(jnp.float32)
   if head.bigrams_VxV is not None:
@@ -147,7 +148,7 @@ def _logits(hidden: Array, tokens: Array | None, head: Head) -> Array:
 
 def _losses(logits: Array, theirs: Array | None, targets: Array, temperature: float) -> Losses:
   chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-  nats = jax.nn.logsumexp(logits, axis=-1) - chosen
+  nats = jax.nn.logsumexp(logits, axis=-1, keepdims=True)[..., 0] - chosen
   if theirs is None:
     return Losses(nats, None)
   ours, theirs = (jax.nn.log_softmax(x / temperature) for x in (logits, theirs))
@@ -168,10 +169,12 @@ def _gradient(
 ) -> Array:
   """Of a token's weighted losses with respect to its logits."""
   onehot = targets[..., None] == jnp.arange(logits.shape[-1])
-  gradient = weights[0] * (jax.nn.softmax(logits) - onehot)
+  # The sums are those of `_losses`, which the compiler computes once.
+  chances = jnp.exp(logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+  gradient = weights[0] * (chances - onehot)
   if theirs is None:
     return gradient
-  ours, theirs = (jax.nn.softmax(x / temperature) for x in (logits, theirs))
+  ours, theirs = (jnp.exp(jax.nn.log_softmax(x / temperature)) for x in (logits, theirs))
   return gradient + weights[1] * temperature * (ours - theirs)
 
 
@@ -184,7 +187,10 @@ def _in_chunks(
   known: _Known,
   teacher: Head | None,
 ) -> tuple[Array, Losses]:
-  """The weighted loss, and the losses of each token, `[T]`. Has a gradient for the first three arrays."""
+  """The weighted loss, and the losses of each token, `[T]`.
+
+  Has a gradient with respect to the hidden states, the head, and the weights.
+  """
   head, teacher = _cast(head, hidden_TxD), _cast(teacher, known.teacher_hidden)
 
   def chunk(carry: None, some: tuple[Array, _Known]) -> tuple[None, Losses]:
@@ -196,16 +202,11 @@ def _in_chunks(
 
 
 class _Saved(NamedTuple):
-  """What the backward pass scales: gradients of the sum over tokens, and means of both losses.
-
-  Attributes:
-    stored: empty arrays of the dtypes of the head as it is stored.
-  """
+  """What the backward pass scales: gradients of the sum over tokens, and means of both losses."""
 
   hidden_TxD: Array
   head: Head
   means: tuple[Array, Array]
-  stored: Head
 
 
 def _forward(
@@ -217,8 +218,8 @@ def _forward(
   teacher: Head | None,
 ) -> tuple[tuple[Array, Losses], _Saved]:
   """The loss together with its gradient."""
-  stored = jax.tree.map(lambda a: jnp.zeros(0, a.dtype), head)
-  head, teacher = _cast(head, hidden_TxD), _cast(teacher, known.teacher_hidden)
+  stored, head = head, _cast(head, hidden_TxD)
+  teacher = _cast(teacher, known.teacher_hidden)
 
   def chunk(total: Head, some: tuple[Array, _Known]) -> tuple[Head, tuple[Losses, Array]]:
     hidden, known = some
@@ -230,9 +231,10 @@ def _forward(
 
   zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), head)
   total, (losses, own) = _over_chunks(chunk, zeros, (hidden_TxD, known), head)
+  total = jax.tree.map(lambda a, like: a.astype(like.dtype), total, stored)
   divergence = jnp.zeros(()) if losses.divergence is None else jnp.mean(losses.divergence)
   means = jnp.mean(losses.nats), divergence
-  return (_weighted(losses, weights), losses), _Saved(own, total, means, stored)
+  return (_weighted(losses, weights), losses), _Saved(own, total, means)
 
 
 def _backward(
@@ -241,8 +243,9 @@ def _backward(
   """Scales what the forward pass has computed; losses of single tokens have no gradient."""
   cotangent, _ = cotangents
   scale = cotangent / saved.hidden_TxD.shape[0]
-  hidden_TxD = (scale * saved.hidden_TxD).astype(saved.hidden_TxD.dtype)
-  head = jax.tree.map(lambda a, like: (scale * a).astype(like.dtype), saved.head, saved.stored)
+  hidden_TxD, head = jax.tree.map(
+    lambda a: (scale * a).astype(a.dtype), (saved.hidden_TxD, saved.head)
+  )
   return hidden_TxD, head, tuple(cotangent * mean for mean in saved.means), None, None
 
 

@@ -166,13 +166,15 @@ def _check_memory(program: Program, data: Data, target: Tree) -> None:
   state = jax.eval_shape(program.init, 0, target).replace(key=None)
   state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
   tokens = data.batch // program.accumulation * data.context
-  logits = 4 * tokens * program.model.spec.vocab
-  room = runtime.memory()
-  if state_bytes + logits > room:
+  spec, room = program.model.spec, runtime.memory()
+  # What each layer reads is kept for the backward pass, whatever is computed again.
+  hidden = tokens * spec.width * (spec.layers + 1) * spec.compute.itemsize
+  if state_bytes + hidden > room:
     raise UserError(
       f'config.model and config.data.batch: weights, moments, masks and averages take '
-      f'{state_bytes / 2**30:,.2f} GiB and the logits of {tokens} tokens {logits / 2**30:,.2f} GiB, of '
-      f'{room / 2**30:,.2f} GiB of memory; valid: a smaller model, or fewer tokens in a microbatch'
+      f'{state_bytes / 2**30:,.2f} GiB and the hidden states of {tokens} tokens '
+      f'{hidden / 2**30:,.2f} GiB, of {room / 2**30:,.2f} GiB of memory; valid: a smaller model, or '
+      'fewer tokens in a microbatch'
     )
 
 

@@ -16,7 +16,7 @@ from sparse_lm.kernels.cross_entropy import Head, Readout, cross_entropy
 
 def chunks_of(rows, vocab):
   """Inside of it chunks have so many rows at most."""
-  return mock.patch.object(kernel, 'LOGITS_BYTES', 4 * rows * vocab)
+  return mock.patch.object(kernel, 'LOGITS_BYTES_ON_CPU', 4 * rows * vocab)
 
 
 def drawn(seed, shape, vocab, bias, bigrams, dtype=np.float32):
@@ -142,10 +142,12 @@ def test_chunks_stay_below_the_limit_and_are_not_many_more_than_needed(tokens, v
   assert tokens % rows == 0 or not any(tokens % n == 0 for n in range(needed, 2 * needed))
 
 
-def test_vocabularies_of_language_models_fill_a_gpus_matmuls_and_small_ones_need_no_loop():
+def test_large_vocabularies_fill_a_gpus_matmuls_and_small_models_need_no_loop(monkeypatch):
+  assert kernel.rows_of(3, 2**40) == 1
+  assert kernel.rows_of(2048, 8192) == 512  # 16 MB
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
   assert kernel.rows_of(16 * 1024, 50_304) == 1024
   assert kernel.rows_of(64 * 256, 65) == 64 * 256
-  assert kernel.rows_of(3, 2**40) == 1
 
 
 def test_bfloat16_is_rounded_in_products_and_not_in_sums():

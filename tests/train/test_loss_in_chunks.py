@@ -31,7 +31,7 @@ TAUGHT = {'distill__teacher': 'a run', 'distill__weight': 0.4, 'distill__tempera
 
 def chunks_of(rows):
   """Inside of it programs that are traced have so many tokens in a chunk at most."""
-  return mock.patch.object(kernel, 'LOGITS_BYTES', 4 * rows * VOCAB)
+  return mock.patch.object(kernel, 'LOGITS_BYTES_ON_CPU', 4 * rows * VOCAB)
 
 
 def shapes_in(jaxpr):
