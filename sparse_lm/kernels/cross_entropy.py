@@ -107,8 +107,7 @@ def cross_entropy(
   )
   weights = tuple(jnp.asarray(weight, jnp.float32) for weight in weights)
   loss, losses = _in_chunks(temperature, flat_hidden, head, weights, flat, teacher and teacher.head)
-  losses = jax.tree.map(lambda a: a.reshape(targets_BxL.shape), losses)
-  return loss, jax.lax.stop_gradient(losses)
+  return loss, jax.tree.map(lambda a: a.reshape(targets_BxL.shape), losses)
 
 
 def rows_of(tokens: int, vocab: int) -> int:

@@ -160,7 +160,7 @@ class Objective:
     )
     predicted, variables = forward(rngs={'dropout': key, 'gates': jax.random.fold_in(key, 1)})
     exits = lm.exits(self.model, before, variables, readout=True)
-    loss, losses, learned = self._learned(predicted, exits, batch)
+    loss, losses, learned = self.learned(predicted, exits, batch)
     sampled = _Pass(losses.nats, variables)
     seen = observed(self.costs.ledger, variables)
     metrics = learned | {'density': mean_density(density, params)} | seen
@@ -181,7 +181,7 @@ class Objective:
     metrics['auxiliary'] = auxiliary
     return loss + auxiliary, sampled.beside(metrics)
 
-  def _learned(
+  def learned(
     self,
     predicted: Readout | Array,
     exits: list[tuple[Readout | Array, Array]],
@@ -191,6 +191,10 @@ class Objective:
 
     The last layer's cross-entropy has weight 1 and those of the exits theirs. Their weighted mean and the
     teacher's divergence share the loss.
+
+    Args:
+      predicted: behind the last layer.
+      exits: what the head predicts from them, and their weights.
 
     Returns:
       The loss, the last layer's losses of each token, and metrics.

@@ -18,6 +18,7 @@ from sparse_lm.kernels.cross_entropy import Readout, cross_entropy
 from sparse_lm.model import lm, plans
 from sparse_lm.plan import executed
 from sparse_lm.runs.build import build
+from sparse_lm.train.objective import Batch
 
 VOCAB, BATCH, LENGTH = 24, 4, 16
 LOGITS = BATCH * LENGTH * VOCAB
@@ -89,6 +90,21 @@ def test_a_step_in_chunks_is_the_step_and_never_holds_the_logits_of_a_batch(
   chunked, held = step_of(config, rows)
   assert held == (False, False)
   jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-5, atol=1e-6), chunked, whole)
+
+
+def test_text_exits_and_teacher_share_the_loss(tiny_config):
+  program, _ = build(tiny_config(**TAUGHT), VOCAB)
+  own, early, teacher = np.random.default_rng(1).normal(size=(3, BATCH, LENGTH, VOCAB)).astype('f')
+  loss, losses, metrics = program.objective.learned(own, [(early, 0.5)], Batch(TOKENS, teacher))
+
+  def nats(logits):
+    return float(cross_entropy(logits, TOKENS[:, 1:])[0])
+
+  divergence = float(np.mean(losses.divergence))
+  text = (nats(own) + 0.5 * nats(early)) / 1.5
+  assert float(loss) == pytest.approx(0.6 * text + 0.4 * divergence, rel=1e-5)
+  want = {'loss': nats(own), 'exits_loss': text, 'divergence': divergence}
+  assert {name: float(value) for name, value in metrics.items()} == pytest.approx(want, rel=1e-5)
 
 
 @pytest.fixture(scope='module')
