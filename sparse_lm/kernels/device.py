@@ -8,6 +8,20 @@ import jax.numpy as jnp
 _FIRST_WITH_BFLOAT16 = 8, 0
 
 
+# XLA makes one product of those that share an operand, up to 32 MB each. Where these are the projections
+# to queries, keys and values, whose parts cuDNN's attention takes as arrays of their own, it then copies
+# the parts out, and their gradients together: 1.3 of 38 ms of a step on an H100 (12 layers of width 768,
+# 16,384 tokens), and the products were no faster. Small ones gain by it.
+_LARGEST_MERGED = 8  # MB
+
+
+def compiler_options() -> dict[str, int] | None:
+  """What XLA is told about a training step on this device, for `jax.jit`; `None` = nothing."""
+  if compute_capability() is None:
+    return None
+  return {'xla_gpu_dot_merger_threshold_mb': _LARGEST_MERGED}
+
+
 def compute_capability() -> tuple[int, int] | None:
   """NVIDIA's compute capability of the GPU that arrays are on, `None` on any other device."""
   device = jax.local_devices()[0]

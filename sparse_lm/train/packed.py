@@ -19,6 +19,7 @@ from jax.stages import Compiled, Wrapped
 
 from sparse_lm.core.tree import Tree
 from sparse_lm.data import windows
+from sparse_lm.kernels import device
 from sparse_lm.train.numbers import with_numbers
 from sparse_lm.train.states import TrainState
 from sparse_lm.train.step import Program
@@ -141,7 +142,8 @@ def compile_steps(wanted: Iterable[tuple[PackedProgram, Variant]]) -> None:
     new: dict[tuple[PackedProgram, Hashable], concurrent.futures.Future[Compiled]] = {}
     for program, variant in wanted:
       if variant.key not in program._compiled and (program, variant.key) not in new:
-        step = jax.jit(functools.partial(program.step, updates=variant.updates), donate_argnums=0)
+        step = functools.partial(program.step, updates=variant.updates)
+        step = jax.jit(step, donate_argnums=0, compiler_options=device.compiler_options())
         lowered = step.lower(variant.states, variant.feed)
         new[program, variant.key] = pool.submit(lowered.compile)
     for (program, key), future in new.items():

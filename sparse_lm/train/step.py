@@ -17,6 +17,7 @@ from jax.stages import Wrapped
 
 from sparse_lm.core import tree
 from sparse_lm.core.tree import Tree
+from sparse_lm.kernels import device
 from sparse_lm.kernels.cross_entropy import Readout
 from sparse_lm.layers.after_step import updated
 from sparse_lm.model.lm import LM
@@ -95,7 +96,8 @@ class Program:
     key = updates, collects
     if key not in self._compiled:
       step = functools.partial(self.transition, updates=updates, collects=collects)
-      self._compiled[key] = jax.jit(step, donate_argnums=0)
+      options = device.compiler_options()
+      self._compiled[key] = jax.jit(step, donate_argnums=0, compiler_options=options)
     return self._compiled[key]
 
   @property

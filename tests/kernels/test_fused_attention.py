@@ -163,3 +163,11 @@ def test_what_a_device_can_run(on_nvidia):
     found = device.has_fast_bfloat16(), device.is_old_gpu(), device.has_fused_attention()
     assert found == (fast, not fast, fused), capability
   assert device.name().endswith('(compute capability 10.3)')
+
+
+def test_only_a_gpus_compiler_is_told_something(on_nvidia):
+  assert device.compiler_options() is None
+  on_nvidia(9, 0)
+  # An option that XLA did not know would be refused here, too.
+  add = jax.jit(lambda x: x + 1, compiler_options=device.compiler_options())
+  assert device.compiler_options() and add(1.0) == 2
