@@ -21,7 +21,7 @@ def main() -> None:
   program, target = build(config, asked['vocab'])
   shape = (config.data.batch, config.data.context + 1)
   tokens = jax.random.randint(jax.random.key(0), shape, 0, asked['vocab'])
-  state, metrics = program.train_step(program.init(config.seed, target), tokens)
+  state, metrics = program.step(0)(program.begin(config.seed, target, shape), tokens, None)
   jax.block_until_ready((state, metrics))
   stats = jax.local_devices()[0].memory_stats() or {}
   print(json.dumps({'peak_memory': stats.get('peak_bytes_in_use')}), flush=True)

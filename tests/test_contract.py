@@ -271,7 +271,7 @@ def test_sweep_shares_one_executable(name, trained):
   other, _, _ = trained(name, sparsity_for(name))
   assert one.program is other.program
   one.program.train_step(one.program.init(7, other.target), next(one.data.train_iterator(7)))
-  assert one.program.init.__wrapped__._cache_size() == 1
+  assert one.program.init.compiled._cache_size() == 1
   assert one.program.train_step._cache_size() == 1
   assert one.program.mask_update_step._cache_size() <= 1
 

@@ -25,16 +25,19 @@ def prepare() -> None:
   step, so glibc is told to keep them. On a host with an accelerator the steps allocate nothing in
   glibc, and the threads of the compiler would contend for the one arena: a first step took 124 s
   with it and 30 s without. Compiled programs are cached under the user's cache folder: another process
-  of a study starts in seconds.
+  of a study starts in seconds. Beside an accelerator all of them are, however small: there even those
+  that move an array take longer to compile than to read, and what autotuning found is kept too.
   """
-  if _computes_on_cpu():
+  on_cpu = _computes_on_cpu()
+  if on_cpu:
     with contextlib.suppress(AttributeError):  # a C library without it
       mallopt = ctypes.CDLL(None).mallopt
       for parameter, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_ARENA_MAX, 1)):
         mallopt(parameter, value)
   cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser()
   jax.config.update('jax_compilation_cache_dir', str(cache / 'sparse_lm' / 'xla'))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5 if on_cpu else 0.0)
+  jax.config.update('jax_persistent_cache_min_entry_size_bytes', 0 if on_cpu else -1)
 
 
 def _computes_on_cpu() -> bool:

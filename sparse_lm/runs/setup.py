@@ -70,6 +70,10 @@ class Setup:
 
   def start(self) -> TrainState:
     """The state at step 0."""
+    data = self.config.data
+    if self.teacher is None and self.parent is None:
+      batch = data.batch, data.context + 1
+      return self.program.begin(self.config.seed, self.target, batch)
     state = self.program.init(self.config.seed, self.target)
     if self.parent is None:
       return state

@@ -6,6 +6,7 @@ the optimizer gets (masked, straight-through or soft, by the method's own rule).
 and no branch on a method.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from sparse_lm.layers.after_step import updated
 from sparse_lm.model.lm import LM
 from sparse_lm.train import states
 from sparse_lm.train.objective import Batch, EffectiveParams, Metrics, Objective
-from sparse_lm.train.on_host import on_host
+from sparse_lm.train.on_host import OnHost, host_device
 from sparse_lm.train.optim import (
   Optimizer,
   step_but_where,
@@ -74,14 +75,39 @@ class Program:
     return self.optimizer.transform()
 
   @functools.cached_property
-  def init(self) -> Callable[[int, Tree], TrainState]:
-    """`(seed, target) -> TrainState`, computed on the host; see `on_host`."""
+  def init(self) -> OnHost:
+    """`(seed, target) -> TrainState`."""
     objective = self.objective
-    return on_host(
+    return OnHost(
       functools.partial(
         states.create, objective.model, objective.method, self.optimizer, objective.budget
       )
     )
+
+  def begin(self, seed: int, target: Tree, batch: tuple[int, int]) -> TrainState:
+    """`init`; beside an accelerator, what the first two steps run is compiled at the same time.
+
+    Args:
+      batch: shape of a step's tokens.
+    """
+    device = jax.local_devices()[0]
+    if device == host_device():
+      return self.init(seed, target)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+      state = self.init.later(pool, seed, target)
+      # As the state will be, which is bound to the device: a step is compiled anew for arrays that are
+      # not. Tokens come from the host.
+      place = jax.sharding.SingleDeviceSharding(device)
+      shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        jax.eval_shape(self.init.compiled, seed, target),
+      )
+      tokens = jax.ShapeDtypeStruct(batch, jnp.int32)
+      steps = dict.fromkeys([self.step(0), self.step(1)])
+      lowered = [*(step.lower(shapes, tokens, None) for step in steps), self.finalize.lower(shapes)]
+      for compiled in [pool.submit(one.compile) for one in lowered]:
+        compiled.result()
+      return state.result()
 
   @functools.cached_property
   def _compiled(self) -> dict[tuple[tuple[str, ...], tuple[str, ...]], Wrapped]:

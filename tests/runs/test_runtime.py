@@ -1,4 +1,4 @@
-"""What entry points set: the allocator only where JAX computes on the CPU."""
+"""What entry points set: the allocator only where JAX computes on the CPU, and the cache of programs."""
 
 import ctypes
 import importlib.metadata
@@ -13,17 +13,17 @@ from sparse_lm.runs import runtime
 
 
 @pytest.fixture
-def mallopt(monkeypatch):
-  """The calls of mallopt that `prepare` makes, which are not carried out; nor is the cache moved."""
-  calls = []
+def prepared(monkeypatch):
+  """The calls of mallopt and the settings of JAX that `prepare` makes, which are not carried out."""
+  calls, settings = [], {}
 
   class Libc:
     def __init__(self, _):
       self.mallopt = lambda *arguments: calls.append(arguments)
 
   monkeypatch.setattr(ctypes, 'CDLL', Libc)
-  monkeypatch.setattr(jax.config, 'update', lambda *_: None)
-  return calls
+  monkeypatch.setattr(jax.config, 'update', settings.__setitem__)
+  return calls, settings
 
 
 @pytest.mark.parametrize(
@@ -38,8 +38,10 @@ def mallopt(monkeypatch):
   ],
 )
 def test_the_allocator_is_set_on_cpu_hosts_only(
-  platforms, plugins, backend, is_set, mallopt, monkeypatch
+  platforms, plugins, backend, is_set, prepared, monkeypatch
 ):
+  mallopt, settings = prepared
+
   def default_backend():
     assert backend != 'none', 'a backend was started though it is known without'
     return backend
@@ -52,6 +54,10 @@ def test_the_allocator_is_set_on_cpu_hosts_only(
     runtime.prepare()
   assert bool(mallopt) == is_set
   assert len(mallopt) == (3 if is_set else 0)
+  assert settings['jax_compilation_cache_dir'].endswith('sparse_lm/xla')
+  # A warm start beside an accelerator compiles nothing.
+  assert settings['jax_persistent_cache_min_compile_time_secs'] == (0.5 if is_set else 0)
+  assert settings['jax_persistent_cache_min_entry_size_bytes'] == (0 if is_set else -1)
 
 
 ARENAS = """
