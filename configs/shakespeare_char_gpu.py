@@ -15,12 +15,15 @@ from configs import shakespeare_char_nanogpt
 
 
 def get_config() -> ConfigDict:
-  """6 layers, 6 heads, width 384, context 256, batch 64, 5000 steps, dropout 0.2."""
+  """6 layers, 6 heads, width 384, context 256, batch 64, 5000 steps, dropout 0.2.
+
+  It overfits, so it is evaluated as often as nanoGPT does: the best checkpoint is what counts.
+  """
   config = shakespeare_char_nanogpt.get_config()
   config.data.update({'context': 256, 'batch': 64})
   config.model.update(
     {'layers': 6, 'width': 384, 'hidden': 1536, 'heads': 6, 'kv_heads': 6, 'dropout': 0.2}
   )
   config.optimizer.update({'warmup': 0.02})
-  config.train.update({'steps': 5000, 'checkpoint_every': 1000})
+  config.train.update({'steps': 5000, 'eval_every': 250, 'checkpoint_every': 2500})
   return config
