@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from sparse_lm.core.format import Format
 from sparse_lm.kernels.matmul import matmul
+from sparse_lm.kernels.scale import scaled
 from sparse_lm.layers.init import INITS
 from sparse_lm.layers.spec import Spec
 from sparse_lm.plan import record
@@ -129,7 +130,8 @@ class Norm(nn.Module):
     y = x.astype(jnp.float32)
     if spec.norm == 'layernorm':
       y = y - jnp.mean(y, axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-5) * scale
-    if spec.norm == 'layernorm' and spec.bias:
-      y = y + self.param('bias', nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-5)
+    if not (spec.norm == 'layernorm' and spec.bias):
+      return scaled(y, scale, spec.compute)
+    y = y * scale + self.param('bias', nn.initializers.zeros, (x.shape[-1],), jnp.float32)
     return y.astype(spec.compute)

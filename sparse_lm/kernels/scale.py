@@ -1,0 +1,49 @@
+"""Multiplication with a learned scale of each channel, and the gradient of that scale.
+
+For the 25 norms of 12 layers of width 768 and 16,384 tokens in bfloat16 the rounding here saves 1.25 GB of
+60 that a training step moves.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+def scaled(x: jax.Array, scale_D: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """`x * scale` along the last axis, computed in float32 and rounded to `dtype`.
+
+  The gradient of the scale is a sum over all tokens of `dy * x`, which XLA writes before it adds it up.
+  It is rounded to `dtype` here, as `dy` is, before it is summed in float32: half the bytes in bfloat16.
+
+  Args:
+    x: float32 `[..., D]`.
+    scale_D: float32.
+  """
+  if dtype == jnp.float32:
+    return x * scale_D
+  return _scaled(x, scale_D, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _scaled(x: jax.Array, scale_D: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  return (x * scale_D).astype(dtype)
+
+
+def _scaled_forward(
+  x: jax.Array, scale_D: jax.Array, dtype: jnp.dtype
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  return _scaled(x, scale_D, dtype), (x, scale_D)
+
+
+def _scaled_backward(
+  dtype: jnp.dtype, saved: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  x, scale_D = saved
+  dy = dy.astype(jnp.float32)
+  # Behind a barrier, or XLA leaves the rounding out as excess precision, and writes float32.
+  product = jax.lax.optimization_barrier((dy * x).astype(dtype))
+  return dy * scale_D, jnp.sum(product, axis=tuple(range(x.ndim - 1)), dtype=jnp.float32)
+
+
+_scaled.defvjp(_scaled_forward, _scaled_backward)
