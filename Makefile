@@ -11,7 +11,7 @@ BIN := .venv/bin
 ablation: .venv/core
 	$(BIN)/python -m experiments.run sparsity_vs_accuracy
 
-# Measures the GPU that is there in at most five minutes; accelerator-all adds every method and whole
+# Measures the GPU that is there in some four minutes; accelerator-all adds every method and whole
 # runs, and accelerator-quick shows in two minutes on a CPU that all of it runs.
 accelerator: .venv/core
 	$(BIN)/python -m experiments.run accelerator

@@ -1,24 +1,27 @@
 """What does every method add to a training step, and what do whole runs take on this GPU?
 
 What the study `accelerator` leaves out for time: a step of every config at 4 layers of width 768, context
-1024, batch 16, beside the dense one; packed models beside their dense twins; and nanoGPT's GPU setting,
-trained whole (on the text of tiny Shakespeare, where you placed it).
+1024, batch 16, beside the dense one; packed models beside their dense twins; nanoGPT's GPU setting, and
+a study of packed runs, trained whole (on the text of tiny Shakespeare, where you placed it).
 """
 
 import functools
 import pathlib
+import subprocess
+import sys
 import time
 
-from experiments import accelerator, accelerator_report, packed_speed
+from experiments import accelerator, accelerator_report, packed_speed, packed_sweep
 from experiments import accelerator_goals as goals
 from experiments.accelerator_bench import Bench, Metrics, execute
 from experiments.sweep import Run
+from experiments.twin_process import ROOT
 from sparse_lm.report import results
 from sparse_lm.runs import configs
 
 SIZE = accelerator.SIZE | {'model.layers': 4, 'model.norm': 'rmsnorm', 'model.positions': 'rotary'}
-BENCH = Bench('configs/base.py', tuple(SIZE.items()), 50304, 5, 9, 8192, 2_000_000_000)
-CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
+BENCH = Bench('configs/base.py', SIZE, 50304, 5, 9, 8192, 2_000_000_000)
+CONFIGS = ROOT / 'configs'
 # Configs of other models, or of runs that start from other ones.
 LEFT_OUT = ('base', 'tiny', 'ablation', 'fine_tune')
 GPU_SETTING = 'configs/shakespeare_char_gpu.py'
@@ -27,17 +30,19 @@ DECODED = ('dense', 'shrink: half of the neurons and heads', 'blocks of 128, 90 
 
 def runs() -> list[Run]:
   """Whole runs, then packed models, then a row for each config."""
+  study = Run(accelerator.SMALL, {}, {'row': goals.STUDY}, functools.partial(execute, _study))
   nanogpt = Run(GPU_SETTING, {}, {'row': goals.NANOGPT}, functools.partial(execute, _train))
   packed = {run.labels['model']: run for run in packed_speed.runs()}
   return [
     nanogpt,
+    study,
     *(
       Run(
         packed[model].config, packed[model].overrides, {'row': f'packed, {model}'}, _packed(model)
       )
       for model in DECODED
     ),
-    *(BENCH.run(name, BENCH.step, config=f'configs/{name}.py') for name in method_configs()),
+    *(BENCH.step_run(name, {}, f'configs/{name}.py') for name in method_configs()),
   ]
 
 
@@ -57,6 +62,22 @@ def _train(run: Run, workdir: pathlib.Path) -> Metrics:
     'total_s': time.perf_counter() - begin,
     **{name: metrics[name] for name in ('best_val_loss', 'val_loss', 'train_step_ms')},
   }
+
+
+def _study(run: Run, workdir: pathlib.Path) -> Metrics:
+  """Trains the runs of `packed_sweep`, packed, in a process of its own.
+
+  Raises RuntimeError where the process fails.
+  """
+  command = [sys.executable, '-m', 'experiments.run', 'packed_sweep', '--pack']
+  begin = time.perf_counter()
+  done = subprocess.run(
+    [*command, f'--results={workdir}'], cwd=ROOT, capture_output=True, text=True
+  )
+  seconds = time.perf_counter() - begin
+  if done.returncode:
+    raise RuntimeError(f'packed_sweep ended: {done.stderr.strip()[-200:]}')
+  return {'total_s': seconds, 'runs': len(packed_sweep.runs())}
 
 
 def _packed(model: str) -> functools.partial:

@@ -1,14 +1,13 @@
 """Training steps measured at one size, each beside the dense step in one process.
 
-Windows of steps run without waiting for the device and take turns with windows of the dense step, whose
-program is compiled once. What failed is a line too, with `failed` and a `message`, and the rows after it
-go on. PyTorch and first steps run in processes of their own.
+Windows of steps run without waiting for the device and take turns with windows of the dense step. The
+programs of all rows that a study still lacks are compiled once and at the same time. What failed is a
+line too, with `failed` and a `message`, and the rows after it go on. PyTorch and first steps run in
+processes of their own.
 """
 
-import contextlib
 import dataclasses
 import functools
-import importlib.util
 import json
 import os
 import pathlib
@@ -16,25 +15,31 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.stages import Compiled, Wrapped
+from jax.stages import Compiled, Lowered
 
+from experiments import twin_process
+from experiments.compiling import Together
 from experiments.sweep import Overrides, Run
 from experiments.train_step_speed import updates_per_step
+from experiments.twin_process import ROOT, NoTwin
 from sparse_lm.core import tree
 from sparse_lm.core.records import JsonObject
 from sparse_lm.core.tree import Tree
+from sparse_lm.kernels import device
 from sparse_lm.measure import energy, machine, turns
+from sparse_lm.report import results
 from sparse_lm.runs import configs, runtime
 from sparse_lm.runs.arithmetic import resolved
 from sparse_lm.runs.build import build
 from sparse_lm.runs.environment import environment
+from sparse_lm.train import packed as packing
+from sparse_lm.train.numbers import common, numbers
 from sparse_lm.train.step import Program
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 Metrics = dict[str, float | str | None]
 Measure = Callable[[Run, pathlib.Path], Metrics]
 ENERGY_SECONDS = 1.0  # the meter of a GPU moves some ten times a second
@@ -71,78 +76,23 @@ def said(row: str, found: JsonObject) -> str:
 
 
 class Window:
-  """A compiled step that carries its state; a call runs some steps without waiting for the device."""
+  """A compiled step that carries its state; a call runs some steps without waiting for the device.
 
-  def __init__(
-    self, step: Wrapped, make: Callable[[], Tree], tokens: jax.Array, steps: int
-  ) -> None:
-    state = jax.block_until_ready(make())
-    begin = time.perf_counter()
-    self.compiled: Compiled = step.lower(state, tokens).compile()
-    self.state, self.tokens, self.steps = state, tokens, 1
-    jax.block_until_ready(self())
-    self.first_step_s = time.perf_counter() - begin  # tracing and compilation too
-    self.steps = steps
+  It has run one step before, so that nothing is left to be loaded.
+  """
+
+  def __init__(self, compiled: Compiled, state: Tree, steps: int, *inputs: Tree) -> None:
+    self.compiled, self.inputs, self.steps = compiled, inputs, steps
+    self.state, _ = jax.block_until_ready(compiled(state, *inputs))
 
   def __call__(self) -> Tree:
     """The state after the steps, and the metrics of the last."""
     for _ in range(self.steps):
-      self.state, metrics = self.compiled(self.state, self.tokens)
+      self.state, metrics = self.compiled(self.state, *self.inputs)
     return self.state, metrics
 
 
-class NoTwin(Exception):
-  """Why the PyTorch twin cannot be measured."""
-
-
-class Twin:
-  """The process of `experiments.torch_twin`; a call runs a window of its steps and waits for them."""
-
-  def __init__(self, sizes: Mapping[str, int], steps: int, errors: pathlib.Path) -> None:
-    self.steps, self.errors, self.peak_memory = steps, errors, None
-    command = [sys.executable, '-m', 'experiments.torch_twin']
-    with errors.open('w') as file:
-      self.process = subprocess.Popen(
-        [*command, *(f'--{name}={size}' for name, size in sizes.items())],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=file,
-        text=True,
-        cwd=ROOT,
-      )
-
-  def read(self) -> JsonObject:
-    """The next line that it prints. Raises NoTwin where the process has ended."""
-    line = self.process.stdout.readline()
-    if not line:
-      said_last = self.errors.read_text().strip().splitlines()[-1:]
-      raise NoTwin(f'experiments.torch_twin ended: {" ".join(said_last)}')
-    return json.loads(line)
-
-  def __call__(self) -> float:
-    """Seconds of a window."""
-    self.process.stdin.write(f'{self.steps}\n')
-    self.process.stdin.flush()
-    found = self.read()
-    self.peak_memory = found['peak_memory']
-    return found['seconds']
-
-
-@contextlib.contextmanager
-def _twin(sizes: Mapping[str, int], steps: int) -> Iterator[Twin]:
-  """The twin's process while it is needed. Raises NoTwin without PyTorch."""
-  if importlib.util.find_spec('torch') is None:
-    raise NoTwin('PyTorch is not installed')
-  with tempfile.TemporaryDirectory() as folder:
-    twin = Twin(sizes, steps, pathlib.Path(folder) / 'errors')
-    try:
-      yield twin
-    finally:
-      twin.process.kill()
-      twin.process.wait()
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Bench:
   """One size, and the rows that are measured at it. What rows share is made when first asked for.
 
@@ -154,22 +104,31 @@ class Bench:
     repeats: turns that are measured.
     matmul: rows and columns of the products that give the peak.
     copied: bytes of the array whose copy gives the memory's bandwidth.
+    planned: the runs that are steps beside the dense one, by row.
+    programs: by row, '' the dense one, and whether it updates the masks.
   """
 
   config: str
-  overrides: tuple[tuple[str, int | str], ...]
+  overrides: Overrides
   vocab: int
   window: int
   repeats: int
   matmul: int
   copied: int
+  planned: dict[str, Run] = dataclasses.field(default_factory=dict)
+  programs: Together = dataclasses.field(default_factory=Together)
 
   def run(
     self, row: str, measure: Measure, overrides: Overrides | None = None, config: str = ''
   ) -> Run:
     """A run of a study that measures one row, of another config file where one is named."""
-    fields = dict(self.overrides) | (overrides or {})
+    fields = self.overrides | (overrides or {})
     return Run(config or self.config, fields, {'row': row}, functools.partial(execute, measure))
+
+  def step_run(self, row: str, overrides: Overrides, config: str = '') -> Run:
+    """A run that measures a step beside the dense one."""
+    self.planned[row] = self.run(row, self.step, overrides, config)
+    return self.planned[row]
 
   def program(self, run: Run) -> tuple[Program, Tree]:
     """What a run's config describes, and its final densities."""
@@ -178,15 +137,45 @@ class Bench:
   @functools.cached_property
   def tokens(self) -> jax.Array:
     """A batch, int32 `[B, L + 1]`."""
-    data = configs.load(self.config, dict(self.overrides)).data
-    return jax.random.randint(jax.random.key(0), (data.batch, data.context + 1), 0, self.vocab)
+    data = configs.load(self.config, self.overrides).data
+    return _random_tokens(self.vocab, data.batch, data.context + 1)
+
+  def lower(self, workdir: pathlib.Path) -> None:
+    """Traces the dense step and those of the rows that the study of a run's workdir still lacks."""
+    file = workdir.parent.parent / 'runs.jsonl'
+    finished = [line['run'] for line in results.read_file(file)] if file.exists() else []
+    study = file.parent.name
+    self._lower('', self._dense)
+    for row, run in self.planned.items():
+      if run.id(study) not in finished:
+        self._lower(row, run)
+
+  def _lower(self, row: str, run: Run) -> None:
+    """Traces the step of a row, and the one that updates masks where there is such."""
+
+    def lowered(updates: bool) -> Lowered:
+      program, target = self.program(run)
+      step = program.mask_update_step if updates else program.train_step
+      return step.lower(_placed(jax.eval_shape(program.init.compiled, 0, target)), self.tokens)
+
+    self.programs.lower((row, False), lambda: lowered(False))
+    program, _ = self.program(run)
+    if updates_per_step(program.method, program.optimizer.steps):
+      self.programs.lower((row, True), lambda: lowered(True))
+
+  @property
+  def _dense(self) -> Run:
+    return self.run('', self.dense_step)
 
   @functools.cached_property
   def dense(self) -> Window:
     """The dense step."""
-    program, target = build(configs.load(self.config, dict(self.overrides)), self.vocab)
-    make = functools.partial(program.init, 0, target)
-    return Window(program.train_step, make, self.tokens, self.window)
+    self._lower('', self._dense)
+    program, target = self.program(self._dense)
+    return self._window(('', False), program.init(0, target))
+
+  def _window(self, name: tuple[str, bool], state: Tree) -> Window:
+    return Window(self.programs.take(name), state, self.window, self.tokens)
 
   @functools.cached_property
   def peak(self) -> dict[str, float]:
@@ -209,43 +198,46 @@ class Bench:
     model, data = (configs.load(run.config, run.overrides)[part] for part in ('model', 'data'))
     sizes = {name: model[name] for name in ('layers', 'width', 'hidden', 'heads')}
     sizes |= {'context': data.context, 'batch': data.batch, 'vocab': self.vocab}
-    calls: dict[str, Callable[[], Tree]] = {'step': self.dense}
     try:
-      with _twin(sizes, self.window) as twin:
-        found = self._begun(twin)
-        seconds = turns.interleaved(calls | {'twin': twin}, self.repeats, run.labels['row'])
-        found |= _beside(seconds['step'], seconds['twin'], self.window)
-        found['reference_memory'] = twin.peak_memory
+      with twin_process.running(sizes, self.window) as twin:
+        self.lower(workdir)  # while PyTorch compiles
+        begun = (
+          twin.read()
+        )  # compilation tries kernels on the device: the twin is done with it by now
+        calls = {'step': self.dense, 'twin': twin}
+        self._check_parameters(begun['params'])
+        seconds = turns.interleaved(calls, self.repeats, run.labels['row'])
+        found = _beside(seconds['step'], seconds['twin'], self.window)
+        found |= {'reference': f'torch {begun["torch"]}', 'reference_memory': twin.peak_memory}
     except NoTwin as error:
-      seconds = turns.interleaved(calls, self.repeats, run.labels['row'])
+      self.lower(workdir)
+      seconds = turns.interleaved({'step': self.dense}, self.repeats, run.labels['row'])
       found = {'reference': f'not measured: {error}'}
     return found | self._numbers(self.program(run)[0], {}, self.dense, seconds['step'])
 
-  def _begun(self, twin: Twin) -> Metrics:
-    """What the twin says when it has done its first step. Raises NoTwin for another model."""
-    said_first = twin.read()
+  def _check_parameters(self, theirs: int) -> None:
+    """Raises NoTwin where the twin is another model."""
     ours = sum(leaf.size for leaf in jax.tree.leaves(self.dense.state.trainable['params']))
-    if said_first['params'] != ours:
-      raise NoTwin(f'it has {said_first["params"]} parameters and the model {ours}')
-    name = f'torch {said_first["torch"]}'
-    return {'reference': name, 'reference_first_step_s': said_first['first_step_s']}
+    if theirs != ours:
+      raise NoTwin(f'it has {theirs} parameters and the model {ours}')
 
   def step(self, run: Run, workdir: pathlib.Path) -> Metrics:
     """A step beside the dense one. One that updates masks now and then counts its updates in."""
+    row = run.labels['row']
+    self.lower(workdir)
+    self._lower(row, run)  # also where the study has it already
     program, target = self.program(run)
-    make = functools.partial(program.init, 0, target)
-    calls = {'step': Window(program.train_step, make, self.tokens, self.window)}
+    calls = {'step': self._window((row, False), program.init(0, target))}
     updates = updates_per_step(program.method, program.optimizer.steps)
     if updates:
-      calls['update'] = Window(program.mask_update_step, make, self.tokens, self.window)
-    seconds = turns.interleaved(calls | {'reference': self.dense}, self.repeats, run.labels['row'])
+      calls['update'] = self._window((row, True), program.init(0, target))
+    seconds = turns.interleaved(calls | {'reference': self.dense}, self.repeats, row)
     average, found = seconds['step'], {}
     if updates:
       average = (1 - updates) * average + updates * seconds['update']
       found = {
         'update_ms': 1e3 * float(np.median(seconds['update'])) / self.window,
         'update_memory': machine.peak_memory(calls['update'].compiled),
-        'update_first_step_s': calls['update'].first_step_s,
         'updates_per_step': updates,
       }
     found |= _beside(average, seconds['reference'], self.window)
@@ -255,7 +247,7 @@ class Bench:
   def _numbers(
     self, program: Program, final: dict[str, float], window: Window, seconds: np.ndarray
   ) -> Metrics:
-    """Of a step's own: its time, FLOPs, memory, start and energy."""
+    """Of a step's own: its time, FLOPs, memory and energy."""
     found, tokens = _milliseconds(seconds, self.window), self.tokens[:, 1:].size
     flops = program.step_flops(0, program.costs.training_pass({}), final) * tokens
     flops_per_s = 1e3 * flops / found['step_ms']
@@ -265,27 +257,35 @@ class Bench:
       'flops_per_s': flops_per_s,
       'fraction_of_peak': flops_per_s / self.peak[program.model.spec.compute.name],
       'peak_memory': machine.peak_memory(window.compiled),
-      'first_step_s': window.first_step_s,
       'joules_per_token': None if joules is None else joules / tokens,
     }
 
   def packed(self, count: int, run: Run, workdir: pathlib.Path) -> Metrics:
-    """So many runs that differ in their seeds, vmapped into one step, beside one run alone."""
+    """So many runs that differ in their seeds as one program, beside one run alone."""
     program, target = self.program(run)
-    init = jax.vmap(lambda seed: program.init(seed, target))
-    step = jax.jit(jax.vmap(program.transition), donate_argnums=0)
-    tokens = jax.numpy.broadcast_to(self.tokens, (count, *self.tokens.shape))
-    packed = Window(step, lambda: init(jax.numpy.arange(count)), tokens, self.window)
-    calls = {'step': packed, 'reference': self.dense}
-    seconds = turns.interleaved(calls, self.repeats, run.labels['row'])
+    states = packing.stack([program.init(seed, target) for seed in range(count)])
+    batch, length = self.tokens.shape
+    values = {name: np.full(count, value, 'f') for name, value in numbers(program).items()}
+    starts = np.random.default_rng(0).integers(0, 10 * length, (self.window, count, batch))
+    text = _random_tokens(self.vocab, 1, 100 * length)[0]
+    feed = packing.Feed(text, *jax.device_put((values, np.int32(0), starts.astype('i'))))
+    step = functools.partial(packing.PackedProgram(common(program)).step, updates=((), ()))
+    step = jax.jit(step, donate_argnums=0, compiler_options=device.compiler_options())
+    self._lower('', self._dense)
+    self.programs.lower((run.labels['row'], False), lambda: step.lower(states, feed))
+    reference = self.dense
+    packed = Window(self.programs.take((run.labels['row'], False)), states, self.window, feed)
+    seconds = turns.interleaved({'step': packed, 'reference': reference}, self.repeats)
     found = _milliseconds(seconds['step'], self.window)
-    found |= _beside(seconds['step'], seconds['reference'], self.window)
-    return found | {
-      'tokens_per_second': 1e3 * tokens[..., 1:].size / found['step_ms'],
-      'peak_memory': machine.peak_memory(packed.compiled),
-      'first_step_s': packed.first_step_s,
-      'runs': count,
-    }
+    return (
+      found
+      | _beside(seconds['step'], seconds['reference'], self.window)
+      | {
+        'tokens_per_second': 1e3 * count * self.tokens[:, 1:].size / found['step_ms'],
+        'peak_memory': machine.peak_memory(packed.compiled),
+        'runs': count,
+      }
+    )
 
   def first_step(self, run: Run, workdir: pathlib.Path) -> Metrics:
     """Wall time of a new process to the end of its first step, with nothing compiled, and again."""
@@ -293,6 +293,19 @@ class Bench:
     with tempfile.TemporaryDirectory() as cache:
       cold, warm = _process_seconds(asked, cache), _process_seconds(asked, cache)
     return {'cold_s': cold[0], 'warm_s': warm[0], 'peak_memory': cold[1]}
+
+
+def _placed(shapes: Tree) -> Tree:
+  """Shape structs of what will lie on the device, bound to it as initial states are."""
+  place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes
+  )
+
+
+def _random_tokens(vocab: int, batch: int, length: int) -> jax.Array:
+  """int32 `[B, L]` on the device; drawn on the host, where nothing has to be compiled for it."""
+  return jax.device_put(np.random.default_rng(0).integers(0, vocab, (batch, length)).astype('i'))
 
 
 def _repeated(call: Callable[[], Tree], times: int) -> Callable[[], Tree]:

@@ -55,7 +55,6 @@ CELLS = (
   Cell('TFLOP/s', ('flops_per_s',), '.4g', 1e-12),
   Cell('of the matmul peak', ('fraction_of_peak',), '.2f'),
   Cell('peak memory (GB)', ('peak_memory',), '.2f', 1e-9),
-  Cell('first step (s)', ('first_step_s',), '.1f'),
   Cell('energy (mJ/token)', ('joules_per_token',), '.3g', 1e3),
 )
 

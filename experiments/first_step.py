@@ -8,6 +8,7 @@ import json
 import sys
 
 import jax
+import numpy as np
 
 from sparse_lm.runs import configs, runtime
 from sparse_lm.runs.build import build
@@ -20,7 +21,7 @@ def main() -> None:
   config = configs.load(asked['config'], asked['overrides'])
   program, target = build(config, asked['vocab'])
   shape = (config.data.batch, config.data.context + 1)
-  tokens = jax.random.randint(jax.random.key(0), shape, 0, asked['vocab'])
+  tokens = np.random.default_rng(0).integers(0, asked['vocab'], shape).astype(np.int32)
   state, metrics = program.step(0)(program.begin(config.seed, target, shape), tokens, None)
   jax.block_until_ready((state, metrics))
   stats = jax.local_devices()[0].memory_stats() or {}

@@ -3,19 +3,23 @@
 import json
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments import (
   accelerator,
   accelerator_all,
-  accelerator_bench,
   accelerator_goals,
   accelerator_quick,
   accelerator_report,
   documents,
+  twin_process,
 )
-from experiments.accelerator_bench import Bench, NoTwin, Twin, execute
+from experiments.accelerator_bench import Bench, execute
+from experiments.compiling import Together
 from experiments.sweep import Run
+from experiments.twin_process import NoTwin, Twin
 from sparse_lm.report import plot, results
 from sparse_lm.runs import configs, runtime
 
@@ -49,8 +53,7 @@ def test_every_goal_is_of_a_row_that_its_study_measures():
     for study in STUDIES
   }
   every = (*accelerator_goals.GPU, *accelerator_goals.CPU)
-  elsewhere = {accelerator_goals.STUDY}  # a study of its own
-  assert {goal.row for goal in every if goal.row not in planned[goal.study]} == elsewhere
+  assert [goal.row for goal in every if goal.row not in planned[goal.study]] == []
 
 
 def test_what_matters_most_is_measured_first():
@@ -62,26 +65,26 @@ def test_what_matters_most_is_measured_first():
 def tiny():
   size = {'data.batch': 2, 'data.context': 8, 'model.layers': 1, 'model.width': 16}
   size |= {'model.hidden': 16, 'model.heads': 2, 'model.kv_heads': 2}
-  return Bench('configs/base.py', tuple(size.items()), 16, 2, 3, 32, 4096)
+  return Bench('configs/base.py', size, 16, 2, 3, 32, 4096)
 
 
 @pytest.fixture
 def quiet(monkeypatch):
   """What an entry point sets is left alone, and no PyTorch is found."""
   monkeypatch.setattr(runtime, 'prepare', lambda: None)
-  monkeypatch.setattr(accelerator_bench.importlib.util, 'find_spec', lambda name: None)
+  monkeypatch.setattr(twin_process.importlib.util, 'find_spec', lambda name: None)
 
 
 def test_a_row_holds_a_step_beside_the_dense_one(tiny, quiet, tmp_path):
   overrides = {'weight.name': 'rigl', 'weight.sparsity': 0.5}
-  run = tiny.run('RigL', tiny.step, overrides)
+  run = tiny.step_run('RigL', overrides)
   found = run.execute(run, tmp_path)
   assert 'failed' not in found, found['message']
   metrics = found['metrics']
   assert metrics['ratio_low'] <= metrics['ratio'] <= metrics['ratio_high']
   assert 0 < metrics['step_ms_low'] <= metrics['step_ms'] <= metrics['step_ms_high']
   assert metrics['updates_per_step'] == 0.01 and metrics['update_ms'] > 0
-  assert metrics['peak_memory'] > 0 and metrics['first_step_s'] > 0
+  assert metrics['peak_memory'] > 0
   # Three times a forward pass of 4 attention matrices, 2 of the MLP and the head, and of all pairs.
   per_token = 3 * 2 * (4 * 16 * 16 + 2 * 16 * 16 + 16 * 16 + 2 * 8 * 16)
   assert metrics['flops_per_s'] == pytest.approx(per_token * metrics['tokens_per_second'])
@@ -94,6 +97,24 @@ def test_the_dense_step_is_measured_without_pytorch_too(tiny, quiet, tmp_path, c
   assert metrics['reference'] == 'not measured: PyTorch is not installed'
   assert metrics['step_ms'] > 0 and 'ratio' not in metrics
   assert capsys.readouterr().out.startswith('dense: reference not measured: PyTorch')
+
+
+def test_programs_are_compiled_together_and_equal_ones_once(monkeypatch):
+  programs, compiled = Together(), []
+
+  def lowered(factor):
+    found = jax.jit(lambda x: factor * x).lower(jnp.ones(2))
+    compile_ = found.compile
+    monkeypatch.setattr(found, 'compile', lambda: compiled.append(factor) or compile_())
+    return found
+
+  for name, factor in (('a', 2), ('b', 3), ('c', 2)):
+    programs.lower(name, lambda factor=factor: lowered(factor))
+  programs.lower('d', lambda: 1 / 0)
+  assert programs.take('b')(jnp.ones(2)).tolist() == [3, 3]
+  assert programs.take('c') is programs.take('a') and sorted(compiled) == [2, 3]
+  with pytest.raises(ZeroDivisionError):
+    programs.take('d')
 
 
 def test_a_row_that_fails_is_a_line_too(quiet, tmp_path, capsys):

@@ -1,0 +1,50 @@
+"""Programs that are compiled at the same time, each once, when the first of them is asked for."""
+
+import concurrent.futures
+import os
+from collections.abc import Callable, Hashable
+
+from jax.stages import Compiled, Lowered
+
+
+class Together:
+  """Lowered programs by name. Those of one text share an executable.
+
+  What one program meets, in tracing or in compilation, is raised when it is asked for.
+  """
+
+  def __init__(self) -> None:
+    self._lowered: dict[Hashable, Lowered] = {}
+    self._done: dict[Hashable, Compiled | Exception] = {}
+
+  def lower(self, name: Hashable, make: Callable[[], Lowered]) -> None:
+    """Traces a program, unless it is there."""
+    if name in self._lowered or name in self._done:
+      return
+    try:
+      self._lowered[name] = make()
+    except Exception as error:  # whatever it is, it is this program's own
+      self._done[name] = error
+
+  def take(self, name: Hashable) -> Compiled:
+    """The executable, which is not kept here any longer."""
+    if name not in self._done:
+      self._compile()
+    found = self._done.pop(name)
+    if isinstance(found, Exception):
+      raise found
+    return found
+
+  def _compile(self) -> None:
+    """Compiles what was lowered, in as many threads as there are cores."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+      by_text: dict[Hashable, concurrent.futures.Future[Compiled]] = {}
+      futures = {}
+      for name, lowered in self._lowered.items():
+        key = lowered.as_text(), lowered.in_tree, lowered.out_tree
+        if key not in by_text:
+          by_text[key] = pool.submit(lowered.compile)
+        futures[name] = by_text[key]
+    self._lowered = {}
+    for name, future in futures.items():
+      self._done[name] = future.exception() or future.result()
