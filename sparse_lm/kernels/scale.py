@@ -1,7 +1,7 @@
 """Multiplication with a learned scale of each channel, and the gradient of that scale.
 
-For the 25 norms of 12 layers of width 768 and 16,384 tokens in bfloat16 the rounding here saves 1.25 GB of
-60 that a training step moves.
+In a training step of 12 layers of width 768 on 16,384 tokens, which moves 60 GB, the rounding here saves
+1.25 GB in the 25 norms.
 """
 
 import functools
