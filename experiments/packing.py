@@ -71,9 +71,9 @@ def plan(runs: Mapping[str, Run], most: int) -> list[Job]:
   return jobs
 
 
-def train(job: Job, workdirs: Sequence[pathlib.Path]) -> list[Outcome]:
+def train(runs: Mapping[str, Run], workdirs: Sequence[pathlib.Path]) -> list[Outcome]:
   """Trains the runs of a pack: the result.json of each, or the error of one that diverged."""
-  setups = _setups(job.runs)
+  setups = _setups(runs)
   return train_packed(list(setups.values()), list(map(str, workdirs)))
 
 

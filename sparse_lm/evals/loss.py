@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.stages import Wrapped
 
+from sparse_lm.core.ahead import Ahead, Call
 from sparse_lm.core.tree import Tree
 from sparse_lm.evals import EvalData, EvalModel, Evaluation, Values
 from sparse_lm.kernels.cross_entropy import cross_entropy
@@ -107,9 +108,17 @@ def eval_step(model: LM) -> Wrapped:
 
 
 @functools.lru_cache(maxsize=16)
-def packed_eval_step(model: LM) -> Wrapped:
+def packed_eval_step(model: LM) -> Ahead:
   """`eval_step` over the leading axis of the variables; all models read the same batch."""
-  return jax.jit(jax.vmap(_of_batch(model), in_axes=(0, None, None)))
+  return Ahead(jax.vmap(_of_batch(model), in_axes=(0, None, None)))
+
+
+def packed_call(model: LM, variables: Tree, batch: int) -> Call:
+  """The step of `run_packed` for variables of these shapes and batches of so many sequences."""
+  context = model.spec.context
+  tokens_BxL1 = jax.ShapeDtypeStruct((batch, context + 1), np.int32)
+  weight_BxL = jax.ShapeDtypeStruct((batch, context), np.float32)
+  return Call(packed_eval_step(model), (variables, tokens_BxL1, weight_BxL))
 
 
 def _of_batch(

@@ -1,10 +1,11 @@
 """Evaluation of a run, and its result: what was measured, on what, and what it costs."""
 
+from sparse_lm.core.ahead import Call
 from sparse_lm.core.records import JsonObject
 from sparse_lm.core.tree import Tree
 from sparse_lm.data.pipeline import Data
 from sparse_lm.evals import EvalData, EvalModel, Values
-from sparse_lm.evals.loss import Loss, run_packed, separated
+from sparse_lm.evals.loss import Loss, packed_call, run_packed, separated
 from sparse_lm.measure import observe
 from sparse_lm.model import lm
 from sparse_lm.runs import configs, cost_report
@@ -28,6 +29,11 @@ def evaluate_packed(run: Setup, params: Tree, model_state: Tree) -> list[Values]
   """
   variables = {'params': params, **model_state}
   return run_packed(run.program.model, variables, EvalData.of_split(run.data))
+
+
+def evaluation_of_packed(run: Setup, params: Tree, model_state: Tree) -> Call:
+  """What `evaluate_packed` calls for trees of these shapes, so that it can be compiled before."""
+  return packed_call(run.program.model, {'params': params, **model_state}, run.data.batch)
 
 
 def result_of(

@@ -13,18 +13,13 @@ import jax.numpy as jnp
 from jax.stages import Compiled
 
 from sparse_lm.core import tree
+from sparse_lm.core.ahead import Call, compile_together
 from sparse_lm.core.errors import UserError
 from sparse_lm.runs import configs, runtime
+from sparse_lm.runs.evaluate import evaluation_of_packed
 from sparse_lm.runs.setup import Setup
 from sparse_lm.train import numbers, states
-from sparse_lm.train.packed import (
-  Feed,
-  PackedProgram,
-  Updates,
-  Variant,
-  compile_steps,
-  packed,
-)
+from sparse_lm.train.packed import Feed, PackedProgram, Updates, packed
 from sparse_lm.train.states import TrainState
 from sparse_lm.train.step import Program, shared
 from sparse_lm.weights import parts
@@ -136,25 +131,33 @@ class Pack:
     method = self.runs[0].program.method
     return parts.due(method, step), parts.collecting(method, step)
 
-  def variants(self, first: int = 0) -> list[Variant]:
-    """What the steps from `first` on are compiled for."""
-    steps = range(first, self.runs[0].config.train.steps)
-    found = dict.fromkeys(map(self.updates, steps))
-    return [Variant(self._states, self._feed, updates) for updates in found]
-
   def compiled(self, first: int = 0) -> dict[Updates, Compiled]:
     """The compiled steps of a pack that has done `first` steps, by their updates."""
-    variants = self.variants(first)
-    compile_steps((self.program, variant) for variant in variants)
-    return {variant.updates: self.program.compiled(variant) for variant in variants}
+    compile_together(self.calls(first))
+    return {
+      updates: self.program.steps(updates).compiled(self._states, self._feed)
+      for updates in self._all_updates(first)
+    }
+
+  def calls(self, first: int = 0) -> list[Call]:
+    """What a pack that has done `first` steps calls: its steps, and what evaluates."""
+    finalize = Call(self.program.finalize, (self._states, self._feed.numbers))
+    params, _ = finalize.function.traced(*finalize.arguments).out_info
+    evaluation = evaluation_of_packed(self.runs[0], params, self._states.model_state)
+    steps = [
+      Call(self.program.steps(updates), (self._states, self._feed))
+      for updates in self._all_updates(first)
+    ]
+    return [*steps, finalize, evaluation]
+
+  def _all_updates(self, first: int) -> list[Updates]:
+    steps = range(first, self.runs[0].config.train.steps)
+    return list(dict.fromkeys(map(self.updates, steps)))
 
   def bytes_at_least(self) -> int:
-    """What states, tokens and logits take, without compiling anything."""
-    data, spec = self.runs[0].data, self.runs[0].program.model.spec
-    microbatch = data.batch // self.runs[0].program.accumulation
-    logits = 4 * len(self.runs) * microbatch * data.context * spec.vocab
+    """What states and the training text take, without compiling anything."""
     leaves = jax.tree.leaves((self._states.replace(key=None), self._feed))
-    return logits + sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
   def bytes(self) -> int:
     """What the largest of the compiled steps takes, all buffers included."""
@@ -203,14 +206,9 @@ def fitting(pack: Pack) -> int:
 
 
 def compile_packs(packs: Sequence[Pack]) -> None:
-  """Compiles the steps of all packs that may fit, so that nothing waits for the compiler later."""
+  """Compiles what the packs that may fit call, all at once: nothing waits for the compiler later."""
   room = runtime.memory()
-  compile_steps(
-    (pack.program, variant)
-    for pack in packs
-    if pack.bytes_at_least() <= room
-    for variant in pack.variants()
-  )
+  compile_together(call for pack in packs if pack.bytes_at_least() <= room for call in pack.calls())
 
 
 def split(runs: Sequence[Setup], most: int) -> list[Sequence[int]]:

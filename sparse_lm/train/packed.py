@@ -4,19 +4,16 @@ Shapes: N runs, B batch, L context, K steps that a feed serves. All trees of sta
 leading axis.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
-import os
-from collections.abc import Hashable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.stages import Compiled, Wrapped
 
+from sparse_lm.core.ahead import Ahead
 from sparse_lm.core.tree import Tree
 from sparse_lm.data import windows
 from sparse_lm.kernels import device
@@ -68,25 +65,6 @@ class PackedMetrics(struct.PyTreeNode):
     return cls(jnp.stack(values, axis=1), tuple(columns))
 
 
-class Variant(NamedTuple):
-  """What a step of a pack is compiled for.
-
-  Attributes:
-    states, feed: shape structs of what it is called with.
-    updates: see `PackedProgram.step`.
-  """
-
-  states: Tree
-  feed: Tree
-  updates: Updates
-
-  @property
-  def key(self) -> Hashable:
-    """Equal for variants of a program that share an executable."""
-    shapes = tuple(leaf.shape for leaf in jax.tree.leaves((self.feed, self.states.step)))
-    return shapes, self.updates
-
-
 @dataclasses.dataclass(frozen=True)
 class PackedProgram:
   """What a pack of N runs compiles.
@@ -118,36 +96,25 @@ class PackedProgram:
     return states, PackedMetrics.of(metrics)
 
   @functools.cached_property
-  def _compiled(self) -> dict[Hashable, Compiled]:
+  def _steps(self) -> dict[Updates, Ahead]:
     return {}
 
-  def compiled(self, variant: Variant) -> Compiled:
-    """`(states, feed) -> (states, PackedMetrics)`; the states are donated. See `compile_steps`."""
-    return self._compiled[variant.key]
+  def steps(self, updates: Updates) -> Ahead:
+    """`(states, feed) -> (states, PackedMetrics)`; the states are donated. See `step`."""
+    if updates not in self._steps:
+      step = functools.partial(self.step, updates=updates)
+      self._steps[updates] = Ahead(step, donate=(0,), options=device.compiler_options())
+    return self._steps[updates]
 
   @functools.cached_property
-  def finalize(self) -> Wrapped:
+  def finalize(self) -> Ahead:
     """`(states, numbers) -> (params, masks)` as evaluated, reported and exported."""
 
     def one(state: TrainState, numbers: dict[str, Array]) -> tuple[Tree, Tree]:
       method = with_numbers(self.program, numbers).method
       return method.finalize(state.evaluated, state.sparse, state.step)
 
-    return jax.jit(jax.vmap(one))
-
-
-def compile_steps(wanted: Iterable[tuple[PackedProgram, Variant]]) -> None:
-  """Compiles steps that programs lack, at the same time in as many threads as there are cores."""
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    new: dict[tuple[PackedProgram, Hashable], concurrent.futures.Future[Compiled]] = {}
-    for program, variant in wanted:
-      if variant.key not in program._compiled and (program, variant.key) not in new:
-        step = functools.partial(program.step, updates=variant.updates)
-        step = jax.jit(step, donate_argnums=0, compiler_options=device.compiler_options())
-        lowered = step.lower(variant.states, variant.feed)
-        new[program, variant.key] = pool.submit(lowered.compile)
-    for (program, key), future in new.items():
-      program._compiled[key] = future.result()
+    return Ahead(jax.vmap(one))
 
 
 @functools.lru_cache(maxsize=16)

@@ -227,13 +227,57 @@ def test_a_run_that_diverges_stops_and_leaves_the_others_alone(three, alone, tmp
 @pytest.mark.parametrize(
   'name',
   (
-    *('gated', 'topk', 'head_gate', 'layer_gate', 'reinforce', 'moe_topk', 'mixture_of_depths'),
+    *('gated', 'topk', 'head_gate', 'layer_gate', 'reinforce', 'moe_topk'),
     *('moba', 'token_gate', 'expert_choice', 'moe_relu', 'layer_skip', 'predictor_topk'),
-    *('moe_balanced', 'statistical_topk', 'sliding_window', 'topk_keys', 'weight_rules'),
+    *('moe_balanced', 'statistical_topk', 'sliding_window', 'topk_keys'),
   ),
 )
 def test_gates_and_rules_pack(name, tiny_config, tmp_path):
   both([tiny_config(f'configs/{name}.py', **LOGS, seed=seed) for seed in (0, 1)], tmp_path)
+
+
+@pytest.mark.slow
+def test_tokens_that_skip_layers_pack(tiny_config, tmp_path):
+  fields = {'config': 'configs/mixture_of_depths.py', 'model__layers': 2, **LOGS}
+  both([tiny_config(**fields, seed=seed) for seed in (0, 1)], tmp_path)
+
+
+@pytest.mark.slow
+def test_rules_with_prices_of_their_own_pack(tiny_config, tmp_path):
+  fields = {
+    'weight__order': ('mlp', 'attention'),
+    'weight__rules__mlp__name': 'rigl',
+    'weight__rules__mlp__match': ('mlp',),
+    'weight__rules__mlp__period': 3,
+    'weight__rules__attention__name': 'top_kast',
+    'weight__rules__attention__match': ('attention',),
+    'weight__rules__attention__sparsity': 0.5,
+  }
+  differ = (
+    {'weight__rules__mlp__sparsity': 0.5, 'weight__rules__attention__penalty_weight': 1e-2},
+    {'weight__rules__mlp__sparsity': 0.9, 'seed': 1},
+  )
+  both([tiny_config(**fields, **LOGS, **each) for each in differ], tmp_path)
+
+
+@pytest.mark.slow
+def test_budgets_pack(tiny_config, tmp_path):
+  fields = {'weight__name': 'l0', 'weight__price': 0.0, **LOGS}
+  differ = ({'budget__target': 0.9}, {'budget__target': 0.8, 'budget__rate': 0.1})
+  both([tiny_config(**fields, **each) for each in differ], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {'train__accumulation': 2, 'optimizer__ema': 0.9},
+    {'optimizer__decay_last': True, 'optimizer__schedule': 'linear', 'model__dropout': 0.1},
+    {'optimizer__name': 'lion', 'optimizer__normalize': True, 'optimizer__clip': 0.0},
+  ],
+)
+def test_other_steps_pack(fields, tiny_config, tmp_path):
+  both([tiny_config(**RIGL, **LOGS, **fields, **differ) for differ in DIFFER[:2]], tmp_path)
 
 
 def test_what_cannot_be_packed_is_named(tiny_config, three):
