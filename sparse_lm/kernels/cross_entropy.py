@@ -23,19 +23,21 @@ Array = jax.Array
 # Of the logits of a chunk, as float32. On an H100 the loss of 16,384 tokens, 50,304 logits each, and its
 # gradient take 7.9 ms in chunks of 8,192 tokens, 8.0 of 4,096 (824 MB), 8.3 of 2,048, 9.7 of 1,024.
 # On a CPU a chunk stays in the last cache.
-LOGITS_BYTES, LOGITS_BYTES_ON_CPU = 2**30, 2**24
+LOGITS_BYTES, LOGITS_BYTES_ON_CPU = 2**30, 2**23
 
 
 class Head(NamedTuple):
-  """What makes logits of hidden states: `hidden @ kernel + bias + bigrams[token]`.
+  """What makes logits of hidden states: `hidden @ kernel + bias + bigrams[token]`, each as it is stored.
 
   Attributes:
-    kernel_DxV: as the model stores it; multiplied in the dtype of the hidden states.
+    kernel_DxV: multiplied in the dtype of the hidden states.
+    table_VxD: in place of the kernel, its transpose: the table of embeddings to which a head is tied.
     bias_V: or `None`.
     bigrams_VxV: a row of logits for each token that is read, or `None`.
   """
 
-  kernel_DxV: Array
+  kernel_DxV: Array | None = None
+  table_VxD: Array | None = None
   bias_V: Array | None = None
   bigrams_VxV: Array | None = None
 
@@ -141,7 +143,8 @@ def _logits(hidden: Array, tokens: Array | None, head: Head) -> Array:
 
   In bfloat16 it takes half the memory's time, which is what the loss waits for.
   """
-  logits = jnp.matmul(hidden, head.kernel_DxV).astype(jnp.float32)
+  product = hidden @ (head.kernel_DxV if head.table_VxD is None else head.table_VxD.T)
+  logits = product.astype(jnp.float32)
   if head.bias_V is not None:
     logits += head.bias_V.astype(jnp.float32)
   if head.bigrams_VxV is not None:
@@ -264,9 +267,13 @@ def _through_head(
     gradient: of the chunk's logits, float32; multiplied in the dtype of the hidden states.
   """
   rounded = gradient.astype(hidden.dtype)
-  own = jnp.matmul(rounded, head.kernel_DxV.T)
-  kernel = jnp.matmul(hidden.T, rounded, preferred_element_type=jnp.float32)
-  total = total._replace(kernel_DxV=total.kernel_DxV + kernel)
+  product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+  if head.table_VxD is None:
+    own = rounded @ head.kernel_DxV.T
+    total = total._replace(kernel_DxV=total.kernel_DxV + product(hidden.T, rounded))
+  else:
+    own = rounded @ head.table_VxD
+    total = total._replace(table_VxD=total.table_VxD + product(rounded.T, hidden))
   if head.bias_V is not None:
     total = total._replace(bias_V=total.bias_V + jnp.sum(gradient, axis=0))
   if head.bigrams_VxV is not None:
@@ -275,10 +282,11 @@ def _through_head(
 
 
 def _cast(head: Head | None, hidden: Array | None) -> Head | None:
-  """The head with its kernel in the dtype of the hidden states: once, not in each chunk."""
+  """The head with its matrix in the dtype of the hidden states: once, not in each chunk."""
   if head is None:
     return None
-  return head._replace(kernel_DxV=head.kernel_DxV.astype(hidden.dtype))
+  kernel, table = jax.tree.map(lambda a: a.astype(hidden.dtype), (head.kernel_DxV, head.table_VxD))
+  return head._replace(kernel_DxV=kernel, table_VxD=table)
 
 
 def _both_logits(
@@ -295,7 +303,8 @@ def _over_chunks(
 ) -> tuple[Head | None, tuple]:
   """`jax.lax.scan` over chunks of tokens, and `step` once more on the tokens that remain."""
   tokens = known[0].shape[0]
-  rows = rows_of(tokens, head.kernel_DxV.shape[1])
+  vocab = head.kernel_DxV.shape[1] if head.table_VxD is None else head.table_VxD.shape[0]
+  rows = rows_of(tokens, vocab)
   if rows == tokens:
     return step(carry, known)
   even = tokens // rows * rows

@@ -83,11 +83,15 @@ class Embed(nn.Module):
 
   def _head(self) -> Head | None:
     """The head's parameters; `None` where logits must be computed as a whole."""
-    tied = self.spec.tied
-    stored = (self.tokens.T, None) if tied else self.head.stored
-    if stored is None or record.wanted(self, 'head/output'):
+    bigrams = self.bigrams if self.spec.bigram else None
+    if record.wanted(self, 'head/output'):
       return None
-    return Head(*stored, self.bigrams if self.spec.bigram else None)
+    if self.spec.tied:
+      return Head(table_VxD=self.tokens, bigrams_VxV=bigrams)
+    if self.head.stored is None:
+      return None
+    kernel_DxV, bias_V = self.head.stored
+    return Head(kernel_DxV, bias_V=bias_V, bigrams_VxV=bigrams)
 
   def _readout(self, x_BxLxD: jax.Array, tokens_BxL: jax.Array, head: Head) -> Readout:
     """Notes the matmuls of the loss that multiplies these."""
