@@ -22,11 +22,11 @@ from sparse_lm.inference.speculate import Counts, SelfSpeculation
 from sparse_lm.measure import turns
 from sparse_lm.report import plot, results, table
 from sparse_lm.runs import configs, runtime
-from sparse_lm.runs.arithmetic import resolved
 from sparse_lm.runs.environment import environment
 from sparse_lm.runs.setup import setup
 
 CONFIG = 'configs/base.py'
+FLOAT32 = {'model.precision': 'float32'}  # on every device, as the caption says
 LAYERS, CONTEXT, BATCH, STEPS = 8, 128, 8, 300
 SIZE = {
   'data.context': CONTEXT,
@@ -60,7 +60,7 @@ def runs() -> list[Run]:
 @functools.cache
 def _trained(name: str) -> tuple[Decoder, list[np.ndarray], float]:
   """A decoder of a trained model, prompts, and the mean loss of the last steps in nats a byte."""
-  run = setup(configs.load(CONFIG, SIZE | TRAINED[name]))
+  run = setup(configs.load(CONFIG, SIZE | TRAINED[name] | FLOAT32))
   state = run.program.init(run.config.seed, run.target)
   batches = run.data.train_iterator(rng.data_seed(run.config.seed))
   losses = []
@@ -76,7 +76,7 @@ def _trained(name: str) -> tuple[Decoder, list[np.ndarray], float]:
 def execute(run: Run, workdir: pathlib.Path) -> JsonObject:
   """Trains the model unless this process has, and times both ways to decode."""
   runtime.prepare()
-  config = resolved(configs.load(run.config, run.overrides))
+  config = configs.load(run.config, run.overrides | FLOAT32)
   decoder, prompts, loss = _trained(run.labels['trained with'])
   own = SelfSpeculation(decoder, DRAFT, run.labels['exit layer'])
 
