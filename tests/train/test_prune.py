@@ -98,7 +98,7 @@ def test_layers_one_after_another_are_the_model(case, tiny_config):
     assert np.abs(moved - x).max() > 0.01
     x = moved
   x = Norm(model.spec).apply({'params': params['norm']}, x)
-  got = Embed(model.spec).apply(embed, x, method='logits')
+  got = Embed(model.spec).apply(embed, x, None, method='predicted')
   assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
