@@ -24,6 +24,7 @@ def main() -> None:
   path = arguments.out or str(costs.FOLDER / f'{device.kind()}.json')
   found = time_formats.measure(arguments.repeats)
   here = {'device': jax.devices()[0].device_kind, 'jax': jax.__version__}
+  here |= {'dtype': time_formats.dtype().name}
   if jax.default_backend() == 'cpu':
     here |= device.processor()
   with writing(path):

@@ -88,14 +88,17 @@ class PackedModel:
 def pack(model: LM, params: Tree, masks: Tree, state: Tree) -> PackedModel:
   """Removes what is dropped as a whole and packs every kernel in the format that is to be fastest.
 
+  Kernels and their biases are stored in the dtype that the model computes in.
+
   Args:
     params: with zeros where a weight was dropped.
     masks: like `params`, `None` = dense.
     state: the model's other collections.
   """
   original = {path: np.asarray(leaf) for path, leaf in tree.named(params).items()}
-  dropped = {path: np.asarray(mask) for path, mask in tree.named(masks).items()}
   plan = plan_of(model)
+  original |= {path: original[path].astype(model.spec.compute) for path in plan.packable}
+  dropped = {path: np.asarray(mask) for path, mask in tree.named(masks).items()}
   left = shrink(original, dropped, plan.units, _closed(model, params, state))
   packable = {path: left.params.pop(path) for path in plan.packable if path in left.params}
   small = {path: array for path, array in packable.items() if not _is_kernel(path, array.shape)}

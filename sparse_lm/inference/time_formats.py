@@ -1,11 +1,13 @@
 """Measuring what packed formats cost on this device.
 
 Products of one token with packed kernels are timed in turns with the same products with dense ones, by
-size and density. What a format costs is a line through its times: so much for each byte that is read, and
-so much for each product.
+size and density, in the dtype that models compute in here. What a format costs is a line through its
+times: so much for each byte that is read, and so much for each product.
 """
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -15,12 +17,54 @@ import numpy as np
 from sparse_lm.core.format import Format
 from sparse_lm.inference import formats
 from sparse_lm.inference.costs import FormatCost
+from sparse_lm.layers.spec import AUTO, precision_here
 from sparse_lm.measure import turns
 
-SHAPES = ((128, 512), (256, 1024), (384, 3072), (768, 768), (768, 3072))
-DENSITIES = (0.5, 0.25, 0.1)
-KERNELS = 8  # of a call, so that the call itself takes a small part of the time
 CACHES = 64_000_000  # bytes that are read before each turn: kernels of a model come from memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Cases:
+  """What is timed on a kind of device.
+
+  Attributes:
+    shapes: of the kernels, `(inputs, outputs)`.
+    densities: of the formats that do not store every weight.
+    kernels: of a call at least, so that the call itself takes a small part of the time.
+    bytes: of a call's dense kernels at least, as far as `most` kernels hold them.
+    most: kernels of a call at most.
+    masks: how many of a call's kernels differ.
+    calls: how often the device repeats the products in a turn, while the host waits once.
+    flood: whether caches are filled with something else before each turn.
+  """
+
+  shapes: Sequence[tuple[int, int]]
+  densities: Sequence[float] = (0.5, 0.25, 0.1)
+  kernels: int = 8
+  bytes: int = 0
+  most: int = 8
+  masks: int = 8
+  calls: int = 1
+  flood: bool = True
+
+  def count(self, shape: tuple[int, int], dtype: np.dtype) -> int:
+    """How many kernels of this shape a call multiplies with."""
+    enough = -(-self.bytes // (math.prod(shape) * dtype.itemsize))
+    return min(max(self.kernels, enough), self.most)
+
+
+ON_CPU = Cases(((128, 512), (256, 1024), (384, 3072), (768, 768), (768, 3072)))
+# A product takes a few microseconds, less than a host needs to start it: the device repeats products of
+# more kernels than its caches hold.
+ON_GPU = Cases(
+  ((480, 4096), (2048, 8192)),
+  densities=(0.1,),
+  bytes=CACHES,
+  most=16,
+  masks=1,
+  calls=20,
+  flood=False,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +85,16 @@ class Times:
 class _Products(turns.Prepared):
   """Products of one token with kernels, of which no cache of the processor has any before a turn."""
 
-  def __init__(self, kernels: Sequence[Format], read: np.ndarray | None = None) -> None:
+  def __init__(
+    self, kernels: Sequence[Format], cases: Cases, read: np.ndarray | None = None
+  ) -> None:
     """`read`: the inputs that are not zero, for a format that reads those alone."""
     self.kernels = jax.device_put(list(kernels))
-    self.x = jnp.ones((1, kernels[0].shape[0]))
+    self.x = jnp.ones((1, kernels[0].shape[0]), dtype())
     self.index = None if read is None else jnp.asarray(read)
-    self.flood = jnp.ones(CACHES // 4)
-    self.multiply, self.sum = jax.jit(_multiply), jax.jit(jnp.sum)
+    self.flood = jnp.ones(CACHES // 4 if cases.flood else 1)
+    self.calls = cases.calls
+    self.multiply, self.sum = jax.jit(_multiply, static_argnums=3), jax.jit(jnp.sum)
 
   def prepare(self) -> jax.Array:
     """Fills the caches with something else."""
@@ -55,29 +102,46 @@ class _Products(turns.Prepared):
 
   def __call__(self) -> jax.Array:
     """The sum of the products."""
-    return self.multiply(self.kernels, self.x, self.index)
+    return self.multiply(self.kernels, self.x, self.index, self.calls)
 
 
-def _multiply(kernels: list[Format], x: jax.Array, index: jax.Array | None) -> jax.Array:
+def _multiply(
+  kernels: list[Format], x: jax.Array, index: jax.Array | None, calls: int
+) -> jax.Array:
+  def again(_: int, last: jax.Array) -> jax.Array:
+    # What is computed anew must depend on what was: 0 is added, which a compiler does not know.
+    nothing = jnp.isnan(last.reshape(-1)[0])
+    return _once(kernels, x + nothing, None if index is None else index + nothing)
+
+  return jax.lax.fori_loop(1, calls, again, _once(kernels, x, index))
+
+
+def _once(kernels: list[Format], x: jax.Array, index: jax.Array | None) -> jax.Array:
   if index is None:
     return sum(kernel.matmul(x) for kernel in kernels)
   return sum(kernel.of_inputs(x[0, index], index) for kernel in kernels)
 
 
-def measure(repeats: int = 15, shapes: Sequence[tuple[int, int]] = SHAPES) -> dict[str, FormatCost]:
+def dtype() -> np.dtype:
+  """The dtype that models compute in on this device."""
+  return jnp.dtype(precision_here(AUTO))
+
+
+def measure(repeats: int = 15, cases: Cases | None = None) -> dict[str, FormatCost]:
   """The costs of all formats that multiply kernels which are no stacks.
 
   Args:
     repeats: turns of each case.
-    shapes: of the kernels, `(inputs, outputs)`.
+    cases: by default those of this kind of device.
   """
-  reference = _reference(shapes)
-  dense = line_of(_times(reference, reference, repeats, shapes)[0])
+  cases = cases or (ON_CPU if jax.default_backend() == 'cpu' else ON_GPU)
+  reference = _reference(cases.shapes)
+  dense = line_of(_times(reference, reference, repeats, cases)[0])
   found = {}
   for name in formats.names():
     cls = formats.load(name)
     if cls.runs and not cls.stacks:
-      own, beside = _times(cls, reference, repeats, shapes)
+      own, beside = _times(cls, reference, repeats, cases)
       if own:
         found[name] = line_of(own, beside, dense)
   return found
@@ -90,27 +154,31 @@ def _reference(shapes: Sequence[tuple[int, int]]) -> type[Format]:
 
 
 def _times(
-  cls: type[Format], reference: type[Format], repeats: int, shapes: Sequence[tuple[int, int]]
+  cls: type[Format], reference: type[Format], repeats: int, cases: Cases
 ) -> tuple[list[Times], list[Times]]:
   """The times of a format in all cases that it takes, and of the dense format beside each of them."""
   draw, own, beside = np.random.default_rng(0), [], []
-  for shape in shapes:
-    for density in (1.0,) if cls.plain else DENSITIES:
-      masks = [cls.example(draw, shape, density) for _ in range(KERNELS)]
+  for shape in cases.shapes:
+    count = cases.count(shape, dtype())
+    for density in (1.0,) if cls.plain else cases.densities:
+      masks = [cls.example(draw, shape, density) for _ in range(min(cases.masks, count))]
       if any(map(cls.refuses, masks)):
         continue
-      kernels = [draw.standard_normal(shape, np.float32) for _ in masks]
+      few = draw.standard_normal(2**16, np.float32).astype(dtype())  # which weights is all the same
+      kernels = [np.resize(few, shape) for _ in masks]
       packed = [cls.pack(kernel, mask) for kernel, mask in zip(kernels, masks)]
       whole = [reference.pack(kernel, np.ones(shape, bool)) for kernel in kernels]
+      packed, whole = ([*itertools.islice(itertools.cycle(a), count)] for a in (packed, whole))
       share, index = 1.0, None
       if cls.selects == -2:
         index = np.sort(draw.permutation(shape[0])[: round(density * shape[0])])
         share = density
-      calls = {'packed': _Products(packed, index), 'dense': _Products(whole)}
+      calls = {'packed': _Products(packed, cases, index), 'dense': _Products(whole, cases)}
       seconds = turns.interleaved(calls, repeats, formats.name_of(packed[0]))
       bytes_ = [float(np.mean([kernel.nbytes for kernel in each])) for each in (packed, whole)]
-      own.append(Times(share * bytes_[0], bytes_[1], seconds['packed'] / KERNELS))
-      beside.append(Times(bytes_[1], bytes_[1], seconds['dense'] / KERNELS))
+      products = count * cases.calls
+      own.append(Times(share * bytes_[0], bytes_[1], seconds['packed'] / products))
+      beside.append(Times(bytes_[1], bytes_[1], seconds['dense'] / products))
   return own, beside
 
 
@@ -127,7 +195,8 @@ def line_of(
     dense: the dense format's own line.
 
   Returns:
-    `slowdown` and `fixed` in the time of a dense byte; neither is negative.
+    `slowdown` and `fixed` in the time of a dense byte; neither is negative. Of a format in one case alone
+    both are the dense format's, times a factor.
   """
   read = np.array([case.read for case in times])
   if beside is None:
@@ -136,6 +205,9 @@ def line_of(
     # A ratio turn by turn does not change where the machine is slower for a while.
     ratios = [np.median(own.seconds / other.seconds) for own, other in zip(times, beside)]
     took = np.array(ratios) * np.array([case.dense + dense.fixed for case in times])
+  if len(times) == 1 and dense is not None:
+    factor = took[0] / (read[0] + dense.fixed)
+    return FormatCost(float(factor), float(factor * dense.fixed))
   design = np.stack([read, np.ones_like(read)], axis=1) / took[:, None]
   slope, constant = np.linalg.lstsq(design, np.ones_like(read))[0]
   if constant < 0:

@@ -10,6 +10,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from sparse_lm.inference import costs, formats
 from sparse_lm.inference.pack import Kernel, choose
+from sparse_lm.kernels import device
+from sparse_lm.plan import executed
 
 RUNNING = [name for name in formats.names() if formats.load(name).runs]
 SHAPES = ((32, 48), (64, 16), (48, 96))
@@ -80,6 +82,21 @@ def test_products_are_those_of_the_masked_kernel(name, seed, shape, kind):
     inputs = np.sort(draw.permutation(shape[0])[:count])
     some = x[0, 0][inputs].astype('d') @ np.where(mask, kernel, 0)[inputs]
     assert_allclose(stored.of_inputs(x[0, 0][inputs], inputs), some, rtol=1e-5, atol=1e-5)
+
+
+def test_on_a_gpu_many_rows_are_multiplied_with_tiles_in_their_places(monkeypatch):
+  draw, shape = np.random.default_rng(3), (64, 48)
+  mask = mask_of('tiles', shape, draw)
+  kernel, x = draw.normal(size=shape).astype('f'), draw.normal(size=(200, 64)).astype('f')
+  stored = jax.device_put(formats.load('block').pack(kernel, mask))
+
+  def flops(x):
+    return executed.count(jax.make_jaxpr(lambda x: stored.matmul(x))(x).jaxpr).flops
+
+  assert flops(x) == 2 * 200 * stored.tiles.size
+  monkeypatch.setattr(device, 'compute_capability', lambda: (9, 0))
+  assert (flops(x), flops(x[:1])) == (2 * 200 * kernel.size, 2 * stored.tiles.size)
+  assert_allclose(stored.matmul(x), x.astype('d') @ np.where(mask, kernel, 0), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('name', ['gather', 'dense_out_in'])

@@ -15,6 +15,7 @@ from sparse_lm.layers.sow import SOWN
 from sparse_lm.model import lm
 from sparse_lm.model.plans import plan_of
 from sparse_lm.patterns import pattern
+from sparse_lm.runs.build import build
 from sparse_lm.weights.method import apply_masks
 
 VOCAB = 11
@@ -301,3 +302,14 @@ def test_the_dense_twin_is_the_model_without_sparsity(case):
     np.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(plan_of(lm.twin(model)).params)
   )
   assert pack.weights(twin.variables) == dense_bytes
+
+
+def test_kernels_are_stored_in_the_dtype_that_the_model_computes_in(tiny_config):
+  chosen = {'model.precision': 'bfloat16', 'model.bias': True, 'weight.name': 'static'}
+  program, target = build(tiny_config(**chosen), vocab=11)
+  packed = pack.pack(program.model, *program.finalize(program.init(0, target)), {})
+  leaves = jax.tree.leaves(packed.variables['packed'])
+  assert {leaf.dtype.name for leaf in leaves if leaf.dtype != jnp.int32} == {'bfloat16'}
+  kept = {leaf.dtype.name for leaf in jax.tree.leaves(packed.variables['params'])}
+  assert kept == {'float32'}
+  assert all(matrix.runs.nbytes <= matrix.dense_bytes for matrix in packed.matrices.values())

@@ -7,12 +7,18 @@ import numpy as np
 from flax import struct
 
 from sparse_lm.core.format import Array, Format
+from sparse_lm.kernels import device
+from sparse_lm.kernels.matmul import matmul
 
 SIZES = (128, 64, 32, 16)
 
 
 class Block(Format):
   """Tiles `[N, b out, b in]` in order of their outputs: gather their inputs, multiply, add up.
+
+  On a GPU many rows are multiplied with the whole kernel, into which the tiles are written first, as soon
+  as the tiles' inputs and outputs are more numbers than it has. (On an H100, 16384 rows, 768 x 3072, a
+  tenth of the tiles: 0.13 ms, as the dense kernel; tile by tile 0.26 with tiles of 64 and 1.03 with 16.)
 
   Attributes:
     tiles: N tiles of b x b weights.
@@ -75,13 +81,25 @@ class Block(Format):
     return (self.groups * self.tiles.shape[1], len(self.parts) * self.tiles.shape[1])
 
   def matmul(self, x: Array) -> Array:
-    """As many small products as there are tiles."""
+    """As many small products as there are tiles, or one."""
+    moved = 2 * math.prod(self.tiles.shape[:2]) * (x.size // x.shape[-1])
+    if device.compute_capability() is not None and moved > math.prod(self.shape):
+      return matmul(x, self._whole())
     size = self.tiles.shape[1]
     x_TxGxb = x.reshape(-1, self.groups, size)
     part_NxTxb = jnp.einsum('noi,nti->nto', self.tiles, x_TxGxb[:, self.source].swapaxes(0, 1))
     padded = jnp.pad(part_NxTxb, ((0, 1), (0, 0), (0, 0)))
     y_OxTxb = jnp.sum(padded[self.parts], axis=1)
     return y_OxTxb.swapaxes(0, 1).reshape(*x.shape[:-1], -1)
+
+  def _whole(self) -> Array:
+    """The kernel `[in, out]` as an array of the device."""
+    size, outputs = self.tiles.shape[1], len(self.parts)
+    output_N = jnp.zeros(len(self.tiles), jnp.int32)
+    output_N = output_N.at[self.parts].set(jnp.arange(outputs)[:, None], mode='drop')
+    whole = jnp.zeros((self.groups, outputs, size, size), self.tiles.dtype)
+    whole = whole.at[self.source, output_N].set(self.tiles, unique_indices=True)
+    return whole.transpose(0, 3, 1, 2).reshape(self.shape)
 
 
 def _dividing(mask: np.ndarray) -> list[int]:
