@@ -2,10 +2,11 @@
 
 import functools
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparse_lm.core import tree
 from sparse_lm.core.errors import unknown
@@ -31,7 +32,7 @@ def random_start(
   """
   prunable = restrict_to(params, target)
   shapes = jax.eval_shape(units.pool, prunable)
-  draws = uniform({name: path_key(key, name) for name in shapes}, shapes)
+  draws = uniform(path_keys(key, shapes), shapes)
   chosen = units.select(draws, units.densities(target, prunable), prunable)
   masks = units.expand(chosen, prunable)
   if rescale != 'none':
@@ -58,20 +59,30 @@ def check(rescale: str) -> None:
     raise unknown('config.weight.rescale', rescale, RESCALES)
 
 
-def uniform(keys: Mapping[str, Array], like: Mapping[str, Array]) -> Units:
-  """Draws from [0, 1) by each name's own key, in the shapes of `like`.
+def uniform(keys: Array, like: Mapping[str, Array]) -> Units:
+  """Draws from [0, 1) by name, in the shapes of `like`.
 
   Arrays of one shape are drawn in one operation, which compiles once; an array's values do not depend
   on the others.
+
+  Args:
+    keys: one for each name, such as `path_keys`.
   """
-  names: dict[tuple[int, ...], list[str]] = {}
-  for name in keys:
-    names.setdefault(like[name].shape, []).append(name)
+  places: dict[tuple[int, ...], dict[str, int]] = {}
+  for place, (name, array) in enumerate(like.items()):
+    places.setdefault(array.shape, {})[name] = place
   drawn = {}
-  for shape, together in names.items():
+  for shape, group in places.items():
     draw = jax.vmap(functools.partial(jax.random.uniform, shape=shape))
-    drawn |= zip(together, draw(jnp.stack([keys[name] for name in together])))
-  return {name: drawn[name] for name in keys}
+    # What reads a draw does not draw it again: a GPU's kernels would, once for each array.
+    drawn |= zip(group, jax.lax.optimization_barrier(draw(keys[np.array([*group.values()])])))
+  return {name: drawn[name] for name in like}
+
+
+def path_keys(key: Array, paths: Iterable[str]) -> Array:
+  """The `path_key` of each path, in one operation."""
+  data = np.array([zlib.crc32(path.encode()) for path in paths], np.uint32)
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, data)
 
 
 def path_key(key: Array, path: str) -> Array:

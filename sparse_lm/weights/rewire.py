@@ -19,7 +19,7 @@ from sparse_lm.weights.method import (
   exchange_masks,
   restrict_to,
 )
-from sparse_lm.weights.random_start import check, path_key, random_start, uniform
+from sparse_lm.weights.random_start import check, path_keys, random_start, uniform
 
 
 def drop_and_grow(
@@ -130,11 +130,9 @@ class Rewiring(PatternMethod):
     fractions = {
       name: jnp.where(mask.all(), 0.0, self.fraction(step)) for name, mask in alive.items()
     }
-    pairs = {name: jax.random.split(path_key(key, name)) for name in alive}
-    noise, spread = (
-      uniform({name: pair[use] for name, pair in pairs.items()}, alive) for use in range(2)
-    )
-    growth = self.growth(signalled, spread)
+    keys = jax.vmap(jax.random.split)(path_keys(key, alive))
+    noise = uniform(keys[:, 0], alive)
+    growth = self.growth(signalled, uniform(keys[:, 1], alive))
     rewired, survived = drop_and_grow(alive, pooled, growth, fractions, noise, units)
     masks = units.expand(rewired, magnitudes)
     if self.regrown_at_zero:
