@@ -128,3 +128,14 @@ def test_rotary_tables_of_whole_sequences_are_those_of_one(tiny_config):
   shapes = {e.outvars[0].aval.shape for e in equations(traced.jaxpr) if e.primitive.name == 'cos'}
   spec = program.model.spec
   assert shapes - {()} == {(1, spec.context, 1, spec.head_dim // 2)}  # and the learning rate
+
+
+def test_scanned_layers_share_one_fused_attention(tiny_config, on_nvidia):
+  on_nvidia(9, 0)
+  program, state, tokens = step_of(
+    tiny_config, **{'model.layers': 3, 'model.scan_layers': 'always'}
+  )
+  step = jax.jit(program.transition)
+  text = step.trace(state, tokens).lower(lowering_platforms=('cuda',)).as_text()
+  assert text.count(FORWARD) == text.count(BACKWARD) == 1
+  assert arithmetic.attention_kernels(program.model) == (('cudnn',), ())
