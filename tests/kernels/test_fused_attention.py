@@ -22,7 +22,7 @@ from sparse_lm.kernels.attention import (
 )
 
 B, S, H, G, K = 2, 12, 4, 2, 8
-WINDOWS = [None, 1, 3, S - 1, S, 2**31 - 1]
+WINDOWS = [None, 1, 3, S, 2**31 - 1]
 FORWARD, BACKWARD = '@__cudnn$fmhaSoftmax(', '@__cudnn$fmhaSoftmaxBackward('
 
 
@@ -36,8 +36,7 @@ def drawn(dtype='float32', groups=G, width=K, whole=True, length=S):
   return q, places, KeyValues(k, v, places, np.ones((B, length), bool), whole=whole)
 
 
-@pytest.mark.parametrize('groups', [1, G, H])
-@pytest.mark.parametrize('window', WINDOWS)
+@pytest.mark.parametrize('window, groups', [*((w, G) for w in WINDOWS), (None, 1), (3, H)])
 def test_the_fused_kernel_is_told_what_the_mask_means(window, groups):
   """By JAX's own reference of these arguments; cuDNN itself runs on a GPU alone."""
   q, places, keys = drawn(groups=groups)

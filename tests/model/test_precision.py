@@ -64,8 +64,7 @@ def test_products_with_weights_are_in_bfloat16_and_reductions_in_float32(tiny_co
     assert kinds.get(name, set()) <= {jnp.dtype('float32')}, name
 
 
-@pytest.mark.parametrize('remat', [False, True])
-@pytest.mark.parametrize('kernel', ['auto', 'cudnn', 'einsum'])
+@pytest.mark.parametrize('kernel, remat', [('auto', False), ('cudnn', True), ('einsum', True)])
 def test_the_step_of_a_gpu_has_fused_attention_forward_and_backward(
   kernel, remat, tiny_config, on_nvidia
 ):
