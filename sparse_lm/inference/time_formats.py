@@ -109,17 +109,27 @@ def _multiply(
   kernels: list[Format], x: jax.Array, index: jax.Array | None, calls: int
 ) -> jax.Array:
   def again(_: int, last: jax.Array) -> jax.Array:
-    # What is computed anew must depend on what was: 0 is added, which a compiler does not know.
-    nothing = jnp.isnan(last.reshape(-1)[0])
-    return _once(kernels, x + nothing, None if index is None else index + nothing)
+    return _one_by_one(kernels, *_after(last, x, index))
 
-  return jax.lax.fori_loop(1, calls, again, _once(kernels, x, index))
+  return jax.lax.fori_loop(1, calls, again, _one_by_one(kernels, x, index))
 
 
-def _once(kernels: list[Format], x: jax.Array, index: jax.Array | None) -> jax.Array:
-  if index is None:
-    return sum(kernel.matmul(x) for kernel in kernels)
-  return sum(kernel.of_inputs(x[0, index], index) for kernel in kernels)
+def _one_by_one(kernels: list[Format], x: jax.Array, index: jax.Array | None) -> jax.Array:
+  """The sum of the products, of which each waits for the one before, as in a model."""
+  total = jnp.zeros(kernels[0].shape[1], x.dtype)
+  for kernel in kernels:
+    y = kernel.matmul(x)[0] if index is None else kernel.of_inputs(x[0, index], index)
+    x, index = _after(y, x, index)
+    total += y
+  return total
+
+
+def _after(
+  last: jax.Array, x: jax.Array, index: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+  """The inputs, made to depend on what was computed last: 0 is added, which no compiler knows."""
+  nothing = jnp.isnan(last[0])
+  return x + nothing, None if index is None else index + nothing
 
 
 def dtype() -> np.dtype:
