@@ -22,10 +22,12 @@ class Job:
 
   Attributes:
     runs: by id; those of a pack, or one.
+    setups: of the runs of a pack, by id.
     alone_because: why a run is no part of a pack, in words.
   """
 
   runs: Mapping[str, Run]
+  setups: Mapping[str, Setup] = dataclasses.field(default_factory=dict)
   alone_because: str = ''
 
   @property
@@ -34,6 +36,15 @@ class Job:
     if self.alone_because:
       return f'alone: {self.alone_because}'
     return f'a pack of {len(self.runs)} runs'
+
+  def train(self, workdirs: Mapping[str, pathlib.Path]) -> list[Outcome]:
+    """Trains runs of the pack: the result.json of each, or the error of one that diverged.
+
+    Args:
+      workdirs: by id, of the runs that are to be trained.
+    """
+    setups = [self.setups[run_id] for run_id in workdirs]
+    return train_packed(setups, list(map(str, workdirs.values())))
 
 
 def plan(runs: Mapping[str, Run], most: int) -> list[Job]:
@@ -55,7 +66,7 @@ def plan(runs: Mapping[str, Run], most: int) -> list[Job]:
       '--pack=N packs here too',
       file=sys.stderr,
     )
-    return [Job({run_id: run}, 'the device is a CPU') for run_id, run in runs.items()]
+    return [Job({run_id: run}, alone_because='the device is a CPU') for run_id, run in runs.items()]
   setups = _setups(runs)
   found = packs.split(list(setups.values()), most or max(len(setups), 1))
   names = list(setups)
@@ -67,14 +78,12 @@ def plan(runs: Mapping[str, Run], most: int) -> list[Job]:
       f'{packs.difference(setups[first], setups[second])}; valid: without --pack'
     )
   jobs = [_job(part, runs, setups) for part in found]
-  jobs += [Job({run_id: run}, 'it trains no model') for run_id, run in runs.items() if run.execute]
+  jobs += [
+    Job({run_id: run}, alone_because='it trains no model')
+    for run_id, run in runs.items()
+    if run.execute
+  ]
   return jobs
-
-
-def train(runs: Mapping[str, Run], workdirs: Sequence[pathlib.Path]) -> list[Outcome]:
-  """Trains the runs of a pack: the result.json of each, or the error of one that diverged."""
-  setups = _setups(runs)
-  return train_packed(list(setups.values()), list(map(str, workdirs)))
 
 
 def _setups(runs: Mapping[str, Run]) -> dict[str, Setup]:
@@ -90,10 +99,11 @@ def _setups(runs: Mapping[str, Run]) -> dict[str, Setup]:
 
 
 def _job(part: Sequence[str], runs: Mapping[str, Run], setups: Mapping[str, Setup]) -> Job:
-  reason = ''
-  if len(part) == 1:
-    reason = packs.alone_because(setups[part[0]]) or 'no other run shares its program'
-  return Job({run_id: runs[run_id] for run_id in part}, reason)
+  own = {run_id: runs[run_id] for run_id in part}
+  if len(part) > 1:
+    return Job(own, {run_id: setups[run_id] for run_id in part})
+  reason = packs.alone_because(setups[part[0]])
+  return Job(own, alone_because=reason or 'no other run shares its program')
 
 
 def _fitted(

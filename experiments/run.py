@@ -27,6 +27,7 @@ import pkgutil
 import shlex
 import sys
 import types
+from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -39,6 +40,9 @@ from sparse_lm.core.ranges import Range
 from sparse_lm.core.records import JsonObject
 from sparse_lm.report import results
 from sparse_lm.runs import lock
+
+# Folders of runs by id to what each run gives: results, or the error of one that diverged.
+Together = Callable[[Mapping[str, pathlib.Path]], list[JsonObject | Diverged]]
 
 
 def studies() -> dict[str, str]:
@@ -155,7 +159,7 @@ class Study:
       file=sys.stderr,
     )
     with bar:
-      for job in jobs:
+      for job, together in jobs:
         name = ' and '.join([*list(job)[:1], *([f'{len(job) - 1} more'] if len(job) > 1 else [])])
         bar.set_description(name)
         if bar.disable:
@@ -166,7 +170,7 @@ class Study:
             left += len(job) - len(taken)
             # Another process may have done some meanwhile.
             todo = self.missing({run_id: job[run_id] for run_id in taken}, again)
-            for run_id, outcome in self._outcomes(todo).items():
+            for run_id, outcome in self._outcomes(todo, together).items():
               results.append(self.file, self._head(run_id, seeds[run_id]) | outcome)
         except lock.Held:
           left += len(taken)
@@ -195,16 +199,17 @@ class Study:
       'command': self.command(run_id),
     }
 
-  def _outcomes(self, job: dict[str, Run]) -> dict[str, JsonObject]:
-    """Executes runs together. Raises UserError where one fails for another reason than divergence."""
-    workdirs = [self.workdir(run_id) for run_id in job]
+  def _outcomes(self, job: dict[str, Run], together: Together | None) -> dict[str, JsonObject]:
+    """Executes runs, several `together`.
+
+    Raises UserError where one fails for another reason than that it diverges.
+    """
+    workdirs = {run_id: self.workdir(run_id) for run_id in job}
     try:
       if len(job) > 1:
-        from experiments import packing
-
-        found = packing.train(job, workdirs)
+        found = together(workdirs)
       else:
-        found = [(run.execute or _train)(run, *workdirs) for run in job.values()]
+        found = [(run.execute or _train)(run, workdirs[run_id]) for run_id, run in job.items()]
     except Diverged as error:
       found = [error]
     except lock.Held:
@@ -251,14 +256,17 @@ def _load(run: Run) -> ConfigDict:
   return config.load(run.config, run.overrides)
 
 
-def _jobs(runs: dict[str, Run], pack: int | None) -> list[dict[str, Run]]:
-  """The runs that are executed together. Raises UserError for a config that is wrong."""
+def _jobs(runs: dict[str, Run], pack: int | None) -> list[tuple[dict[str, Run], Together | None]]:
+  """The runs that are executed together, and what trains several.
+
+  Raises UserError for a config that is wrong.
+  """
   if pack is None:
     _check({run_id: run for run_id, run in runs.items() if run.execute is None})
-    return [{run_id: run} for run_id, run in runs.items()]
+    return [({run_id: run}, None) for run_id, run in runs.items()]
   from experiments import packing
 
-  return [dict(job.runs) for job in packing.plan(runs, pack)]
+  return [(dict(job.runs), job.train) for job in packing.plan(runs, pack)]
 
 
 def _check(runs: dict[str, Run]) -> None:
