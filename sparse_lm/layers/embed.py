@@ -32,15 +32,23 @@ class Embed(nn.Module):
       init = nn.initializers.uniform(0.02)
       self.bigrams = self.param('bigrams', init, (spec.vocab, spec.vocab), jnp.float32)
 
-  def __call__(self, tokens_BxL: jax.Array, positions_BxL: jax.Array) -> jax.Array:
-    """int32 `[B, L]` to `[B, L, D]`."""
+  def __call__(self, tokens_BxL: jax.Array, positions_BxL: jax.Array | None) -> jax.Array:
+    """int32 `[B, L]` to `[B, L, D]`; see `placed`."""
     x_BxLxD = record.matmul(self.tokens[tokens_BxL], self.path, 'lookup', 0, kernel='tokens')
     return self.placed(x_BxLxD, positions_BxL)
 
-  def placed(self, x_BxLxD: jax.Array, positions_BxL: jax.Array) -> jax.Array:
-    """`[B, L, D]` embeddings in `spec.precision`, with learned positions added if the model has them."""
+  def placed(self, x_BxLxD: jax.Array, positions_BxL: jax.Array | None) -> jax.Array:
+    """`[B, L, D]` embeddings in `spec.precision`, with learned positions added if the model has them.
+
+    Args:
+      positions_BxL: int32; `None` = 0, 1, 2, ..., of all sequences alike. Then the gradient of the
+        positions is a sum over the sequences, where that of a lookup is a scatter in which they collide.
+    """
     if self.spec.positions == 'learned':
-      row_BxLxD = self.positions[positions_BxL]
+      in_order = positions_BxL is None
+      row_BxLxD = (
+        self.positions[None, : x_BxLxD.shape[1]] if in_order else self.positions[positions_BxL]
+      )
       x_BxLxD = x_BxLxD + record.matmul(row_BxLxD, self.path, 'lookup', 0, kernel='positions')
     return x_BxLxD.astype(self.spec.compute)
 

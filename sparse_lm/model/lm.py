@@ -103,15 +103,16 @@ class LM(nn.Module):
     if len(given) != 1:
       raise ValueError('either tokens_BxL or embeddings_BxLxD or stream_BxLxD is to be given')
     spec, shape = self.spec, given[0].shape[:2]
-    whole = positions_BxL is None and valid_BxL is None
-    if positions_BxL is None:
+    in_order = positions_BxL is None
+    whole = in_order and valid_BxL is None
+    if in_order:
       positions_BxL = jnp.broadcast_to(jnp.arange(shape[1]), shape)
     if valid_BxL is None:
       valid_BxL = jnp.ones(shape, bool)
     embed, end = Embed(spec, name='embed'), spec.layers if last is None else last
     if stream_BxLxD is None:
       enters = embed if embeddings_BxLxD is None else embed.placed
-      stream_BxLxD = enters(given[0], positions_BxL)
+      stream_BxLxD = enters(given[0], None if in_order else positions_BxL)
       stream_BxLxD = nn.Dropout(spec.dropout, deterministic=mode != 'train')(stream_BxLxD)
     tokens = Tokens(stream_BxLxD, positions_BxL, valid_BxL, continues, whole, progress)
     x_BxLxD = self._run(tokens, range(first, end), mode) if first < end else stream_BxLxD

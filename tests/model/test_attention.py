@@ -146,6 +146,23 @@ def test_learned_positions_are_looked_up():
   np.testing.assert_allclose(run(model, params, tokens, positions)[0, :6], expected, atol=1e-5)
 
 
+def test_positions_in_order_are_looked_up_without_a_scatter_in_the_gradient():
+  model = model_of(positions='learned')
+  params, tokens = random_params(model), tokens_of()
+  positions = np.broadcast_to(np.arange(LENGTH), tokens.shape)
+
+  def loss(params, *given):
+    return jnp.sum(jnp.sin(model.apply({'params': params}, tokens, 'eval', *given)))
+
+  found, want = jax.grad(loss)(params), jax.grad(loss)(params, positions)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), found, want)
+  scatters = [
+    str(jax.make_jaxpr(jax.grad(loss))(*x)).count('scatter')
+    for x in ([params], [params, positions])
+  ]
+  assert scatters[0] < scatters[1]
+
+
 def test_default_positions_count_from_zero_and_all_tokens_are_valid():
   model = model_of()
   params, tokens = random_params(model), tokens_of()
