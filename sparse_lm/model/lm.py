@@ -131,14 +131,14 @@ class LM(nn.Module):
         runs.append(_layer(self, *passes[0]))
       else:
         together = _Layers(self.spec, self.slots, passes[0], parent=None)
-        runs.append(scanned.run(self, together, passes))
+        runs.append(scanned.run(self, together, passes, self.spec.remat))
     return stack(runs, tokens, mode)
 
   def _passes(self, layers: list[int], mode: str, scans: bool) -> list[Passes]:
     """Layers that run as one scan, see `scanned.split`, and those that run by themselves."""
     # Whatever is made in a pass is made by single layers, and so are plans, which name all of them.
     makes = any(self.is_mutable_collection(name) for name in ('params', 'cache'))
-    least = scanned.LEAST.get(self.spec.scan_layers)
+    least = scanned.least(self.spec.scan_layers)
     if least is None or makes or not scans or not record.layers_alike():
       return [((layer,),) for layer in layers]
     kinds = [(_methods(self, layer), scanned.kind(self.variables, layer)) for layer in layers]
@@ -261,7 +261,7 @@ def _check_scans(model: LM) -> None:
     return
   layers, own, site = range(model.spec.layers), model.stack, model.site.module(model.spec)
   kinds = [_methods(model, layer) for layer in layers]
-  alone = all(len(p) == 1 for p in scanned.split(layers, kinds, scanned.LEAST['always']))
+  alone = all(len(p) == 1 for p in scanned.split(layers, kinds, scanned.least('always')))
   reason = ''
   if 'train' not in own.traits(model.spec).scans:
     reason = f'{own.group}.name={own.name!r} trains layer by layer'
