@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import grain
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -37,9 +38,17 @@ def train_iterator(
 
 
 def mixed_iterator(
-  components: Mapping[str, tuple[np.ndarray, float]], *, context: int, batch: int, seed: int
+  components: Mapping[str, tuple[np.ndarray, float]],
+  *,
+  context: int,
+  batch: int,
+  seed: int,
+  on_device: bool = False,
 ) -> grain.DatasetIterator:
   """As `train_iterator`, over `components`: by name, 1-D tokens and their share of the windows.
+
+  With `on_device` batches are arrays of JAX's default device, to which the reading thread moves the
+  next few while a step runs. The saved position is that of the batches that were handed out.
 
   Every component has epochs of its own; `mixture.schedule` says which is next. Raises `UserError`
   where one is shorter than a window.
@@ -58,7 +67,7 @@ def mixed_iterator(
     for number in np.unique(component_B).tolist():
       mine_B = component_B == number
       windows_BxL1[mine_B] = views[number][start_B[mine_B]]
-    return windows_BxL1
+    return jax.device_put(windows_BxL1) if on_device else windows_BxL1
 
   return _read(cut)
 
@@ -174,9 +183,10 @@ class Data:
     sizes = ', '.join(f'{name} {len(ids):,}' for name, ids in self.tokens.items())
     return f'Data({self.card["source"]}, tokens of {self.card["tokenizer"]}: {sizes})'
 
-  def train_iterator(self, seed: int) -> grain.DatasetIterator:
+  def train_iterator(self, seed: int, on_device: bool = False) -> grain.DatasetIterator:
     """`mixed_iterator` over the components of the training split; without any, `train_iterator`."""
-    return mixed_iterator(self._shares(), context=self.context, batch=self.batch, seed=seed)
+    sizes = {'context': self.context, 'batch': self.batch}
+    return mixed_iterator(self._shares(), **sizes, seed=seed, on_device=on_device)
 
   def starts(self, seed: int) -> Callable[[int, int], np.ndarray]:
     """`(first, count)` of consecutive batches of `train_iterator(seed)` to the starts of their windows in

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import grain
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from sparse_lm.core import rng
@@ -118,7 +117,7 @@ class _Loop:
   def _start(self, start: TrainState | None) -> tuple[TrainState, grain.DatasetIterator]:
     """The state and the data where the newest checkpoint left them, or at step 0."""
     state = self.setup.start() if start is None else start
-    batches = self.setup.data.train_iterator(rng.data_seed(self.config.seed))
+    batches = self.setup.data.train_iterator(rng.data_seed(self.config.seed), on_device=True)
     _, masks = self.program.finalize(state)
     restored = self.record.resume(state, masks, batches)
     if restored is not None:
@@ -128,7 +127,7 @@ class _Loop:
       _, self.record.history.masks = self.program.finalize(state)
     return state, batches
 
-  def _step(self, state: TrainState, tokens_BxL1: np.ndarray, done: int) -> TrainState:
+  def _step(self, state: TrainState, tokens_BxL1: jax.Array, done: int) -> TrainState:
     """Dispatches the step after which `done` are done."""
     teacher = self.setup.teacher
     taught = None if teacher is None else teacher.readout(tokens_BxL1[:, :-1])

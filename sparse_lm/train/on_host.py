@@ -1,6 +1,5 @@
 """Functions that run once, compiled for the host's CPU."""
 
-import functools
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 
@@ -33,13 +32,16 @@ class OnHost:
       made = self.compiled(*jax.device_get(arguments))
     return jax.device_put(made, device)
 
-  def later(self, pool: Executor, *arguments: Tree) -> Future[Tree]:
-    """The function's outputs, compiled and computed by `pool`; traced here, where state is global."""
-    given = jax.device_get(arguments)
-    with jax.default_device(host_device() or jax.local_devices()[0]):
+  def later(self, pool: Executor, *arguments: Tree) -> tuple[Tree, Future[Tree]]:
+    """The outputs as shape structs, and themselves, which `pool` compiles and computes.
+
+    Tracing is done here, because it has state that threads share.
+    """
+    device, given = jax.local_devices()[0], jax.device_get(arguments)
+    with jax.default_device(host_device() or device):
       lowered = self.compiled.lower(*given)
-    put = functools.partial(jax.device_put, device=jax.local_devices()[0])
-    return pool.submit(lambda: put(lowered.compile()(*given)))
+    made = pool.submit(lambda: jax.device_put(lowered.compile()(*given), device))
+    return lowered.out_info, made
 
 
 def host_device() -> jax.Device | None:

@@ -7,9 +7,11 @@ and no branch on a method.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -93,20 +95,21 @@ class Program:
     device = jax.local_devices()[0]
     if device == host_device():
       return self.init(seed, target)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-      state = self.init.later(pool, seed, target)
+    with concurrent.futures.ThreadPoolExecutor() as pool, _no_garbage_collected():
+      outputs, state = self.init.later(pool, seed, target)
       # As the state will be, which is bound to the device: a step is compiled anew for arrays that are
       # not. Tokens come from the host.
       place = jax.sharding.SingleDeviceSharding(device)
       shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        jax.eval_shape(self.init.compiled, seed, target),
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), outputs
       )
       tokens = jax.ShapeDtypeStruct(batch, jnp.int32)
-      steps = dict.fromkeys([self.step(0), self.step(1)])
-      lowered = [*(step.lower(shapes, tokens, None) for step in steps), self.finalize.lower(shapes)]
-      for compiled in [pool.submit(one.compile) for one in lowered]:
-        compiled.result()
+      compiled = []
+      for step in dict.fromkeys([self.step(0), self.step(1)]):
+        compiled.append(pool.submit(step.lower(shapes, tokens, None).compile))
+      compiled.append(pool.submit(self.finalize.lower(shapes).compile))
+      for one in compiled:
+        one.result()
       return state.result()
 
   @functools.cached_property
@@ -348,6 +351,18 @@ class Program:
       lambda w, flag: jnp.where(flag, 0, w), mixed, toggled, dense=lambda w: w
     )
     return mixed | {'params': apply_masks(mixed['params'], sparse.masks)}
+
+
+@contextlib.contextmanager
+def _no_garbage_collected() -> Iterator[None]:
+  """Tracing makes many objects, for which Python would look through all that JAX has imported."""
+  enabled = gc.isenabled()
+  gc.disable()
+  try:
+    yield
+  finally:
+    if enabled:
+      gc.enable()
 
 
 def _resting_or_frozen(resting: Tree, frozen: Tree) -> Tree:

@@ -4,6 +4,7 @@ import math
 from types import SimpleNamespace
 
 import grain
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -92,6 +93,24 @@ def test_resume_through_orbax(tmp_path):
     take(second, 5)  # a restore replaces whatever the iterator had already given
     manager.restore(33, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(second)))
   assert (take(first, 20) == take(second, 20)).all()
+
+
+@pytest.mark.parametrize('taken', [0, 1, 13])
+def test_a_position_is_behind_the_batches_that_the_device_was_handed(taken):
+  tokens = {'': (np.arange(500), 1.0)}
+
+  def on_device():
+    return pipeline.mixed_iterator(tokens, context=7, batch=4, seed=0, on_device=True)
+
+  whole, first, second = stream(), on_device(), on_device()
+  for _ in range(taken):
+    batch = next(first)
+    assert isinstance(batch, jax.Array) and batch.dtype == np.int32
+    np.testing.assert_array_equal(batch, next(whole))
+  assert first.get_state() == whole.get_state()
+  take(second, 5)  # the reading thread is ahead of what was handed out
+  second.set_state(json.loads(json.dumps(first.get_state())))
+  assert (take(second, 20) == take(whole, 20)).all()
 
 
 @settings(deadline=None)
