@@ -96,6 +96,7 @@ def test_costs_are_those_of_einsums_whatever_runs(tiny_config, on_nvidia):
   assert plans.recomputed(found, 12) == plans.recomputed(want, 12) > 0
 
 
+@pytest.mark.slow
 def test_the_gradient_in_bfloat16_is_that_of_float32_but_for_rounding(tiny_config):
   found = {}
   for precision in ('float32', 'bfloat16'):

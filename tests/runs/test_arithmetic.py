@@ -179,7 +179,7 @@ def test_a_run_is_not_continued_in_another_precision(half, tiny_config, on_nvidi
   assert setup(longer).config.model.precision == 'bfloat16'  # where it began, 'auto' continues
 
 
-def test_a_loaded_run_computes_as_it_was_trained(half, on_nvidia, tmp_path):
+def test_a_loaded_run_computes_as_it_was_trained(half, on_nvidia):
   folder, _ = half
   tokens = np.zeros((1, 4), np.int32)
   want = np.asarray(load(folder).logits(tokens))
@@ -192,6 +192,12 @@ def test_a_loaded_run_computes_as_it_was_trained(half, on_nvidia, tmp_path):
   assert np.abs(np.asarray(other) - want).max() > 0
   (*_, text) = generate.generate(runnable.load(folder), ['the '], tokens=3)
   assert len(text) == 1
+
+
+@pytest.mark.slow
+def test_a_run_is_pruned_in_its_own_precision(half, on_nvidia, tmp_path):
+  folder, _ = half
+  on_nvidia(7, 5)
   pruned = prune.prune(folder, str(tmp_path / 'out'), PRUNED, 2)
   assert pruned['config']['model']['precision'] == 'bfloat16'
   assert read_config(tmp_path / 'out')['model']['precision'] == 'bfloat16'
