@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import NamedTuple
 
 import jax
-from jax.stages import Compiled, Traced
+from jax.stages import Compiled, Lowered
 
 from sparse_lm.core.tree import Tree
 
@@ -21,13 +21,16 @@ class Ahead:
     function: Function,
     donate: tuple[int, ...] = (),
     options: dict[str, str | bool] | None = None,
+    device: jax.Device | None = None,
   ) -> None:
     """A function that nothing is compiled of yet.
 
     Args:
       donate: numbers of the arguments whose buffers the call takes over.
       options: of the compiler.
+      device: on which it runs, given NumPy's arrays; `None` = the default one.
     """
+    self._device = device
     self._jitted = jax.jit(function, donate_argnums=donate, compiler_options=options)
     self._compiled: dict[Hashable, Compiled] = {}
 
@@ -36,9 +39,15 @@ class Ahead:
     compile_together([Call(self, arguments)])
     return self._compiled[_key(arguments)]
 
-  def traced(self, *arguments: Tree) -> Traced:
-    """The function traced with arguments of these shapes, which says what it returns."""
-    return self._jitted.trace(*arguments)
+  def outputs(self, *arguments: Tree) -> Tree:
+    """Shape structs of what the function returns for arguments of these shapes."""
+    with jax.default_device(self._device):
+      return self._jitted.trace(*arguments).out_info
+
+  def lower(self, *arguments: Tree) -> Lowered:
+    """The function traced and lowered for arguments of these shapes."""
+    with jax.default_device(self._device):
+      return self._jitted.lower(*arguments)
 
   def __call__(self, *arguments: Tree) -> Tree:
     """Calls the executable for the arguments."""
@@ -62,7 +71,7 @@ def compile_together(calls: Iterable[Call]) -> None:
     for function, arguments in calls:
       key = _key(arguments)
       if key not in function._compiled and (function, key) not in new:
-        new[function, key] = pool.submit(function.traced(*arguments).lower().compile)
+        new[function, key] = pool.submit(function.lower(*arguments).compile)
     for (function, key), future in new.items():
       function._compiled[key] = future.result()
 

@@ -71,8 +71,7 @@ def train_packed(
 
 def _resumed(pack: Pack, records: Sequence[Record]) -> list[TrainState]:
   """Each run's state, where its newest checkpoint left it or at step 0."""
-  # Not `run.start()`, which also compiles the steps of a run alone.
-  fresh = [run.program.init(run.config.seed, run.target) for run in pack.runs]
+  fresh = pack.start()
   _, masks = jax.device_get(pack.program.finalize(packed.stack(fresh), pack.numbers))
   found = []
   for number, (record, state) in enumerate(zip(records, fresh)):

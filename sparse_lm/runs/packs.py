@@ -10,15 +10,17 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.stages import Compiled
 
 from sparse_lm.core import tree
 from sparse_lm.core.ahead import Call, compile_together
 from sparse_lm.core.errors import UserError
+from sparse_lm.core.tree import Tree
 from sparse_lm.runs import configs, runtime
 from sparse_lm.runs.evaluate import evaluation_of_packed
 from sparse_lm.runs.setup import Setup
-from sparse_lm.train import numbers, states
+from sparse_lm.train import numbers
 from sparse_lm.train.packed import Feed, PackedProgram, Updates, packed
 from sparse_lm.train.states import TrainState
 from sparse_lm.train.step import Program, shared
@@ -142,13 +144,22 @@ class Pack:
   def calls(self, first: int = 0) -> list[Call]:
     """What a pack that has done `first` steps calls: its steps, and what evaluates."""
     finalize = Call(self.program.finalize, (self._states, self._feed.numbers))
-    params, _ = finalize.function.traced(*finalize.arguments).out_info
+    params, _ = finalize.function.outputs(*finalize.arguments)
     evaluation = evaluation_of_packed(self.runs[0], params, self._states.model_state)
     steps = [
       Call(self.program.steps(updates), (self._states, self._feed))
       for updates in self._all_updates(first)
     ]
-    return [*steps, finalize, evaluation]
+    return [Call(self.program.init, self._beginning(0)), *steps, finalize, evaluation]
+
+  def start(self) -> list[TrainState]:
+    """Each run's state at step 0, on the host."""
+    return [self.program.init(*self._beginning(number)) for number in range(len(self.runs))]
+
+  def _beginning(self, number: int) -> tuple[np.int32, Tree]:
+    """A run's seed and target."""
+    run = self.runs[number]
+    return np.int32(run.config.seed), jax.device_get(run.target)
 
   def _all_updates(self, first: int) -> list[Updates]:
     steps = range(first, self.runs[0].config.train.steps)
@@ -173,14 +184,9 @@ class Pack:
   @functools.cached_property
   def _states(self) -> TrainState:
     """Shape structs of the states."""
-    run = self.runs[0]
-    program = run.program
-    create = functools.partial(
-      states.create, program.model, program.method, program.optimizer, program.objective.budget
-    )
     return jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct((len(self.runs), *leaf.shape), leaf.dtype),
-      jax.eval_shape(create, 0, run.target),
+      self.program.init.outputs(*self._beginning(0)),
     )
 
   @functools.cached_property

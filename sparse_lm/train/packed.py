@@ -17,7 +17,9 @@ from sparse_lm.core.ahead import Ahead
 from sparse_lm.core.tree import Tree
 from sparse_lm.data import windows
 from sparse_lm.kernels import device
+from sparse_lm.train import states
 from sparse_lm.train.numbers import with_numbers
+from sparse_lm.train.on_host import host_device
 from sparse_lm.train.states import TrainState
 from sparse_lm.train.step import Program
 
@@ -75,7 +77,7 @@ class PackedProgram:
 
   program: Program
 
-  def step(self, states: TrainState, feed: Feed, updates: Updates) -> tuple[TrainState, Tree]:
+  def step(self, runs: TrainState, feed: Feed, updates: Updates) -> tuple[TrainState, Tree]:
     """One optimizer step of all runs, uncompiled: the states and a `PackedMetrics`.
 
     Args:
@@ -83,7 +85,7 @@ class PackedProgram:
         signals in it; the same for all runs.
     """
     length = self.program.model.spec.context + 1
-    starts_NxB = feed.starts_KxNxB[states.step[0] - feed.first]
+    starts_NxB = feed.starts_KxNxB[runs.step[0] - feed.first]
 
     def one(
       numbers: dict[str, Array], state: TrainState, starts_B: Array
@@ -92,8 +94,17 @@ class PackedProgram:
       program = with_numbers(self.program, numbers)
       return program.transition(state, tokens_BxL1, updates=updates[0], collects=updates[1])
 
-    states, metrics = jax.vmap(one)(feed.numbers, states, starts_NxB)
-    return states, PackedMetrics.of(metrics)
+    runs, metrics = jax.vmap(one)(feed.numbers, runs, starts_NxB)
+    return runs, PackedMetrics.of(metrics)
+
+  @functools.cached_property
+  def init(self) -> Ahead:
+    """`(seed, target) -> TrainState` of one run, computed on the host; see `OnHost`."""
+    program = self.program
+    create = functools.partial(
+      states.create, program.model, program.method, program.optimizer, program.objective.budget
+    )
+    return Ahead(create, device=host_device())
 
   @functools.cached_property
   def _steps(self) -> dict[Updates, Ahead]:
@@ -123,14 +134,14 @@ def packed(program: Program) -> PackedProgram:
   return PackedProgram(program)
 
 
-def stack(states: Sequence[TrainState]) -> TrainState:
+def stack(runs: Sequence[TrainState]) -> TrainState:
   """States of runs side by side, on the device; stacked on the host, so that nothing is compiled."""
-  keys = jnp.stack([state.key for state in states])
-  hosts = [jax.device_get(state.replace(key=None)) for state in states]
-  stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *hosts)
-  return jax.device_put(stacked).replace(key=keys)
+  hosts = [jax.device_get(state.replace(key=jax.random.key_data(state.key))) for state in runs]
+  stacked = jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *hosts))
+  keys = jax.random.wrap_key_data(stacked.key, impl=jax.random.key_impl(runs[0].key))
+  return stacked.replace(key=keys)
 
 
-def unstack(states: Tree, number: int) -> Tree:
+def unstack(runs: Tree, number: int) -> Tree:
   """One of the runs of a tree on the host."""
-  return jax.tree.map(lambda leaf: leaf[number], states)
+  return jax.tree.map(lambda leaf: leaf[number], runs)

@@ -27,4 +27,4 @@ def test_what_was_compiled_before_is_called_and_not_traced_again():
 
 def test_a_trace_says_what_is_returned():
   shape = jax.ShapeDtypeStruct((3, 2), jnp.float32)
-  assert Ahead(lambda x: x.sum(axis=1)).traced(shape).out_info.shape == (3,)
+  assert Ahead(lambda x: x.sum(axis=1)).outputs(shape).shape == (3,)
