@@ -29,8 +29,9 @@ MIXED = {
   'model__dropout': 0.2,
   'mlp__name': 'moe_balanced',
   'mlp__layers': '1::2',
-  'depth__name': 'layer_gate',
+  'depth__name': 'token_gate',
   'depth__estimator': 'random',
+  'depth__open': 0.5,
 }
 
 
