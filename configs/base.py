@@ -88,7 +88,9 @@ def _model() -> dict[str, Any]:
     # moments, averages, norms and losses are float32 with either.
     'precision': 'auto',
     'attention_kernel': 'auto',  # einsum | cudnn, fused | auto, cudnn where it can do what is asked
-    'remat': False,  # recompute activations in the backward pass
+    # Activations that the backward pass computes again: none | full (all of a layer) | dots (all but
+    # matmuls) | dots_no_batch (all but matmuls with weights)
+    'remat': 'none',
     # Whether equal layers run as one scan, which is compiled once however many they are.
     'scan_layers': 'auto',  # auto: 32 of them or more, but on a CPU | always | never
   }

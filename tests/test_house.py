@@ -47,6 +47,7 @@ SIGNAL = 'a signal that the method needs, and reads by its name'
 KEY = "a key of a method's config"
 METRIC = 'a number that a training step gives, by its name in logs'
 ABSENT = 'nothing, to a reader or to Matplotlib'
+REMAT = 'what the backward pass of a layer computes again'
 MEANS_SOMETHING_ELSE = {
   'sparse_lm/data/prepared.py': {'none': ABSENT},
   'sparse_lm/inference/pack.py': {'neuron': UNIT},
@@ -57,6 +58,7 @@ MEANS_SOMETHING_ELSE = {
   'sparse_lm/layers/experts.py': {'neuron': UNIT},
   'sparse_lm/layers/feed_forward.py': {'neuron': UNIT},
   'sparse_lm/layers/init.py': {'head': PARAMETER},
+  'sparse_lm/layers/spec.py': {'full': REMAT, 'none': REMAT},
   'sparse_lm/methods/mlp/gated.py': {'neuron': UNIT},
   'sparse_lm/methods/mlp/predictor_topk.py': {'neuron': UNIT},
   'sparse_lm/methods/weight/rigl.py': {'grads': SIGNAL},

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -13,6 +14,14 @@ from sparse_lm.layers.init import INITS
 
 NORMS = ('rmsnorm', 'layernorm')
 POSITIONS = ('rotary', 'learned')
+NO_REMAT = 'none'
+# What a layer keeps for its backward pass, which computes the rest again: nothing but its input; the
+# products of all matmuls; those of matmuls with weights alone, not the scores of attention.
+REMAT = {
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.dots_saveable,
+  'dots_no_batch': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 AUTO = 'auto'
 PRECISIONS = (AUTO, 'float32', 'bfloat16')
 SCAN_LAYERS = (AUTO, 'always', 'never')
@@ -28,6 +37,7 @@ class Spec:
     precision: 'float32' or 'bfloat16', the dtype of the computation. Parameters, norms, softmax, routers
       and losses are float32 with either.
     attention_kernel: one of `kernels.attention.KERNELS`.
+    remat: what the backward pass computes again, see `REMAT`.
     scan_layers: whether equal layers run as one scan, one of `SCAN_LAYERS`; see `model/scanned.py`.
   """
 
@@ -47,7 +57,7 @@ class Spec:
   dropout: float
   precision: str
   attention_kernel: str
-  remat: bool
+  remat: str
   scan_layers: str
 
   @classmethod
@@ -84,7 +94,7 @@ class Spec:
       )
     choices = {'norm': NORMS, 'positions': POSITIONS, 'init': INITS}
     choices |= {'precision': PRECISIONS, 'attention_kernel': KERNELS, 'scan_layers': SCAN_LAYERS}
-    for field, valid in choices.items():
+    for field, valid in (choices | {'remat': (NO_REMAT, *REMAT)}).items():
       if getattr(self, field) not in valid:
         raise unknown(f'config.model.{field}', getattr(self, field), valid)
 

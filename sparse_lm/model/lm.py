@@ -18,7 +18,7 @@ from sparse_lm.layers.linear import Norm
 from sparse_lm.layers.method import LayerMethod, Run
 from sparse_lm.layers.progress import Progress
 from sparse_lm.layers.sow import Exit
-from sparse_lm.layers.spec import Spec
+from sparse_lm.layers.spec import NO_REMAT, REMAT, Spec
 from sparse_lm.layers.tokens import Tokens
 from sparse_lm.model import scanned
 from sparse_lm.model.block import Block
@@ -131,7 +131,7 @@ class LM(nn.Module):
         runs.append(_layer(self, *passes[0]))
       else:
         together = _Layers(self.spec, self.slots, passes[0], parent=None)
-        runs.append(scanned.run(self, together, passes, self.spec.remat))
+        runs.append(scanned.run(self, together, passes, self.spec.remat != NO_REMAT))
     return stack(runs, tokens, mode)
 
   def _passes(self, layers: list[int], mode: str, scans: bool) -> list[Passes]:
@@ -160,7 +160,9 @@ def _layer(parent: 'LM | Layer | _Layers', layer: int) -> Run:
     # A maker: a module is made where it is called, so that it lives there.
     supplied = {'spec': spec, 'activation': made.get('activation'), 'name': slot.slot}
     made[slot.slot] = functools.partial(_make, slot.at(layer, spec.layers), supplied)
-  block_type = nn.remat(Block, static_argnums=(2,)) if spec.remat else Block
+  block_type = Block
+  if spec.remat != NO_REMAT:
+    block_type = nn.remat(Block, static_argnums=(2,), policy=REMAT[spec.remat])
   block = block_type(spec, made['attention'], made['mlp'], name=Part.BLOCK.of(layer))
   depth = made['depth'](name=Part.DEPTH.of(layer))
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from sparse_lm.core.tree import Tree
 from sparse_lm.layers.sow import SOWN
+from sparse_lm.layers.spec import NO_REMAT
 from sparse_lm.model import lm
 from sparse_lm.model.lm import LM
 from sparse_lm.plan import executed, sites
@@ -86,13 +87,13 @@ def _decoding(model: LM, variables: Tree) -> tuple[Callable[..., Tree], Tree, Tr
 @functools.lru_cache(maxsize=32)
 def recomputed(model: LM, length: int) -> float:
   """Share of a training step's forward pass that its backward pass computes again: 0 without remat."""
-  if not model.spec.remat:
+  if model.spec.remat == NO_REMAT:
     return 0.0
   variables = dict(plan_of(model).variables)
   params = variables.pop('params')
   tokens_BxL = jax.ShapeDtypeStruct((1, length), jnp.int32)
 
-  def flops(remat: bool) -> float:
+  def flops(remat: str) -> float:
     """Of a pass and its gradients."""
     same = model.clone(spec=dataclasses.replace(model.spec, remat=remat))
     key = jax.random.key(0)
@@ -104,4 +105,6 @@ def recomputed(model: LM, length: int) -> float:
 
     return executed.trace(jax.grad(total), params, variables, tokens_BxL).flops
 
-  return (flops(True) - flops(False)) / (length * traced(model, length, 'train').flops)
+  return (flops(model.spec.remat) - flops(NO_REMAT)) / (
+    length * traced(model, length, 'train').flops
+  )

@@ -9,6 +9,7 @@ import pytest
 
 from configs import base
 from experiments.plain_twin import PlainLM
+from sparse_lm.core.errors import UserError
 from sparse_lm.model import lm, slots
 from sparse_lm.model.plans import plan_of
 
@@ -86,9 +87,17 @@ def test_no_gradient_reaches_a_later_tokens_embedding(name):
   assert (influence[later] == 0).all() and (influence[~later] > 0).all()
 
 
-@pytest.mark.parametrize('fields', [{}, {'mlp': 'gated', 'bias': True, 'kv_heads': 2}])
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {'remat': 'full'},
+    {'remat': 'full', 'mlp': 'gated', 'bias': True, 'kv_heads': 2},
+    {'remat': 'dots'},
+    {'remat': 'dots_no_batch'},
+  ],
+)
 def test_remat_changes_neither_values_nor_gradients(fields):
-  plain, remat = model_of(**fields), model_of(remat=True, **fields)
+  plain, remat = model_of(**{**fields, 'remat': 'none'}), model_of(**fields)
   params, tokens = random_params(plain), tokens_of()
 
   def value_and_gradient(model):
@@ -106,7 +115,14 @@ def test_remat_really_recomputes():
     loss = lambda p: jnp.sum(model.apply({'params': p}, tokens_of()))  # noqa: E731
     return str(jax.make_jaxpr(jax.grad(loss))(random_params(model))).count('dot_general')
 
-  assert matmuls(model_of(remat=True)) > matmuls(model_of())
+  # Of a layer 'dots' keeps all products, 'dots_no_batch' those with weights, 'full' none.
+  found = [matmuls(model_of(remat=policy)) for policy in ('none', 'dots', 'dots_no_batch', 'full')]
+  assert found[0] == found[1] < found[2] < found[3]
+
+
+def test_an_unknown_remat_is_refused_with_the_nearest():
+  with pytest.raises(UserError, match="remat 'dot': did you mean 'dots'"):
+    model_of(remat='dot')
 
 
 def test_bfloat16_compute_keeps_float32_parameters_and_logits():

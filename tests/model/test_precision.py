@@ -64,7 +64,7 @@ def test_products_with_weights_are_in_bfloat16_and_reductions_in_float32(tiny_co
     assert kinds.get(name, set()) <= {jnp.dtype('float32')}, name
 
 
-@pytest.mark.parametrize('kernel, remat', [('auto', False), ('cudnn', True), ('einsum', True)])
+@pytest.mark.parametrize('kernel, remat', [('auto', 'none'), ('cudnn', 'full'), ('einsum', 'full')])
 def test_the_step_of_a_gpu_has_fused_attention_forward_and_backward(
   kernel, remat, tiny_config, on_nvidia
 ):
@@ -75,7 +75,9 @@ def test_the_step_of_a_gpu_has_fused_attention_forward_and_backward(
   text = step.trace(state, tokens).lower(lowering_platforms=('cuda',)).as_text()
   layers = 0 if kernel == 'einsum' else 2
   assert text.count(BACKWARD) == layers
-  assert text.count(FORWARD) == layers * (1 + remat)  # which runs the forward pass again
+  assert text.count(FORWARD) == layers * (
+    1 + (remat == 'full')
+  )  # which runs the forward pass again
   # No array has a score for each pair of tokens.
   pairs = f'{program.model.spec.context}x{program.model.spec.context}xbf16'
   assert (pairs in text) == (kernel == 'einsum')
@@ -87,7 +89,7 @@ def test_the_step_of_a_gpu_has_fused_attention_forward_and_backward(
 
 def test_costs_are_those_of_einsums_whatever_runs(tiny_config, on_nvidia):
   fields = {'model__attention_kernel': 'einsum', 'model__precision': 'bfloat16'}
-  sizes = {'data__context': 12, 'model__remat': True}
+  sizes = {'data__context': 12, 'model__remat': 'full'}
   want = lm.from_config(tiny_config(**fields | sizes), 11)
   on_nvidia(9, 0)
   found = lm.from_config(tiny_config(**fields | sizes | {'model__attention_kernel': 'cudnn'}), 11)

@@ -112,7 +112,7 @@ def test_scanned_equals_unrolled(slot, name, tiny_config):
 @pytest.mark.slow
 @pytest.mark.parametrize('estimator', ['reinforce', 'hard_concrete', 'gumbel_sigmoid'])
 def test_gates_draw_alike_when_layers_are_computed_again(estimator, tiny_config):
-  fields = {'depth__name': 'token_gate', 'depth__estimator': estimator, 'model__remat': True}
+  fields = {'depth__name': 'token_gate', 'depth__estimator': estimator, 'model__remat': 'full'}
   assert_scanned_equals_unrolled(tiny_config(model__layers=3, **fields), ('train',))
 
 

@@ -55,7 +55,7 @@ def by_hand(gated):
 @pytest.mark.parametrize('changes', [
   {},
   {'mlp__name': 'gated'},
-  {'model__remat': True},
+  {'model__remat': 'full'},
   {'model__bias': True, 'model__norm': 'layernorm', 'model__positions': 'learned'},
 ])  # fmt: skip
 def test_ledger_of_a_small_model_equals_a_hand_count(changes):

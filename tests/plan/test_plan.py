@@ -35,7 +35,7 @@ SPEC = Spec(
   dropout=0.0,
   precision='float32',
   attention_kernel='einsum',
-  remat=False,
+  remat='none',
   scan_layers='auto',
 )
 

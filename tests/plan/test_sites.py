@@ -158,7 +158,7 @@ REPLACED = {
 }
 
 
-@pytest.mark.parametrize('remat', [False, True])
+@pytest.mark.parametrize('remat', ['none', 'full'])
 @pytest.mark.parametrize('what', REPLACED)
 def test_replaced_activations_give_what_numpy_computes_with_them(what, remat, tiny_config, params):
   model = lm.from_config(tiny_config(**FIELDS, model__remat=remat), VOCAB)

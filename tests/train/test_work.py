@@ -37,7 +37,7 @@ def products(jaxpr):
   [
     ({}, 0),
     ({'activation.name': 'topk'}, 0),
-    ({'model.remat': True}, 0),
+    ({'model.remat': 'full'}, 0),
     ({'depth.name': 'token_gate', 'attention.name': 'head_gate'}, 0),
     ({'depth.name': 'token_gate', 'depth.estimator': 'reinforce'}, 0),
     # The predictor learns, and nothing before it learns from it: one product less for 17 inputs.
