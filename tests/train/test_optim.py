@@ -56,7 +56,7 @@ class Toy(nn.Module):
   site: MethodConfig = MethodConfig('site', 'none')
 
   @nn.compact
-  def __call__(self, tokens_BxL, mode='eval', progress=None):
+  def __call__(self, tokens_BxL, mode='eval', progress=None, readout=False):
     init = nn.initializers.normal(0.5)
     x_BxLxD = self.param('embed', init, (self.spec.vocab, 8))[tokens_BxL]
     x_BxLxD = record.matmul(x_BxLxD, self.path, 'lookup', 0, kernel='embed')

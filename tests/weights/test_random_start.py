@@ -6,7 +6,7 @@ import pytest
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.groups import Group, Member
 from sparse_lm.patterns import pattern
-from sparse_lm.weights.random_start import check, random_start
+from sparse_lm.weights.random_start import check, path_key, path_keys, random_start, uniform
 
 FAN_IN, FAN_OUT = 256, 200
 UNSTRUCTURED = pattern('unstructured')
@@ -122,3 +122,14 @@ def test_groups_are_drawn_once_for_all_their_matrices():
 def test_an_unknown_rescaling_is_refused():
   with pytest.raises(UserError, match=r"config\.weight\.rescale 'units'.*mean 'unit'"):
     check('units')
+
+
+def test_draws_of_one_shape_together_are_those_of_each_path_alone():
+  key, like = (
+    jax.random.key(3),
+    {'a': np.zeros((4, 6)), 'b': np.zeros((6, 4)), 'c': np.zeros((4, 6))},
+  )
+  found = jax.jit(lambda key: uniform(path_keys(key, like), like))(key)
+  assert list(found) == list(like)
+  for path, array in like.items():
+    np.testing.assert_array_equal(found[path], jax.random.uniform(path_key(key, path), array.shape))
