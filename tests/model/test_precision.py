@@ -141,3 +141,10 @@ def test_scanned_layers_share_one_fused_attention(tiny_config, on_nvidia):
   text = step.trace(state, tokens).lower(lowering_platforms=('cuda',)).as_text()
   assert text.count(FORWARD) == text.count(BACKWARD) == 1
   assert arithmetic.attention_kernels(program.model) == (('cudnn',), ())
+
+
+def test_the_first_state_needs_no_attention(tiny_config, on_nvidia):
+  """A host that has no such kernel makes it for a GPU."""
+  on_nvidia(9, 0)
+  program, target = build(tiny_config(**SIZES), vocab=11)
+  assert 'dot_general' not in program.init.compiled.lower(0, target).as_text()
