@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -38,6 +38,7 @@ from sparse_lm.runs.build import build
 from sparse_lm.runs.environment import environment
 from sparse_lm.train import packed as packing
 from sparse_lm.train.numbers import common, numbers
+from sparse_lm.train.on_host import host_device
 from sparse_lm.train.step import Program
 
 Metrics = dict[str, float | str | None]
@@ -105,7 +106,7 @@ class Bench:
     matmul: rows and columns of the products that give the peak.
     copied: bytes of the array whose copy gives the memory's bandwidth.
     planned: the runs that are steps beside the dense one, by row.
-    programs: by row, '' the dense one, and whether it updates the masks.
+    programs: by row, '' the dense one, and 'initial state', 'step' or 'update' (of masks).
   """
 
   config: str
@@ -158,10 +159,16 @@ class Bench:
       step = program.mask_update_step if updates else program.train_step
       return step.lower(_placed(jax.eval_shape(program.init.compiled, 0, target)), self.tokens)
 
-    self.programs.lower((row, False), lambda: lowered(False))
+    def initial() -> Lowered:
+      program, target = self.program(run)
+      with jax.default_device(host_device()):
+        return program.init.compiled.lower(0, jax.device_get(target))
+
+    self.programs.lower((row, 'initial state'), initial)
+    self.programs.lower((row, 'step'), lambda: lowered(False))
     program, _ = self.program(run)
     if updates_per_step(program.method, program.optimizer.steps):
-      self.programs.lower((row, True), lambda: lowered(True))
+      self.programs.lower((row, 'update'), lambda: lowered(True))
 
   @property
   def _dense(self) -> Run:
@@ -171,11 +178,22 @@ class Bench:
   def dense(self) -> Window:
     """The dense step."""
     self._lower('', self._dense)
-    program, target = self.program(self._dense)
-    return self._window(('', False), program.init(0, target))
+    (window,) = self._windows('', self._dense, ('step',)).values()
+    return window
 
-  def _window(self, name: tuple[str, bool], state: Tree) -> Window:
-    return Window(self.programs.take(name), state, self.window, self.tokens)
+  def _windows(self, row: str, run: Run, kinds: Sequence[str]) -> dict[str, Window]:
+    """Steps of a row, each with a state of its own."""
+    make, given = self.programs.take((row, 'initial state')), jax.device_get(self.program(run)[1])
+    place = jax.local_devices()[0]
+    return {
+      kind: Window(
+        self.programs.take((row, kind)),
+        jax.device_put(make(0, given), place),
+        self.window,
+        self.tokens,
+      )
+      for kind in kinds
+    }
 
   @functools.cached_property
   def peak(self) -> dict[str, float]:
@@ -227,10 +245,8 @@ class Bench:
     self.lower(workdir)
     self._lower(row, run)  # also where the study has it already
     program, target = self.program(run)
-    calls = {'step': self._window((row, False), program.init(0, target))}
     updates = updates_per_step(program.method, program.optimizer.steps)
-    if updates:
-      calls['update'] = self._window((row, True), program.init(0, target))
+    calls = self._windows(row, run, ('step', 'update') if updates else ('step',))
     seconds = turns.interleaved(calls | {'reference': self.dense}, self.repeats, row)
     average, found = seconds['step'], {}
     if updates:
@@ -272,9 +288,9 @@ class Bench:
     step = functools.partial(packing.PackedProgram(common(program)).step, updates=((), ()))
     step = jax.jit(step, donate_argnums=0, compiler_options=device.compiler_options())
     self._lower('', self._dense)
-    self.programs.lower((run.labels['row'], False), lambda: step.lower(states, feed))
+    self.programs.lower((run.labels['row'], 'step'), lambda: step.lower(states, feed))
     reference = self.dense
-    packed = Window(self.programs.take((run.labels['row'], False)), states, self.window, feed)
+    packed = Window(self.programs.take((run.labels['row'], 'step')), states, self.window, feed)
     seconds = turns.interleaved({'step': packed, 'reference': reference}, self.repeats)
     found = _milliseconds(seconds['step'], self.window)
     return (

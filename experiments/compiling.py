@@ -16,18 +16,20 @@ class Together:
   def __init__(self) -> None:
     self._lowered: dict[Hashable, Lowered] = {}
     self._done: dict[Hashable, Compiled | Exception] = {}
+    self._known: set[Hashable] = set()
 
   def lower(self, name: Hashable, make: Callable[[], Lowered]) -> None:
-    """Traces a program, unless it is there."""
-    if name in self._lowered or name in self._done:
+    """Traces a program, unless it was traced before."""
+    if name in self._known:
       return
+    self._known.add(name)
     try:
       self._lowered[name] = make()
     except Exception as error:  # whatever it is, it is this program's own
       self._done[name] = error
 
   def take(self, name: Hashable) -> Compiled:
-    """The executable, which is not kept here any longer."""
+    """The executable, which can be taken once: it is not kept here any longer."""
     if name not in self._done:
       self._compile()
     found = self._done.pop(name)
