@@ -93,6 +93,22 @@ class Window:
     return self.state, metrics
 
 
+@dataclasses.dataclass(frozen=True)
+class Rested(turns.Prepared):
+  """A window that begins when the threads of the twin are at rest: they wait busily for 0.2 s."""
+
+  window: Window
+
+  def prepare(self) -> Tree:
+    """Waits."""
+    time.sleep(0.3)
+    return ()
+
+  def __call__(self) -> Tree:
+    """Runs the window."""
+    return self.window()
+
+
 @dataclasses.dataclass(eq=False)
 class Bench:
   """One size, and the rows that are measured at it. What rows share is made when first asked for.
@@ -222,7 +238,7 @@ class Bench:
         begun = (
           twin.read()
         )  # compilation tries kernels on the device: the twin is done with it by now
-        calls = {'step': self.dense, 'twin': twin}
+        calls = {'step': Rested(self.dense), 'twin': twin}
         self._check_parameters(begun['params'])
         seconds = turns.interleaved(calls, self.repeats, run.labels['row'])
         found = _beside(seconds['step'], seconds['twin'], self.window)

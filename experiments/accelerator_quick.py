@@ -19,7 +19,7 @@ SMALL = TWIN | {
   'model.width': 128,
   'model.hidden': 512,
 }
-BENCH = Bench('configs/base.py', TWIN, 256, 1, 7, 1024, 200_000_000)
+BENCH = Bench('configs/base.py', TWIN, 256, 2, 5, 1024, 200_000_000)
 METHODS = Bench('configs/base.py', SMALL, 256, 4, 4, 1024, 200_000_000)
 PACKED = Bench(accelerator.SMALL, {}, 65, 4, 3, 1024, 200_000_000)
 
