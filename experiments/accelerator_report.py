@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -183,12 +184,11 @@ def ratios(machines: Mapping[str, Rows], study: str) -> Figure:
         g.row: g.most for g in accelerator_goals.goals(study, _device(rows)) if g.metric == 'ratio'
       }
       places = [(most, names.index(row)) for row, most in marked.items() if row in names]
-      axes.plot(
-        *zip(*places), '|', color='black', markersize=13, markeredgewidth=2
-      ) if places else None
-    axes.set_yticks(range(len(names)), names)
+      if places:
+        axes.plot(*zip(*places), '|', color='black', markersize=13, markeredgewidth=2)
+    axes.set_yticks(range(len(names)), [textwrap.fill(name, 32) for name in names])
     axes.invert_yaxis()
-    axes.set(xlabel='step time / reference (the dense step; of the dense step: the PyTorch twin)')
+    axes.set(xlabel='step time / that of the dense step\n(of the dense step: of the PyTorch twin)')
     goal = Line2D(
       [], [], color='black', marker='|', markersize=13, markeredgewidth=2, linestyle='none'
     )

@@ -71,6 +71,12 @@ def machines(folder: pathlib.Path, name: str) -> str:
   return accelerator_report.page(lines, folder / name).strip() if lines else 'Not measured yet.'
 
 
+def on_machine(name: str, machine: str) -> dict[str, results.Line]:
+  """The lines of a study of machines on one of them, by row; `machine` as in the name of the file."""
+  lines = results.read_file(LINES / f'{name}-{machine}.jsonl')
+  return {line['labels']['row']: line for line in lines}
+
+
 def _portable(line: results.Line, folder: str) -> results.Line:
   """A line without what follows from its command, which names `results` as the folder of results."""
   kept = {key: value for key, value in line.items() if key not in DROPPED}
@@ -99,7 +105,7 @@ def documents(folder: pathlib.Path) -> dict[pathlib.Path, str]:
   # Each study is read once, however many documents quote it.
   study = functools.cache(lambda name: Findings(Study.load(name, folder)))
   environment.globals |= {'study': study, 'methods': list_methods.table, 'claim': claim}
-  environment.globals['machines'] = functools.partial(machines, folder)
+  environment.globals |= {'machines': functools.partial(machines, folder), 'on_machine': on_machine}
   environment.filters |= {'bullets': bullets, 'paragraph': paragraph}
   found = {}
   for name in sorted(environment.list_templates()):
