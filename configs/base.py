@@ -92,7 +92,7 @@ def _model() -> dict[str, Any]:
     # matmuls) | dots_no_batch (all but matmuls with weights)
     'remat': 'none',
     # Whether equal layers run as one scan, which is compiled once however many they are.
-    'scan_layers': 'auto',  # auto: 32 of them or more, but on a CPU | always | never
+    'scan_layers': 'auto',  # auto: where 32 or more layers are equal, never on a CPU | always | never
   }
 
 

@@ -159,7 +159,8 @@ _DECAY = Range(float, '[0, 1)')
 _AMOUNT = Range(float, '[0, inf)')
 
 # The numeric fields of `configs/base.py`. Sizes end where no machine could hold the arrays; there are
-# at most 256 layers because each is traced and compiled by itself.
+# at most 256 layers, because each is traced and compiled by itself wherever layers are not scanned, such
+# as on a CPU.
 SHARED = {
   'seed': Range(int, '[0, 2^31)'),
   'data.split': _FRACTION,

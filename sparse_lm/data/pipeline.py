@@ -75,8 +75,8 @@ def mixed_iterator(
 def _read(element: Callable[[int], np.ndarray]) -> grain.DatasetIterator:
   """An endless iterator over `element(0)`, `element(1)`, ..., each of which is a whole batch.
 
-  Cutting and stacking window by window is some ten times slower, and grain's own shuffle takes
-  milliseconds per element where there are few.
+  Cutting and stacking one window after the other would be slower, and so would grain's own shuffle where
+  there are few elements.
   """
   batches = grain.MapDataset.range(sys.maxsize).map(element)
   # One thread hides the work behind the step; more would only contend for the interpreter lock.

@@ -134,11 +134,11 @@ def attention(
 ) -> Array:
   """Softmax attention, grouped-query where keys have fewer heads: `[B, L, H, K]`.
 
-  Two kernels compute it. Einsums over `[B, H, L, K]` do all of it on every device, and write out scores
-  and weights as arrays of `[B, H, L, S]`. (On a CPU they are 1.3 to 2 times faster than the default
-  implementation of `jax.nn.dot_product_attention`, which is XLA's unfused one on a GPU too.) cuDNN's
-  fused kernel writes out neither, and does what `unfused` finds nothing against. A query without any key
-  reads all of them alike.
+  There are two kernels. Einsums over `[B, H, L, K]` run on every device and support every call; they
+  store scores and weights as arrays `[B, H, L, S]`. (On a CPU they are faster than the default
+  implementation of `jax.nn.dot_product_attention`, which is not fused on a GPU either.) cuDNN's fused
+  kernel stores neither scores nor weights, and runs the calls for which `unfused` finds no reason against
+  it. A query that may read no key gives all keys the same weight.
 
   Args:
     positions_BxL: int32, of the queries.

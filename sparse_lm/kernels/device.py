@@ -8,10 +8,10 @@ import jax.numpy as jnp
 _FIRST_WITH_BFLOAT16 = 8, 0
 
 
-# XLA makes one product of those that share an operand, up to 32 MB each. Where these are the projections
-# to queries, keys and values, whose parts cuDNN's attention takes as arrays of their own, it then copies
-# the parts out, and their gradients together: 1.3 of 38 ms of a step on an H100 (12 layers of width 768,
-# 16,384 tokens), and the products were no faster. Small ones gain by it.
+# XLA merges matmuls that share an operand into one, by default up to 32 MB each. cuDNN's attention takes
+# queries, keys and values as separate arrays, so after a merged projection XLA copies the three parts out
+# of its result, and copies their gradients together again. Large matmuls are no faster for being merged;
+# small ones are.
 _LARGEST_MERGED = 8  # MB
 
 

@@ -10,7 +10,8 @@ from sparse_lm.kernels import device, expert_tiles
 
 Array = jax.Array
 
-# Branches of conditionals that are compiled beside each other at most: each takes some 20 ms.
+# The most branches of conditionals that are compiled without a loop; each adds to the time of
+# compilation.
 UNROLLED = 64
 
 COPIED_TO = 64  # rows of a block that a matrix is copied to

@@ -2,10 +2,10 @@
 
 A pass fixes two bits of every row's threshold: it counts in one reduction how many keys reach each of
 three candidates. Keys of 32 bits are searched by their upper halves and then, among equal ones, by their
-lower halves, so that a pass reads 16 bits of each; on an H100 that is faster than fewer passes with more
-candidates, which are bound by arithmetic. The last of the keys that equal the threshold is found in the
-same way, by its index. Which keys are selected then follows elementwise, so that a mask fuses with what
-it is applied to.
+lower halves, so that a pass reads 16 bits of each key. Passes that fix more bits would be fewer, but the
+comparisons grow with the number of candidates, and arithmetic would bound them in place of memory. The
+last of the selected keys that equal the threshold is found in the same way, by its index. The mask itself
+is then computed elementwise, so that it fuses with the operation that it is applied to.
 """
 
 import math
@@ -17,9 +17,7 @@ import jax.numpy as jnp
 Array = jax.Array
 
 DIGIT = 2  # bits that a pass over all keys fixes
-WIDE_DIGIT = (
-  4  # bits that a pass over a part of the keys fixes, which takes no longer than its launch
-)
+WIDE_DIGIT = 4  # bits that a pass over a part of the keys fixes: its launch takes most of its time
 CHUNK = 2**14  # keys that are summed at once
 
 

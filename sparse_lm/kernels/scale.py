@@ -1,8 +1,4 @@
-"""Multiplication with a learned scale of each channel, and the gradient of that scale.
-
-In a training step of 12 layers of width 768 on 16,384 tokens, which moves 60 GB, the rounding here saves
-1.25 GB in the 25 norms.
-"""
+"""Multiplication with a learned scale of each channel, and the gradient of that scale."""
 
 import functools
 

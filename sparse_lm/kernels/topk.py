@@ -4,9 +4,9 @@ The k-th largest of N values is found by bisection on their bits: a float's bit 
 integer, orders like the float, so 32 compare-and-count passes fix the threshold bit by bit. `k` may
 be traced, and a pass is one fused reduction where a sort shuffles memory N log N times.
 
-So a CPU selects, one array after the other. On other devices all arrays of one size are selected in
-together, four bits a pass (`kernels/radix.py`): the masks are the same. The device is the one that a
-program is lowered for.
+A CPU selects in this way, in one array after the other. Other devices select in all arrays of one size
+together and fix two bits in each pass (`kernels/radix.py`); the masks are the same. Which of the two runs
+depends on the device that a program is lowered for.
 """
 
 from collections.abc import Callable, Sequence
@@ -146,7 +146,7 @@ def topk_rows(scores: Array, k: Array | int) -> Array:
 
 
 def _rows_by_bits(scores: Array, k: Array) -> Array:
-  """The 32 bits are bisected as two int16 halves: XLA:CPU counts those four times as fast."""
+  """`topk_rows` by bisecting the 32 bits as two int16 halves, which XLA:CPU counts faster than int32."""
   keys = radix.ordered_keys(scores.astype(jnp.float32))
   k = k.astype(jnp.float32)
   high = (keys >> 16).astype(jnp.int16)

@@ -21,9 +21,9 @@ from sparse_lm.layers.tokens import Tokens
 
 # Passes of a scan: each runs as many layers, equal to those of the other passes, one after the other.
 Passes = tuple[tuple[int, ...], ...]
-# Layers that a scan covers at least by default. On an H100 twelve layers took 11 s to compile, about one
-# second each, and a step took 37 ms; in a scan, which kept all residuals then, 53 ms. So a scan is for
-# stacks that would compile for half a minute or more.
+# The fewest layers that a scan covers by default. Compile time grows with the number of layers that are
+# not scanned, and a scan makes each step slower: it copies weights, gradients and residuals into stacks.
+# A scan is therefore for deep stacks alone.
 DEEP = 32
 # What the backward pass computes again instead of reading it from a stack of all passes: one layer's
 # operations on single numbers run in the kernels that need them. XLA does this by itself where layers are
@@ -41,10 +41,10 @@ def _keeps(primitive: Primitive, *_: object, **__: object) -> bool:
 
 
 def least(how: str) -> int | None:
-  """Layers that a scan covers at least, by `config.model.scan_layers`; `None` where nothing is scanned.
+  """The fewest layers that a scan covers under `config.model.scan_layers`; `None` = nothing is scanned.
 
-  By default a CPU scans nothing: a step of 32 layers was traced and compiled in 11 s unrolled and in 19 s
-  scanned there, 12 of them for the optimizer's updates, which read slices of stacked gradients.
+  By default nothing is scanned on a CPU, where a scan saves no time in compilation: the optimizer's
+  updates, which then read slices of stacked gradients, take longer to compile.
   """
   if how == 'always':
     return 2

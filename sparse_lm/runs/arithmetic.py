@@ -1,7 +1,8 @@
 """The arithmetic of a run on this device: its precision, and the kernel of its attention.
 
-Both are decided once, when a run is set up, and recorded: 'auto' in config.json would be one thing on one
-device and another on the next.
+Both are decided once, when a run is set up, and recorded, because 'auto' means different things on
+different devices: config.json holds the precision itself in place of 'auto', and `env.attention` in
+result.json names the kernels that attention ran.
 """
 
 import functools

@@ -23,10 +23,10 @@ def prepare() -> None:
 
   XLA:CPU frees its scratch after each step, and faulting the pages in again costs 5 to 50 % of a
   step, so glibc is told to keep them. On a host with an accelerator the steps allocate nothing in
-  glibc, and the threads of the compiler would contend for the one arena: a first step took 124 s
-  with it and 30 s without. Compiled programs are cached under the user's cache folder: another process
-  of a study starts in seconds. Beside an accelerator all of them are, however small: there even those
-  that move an array take longer to compile than to read, and what autotuning found is kept too.
+  glibc, and the compiler's many threads would contend for the one arena. Compiled programs are cached
+  under the user's cache folder, so that another process of a study starts in seconds. On an accelerator
+  every program is cached, however small, because even one that only moves an array takes longer to
+  compile than to read from the cache. XLA's autotuning results are cached with the programs.
   """
   on_cpu = _computes_on_cpu()
   if on_cpu:

@@ -11,9 +11,9 @@ from sparse_lm.core.tree import Tree
 class OnHost:
   """`function`, compiled for the host and run there; its outputs are then on the device.
 
-  The initial state has random numbers and masks for every leaf of a model. A GPU's compiler took 59 s
-  over those of 12 layers, where the host compiles and runs them and hands them over in 4.8 s (H100, 16
-  cores). Where an argument is traced, or JAX has no CPU backend, this is `jax.jit(function)`.
+  The initial state has random numbers and masks for every leaf of a model. XLA takes much longer to
+  compile these for a GPU than it takes to compile them for the host, run them there and copy the results.
+  Where an argument is traced, or JAX has no CPU backend, this is `jax.jit(function)`.
 
   Attributes:
     compiled: `jax.jit(function)`.
