@@ -79,12 +79,12 @@ class Trained:
     check_tokens(tokens_BxL, self.program.model.spec)
     return self._apply(self._variables, tokens_BxL)
 
-  def readout(self, tokens_BxL: np.ndarray) -> Readout | jax.Array:
+  def readout(self, tokens_BxL: np.ndarray | jax.Array) -> Readout | jax.Array:
     """What the logits are computed from, for a loss in chunks of tokens; logits where there is no such.
 
-    Raises UserError as `logits` does.
+    The tokens are those of a batch of training. They are not checked as `logits` does, which would wait
+    for the device that they lie on.
     """
-    check_tokens(tokens_BxL, self.program.model.spec)
     return self._readout(self._variables, tokens_BxL)
 
   def costs(self) -> dict[str, float]:

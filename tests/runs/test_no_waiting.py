@@ -3,12 +3,22 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
+import pytest
 
 from sparse_lm.runs.loop import train
 from sparse_lm.train.step import Program
 
+# By which NumPy and Python read an array that is on the device.
+READS = ('__array__', '__bool__', '__float__', '__int__', '__index__')
 
-def test_the_host_fetches_nothing_between_log_lines(tiny_config, tmp_path, monkeypatch):
+
+@pytest.mark.parametrize('taught', [False, True])
+def test_the_host_fetches_nothing_between_log_lines(taught, tiny_config, tmp_path, monkeypatch):
+  more = {}
+  if taught:
+    more['distill__teacher'] = str(tmp_path / 'teacher')
+    train(tiny_config(train__steps=2), more['distill__teacher'], progress=False)
   events, compiled = [], Program.step
 
   def step(program, number):
@@ -21,19 +31,21 @@ def test_the_host_fetches_nothing_between_log_lines(tiny_config, tmp_path, monke
 
     return noted
 
-  def note(name):
-    original = getattr(jax, name)
+  def note(owner, name):
+    original = getattr(owner, name)
 
     def noted(*arguments, **keywords):
       events.append(name)
       return original(*arguments, **keywords)
 
-    monkeypatch.setattr(jax, name, noted)
+    monkeypatch.setattr(owner, name, noted)
 
   monkeypatch.setattr(Program, 'step', step)
   for name in ('device_get', 'block_until_ready'):
-    note(name)
-  config = tiny_config(weight__name='rigl', weight__sparsity=0.5, train__log_every=6)
+    note(jax, name)
+  for name in READS:
+    note(type(jnp.zeros(())), name)
+  config = tiny_config(weight__name='rigl', weight__sparsity=0.5, train__log_every=6, **more)
   train(config, str(tmp_path / 'run'), progress=False)
   places = [place for place, event in enumerate(events) if event == 'step']
   assert len(places) == 12
