@@ -103,8 +103,9 @@ def cutoffs(keys: Array, k: Array) -> tuple[Array, Array]:
   if n <= CHUNK:
     last, _ = _reaching(keys == threshold[:, None], k - above, DIGIT)
     return threshold, last
-  # First the part of the row that it is in, of about as many parts as each has keys.
-  width = 1 << n.bit_length() // 2
+  # First the part of the row that it is in, of about as many parts as each has keys. Its width divides
+  # that of a chunk.
+  width = min(CHUNK, 1 << n.bit_length() // 2)
   parts = keys.reshape(len(keys), -1, width)
   (equal,) = _sums(parts == threshold[:, None, None])
   part, left = _reaching(equal, k - above, WIDE_DIGIT)

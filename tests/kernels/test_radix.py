@@ -79,6 +79,12 @@ def test_matrices_of_several_chunks(ties):
       np.testing.assert_array_equal(mask, oracle(score, k))
 
 
+def test_an_array_may_have_more_keys_than_chunks_of_them_squared():
+  keys = jax.ShapeDtypeStruct((1, 2**29 + 1), jnp.int32)
+  found = jax.eval_shape(radix.cutoffs, keys, jax.ShapeDtypeStruct((1,), jnp.int32))
+  assert [array.shape for array in found] == [(1,), (1,)]
+
+
 @pytest.mark.parametrize('ties', [False, True])
 def test_runs_of_different_densities_are_vmapped(ties):
   scores = drawn(np.random.default_rng(2), (4, 5, 8), ties)
