@@ -46,6 +46,11 @@ def is_old_gpu() -> bool:
   return capability is not None and capability < _FIRST_WITH_BFLOAT16
 
 
+def is_other_gpu() -> bool:
+  """Whether arrays are on a GPU that is not NVIDIA's, of whose units nothing is known here."""
+  return jax.local_devices()[0].platform == 'gpu' and compute_capability() is None
+
+
 def has_fast_bfloat16() -> bool:
   """Whether bfloat16 is faster than float32 here: on newer NVIDIA GPUs, and on TPUs."""
   if jax.default_backend() == 'tpu':

@@ -41,11 +41,11 @@ def notes(asked: ConfigDict, reasons: tuple[str, ...]) -> list[str]:
     asked: the config before `resolved`.
     reasons: what `attention_kernels` gives.
   """
-  if asked.model.precision == AUTO and device.is_old_gpu():
-    return [
-      f'config.model.precision={AUTO!r} is float32 on {device.name()}, which has neither bfloat16 units '
-      'nor fused attention'
-    ]
+  if asked.model.precision == AUTO and (device.is_old_gpu() or device.is_other_gpu()):
+    why = 'has neither bfloat16 units nor fused attention'
+    if device.is_other_gpu():
+      why = 'is no NVIDIA GPU: whether bfloat16 is faster there is not known, and attention is not fused'
+    return [f'config.model.precision={AUTO!r} is float32 on {device.name()}, which {why}']
   if reasons and asked.model.attention_kernel == AUTO:
     return [f'config.model.attention_kernel={AUTO!r} is {attention.EINSUM} here: {_first(reasons)}']
   return []

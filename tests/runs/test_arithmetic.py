@@ -58,6 +58,23 @@ def test_an_old_gpu_says_so_in_one_line(tiny_config, on_nvidia, named):
   )
 
 
+def test_a_gpu_of_another_maker_says_so_in_one_line(tiny_config, monkeypatch):
+  class Client:
+    platform_version = 'rocm 60300'
+
+  class Other:
+    platform, device_kind, client = 'gpu', 'AMD Instinct MI300X', Client
+
+  with monkeypatch.context() as patched:
+    patched.setattr(device.jax, 'local_devices', lambda: [Other])
+    found = arithmetic.notes(tiny_config(model__precision='auto'), ())
+    assert arithmetic.notes(tiny_config(model__precision='float32'), ()) == []
+  (note,) = found
+  assert note.startswith(
+    "config.model.precision='auto' is float32 on AMD Instinct MI300X, which is no"
+  )
+
+
 def test_a_run_shows_what_it_fell_back_to(tiny_config, on_nvidia, named, tmp_path, capfd):
   on_nvidia(7, 5)
   named(T4)
