@@ -20,7 +20,7 @@ class Ahead:
     self,
     function: Function,
     donate: tuple[int, ...] = (),
-    options: dict[str, str | bool] | None = None,
+    options: dict[str, int] | None = None,
     device: jax.Device | None = None,
   ) -> None:
     """A function that nothing is compiled of yet.

@@ -201,14 +201,6 @@ class Data:
 
     return starts
 
-  def start_iterator(self, seed: int) -> grain.DatasetIterator:
-    """The starts of the windows of `train_iterator(seed)` in `tokens['train']`: int32 `[batch]`.
-
-    The position in the data is that of `train_iterator`, so either continues where the other was saved.
-    """
-    starts = self.starts(seed)
-    return _read(lambda index: starts(index, 1)[0])
-
   def train_iterator_at(self, seed: int, index: int) -> grain.DatasetIterator:
     """`train_iterator(seed)` where `index` batches have been read."""
     iterator = self.train_iterator(seed)

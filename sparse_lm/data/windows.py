@@ -9,7 +9,7 @@ def gather(tokens_N: jax.Array, starts_B: jax.Array, length: int) -> jax.Array:
 
   Args:
     tokens_N: of any integer type; of `Data.tokens`, uint8 or uint16.
-    starts_B: integers from 0 to N - length, see `Data.start_iterator`; a start beyond is moved to the
+    starts_B: integers from 0 to N - length, see `Data.starts`; a start beyond is moved to the
       last window.
     length: of a window; for training the context and one more.
   """

@@ -25,26 +25,27 @@ def data(request, tmp_path):
 
 def test_windows_cut_from_starts_are_the_windows_of_training(data):
   tokens_N, cut = jnp.asarray(data.tokens['train']), jax.jit(windows.gather, static_argnums=2)
-  for _, want, starts_B in zip(range(40), data.train_iterator(3), data.start_iterator(3)):
-    assert starts_B.dtype == np.int32 and starts_B.shape == (5,)
+  starts_KxB = data.starts(3)(0, 40)
+  assert starts_KxB.dtype == np.int32 and starts_KxB.shape == (40, 5)
+  for want, starts_B in zip(data.train_iterator(3), starts_KxB):
     got = cut(tokens_N, starts_B, 10)
     assert got.dtype == jnp.int32
     np.testing.assert_array_equal(got, want)
 
 
 def test_starts_continue_where_windows_were_saved(data):
-  first, second = data.train_iterator(3), data.start_iterator(3)
+  saved, second = data.train_iterator(3), data.train_iterator(3)
   for _ in range(13):
-    next(first)
-  second.set_state(first.get_state())
+    next(saved)
+  second.set_state(saved.get_state())
   tokens = data.tokens['train']
-  for _, want, starts_B in zip(range(9), first, second):
+  for want, starts_B in zip(second, data.starts(3)(13, 9)):
     np.testing.assert_array_equal([tokens[start : start + 10] for start in starts_B], want)
 
 
 def test_packed_runs_share_the_tokens(data):
   tokens_N = jnp.asarray(data.tokens['train'])
-  starts_NxB = np.stack([next(data.start_iterator(seed)) for seed in range(3)])
+  starts_NxB = np.concatenate([data.starts(seed)(0, 1) for seed in range(3)])
   got = jax.vmap(windows.gather, in_axes=(None, 0, None))(tokens_N, starts_NxB, 10)
   want = np.stack([next(data.train_iterator(seed)) for seed in range(3)])
   np.testing.assert_array_equal(got, want)
