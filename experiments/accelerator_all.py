@@ -6,6 +6,7 @@ a study of packed runs, trained whole (on the text of tiny Shakespeare, where yo
 """
 
 import functools
+import os
 import pathlib
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from experiments import accelerator, accelerator_report, packed_speed, packed_sw
 from experiments import accelerator_goals as goals
 from experiments.accelerator_bench import Bench, Metrics, execute
 from experiments.sweep import Run
-from experiments.twin_process import ROOT
+from experiments.twin_process import BESIDE, ROOT
 from sparse_lm.report import results
 from sparse_lm.runs import configs
 
@@ -71,9 +72,8 @@ def _study(run: Run, workdir: pathlib.Path) -> Metrics:
   """
   command = [sys.executable, '-m', 'experiments.run', 'packed_sweep', '--pack']
   begin = time.perf_counter()
-  done = subprocess.run(
-    [*command, f'--results={workdir}'], cwd=ROOT, capture_output=True, text=True
-  )
+  command.append(f'--results={workdir}')
+  done = subprocess.run(command, env=os.environ | BESIDE, cwd=ROOT, capture_output=True, text=True)
   seconds = time.perf_counter() - begin
   if done.returncode:
     raise RuntimeError(f'packed_sweep ended: {done.stderr.strip()[-200:]}')

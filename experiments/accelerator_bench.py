@@ -25,15 +25,15 @@ from experiments import twin_process
 from experiments.compiling import Together
 from experiments.sweep import Overrides, Run
 from experiments.train_step_speed import updates_per_step
-from experiments.twin_process import ROOT, NoTwin
+from experiments.twin_process import BESIDE, ROOT, NoTwin
 from sparse_lm.core import tree
 from sparse_lm.core.records import JsonObject
 from sparse_lm.core.tree import Tree
 from sparse_lm.kernels import device
+from sparse_lm.layers.spec import precision_here
 from sparse_lm.measure import energy, machine, turns
 from sparse_lm.report import results
 from sparse_lm.runs import configs, runtime
-from sparse_lm.runs.arithmetic import resolved
 from sparse_lm.runs.build import build
 from sparse_lm.runs.environment import environment
 from sparse_lm.train import packed as packing
@@ -56,12 +56,18 @@ def execute(measure: Measure, run: Run, workdir: pathlib.Path) -> JsonObject:
   except Exception as error:  # whatever one row meets, the others are measured
     reason = ' '.join(str(error).split())[:300]
     found |= {'failed': 'not measured', 'message': f'{type(error).__name__}: {reason}'}
+    # `Together` keeps the error for other rows, and its frames hold this row's states.
+    error.__traceback__ = None
   found['metrics']['seconds'] = time.perf_counter() - begin
   print(said(run.labels['row'], found), flush=True)
-  return found | {
-    'config': configs.to_json(resolved(configs.load(run.config))),
-    'env': environment(),
-  }
+  return found | {'config': _recorded(run), 'env': environment()}
+
+
+def _recorded(run: Run) -> JsonObject:
+  """A run's config, with the precision that it has on this device."""
+  asked = configs.load(run.config, run.overrides).model.precision
+  here = {'model.precision': precision_here(asked)}
+  return configs.to_json(configs.load(run.config, run.overrides | here))
 
 
 def said(row: str, found: JsonObject) -> str:
@@ -235,9 +241,8 @@ class Bench:
     try:
       with twin_process.running(sizes, self.window) as twin:
         self.lower(workdir)  # while PyTorch compiles
-        begun = (
-          twin.read()
-        )  # compilation tries kernels on the device: the twin is done with it by now
+        # Compilation tries kernels on the device: the twin is done with it by now.
+        begun = twin.read()
         calls = {'step': Rested(self.dense), 'twin': twin}
         self._check_parameters(begun['params'])
         seconds = turns.interleaved(calls, self.repeats, run.labels['row'])
@@ -309,15 +314,12 @@ class Bench:
     packed = Window(self.programs.take((run.labels['row'], 'step')), states, self.window, feed)
     seconds = turns.interleaved({'step': packed, 'reference': reference}, self.repeats)
     found = _milliseconds(seconds['step'], self.window)
-    return (
-      found
-      | _beside(seconds['step'], seconds['reference'], self.window)
-      | {
-        'tokens_per_second': 1e3 * count * self.tokens[:, 1:].size / found['step_ms'],
-        'peak_memory': machine.peak_memory(packed.compiled),
-        'runs': count,
-      }
-    )
+    found |= _beside(seconds['step'], seconds['reference'], self.window)
+    return found | {
+      'tokens_per_second': 1e3 * count * self.tokens[:, 1:].size / found['step_ms'],
+      'peak_memory': machine.peak_memory(packed.compiled),
+      'runs': count,
+    }
 
   def first_step(self, run: Run, workdir: pathlib.Path) -> Metrics:
     """Wall time of a new process to the end of its first step, with nothing compiled, and again."""
@@ -381,8 +383,7 @@ def _process_seconds(asked: JsonObject, cache: str) -> tuple[float, int | None]:
 
   Raises RuntimeError where the process fails.
   """
-  # This process may hold most of a GPU's memory, so the new one takes what it needs and no more.
-  env = os.environ | {'XDG_CACHE_HOME': cache, 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
+  env = os.environ | BESIDE | {'XDG_CACHE_HOME': cache}
   command = [sys.executable, '-m', 'experiments.first_step', json.dumps(asked)]
   with tempfile.TemporaryFile('w+') as errors:
     begin = time.perf_counter()

@@ -29,12 +29,16 @@ class Together:
       self._done[name] = error
 
   def take(self, name: Hashable) -> Compiled:
-    """The executable, which can be taken once: it is not kept here any longer."""
+    """The executable, which can be taken once: it is not kept here any longer.
+
+    Raises what the program met instead, whenever it is asked for.
+    """
     if name not in self._done:
       self._compile()
-    found = self._done.pop(name)
+    found = self._done[name]
     if isinstance(found, Exception):
       raise found
+    del self._done[name]
     return found
 
   def _compile(self) -> None:

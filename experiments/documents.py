@@ -48,13 +48,17 @@ def take(name: str, folder: str) -> None:
   """
   study = Study.load(name, folder)
   finished = list(study.finished().values())
-  by_machine = name in MACHINES and finished
-  lines = finished if by_machine else Findings(study).lines
-  kept = [_portable(line, folder) for line in lines]
+  by_file: dict[str, list[results.Line]] = {}
+  if name in MACHINES and finished:
+    for line in finished:
+      by_file.setdefault(f'{name}-{_device(line)}', []).append(line)
+  else:
+    by_file[name] = Findings(study).lines
   LINES.mkdir(parents=True, exist_ok=True)
-  text = ''.join(json.dumps(records.seal(line)) + '\n' for line in kept)
-  stem = f'{name}-{_device(lines[-1])}' if by_machine else name
-  (LINES / f'{stem}.jsonl').write_text(text)
+  for stem, lines in by_file.items():
+    kept = [_portable(line, folder) for line in lines]
+    text = ''.join(json.dumps(records.seal(line)) + '\n' for line in kept)
+    (LINES / f'{stem}.jsonl').write_text(text)
 
 
 def _device(line: results.Line) -> str:

@@ -2,9 +2,9 @@
 
 `python -m experiments.torch_twin --width=768 ...` is a process of its own, so that the two frameworks
 do not share one allocator. It compiles the step (`torch.compile` and bfloat16 autocast on a GPU; plain
-float32 in two threads on a CPU) and prints a JSON object with `params`, `loss`, `torch` (the version)
-and `first_step_s`. Then it runs as many steps as each line of its input says, without waiting for the
-device between them, and prints a JSON object with their `seconds` and its `peak_memory` in bytes so far.
+float32 in two threads on a CPU) and prints a JSON object with `params` and `torch` (the version). Then it
+runs as many steps as each line of its input says, without waiting for the device between them, and prints
+a JSON object with their `seconds` and its `peak_memory` in bytes so far.
 
 It is what config.model.norm=layernorm and config.model.positions=learned describe: pre-norm layers, fused
 query, key and value, SDPA, squared ReLU, an untied head, no biases. AdamW is fused, decays matrices alone
@@ -133,7 +133,6 @@ class Trainer:
 
 def main() -> None:
   """Serves windows of steps until its input ends."""
-  begin = time.perf_counter()
   parser = argparse.ArgumentParser()
   for field in dataclasses.fields(Sizes):
     parser.add_argument(f'--{field.name}', type=int, default=field.default)
@@ -141,14 +140,8 @@ def main() -> None:
     torch.set_num_threads(2)
   torch.set_float32_matmul_precision('high')
   trainer = Trainer(Sizes(**vars(parser.parse_args())))
-  loss = trainer.step().item()
-  trainer.wait()
-  _print(
-    params=sum(p.numel() for p in trainer.model.parameters()),
-    loss=loss,
-    torch=torch.__version__,
-    first_step_s=time.perf_counter() - begin,
-  )
+  trainer.window(1)
+  _print(params=sum(p.numel() for p in trainer.model.parameters()), torch=torch.__version__)
   for line in sys.stdin:
     _print(seconds=trainer.window(int(line)), peak_memory=trainer.peak_memory)
 

@@ -12,6 +12,9 @@ from collections.abc import Iterator, Mapping
 from sparse_lm.core.records import JsonObject
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+# The process that starts another may hold most of a GPU's memory, so the other takes what it needs and no
+# more.
+BESIDE = {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
 
 
 class NoTwin(Exception):

@@ -1,6 +1,8 @@
 """The studies that measure a machine: what they plan, what a row holds, and what their page says."""
 
 import json
+import os
+import subprocess
 import sys
 
 import jax
@@ -80,6 +82,9 @@ def test_a_row_holds_a_step_beside_the_dense_one(tiny, quiet, tmp_path):
   run = tiny.step_run('RigL', overrides)
   found = run.execute(run, tmp_path)
   assert 'failed' not in found, found['message']
+  recorded = found['config']
+  assert recorded['model']['width'] == 16 and recorded['weight']['name'] == 'rigl'
+  assert recorded['model']['precision'] == 'float32'
   metrics = found['metrics']
   assert metrics['ratio_low'] <= metrics['ratio'] <= metrics['ratio_high']
   assert 0 < metrics['step_ms_low'] <= metrics['step_ms'] <= metrics['step_ms_high']
@@ -113,8 +118,9 @@ def test_programs_are_compiled_together_and_equal_ones_once(monkeypatch):
   programs.lower('d', lambda: 1 / 0)
   assert programs.take('b')(jnp.ones(2)).tolist() == [3, 3]
   assert programs.take('c') is programs.take('a') and sorted(compiled) == [2, 3]
-  with pytest.raises(ZeroDivisionError):
-    programs.take('d')
+  for _ in range(2):  # each row that needs it hears why it failed
+    with pytest.raises(ZeroDivisionError):
+      programs.take('d')
   programs.lower('b', lambda: lowered(3))  # it was taken: nothing is traced again
   assert 'b' not in programs._lowered
 
@@ -187,6 +193,28 @@ def test_lines_of_each_device_are_kept_beside_each_other(lines, tmp_path, monkey
   assert sorted(files) == ['accelerator-cpu-avx2.jsonl', 'accelerator-nvidia-h100-80gb-hbm3.jsonl']
   assert documents.machines(tmp_path, 'accelerator').count('met') >= 2
   assert documents.machines(tmp_path, 'accelerator_all') == 'Not measured yet.'
+
+
+def test_a_study_that_two_devices_made_is_kept_in_two_sets(lines, tmp_path, monkeypatch):
+  monkeypatch.setattr(documents, 'LINES', tmp_path / 'lines')
+  planned = {run.labels['row']: run.id('accelerator') for run in accelerator.runs()}
+  for found in (lines[0], lines[4]):  # a GPU's, then a CPU's
+    more = {'run': planned[found['labels']['row']], 'command': 'x', 'study': 'accelerator'}
+    results.append(tmp_path / 'accelerator' / 'runs.jsonl', found | more)
+  documents.take('accelerator', str(tmp_path))
+  for file, env in (('accelerator-nvidia-h100-80gb-hbm3', GPU), ('accelerator-cpu-avx2', CPU)):
+    (kept,) = results.read_file(tmp_path / 'lines' / f'{file}.jsonl')
+    assert kept['env'] == env
+
+
+def test_a_study_in_a_process_of_its_own_takes_the_memory_that_it_needs(tmp_path, monkeypatch):
+  def ran(command, env, **_):
+    assert env['XLA_PYTHON_CLIENT_PREALLOCATE'] == 'false' and env.keys() > os.environ.keys()
+    return subprocess.CompletedProcess(command, 0)
+
+  monkeypatch.setattr(subprocess, 'run', ran)
+  monkeypatch.delenv('XLA_PYTHON_CLIENT_PREALLOCATE', raising=False)
+  assert accelerator_all._study(accelerator_all.runs()[1], tmp_path)['runs'] > 1
 
 
 @pytest.mark.slow
