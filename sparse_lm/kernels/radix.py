@@ -148,7 +148,7 @@ def _kth_largest(keys: Array, k: Array) -> tuple[Array, Array]:
     # Sums wrap around, as the lowest key is negative.
     candidates = (base + jnp.asarray(digit, keys.dtype) * step for digit in range(1, 2**DIGIT))
     counts = _sums(*(parts >= candidate[:, None, None] for candidate in candidates))
-    counts = jnp.sum(jnp.stack(counts, axis=1), axis=-1)
+    counts = jnp.sum(jnp.stack(counts, axis=1), axis=-1, dtype=jnp.int32)
     reached = counts >= k[:, None]
     above = jnp.maximum(above, jnp.max(jnp.where(reached, 0, counts), axis=-1))
     return base + jnp.sum(reached, axis=-1, dtype=keys.dtype) * step, above

@@ -21,6 +21,7 @@ from sparse_lm.kernels import radix
 Array = jax.Array
 
 
+@jax.jit
 def counts(flags: Sequence[Array]) -> list[Array]:
   """Number of True in each array, int32."""
   return jax.lax.platform_dependent(tuple(flags), cpu=_counts_one_by_one, default=radix.counts)
@@ -73,6 +74,7 @@ def _first(flags: Array, need: Array) -> Array:
   return flags & (index < jax.lax.fori_loop(0, bits, set_bit, jnp.int32(0)))
 
 
+@jax.jit
 def topk_mask(scores: Array, k: Array | int) -> Array:
   """Exactly `k` True where `scores` is largest over the whole array; ties go to the lower flat index.
 
@@ -92,6 +94,7 @@ def topk_mask(scores: Array, k: Array | int) -> Array:
   return jax.lax.platform_dependent(scores, k, cpu=_by_bits, default=by_digits)
 
 
+@jax.jit
 def topk_masks(scores: Sequence[Array], k: Sequence[Array | int]) -> list[Array]:
   """`topk_mask` in every trailing matrix of several arrays; a vector counts as a matrix.
 
@@ -131,6 +134,7 @@ def _by_bits(scores: Array, k: Array) -> Array:
   return jax.lax.cond(_count(at_least) == k, lambda: at_least, break_ties)
 
 
+@jax.jit
 def topk_rows(scores: Array, k: Array | int) -> Array:
   """Exactly `k` True in each row (last axis), where it is largest; ties go to the lower index.
 

@@ -73,7 +73,7 @@ def test_the_line_is_found_on_a_machine_that_is_slower_now_and_then():
   assert line_of(steep, beside, dense).fixed == 0
 
 
-@pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('precision', ['float32', pytest.param('bfloat16', marks=pytest.mark.slow)])
 def test_formats_are_measured_on_this_device(precision, monkeypatch):
   monkeypatch.setattr(time_formats, 'CACHES', 4000)
   monkeypatch.setattr(time_formats, 'precision_here', lambda asked: precision)

@@ -110,6 +110,10 @@ SLOW = (
   'token_gate-hard_concrete',
   'token_gate-soft',
   'token_gate-gumbel_sigmoid',
+  'token_gate-straight_through',
+  'depth-mixture_of_depths',
+  'window behind a gate',
+  'few blocks of grouped queries',
   'expert choice of many',
   'blocks in a layer that tokens skip',
 )

@@ -138,9 +138,12 @@ SLOW = (
 )
 
 
-@pytest.mark.parametrize(
+EACH = pytest.mark.parametrize(
   'name', [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES]
 )
+
+
+@EACH
 def test_it_equals_its_twin_in_one_pass_and_token_by_token(name, case):
   model, variables, _, packed = case(name)
   want = np.asarray(evaluated(model, 'eval')(variables, TOKENS))
@@ -157,7 +160,7 @@ def test_it_equals_its_twin_in_one_pass_and_token_by_token(name, case):
     agree(logits[0], want[0, place])
 
 
-@pytest.mark.parametrize('name', CASES)
+@EACH
 def test_each_matrix_runs_in_the_format_made_for_it(name, case):
   _, _, masks, packed = case(name)
   found = {formats.name_of(matrix.runs) for matrix in packed.matrices.values()}

@@ -27,7 +27,7 @@ OWN = {
 }
 # Each kind of attention once; the others differ in what layers do besides.
 KINDS = [name for name in OWN if '-moba-' in name or '-topk_keys-' in name]
-QUICK = ('plain', 'window behind a gate', 'a wide window', *KINDS)
+QUICK = ('plain', 'a wide window', *KINDS)
 
 
 @pytest.fixture(scope='module')

@@ -170,6 +170,7 @@ def test_what_cannot_speculate_is_named(decoder_of, method, tiny_config):
     SelfSpeculation(Decoder(model, {}))
 
 
+@pytest.mark.slow
 def test_the_command_speculates_and_says_how_it_went(tiny_config, tmp_path, call):
   config = tiny_config(stack__name='layer_skip', model__layers=2, train__steps=4, data__context=32)
   train(config, str(tmp_path / 'run'), progress=False)

@@ -38,7 +38,10 @@ def sums_by_loop(x, y, group):
 
 
 @pytest.mark.parametrize('which', GROUPS)
-@pytest.mark.parametrize('sizes', [(16, 32, 48), (48, 16, 64), (256, 32, 16)])
+@pytest.mark.parametrize(
+  'sizes',
+  [(16, 32, 48), *(pytest.param(s, marks=pytest.mark.slow) for s in [(48, 16, 64), (256, 32, 16)])],
+)
 def test_tiles_add_up_to_products_of_blocks_and_to_sums_over_groups(which, sizes):
   group = np.array(GROUPS[which], 'i')
   x, kernel, y = drawn(group, *sizes)

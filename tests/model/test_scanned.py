@@ -95,6 +95,7 @@ def assert_scanned_equals_unrolled(config, modes):
     assert_same(jax.jit(scan)(variables), jax.jit(plain)(variables))
 
 
+@pytest.mark.slow
 def test_a_scan_of_pairs_draws_sows_and_learns_what_single_layers_do(tiny_config):
   assert_scanned_equals_unrolled(tiny_config(**MIXED), ('train', 'eval'))
 
@@ -131,6 +132,7 @@ def test_dropout_outside_of_a_scan_draws_what_flax_draws(kind):
   assert_allclose(found, 4.0 * (kept[0] & kept[1]))
 
 
+@pytest.mark.slow
 def test_a_scan_may_be_mapped_over_models(tiny_config):
   model, unrolled = models(tiny_config(model__layers=3, model__dropout=0.2))
   variables = [variables_of(unrolled, seed) for seed in range(2)]

@@ -97,6 +97,7 @@ def logits_after(model, variables, x_BxLxD):
   return (unit * scale) @ params['embed']['head']['kernel']
 
 
+@pytest.mark.slow
 def test_a_stack_may_run_its_layers_again(method, tiny_config):
   method('stack', 'recursion', HEADER + RECURSION)
   model, variables, tokens = model_of(tiny_config, stack__name='recursion', stack__times=2)

@@ -19,7 +19,7 @@ from sparse_lm.runs import runtime
 from sparse_lm.runs.evaluate import evaluate
 from sparse_lm.runs.setup import setup
 from sparse_lm.train.control import Control
-from sparse_lm.train.objective import EffectiveParams
+from sparse_lm.train.objective import Batch, EffectiveParams
 from sparse_lm.train.step import Program
 from sparse_lm.weights.method import densities
 
@@ -119,7 +119,7 @@ def policy(tiny_config):
   def gradient(params, key):
     seen = EffectiveParams(params, densities(state.sparse.masks), jnp.float32(0))
     grads, beside = jax.grad(run.program.objective.loss, has_aux=True)(
-      seen, state, {}, (tokens, None), key
+      seen, state, {}, Batch(tokens, None), key
     )
     return grads.params['depth_0']['router'], beside.metrics
 

@@ -77,7 +77,7 @@ def step_of(config, rows):
   'rows, fields',
   [
     (24, EXITS | POLICY | TAUGHT | {'model__tied': True}),  # of 64 tokens: 22, 22 and 20
-    (16, {'model__bigram': True, 'model__bias': True}),
+    pytest.param(16, {'model__bigram': True, 'model__bias': True}, marks=pytest.mark.slow),
   ],
   ids=['exits, policy, teacher', 'bigrams'],
 )
