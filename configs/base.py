@@ -84,12 +84,12 @@ def _model() -> dict[str, Any]:
     'bigram': False,  # a table [vocabulary, vocabulary] of logits by the last token is learned too
     'bias': False,
     'dropout': 0.0,
-    # Of the computation: float32 | bfloat16 | auto, bfloat16 where the device is faster with it. Weights,
-    # moments, averages, norms and losses are float32 with either.
+    # Precision of the computation: float32 | bfloat16 | auto (bfloat16 on devices where it is faster).
+    # Weights, moments, averages, norms and losses are float32 with every precision.
     'precision': 'auto',
-    'attention_kernel': 'auto',  # einsum | cudnn, fused | auto, cudnn where it can do what is asked
-    # Activations that the backward pass computes again: none | full (all of a layer) | dots (all but
-    # matmuls) | dots_no_batch (all but matmuls with weights)
+    'attention_kernel': 'auto',  # einsum | cudnn (fused) | auto (cudnn where it can run)
+    # Activations that the backward pass computes again: none | full (all of a layer) | dots (all but the
+    # results of matmuls) | dots_no_batch (all but the results of matmuls with weights)
     'remat': 'none',
     # Whether equal layers run as one scan, which is compiled once however many they are.
     'scan_layers': 'auto',  # auto: where 32 or more layers are equal, never on a CPU | always | never

@@ -62,8 +62,8 @@ def plan(runs: Mapping[str, Run], most: int) -> list[Job]:
   runtime.prepare()
   if most == AUTO and jax.default_backend() == 'cpu':
     print(
-      '--pack packs on an accelerator: on a CPU packed runs take as long as one after the other; '
-      '--pack=N packs here too',
+      '--pack without a number packs runs on an accelerator alone, because on a CPU packed runs take as '
+      'long as one after the other; --pack=N packs them on a CPU too',
       file=sys.stderr,
     )
     return [Job({run_id: run}, alone_because='the device is a CPU') for run_id, run in runs.items()]

@@ -11,8 +11,8 @@ is recorded as such, `report` gets nan for its metrics, and the others go on; it
 its line is removed from runs.jsonl, or with `--only=RUN_ID`.
 
 `--pack` trains runs that differ in seed, sparsity, learning rate, weight decay or penalty as one
-program on an accelerator, as many as fit its memory; `--pack=N` at most N, on a CPU too. Every run keeps
-its own folder and line. `--dry_run` shows the packs.
+program on an accelerator, as many runs as fit its memory. `--pack=N` packs at most N runs, on a CPU too.
+Every run keeps its own folder and line. `--dry_run` shows the packs.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from sparse_lm.core.records import JsonObject
 from sparse_lm.report import results
 from sparse_lm.runs import lock
 
-# Folders of runs by id to what each run gives: results, or the error of one that diverged.
+# Trains several runs, given their folders by id. Returns each run's result, or its error if it diverged.
 Together = Callable[[Mapping[str, pathlib.Path]], list[JsonObject | Diverged]]
 
 
@@ -257,7 +257,7 @@ def _load(run: Run) -> ConfigDict:
 
 
 def _jobs(runs: dict[str, Run], pack: int | None) -> list[tuple[dict[str, Run], Together | None]]:
-  """The runs that are executed together, and what trains several.
+  """The groups of runs that are executed together, each with the function that trains it as a pack.
 
   Raises UserError for a config that is wrong.
   """
@@ -316,7 +316,7 @@ def main() -> None:
 def _list_missing(
   study: Study, runs: dict[str, Run], missing: dict[str, Run], pack: int | None
 ) -> None:
-  """Prints the commands of the missing runs, and where runs are packed which are."""
+  """Prints the commands of the missing runs, in packs where runs are packed."""
   print(f'# {len(runs) - len(missing)} of {len(runs)} runs are finished; missing:')
   if pack is None:
     for run_id in missing:
@@ -345,7 +345,7 @@ def _arguments() -> argparse.Namespace:
     const=0,
     type=Range(int, '[2, 2^31)'),
     metavar='N',
-    help='train runs that share a program as one, at most N; without N as many as fit an accelerator',
+    help='train at most N runs as one program; without N as many as fit the memory of an accelerator',
   )
   parser.add_argument('--index', type=Range(int, '[0, 2^31)'), default=0, help='of this shard')
   parser.add_argument(

@@ -14,7 +14,7 @@ Function = Callable[..., Tree]
 
 
 class Ahead:
-  """A jitted function and its executables."""
+  """A jitted function with the executables that have been compiled for it, by shapes of arguments."""
 
   def __init__(
     self,
@@ -23,12 +23,13 @@ class Ahead:
     options: dict[str, int] | None = None,
     device: jax.Device | None = None,
   ) -> None:
-    """A function that nothing is compiled of yet.
+    """Wraps the function; nothing is compiled yet.
 
     Args:
-      donate: numbers of the arguments whose buffers the call takes over.
-      options: of the compiler.
-      device: on which it runs, given NumPy's arrays; `None` = the default one.
+      donate: indices of the arguments whose buffers are donated, as `donate_argnums` of `jax.jit`.
+      options: compiler options.
+      device: the device that the function runs on when its arguments are NumPy arrays; `None` = JAX's
+        default device.
     """
     self._device = device
     self._jitted = jax.jit(function, donate_argnums=donate, compiler_options=options)
@@ -55,16 +56,16 @@ class Ahead:
 
 
 class Call(NamedTuple):
-  """A function and shapes of arguments that it will be called with."""
+  """A function and the arguments, or their shape structs, that it will be called with."""
 
   function: Ahead
   arguments: tuple[Tree, ...]
 
 
 def compile_together(calls: Iterable[Call]) -> None:
-  """Compiles what these calls lack, in as many threads as there are cores.
+  """Compiles the executables that these calls need and do not have, in one thread for each core.
 
-  Functions are traced one after the other, because tracing holds Python's lock.
+  Functions are traced one after the other, because tracing holds Python's global interpreter lock.
   """
   new: dict[tuple[Ahead, Hashable], concurrent.futures.Future[Compiled]] = {}
   with _threads() as pool:

@@ -93,8 +93,8 @@ def ranged(default: Number, interval: str, traced: bool = False) -> Number:
   """A dataclass field of that default whose range is `interval`, of the default's type.
 
   Args:
-    traced: whether the number enters a training step by arithmetic alone, so that it may be a traced
-      scalar there: runs that differ in nothing else can be packed into one program.
+    traced: whether a training step uses the number in arithmetic alone, so that it may be a traced scalar
+      there: runs that differ in such numbers alone can be packed into one program.
   """
   metadata = {'range': Range(type(default), interval), 'traced': traced}
   return dataclasses.field(default=default, metadata=metadata)

@@ -99,15 +99,15 @@ class Pattern:
     return topk_mask(units, count)
 
   def top_of(self, name: str) -> Callable[[Array, Array], Array] | None:
-    """What selects in the array of units called `name`; `None` where any set of its units may be kept."""
+    """The function that selects units of the array `name`; `None` where any set of them may be kept."""
     return None if type(self).top is Pattern.top else self.top
 
   def largest(self, units: Units, counts: Mapping[str, Array]) -> Units:
-    """bool, the largest of every trailing array of units, as many as `counts` says.
+    """Masks of the largest units of every trailing matrix, bool like `units`.
 
     Args:
       units: scores.
-      counts: int32 by name, which broadcasts to the leading axes.
+      counts: by name, how many units to select, int32 that broadcasts to the leading axes.
     """
     tops = {name: self.top_of(name) for name in units}
     free = [name for name in units if tops[name] is None]

@@ -47,8 +47,8 @@ def mixed_iterator(
 ) -> grain.DatasetIterator:
   """As `train_iterator`, over `components`: by name, 1-D tokens and their share of the windows.
 
-  With `on_device` batches are arrays of JAX's default device, to which the reading thread moves the
-  next few while a step runs. The saved position is that of the batches that were handed out.
+  With `on_device` batches are arrays on JAX's default device: the reading thread moves the next few
+  batches there while a step runs. The saved position counts the batches that the iterator has returned.
 
   Every component has epochs of its own; `mixture.schedule` says which is next. Raises `UserError`
   where one is shorter than a window.
@@ -91,11 +91,13 @@ def _sizes(components: Mapping[str, tuple[np.ndarray, float]]) -> list[tuple[int
 def _order(
   components: Sequence[tuple[int, float]], context: int, batch: int, seed: int
 ) -> Callable[[int, int], tuple[np.ndarray, np.ndarray]]:
-  """`(first, count)` of consecutive batches to the component of each of their windows, and to its start
-  in there, both `[count * batch]`.
+  """Makes the function that says which windows the batches hold.
+
+  It maps `(first, count)`, the number of the first batch and how many follow each other, to the component
+  of each window and the window's start in that component, both `[count * batch]`.
 
   Args:
-    components: tokens and share of the windows of each.
+    components: of each component, its number of tokens and its share of the windows.
   """
   turns = mixture.schedule([share for _, share in components])
   starts = [_endless(size, context, seed, number) for number, (size, _) in enumerate(components)]
@@ -112,7 +114,11 @@ def _order(
 
 
 def _endless(size: int, context: int, seed: int, number: int) -> Callable[[np.ndarray], np.ndarray]:
-  """`[N]` ascending places in the endless order of windows over `size` tokens to their `[N]` starts."""
+  """Makes the function from `[N]` ascending places in the endless order of windows to their `[N]` starts.
+
+  Args:
+    size: the number of tokens that the windows are cut from.
+  """
   stretches = _stretches(size, context)
 
   @functools.lru_cache(maxsize=2)  # consecutive epochs, so that a batch may straddle them
@@ -189,8 +195,12 @@ class Data:
     return mixed_iterator(self._shares(), **sizes, seed=seed, on_device=on_device)
 
   def starts(self, seed: int) -> Callable[[int, int], np.ndarray]:
-    """`(first, count)` of consecutive batches of `train_iterator(seed)` to the starts of their windows in
-    `tokens['train']`, int32 `[count, batch]`; `windows.gather` cuts the windows where the tokens lie."""
+    """Makes the function that maps batches of `train_iterator(seed)` to the starts of their windows.
+
+    It maps `(first, count)`, the number of the first batch and how many follow each other, to starts in
+    `tokens['train']`, int32 `[count, batch]`. `windows.gather` cuts windows from their starts on the
+    device.
+    """
     spans = [span['train'] for span in self.spans.values()] or [slice(0, None)]
     begin_C = np.array([span.start for span in spans])
     order = _order(_sizes(self._shares()), self.context, self.batch, seed)
@@ -202,7 +212,7 @@ class Data:
     return starts
 
   def train_iterator_at(self, seed: int, index: int) -> grain.DatasetIterator:
-    """`train_iterator(seed)` where `index` batches have been read."""
+    """`train_iterator(seed)` after `index` batches have been read."""
     iterator = self.train_iterator(seed)
     iterator.set_state(iterator.get_state() | {'next_index': index})
     return iterator

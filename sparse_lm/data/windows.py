@@ -1,4 +1,4 @@
-"""Windows cut where the tokens lie, so that a step is handed the windows' starts alone."""
+"""Windows of tokens that are cut on the device, so that only their starts are sent to it."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ def gather(tokens_N: jax.Array, starts_B: jax.Array, length: int) -> jax.Array:
     tokens_N: of any integer type; of `Data.tokens`, uint8 or uint16.
     starts_B: integers from 0 to N - length, see `Data.starts`; a start beyond is moved to the
       last window.
-    length: of a window; for training the context and one more.
+    length: the tokens of a window; in training, the context plus one.
   """
 
   def cut(start: jax.Array) -> jax.Array:

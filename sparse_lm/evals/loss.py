@@ -61,7 +61,7 @@ def run_packed(model: LM, variables: Tree, data: EvalData) -> list[Values]:
 
 
 class _Sums:
-  """What one model did on the batches of a split."""
+  """Sums over the batches of a split, for one model."""
 
   def __init__(self, data: EvalData) -> None:
     self._data = data
@@ -114,7 +114,12 @@ def packed_eval_step(model: LM) -> Ahead:
 
 
 def packed_call(model: LM, variables: Tree, batch: int) -> Call:
-  """The step of `run_packed` for variables of these shapes and batches of so many sequences."""
+  """The evaluation step of `run_packed`, with the shapes of its arguments, so that it can be compiled.
+
+  Args:
+    variables: arrays or shape structs, with a leading axis of models.
+    batch: sequences in a batch.
+  """
   context = model.spec.context
   tokens_BxL1 = jax.ShapeDtypeStruct((batch, context + 1), np.int32)
   weight_BxL = jax.ShapeDtypeStruct((batch, context), np.float32)
@@ -124,7 +129,7 @@ def packed_call(model: LM, variables: Tree, batch: int) -> Call:
 def _of_batch(
   model: LM,
 ) -> Callable[[Tree, jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
-  """What `eval_step` compiles."""
+  """The function that `eval_step` compiles."""
 
   def run(
     variables: Tree, tokens_BxL1: jax.Array, weight_BxL: jax.Array

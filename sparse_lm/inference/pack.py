@@ -88,7 +88,7 @@ class PackedModel:
 def pack(model: LM, params: Tree, masks: Tree, state: Tree) -> PackedModel:
   """Removes what is dropped as a whole and packs every kernel in the format that is to be fastest.
 
-  Kernels and their biases are stored in the dtype that the model computes in.
+  Kernels and their biases are stored in `spec.precision`, the dtype that the model computes in.
 
   Args:
     params: with zeros where a weight was dropped.

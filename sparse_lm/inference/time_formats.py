@@ -1,8 +1,8 @@
 """Measuring what packed formats cost on this device.
 
 Products of one token with packed kernels are timed in turns with the same products with dense ones, by
-size and density, in the dtype that models compute in here. What a format costs is a line through its
-times: so much for each byte that is read, and so much for each product.
+size and density, in the dtype that models compute in on this device. The cost of a format is a line
+fitted to its times: a time for each byte that is read, and a time for each product.
 """
 
 import dataclasses
@@ -25,17 +25,17 @@ CACHES = 64_000_000  # bytes that are read before each turn: kernels of a model 
 
 @dataclasses.dataclass(frozen=True)
 class Cases:
-  """What is timed on a kind of device.
+  """The cases that are timed on a kind of device.
 
   Attributes:
-    shapes: of the kernels, `(inputs, outputs)`.
-    densities: of the formats that do not store every weight.
-    kernels: of a call at least, so that the call itself takes a small part of the time.
-    bytes: of a call's dense kernels at least, as far as `most` kernels hold them.
-    most: kernels of a call at most.
-    masks: how many of a call's kernels differ.
-    calls: how often the device repeats the products in a turn, while the host waits once.
-    flood: whether caches are filled with something else before each turn.
+    shapes: shapes of the kernels, `(inputs, outputs)`.
+    densities: densities of the kernels in formats that do not store every weight.
+    kernels: the fewest kernels of a call, so that the call itself takes a small part of the time.
+    bytes: the fewest bytes of a call's dense kernels, unless that takes more than `most` kernels.
+    most: the most kernels of a call.
+    masks: how many of a call's kernels have masks of their own.
+    calls: how often the device repeats the products in a turn; the host waits once.
+    flood: whether caches are filled with other data before each turn.
   """
 
   shapes: Sequence[tuple[int, int]]
@@ -54,8 +54,8 @@ class Cases:
 
 
 ON_CPU = Cases(((128, 512), (256, 1024), (384, 3072), (768, 768), (768, 3072)))
-# A product takes a few microseconds, less than a host needs to start it: the device repeats products of
-# more kernels than its caches hold.
+# A product takes less time than the host needs to launch it, so the device repeats the products by
+# itself, over more kernels than its caches hold.
 ON_GPU = Cases(
   ((480, 4096), (2048, 8192)),
   densities=(0.1,),
@@ -115,7 +115,7 @@ def _multiply(
 
 
 def _one_by_one(kernels: list[Format], x: jax.Array, index: jax.Array | None) -> jax.Array:
-  """The sum of the products, of which each waits for the one before, as in a model."""
+  """The sum of the products; each product waits for the one before it, as in a model."""
   total = jnp.zeros(kernels[0].shape[1], x.dtype)
   for kernel in kernels:
     y = kernel.matmul(x)[0] if index is None else kernel.of_inputs(x[0, index], index)
@@ -127,7 +127,7 @@ def _one_by_one(kernels: list[Format], x: jax.Array, index: jax.Array | None) ->
 def _after(
   last: jax.Array, x: jax.Array, index: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
-  """The inputs, made to depend on what was computed last: 0 is added, which no compiler knows."""
+  """The inputs, made to depend on the last result: a zero is added that the compiler cannot know."""
   nothing = jnp.isnan(last[0])
   return x + nothing, None if index is None else index + nothing
 

@@ -195,11 +195,12 @@ def unfused(
   on_weights: Callable[[Array], Array] | None = None,
   select: Select | None = None,
 ) -> str:
-  """Why cuDNN's fused kernel cannot do a call of `attention` on any device, '' where it can.
+  """Why cuDNN's fused kernel cannot run a call of `attention` on any device; '' where it can.
 
-  Its mask is causality and a window of places in the arrays. These are positions where the sequences are
-  whole and the queries are of the keys' own tokens: their positions are one array. Its dropout cannot be
-  used from JAX: its seed is a constant of the compiled program, so every step would drop the same ones.
+  The kernel masks by causality and by a window, both counted in indices of the arrays. Indices are
+  positions where sequences are whole and queries and keys are of the same tokens, which share one array
+  of positions. JAX compiles the seed of the kernel's dropout into the program as a constant, so every
+  step would drop the same weights; therefore the kernel's dropout is not used.
   """
   width, dtype = q_BxLxHxK.shape[-1], q_BxLxHxK.dtype
   if select is not None:
@@ -209,25 +210,25 @@ def unfused(
       'something acts on the attention weights (config.model.dropout, or a method at their site)'
     )
   if mask.blocks is not None or mask.documents is not None or mask.sinks or not mask.causal:
-    return 'its mask is causality and a window, and the method has another one'
+    return 'it takes causal and sliding-window masks alone, and the method has another mask'
   if not keys.whole or positions_BxL is not keys.positions:
     return 'it reads whole sequences, and here tokens are left out or keys are cached'
   if dtype not in (jnp.bfloat16, jnp.float16):
     return f'it computes in bfloat16, and config.model.precision is {dtype}'
   if width % 8 or width > WIDEST or keys.v.shape[-1] != width:
-    return f'its heads are 8, 16, 24, ... {WIDEST} wide, and these are {width}'
+    return f'it takes heads 8, 16, 24, ... {WIDEST} wide, and these are {width}'
   if q_BxLxHxK.shape[1] % 2:  # JAX refuses the gradient
     return f'it trains on an even number of tokens, and config.data.context is {q_BxLxHxK.shape[1]}'
   return ''
 
 
 def _fused(q_BxLxHxK: Array, keys: KeyValues, mask: Mask, implementation: str) -> Array:
-  """JAX's own function, `[B, L, H, K]`, told what a mask of causality and a window says.
+  """`jax.nn.dot_product_attention` with a causal mask and a window: `[B, L, H, K]`.
 
-  The window is given beside `is_causal`: without it, cuDNN's window reads later keys (jax issue 39576).
+  `is_causal` is given beside the window, because cuDNN's window alone reads later keys (jax issue 39576).
 
   Args:
-    implementation: 'cudnn', or 'xla', which means the same by the same arguments.
+    implementation: 'cudnn', or 'xla', which computes the same from the same arguments.
   """
   window = None
   if mask.window is not None and mask.window < keys.k.shape[1]:
@@ -294,9 +295,9 @@ def _softmax(scores: Array, reads: Array) -> Array:
 
 @jax.custom_vjp
 def _rounded_softmax(scores: Array, reads: Array) -> Array:
-  """`_softmax` of bfloat16 scores, of which the backward pass keeps the rounded weights.
+  """`_softmax` of bfloat16 scores; the backward pass keeps the weights in bfloat16 alone.
 
-  JAX's own gradient would keep the float32 ones beside them, which is twice as much to write and to read.
+  JAX's own gradient would keep them in float32 as well, which takes more memory traffic.
   """
   return _softmax(scores, reads)
 

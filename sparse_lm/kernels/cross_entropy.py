@@ -1,8 +1,8 @@
 """Cross-entropy from hidden states, in chunks of tokens, without the logits of a whole batch.
 
 Logits of all tokens are the largest array of a training step: in float32 those of `[16384, 50304]` take
-3.3 GB, and their softmax as much again. Here one chunk of tokens after the other goes through the head. A
-loss is the last thing that a step computes, so a chunk's gradient is known as soon as its logits are:
+3.3 GB, and their softmax as much again. Here the head processes one chunk of tokens after the other. The
+loss is the last operation of a forward pass, so the gradient of a chunk's logits follows from the logits:
 
   d CE / d logits = softmax(logits) - onehot(target)
 
@@ -28,13 +28,13 @@ LOGITS_BYTES, LOGITS_BYTES_ON_CPU = 2**30, 2**23
 
 
 class Head(NamedTuple):
-  """What makes logits of hidden states: `hidden @ kernel + bias + bigrams[token]`, each as it is stored.
+  """The parameters of an output head: logits are `hidden @ kernel + bias + bigrams[token]`.
 
   Attributes:
-    kernel_DxV: multiplied in the dtype of the hidden states.
-    table_VxD: in place of the kernel, its transpose: the table of embeddings to which a head is tied.
-    bias_V: or `None`.
-    bigrams_VxV: a row of logits for each token that is read, or `None`.
+    kernel_DxV: the kernel; it is cast to the dtype of the hidden states. `None` in a tied head.
+    table_VxD: the table of embeddings that a tied head multiplies with, transposed, in place of a kernel.
+    bias_V: the bias, or `None`.
+    bigrams_VxV: a row of logits to add for each token that the model reads, or `None`.
   """
 
   kernel_DxV: Array | None = None
@@ -44,11 +44,11 @@ class Head(NamedTuple):
 
 
 class Readout(NamedTuple):
-  """Logits that are not computed yet.
+  """What logits are computed from: hidden states and the head.
 
   Attributes:
-    hidden_BxLxD: what the head reads, behind the last norm.
-    tokens_BxL: int32, that the model read; `None` for a head without bigrams.
+    hidden_BxLxD: outputs of the last norm, which the head reads.
+    tokens_BxL: int32, the tokens that the model read; `None` for a head without bigrams.
   """
 
   hidden_BxLxD: Array
@@ -57,11 +57,11 @@ class Readout(NamedTuple):
 
 
 class Losses(NamedTuple):
-  """Of each token, in nats, float32; without a gradient.
+  """The losses of each token, in nats, float32; they have no gradient.
 
   Attributes:
     nats: cross-entropy with the target.
-    divergence: `temperature^2 KL(teacher || model)` of the distributions that the temperature softens;
+    divergence: `temperature^2 KL(teacher || model)`, both distributions softened by the temperature;
       `None` without a teacher.
   """
 
@@ -70,7 +70,7 @@ class Losses(NamedTuple):
 
 
 class _Known(NamedTuple):
-  """What the loss reads of tokens besides the hidden states, `[T, ...]`; it has no gradient."""
+  """The inputs of the loss that have no gradient, with a leading axis of tokens, `[T, ...]`."""
 
   tokens: Array | None
   targets: Array
@@ -90,15 +90,15 @@ def cross_entropy(
   Args:
     predicted: what the logits are computed from, in chunks; or the logits, float32 `[B, L, V]`.
     targets_BxL: int32.
-    teacher: likewise, of the same vocabulary; has no gradient.
-    weights: of the cross-entropy and of the divergence.
-    temperature: of the divergence, see `Losses`.
+    teacher: the same of a teacher with the same vocabulary, which gets no gradient; or `None`.
+    weights: the weights of the cross-entropy and of the divergence.
+    temperature: softens both distributions of the divergence, see `Losses`.
 
   Returns:
     A float32 scalar, and the losses of each token, `[B, L]`.
   """
   if not isinstance(predicted, Readout) or not isinstance(teacher, Readout | None):
-    # Logits that are there already are not looked at in chunks.
+    # Logits that are computed already take their memory whether chunked or not.
     logits, theirs = whole(predicted), None if teacher is None else whole(teacher)
     losses = _losses(logits, theirs, targets_BxL, temperature)
     return _weighted(losses, weights), jax.lax.stop_gradient(losses)
@@ -115,9 +115,10 @@ def cross_entropy(
 
 
 def rows_of(tokens: int, vocab: int) -> int:
-  """Rows of a chunk: all tokens where their logits take no more bytes than the limit, else some of them.
+  """Tokens of a chunk: all of them where their logits fit the limit in bytes, else as many as fit.
 
-  Chunks are of one size where less than twice as many as are needed divide the tokens.
+  If some number of chunks below twice the fewest possible divides the tokens, all chunks have equal
+  sizes.
   """
   limit = LOGITS_BYTES_ON_CPU if jax.default_backend() == 'cpu' else LOGITS_BYTES
   most = max(1, limit // (4 * vocab))
@@ -140,7 +141,7 @@ def whole(predicted: Readout | Array) -> Array:
 
 
 def _logits(hidden: Array, tokens: Array | None, head: Head) -> Array:
-  """float32 `[..., V]`, of a product that is rounded to the dtype of the hidden states.
+  """float32 logits `[..., V]`; their matmul is rounded to the dtype of the hidden states.
 
   In bfloat16 the product is half as many bytes to write and to read as in float32.
   """
@@ -174,7 +175,7 @@ def _gradient(
   weights: tuple[Array, Array],
   temperature: float,
 ) -> Array:
-  """Of a token's weighted losses with respect to its logits."""
+  """The gradient of each token's weighted losses with respect to its logits."""
   onehot = targets[..., None] == jnp.arange(logits.shape[-1])
   # The sums are those of `_losses`, which the compiler computes once.
   chances = jnp.exp(logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
@@ -209,7 +210,7 @@ def _in_chunks(
 
 
 class _Saved(NamedTuple):
-  """What the backward pass scales: gradients of the sum over tokens, and means of both losses."""
+  """Residuals for the backward pass: gradients of the losses' sum over tokens, and both mean losses."""
 
   hidden_TxD: Array
   head: Head
@@ -247,7 +248,7 @@ def _forward(
 def _backward(
   temperature: float, saved: _Saved, cotangents: tuple[Array, Losses]
 ) -> tuple[Array, Head, tuple[Array, Array], None, None]:
-  """Scales what the forward pass has computed; losses of single tokens have no gradient."""
+  """Scales the gradients of the forward pass; the losses of single tokens have no gradient."""
   cotangent, _ = cotangents
   scale = cotangent / saved.hidden_TxD.shape[0]
   hidden_TxD, head = jax.tree.map(
@@ -283,7 +284,7 @@ def _through_head(
 
 
 def _cast(head: Head | None, hidden: Array | None) -> Head | None:
-  """The head with its matrix in the dtype of the hidden states: once, not in each chunk."""
+  """The head with its matrix in the dtype of the hidden states, cast once and not in each chunk."""
   if head is None:
     return None
   kernel, table = jax.tree.map(lambda a: a.astype(hidden.dtype), (head.kernel_DxV, head.table_VxD))

@@ -1,4 +1,4 @@
-"""What the device that arrays are on can run well. A choice between kernels asks here."""
+"""The capabilities of JAX's default device, by which kernels and precision are chosen."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ _LARGEST_MERGED = 8  # MB
 
 
 def compiler_options() -> dict[str, int] | None:
-  """What XLA is told about a training step on this device, for `jax.jit`; `None` = nothing."""
+  """The compiler options of `jax.jit` for a training step on this device; `None` = the defaults."""
   if compute_capability() is None:
     return None
   return {'xla_gpu_dot_merger_threshold_mb': _LARGEST_MERGED}
@@ -32,7 +32,7 @@ def compute_capability() -> tuple[int, int] | None:
 
 
 def name() -> str:
-  """The device in words, with the compute capability that NVIDIA gives it."""
+  """The device's name, with its compute capability if it is an NVIDIA GPU."""
   capability, kind = compute_capability(), jax.local_devices()[0].device_kind
   if capability is None:
     return kind
@@ -62,8 +62,8 @@ def has_fast_bfloat16() -> bool:
 def has_fused_attention() -> bool:
   """Whether cuDNN's fused attention runs here.
 
-  JAX itself is asked for all but the compute capability: whether it finds cuDNN, and whether that is
-  recent enough for the GPU.
+  Besides the compute capability, JAX itself is asked whether it finds a version of cuDNN that supports
+  the GPU.
   """
   if compute_capability() is None or is_old_gpu():
     return False

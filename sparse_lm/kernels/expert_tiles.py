@@ -1,8 +1,8 @@
 """Blocks of rows times matrices out of a stack on an NVIDIA GPU, by Pallas kernels that Triton compiles.
 
-Each tile of a result reads the matrix of its block where it lies: no matrix is copied to the blocks that
-it is multiplied with, and blocks of no group cost nothing. The gradient of the rows is such a product
-with the transposed matrices, and that of a matrix is a sum over the blocks of its group.
+Each tile of a result reads the matrix of its block directly from the stack: no matrix is copied for its
+blocks, and blocks without a group cost nothing. The gradient of the rows is the same product with
+transposed matrices, and the gradient of a matrix is a sum over the blocks of its group.
 """
 
 import functools
@@ -17,14 +17,14 @@ from jax.experimental.pallas import triton
 
 Array = jax.Array
 
-ROWS = 128  # of a block that fills a tile
-SIZES = (128, 64, 32, 16)  # of a tile's axes; tensor cores take no fewer than 16
-NEAR = 8  # blocks of rows whose tiles run side by side: they read the same matrices from the cache
-MOST = 2**31 - 1  # elements of an array: kernels count them in int32
+ROWS = 128  # rows of a block that fills a tile
+SIZES = (128, 64, 32, 16)  # possible sizes of a tile's axes; tensor cores take no fewer than 16
+NEAR = 8  # blocks of rows whose tiles run side by side, so that they share matrices in the cache
+MOST = 2**31 - 1  # the most elements of an array: kernels index them in int32
 
 
 def fits(rows: int, shape: tuple[int, int, int], blocks: int) -> bool:
-  """Whether blocks of so many rows can be multiplied with a stack `[E, I, F]`: by their sizes alone."""
+  """Whether the kernels take blocks of so many rows and a stack `[E, I, F]`; only sizes are checked."""
   sizes = (rows, *shape[1:])
   widest = blocks * rows * max(shape[1:])
   return all(size % SIZES[-1] == 0 for size in sizes) and max(math.prod(shape), widest) <= MOST
@@ -37,8 +37,8 @@ def product(x_NxPxI: Array, kernel_ExIxF: Array, group_N: Array) -> Array:
   On other devices a loop over blocks gives the same.
 
   Args:
-    kernel_ExIxF: of the dtype of the rows.
-    group_N: int32, the group of each block, ascending; E names none, and gives zeros.
+    kernel_ExIxF: the stack, in the dtype of the rows.
+    group_N: int32, the group of each block, ascending; E = no group, whose result is zeros.
   """
   return _rows(x_NxPxI, kernel_ExIxF, group_N, False)
 
@@ -110,13 +110,13 @@ def rows_in_tiles(
   """Each block times the matrix `[I, F]` of its group, or times a transposed `[F, I]`: `[N, P, F]`.
 
   Args:
-    group_N: int32, the group of each block; `len(kernel)` names none, and gives zeros.
-    interpret: whether to run it as a program of JAX, for tests.
+    group_N: int32, the group of each block; `len(kernel)` = no group, whose result is zeros.
+    interpret: whether Pallas interprets the kernel in place of compiling it, for tests.
   """
   blocks, rows, inputs = x_NxPxI.shape
   outputs = kernel.shape[1 if transposed else 2]
   tiles = _Tiles(_largest(rows), _largest(outputs), _step(inputs, x_NxPxI.dtype))
-  many = rows // tiles.rows  # of a block of many rows each tile is a block of its own
+  many = rows // tiles.rows  # a block of many rows is cut into blocks of one tile each
   flat = _call(
     functools.partial(_rows_tile, tiles, transposed),
     blocks * many * (outputs // tiles.columns),
@@ -157,9 +157,9 @@ def matrices_in_tiles(
   """The sum of `x.T @ y` over the blocks of each group: `[E, I, F]`, zeros for a group without any.
 
   Args:
-    group_N: int32, ascending; `groups` names none.
+    group_N: int32, the group of each block, ascending; `groups` = no group.
     groups: E.
-    interpret: whether to run it as a program of JAX, for tests.
+    interpret: whether Pallas interprets the kernel in place of compiling it, for tests.
   """
   rows, inputs = x_NxPxI.shape[1:]
   outputs = y_NxPxF.shape[2]
@@ -215,6 +215,6 @@ def _largest(size: int) -> int:
 
 
 def _step(size: int, dtype: jnp.dtype) -> int:
-  """Of a sum's terms, how many a step adds: as many as three steps' tiles leave room for."""
+  """The terms of a sum that one step adds: as many as leave room for the tiles of three steps."""
   most = 128 // jnp.dtype(dtype).itemsize
   return next(step for step in SIZES if step <= most and size % step == 0)

@@ -14,20 +14,20 @@ Array = jax.Array
 # compilation.
 UNROLLED = 64
 
-COPIED_TO = 64  # rows of a block that a matrix is copied to
+COPIED_TO = 64  # rows of a block where each block gets a copy of its matrix
 
 
 def grouped_matmul(x_NxPxI: Array, kernel_ExIxF: Array, group_N: Array | None = None) -> Array:
   """Each block of rows times the matrix of its group: `[N, P, F]`.
 
-  With one row to the block (a token that is decoded) only the matrices that are named are read. On an
-  NVIDIA GPU that is so for every block, and blocks of no group cost nothing; elsewhere the matrices are
-  copied to the blocks by a product with one-hot rows.
+  With one row in each block (a token that is decoded) only the matrices of the named groups are read. On
+  an NVIDIA GPU this holds for blocks of any size, and blocks without a group cost nothing. On other
+  devices the matrices are copied for the blocks by a product with one-hot rows.
 
   Args:
-    kernel_ExIxF: of any float dtype; it is multiplied in that of the rows.
-    group_N: int32, the group of each block, ascending where there is a gradient; E names none, and gives
-      zeros. `None` = block i is group i's.
+    kernel_ExIxF: the stack, of any float dtype; it is cast to the dtype of the rows.
+    group_N: int32, the group of each block, ascending where there is a gradient; E = no group, whose
+      result is zeros. `None` = block i belongs to group i.
   """
   if _in_tiles(x_NxPxI, kernel_ExIxF, group_N):
     padded = jnp.pad(x_NxPxI, ((0, 0), (0, _empty_rows(x_NxPxI)), (0, 0)))
@@ -41,7 +41,7 @@ def grouped_matmul(x_NxPxI: Array, kernel_ExIxF: Array, group_N: Array | None = 
 
 
 def copied_flops(x_NxPxI: Array, kernel_ExIxF: Array, group_N: Array | None = None) -> float:
-  """FLOPs that `grouped_matmul` executes beside the products of all rows, on this process' device."""
+  """FLOPs that `grouped_matmul` executes on this device besides the products of the rows themselves."""
   if _in_tiles(x_NxPxI, kernel_ExIxF, group_N):
     return 2.0 * len(x_NxPxI) * _empty_rows(x_NxPxI) * math.prod(kernel_ExIxF.shape[1:])
   if group_N is not None and x_NxPxI.shape[1] == 1:
@@ -50,7 +50,7 @@ def copied_flops(x_NxPxI: Array, kernel_ExIxF: Array, group_N: Array | None = No
 
 
 def block_rows(shape: tuple[int, int, int]) -> int:
-  """Rows of a block that this process' device multiplies best with matrices of a stack `(E, I, F)`."""
+  """The rows of a block with which this device runs `grouped_matmul` best for a stack `(E, I, F)`."""
   in_tiles = has_tiles() and expert_tiles.fits(expert_tiles.ROWS, shape, 1)
   return expert_tiles.ROWS if in_tiles else COPIED_TO
 

@@ -1,4 +1,4 @@
-"""Exact selection in few passes over many rows at once, for processors on which a pass is a launch.
+"""Exact top-k selection in many rows at once, for processors on which each pass is a kernel launch.
 
 A pass fixes two bits of every row's threshold: it counts in one reduction how many keys reach each of
 three candidates. Keys of 32 bits are searched by their upper halves and then, among equal ones, by their
@@ -94,7 +94,7 @@ def cutoffs(keys: Array, k: Array) -> tuple[Array, Array]:
     Thresholds `[R]` like `keys`, and indices, int32 `[R]`; see `selected`.
   """
   n = keys.shape[-1]
-  # Behind all others, and lower than the key of any number.
+  # Padding stands behind all other keys, and is lower than the key of any number.
   padding = (0, 0), (0, -n % CHUNK if n > CHUNK else 0)
   keys = jnp.pad(keys, padding, constant_values=jnp.iinfo(keys.dtype).min)
   # Every pass reads these keys; without the barrier some would compute them again from the scores.

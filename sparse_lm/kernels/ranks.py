@@ -5,17 +5,18 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
-TOGETHER = 128  # entries that are compared with each other in counting
-MOST_COMPARISONS = 2**27  # of counting; a sort takes less time than more
+TOGETHER = 128  # entries of a row, all of which counting compares with each other
+MOST_COMPARISONS = 2**27  # the most that counting may do; with more comparisons ranks come from a sort
 
 
 def ranks(group_P: Array, groups: int) -> tuple[Array, Array]:
-  """How many earlier entries are of an entry's group, int32 `[P]`, and the `sizes` of the groups.
+  """The number of earlier entries of each entry's group, int32 `[P]`, and the `sizes` of the groups.
 
-  On a GPU they are counted, where a sort takes several passes over memory that wait for each other.
+  A GPU counts them, because its sort takes several passes over memory, each of which waits for the last.
 
   Args:
-    group_P: int32; `groups` stands for none, and entries of none have any rank.
+    group_P: int32, the group of each entry; `groups` = no group, and the rank of such an entry is
+      undefined.
     groups: E.
   """
   if -(-group_P.size // TOGETHER) * groups * group_P.size // TOGETHER > MOST_COMPARISONS:
@@ -43,7 +44,8 @@ def by_sorting(group_P: Array, groups: int) -> tuple[Array, Array]:
 
 
 def by_counting(group_P: Array, groups: int) -> tuple[Array, Array]:
-  """`ranks` from comparisons: within rows of `TOGETHER` entries, and of rows by their counts."""
+  """`ranks` by counting: comparisons inside rows of `TOGETHER` entries, plus the counts of earlier
+  rows."""
   padded = jnp.pad(group_P, (0, -group_P.size % TOGETHER), constant_values=groups)
   group_RxL = padded.reshape(-1, TOGETHER)
   rows = len(group_RxL)

@@ -15,7 +15,7 @@ def take_rows(x: Array, index: Array, inverse: Array) -> Array:
   Args:
     x: `[N, D]`.
     index: int32 `[M]`.
-    inverse: int32 `[N, R]`, the places in `index` where each row of `x` went; M stands for none.
+    inverse: int32 `[N, R]`, the places in `index` that name each row of `x`; M = no place.
   """
   return jnp.take(x, index, axis=0, mode='fill', fill_value=0)
 
@@ -36,11 +36,11 @@ take_rows.defvjp(_forward, _backward)
 
 
 def places_of(index_BxM: Array, rows: int) -> Array:
-  """The place in `index` of each of a sequence's rows: int32 `[B, rows]`, M for a row that it lacks.
+  """The place in `index` of each row of a sequence: int32 `[B, rows]`, M for a row that is not in it.
 
   Args:
     index_BxM: int32, no row of a sequence twice.
-    rows: how many a sequence has.
+    rows: the number of rows of a sequence.
   """
   sequence_Bx1 = jnp.arange(len(index_BxM))[:, None]
   place_M = jnp.arange(index_BxM.shape[1], dtype=jnp.int32)

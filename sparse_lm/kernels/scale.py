@@ -9,8 +9,9 @@ import jax.numpy as jnp
 def scaled(x: jax.Array, scale_D: jax.Array, dtype: jnp.dtype) -> jax.Array:
   """`x * scale` along the last axis, computed in float32 and rounded to `dtype`.
 
-  The gradient of the scale is a sum over all tokens of `dy * x`, which XLA writes before it adds it up.
-  It is rounded to `dtype` here, as `dy` is, before it is summed in float32: half the bytes in bfloat16.
+  The gradient of the scale is a sum over all tokens of `dy * x`, and XLA stores this product before it
+  sums it. Here the product is rounded to `dtype`, as `dy` is, and then summed in float32: in bfloat16 it
+  is half as many bytes.
 
   Args:
     x: float32 `[..., D]`.

@@ -27,8 +27,8 @@ class Plan(NamedTuple):
   Attributes:
     slot_TxJ: int32, the slot of a choice, S where it was dropped.
     pair_S: int32, `token * J + choice` of the pair in a slot, T * J where it is empty.
-    expert_N: int32, the expert of each block of S / N slots, ascending; E behind the last block that is
-      used. `None` = E blocks, of which block i is expert i's.
+    expert_N: int32, the expert of each block of S / N slots, ascending; E for the unused blocks at the
+      end. `None` = E blocks, and block i belongs to expert i.
     load_E: int32, pairs that asked for each expert, dropped ones included.
   """
 
@@ -39,7 +39,7 @@ class Plan(NamedTuple):
 
   @property
   def blocks(self) -> int:
-    """N."""
+    """The number of blocks, N."""
     return self.load_E.size if self.expert_N is None else self.expert_N.size
 
   @property
@@ -60,9 +60,10 @@ def plan(expert_TxJ: Array, experts: int, capacity: int | None, block: int) -> P
   Args:
     expert_TxJ: int32, the expert of each choice; `experts` = none.
     experts: E.
-    capacity: slots of each expert; pairs beyond are dropped. `None` = none are.
-    block: slots of a block without a capacity: every expert gets as many blocks as it needs, at a cost of
-      at most `block - 1` empty slots each. With a capacity it has one block of that size.
+    capacity: slots of each expert; further pairs are dropped. `None` = no pair is dropped.
+    block: slots of a block where there is no capacity: every expert gets as many blocks as it needs,
+      which leaves at most `block - 1` of its slots empty. With a capacity every expert has one block of
+      that size.
   """
   tokens, choices = expert_TxJ.shape
   pairs = tokens * choices

@@ -1,7 +1,8 @@
-"""Keys of random draws, which follow from the path of the module that draws.
+"""Keys of random draws, which depend on the path of the module that draws.
 
-A module that a scan runs in place of those of several layers has the path of one of them. In each pass it
-draws what the module of that pass's layer draws where every layer runs by itself, to the bit.
+In a scan, one module stands for the modules of several layers and has the path of one of them. In each
+pass its draws are, to the bit, those that the module of that pass's layer makes where layers run
+unscanned.
 """
 
 import contextlib
@@ -28,10 +29,10 @@ class Pass:
   """A pass of a scan whose modules stand for those of several layers.
 
   Attributes:
-    layers: by the number of a layer whose modules run, the layers that they stand for in each pass.
-    index: of this pass, int32.
-    rngs: streams of the model, by name.
-    path: of the model.
+    layers: for each layer whose modules are traced, the layer that it stands for in each pass.
+    index: the number of this pass, int32.
+    rngs: the model's random streams, by name.
+    path: the model's path.
   """
 
   layers: Mapping[int, tuple[int, ...]]
@@ -40,16 +41,16 @@ class Pass:
   path: tuple[str, ...]
 
   def key(self, stream: str, path: Path) -> jax.Array:
-    """The key of the draw that `path` names: modules below the model, and the number of the draw."""
+    """The key of one draw. `path` is that of the module below the model, then the number of the draw."""
     rng = self.rngs[stream]
     return jax.random.fold_in(rng.rng, self._number(_hashed, rng.suffix, path))
 
   def fixed_key(self, path: Path) -> jax.Array:
-    """The key that the path of a module below the model decides alone."""
+    """The key that depends on nothing but the path of a module below the model."""
     return jax.random.key(self._number(_checksum, self.path, path))
 
   def _number(self, of: Callable[[Path], int], above: Path, path: Path) -> jax.Array:
-    """What `of` makes of the path that this pass stands for, uint32."""
+    """`of(path)` for the path of the layer that this pass stands for, uint32."""
     place, below = Place(path), path[1:]
     layers = self.layers[place.layer]
     numbers = [of((*above, place.part.of(layer), *below)) for layer in layers]
@@ -61,7 +62,7 @@ _pass: contextvars.ContextVar[Pass | None] = contextvars.ContextVar('pass', defa
 
 @contextlib.contextmanager
 def standing_for(own: Pass) -> Iterator[None]:
-  """Modules that are called inside stand for those of the layers of this pass."""
+  """Within this context, modules draw as those of the layers that `own` says they stand for."""
   token = _pass.set(own)
   try:
     yield
@@ -70,10 +71,9 @@ def standing_for(own: Pass) -> Iterator[None]:
 
 
 class Drawing(nn.Module):
-  """A module whose draws are those of its layer, in a scan too.
+  """A module whose draws are the same whether its layer is scanned or not.
 
-  In a scan, a module of another kind draws other bits than where layers run one by one: different ones
-  for every layer still.
+  Other modules draw differently in a scan than outside of it, but still differently in every layer.
   """
 
   @nn.nowrap
@@ -86,11 +86,11 @@ class Drawing(nn.Module):
 
 
 class Dropout(Drawing, nn.Dropout):
-  """Flax's dropout, with the draws of its layer."""
+  """Flax's dropout, whose draws are the same whether its layer is scanned or not."""
 
 
 def fixed_key(module: nn.Module) -> jax.Array:
-  """A key that the module's path decides alone: the same in every call, and of its own in every layer."""
+  """A key that depends on the module's path alone: the same in every call, another one in each layer."""
   own = _pass.get()
   return jax.random.key(_checksum(module.path)) if own is None else own.fixed_key(module.path)
 
@@ -100,7 +100,7 @@ def _checksum(path: Path) -> int:
 
 
 def _hashed(path: Path) -> int:
-  """What Flax folds into a stream's key for a path, see `flax.core.scope.LazyRng`."""
+  """The number that Flax folds into a stream's key for a path, see `flax.core.scope.LazyRng`."""
   digest = hashlib.sha1()
   for part in path:
     if flax.config.flax_fix_rng_separator:

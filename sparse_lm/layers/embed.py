@@ -41,8 +41,8 @@ class Embed(nn.Module):
     """`[B, L, D]` embeddings in `spec.precision`, with learned positions added if the model has them.
 
     Args:
-      positions_BxL: int32; `None` = 0, 1, 2, ..., of all sequences alike. Then the gradient of the
-        positions is a sum over the sequences, where that of a lookup is a scatter in which they collide.
+      positions_BxL: int32; `None` = 0, 1, 2, ... in every sequence. The gradient of the positions is then
+        a sum over the sequences; with a lookup it is a scatter-add, in which sequences collide.
     """
     if self.spec.positions == 'learned':
       in_order = positions_BxL is None
@@ -58,17 +58,17 @@ class Embed(nn.Module):
     """Logits for each next token, float32 `[B, L, V]`, or what they are computed from.
 
     Args:
-      x_BxLxD: behind the last norm.
-      tokens_BxL: int32, that the model read; a table of bigrams looks its logits up by them.
-      readout: whether to give what logits are computed from. They are computed all the same where the
-        head is packed, or where something reads or replaces its outputs by their name.
+      x_BxLxD: outputs of the last norm.
+      tokens_BxL: int32, the tokens that the model read; they index the table of bigrams.
+      readout: whether to return what logits are computed from. Logits are returned even so where the head
+        is packed, or where its outputs are a site that is read or replaced.
 
-    Raises UserError where a model has a table of bigrams and reads something else than tokens.
+    Raises UserError for a model with a table of bigrams that does not read tokens.
     """
     if self.spec.bigram and tokens_BxL is None:
       raise UserError(
-        'config.model.bigram=True: its logits are looked up by tokens, and embeddings or a residual '
-        'stream are read without any here; valid: False'
+        'config.model.bigram=True: the table of bigrams is indexed by tokens, and the model was called '
+        'with embeddings or a residual stream alone; valid: False'
       )
     head = self._head() if readout else None
     if head is not None:
@@ -102,7 +102,7 @@ class Embed(nn.Module):
     return Head(kernel_DxV, bias_V=bias_V, bigrams_VxV=bigrams)
 
   def _readout(self, x_BxLxD: jax.Array, tokens_BxL: jax.Array, head: Head) -> Readout:
-    """Notes the matmuls of the loss that multiplies these."""
+    """The inputs of a loss in chunks. The head's matmuls, which the loss runs, are charged here."""
     if self.spec.tied:
       module, point, kernel = self, 'head/input', 'tokens'
     else:
@@ -119,7 +119,7 @@ class Embed(nn.Module):
 def rotate(x_BxLxHxK: jax.Array, positions_BxL: jax.Array) -> jax.Array:
   """Rotary positions (Su et al. 2021): pairs `(x[k], x[k + K/2])` turned by position / 10000^(2k/K).
 
-  Positions of one sequence, `[1, L]`, are those of all.
+  Positions `[1, L]` hold for all sequences.
   """
   half = x_BxLxHxK.shape[-1] // 2
   frequency = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)

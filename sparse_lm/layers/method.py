@@ -31,8 +31,8 @@ class Traits:
     fixed: whether its decision is the same for every input, so that packing can remove what it closes.
     splits: of a stack method, whether in evaluation it carries nothing but the residual stream: then the
       first layers may run by themselves, and the others later.
-    scans: of a stack method, modes in which it runs every layer once and does nothing but hand the
-      residual stream to the next. One of the `layers` that it is given may then run several.
+    scans: of a stack method, the modes in which it runs every layer once and only passes the residual
+      stream from one layer to the next. One of the `layers` that it gets may then run several as a scan.
   """
 
   paper: str

@@ -14,10 +14,10 @@ from sparse_lm.plan import record
 def gather_run_scatter(
   block: nn.Module, tokens: Tokens, index_BxC: jax.Array, mode: str
 ) -> jax.Array:
-  """What the block adds, `[B, L, D]`, to the valid ones of the tokens at `index`; zeros elsewhere.
+  """The block's addend `[B, L, D]` for the valid tokens at `index`; zeros for all other tokens.
 
-  Rows are gathered on their way back too: each token reads the row that is its own. `index` names no
-  token of a sequence twice.
+  The way back is a gather too, in which each token reads its own row. `index` must not name a token of a
+  sequence twice.
   """
   taken = tokens.take(index_BxC)
   added_BxCxD = jnp.where(taken.valid[..., None], block(taken, mode), 0)

@@ -15,8 +15,8 @@ from sparse_lm.layers.init import INITS
 NORMS = ('rmsnorm', 'layernorm')
 POSITIONS = ('rotary', 'learned')
 NO_REMAT = 'none'
-# What a layer keeps for its backward pass, which computes the rest again: nothing but its input; the
-# products of all matmuls; those of matmuls with weights alone, not the scores of attention.
+# What a layer keeps for its backward pass, which computes the rest again: its input alone; the results of
+# all matmuls; the results of matmuls with weights, but not the scores of attention.
 REMAT = {
   'full': jax.checkpoint_policies.nothing_saveable,
   'dots': jax.checkpoint_policies.dots_saveable,
@@ -37,7 +37,7 @@ class Spec:
     precision: 'float32' or 'bfloat16', the dtype of the computation. Parameters, norms, softmax, routers
       and losses are float32 with either.
     attention_kernel: one of `kernels.attention.KERNELS`.
-    remat: what the backward pass computes again, see `REMAT`.
+    remat: which activations the backward pass computes again, 'none' or a key of `REMAT`.
     scan_layers: whether equal layers run as one scan, one of `SCAN_LAYERS`; see `model/scanned.py`.
   """
 
@@ -64,7 +64,7 @@ class Spec:
   def from_config(cls, config: ConfigDict, vocab: int, context: int) -> 'Spec':
     """Reads `config.model`. Raises UserError where its fields do not fit each other.
 
-    A precision of 'auto' becomes the one of this device, see `precision_here`.
+    The precision 'auto' is replaced by that of this device, see `precision_here`.
     """
     fields = [
       field.name for field in dataclasses.fields(cls) if field.name not in ('vocab', 'context')
@@ -110,7 +110,7 @@ class Spec:
 
 
 def precision_here(asked: str) -> str:
-  """What `config.model.precision` is on this device: 'float32' or 'bfloat16'.
+  """The precision that `config.model.precision` stands for on this device: 'float32' or 'bfloat16'.
 
   'auto' is bfloat16 where that is fast, and float32 elsewhere; any other value stays as it is.
   """

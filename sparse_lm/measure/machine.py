@@ -8,8 +8,8 @@ import numpy as np
 
 
 def matmul(size: int = 2048, dtype: str = 'float32') -> tuple[Callable[[], jax.Array], float]:
-  """A square matmul and its FLOPs: what this machine's library reaches at best."""
-  # Drawn on the host: a GPU's compiler takes seconds for it.
+  """A square matmul and its FLOPs, to measure the highest FLOP/s that XLA reaches on this machine."""
+  # Drawn on the host, where nothing has to be compiled for it.
   a = jnp.asarray(np.random.default_rng(0).standard_normal((size, size), 'f'), dtype)
   multiply = jax.jit(jnp.matmul)
   return (lambda: multiply(a, a)), 2.0 * size**3
@@ -23,7 +23,7 @@ def read(bytes_: int = 400_000_000) -> tuple[Callable[[], jax.Array], float]:
 
 
 def copy(bytes_: int = 2_000_000_000) -> tuple[Callable[[], jax.Array], float]:
-  """A pass that writes what it reads, negated, and the bytes of both: its memory's speed at best."""
+  """A negation of a large array and the bytes that it reads and writes, to measure memory bandwidth."""
   a = jnp.ones(bytes_ // 4, jnp.float32)
   negate = jax.jit(jnp.negative)
   return (lambda: negate(a)), 2.0 * a.nbytes

@@ -92,7 +92,7 @@ class LM(nn.Module):
       first: the layer that runs first. Behind the last one there are norm and head alone.
       last: the layer before which the pass ends, `None` = behind the head.
       progress: where training stands, for schedules of modules.
-      readout: whether to return what logits are computed from, see `Embed.predicted`.
+      readout: whether to return what logits are computed from in their place, see `Embed.predicted`.
 
     Returns logits, float32 `[B, L, V]`, or `[B, L, D]` where `last` is given. Raises ValueError for an
     unknown mode, and unless one of tokens, embeddings and stream is given.
@@ -136,7 +136,7 @@ class LM(nn.Module):
 
   def _passes(self, layers: list[int], mode: str, scans: bool) -> list[Passes]:
     """Layers that run as one scan, see `scanned.split`, and those that run by themselves."""
-    # Whatever is made in a pass is made by single layers, and so are plans, which name all of them.
+    # A scan cannot create variables, and plans name every layer: both need layers that run by themselves.
     makes = any(self.is_mutable_collection(name) for name in ('params', 'cache'))
     least = scanned.least(self.spec.scan_layers)
     if least is None or makes or not scans or not record.layers_alike():
@@ -178,7 +178,7 @@ def _make(own: MethodConfig, supplied: Supplied, **more: str) -> LayerMethod:
 
 
 class _Layers(nn.Module):
-  """Layers of the model by themselves, one after the other; variables are named as in the whole."""
+  """Some layers of the model, one after the other; their variables are named as in the whole model."""
 
   spec: Spec
   slots: tuple[SlotConfig, ...]
@@ -258,7 +258,7 @@ def _check_credit(model: LM) -> None:
 
 
 def _check_scans(model: LM) -> None:
-  """Raises UserError where layers are to be scanned whatever it costs, and cannot be."""
+  """Raises UserError where `config.model.scan_layers` is 'always' and no layers can be scanned."""
   if model.spec.scan_layers != 'always':
     return
   layers, own, site = range(model.spec.layers), model.stack, model.site.module(model.spec)

@@ -1,8 +1,8 @@
 """Equal layers that run as one scan, so that they are traced and compiled once.
 
-Variables stay those of single layers, by their names: a step stacks them for the scan, which costs a copy
-of the weights and of their gradients, and what the scan's passes sow is put back under the name of every
-layer. Fusion stops at the borders of a pass, and residuals for the backward pass are copied into stacks.
+Every layer keeps its own variables under its own name. A step stacks them for the scan, which copies the
+weights and their gradients, and stores what the scan sows under the name of each layer. XLA does not fuse
+operations across passes of the scan, and copies residuals for the backward pass into stacks.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,14 +19,14 @@ from sparse_lm.layers.method import Run
 from sparse_lm.layers.spec import AUTO
 from sparse_lm.layers.tokens import Tokens
 
-# Passes of a scan: each runs as many layers, equal to those of the other passes, one after the other.
+# The layers that each pass of a scan runs in turn; every pass has as many, equal to those of the others.
 Passes = tuple[tuple[int, ...], ...]
 # The fewest layers that a scan covers by default. Compile time grows with the number of layers that are
 # not scanned, and a scan makes each step slower: it copies weights, gradients and residuals into stacks.
 # A scan is therefore for deep stacks alone.
 DEEP = 32
-# What the backward pass computes again instead of reading it from a stack of all passes: one layer's
-# operations on single numbers run in the kernels that need them. XLA does this by itself where layers are
+# Elementwise operations: the backward pass computes them again inside the kernels that need their
+# results, instead of reading them from a stack over all passes. XLA does this by itself where layers are
 # unrolled. All other results (matmuls, attention, selections, draws, sums) are kept.
 _ELEMENTWISE = """
   abs add add_any and bitcast_convert_type broadcast_in_dim ceil clamp convert_element_type copy cos div
@@ -52,16 +52,17 @@ def least(how: str) -> int | None:
 
 
 def split(layers: Sequence[int], kinds: Sequence[object], least: int) -> Iterator[Passes]:
-  """Splits layers into maximal runs of equal groups, and what is left into single layers.
+  """Splits layers into maximal runs of equal groups of layers; all other layers stay single.
 
-  Where several runs begin at a layer, the one that covers most is taken, of the smallest groups.
+  Of the runs that begin at a layer, the one that covers most layers is taken, and among those the one
+  with the smallest groups.
 
   Args:
-    kinds: of each layer; equal ones can run as one.
-    least: layers that a run covers; what a shorter one would cover is left single.
+    kinds: the kind of each layer; layers of equal kinds can share one pass.
+    least: the fewest layers of a run; layers of shorter runs stay single.
 
   Yields:
-    The passes of a run, two at least; for a single layer, one pass of it.
+    The passes of a run, at least two; for a single layer, one pass with that layer.
   """
   first = 0
   while first < len(layers):
@@ -86,7 +87,7 @@ def _times(kinds: Sequence[object], size: int) -> int:
 
 
 def kind(variables: Tree, layer: int) -> tuple[object, ...]:
-  """What must be equal of the variables of layers that run as one: trees, shapes and dtypes."""
+  """The tree, shapes and dtypes of a layer's variables, which must be equal for layers of one scan."""
   leaves, structure = jax.tree.flatten(_of_layers(variables, {layer: 0}))
   return structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
 
@@ -101,8 +102,9 @@ def run(parent: nn.Module, module: nn.Module, passes: Passes, recomputes: bool) 
     recomputes: whether the module decides by itself what its backward pass computes again.
 
   Returns:
-    `(tokens, mode) -> the residual stream [B, L, D]` after the last pass. What modules sow and change is
-    in the parent then, as if every layer had run by itself; draws are the same bits (`layers/draws.py`).
+    `(tokens, mode) -> the residual stream [B, L, D]` after the last pass. It leaves in the parent what
+    modules sow and change, as if every layer had run by itself; random draws are the same to the bit
+    (`layers/draws.py`).
   """
   stands_for = {layer: tuple(of[at] for of in passes) for at, layer in enumerate(passes[0])}
 
@@ -135,7 +137,8 @@ def run(parent: nn.Module, module: nn.Module, passes: Passes, recomputes: bool) 
 
 
 def _of_layers(variables: Tree, renamed: Mapping[int, int]) -> Tree:
-  """The variables of some layers by collection, under the names that other layers' have."""
+  """The variables of the layers in `renamed`, by collection, under the names of the layers they map
+  to."""
   return {
     collection: {
       place.part.of(renamed[place.layer]): parts[str(place)]

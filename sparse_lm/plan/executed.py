@@ -2,8 +2,8 @@
 
 Everything is read from the jaxpr: a scan counts as often as it runs, a conditional as its most expensive
 branch, and functions that are called inside (jit, remat, custom derivatives) are entered. A Pallas kernel
-counts what it estimates its own costs to be. Nothing is compiled. FLOPs are those of matmuls alone, two
-for each multiplication with its addition.
+counts as many FLOPs as its own cost estimate says. Nothing is compiled. FLOPs are those of matmuls alone,
+two for each multiplication with its addition.
 """
 
 import collections

@@ -79,7 +79,7 @@ class Actor(abc.ABC):
 
   @property
   def alike(self) -> bool:
-    """Whether it acts in all layers alike, so that one may be traced for several."""
+    """Whether it acts on the same sites in every layer, so that one layer may be traced for several."""
     return False
 
   @abc.abstractmethod
@@ -262,7 +262,7 @@ def site(module: nn.Module, name: str, value: jax.Array, kernel: str | None = No
 
 
 def layers_alike() -> bool:
-  """Whether one layer may be traced for several equal ones: nothing asks for each by its name."""
+  """Whether one layer may be traced for several equal ones: no recording or actor needs single layers."""
   scope = _scope.get()
   return scope.found is None and all(actor.alike for actor in scope.actors)
 

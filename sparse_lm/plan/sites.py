@@ -98,9 +98,9 @@ def acting(
 
 
 def alike(patterns: tuple[str, ...]) -> bool:
-  """Whether patterns match the sites of all layers alike.
+  """Whether patterns match the same sites in every layer.
 
-  A layer's number stands before the first slash, where a star matches any number.
+  That is so if nothing before the first slash, where a layer's number stands, matches some numbers alone.
   """
   return not any(re.search(r'[\d?[]', pattern.partition('/')[0]) for pattern in patterns)
 

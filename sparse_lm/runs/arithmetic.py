@@ -19,7 +19,7 @@ from sparse_lm.model.plans import plan_of
 
 
 def resolved(config: ConfigDict) -> ConfigDict:
-  """The config with the precision that 'auto' is on this device; any other stays as it is.
+  """The config with the precision that 'auto' stands for on this device; any other precision stays.
 
   Raises UserError for bfloat16 on a GPU that cannot run it well.
   """
@@ -35,11 +35,11 @@ def resolved(config: ConfigDict) -> ConfigDict:
 
 
 def notes(asked: ConfigDict, reasons: tuple[str, ...]) -> list[str]:
-  """A line for each 'auto' of a config that could not become what an accelerator is fastest with.
+  """A line for each 'auto' of a config that does not stand for the fast choice on this accelerator.
 
   Args:
     asked: the config before `resolved`.
-    reasons: what `attention_kernels` gives.
+    reasons: the reasons that `attention_kernels` returns.
   """
   if asked.model.precision == AUTO and (device.is_old_gpu() or device.is_other_gpu()):
     why = 'has neither bfloat16 units nor fused attention'
@@ -47,15 +47,21 @@ def notes(asked: ConfigDict, reasons: tuple[str, ...]) -> list[str]:
       why = 'is no NVIDIA GPU: whether bfloat16 is faster there is not known, and attention is not fused'
     return [f'config.model.precision={AUTO!r} is float32 on {device.name()}, which {why}']
   if reasons and asked.model.attention_kernel == AUTO:
-    return [f'config.model.attention_kernel={AUTO!r} is {attention.EINSUM} here: {_first(reasons)}']
+    return
+
+
+
+
+    [f'config.model.attention_kernel={AUTO!r} is
+    {attention.EINSUM} here, not {attention.CUDNN}: {_first(reasons)}']
   return []
 
 
 def attention_kernels(model: LM) -> tuple[tuple[str, ...], tuple[str, ...]]:
-  """The kernels that attention runs in a training step on this device, and why not all are fused.
+  """The kernels that attention runs in a training step on this device, and why not all of them are fused.
 
   Returns:
-    Names, and reasons, which are empty where the device has no fused attention.
+    The names of the kernels, and the reasons, of which there are none on a device without fused attention.
 
   Raises UserError where `config.model.attention_kernel` asks for the fused one and it cannot run.
   """
@@ -74,7 +80,7 @@ def attention_kernels(model: LM) -> tuple[tuple[str, ...], tuple[str, ...]]:
   )
   if asked == attention.CUDNN and (lacking or unfused):
     raise UserError(
-      f'config.model.attention_kernel={asked!r} cannot do this: {lacking or _first(unfused)}; valid: '
+      f'config.model.attention_kernel={asked!r} cannot run here: {lacking or _first(unfused)}; valid: '
       f'{AUTO!r}, or {attention.EINSUM!r}'
     )
   used = {attention.EINSUM if reason else attention.CUDNN for reason in reasons}
@@ -94,6 +100,6 @@ def _calls_of_training(model: LM) -> list[str]:
 
 
 def _first(reasons: tuple[str, ...]) -> str:
-  """Of several reasons the first, and how many there are besides."""
+  """The first of several reasons, with the number of the others."""
   more = f' (and {len(reasons) - 1} more)' if len(reasons) > 1 else ''
   return f'{reasons[0]}{more}'

@@ -30,7 +30,7 @@ TEXT = ('source', 'path', 'split', 'tokenizer', 'vocab_size')
 # Fields of former versions, and what is there in their place.
 REPLACED = {
   'model.dtype': 'config.model.precision',
-  'model.param_dtype': 'config.model.precision, with which weights are always float32',
+  'model.param_dtype': 'config.model.precision; weights are float32 with every precision',
 }
 
 # Values by dotted name, such as {'weight.sparsity': 0.9}; strings are read as the field's type.
@@ -199,7 +199,7 @@ def check(config: ConfigDict) -> None:
 
 def _refuse_replaced(fields: Iterable[str]) -> None:
   for field in REPLACED.keys() & fields:
-    raise UserError(f'config.{field} is no field any more; valid: {REPLACED[field]}')
+    raise UserError(f'config.{field} is not a field any more; valid: {REPLACED[field]}')
 
 
 def ranges_of(config: ConfigDict) -> dict[str, ranges.Range]:

@@ -9,7 +9,7 @@ from sparse_lm.core.tree import Tree
 
 
 class OnHost:
-  """`function`, compiled for the host and run there; its outputs are then on the device.
+  """Compiles `function` for the host's CPU, runs it there and moves its outputs to the device.
 
   The initial state has random numbers and masks for every leaf of a model. XLA takes much longer to
   compile these for a GPU than it takes to compile them for the host, run them there and copy the results.
@@ -33,9 +33,9 @@ class OnHost:
     return jax.device_put(made, device)
 
   def later(self, pool: Executor, *arguments: Tree) -> tuple[Tree, Future[Tree]]:
-    """The outputs as shape structs, and themselves, which `pool` compiles and computes.
+    """The shape structs of the outputs, and a future of the outputs, which a thread of `pool` computes.
 
-    Tracing is done here, because it has state that threads share.
+    The function is traced before this returns, because tracing uses state that threads share.
     """
     device, given = jax.local_devices()[0], jax.device_get(arguments)
     with jax.default_device(host_device() or device):
@@ -45,7 +45,7 @@ class OnHost:
 
 
 def host_device() -> jax.Device | None:
-  """The host's CPU, `None` where JAX was told to do without one."""
+  """The host's CPU as a JAX device; `None` where JAX_PLATFORMS leaves out the CPU."""
   try:
     return jax.local_devices(backend='cpu')[0]
   except RuntimeError:  # JAX_PLATFORMS names other devices alone

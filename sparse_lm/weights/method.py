@@ -138,7 +138,7 @@ class WeightMethod:
     return {'': self}
 
   def with_parts(self, parts: Mapping[str, 'WeightMethod']) -> 'WeightMethod':
-    """The same method with others in place of its `parts`."""
+    """The same method with `parts` in place of its own."""
     return parts['']
 
   def owner(self, path: str) -> str | None:

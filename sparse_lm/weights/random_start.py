@@ -62,11 +62,12 @@ def check(rescale: str) -> None:
 def uniform(keys: Array, like: Mapping[str, Array]) -> Units:
   """Draws from [0, 1) by name, in the shapes of `like`.
 
-  Arrays of one shape are drawn in one operation, which compiles once; an array's values do not depend
-  on the others.
+  Arrays of equal shape are drawn in one operation, which is compiled once. The values of an array depend
+  on its key alone.
 
   Args:
-    keys: one for each name, such as `path_keys`.
+    keys: a key for each name, such as those of `path_keys`.
+    like: arrays or shape structs by name.
   """
   places: dict[tuple[int, ...], dict[str, int]] = {}
   for place, (name, array) in enumerate(like.items()):
@@ -74,7 +75,8 @@ def uniform(keys: Array, like: Mapping[str, Array]) -> Units:
   drawn = {}
   for shape, group in places.items():
     draw = jax.vmap(functools.partial(jax.random.uniform, shape=shape))
-    # What reads a draw does not draw it again: a GPU's kernels would, once for each array.
+    # Without the barrier XLA would fuse the draw into every kernel on a GPU that reads it, and so repeat
+    # it.
     drawn |= zip(group, jax.lax.optimization_barrier(draw(keys[np.array([*group.values()])])))
   return {name: drawn[name] for name in like}
 

@@ -32,7 +32,7 @@ def drop_and_grow(
 ) -> tuple[Units, Units]:
   """Drops the smallest connections and grows as many elsewhere (SET 2018; RigL 2020, section 3).
 
-  All arguments but `units` are by name.
+  All arguments but `units` are dictionaries by name.
 
   Args:
     masks: bool `[..., in, out]`; the count of each trailing matrix stays what it is.
@@ -40,8 +40,8 @@ def drop_and_grow(
     growth: scores of the positions to grow, among all that are not kept: a connection that is dropped
       may be grown again at once.
     fractions: scalars in [0, 1], the share of each matrix's active connections that is dropped.
-    noise: uniform [0, 1) like `masks`; a 1e-5 part of it breaks ties of the drop.
-    units: the pattern, which says what may be kept.
+    noise: uniform [0, 1) like `masks`; 1e-5 times it is added to magnitudes, to break ties of the drop.
+    units: the pattern, which says which sets of units may be kept.
 
   Returns:
     The new masks, and which of their connections were not dropped, both bool like `masks`.
@@ -55,7 +55,7 @@ def drop_and_grow(
     for name, mask in masks.items()
   ]
   keep = dict(zip(masks, topk_masks(ranked, survive)))
-  # What is kept comes first; where the pattern has no room for all of it, the largest growth does.
+  # Connections that were not dropped come before all grown ones; the pattern may have no room for all.
   first = {name: jnp.where(keep[name], jnp.inf, growth[name]) for name in masks}
   new = units.largest(first, active)
   return new, {name: keep[name] & new[name] for name in masks}
@@ -104,8 +104,8 @@ class Rewiring(PatternMethod):
     """Scores of the units to grow.
 
     Args:
-      signals: the units' mean magnitudes of each signal.
-      noise: uniform [0, 1).
+      signals: by name of the signal, the mean magnitude in each unit.
+      noise: uniform [0, 1) in the shapes of the units.
     """
     raise NotImplementedError(type(self).__name__)
 

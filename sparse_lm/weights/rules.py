@@ -61,7 +61,7 @@ class Rules(WeightMethod):
     return {rule.name: rule.method for rule in self.rules}
 
   def with_parts(self, parts: Mapping[str, WeightMethod]) -> 'Rules':
-    """The same rules with other methods."""
+    """The same rules, each with the method that `parts` holds under its name."""
     rules = tuple(dataclasses.replace(rule, method=parts[rule.name]) for rule in self.rules)
     return dataclasses.replace(self, rules=rules)
 

@@ -123,7 +123,7 @@ REFUSED = {
   'dropout': ({'dropout': 0.1}, (9, 0), 'config.model.dropout'),
   'width of heads': ({'width': 24, 'heads': 2}, (9, 0), 'and these are 12'),
   'selection': ({'attention__name': 'topk_keys'}, (9, 0), 'by their scores'),
-  'blocks': ({'attention__name': 'moba'}, (9, 0), 'another one'),
+  'blocks': ({'attention__name': 'moba'}, (9, 0), 'another mask'),
   'tokens left out': (
     {'depth__name': 'mixture_of_depths', 'depth__capacity': 0.5},
     (9, 0),
@@ -149,7 +149,7 @@ def test_what_the_fused_kernel_cannot_do_is_refused_in_one_line(
   with pytest.raises(UserError) as refused:
     setup(tiny_config(**given(fields, attention_kernel='cudnn')))
   line = str(refused.value)
-  assert line.startswith("config.model.attention_kernel='cudnn' cannot do this: ")
+  assert line.startswith("config.model.attention_kernel='cudnn' cannot run here: ")
   assert line.endswith("; valid: 'auto', or 'einsum'") and reason in line and '\n' not in line
   # By itself it is einsum there, which is said where the device has something faster.
   run = setup(tiny_config(**given(fields)))
@@ -223,7 +223,7 @@ def test_a_run_is_pruned_in_its_own_precision(half, on_nvidia, tmp_path):
 def test_a_workdir_of_a_fused_kernel_is_read_where_there_is_none(tiny_config, half):
   folder, _ = half
   config = tiny_config(model__precision='bfloat16', model__attention_kernel='cudnn')
-  with pytest.raises(UserError, match='cannot do this'):
+  with pytest.raises(UserError, match='cannot run here'):
     setup(config)
   model = load(folder).program.model
   asks = model.clone(spec=dataclasses.replace(model.spec, attention_kernel='cudnn'))

@@ -81,7 +81,7 @@ class Block(Format):
     return (self.groups * self.tiles.shape[1], len(self.parts) * self.tiles.shape[1])
 
   def matmul(self, x: Array) -> Array:
-    """As many small products as there are tiles, or one."""
+    """`x @ kernel`: one small product for each tile, or one product with the whole kernel."""
     moved = 2 * math.prod(self.tiles.shape[:2]) * (x.size // x.shape[-1])
     if device.compute_capability() is not None and moved > math.prod(self.shape):
       return matmul(x, self._whole())
