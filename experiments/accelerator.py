@@ -2,7 +2,7 @@
 
 Some four minutes on one H100 or H200. 12 layers of width 768, 12 heads, context 1024, batch 16,
 vocabulary 50,304, in the model of the PyTorch twin (LayerNorm, learned positions, squared ReLU, an untied
-head). The most important rows come first; what is interrupted continues.
+head). The most important rows come first; the same command continues a study that was interrupted.
 """
 
 import functools
@@ -27,7 +27,7 @@ SIZE = {
   'model.precision': 'bfloat16',
 }
 SPARSITY = {'weight.sparsity': 0.9}
-# Of the rows that are steps beside the dense one, in the order of the study.
+# The rows that measure a step beside the dense step, in the order of the study; `LATER` comes last.
 STEPS: dict[str, Overrides] = {
   goals.STE: STE | SPARSITY,
   goals.STATIC: {'weight.name': 'static'} | SPARSITY,
@@ -51,7 +51,7 @@ def runs() -> list[Run]:
 
 
 def rows(bench: Bench, packed: Bench, count: int) -> list[Run]:
-  """The rows at one size, and so many packed runs at another."""
+  """The rows at the size of `bench`, and a row of `count` packed runs at the size of `packed`."""
   return [
     bench.run(goals.PEAK, bench.peaks),
     bench.run(goals.DENSE, bench.dense_step),

@@ -1,8 +1,8 @@
 """What does every method add to a training step, and what do whole runs take on this GPU?
 
-What the study `accelerator` leaves out for time: a step of every config at 4 layers of width 768, context
-1024, batch 16, beside the dense one; packed models beside their dense twins; nanoGPT's GPU setting, and
-a study of packed runs, trained whole (on the text of tiny Shakespeare, where you placed it).
+It measures what the study `accelerator` leaves out because of its time: a step of every config at 4
+layers of width 768, context 1024, batch 16, beside the dense step; packed models beside their dense
+twins; and two complete trainings on tiny Shakespeare, nanoGPT's GPU setting and a study of packed runs.
 """
 
 import functools

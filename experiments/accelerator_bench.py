@@ -1,9 +1,9 @@
 """Training steps measured at one size, each beside the dense step in one process.
 
 Windows of steps run without waiting for the device and take turns with windows of the dense step. The
-programs of all rows that a study still lacks are compiled once and at the same time. What failed is a
-line too, with `failed` and a `message`, and the rows after it go on. PyTorch and first steps run in
-processes of their own.
+programs of all rows that a study still lacks are compiled once and at the same time. A row that fails
+gets a line with `failed` and a `message`, and the rows after it are measured. PyTorch and first steps run
+in processes of their own.
 """
 
 import dataclasses
@@ -47,13 +47,13 @@ ENERGY_SECONDS = 1.0  # the meter of a GPU moves some ten times a second
 
 
 def execute(measure: Measure, run: Run, workdir: pathlib.Path) -> JsonObject:
-  """A line's contents: what `measure` finds, or that it failed and why, and the seconds that it took."""
+  """The contents of a line: the metrics of `measure`, or why it failed, and the seconds that it took."""
   begin = time.perf_counter()
   runtime.prepare()
   found: JsonObject = {'metrics': {}}
   try:
     found['metrics'] = dict(measure(run, workdir))
-  except Exception as error:  # whatever one row meets, the others are measured
+  except Exception as error:  # after an error of any kind the other rows are still measured
     reason = ' '.join(str(error).split())[:300]
     found |= {'failed': 'not measured', 'message': f'{type(error).__name__}: {reason}'}
     # `Together` keeps the error for other rows, and its frames hold this row's states.
@@ -85,7 +85,7 @@ def said(row: str, found: JsonObject) -> str:
 class Window:
   """A compiled step that carries its state; a call runs some steps without waiting for the device.
 
-  It has run one step before, so that nothing is left to be loaded.
+  One step runs at construction, so that loading the program is not measured.
   """
 
   def __init__(self, compiled: Compiled, state: Tree, steps: int, *inputs: Tree) -> None:
@@ -101,7 +101,7 @@ class Window:
 
 @dataclasses.dataclass(frozen=True)
 class Rested(turns.Prepared):
-  """A window that begins when the threads of the twin are at rest: they wait busily for 0.2 s."""
+  """A window that begins when the twin's threads sleep: after work they spin for 0.2 s."""
 
   window: Window
 
@@ -123,12 +123,12 @@ class Bench:
     config: path of a config file.
     overrides: of the dense model.
     vocab: tokens of the vocabulary; batches are random ones, on the device.
-    window: steps that run without waiting.
+    window: steps that run without waiting for the device.
     repeats: turns that are measured.
-    matmul: rows and columns of the products that give the peak.
+    matmul: rows and columns of the matrices whose product gives the peak FLOP/s.
     copied: bytes of the array whose copy gives the memory's bandwidth.
-    planned: the runs that are steps beside the dense one, by row.
-    programs: by row, '' the dense one, and 'initial state', 'step' or 'update' (of masks).
+    planned: by row, the runs that measure a step beside the dense one.
+    programs: by row ('' = the dense step) and kind: 'initial state', 'step' or 'update' (of masks).
   """
 
   config: str
@@ -261,7 +261,7 @@ class Bench:
       raise NoTwin(f'it has {theirs} parameters and the model {ours}')
 
   def step(self, run: Run, workdir: pathlib.Path) -> Metrics:
-    """A step beside the dense one. One that updates masks now and then counts its updates in."""
+    """A step beside the dense one. Where masks are updated in some steps, the average counts these in."""
     row = run.labels['row']
     self.lower(workdir)
     self._lower(row, run)  # also where the study has it already
@@ -284,7 +284,7 @@ class Bench:
   def _numbers(
     self, program: Program, final: dict[str, float], window: Window, seconds: np.ndarray
   ) -> Metrics:
-    """Of a step's own: its time, FLOPs, memory and energy."""
+    """The time, FLOPs, memory and energy of a step."""
     found, tokens = _milliseconds(seconds, self.window), self.tokens[:, 1:].size
     flops = program.step_flops(0, program.costs.training_pass({}), final) * tokens
     flops_per_s = 1e3 * flops / found['step_ms']
@@ -298,7 +298,7 @@ class Bench:
     }
 
   def packed(self, count: int, run: Run, workdir: pathlib.Path) -> Metrics:
-    """So many runs that differ in their seeds as one program, beside one run alone."""
+    """A step of `count` runs of different seeds as one program, beside the step of one run alone."""
     program, target = self.program(run)
     states = packing.stack([program.init(seed, target) for seed in range(count)])
     batch, length = self.tokens.shape
@@ -322,7 +322,7 @@ class Bench:
     }
 
   def first_step(self, run: Run, workdir: pathlib.Path) -> Metrics:
-    """Wall time of a new process to the end of its first step, with nothing compiled, and again."""
+    """Wall time of a new process to the end of its first step, with an empty cache and once more."""
     asked = {'config': run.config, 'overrides': run.overrides, 'vocab': self.vocab}
     with tempfile.TemporaryDirectory() as cache:
       cold, warm = _process_seconds(asked, cache), _process_seconds(asked, cache)
@@ -343,7 +343,7 @@ def _random_tokens(vocab: int, batch: int, length: int) -> jax.Array:
 
 
 def _repeated(call: Callable[[], Tree], times: int) -> Callable[[], Tree]:
-  """Calls one after the other, of which the last result is waited for."""
+  """Calls the function `times` times; the caller waits for the last result."""
 
   def run() -> Tree:
     for _ in range(times - 1):
@@ -365,7 +365,7 @@ def _beside(seconds: np.ndarray, reference: np.ndarray, steps: int) -> Metrics:
 
 
 def _joules(window: Window) -> float | None:
-  """Of a step; `None` where no meter can be read."""
+  """Joules of a step; `None` where no energy meter can be read."""
   with energy.meter() as measured:
     pass
   if measured.joules is None:

@@ -1,4 +1,4 @@
-"""What a GPU and a CPU are to reach, as data: the goals of the accelerator studies, and their rows."""
+"""The goals of the accelerator studies on a GPU and on a CPU, and the names of the studies' rows."""
 
 import dataclasses
 
@@ -13,15 +13,15 @@ STUDY, NANOGPT = 'study of 57 packed runs', "nanoGPT's GPU setting"
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-  """The most that a metric of a row may be.
+  """An upper limit for a metric of a row.
 
   Attributes:
-    study: that measures it.
-    row: of the study.
-    metric: in its lines.
-    most: in the metric's own unit.
-    what: for a reader.
-    format, unit, scale: of the numbers as printed.
+    study: the study that measures the metric.
+    row: the row of the study.
+    metric: the metric's name in the study's lines.
+    most: the limit, in the metric's own unit.
+    what: the metric in words.
+    format, unit, scale: how values are printed; a value is multiplied by `scale` first.
   """
 
   study: str
@@ -79,5 +79,5 @@ CPU = (
 
 
 def goals(study: str, device: str) -> tuple[Goal, ...]:
-  """Those of a study on a kind of device, as JAX calls it."""
+  """The goals of a study on a device, which is given by JAX's name of it."""
   return tuple(goal for goal in (CPU if device == 'cpu' else GPU) if goal.study == study)

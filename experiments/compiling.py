@@ -1,4 +1,4 @@
-"""Programs that are compiled at the same time, each once, when the first of them is asked for."""
+"""Programs that are compiled all at the same time, when the first of them is asked for."""
 
 import concurrent.futures
 import os
@@ -8,9 +8,9 @@ from jax.stages import Compiled, Lowered
 
 
 class Together:
-  """Lowered programs by name. Those of one text share an executable.
+  """Lowered programs by name; programs of equal text share an executable.
 
-  What one program meets, in tracing or in compilation, is raised when it is asked for.
+  An error in tracing or compiling a program is raised when that program is asked for.
   """
 
   def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Together:
     self._known.add(name)
     try:
       self._lowered[name] = make()
-    except Exception as error:  # whatever it is, it is this program's own
+    except Exception as error:  # an error of any kind concerns this program alone
       self._done[name] = error
 
   def take(self, name: Hashable) -> Compiled:
@@ -42,7 +42,7 @@ class Together:
     return found
 
   def _compile(self) -> None:
-    """Compiles what was lowered, in as many threads as there are cores."""
+    """Compiles all lowered programs, in one thread for each core."""
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
       by_text: dict[Hashable, concurrent.futures.Future[Compiled]] = {}
       futures = {}

@@ -1,7 +1,7 @@
 """`python -m experiments.documents [NAME ...]`: writes README.md and docs/ from the lines of studies.
 
 Every table, figure and quoted number of a study comes from one set of lines, docs/lines/<study>.jsonl.
-Of a study of machines there is one set for each device, docs/lines/<study>-<device>.jsonl.
+A study that compares machines has one set for each device, docs/lines/<study>-<device>.jsonl.
 With names, the lines of those studies are first taken from the folder of results. Prose stands in
 docs/templates, one Jinja template for each document. It quotes numbers as
 `{{ study('patterns').text('val_loss', scope='MLP', ...) }}` (see `findings`), and states what a sentence
@@ -32,7 +32,7 @@ from sparse_lm.core import records
 from sparse_lm.core.errors import UserError
 from sparse_lm.report import results
 
-# Studies of machines: each keeps its lines in a file for each device, `<study>-<device>.jsonl`.
+# Studies that compare machines; their lines lie in one file for each device, `<study>-<device>.jsonl`.
 MACHINES = ('accelerator', 'accelerator_all', 'accelerator_quick')
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LINES, TEMPLATES = ROOT / 'docs' / 'lines', ROOT / 'docs' / 'templates'
@@ -62,14 +62,14 @@ def take(name: str, folder: str) -> None:
 
 
 def _device(line: results.Line) -> str:
-  """The device that a line was made on, fit for the name of a file; a CPU's instruction set too."""
+  """The device that a line was measured on, as part of a file name; for a CPU its instruction set too."""
   env = line['env']
   words = env['device'] if env['device'] != 'cpu' else f'cpu {env["instruction_set"]}'
   return re.sub(r'[^a-z0-9]+', '-', words.lower()).strip('-')
 
 
 def machines(folder: pathlib.Path, name: str) -> str:
-  """The tables of a study of machines, those of all devices side by side; draws its figure."""
+  """The tables of a study that compares machines, with all devices side by side; draws its figure."""
   files = sorted(LINES.glob(f'{name}-*.jsonl'))
   lines = [line for file in files for line in results.read_file(file)]
   return accelerator_report.page(lines, folder / name).strip() if lines else 'Not measured yet.'

@@ -1,7 +1,8 @@
-"""Initialises a model, runs one training step and ends: what a study times from outside.
+"""Initialises a model, runs one training step and ends. A study times this process from outside.
 
 `python -m experiments.first_step '{"config": ..., "overrides": {...}, "vocab": ...}'` prints a JSON
-object when the step is done: `peak_memory`, the most bytes that the device's allocator has held, or null.
+object when the step is done: `peak_memory`, the most bytes that the device's allocator has held, or null
+if the device does not say.
 """
 
 import json

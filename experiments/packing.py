@@ -23,7 +23,7 @@ class Job:
   Attributes:
     runs: by id; those of a pack, or one.
     setups: of the runs of a pack, by id.
-    alone_because: why a run is no part of a pack, in words.
+    alone_because: for a run that is not packed, the reason in words.
   """
 
   runs: Mapping[str, Run]
@@ -109,9 +109,9 @@ def _job(part: Sequence[str], runs: Mapping[str, Run], setups: Mapping[str, Setu
 def _fitted(
   parts: Sequence[Sequence[str]], setups: Mapping[str, Setup], most: int
 ) -> list[Sequence[str]]:
-  """The parts, divided further where `most` is `AUTO` and they do not fit.
+  """The parts; with `most` = `AUTO`, parts that do not fit the memory are divided further.
 
-  Raises UserError where it is not and one does not fit.
+  Raises UserError where a part does not fit and `most` is a number.
   """
   made = {tuple(part): packs.Pack.of([setups[i] for i in part]) for part in parts if len(part) > 1}
   packs.compile_packs(list(made.values()))

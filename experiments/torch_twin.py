@@ -1,4 +1,4 @@
-"""The dense model and its training step in PyTorch: what the speed of our own step is measured against.
+"""The dense model and its training step in PyTorch, the reference for the speed of the JAX step.
 
 `python -m experiments.torch_twin --width=768 ...` is a process of its own, so that the two frameworks
 do not share one allocator. It compiles the step (`torch.compile` and bfloat16 autocast on a GPU; plain
@@ -6,9 +6,10 @@ float32 in two threads on a CPU) and prints a JSON object with `params` and `tor
 runs as many steps as each line of its input says, without waiting for the device between them, and prints
 a JSON object with their `seconds` and its `peak_memory` in bytes so far.
 
-It is what config.model.norm=layernorm and config.model.positions=learned describe: pre-norm layers, fused
-query, key and value, SDPA, squared ReLU, an untied head, no biases. AdamW is fused, decays matrices alone
-and clips the global norm, with the constants of `configs/base.py`.
+The model is the one that config.model.norm=layernorm and config.model.positions=learned describe:
+pre-norm layers, fused query, key and value projections, SDPA, squared ReLU, an untied head, no biases.
+AdamW is fused and decays matrices alone; the gradient is clipped by its global norm. Constants are those
+of `configs/base.py`.
 """
 
 import argparse
@@ -102,7 +103,7 @@ class Trainer:
     self.tokens = torch.randint(0, sizes.vocab, shape, device=self.device)
 
   def step(self) -> torch.Tensor:
-    """One optimizer step; the loss before it."""
+    """Runs one optimizer step, and returns the loss before its update."""
     with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.gpu):
       loss = self.loss(self.tokens[:, :-1], self.tokens[:, 1:].contiguous())
     loss.backward()
@@ -112,7 +113,7 @@ class Trainer:
     return loss.detach()
 
   def window(self, steps: int) -> float:
-    """Seconds of so many steps, the device idle before and after them."""
+    """Runs so many steps, with the device idle before and after them, and returns the seconds."""
     self.wait()
     begin = time.perf_counter()
     for _ in range(steps):
@@ -121,7 +122,7 @@ class Trainer:
     return time.perf_counter() - begin
 
   def wait(self) -> None:
-    """Until the device has finished."""
+    """Waits until the device has finished."""
     if self.gpu:
       torch.cuda.synchronize()
 

@@ -22,7 +22,7 @@ class NoTwin(Exception):
 
 
 class Twin:
-  """The process. A call runs a window of its steps and waits for them."""
+  """The twin's process. A call runs a window of its training steps and waits for them."""
 
   def __init__(self, sizes: Mapping[str, int], steps: int, errors: pathlib.Path) -> None:
     self.steps, self.errors, self.peak_memory = steps, errors, None
@@ -46,7 +46,7 @@ class Twin:
     return json.loads(line)
 
   def __call__(self) -> float:
-    """Seconds of a window."""
+    """Runs a window of steps, and returns the seconds that it took."""
     self.process.stdin.write(f'{self.steps}\n')
     self.process.stdin.flush()
     found = self.read()
@@ -56,7 +56,7 @@ class Twin:
 
 @contextlib.contextmanager
 def running(sizes: Mapping[str, int], steps: int) -> Iterator[Twin]:
-  """The twin while it is needed; it compiles meanwhile. Raises NoTwin without PyTorch."""
+  """Runs the twin, which compiles while the caller goes on. Raises NoTwin without PyTorch."""
   if importlib.util.find_spec('torch') is None:
     raise NoTwin('PyTorch is not installed')
   with tempfile.TemporaryDirectory() as folder:

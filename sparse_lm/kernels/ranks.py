@@ -6,7 +6,7 @@ import jax.numpy as jnp
 Array = jax.Array
 
 TOGETHER = 128  # entries of a row, all of which counting compares with each other
-MOST_COMPARISONS = 2**27  # the most that counting may do; with more comparisons ranks come from a sort
+MOST_COMPARISONS = 2**27  # the most of counting; beyond it ranks come from a sort
 
 
 def ranks(group_P: Array, groups: int) -> tuple[Array, Array]:
@@ -44,8 +44,7 @@ def by_sorting(group_P: Array, groups: int) -> tuple[Array, Array]:
 
 
 def by_counting(group_P: Array, groups: int) -> tuple[Array, Array]:
-  """`ranks` by counting: comparisons inside rows of `TOGETHER` entries, plus the counts of earlier
-  rows."""
+  """`ranks` by comparisons inside rows of `TOGETHER` entries, plus the counts of earlier rows."""
   padded = jnp.pad(group_P, (0, -group_P.size % TOGETHER), constant_values=groups)
   group_RxL = padded.reshape(-1, TOGETHER)
   rows = len(group_RxL)

@@ -137,8 +137,7 @@ def run(parent: nn.Module, module: nn.Module, passes: Passes, recomputes: bool) 
 
 
 def _of_layers(variables: Tree, renamed: Mapping[int, int]) -> Tree:
-  """The variables of the layers in `renamed`, by collection, under the names of the layers they map
-  to."""
+  """By collection, the variables of the layers in `renamed`, under the names of the layers it maps to."""
   return {
     collection: {
       place.part.of(renamed[place.layer]): parts[str(place)]

@@ -47,13 +47,7 @@ def notes(asked: ConfigDict, reasons: tuple[str, ...]) -> list[str]:
       why = 'is no NVIDIA GPU: whether bfloat16 is faster there is not known, and attention is not fused'
     return [f'config.model.precision={AUTO!r} is float32 on {device.name()}, which {why}']
   if reasons and asked.model.attention_kernel == AUTO:
-    return
-
-
-
-
-    [f'config.model.attention_kernel={AUTO!r} is
-    {attention.EINSUM} here, not {attention.CUDNN}: {_first(reasons)}']
+    return [f'config.model.attention_kernel={AUTO!r} is {attention.EINSUM} here: {_first(reasons)}']
   return []
 
 
@@ -61,7 +55,8 @@ def attention_kernels(model: LM) -> tuple[tuple[str, ...], tuple[str, ...]]:
   """The kernels that attention runs in a training step on this device, and why not all of them are fused.
 
   Returns:
-    The names of the kernels, and the reasons, of which there are none on a device without fused attention.
+    The names of the kernels, and the reasons, of which there are none on a device without fused
+    attention.
 
   Raises UserError where `config.model.attention_kernel` asks for the fused one and it cannot run.
   """

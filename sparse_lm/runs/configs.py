@@ -27,7 +27,7 @@ from sparse_lm.runs.run_folder import folder_of, read_config
 BASE = pathlib.Path(__file__).parents[2] / 'configs' / 'base.py'
 # The fields of `config.data` that say what is read and how it becomes tokens.
 TEXT = ('source', 'path', 'split', 'tokenizer', 'vocab_size')
-# Fields of former versions, and what is there in their place.
+# Fields of former versions, and the fields that have replaced them.
 REPLACED = {
   'model.dtype': 'config.model.precision',
   'model.param_dtype': 'config.model.precision; weights are float32 with every precision',

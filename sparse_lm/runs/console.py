@@ -76,7 +76,7 @@ class Console:
     self._bar.close()
 
   def step(self, count: int = 1) -> None:
-    """So many more steps were dispatched."""
+    """Advances the bar by `count` dispatched steps."""
     self._bar.update(count)
 
   def status(self, text: str) -> None:
@@ -89,7 +89,7 @@ class Console:
       tqdm.write(line, file=sys.stderr)
 
   def warn_once(self, kind: str, line: str | None) -> None:
-    """Prints a line, if there is one, shown or not, unless there was one of this kind."""
+    """Prints a warning, even without a bar, unless `line` is `None` or its kind was printed before."""
     if line is not None and kind not in self._warned:
       self._warned.add(kind)
       self.say(f'warning: {line}', always=True)

@@ -25,14 +25,14 @@ def evaluate_packed(run: Setup, params: Tree, model_state: Tree) -> list[Values]
   """`evaluate` on the validation split for several runs, which are the leading axis of both trees.
 
   Args:
-    run: one of them; all share its model and data.
+    run: one of the runs; all of them share its model and data.
   """
   variables = {'params': params, **model_state}
   return run_packed(run.program.model, variables, EvalData.of_split(run.data))
 
 
 def evaluation_of_packed(run: Setup, params: Tree, model_state: Tree) -> Call:
-  """What `evaluate_packed` calls for trees of these shapes, so that it can be compiled before."""
+  """The step of `evaluate_packed` for trees of these shapes, so that it can be compiled in advance."""
   return packed_call(run.program.model, {'params': params, **model_state}, run.data.batch)
 
 

@@ -52,10 +52,10 @@ def train(config: ConfigDict, workdir: str, progress: bool = True) -> JsonObject
 
 
 class Stop:
-  """Notes SIGTERM and Ctrl-C while a run is under way, so that it can save first.
+  """Notes SIGTERM and Ctrl-C while a run trains, so that the run can be saved before it ends.
 
   Attributes:
-    signum: of the signal that came, `None` before one does.
+    signum: the number of the signal that was received, or `None`.
   """
 
   def __init__(self) -> None:
@@ -179,7 +179,7 @@ class _Loop:
     return Evaluated(evaluate(self.setup, params, state.model_state), masks)
 
   def _save(self, state: TrainState, batches: grain.DatasetIterator) -> None:
-    """Never saves a state whose losses were not seen to be finite."""
+    """Saves a checkpoint, after all its losses were fetched and found finite."""
     with self._paused():
       self.record.save(state, batches)
 

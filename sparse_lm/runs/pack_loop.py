@@ -1,4 +1,4 @@
-"""The training loop of several runs that are one program on the device."""
+"""The training loop of a pack: several runs that the device executes as one program."""
 
 import contextlib
 import time
@@ -33,18 +33,19 @@ def train_packed(
 ) -> list[Outcome]:
   """Trains runs as one program, or continues them, and returns the contents of each one's result.json.
 
-  Each run keeps a folder of its own, in which it is continued alone or packed. A checkpoint is written
-  at the end, or where a signal stops the pack, and with it the best state: not every
-  `config.train.checkpoint_every` steps. Numbers are those of the runs alone up to the rounding of
+  Each run keeps a folder of its own, in which it can be continued alone or packed. Checkpoints and best
+  states are written at the end, or when a signal stops the pack, and not every
+  `config.train.checkpoint_every` steps. Results equal those of the runs alone up to the rounding of
   float32, because sums are added up in another order.
 
   Args:
-    runs: that `packs.difference` finds nothing between.
-    workdirs: their folders; one that holds a finished run is not trained again.
-    progress: whether to show on stderr what is going on.
+    runs: runs that can be packed: `packs.difference` is `None` for each pair of them.
+    workdirs: the runs' folders; a run that is finished already is not trained again.
+    progress: whether to show progress on stderr.
 
   Returns:
-    In the place of a run whose loss is no longer finite, the error that says so: the others go on.
+    For each run its result; for a run whose loss is no longer finite the error that says so. The other
+    runs of its pack go on.
 
   Raises:
     UserError: runs that cannot be packed, before anything is written; see also `loop.train`.
@@ -70,7 +71,7 @@ def train_packed(
 
 
 def _resumed(pack: Pack, records: Sequence[Record]) -> list[TrainState]:
-  """Each run's state, where its newest checkpoint left it or at step 0."""
+  """The state of each run, from its newest checkpoint, or at step 0 if it has none."""
   fresh = pack.start()
   _, masks = jax.device_get(pack.program.finalize(packed.stack(fresh), pack.numbers))
   found = []
@@ -82,7 +83,7 @@ def _resumed(pack: Pack, records: Sequence[Record]) -> list[TrainState]:
 
 
 def _by_step(states: Sequence[TrainState]) -> list[tuple[list[int], list[TrainState]]]:
-  """Indices and states of the runs that have done equally many steps."""
+  """Groups runs that have done equally many steps: their indices and states."""
   groups: dict[int, list[int]] = {}
   for number, state in enumerate(states):
     groups.setdefault(int(state.step), []).append(number)
@@ -90,7 +91,7 @@ def _by_step(states: Sequence[TrainState]) -> list[tuple[list[int], list[TrainSt
 
 
 class _Kept(NamedTuple):
-  """The best state of a run since it was saved, on the host."""
+  """A run's best state, kept on the host until it is saved."""
 
   state: TrainState
   loss: float
@@ -98,19 +99,19 @@ class _Kept(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-  """Steps that were dispatched together: the steps done before them, and their metrics."""
+  """Steps that were dispatched together: the number of steps before them, and their metrics."""
 
   first: int
   metrics: list[PackedMetrics]
 
   @property
   def end(self) -> int:
-    """Steps done after them."""
+    """The number of steps that are done after this chunk."""
     return self.first + len(self.metrics)
 
 
 class _PackLoop:
-  """Runs of one program that have done equally many steps, from there to the last step."""
+  """Trains runs of one program that have done equally many steps, until their last step."""
 
   def __init__(self, pack: Pack, records: Sequence[Record], progress: bool) -> None:
     self.pack, self.records, self.progress = pack, records, progress
@@ -121,7 +122,7 @@ class _PackLoop:
     self.timer = _Timer()
 
   def run(self, states: Sequence[TrainState]) -> list[Outcome]:
-    """Trains, logs, evaluates and saves; `states` are of each run."""
+    """Trains, logs, evaluates and saves, from the state of each run. Returns each run's outcome."""
     config, first = self.run_of_all.config, int(states[0].step)
     name, count = self.records[0].folder.path.name, len(states)
     with Stop() as stop, Console(self.progress, name, first, config.train.steps) as self.console:
@@ -150,7 +151,7 @@ class _PackLoop:
       return self._finish(stacked)
 
   def _prepare(self, first: int) -> None:
-    """Compiles the steps and puts on the device what they read."""
+    """Compiles the steps and moves their inputs to the device."""
     self.steps = self.pack.compiled(first)
     data = self.run_of_all.data
     self.tokens, self.numbers = jax.device_put((data.tokens['train'], self.pack.numbers))
@@ -160,9 +161,9 @@ class _PackLoop:
     self.timer.start()
 
   def _advance(self, states: TrainState, done: int) -> tuple[TrainState, int]:
-    """Dispatches the steps to the next line of the log or evaluation, `CHUNK` at most.
+    """Dispatches the steps up to the next line of the log or the next evaluation, at most `CHUNK`.
 
-    While the device is at work on them, the metrics of the steps before them are collected.
+    While the device runs them, the metrics of the chunk before them are collected.
     """
     train = self.run_of_all.config.train
     ends = [every - done % every + done for every in (CHUNK, train.log_every, train.eval_every)]
@@ -178,7 +179,7 @@ class _PackLoop:
     return states, end
 
   def _collect(self) -> None:
-    """Brings the metrics of the pending steps to the host, and logs them at the log's lines."""
+    """Brings the metrics of the pending steps to the host, and logs them every `log_every` steps."""
     if self.pending is None:
       return
     chunk, self.pending = self.pending, None
@@ -201,7 +202,7 @@ class _PackLoop:
     self.console.status(f'{_span("training loss", losses)}, {milliseconds:.2f} ms a step')
 
   def _evaluate(self, states: TrainState, step: int) -> None:
-    """Logs each run's validation loss and what its connections did, and keeps its best state."""
+    """Logs each run's validation loss and the changes of its masks, and keeps its best state."""
     self.console.status('evaluating')
     found, masks = self._measure(states)
     moved = observe.connections_of_each(masks, self.masks, len(self.records))
@@ -214,7 +215,7 @@ class _PackLoop:
         if record.at_final_density(step) and losses[-1] < best:
           better.append(number)
     if better:
-      # What evaluation reads; a run never continues from it.
+      # A best state is evaluated and exported, but never trained on, so the rest of it is left out.
       read = states.replace(opt_state=None, control=None, signals={}, key=None)
       host = jax.device_get(read)
       for number in better:
@@ -231,7 +232,7 @@ class _PackLoop:
     return each, masks
 
   def _save(self, states: TrainState, step: int) -> None:
-    """Saves each run's best state and the newest, from which it continues."""
+    """Saves each run's best state, and its newest state, from which the run can be continued."""
     host = jax.device_get(states.replace(key=None))
     for number, record in self._alive():
       run = record.setup
@@ -256,7 +257,7 @@ class _PackLoop:
 
   @contextlib.contextmanager
   def _noting(self, number: int) -> Iterator[None]:
-    """Notes where a run diverges: its numbers are left alone from there on, and the others go on."""
+    """Catches the divergence of one run: from then on that run is ignored, and the others go on."""
     try:
       yield
     except Diverged as error:
@@ -265,17 +266,17 @@ class _PackLoop:
 
 
 class _Timer:
-  """Time of steps while the device is never idle: between two moments at which steps were done."""
+  """Measures the time of a step while the device is never idle, as the time between finished chunks."""
 
   def __init__(self) -> None:
     self._seconds, self._steps = 0.0, 0
 
   def start(self) -> None:
-    """The next steps begin now."""
+    """Starts the clock for the next steps."""
     self._mark = time.perf_counter()
 
   def add(self, steps: int) -> None:
-    """So many more steps are done now."""
+    """Adds `steps` that are finished now."""
     now = time.perf_counter()
     self._seconds, self._steps, self._mark = (
       self._seconds + now - self._mark,

@@ -27,7 +27,7 @@ from sparse_lm.train.step import Program, shared
 from sparse_lm.weights import parts
 
 T = TypeVar('T')
-CHUNK = 10  # steps whose starts of windows go to the device at once
+CHUNK = 10  # steps whose windows' starts are sent to the device at once
 INTERVALS = ('train.steps', 'train.log_every', 'train.eval_every')
 
 
@@ -43,12 +43,12 @@ def alone_because(run: Setup) -> str | None:
 
 
 def key(run: Setup) -> Hashable:
-  """Runs of equal keys can be packed.
+  """A key that is equal for runs that can be packed.
 
-  They share the program but for `numbers.numbers`, the leaves that they prune, the data, and the steps
-  at which they log and evaluate. Their masks are updated in the same steps, because the program says in
-  which. What differs is traced: seeds, and with them the order of the data, final densities and those
-  numbers.
+  Such runs have equal programs except for `numbers.numbers`. They prune the same leaves, read the same
+  data, and log and evaluate at the same steps. Their masks are updated in the same steps, which the
+  program decides. Traced, and so free to differ, are seeds, and with them the order of the data, final
+  densities, and the numbers of `numbers.numbers`.
   """
   fields = configs.flat(run.config)
   return (
@@ -93,7 +93,7 @@ class Pack:
 
   Attributes:
     runs: each with the program that is common to all.
-    numbers: float32 `[N]`, in which they differ, see `train/numbers.py`.
+    numbers: by name, float32 `[N]`, the numbers in which runs may differ, see `train/numbers.py`.
   """
 
   runs: tuple[Setup, ...]
@@ -101,7 +101,7 @@ class Pack:
 
   @classmethod
   def of(cls, runs: Sequence[Setup]) -> 'Pack':
-    """Raises UserError, with what differs, where the runs cannot be packed."""
+    """Makes a pack of runs. Raises UserError that says what differs where they cannot be packed."""
     for run in runs:
       if reason := difference(runs[0], run):
         raise UserError(
@@ -129,7 +129,7 @@ class Pack:
     return packed(self.runs[0].program)
 
   def updates(self, step: int) -> Updates:
-    """The parts of the weight method whose masks change in a step, and those that collect signals."""
+    """The parts of the weight method that update masks in a step, and those that collect signals."""
     method = self.runs[0].program.method
     return parts.due(method, step), parts.collecting(method, step)
 
@@ -142,7 +142,7 @@ class Pack:
     }
 
   def calls(self, first: int = 0) -> list[Call]:
-    """What a pack that has done `first` steps calls: its steps, and what evaluates."""
+    """The functions that a pack calls after `first` steps, to compile: its steps and its evaluation."""
     finalize = Call(self.program.finalize, (self._states, self._feed.numbers))
     params, _ = finalize.function.outputs(*finalize.arguments)
     evaluation = evaluation_of_packed(self.runs[0], params, self._states.model_state)
@@ -166,12 +166,12 @@ class Pack:
     return list(dict.fromkeys(map(self.updates, steps)))
 
   def bytes_at_least(self) -> int:
-    """What states and the training text take, without compiling anything."""
+    """Bytes of the states and the training text, a lower bound that needs no compilation."""
     leaves = jax.tree.leaves((self._states.replace(key=None), self._feed))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
   def bytes(self) -> int:
-    """What the largest of the compiled steps takes, all buffers included."""
+    """Bytes that the largest compiled step takes, all buffers included."""
     found = [compiled.memory_analysis() for compiled in self.compiled().values()]
     return max(
       memory.argument_size_in_bytes
@@ -203,7 +203,7 @@ class Pack:
 
 
 def fitting(pack: Pack) -> int:
-  """How many of the runs fit the device's memory together; all of them, where the pack does."""
+  """How many of the runs fit the device's memory together; the number of all runs if the pack fits."""
   room, count = runtime.memory(), len(pack.runs)
   for measure in (pack.bytes_at_least, pack.bytes):
     if (need := measure()) > room:
@@ -212,7 +212,7 @@ def fitting(pack: Pack) -> int:
 
 
 def compile_packs(packs: Sequence[Pack]) -> None:
-  """Compiles what the packs that may fit call, all at once: nothing waits for the compiler later."""
+  """Compiles at once all functions of the packs that may fit, so that no pack waits for it later."""
   room = runtime.memory()
   compile_together(call for pack in packs if pack.bytes_at_least() <= room for call in pack.calls())
 

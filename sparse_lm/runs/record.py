@@ -1,7 +1,7 @@
-"""What one run leaves in its folder as it goes on: log, history, best state, checkpoints and result.
+"""What one run writes into its folder: log, history, best state, checkpoints and result.
 
-Nothing here drives a run: `runs/loop.py` trains one and keeps its record, `runs/pack_loop.py` trains
-several at once and keeps the record of each.
+Training is elsewhere: `runs/loop.py` trains one run and keeps its record, and `runs/pack_loop.py` trains
+several runs at once and keeps the record of each.
 """
 
 import contextlib
@@ -41,8 +41,8 @@ class Record:
 
   Attributes:
     setup: the run.
-    folder, checkpoints, best: where it is kept; open.
-    history: what goes into checkpoints besides the state; set by `resume`.
+    folder, checkpoints, best: the open stores of the record.
+    history: the part of a checkpoint besides the state; set by `resume`.
     newest: metrics of the newest step that was added.
     evaluated: the newest evaluation, or `None` before the first.
   """
@@ -57,14 +57,14 @@ class Record:
   def resume(
     self, state: TrainState, masks: Tree, batches: grain.DatasetIterator
   ) -> TrainState | None:
-    """The state where the newest checkpoint left it, to which `batches` are set too.
+    """Restores the state and the position of `batches` from the newest checkpoint.
 
-    `None` where there is none: the run begins at step 0.
+    Returns `None` if there is no checkpoint: the run begins at step 0.
 
     Args:
-      state: of step 0.
-      masks: of `state`, as they are evaluated.
-      batches: of training.
+      state: the state at step 0.
+      masks: the masks with which `state` is evaluated.
+      batches: the iterator over training batches.
     """
     self.history = History(masks, self.setup.config.train.steps, self.setup.inherited)
     restored = self.checkpoints.restore(state, batches, history=self.history)
@@ -77,7 +77,7 @@ class Record:
     return restored
 
   def compare_plans(self, first: int) -> str | None:
-    """A warning that schedules were stretched, where the steps so far were planned for another length.
+    """A warning that schedules change, if the steps so far were planned for another `train.steps`.
 
     Args:
       first: steps that are done already.
@@ -99,7 +99,7 @@ class Record:
     )
 
   def add(self, step: int, metrics: dict[str, float]) -> None:
-    """Counts the step after which `step` are done. Raises Diverged where it is not finite."""
+    """Adds the metrics of a step, counted from 1. Raises Diverged if loss or gradient is not finite."""
     self.newest = metrics
     for name in ('loss', 'gradient_norm'):
       self.check_finite(name, self.newest[name], step)
@@ -108,7 +108,7 @@ class Record:
     self.history.work = self.history.work.plus(flops)
 
   def log(self, step: int, measured: Mapping[str, float]) -> float:
-    """Logs the newest step beside what was `measured`, and returns the mean loss since the last line."""
+    """Logs the newest metrics together with `measured`. Returns the mean loss since the last line."""
     loss = self.history.take_mean_loss()
     self.folder.log(step, self.newest | {'loss': loss} | measured)
     return loss
@@ -125,19 +125,19 @@ class Record:
     self.history.masks = found.masks
 
   def at_final_density(self, step: int) -> bool:
-    """Whether the model is as sparse as it is to be: one that is denser still is no best state."""
+    """Whether the model has its final sparsity; a model that is still denser is no best state."""
     target = {path: float(final) for path, final in tree.named(self.setup.target).items()}
     planned = parts.densities(self.setup.program.method, target, step)
     return all(planned[path] <= final + 1e-6 for path, final in target.items())
 
   def save(self, state: TrainState, batches: grain.DatasetIterator) -> None:
-    """Never saves a state less sparse than its masks; the caller has added all its steps."""
+    """Saves a checkpoint whose steps were all added, after a check of its masks."""
     states.check_masks(self.setup.program.method, state)
     self.checkpoints.save(state, batches, self.history)
     self.best.settle()
 
   def check_finite(self, name: str, value: float, step: int) -> None:
-    """Raises Diverged, naming the last good checkpoint."""
+    """Raises Diverged, naming the last good checkpoint, if `value` is not finite."""
     if math.isfinite(value):
       return
     steps = self.checkpoints.steps()

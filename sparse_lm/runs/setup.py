@@ -36,8 +36,8 @@ class Setup:
     target: final density of each prunable leaf, `None` = dense.
     parent: the run that this one starts from, or `None`.
     teacher: the run that it learns from besides the text, or `None`.
-    kernels: names of the kernels that attention runs, see `arithmetic.attention_kernels`.
-    notes: lines on what 'auto' could not be on this device.
+    kernels: the names of the kernels that attention runs, see `arithmetic.attention_kernels`.
+    notes: lines for the console on fields of 'auto' that fall back to a slower choice on this device.
   """
 
   config: ConfigDict
@@ -87,7 +87,7 @@ class Setup:
 def setup(config: ConfigDict) -> Setup:
   """Checks a config and builds what it describes on this device. Raises UserError in one line.
 
-  The config of the result says which precision 'auto' is here, see `runs/arithmetic.py`.
+  In the config of the result 'auto' is replaced by the precision of this device (`runs/arithmetic.py`).
   """
   asked, config = config, arithmetic.resolved(config)
   _check_accumulation(config)
@@ -171,7 +171,7 @@ def _check_memory(program: Program, data: Data, target: Tree) -> None:
   state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
   tokens = data.batch // program.accumulation * data.context
   spec, room = program.model.spec, runtime.memory()
-  # What each layer reads is kept for the backward pass, whatever is computed again.
+  # The input of each layer is kept for the backward pass with every `config.model.remat`.
   hidden = tokens * spec.width * (spec.layers + 1) * spec.compute.itemsize
   if state_bytes + hidden > room:
     raise UserError(

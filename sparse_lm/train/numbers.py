@@ -1,9 +1,9 @@
 """The numbers in which runs of one program may differ: packed steps take them as traced scalars.
 
-They are the optimizer's learning rate and weight decay, the numbers of the budget controller, and what a
-weight method declares as `traced`, such as the price of a penalty. Each enters a step by arithmetic
-alone. The optimizer is built inside the trace from such scalars, so that its state has the same tree as
-that of a run alone.
+They are the optimizer's learning rate and weight decay, the numbers of the budget controller, and the
+fields that a weight method declares as `traced`, such as the price of a penalty. A step uses each of them
+in arithmetic alone. The optimizer is built from such scalars while a step is traced, so that its state
+has the same tree as in a run alone.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ Number = float | jax.Array
 
 
 def numbers(program: Program) -> dict[str, float]:
-  """Every such number of a program, by the config's name of it."""
+  """The numbers of a program that packed steps trace, by the name of their config field."""
   return {name: vars(node)[field] for name, (node, field) in _fields(program).items()}
 
 
@@ -29,7 +29,7 @@ def with_numbers(program: Program, values: Mapping[str, Number]) -> Program:
   """The program with these numbers, which may be traced, in place of its own.
 
   Args:
-    values: one for each name of `numbers(program)`.
+    values: a number for each name of `numbers(program)`.
   """
 
   def replaced(group: str, node: Optimizer | Budget | WeightMethod) -> dict[str, Number]:

@@ -49,21 +49,22 @@ class Batch(NamedTuple):
 
   Attributes:
     tokens_BxL1: int32 `[B, L + 1]`; each token but the first is predicted.
-    teacher: what a teacher's logits are computed from, or the logits, float32 `[B, L, V]`; or `None`.
+    teacher: what a teacher's logits are computed from, or its logits, float32 `[B, L, V]`; `None` without
+      a teacher.
   """
 
   tokens_BxL1: Array
   teacher: Readout | Array | None
 
   def microbatches(self, number: int) -> 'Batch':
-    """The batch with a leading axis of so many parts of it, without the teacher's head."""
+    """The batch as `number` parts along a new leading axis, without the teacher's head."""
     batch = self
     if isinstance(self.teacher, Readout):
       batch = self._replace(teacher=self.teacher._replace(head=None))
     return jax.tree.map(lambda a: a.reshape(number, -1, *a.shape[1:]), batch)
 
   def with_head_of(self, batch: 'Batch') -> 'Batch':
-    """A part of `batch` with the teacher's head."""
+    """This part of `batch`, with the teacher's head that `batch` has."""
     if not isinstance(batch.teacher, Readout):
       return self
     return self._replace(teacher=self.teacher._replace(head=batch.teacher.head))
@@ -108,7 +109,7 @@ class Objective:
 
   Attributes:
     budget: holds the FLOPs that run at a target, or `None`.
-    distillation: how a teacher counts, or `None`.
+    distillation: the weight and temperature of a teacher's loss, or `None`.
     steps: optimizer steps of the run, for the schedules of modules.
   """
 
@@ -187,14 +188,14 @@ class Objective:
     exits: list[tuple[Readout | Array, Array]],
     batch: Batch,
   ) -> tuple[Array, Losses, Metrics]:
-    """What a pass learns from text and teacher.
+    """The loss of a pass on the text, and on the teacher's predictions if there is a teacher.
 
-    The last layer's cross-entropy has weight 1 and those of the exits theirs. Their weighted mean and the
-    teacher's divergence share the loss.
+    The cross-entropy behind the last layer has weight 1, and that of each exit has the exit's weight. The
+    loss is the weighted mean of these, mixed with the divergence from the teacher.
 
     Args:
-      predicted: behind the last layer.
-      exits: what the head predicts from them, and their weights.
+      predicted: logits behind the last layer, or what they are computed from.
+      exits: the same for each exit, with the exit's weight.
 
     Returns:
       The loss, the last layer's losses of each token, and metrics.

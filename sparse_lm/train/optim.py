@@ -186,7 +186,7 @@ class Optimizer:
     """What is done to the gradient, the optimizer, and decay if it comes last.
 
     Its state and its updates are float32, as the parameters are. `update` takes a `rate_factor`, a scalar
-    that the learning rate of the step is multiplied with; `None` = 1.
+    by which the step's learning rate is multiplied; `None` = 1.
     """
     make = {**TESTED, **DENSE_ONLY}[self.name]
     first = optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()

@@ -1,7 +1,7 @@
 """Several runs as one program: the steps of `train/step.py`, vmapped over runs.
 
-Shapes: N runs, B batch, L context, K steps that a feed serves. All trees of states have N as their
-leading axis.
+Shapes: N runs, B batch, L context, K steps for which a feed holds windows. The leading axis of all trees
+of states is N.
 """
 
 import dataclasses
@@ -28,13 +28,13 @@ Updates = tuple[tuple[str, ...], tuple[str, ...]]
 
 
 class Feed(struct.PyTreeNode):
-  """What the steps of a pack read besides its states; all of it lies on the device.
+  """The inputs of a pack's steps besides the states; all of them lie on the device.
 
   Attributes:
-    tokens: `[T]`, of the training split, which all runs share.
-    numbers: float32 `[N]`, see `train/numbers.py`.
-    first: int32, the step at which `starts_KxNxB` begins.
-    starts_KxNxB: int32, where the windows of each step and run begin in `tokens`.
+    tokens: `[T]`, the training split, which all runs share.
+    numbers: by name, float32 `[N]`, see `train/numbers.py`.
+    first: int32, the step that the first entry of `starts_KxNxB` is for.
+    starts_KxNxB: int32, the starts in `tokens` of the windows of each step and run.
   """
 
   tokens: Array
@@ -44,11 +44,11 @@ class Feed(struct.PyTreeNode):
 
 
 class PackedMetrics(struct.PyTreeNode):
-  """The metrics of one step of all runs, in one array, so that a fetch copies one.
+  """The metrics of one step of all runs in one array, so that the host copies a single array.
 
   Attributes:
-    names: of the M scalars.
-    values_NxM: float32.
+    names: the names of the M scalars.
+    values_NxM: their values, float32.
   """
 
   values_NxM: Array
@@ -56,7 +56,7 @@ class PackedMetrics(struct.PyTreeNode):
 
   @classmethod
   def of(cls, metrics: dict[str, Array]) -> 'PackedMetrics':
-    """Metrics `[N]`, or `[N, C]`, of which each column is a scalar `name/0`, `name/1`, ..."""
+    """Packs metrics `[N]`, and `[N, C]`, whose columns become scalars `name/0`, `name/1`, ..."""
     columns: dict[str, Array] = {}
     for name, value in metrics.items():
       if value.ndim == 1:
@@ -69,10 +69,10 @@ class PackedMetrics(struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class PackedProgram:
-  """What a pack of N runs compiles.
+  """The functions that a pack of N runs compiles.
 
   Attributes:
-    program: common to the runs, see `numbers.common`.
+    program: the program that the runs have in common, see `numbers.common`.
   """
 
   program: Program
@@ -119,7 +119,7 @@ class PackedProgram:
 
   @functools.cached_property
   def finalize(self) -> Ahead:
-    """`(states, numbers) -> (params, masks)` as evaluated, reported and exported."""
+    """`(states, numbers) -> (params, masks)`, those that are evaluated, reported and exported."""
 
     def one(state: TrainState, numbers: dict[str, Array]) -> tuple[Tree, Tree]:
       method = with_numbers(self.program, numbers).method
@@ -130,12 +130,12 @@ class PackedProgram:
 
 @functools.lru_cache(maxsize=16)
 def packed(program: Program) -> PackedProgram:
-  """The one program of packs of runs with this common program, with what it has compiled so far."""
+  """The `PackedProgram` of a common program; packs of one common program share what it has compiled."""
   return PackedProgram(program)
 
 
 def stack(runs: Sequence[TrainState]) -> TrainState:
-  """States of runs side by side, on the device; stacked on the host, so that nothing is compiled."""
+  """Stacks states of runs on the host, so that nothing is compiled, and moves them to the device."""
   hosts = [jax.device_get(state.replace(key=jax.random.key_data(state.key))) for state in runs]
   stacked = jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *hosts))
   keys = jax.random.wrap_key_data(stacked.key, impl=jax.random.key_impl(runs[0].key))
@@ -143,5 +143,5 @@ def stack(runs: Sequence[TrainState]) -> TrainState:
 
 
 def unstack(runs: Tree, number: int) -> Tree:
-  """One of the runs of a tree on the host."""
+  """The part of a tree on the host that belongs to run `number`."""
   return jax.tree.map(lambda leaf: leaf[number], runs)

@@ -44,7 +44,7 @@ class TrainState(struct.PyTreeNode):
 
   @property
   def evaluated(self) -> Tree:
-    """The trainable tree that evaluation and export use."""
+    """The trainable tree that evaluation and export use: the moving average if there is one."""
     return self.trainable if self.ema is None else self.ema
 
 

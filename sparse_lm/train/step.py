@@ -87,18 +87,18 @@ class Program:
     )
 
   def begin(self, seed: int, target: Tree, batch: tuple[int, int]) -> TrainState:
-    """`init`; beside an accelerator, what the first two steps run is compiled at the same time.
+    """`init`; with an accelerator, the programs of the first two steps are compiled at the same time.
 
     Args:
-      batch: shape of a step's tokens.
+      batch: the shape of a step's tokens, `(B, L + 1)`.
     """
     device = jax.local_devices()[0]
     if device == host_device():
       return self.init(seed, target)
     with concurrent.futures.ThreadPoolExecutor() as pool, _no_garbage_collected():
       outputs, state = self.init.later(pool, seed, target)
-      # As the state will be, which is bound to the device: a step is compiled anew for arrays that are
-      # not. Tokens come from the host.
+      # The state will be committed to the device, and JAX compiles a step again where the shapes that it
+      # was compiled for were not. Tokens come from the host.
       place = jax.sharding.SingleDeviceSharding(device)
       shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), outputs
@@ -355,7 +355,7 @@ class Program:
 
 @contextlib.contextmanager
 def _no_garbage_collected() -> Iterator[None]:
-  """Tracing makes many objects, for which Python would look through all that JAX has imported."""
+  """Pauses Python's garbage collector: tracing makes so many objects that it would run often."""
   enabled = gc.isenabled()
   gc.disable()
   try:
