@@ -2,7 +2,8 @@
 
 It measures what the study `accelerator` leaves out because of its time: a step of every config at 4
 layers of width 768, context 1024, batch 16, beside the dense step; packed models beside their dense
-twins; and two complete trainings on tiny Shakespeare, nanoGPT's GPU setting and a study of packed runs.
+twins; and two complete trainings, nanoGPT's GPU setting and a study of packed runs, on tiny Shakespeare,
+whose text is read from data/tiny_shakespeare.txt, where you place it.
 """
 
 import functools

@@ -136,7 +136,7 @@ def test_without_a_number_nothing_is_packed_on_a_cpu(study, command):
   fake = study(*THREE)
   shown = command('--dry_run', '--pack')
   assert shown.out.count('# alone: the device is a CPU') == 3
-  assert '--pack=N packs here too' in shown.err
+  assert '--pack=N packs them on a CPU too' in shown.err
   assert len(packing.plan(fake.runs, 2)) == 2
 
 

@@ -104,12 +104,16 @@ def test_unknown_choices_are_refused(field, tiny_config):
 
 @pytest.mark.parametrize('field', ['dtype', 'param_dtype'])
 def test_former_fields_are_refused_by_the_one_that_replaces_them(field, tiny_config, tmp_path):
-  with pytest.raises(UserError, match=rf'model.{field} is no field any more; valid: .*precision'):
+  with pytest.raises(
+    UserError, match=rf'model.{field} is not a field any more; valid: .*precision'
+  ):
     tiny_config(**{f'model__{field}': 'bfloat16'})
   file = tmp_path / 'mine.py'
   text = 'from configs import base\n\ndef get_config():\n  config = base.get_config()\n'
   file.write_text(text + f"  config.model.{field} = 'bfloat16'\n  return config\n")
-  with pytest.raises(UserError, match=rf'model.{field} is no field any more; valid: .*precision'):
+  with pytest.raises(
+    UserError, match=rf'model.{field} is not a field any more; valid: .*precision'
+  ):
     configs.load(str(file))
   file.write_text(text + '  config.model.widht = 3\n  return config\n')
   with pytest.raises(UserError, match=r"unknown field 'config.model.widht'.*config.model.width"):
