@@ -60,6 +60,7 @@ def plan(runs: Mapping[str, Run], most: int) -> list[Job]:
     UserError: a config is wrong; a pack of `most` does not fit; or no two runs can be packed.
   """
   runtime.prepare()
+  setups = _setups(runs)
   if most == AUTO and jax.default_backend() == 'cpu':
     print(
       '--pack without a number packs runs on an accelerator alone, because on a CPU packed runs take as '
@@ -67,7 +68,6 @@ def plan(runs: Mapping[str, Run], most: int) -> list[Job]:
       file=sys.stderr,
     )
     return [Job({run_id: run}, alone_because='the device is a CPU') for run_id, run in runs.items()]
-  setups = _setups(runs)
   found = packs.split(list(setups.values()), most or max(len(setups), 1))
   names = list(setups)
   found = _fitted([[names[number] for number in part] for part in found], setups, most)
@@ -77,7 +77,7 @@ def plan(runs: Mapping[str, Run], most: int) -> list[Job]:
       f'--pack={most}: no two of the missing runs can be packed, such as {first} and {second}: '
       f'{packs.difference(setups[first], setups[second])}; valid: without --pack'
     )
-  jobs = [_job(part, runs, setups) for part in found]
+  jobs = [_job(part, found, runs, setups) for part in found]
   jobs += [
     Job({run_id: run}, alone_because='it trains no model')
     for run_id, run in runs.items()
@@ -98,12 +98,26 @@ def _setups(runs: Mapping[str, Run]) -> dict[str, Setup]:
   return found
 
 
-def _job(part: Sequence[str], runs: Mapping[str, Run], setups: Mapping[str, Setup]) -> Job:
+def _job(
+  part: Sequence[str],
+  parts: Sequence[Sequence[str]],
+  runs: Mapping[str, Run],
+  setups: Mapping[str, Setup],
+) -> Job:
   own = {run_id: runs[run_id] for run_id in part}
   if len(part) > 1:
     return Job(own, {run_id: setups[run_id] for run_id in part})
-  reason = packs.alone_because(setups[part[0]])
-  return Job(own, alone_because=reason or 'no other run shares its program')
+  run = setups[part[0]]
+  if reason := packs.alone_because(run):
+    return Job(own, alone_because=reason)
+  sizes = [len(other) for other in parts if packs.difference(run, setups[other[0]]) is None]
+  if len(sizes) == 1:
+    reason = 'no other run shares its program'
+  elif max(sizes) == 1:
+    reason = 'no two runs of its program fit the memory together'
+  else:
+    reason = 'the packs of its program are full'
+  return Job(own, alone_because=reason)
 
 
 def _fitted(

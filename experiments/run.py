@@ -215,7 +215,8 @@ class Study:
     except lock.Held:
       raise
     except UserError as error:
-      raise UserError(f'run {next(iter(job))}: {error}') from error
+      whose = f'run {next(iter(job))}' if len(job) == 1 else f'a pack of {len(job)} runs'
+      raise UserError(f'{whose}: {error}') from error
     return {
       run_id: results.diverged(str(outcome))
       if isinstance(outcome, Diverged)

@@ -107,7 +107,7 @@ def eval_step(model: LM) -> Wrapped:
   return jax.jit(_of_batch(model))
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache  # as `train.packed.packed`
 def packed_eval_step(model: LM) -> Ahead:
   """`eval_step` over the leading axis of the variables; all models read the same batch."""
   return Ahead(jax.vmap(_of_batch(model), in_axes=(0, None, None)))

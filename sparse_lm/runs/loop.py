@@ -102,15 +102,16 @@ class _Loop:
       self.console.warn_once('plan', self.record.compare_plans(first))
       for done in range(first + 1, every.steps + 1):
         state = self._step(state, next(batches), done)
-        last = done == every.steps
+        # Read once: a signal that comes later waits for the next step, which is saved.
+        last, signum = done == every.steps, stop.signum
         if last or done % every.log_every == 0:
           self._log(done)
         if last or done % every.eval_every == 0:
           self._evaluate(state, done)
-        if last or stop.signum or done % every.checkpoint_every == 0:
+        if last or signum or done % every.checkpoint_every == 0:
           self._save(state, batches)
-        if stop.signum:
-          self._leave(stop.signum, done)
+        if signum:
+          self._leave(signum, done)
       # A run that was stopped after its last step has logged that step's evaluation already.
       return self.record.finish(state, self.record.evaluated or self._measure(state))
 

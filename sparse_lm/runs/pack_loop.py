@@ -1,6 +1,7 @@
 """The training loop of a pack: several runs that the device executes as one program."""
 
 import contextlib
+import pathlib
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -9,10 +10,12 @@ import jax
 import numpy as np
 
 from sparse_lm.core import rng
-from sparse_lm.core.errors import Diverged
+from sparse_lm.core.errors import Diverged, UserError
 from sparse_lm.core.records import JsonObject
 from sparse_lm.core.tree import Tree
 from sparse_lm.measure import observe
+from sparse_lm.model import lm
+from sparse_lm.runs import lock
 from sparse_lm.runs.console import Console, opening
 from sparse_lm.runs.evaluate import evaluate_packed
 from sparse_lm.runs.loop import Stop
@@ -52,22 +55,36 @@ def train_packed(
     SystemExit: SIGTERM or Ctrl-C, after all states have been saved.
   """
   outcomes: dict[int, Outcome] = {}
-  folders = [Workdir(path, run.config, run.data) for path, run in zip(workdirs, runs)]
-  for number, (run, folder) in enumerate(zip(runs, folders)):
-    if finished := folder.result(run.config.train.steps):
-      outcomes[number] = finished
+  folders = []
+  for number, (path, run) in enumerate(zip(workdirs, runs)):
+    with _named(path):
+      folders.append(Workdir(path, run.config, run.data))
+      if finished := folders[number].result(run.config.train.steps):
+        outcomes[number] = finished
   left = [number for number in range(len(runs)) if number not in outcomes]
   if not left:
     return [outcomes[number] for number in range(len(runs))]
   pack = Pack.of([runs[number] for number in left])
   with contextlib.ExitStack() as stack:
-    records = [
-      stack.enter_context(opened(run, folders[number])) for number, run in zip(left, pack.runs)
-    ]
+    records = []
+    for number, run in zip(left, pack.runs):
+      with _named(workdirs[number]):
+        records.append(stack.enter_context(opened(run, folders[number])))
     for same, states in _by_step(_resumed(pack, records)):
       found = _PackLoop(pack.only(same), [records[i] for i in same], progress).run(states)
       outcomes |= {left[i]: outcome for i, outcome in zip(same, found)}
   return [outcomes[number] for number in range(len(runs))]
+
+
+@contextlib.contextmanager
+def _named(workdir: str | pathlib.Path) -> Iterator[None]:
+  """An error of the block names the run of the pack that it is about, as its folder is called."""
+  try:
+    yield
+  except lock.Held:
+    raise
+  except UserError as error:
+    raise UserError(f'run {pathlib.Path(workdir).name}: {error}') from error
 
 
 def _resumed(pack: Pack, records: Sequence[Record]) -> list[TrainState]:
@@ -77,7 +94,8 @@ def _resumed(pack: Pack, records: Sequence[Record]) -> list[TrainState]:
   found = []
   for number, (record, state) in enumerate(zip(records, fresh)):
     batches = record.setup.data.train_iterator(rng.data_seed(record.setup.config.seed))
-    restored = record.resume(state, packed.unstack(masks, number), batches)
+    with _named(record.folder.path):
+      restored = record.resume(state, packed.unstack(masks, number), batches)
     found.append(state if restored is None else restored)
   return found
 
@@ -127,7 +145,8 @@ class _PackLoop:
     name, count = self.records[0].folder.path.name, len(states)
     with Stop() as stop, Console(self.progress, name, first, config.train.steps) as self.console:
       self.console.say(f'{count} runs in one program; {opening(self.run_of_all, name, first)}')
-      for note in self.run_of_all.notes:
+      program = self.run_of_all.program
+      for note in (*self.run_of_all.notes, *program.method.notes, *lm.notes(program.model)):
         self.console.say(note)
       for record in self.records:
         self.console.warn_once('plan', record.compare_plans(first))
@@ -135,19 +154,20 @@ class _PackLoop:
       stacked, done = packed.stack(states), first
       while done < config.train.steps and len(self.lost) < len(self.records):
         stacked, done = self._advance(stacked, done)
-        last = done == config.train.steps
-        if last or stop.signum or done % config.train.eval_every == 0:
+        # Read once: a signal that comes later waits for the next steps, which are saved.
+        last, signum = done == config.train.steps, stop.signum
+        if last or signum or done % config.train.eval_every == 0:
           self._collect()
           if last or done % config.train.eval_every == 0:
             self._evaluate(stacked, done)
-          if last or stop.signum:
+          if last or signum:
             self._save(stacked, done)
           self.timer.start()
-        if stop.signum:
+        if signum:
           self.console.say(
             f'stopped at step {done}, saved; the same command continues', always=True
           )
-          raise SystemExit(128 + stop.signum)
+          raise SystemExit(128 + signum)
       return self._finish(stacked)
 
   def _prepare(self, first: int) -> None:
@@ -235,11 +255,16 @@ class _PackLoop:
     """Saves each run's best state, and its newest state, from which the run can be continued."""
     host = jax.device_get(states.replace(key=None))
     for number, record in self._alive():
+      self._offer(number)
       run = record.setup
-      if number in self.kept:
-        record.best.offer(run.program, *self.kept.pop(number))
       batches = run.data.train_iterator_at(rng.data_seed(run.config.seed), step)
       record.save(packed.unstack(host, number), batches)
+
+  def _offer(self, number: int) -> None:
+    """Writes the best state of a run since it was last saved."""
+    if number in self.kept:
+      record = self.records[number]
+      record.best.offer(record.setup.program, *self.kept.pop(number))
 
   def _finish(self, states: TrainState) -> list[Outcome]:
     host, measured = jax.device_get(states.replace(key=None)), None
@@ -262,6 +287,7 @@ class _PackLoop:
       yield
     except Diverged as error:
       self.lost[number] = error
+      self._offer(number)  # as of a run alone, which writes it when it is found
       self.console.say(f'{self.records[number].folder.path.name}: {error}', always=True)
 
 

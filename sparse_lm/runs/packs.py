@@ -68,7 +68,8 @@ def difference(one: Setup, other: Setup) -> str | None:
   if key(one) == key(other):
     return None
   ours, theirs = configs.flat(one.config), configs.flat(other.config)
-  traced = {name.removeprefix('config.') for name in numbers.numbers(one.program)}
+  in_both = numbers.numbers(one.program).keys() & numbers.numbers(other.program).keys()
+  traced = {name.removeprefix('config.') for name in in_both}
   differ = [
     f'config.{name} ({ours.get(name)!r} and {theirs.get(name)!r})'
     for name in {**ours, **theirs}
@@ -170,6 +171,11 @@ class Pack:
     leaves = jax.tree.leaves((self._states.replace(key=None), self._feed))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
+  def bytes_shared(self) -> int:
+    """What of it the runs share: the training text, and the number of a step."""
+    shared = (self._feed.tokens, self._feed.first)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in shared)
+
   def bytes(self) -> int:
     """Bytes that the largest compiled step takes, all buffers included."""
     found = [compiled.memory_analysis() for compiled in self.compiled().values()]
@@ -204,10 +210,11 @@ class Pack:
 
 def fitting(pack: Pack) -> int:
   """How many of the runs fit the device's memory together; the number of all runs if the pack fits."""
-  room, count = runtime.memory(), len(pack.runs)
+  room, count, fixed = runtime.memory(), len(pack.runs), pack.bytes_shared()
   for measure in (pack.bytes_at_least, pack.bytes):
     if (need := measure()) > room:
-      return min(count - 1, math.floor(count * room / need))
+      fits = math.floor(count * (room - fixed) / (need - fixed))
+      return max(0, min(count - 1, fits))
   return count
 
 

@@ -128,9 +128,12 @@ class PackedProgram:
     return Ahead(jax.vmap(one))
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache
 def packed(program: Program) -> PackedProgram:
-  """The `PackedProgram` of a common program; packs of one common program share what it has compiled."""
+  """The `PackedProgram` of a common program; packs of one common program share what it has compiled.
+
+  None is forgotten: a study compiles all of its packs before it trains the first.
+  """
   return PackedProgram(program)
 
 

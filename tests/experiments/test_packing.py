@@ -120,7 +120,24 @@ def test_a_pack_that_does_not_fit_names_the_number_that_does(study, command, mon
   assert not fake.file.exists()
   # Where as many as fit are asked for, there are two packs.
   monkeypatch.setattr(packing.jax, 'default_backend', lambda: 'gpu')
-  assert [len(job.runs) for job in packing.plan(fake.runs, packing.AUTO)] == [1, 2]
+  jobs = packing.plan(fake.runs, packing.AUTO)
+  assert [job.title for job in jobs] == [
+    'alone: the packs of its program are full',
+    'a pack of 2 runs',
+  ]
+  monkeypatch.setattr(packing.packs, 'fitting', lambda pack: 1)
+  titles = {job.title for job in packing.plan(fake.runs, packing.AUTO)}
+  assert titles == {'alone: no two runs of its program fit the memory together'}
+
+
+def test_an_error_in_one_folder_of_a_pack_names_its_run(study, command):
+  fake = study(*THREE)
+  bad = list(fake.runs)[1]
+  fake.workdir(bad).mkdir(parents=True)
+  (fake.workdir(bad) / 'config.json').write_text('{')
+  shown = command('--pack=3')
+  assert shown.code == 2 and shown.err.count('error: ') == 1
+  assert f'error: a pack of 3 runs: run {bad}: ' in shown.err
 
 
 def test_what_cannot_be_packed_is_one_line(study, command):
@@ -138,6 +155,9 @@ def test_without_a_number_nothing_is_packed_on_a_cpu(study, command):
   assert shown.out.count('# alone: the device is a CPU') == 3
   assert '--pack=N packs them on a CPU too' in shown.err
   assert len(packing.plan(fake.runs, 2)) == 2
+  study({'seed': 0}, {'data.path': 'nowhere'})
+  shown = command('--dry_run', '--pack')
+  assert shown.code == 2 and 'error: run number1-' in shown.err
 
 
 def test_the_sweep_plans_six_methods_at_three_sparsities_over_three_seeds():

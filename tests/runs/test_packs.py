@@ -1,5 +1,6 @@
 """Packed runs are the runs alone to float32 rounding, whatever differs and wherever they stop."""
 
+import contextlib
 import functools
 import json
 import pathlib
@@ -7,20 +8,24 @@ import signal
 
 import jax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
 from sparse_lm.core import rng
 from sparse_lm.core.errors import Diverged, UserError
 from sparse_lm.model import slots
-from sparse_lm.runs import packs, runtime
+from sparse_lm.runs import loop, pack_loop, packs, runtime
 from sparse_lm.runs.checkpoint import Checkpoints
-from sparse_lm.runs.loop import train
+from sparse_lm.runs.loop import Stop, train
 from sparse_lm.runs.pack_loop import train_packed
 from sparse_lm.runs.packs import Pack
+from sparse_lm.runs.record import Record
 from sparse_lm.runs.setup import setup
 
 LOGS = {'train__log_every': 4, 'train__eval_every': 6}
 RIGL = {'weight__name': 'rigl', 'weight__period': 3}
+GATES = ('gated', 'reinforce', 'moe_topk', 'layer_skip')  # a gate, a policy, experts, whole layers
 # What differs among three runs of a pack.
 DIFFER = (
   {'seed': 0, 'weight__sparsity': 0.5, 'optimizer__learning_rate': 1e-3},
@@ -92,31 +97,66 @@ def alone(three, tmp_path_factory):
   return places
 
 
-@pytest.fixture
-def before_step(monkeypatch):
-  """`before_step(number, act)`: packs call `act()` before that step of the run, counted from 0."""
+@contextlib.contextmanager
+def before_step(number, act):
+  """In the block packs call `act()` before that step of the run, counted from 0."""
+  compiled = Pack.compiled
 
-  def install(number, act):
-    compiled = Pack.compiled
+  def watched(pack, first):
+    count = [first]
 
-    def watched(pack, first):
-      count = [first]
+    def watching(step):
+      def call(*arguments):
+        if count[0] == number:
+          act()
+        count[0] += 1
+        return step(*arguments)
 
-      def watching(step):
-        def call(*arguments):
-          if count[0] == number:
-            act()
-          count[0] += 1
-          return step(*arguments)
+      return call
 
-        return call
+    return {updates: watching(step) for updates, step in compiled(pack, first).items()}
 
-      return {updates: watching(step) for updates, step in compiled(pack, first).items()}
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Pack, 'compiled', watched)
+    yield
 
-    monkeypatch.setattr(Pack, 'compiled', watched)
 
-  with monkeypatch.context() as monkeypatch:
-    yield install
+@contextlib.contextmanager
+def stopped_in(step):
+  """SIGTERM arrives in that step, counted from 1, and stops the pack of the block."""
+  terminate = functools.partial(signal.raise_signal, signal.SIGTERM)
+  with before_step(step - 1, terminate), pytest.raises(SystemExit) as stopped:
+    yield
+  assert stopped.value.code == 128 + signal.SIGTERM
+
+
+class Late(Stop):
+  """A signal that comes right after a loop has asked for one the first time."""
+
+  asked = 0
+
+  @property
+  def signum(self):
+    self.asked += 1
+    return signal.SIGTERM if self.asked > 1 else None
+
+  @signum.setter
+  def signum(self, value):
+    pass
+
+
+def test_a_signal_that_comes_behind_the_saving_waits_for_the_next(
+  three, tmp_path, monkeypatch, capsys
+):
+  for module in (loop, pack_loop):
+    monkeypatch.setattr(module, 'Stop', Late)
+  monkeypatch.setattr(pack_loop.lm, 'notes', lambda model: ['Rules leave a layer.'])
+  with pytest.raises(SystemExit):
+    train(three[0], str(tmp_path / 'alone'), progress=False)
+  with pytest.raises(SystemExit):
+    train_packed([setup(config) for config in three], [tmp_path / i for i in '012'])
+  assert [saved(tmp_path / name) for name in ('alone', '0', '1')] == [['2'], ['6'], ['6']]
+  assert 'Rules leave a layer.' in capsys.readouterr().err
 
 
 class Killed(Exception):
@@ -145,7 +185,7 @@ def test_every_weight_method_packs(name, tiny_config, tmp_path):
   own = slots.defaults('weight', name)
   if 'period' in own:
     fields['weight__period'] = 3
-  differ = [dict(each) for each in DIFFER]
+  differ = [dict(each) for each in DIFFER[:2]]
   if traits.controlled or not traits.masked:
     for number, each in enumerate(differ):
       each.pop('weight__sparsity')
@@ -163,17 +203,33 @@ def test_every_weight_method_packs(name, tiny_config, tmp_path):
   both(configs, tmp_path)
 
 
+@pytest.mark.slow
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(
+  name=st.sampled_from(('rigl', 'top_kast', 'magnitude', 'movement_soft', *GATES)),
+  seed=st.integers(0, 2**31 - 2),
+  cut=st.integers(1, 11),
+)
+def test_runs_of_any_seed_that_stop_anywhere_are_the_runs_alone(
+  name, seed, cut, tiny_config, tmp_path_factory
+):
+  configs = [tiny_config(f'configs/{name}.py', **LOGS, seed=seed + i) for i in range(2)]
+  folder = tmp_path_factory.mktemp('any')
+  places = [folder / '0', folder / '1']
+  with stopped_in(cut):
+    pack_up(configs, places)
+  pack_up(configs, places)
+  train(configs[1], str(folder / 'alone'), progress=False)
+  assert_equal_runs(configs[1], places[1], folder / 'alone')
+
+
 @pytest.mark.parametrize(
   'cut', [4, *(pytest.param(cut, marks=pytest.mark.slow) for cut in (6, 8, 12))]
 )
-def test_a_pack_that_is_stopped_continues_packed_and_alone(
-  cut, three, alone, tmp_path, before_step
-):
+def test_a_pack_that_is_stopped_continues_packed_and_alone(cut, three, alone, tmp_path):
   places = [tmp_path / str(number) for number in range(len(three))]
-  before_step(cut - 1, lambda: signal.raise_signal(signal.SIGTERM))
-  with pytest.raises(SystemExit) as stopped:
+  with stopped_in(cut):
     pack_up(three, places)
-  assert stopped.value.code == 128 + signal.SIGTERM
   assert [max(map(int, saved(place))) for place in places] == [cut] * 3
   # One alone; the two others are a pack of another size.
   train(three[0], str(places[0]), progress=False)
@@ -199,13 +255,9 @@ def test_runs_that_stopped_at_different_steps_are_continued_packed(
 
 
 @pytest.mark.slow
-def test_a_pack_that_is_killed_starts_where_its_checkpoints_are(
-  three, alone, tmp_path, before_step
-):
+def test_a_pack_that_is_killed_starts_where_its_checkpoints_are(three, alone, tmp_path):
   places = [tmp_path / str(number) for number in range(len(three))]
-  deaths = iter([kill, int])  # the second time, nothing happens
-  before_step(7, lambda: next(deaths)())
-  with pytest.raises(Killed):
+  with before_step(7, kill), pytest.raises(Killed):
     pack_up(three, places)
   assert [saved(place) for place in places] == [[], [], []]
   pack_up(three, places)
@@ -225,14 +277,26 @@ def test_a_run_that_diverges_stops_and_leaves_the_others_alone(three, alone, tmp
     assert_equal_runs(three[number], places[number], alone[number])
 
 
+def test_a_run_that_diverges_keeps_its_best_state(three, tmp_path, monkeypatch):
+  check = Record.check_finite
+
+  def diverging(record, name, value, step):
+    check(record, name, float('nan') if record is records[1] and step == 8 else value, step)
+
+  records, made = [], Record.__init__
+  monkeypatch.setattr(
+    Record, '__init__', lambda self, *own: records.append(self) or made(self, *own)
+  )
+  monkeypatch.setattr(Record, 'check_finite', diverging)
+  places = [tmp_path / str(number) for number in range(3)]
+  assert isinstance(pack_up(three, places)[1], Diverged)
+  assert [path.name for path in (places[1] / 'best').glob('[0-9]*')] == ['6']
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'name',
-  (
-    *('gated', 'topk', 'head_gate', 'layer_gate', 'reinforce', 'moe_topk'),
-    *('moba', 'token_gate', 'expert_choice', 'moe_relu', 'layer_skip', 'predictor_topk'),
-    *('moe_balanced', 'statistical_topk', 'sliding_window', 'topk_keys'),
-  ),
+  GATES,
 )
 def test_gates_and_rules_pack(name, tiny_config, tmp_path):
   both([tiny_config(f'configs/{name}.py', **LOGS, seed=seed) for seed in (0, 1)], tmp_path)
@@ -288,6 +352,10 @@ def test_what_cannot_be_packed_is_named(tiny_config, three):
   assert packs.difference(setup(three[0]), setup(three[1])) is None
   with pytest.raises(UserError, match='cannot be packed: they differ in'):
     Pack.of([setup(three[0]), other])
+  fields = {'weight__name': 'l0', 'weight__price': 0.0, **LOGS}
+  controlled = setup(tiny_config(**fields, budget__target=0.9))
+  reason = packs.difference(controlled, setup(tiny_config(**fields)))
+  assert reason.startswith('they differ in config.budget.')
   at_start = setup(tiny_config(weight__name='magnitude', weight__schedule='at_start'))
   assert packs.alone_because(at_start) == 'its masks are chosen before the first step'
 
@@ -307,5 +375,10 @@ def test_a_pack_is_estimated_before_it_starts(three, monkeypatch):
   assert 3 * 2608 * 3 * 4 < least < need
   monkeypatch.setattr(runtime, 'memory', lambda: need - 1)
   assert packs.fitting(pack) == 2
+  # The text takes its memory once, whatever the number of runs.
+  two = pack.only([0, 1]).bytes_at_least()
+  for room, fits in ((two, 2), (two - 1, 1)):
+    monkeypatch.setattr(runtime, 'memory', lambda room=room: room)
+    assert packs.fitting(pack) == fits
   monkeypatch.setattr(runtime, 'memory', lambda: least // 2)
   assert packs.fitting(pack) == 1
