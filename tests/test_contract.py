@@ -345,7 +345,14 @@ def test_save_and_restore_round_trip(name, trained, tmp_path):
   jax.tree.map(assert_array_equal, restored, want)
 
 
-@pytest.mark.parametrize(('start', 'end'), [(0.0, 0.0), (0.25, 0.75), (0.5, 0.5), (0.5, 1.0)])
+@pytest.mark.parametrize(
+  ('start', 'end'),
+  [
+    (0.0, 0.0),
+    (0.25, 0.75),
+    *(pytest.param(0.5, end, marks=pytest.mark.slow) for end in (0.5, 1.0)),
+  ],
+)
 @EXACT
 def test_target_is_met_on_any_span_that_is_accepted(name, start, end, steps=7):
   own, given = CONFIGS[name], {'start': start, 'end': end, 'period': 3}

@@ -176,7 +176,14 @@ def test_a_sparsity_that_units_cannot_express_is_one_line_with_valid_ones(
   assert '\n' not in message and all(word in message for word in words), message
 
 
-@pytest.mark.parametrize(('name', 'pattern'), PAIRS)
+# Each method with some patterns; `make test-slow` runs all pairs.
+@pytest.mark.parametrize(
+  ('name', 'pattern'),
+  [
+    pair if number % 3 == 0 else pytest.param(*pair, marks=pytest.mark.slow)
+    for number, pair in enumerate(PAIRS)
+  ],
+)
 def test_units_stay_whole_and_their_count_is_exact(name, pattern):
   method = method_of(name, pattern)
   draw = np.random.default_rng(0)

@@ -44,7 +44,9 @@ NAMES = (
 )
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize(
+  'name', [*NAMES[:4], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[4:])]
+)
 def test_a_folder_of_any_name_holds_checkpoints(name, config, tmp_path, monkeypatch):
   run = setup(config)
   state = run.program.init(0, run.target)
