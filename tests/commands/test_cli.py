@@ -194,6 +194,7 @@ def test_diverged_run_stops_and_keeps_what_is_good(call, small, tmp_path):
     assert np.isfinite(leaf).all()
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_continues(small, tmp_path):
   given = {'config.train.steps': 1_000_000, 'config.train.log_every': 10}
   command = [sys.executable, '-m', 'sparse_lm.train', *arguments(small, tmp_path, **given)]

@@ -69,6 +69,7 @@ def execute(run, workdir):
 THREE = [{'seed': 0}, {'seed': 1, 'weight.sparsity': 0.5}, {'seed': 2}]
 
 
+@pytest.mark.slow
 def test_a_study_trains_its_packs_and_what_runs_alone(study, command):
   fake = study(*THREE, {'model.width': 32}, execute=[execute])
   shown = command('--pack=4', '--dry_run')

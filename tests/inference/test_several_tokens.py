@@ -112,6 +112,7 @@ def read(layer, batch):
   return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name', ['plain', next(name for name in OWN if 'mixture_of_depths' in name)]
 )

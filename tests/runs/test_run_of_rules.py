@@ -57,6 +57,7 @@ def state_of(config, workdir):
   return jax.device_get(state.replace(key=None))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_between_updates_of_both_rules_is_the_whole_run(
   config, finished, tmp_path, train_until
 ):

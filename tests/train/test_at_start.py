@@ -243,6 +243,7 @@ def texts(monkeypatch):
   return seen
 
 
+@pytest.mark.slow
 def test_a_run_reads_its_siblings_text_pays_for_the_batches_and_resumes_exactly(
   pruned, texts, tiny_config, train_until, tmp_path
 ):

@@ -94,7 +94,7 @@ def test_the_floor_of_a_budget_is_what_no_gate_can_skip(tiny_config):
   'pattern',
   [
     'neuron',
-    '2:4',
+    pytest.param('2:4', marks=pytest.mark.slow),
     pytest.param('unstructured', marks=pytest.mark.slow),
     pytest.param('block:4', marks=pytest.mark.slow),
   ],
