@@ -106,7 +106,7 @@ class Rested(turns.Prepared):
   window: Window
 
   def prepare(self) -> Tree:
-    """Waits."""
+    """Waits until the threads sleep."""
     time.sleep(0.3)
     return ()
 

@@ -80,7 +80,7 @@ class _Sums:
     (self._full if weight_BxL.all() else self._partly).append(scalars(seen))
 
   def values(self) -> Values:
-    """See `Loss`."""
+    """The numbers that `Loss` gives for all batches so far."""
     nats, tokens, data = self._nats, self._tokens, self._data
     split = SHORT.get(data.split, data.split)
     loss = nats.total() / tokens.total()

@@ -40,10 +40,15 @@ def name() -> str:
   return f'{kind} (compute capability {major}.{minor})'
 
 
+def is_recent_gpu() -> bool:
+  """Whether arrays are on an NVIDIA GPU with fast bfloat16: since A100."""
+  capability = compute_capability()
+  return capability is not None and capability >= _FIRST_WITH_BFLOAT16
+
+
 def is_old_gpu() -> bool:
   """Whether arrays are on an NVIDIA GPU without fast bfloat16, such as a T4."""
-  capability = compute_capability()
-  return capability is not None and capability < _FIRST_WITH_BFLOAT16
+  return compute_capability() is not None and not is_recent_gpu()
 
 
 def is_other_gpu() -> bool:
@@ -53,10 +58,7 @@ def is_other_gpu() -> bool:
 
 def has_fast_bfloat16() -> bool:
   """Whether bfloat16 is faster than float32 here: on newer NVIDIA GPUs, and on TPUs."""
-  if jax.default_backend() == 'tpu':
-    return True
-  capability = compute_capability()
-  return capability is not None and capability >= _FIRST_WITH_BFLOAT16
+  return jax.default_backend() == 'tpu' or is_recent_gpu()
 
 
 def has_fused_attention() -> bool:
@@ -65,7 +67,7 @@ def has_fused_attention() -> bool:
   Besides the compute capability, JAX itself is asked whether it finds a version of cuDNN that supports
   the GPU.
   """
-  if compute_capability() is None or is_old_gpu():
+  if not is_recent_gpu():
     return False
   one = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)
   attend = jax.nn.dot_product_attention

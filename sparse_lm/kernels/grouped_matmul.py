@@ -57,7 +57,7 @@ def block_rows(shape: tuple[int, int, int]) -> int:
 
 def has_tiles() -> bool:
   """Whether the kernels of `expert_tiles` run on this process' device: NVIDIA's GPUs since A100."""
-  return device.compute_capability() is not None and not device.is_old_gpu()
+  return device.is_recent_gpu()
 
 
 def _in_tiles(x_NxPxI: Array, kernel_ExIxF: Array, group_N: Array | None) -> bool:

@@ -22,7 +22,7 @@ CHUNK = 2**14  # keys that are summed at once
 
 
 def masks(scores: Sequence[Array], k: Sequence[Array]) -> list[Array]:
-  """`kernels.topk.topk_masks`; searches the matrices of one size together.
+  """Does what `kernels.topk.topk_masks` says, and searches the matrices of one size together.
 
   Args:
     scores: float `[..., in, out]`, or `[N]`.
@@ -37,13 +37,13 @@ def masks(scores: Sequence[Array], k: Sequence[Array]) -> list[Array]:
 
 
 def rows(scores: Array, k: Array) -> Array:
-  """`kernels.topk.topk_rows`."""
+  """Does what `kernels.topk.topk_rows` says, in all rows at once."""
   keys = ordered_keys(scores).reshape(-1, scores.shape[-1])
   return selected(keys, *cutoffs(keys, jnp.broadcast_to(k, len(keys)))).reshape(scores.shape)
 
 
 def counts(flags: Sequence[Array]) -> list[Array]:
-  """`kernels.topk.counts`; sums the arrays of one size together."""
+  """Does what `kernels.topk.counts` says, and sums the arrays of one size together."""
   lines = [one.reshape(1, -1) for one in flags]
   found = _by_length(lambda line: (jnp.sum(line, axis=-1, dtype=jnp.int32),), lines)
   return [count[0] for (count,) in found]
