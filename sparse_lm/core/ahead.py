@@ -37,8 +37,10 @@ class Ahead:
 
   def compiled(self, *arguments: Tree) -> Compiled:
     """The executable for arguments of these shapes: arrays or shape structs."""
-    compile_together([Call(self, arguments)])
-    return self._compiled[_key(arguments)]
+    key = _key(arguments)
+    if key not in self._compiled:
+      compile_together([Call(self, arguments)])
+    return self._compiled[key]
 
   def outputs(self, *arguments: Tree) -> Tree:
     """Shape structs of what the function returns for arguments of these shapes."""
@@ -68,17 +70,13 @@ def compile_together(calls: Iterable[Call]) -> None:
   Functions are traced one after the other, because tracing holds Python's global interpreter lock.
   """
   new: dict[tuple[Ahead, Hashable], concurrent.futures.Future[Compiled]] = {}
-  with _threads() as pool:
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     for function, arguments in calls:
       key = _key(arguments)
       if key not in function._compiled and (function, key) not in new:
         new[function, key] = pool.submit(function.lower(*arguments).compile)
     for (function, key), future in new.items():
       function._compiled[key] = future.result()
-
-
-def _threads() -> concurrent.futures.ThreadPoolExecutor:
-  return concurrent.futures.ThreadPoolExecutor(os.cpu_count())
 
 
 def _key(arguments: tuple[Tree, ...]) -> Hashable:

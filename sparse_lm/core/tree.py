@@ -61,3 +61,13 @@ def where_sparse(f: Callable, params: Tree, masks: Tree, *rest: Tree, dense: Cal
     masks,
     *rest,
   )
+
+
+def part(stacked: Tree, number: int) -> Tree:
+  """The part of a stacked tree that its leading axis has at `number`."""
+  return jax.tree.map(lambda leaf: leaf[number], stacked)
+
+
+def nbytes(tree: Tree) -> int:
+  """Bytes of all leaves, which are arrays or shape structs."""
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.stages import Wrapped
 
+from sparse_lm.core import tree
 from sparse_lm.core.ahead import Ahead, Call
 from sparse_lm.core.tree import Tree
 from sparse_lm.evals import EvalData, EvalModel, Evaluation, Values
@@ -56,7 +57,7 @@ def run_packed(model: LM, variables: Tree, data: EvalData) -> list[Values]:
   sums = [_Sums(data) for _ in range(len(jax.tree.leaves(variables)[0]))]
   for name, weight_BxL, outputs in jax.device_get(found):
     for number, own in enumerate(sums):
-      own.add(name, weight_BxL, *jax.tree.map(lambda leaf, number=number: leaf[number], outputs))
+      own.add(name, weight_BxL, *tree.part(outputs, number))
   return [own.values() for own in sums]
 
 

@@ -60,14 +60,14 @@ def attention_kernels(model: LM) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
   Raises UserError where `config.model.attention_kernel` asks for the fused one and it cannot run.
   """
-  asked = model.spec.attention_kernel
-  if asked != attention.CUDNN and (asked == attention.EINSUM or not device.has_fused_attention()):
+  asked, fused = model.spec.attention_kernel, device.has_fused_attention()
+  if asked != attention.CUDNN and (asked == attention.EINSUM or not fused):
     return (attention.EINSUM,), ()
   reasons = _calls_of_training(model)
   unfused = tuple(dict.fromkeys(filter(None, reasons)))
   lacking = (
     ''
-    if device.has_fused_attention()
+    if fused
     else (
       'it needs cuDNN and an NVIDIA GPU of compute capability 8.0 or above, and this is '
       f'{device.name()}'
@@ -82,7 +82,8 @@ def attention_kernels(model: LM) -> tuple[tuple[str, ...], tuple[str, ...]]:
   return tuple(sorted(used)), unfused
 
 
-def _calls_of_training(model: LM) -> list[str]:
+@functools.lru_cache(maxsize=32)
+def _calls_of_training(model: LM) -> tuple[str, ...]:
   """What `kernels.attention.unfused` says of each call of attention in a training step."""
   tokens = jax.ShapeDtypeStruct((1, model.spec.context), jnp.int32)
   key = jax.random.key(0)
@@ -91,7 +92,7 @@ def _calls_of_training(model: LM) -> list[str]:
   )
   with attention.calls() as found:
     jax.eval_shape(run, plan_of(model).variables, tokens)
-  return found
+  return tuple(found)
 
 
 def _first(reasons: tuple[str, ...]) -> str:

@@ -6,6 +6,7 @@ import jax
 from tqdm import tqdm
 
 from sparse_lm.core import tree
+from sparse_lm.model import lm
 from sparse_lm.model.plans import plan_of
 from sparse_lm.runs.setup import Setup
 from sparse_lm.weights import parts
@@ -33,6 +34,11 @@ def opening(run: Setup, name: str, first: int) -> str:
     f'{len(run.data.tokens["train"]):,} training tokens; steps {first + 1:,} to {train.steps:,} of '
     f'{data.batch * data.context:,} tokens each{relatives}'
   )
+
+
+def notes(run: Setup) -> tuple[str, ...]:
+  """Lines on choices that a user of the run may not expect."""
+  return (*run.notes, *run.program.method.notes, *lm.notes(run.program.model))
 
 
 def _dropped(run: Setup) -> str:

@@ -5,6 +5,7 @@ import signal
 import threading
 import types
 from collections.abc import Iterator
+from typing import NoReturn
 
 import grain
 import jax
@@ -13,9 +14,8 @@ from ml_collections import ConfigDict
 from sparse_lm.core import rng
 from sparse_lm.core.records import JsonObject
 from sparse_lm.measure import observe
-from sparse_lm.model import lm
 from sparse_lm.runs.at_start import prune_at_start
-from sparse_lm.runs.console import Console, opening
+from sparse_lm.runs.console import Console, notes, opening
 from sparse_lm.runs.evaluate import evaluate
 from sparse_lm.runs.record import Evaluated, Record, opened
 from sparse_lm.runs.setup import setup
@@ -76,6 +76,12 @@ class Stop:
       signal.signal(signum, handler)
 
 
+def leave(console: Console, signum: int, step: int) -> NoReturn:
+  """Ends the process after a signal, with the state of `step` saved."""
+  console.say(f'stopped at step {step}, saved; the same command continues', always=True)
+  raise SystemExit(128 + signum)
+
+
 class _Loop:
   """One run from where it stands to its last step."""
 
@@ -96,8 +102,7 @@ class _Loop:
     first, every, name = int(state.step), self.config.train, self.record.folder.path.name
     with Stop() as stop, Console(self.progress, name, first, every.steps) as self.console:
       self.console.say(opening(self.setup, name, first))
-      own = self.setup.notes
-      for note in (*own, *self.program.method.notes, *lm.notes(self.program.model)):
+      for note in notes(self.setup):
         self.console.say(note)
       self.console.warn_once('plan', self.record.compare_plans(first))
       for done in range(first + 1, every.steps + 1):
@@ -111,7 +116,7 @@ class _Loop:
         if last or signum or done % every.checkpoint_every == 0:
           self._save(state, batches)
         if signum:
-          self._leave(signum, done)
+          leave(self.console, signum, done)
       # A run that was stopped after its last step has logged that step's evaluation already.
       return self.record.finish(state, self.record.evaluated or self._measure(state))
 
@@ -183,7 +188,3 @@ class _Loop:
     """Saves a checkpoint, after all its losses were fetched and found finite."""
     with self._paused():
       self.record.save(state, batches)
-
-  def _leave(self, signum: int, step: int) -> None:
-    self.console.say(f'stopped at step {step}, saved; the same command continues', always=True)
-    raise SystemExit(128 + signum)

@@ -9,16 +9,15 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from sparse_lm.core import rng
+from sparse_lm.core import rng, tree
 from sparse_lm.core.errors import Diverged, UserError
 from sparse_lm.core.records import JsonObject
 from sparse_lm.core.tree import Tree
 from sparse_lm.measure import observe
-from sparse_lm.model import lm
 from sparse_lm.runs import lock
-from sparse_lm.runs.console import Console, opening
+from sparse_lm.runs.console import Console, notes, opening
 from sparse_lm.runs.evaluate import evaluate_packed
-from sparse_lm.runs.loop import Stop
+from sparse_lm.runs.loop import Stop, leave
 from sparse_lm.runs.packs import CHUNK, Pack
 from sparse_lm.runs.record import Evaluated, Record, opened
 from sparse_lm.runs.setup import Setup
@@ -95,7 +94,7 @@ def _resumed(pack: Pack, records: Sequence[Record]) -> list[TrainState]:
   for number, (record, state) in enumerate(zip(records, fresh)):
     batches = record.setup.data.train_iterator(rng.data_seed(record.setup.config.seed))
     with _named(record.folder.path):
-      restored = record.resume(state, packed.unstack(masks, number), batches)
+      restored = record.resume(state, tree.part(masks, number), batches)
     found.append(state if restored is None else restored)
   return found
 
@@ -145,8 +144,7 @@ class _PackLoop:
     name, count = self.records[0].folder.path.name, len(states)
     with Stop() as stop, Console(self.progress, name, first, config.train.steps) as self.console:
       self.console.say(f'{count} runs in one program; {opening(self.run_of_all, name, first)}')
-      program = self.run_of_all.program
-      for note in (*self.run_of_all.notes, *program.method.notes, *lm.notes(program.model)):
+      for note in notes(self.run_of_all):
         self.console.say(note)
       for record in self.records:
         self.console.warn_once('plan', record.compare_plans(first))
@@ -164,10 +162,7 @@ class _PackLoop:
             self._save(stacked, done)
           self.timer.start()
         if signum:
-          self.console.say(
-            f'stopped at step {done}, saved; the same command continues', always=True
-          )
-          raise SystemExit(128 + signum)
+          leave(self.console, signum, done)
       return self._finish(stacked)
 
   def _prepare(self, first: int) -> None:
@@ -191,7 +186,7 @@ class _PackLoop:
     starts_KxNxB = np.stack([starts(done, CHUNK) for starts in self.starts], axis=1)
     feed = Feed(self.tokens, self.numbers, *jax.device_put((np.int32(done), starts_KxNxB)))
     for step in range(done, end):
-      states, found = self.steps[self.pack.updates(step)](states, feed)
+      states, found = self.steps[self.run_of_all.program.updates(step)](states, feed)
       metrics.append(found)
     self._collect()
     self.pending = _Chunk(done, metrics)
@@ -239,7 +234,7 @@ class _PackLoop:
       read = states.replace(opt_state=None, control=None, signals={}, key=None)
       host = jax.device_get(read)
       for number in better:
-        state, loss = packed.unstack(host, number), found[number].values['val_loss']
+        state, loss = tree.part(host, number), found[number].values['val_loss']
         self.kept[number] = _Kept(state, loss, self.records[number].history.work)
     self.console.say(f'step {step:,}: {_span("validation loss", losses)} of {len(losses)} runs')
 
@@ -248,7 +243,7 @@ class _PackLoop:
     params, masks = self.pack.program.finalize(states, self.numbers)
     values = evaluate_packed(self.run_of_all, params, states.model_state)
     host = jax.device_get(masks)
-    each = [Evaluated(own, packed.unstack(host, i)) for i, own in enumerate(values)]
+    each = [Evaluated(own, tree.part(host, i)) for i, own in enumerate(values)]
     return each, masks
 
   def _save(self, states: TrainState, step: int) -> None:
@@ -258,7 +253,7 @@ class _PackLoop:
       self._offer(number)
       run = record.setup
       batches = run.data.train_iterator_at(rng.data_seed(run.config.seed), step)
-      record.save(packed.unstack(host, number), batches)
+      record.save(tree.part(host, number), batches)
 
   def _offer(self, number: int) -> None:
     """Writes the best state of a run since it was last saved."""
@@ -267,13 +262,15 @@ class _PackLoop:
       record.best.offer(record.setup.program, *self.kept.pop(number))
 
   def _finish(self, states: TrainState) -> list[Outcome]:
-    host, measured = jax.device_get(states.replace(key=None)), None
+    # A result reads the number of steps and the targets; weights and moments stay on the device.
+    kept = states.replace(trainable=None, opt_state=None, ema=None, model_state=None, control=None)
+    host, measured = jax.device_get(kept.replace(key=None, signals={})), None
     outcomes: dict[int, Outcome] = dict(self.lost)
     for number, record in self._alive():
       if record.evaluated is None:  # stopped after its last step, which it has logged
         measured = measured or self._measure(states)[0]
         record.evaluated = measured[number]
-      outcomes[number] = record.finish(packed.unstack(host, number), record.evaluated)
+      outcomes[number] = record.finish(tree.part(host, number), record.evaluated)
     return [outcomes[number] for number in range(len(self.records))]
 
   def _alive(self) -> list[tuple[int, Record]]:

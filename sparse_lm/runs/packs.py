@@ -17,13 +17,14 @@ from sparse_lm.core import tree
 from sparse_lm.core.ahead import Call, compile_together
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.tree import Tree
+from sparse_lm.measure import machine
 from sparse_lm.runs import configs, runtime
 from sparse_lm.runs.evaluate import evaluation_of_packed
 from sparse_lm.runs.setup import Setup
 from sparse_lm.train import numbers
-from sparse_lm.train.packed import Feed, PackedProgram, Updates, packed
+from sparse_lm.train.packed import Feed, PackedProgram, packed
 from sparse_lm.train.states import TrainState
-from sparse_lm.train.step import Program, shared
+from sparse_lm.train.step import Program, Updates, shared
 from sparse_lm.weights import parts
 
 T = TypeVar('T')
@@ -129,11 +130,6 @@ class Pack:
     """The program of the pack."""
     return packed(self.runs[0].program)
 
-  def updates(self, step: int) -> Updates:
-    """The parts of the weight method that update masks in a step, and those that collect signals."""
-    method = self.runs[0].program.method
-    return parts.due(method, step), parts.collecting(method, step)
-
   def compiled(self, first: int = 0) -> dict[Updates, Compiled]:
     """The compiled steps of a pack that has done `first` steps, by their updates."""
     compile_together(self.calls(first))
@@ -164,28 +160,19 @@ class Pack:
 
   def _all_updates(self, first: int) -> list[Updates]:
     steps = range(first, self.runs[0].config.train.steps)
-    return list(dict.fromkeys(map(self.updates, steps)))
+    return list(dict.fromkeys(map(self.runs[0].program.updates, steps)))
 
   def bytes_at_least(self) -> int:
     """Bytes of the states and the training text, a lower bound that needs no compilation."""
-    leaves = jax.tree.leaves((self._states.replace(key=None), self._feed))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    return tree.nbytes((self._states.replace(key=None), self._feed))
 
   def bytes_shared(self) -> int:
-    """What of it the runs share: the training text, and the number of a step."""
-    shared = (self._feed.tokens, self._feed.first)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in shared)
+    """Bytes of what the runs share: the training text, and the number of a step."""
+    return tree.nbytes((self._feed.tokens, self._feed.first))
 
   def bytes(self) -> int:
     """Bytes that the largest compiled step takes, all buffers included."""
-    found = [compiled.memory_analysis() for compiled in self.compiled().values()]
-    return max(
-      memory.argument_size_in_bytes
-      + memory.output_size_in_bytes
-      - memory.alias_size_in_bytes
-      + memory.temp_size_in_bytes
-      for memory in found
-    )
+    return max(machine.peak_memory(compiled) for compiled in self.compiled().values())
 
   @functools.cached_property
   def _states(self) -> TrainState:

@@ -168,7 +168,7 @@ def _check_masks(parent: Trained, program: Program, target: Tree, config: Config
 def _check_memory(program: Program, data: Data, target: Tree) -> None:
   """Raises UserError for a model or batch that no step could hold, from shapes alone."""
   state = jax.eval_shape(program.init, 0, target).replace(key=None)
-  state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+  state_bytes = tree.nbytes(state)
   tokens = data.batch // program.accumulation * data.context
   spec, room = program.model.spec, runtime.memory()
   # The input of each layer is kept for the backward pass with every `config.model.remat`.

@@ -22,7 +22,15 @@ Number = float | jax.Array
 
 def numbers(program: Program) -> dict[str, float]:
   """The numbers of a program that packed steps trace, by the name of their config field."""
-  return {name: vars(node)[field] for name, (node, field) in _fields(program).items()}
+  nodes = {'config.optimizer': program.optimizer}
+  if program.objective.budget is not None:
+    nodes['config.budget'] = program.objective.budget
+  nodes |= {_group(name): part for name, part in program.method.parts.items()}
+  return {
+    f'{group}.{field}': vars(node)[field]
+    for group, node in nodes.items()
+    for field in traced_fields(type(node))
+  }
 
 
 def with_numbers(program: Program, values: Mapping[str, Number]) -> Program:
@@ -58,15 +66,3 @@ def common(program: Program) -> Program:
 def _group(part: str) -> str:
   """The config group of a part of the weight method."""
   return f'config.weight.rules.{part}' if part else 'config.weight'
-
-
-def _fields(program: Program) -> dict[str, tuple[Optimizer | Budget | WeightMethod, str]]:
-  nodes = {'config.optimizer': program.optimizer}
-  if program.objective.budget is not None:
-    nodes['config.budget'] = program.objective.budget
-  nodes |= {_group(name): part for name, part in program.method.parts.items()}
-  return {
-    f'{group}.{field}': (node, field)
-    for group, node in nodes.items()
-    for field in traced_fields(type(node))
-  }

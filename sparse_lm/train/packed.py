@@ -17,14 +17,12 @@ from sparse_lm.core.ahead import Ahead
 from sparse_lm.core.tree import Tree
 from sparse_lm.data import windows
 from sparse_lm.kernels import device
-from sparse_lm.train import states
 from sparse_lm.train.numbers import with_numbers
 from sparse_lm.train.on_host import host_device
 from sparse_lm.train.states import TrainState
-from sparse_lm.train.step import Program
+from sparse_lm.train.step import Program, Updates
 
 Array = jax.Array
-Updates = tuple[tuple[str, ...], tuple[str, ...]]
 
 
 class Feed(struct.PyTreeNode):
@@ -100,11 +98,7 @@ class PackedProgram:
   @functools.cached_property
   def init(self) -> Ahead:
     """`(seed, target) -> TrainState` of one run, computed on the host; see `OnHost`."""
-    program = self.program
-    create = functools.partial(
-      states.create, program.model, program.method, program.optimizer, program.objective.budget
-    )
-    return Ahead(create, device=host_device())
+    return Ahead(self.program.create, device=host_device())
 
   @functools.cached_property
   def _steps(self) -> dict[Updates, Ahead]:
@@ -143,8 +137,3 @@ def stack(runs: Sequence[TrainState]) -> TrainState:
   stacked = jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *hosts))
   keys = jax.random.wrap_key_data(stacked.key, impl=jax.random.key_impl(runs[0].key))
   return stacked.replace(key=keys)
-
-
-def unstack(runs: Tree, number: int) -> Tree:
-  """The part of a tree on the host that belongs to run `number`."""
-  return jax.tree.map(lambda leaf: leaf[number], runs)

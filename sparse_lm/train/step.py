@@ -39,6 +39,8 @@ from sparse_lm.weights.collect import Collected, Gradients
 from sparse_lm.weights.method import Sparse, WeightMethod, apply_masks
 
 Array = jax.Array
+# Parts of the weight method that update their masks in a step, and parts that collect signals in it.
+Updates = tuple[tuple[str, ...], tuple[str, ...]]
 # Folded into the key of what is drawn before step 0; numbers of steps are smaller.
 AT_START = 2**32 - 1
 
@@ -76,15 +78,17 @@ class Program:
     """The optimizer's transformation."""
     return self.optimizer.transform()
 
+  @property
+  def create(self) -> Callable[[int, Tree], TrainState]:
+    """`(seed, target) -> TrainState`, uncompiled."""
+    return functools.partial(
+      states.create, self.model, self.method, self.optimizer, self.objective.budget
+    )
+
   @functools.cached_property
   def init(self) -> OnHost:
     """`(seed, target) -> TrainState`."""
-    objective = self.objective
-    return OnHost(
-      functools.partial(
-        states.create, objective.model, objective.method, self.optimizer, objective.budget
-      )
-    )
+    return OnHost(self.create)
 
   def begin(self, seed: int, target: Tree, batch: tuple[int, int]) -> TrainState:
     """`init`; with an accelerator, the programs of the first two steps are compiled at the same time.
@@ -113,7 +117,7 @@ class Program:
       return state.result()
 
   @functools.cached_property
-  def _compiled(self) -> dict[tuple[tuple[str, ...], tuple[str, ...]], Wrapped]:
+  def _compiled(self) -> dict[Updates, Wrapped]:
     return {}
 
   def compiled(self, updates: tuple[str, ...] = (), collects: tuple[str, ...] = ()) -> Wrapped:
@@ -156,7 +160,11 @@ class Program:
 
   def step(self, step: int) -> Wrapped:
     """The compiled step for optimizer step `step`."""
-    return self.compiled(parts.due(self.method, step), parts.collecting(self.method, step))
+    return self.compiled(*self.updates(step))
+
+  def updates(self, step: int) -> Updates:
+    """The parts that update their masks in optimizer step `step`, and those that collect signals."""
+    return parts.due(self.method, step), parts.collecting(self.method, step)
 
   def step_flops(self, step: int, forward: float, target: dict[str, float]) -> float:
     """FLOPs per token of optimizer step `step`, without a teacher's.

@@ -14,7 +14,7 @@ from numpy.testing import assert_allclose
 
 from sparse_lm.core import rng
 from sparse_lm.core.errors import Diverged, UserError
-from sparse_lm.model import slots
+from sparse_lm.model import lm, slots
 from sparse_lm.runs import loop, pack_loop, packs, runtime
 from sparse_lm.runs.checkpoint import Checkpoints
 from sparse_lm.runs.loop import Stop, train
@@ -150,7 +150,7 @@ def test_a_signal_that_comes_behind_the_saving_waits_for_the_next(
 ):
   for module in (loop, pack_loop):
     monkeypatch.setattr(module, 'Stop', Late)
-  monkeypatch.setattr(pack_loop.lm, 'notes', lambda model: ['Rules leave a layer.'])
+  monkeypatch.setattr(lm, 'notes', lambda model: ['Rules leave a layer.'])
   with pytest.raises(SystemExit):
     train(three[0], str(tmp_path / 'alone'), progress=False)
   with pytest.raises(SystemExit):
