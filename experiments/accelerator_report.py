@@ -1,6 +1,5 @@
 """Tables and the figure of the accelerator studies: of one machine, or of several side by side."""
 
-import os
 import pathlib
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from experiments.accelerator_goals import Goal
 from sparse_lm.core.records import Json
 from sparse_lm.report import plot, results
 from sparse_lm.report.formats import ABSENT
+from sparse_lm.report.table import replace
 
 Rows = dict[str, results.Line]
 
@@ -71,9 +71,7 @@ def by_machine(lines: Iterable[results.Line]) -> dict[str, Rows]:
 def write(lines: Sequence[results.Line], folder: pathlib.Path) -> str:
   """Writes `table.md` and the figure in a study's folder and returns the Markdown."""
   text = page(lines, folder)
-  temporary = folder / f'table.md.{os.getpid()}.tmp'
-  temporary.write_text(text, encoding='utf-8')
-  os.replace(temporary, folder / 'table.md')
+  replace(folder / 'table.md', text)
   return text
 
 
@@ -93,11 +91,11 @@ def goals_table(machines: Mapping[str, Rows], study: str) -> str:
   wanted: dict[str, dict[str, str]] = {}
   for machine, rows in machines.items():
     for goal in accelerator_goals.goals(study, _device(rows)):
-      head = {'goal': f'{goal.what} at most {goal.text(goal.most)}'}
-      wanted.setdefault(head['goal'], head)[machine] = reached(goal, rows)
+      text = f'{goal.what} at most {goal.text(goal.most)}'
+      wanted.setdefault(text, {})[machine] = reached(goal, rows)
   if not wanted:
     return ''
-  table = [[row['goal'], *(row.get(m, ABSENT) for m in machines)] for row in wanted.values()]
+  table = [[text, *(row.get(m, ABSENT) for m in machines)] for text, row in wanted.items()]
   return tabulate(table, ['goal', *machines], tablefmt='pipe', disable_numparse=True)
 
 

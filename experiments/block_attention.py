@@ -13,7 +13,7 @@ import pathlib
 import jax
 import numpy as np
 
-from experiments.sweep import Overrides, Run
+from experiments.sweep import FLOAT32, Overrides, Run
 from sparse_lm.core.records import JsonObject
 from sparse_lm.inference.decode import Decoder
 from sparse_lm.inference.workload import DECODED, DecodeCall, workload
@@ -26,7 +26,6 @@ from sparse_lm.runs import configs, runtime
 from sparse_lm.runs.environment import environment
 
 CONFIG = 'configs/base.py'
-FLOAT32 = {'model.precision': 'float32'}  # on every device, as the caption says
 VOCAB, REPEATS = 256, 15
 ROWS = ((128, 512), (128, 1024), (128, 2048), (512, 2048), (128, 4096), (512, 4096))
 CHOSEN = 3

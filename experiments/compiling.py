@@ -18,6 +18,10 @@ class Together:
     self._done: dict[Hashable, Compiled | Exception] = {}
     self._known: set[Hashable] = set()
 
+  def __contains__(self, name: Hashable) -> bool:
+    """Whether a program was traced, or failed to be."""
+    return name in self._known
+
   def lower(self, name: Hashable, make: Callable[[], Lowered]) -> None:
     """Traces a program, unless it was traced before."""
     if name in self._known:

@@ -30,6 +30,7 @@ from sparse_lm import list_methods
 from sparse_lm.commands.parser import Parser, local_path, one_line
 from sparse_lm.core import records
 from sparse_lm.core.errors import UserError
+from sparse_lm.measure.device import file_name
 from sparse_lm.report import results
 
 # Studies that compare machines; their lines lie in one file for each device, `<study>-<device>.jsonl`.
@@ -51,7 +52,8 @@ def take(name: str, folder: str) -> None:
   by_file: dict[str, list[results.Line]] = {}
   if name in MACHINES and finished:
     for line in finished:
-      by_file.setdefault(f'{name}-{_device(line)}', []).append(line)
+      machine = file_name(line['env']['device'], line['env'].get('instruction_set', ''))
+      by_file.setdefault(f'{name}-{machine}', []).append(line)
   else:
     by_file[name] = Findings(study).lines
   LINES.mkdir(parents=True, exist_ok=True)
@@ -59,13 +61,6 @@ def take(name: str, folder: str) -> None:
     kept = [_portable(line, folder) for line in lines]
     text = ''.join(json.dumps(records.seal(line)) + '\n' for line in kept)
     (LINES / f'{stem}.jsonl').write_text(text)
-
-
-def _device(line: results.Line) -> str:
-  """The device that a line was measured on, as part of a file name; for a CPU its instruction set too."""
-  env = line['env']
-  words = env['device'] if env['device'] != 'cpu' else f'cpu {env["instruction_set"]}'
-  return re.sub(r'[^a-z0-9]+', '-', words.lower()).strip('-')
 
 
 def machines(folder: pathlib.Path, name: str) -> str:

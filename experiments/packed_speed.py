@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.sweep import Overrides, Run
+from experiments.sweep import FLOAT32, Overrides, Run
 from sparse_lm.core import tree
 from sparse_lm.core.paths import Part, Place
 from sparse_lm.core.records import JsonObject
@@ -39,7 +39,6 @@ from sparse_lm.runs.environment import environment
 from sparse_lm.weights.method import apply_masks
 
 CONFIG = 'configs/base.py'
-FLOAT32 = {'model.precision': 'float32'}  # on every device, as the caption says
 SIZE = {
   'data.context': 256,
   'model.layers': 16,

@@ -68,7 +68,7 @@ def plan(runs: Mapping[str, Run], most: int) -> list[Job]:
       file=sys.stderr,
     )
     return [Job({run_id: run}, alone_because='the device is a CPU') for run_id, run in runs.items()]
-  found = packs.split(list(setups.values()), most or max(len(setups), 1))
+  found = packs.split(list(setups.values()), most or len(setups))
   names = list(setups)
   found = _fitted([[names[number] for number in part] for part in found], setups, most)
   if most != AUTO and len(setups) > 1 and all(len(part) == 1 for part in found):

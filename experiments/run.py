@@ -160,7 +160,8 @@ class Study:
     )
     with bar:
       for job, together in jobs:
-        name = ' and '.join([*list(job)[:1], *([f'{len(job) - 1} more'] if len(job) > 1 else [])])
+        first, *others = job
+        name = f'{first} and {len(others)} more' if others else first
         bar.set_description(name)
         if bar.disable:
           print(f'run {finished + 1}/{len(runs)}: {name}', file=sys.stderr, flush=True)

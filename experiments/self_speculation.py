@@ -13,7 +13,7 @@ import pathlib
 import numpy as np
 from tqdm import tqdm
 
-from experiments.sweep import Run
+from experiments.sweep import FLOAT32, Run
 from sparse_lm.core import rng
 from sparse_lm.core.records import JsonObject
 from sparse_lm.inference.decode import Decoder
@@ -26,7 +26,6 @@ from sparse_lm.runs.environment import environment
 from sparse_lm.runs.setup import setup
 
 CONFIG = 'configs/base.py'
-FLOAT32 = {'model.precision': 'float32'}  # on every device, as the caption says
 LAYERS, CONTEXT, BATCH, STEPS = 8, 128, 8, 300
 SIZE = {
   'data.context': CONTEXT,

@@ -23,6 +23,8 @@ from sparse_lm.core.records import Json, JsonObject
 Overrides = dict[str, FieldValue]
 Sweep = list[Overrides]
 
+# On every device, for studies whose captions say float32.
+FLOAT32 = {'model.precision': 'float32'}
 # Magnitudes applied straight-through, at the final sparsity from the first step.
 STE = {
   'weight.name': 'magnitude',

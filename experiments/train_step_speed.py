@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from experiments import plain_twin
-from experiments.sweep import STE, Run
+from experiments.sweep import FLOAT32, STE, Run
 from sparse_lm.core import tree
 from sparse_lm.core.records import JsonObject
 from sparse_lm.core.tree import Tree
@@ -27,7 +27,6 @@ from sparse_lm.train.step import Program
 from sparse_lm.weights.method import WeightMethod
 
 CONFIG = 'configs/base.py'
-FLOAT32 = {'model.precision': 'float32'}  # on every device, as the caption says
 VOCAB = 256
 REPEATS = 12
 TWIN, DENSE = 'plain Flax twin', 'default model'

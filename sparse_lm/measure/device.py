@@ -40,10 +40,15 @@ def kind() -> str:
 
   It is 'nvidia-h200', say, of an accelerator; of a CPU it names its instruction set: 'cpu-avx-512'.
   """
-  name = jax.devices()[0].device_kind
   if jax.default_backend() == 'cpu':
-    name = f'cpu {processor()["instruction_set"]}'
-  return re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')
+    return file_name('cpu', processor()['instruction_set'])
+  return file_name(jax.devices()[0].device_kind)
+
+
+def file_name(device: str, instruction_set: str = '') -> str:
+  """A device's name, fit for the name of a file; that of a CPU holds its instruction set."""
+  words = f'cpu {instruction_set}' if device == 'cpu' else device
+  return re.sub(r'[^a-z0-9]+', '-', words.lower()).strip('-')
 
 
 def _cpuinfo() -> str:

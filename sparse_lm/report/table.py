@@ -227,8 +227,12 @@ def write(frame: pd.DataFrame, folder: str | pathlib.Path, caption: str, command
     'table.tex': formats.latex(frame, caption, command, folder.name),
   }
   for name, content in contents.items():
-    # Shards of a study may write at the same time; a reader never sees half a file.
-    temporary = folder / f'{name}.{os.getpid()}.tmp'
-    temporary.write_text(content, encoding='utf-8')
-    os.replace(temporary, folder / name)
+    replace(folder / name, content)
   return contents['table.md']
+
+
+def replace(file: pathlib.Path, content: str) -> None:
+  """Writes a whole file. Shards may write at the same time, and a reader never sees half a file."""
+  temporary = file.with_name(f'{file.name}.{os.getpid()}.tmp')
+  temporary.write_text(content, encoding='utf-8')
+  os.replace(temporary, file)

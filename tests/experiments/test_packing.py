@@ -1,7 +1,5 @@
 """Studies whose runs are packed."""
 
-import json
-import sys
 import types
 
 import pytest
@@ -10,6 +8,7 @@ from experiments import packed_smoke, packed_sweep, packing
 from experiments import run as runner
 from experiments.run import Study
 from experiments.sweep import Run
+from sparse_lm.report import results
 from sparse_lm.runs import configs, runtime
 from sparse_lm.runs.packs import Pack
 from sparse_lm.runs.setup import setup
@@ -46,20 +45,9 @@ def study(small, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-  def call(*arguments):
-    with monkeypatch.context() as patch:
-      patch.setattr(sys, 'argv', ['run', 'fake', *arguments])
-      patch.setattr(runtime, 'prepare', lambda: None)
-      try:
-        runner.main()
-        code = 0
-      except SystemExit as stop:
-        code = stop.code
-    out, err = capsys.readouterr()
-    return types.SimpleNamespace(code=code, out=out, err=err)
-
-  return call
+def command(run_study):
+  """`command(argument, ...)`: what the command line prints of the study with these arguments."""
+  return lambda *arguments: run_study('fake', *arguments)
 
 
 def execute(run, workdir):
@@ -82,7 +70,7 @@ def test_a_study_trains_its_packs_and_what_runs_alone(study, command):
   ]
   shown = command('--pack=4')
   assert (shown.code, shown.out) == (0, 'TABLE of 5\n')
-  lines = [json.loads(line) for line in fake.file.read_text().splitlines()]
+  lines = results.read_file(fake.file)
   assert [line['metrics'].get('packed_runs') for line in lines] == [3, 3, 3, None, None]
   assert [line['seed'] for line in lines[:3]] == [0, 1, 2]
   assert lines[1]['metrics']['sparsity_prunable'] == 0.5
@@ -94,7 +82,7 @@ def test_a_study_trains_its_packs_and_what_runs_alone(study, command):
 def test_a_run_that_diverges_has_its_line_and_the_others_theirs(study, command):
   fake = study(*THREE[:2], {'seed': 3, 'optimizer.learning_rate': 1e30})
   assert command('--pack=3').code == 0
-  lines = [json.loads(line) for line in fake.file.read_text().splitlines()]
+  lines = results.read_file(fake.file)
   assert [line.get('failed') for line in lines] == [None, None, 'diverged']
   assert 'config.optimizer.learning_rate than 1e+30' in lines[2]['message']
 
@@ -106,7 +94,7 @@ def test_a_run_in_other_hands_is_left_out_of_its_pack(study, command):
   with runner.lock.held(fake.workdir(held) / 'study.lock', 'a test'):
     shown = command('--pack=3')
   assert shown.code == 0 and '1 runs are in the hands of other processes' in shown.err
-  lines = [json.loads(line) for line in fake.file.read_text().splitlines()]
+  lines = results.read_file(fake.file)
   assert [line['metrics']['packed_runs'] for line in lines] == [2, 2]
 
 

@@ -62,19 +62,9 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
-  def call(*arguments):
-    arguments = [*arguments, f'--results={tmp_path / "results"}']
-    monkeypatch.setattr(sys, 'argv', ['run', *arguments])
-    try:
-      runner.main()
-      code = 0
-    except SystemExit as stop:
-      code = stop.code
-    out, err = capsys.readouterr()
-    return types.SimpleNamespace(code=code, out=out, err=err)
-
-  return call
+def command(run_study, tmp_path):
+  """`command(argument, ...)`: what the command line does in the folder of these tests."""
+  return lambda *arguments: run_study(*arguments, f'--results={tmp_path / "results"}')
 
 
 def executed(folder):
@@ -90,8 +80,8 @@ def written(tmp_path):
   ]
 
 
-def test_trains_everything_writes_lines_and_prints_the_table(folder, call, tmp_path):
-  done = call('fake')
+def test_trains_everything_writes_lines_and_prints_the_table(folder, command, tmp_path):
+  done = command('fake')
   assert done.code == 0
   assert done.out == 'TABLE none0=1.5 none1=2.5 static0=1.5 static1=2.5\n'
   lines = written(tmp_path)
@@ -106,47 +96,47 @@ def test_trains_everything_writes_lines_and_prints_the_table(folder, call, tmp_p
   assert '4/4' in done.err and 'static-seed1' in done.err
 
 
-def test_a_second_call_trains_and_validates_nothing(folder, call, monkeypatch):
-  first = call('fake')
+def test_a_second_call_trains_and_validates_nothing(folder, command, monkeypatch):
+  first = command('fake')
 
   def refuse(run):
     raise AssertionError('a config was loaded')
 
   monkeypatch.setattr(runner, '_load', refuse)
-  assert call('fake').out == first.out
+  assert command('fake').out == first.out
   assert len(executed(folder)) == 4
 
 
-def test_a_lost_line_is_made_again_in_the_studys_order(folder, call, tmp_path):
-  first = call('fake')
+def test_a_lost_line_is_made_again_in_the_studys_order(folder, command, tmp_path):
+  first = command('fake')
   file = tmp_path / 'results/fake/runs.jsonl'
   rows = file.read_text().splitlines(keepends=True)
   file.write_text(''.join(rows[1:3]) + rows[3][:40])
-  assert call('fake').out == first.out
+  assert command('fake').out == first.out
   assert executed(folder)[4:] == ['none 0', 'static 1']
   file.write_text(rows[0][:40])
-  assert call('fake').out == first.out
+  assert command('fake').out == first.out
 
 
-def test_lines_of_runs_no_longer_planned_are_left_out(folder, call, tmp_path):
-  first = call('fake')
+def test_lines_of_runs_no_longer_planned_are_left_out(folder, command, tmp_path):
+  first = command('fake')
   file = tmp_path / 'results/fake/runs.jsonl'
   results.append(file, results.read_file(file)[0] | {'run': 'old'})
-  assert call('fake').out == first.out
+  assert command('fake').out == first.out
 
 
-def test_shards_share_the_work_and_say_what_is_missing(folder, call, tmp_path):
-  one = call('fake', '--index=1', '--num_shards=2')
+def test_shards_share_the_work_and_say_what_is_missing(folder, command, tmp_path):
+  one = command('fake', '--index=1', '--num_shards=2')
   assert executed(folder) == ['none 1', 'static 1']
   assert (
     one.out.startswith('TABLE none1=2.5 static1=2.5\n') and '2 of 4 runs are missing' in one.out
   )
-  assert call('fake', '--index=0', '--num_shards=2').out.startswith('TABLE none0')
+  assert command('fake', '--index=0', '--num_shards=2').out.startswith('TABLE none0')
   assert len(written(tmp_path)) == len(executed(folder)) == 4
 
 
-def test_a_shard_without_the_baseline_still_succeeds(folder, call):
-  done = call('fake', '--index=3', '--num_shards=4')
+def test_a_shard_without_the_baseline_still_succeeds(folder, command):
+  done = command('fake', '--index=3', '--num_shards=4')
   assert done.code == 0
   assert '3 of 4 runs are missing' in done.out and 'no baseline' in done.out
 
@@ -161,27 +151,27 @@ def test_shards_partition_the_runs(count, num_shards):
   assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
-def test_dry_run_prints_what_is_missing_and_runs_nothing(folder, call):
-  fresh = call('fake', '--dry_run')
+def test_dry_run_prints_what_is_missing_and_runs_nothing(folder, command):
+  fresh = command('fake', '--dry_run')
   assert fresh.out.startswith('# 0 of 4 runs are finished') and executed(folder) == []
-  call('fake', '--index=0', '--num_shards=2')
-  half = call('fake', '--dry_run')
+  command('fake', '--index=0', '--num_shards=2')
+  half = command('fake', '--dry_run')
   header, *commands = half.out.splitlines()
   assert header.startswith('# 2 of 4') and len(commands) == 2
   assert all('--config.seed=1' in command for command in commands)
 
 
-def test_a_training_study_prints_the_training_commands(folder, call, tmp_path):
+def test_a_training_study_prints_the_training_commands(folder, command, tmp_path):
   (folder / 'fake.py').write_text(STUDY.replace(', execute)', ')'))
-  words = shlex.split(call('fake', '--dry_run').out.splitlines()[1])
+  words = shlex.split(command('fake', '--dry_run').out.splitlines()[1])
   assert words[:3] == ['python', '-m', 'sparse_lm.train']
   assert words[-1].startswith(f'--workdir={tmp_path}/results/fake/runs/none-seed0-')
 
 
-def test_training_is_the_default(folder, call, monkeypatch, tmp_path):
+def test_training_is_the_default(folder, command, monkeypatch, tmp_path):
   (folder / 'fake.py').write_text(STUDY.replace(', execute)', ')'))
   monkeypatch.setattr(runner, '_train', lambda run, workdir: {'metrics': {'loss': 9.0}})
-  assert call('fake').out.startswith('TABLE none0=9.0')
+  assert command('fake').out.startswith('TABLE none0=9.0')
 
 
 @pytest.mark.parametrize(
@@ -193,26 +183,26 @@ def test_training_is_the_default(folder, call, monkeypatch, tmp_path):
   ],
 )
 def test_a_run_that_stops_leaves_no_line_and_keeps_the_others(
-  folder, call, tmp_path, stop, code, err
+  folder, command, tmp_path, stop, code, err
 ):
   (folder / 'fail_static0').write_text(stop)
-  done = call('fake')
+  done = command('fake')
   assert done.code == code and err in done.err and 'TABLE' not in done.out
   assert [x['seed'] for x in written(tmp_path)] == [0, 1]
   (folder / 'fail_static0').unlink()
-  assert call('fake').code == 0
+  assert command('fake').code == 0
   assert executed(folder)[2:] == ['static 0', 'static 0', 'static 1']
 
 
-def test_a_wrong_config_stops_everything_before_the_first_run(folder, call):
+def test_a_wrong_config_stops_everything_before_the_first_run(folder, command):
   (folder / 'fake.py').write_text(STUDY.replace("'static']", "'statc']"))
-  done = call('fake')
+  done = command('fake')
   assert done.code == 2 and "did you mean 'static'" in done.err and executed(folder) == []
 
 
-def test_a_run_planned_twice_is_refused(folder, call):
+def test_a_run_planned_twice_is_refused(folder, command):
   (folder / 'fake.py').write_text(STUDY.replace('[0, 1]', '[1, 1]'))
-  done = call('fake')
+  done = command('fake')
   assert done.code == 2 and 'twice' in done.err and executed(folder) == []
 
 
@@ -226,21 +216,21 @@ def test_a_run_planned_twice_is_refused(folder, call):
     (['fake', '--num_shards=0'], "--num_shards: '0' is not valid"),
   ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(folder, call, arguments, hint):
-  done = call(*arguments)
+def test_bad_input_is_one_line_and_exit_code_2(folder, command, arguments, hint):
+  done = command(*arguments)
   assert (done.code, done.out) == (2, '')
   assert hint in done.err and done.err.count('\n') == 1 and done.err.startswith('error: ')
   assert executed(folder) == []
 
 
 @pytest.mark.parametrize('arguments', [[], ['fake', '--dry'], ['fake', '--index=x']])
-def test_bad_flags_exit_with_2(folder, call, arguments):
-  assert call(*arguments).code == 2 and executed(folder) == []
+def test_bad_flags_exit_with_2(folder, command, arguments):
+  assert command(*arguments).code == 2 and executed(folder) == []
 
 
-def test_list_names_studies_with_their_questions(folder, call):
+def test_list_names_studies_with_their_questions(folder, command):
   (folder / 'broken_import.py').write_text('"""Another."""\nimport nowhere\ndef runs(): ...\n')
-  assert call('--list').out == 'broken_import: Another.\nfake: Does it run?\n'
+  assert command('--list').out == 'broken_import: Another.\nfake: Does it run?\n'
 
 
 def test_list_is_instant():
@@ -255,9 +245,9 @@ def test_list_is_instant():
 DIVERGE = "from sparse_lm.core.errors import Diverged\nraise Diverged('loss is nan at step 3')"
 
 
-def test_a_diverged_run_is_recorded_and_the_others_go_on(folder, call, tmp_path):
+def test_a_diverged_run_is_recorded_and_the_others_go_on(folder, command, tmp_path):
   (folder / 'fail_none1').write_text(DIVERGE)
-  done = call('fake')
+  done = command('fake')
   assert done.code == 0 and executed(folder) == ['none 0', 'none 1', 'static 0', 'static 1']
   assert done.out.startswith('TABLE none0=1.5 none1=nan static0=1.5')
   line = written(tmp_path)[1]
@@ -265,52 +255,54 @@ def test_a_diverged_run_is_recorded_and_the_others_go_on(folder, call, tmp_path)
   assert (line['metrics'], line['seed'], line['study']) == ({}, 1, 'fake')
   assert f'Diverged: {line["run"]}; to train one again: ' in done.out and '--only=' in done.out
   # Again: nothing runs.
-  assert call('fake').out == done.out and len(executed(folder)) == 4
+  assert command('fake').out == done.out and len(executed(folder)) == 4
   # Asked for, it runs again, and its new line counts.
-  assert call('fake', f'--only={line["run"]}').out == done.out and len(executed(folder)) == 5
+  assert command('fake', f'--only={line["run"]}').out == done.out and len(executed(folder)) == 5
   (folder / 'fail_none1').unlink()
-  assert call('fake', f'--only={line["run"]}').out.startswith('TABLE none0=1.5 none1=2.5')
+  assert command('fake', f'--only={line["run"]}').out.startswith('TABLE none0=1.5 none1=2.5')
   assert executed(folder)[4:] == ['none 1', 'none 1']
 
 
-def test_when_all_have_diverged_there_is_no_table(folder, call):
+def test_when_all_have_diverged_there_is_no_table(folder, command):
   for name in ('none0', 'none1', 'static0', 'static1'):
     (folder / f'fail_{name}').write_text(DIVERGE)
-  done = call('fake')
+  done = command('fake')
   assert done.code == 0 and '4 diverged: no table yet' in done.out
 
 
-def test_only_one_run(folder, call, tmp_path):
-  fresh = call('fake', '--dry_run').out.splitlines()
+def test_only_one_run(folder, command, tmp_path):
+  fresh = command('fake', '--dry_run').out.splitlines()
   run_id = next(word for word in fresh[2].split() if word.startswith('--only=')).removeprefix(
     '--only='
   )
   assert run_id.startswith('none-seed1-')
-  done = call('fake', f'--only={run_id}')
+  done = command('fake', f'--only={run_id}')
   assert executed(folder) == ['none 1'] and '3 of 4 runs are missing' in done.out
-  call('fake', f'--only={run_id}')
+  command('fake', f'--only={run_id}')
   assert executed(folder) == ['none 1']  # it has its line
-  assert call('fake', f'--only={run_id}', '--dry_run').out.startswith('# 1 of 1 runs are finished')
-  wrong = call('fake', '--only=none-seed1')
+  assert command('fake', f'--only={run_id}', '--dry_run').out.startswith(
+    '# 1 of 1 runs are finished'
+  )
+  wrong = command('fake', '--only=none-seed1')
   assert wrong.code == 2 and wrong.err.count('\n') == 1 and f'did you mean {run_id!r}' in wrong.err
 
 
-def test_a_second_worker_takes_other_runs(folder, call, tmp_path):
+def test_a_second_worker_takes_other_runs(folder, command, tmp_path):
   study = runner.Study.load('fake', tmp_path / 'results')
   first = next(iter(study.runs))
   study.workdir(first).mkdir(parents=True)
   with lock.held(study.workdir(first) / 'study.lock', 'x'):
-    done = call('fake')
+    done = command('fake')
   assert done.code == 0 and executed(folder) == ['none 1', 'static 0', 'static 1']
   assert '1 runs are in the hands of other processes' in done.err
   assert '1 of 4 runs are missing' in done.out
   # A run whose training another process has begun by hand is left as well.
   held = "from sparse_lm.runs import lock\nraise lock.Held('workdir w is in use')"
   (folder / 'fail_none0').write_text(held)
-  again = call('fake')
+  again = command('fake')
   assert again.code == 0 and '1 runs are in the hands' in again.err
   (folder / 'fail_none0').unlink()
-  assert call('fake').code == 0 and sorted(executed(folder)[-1:]) == ['none 0']
+  assert command('fake').code == 0 and sorted(executed(folder)[-1:]) == ['none 0']
   assert len(written(tmp_path)) == 4
 
 
