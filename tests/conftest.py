@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import textwrap
+import types
 
 # Before JAX is imported, and for subprocesses too: these tests compile far longer than they compute.
 # Set it to 0 to test the very executables that users run.
@@ -24,6 +25,7 @@ if os.environ.setdefault(
 import jax
 import pytest
 
+from experiments import run as experiments_run
 from sparse_lm import patterns, signals
 from sparse_lm.inference import costs, formats
 from sparse_lm.kernels import device
@@ -126,6 +128,17 @@ def call(monkeypatch, capfd):
         code = stop.code
     captured = capfd.readouterr()
     return code, captured.out, captured.err
+
+  return run
+
+
+@pytest.fixture
+def run_study(call):
+  """`run_study(argument, ...)`: what `python -m experiments.run` does with these arguments."""
+
+  def run(*arguments):
+    code, out, err = call(experiments_run, arguments)
+    return types.SimpleNamespace(code=code, out=out, err=err)
 
   return run
 

@@ -66,12 +66,6 @@ class Spec:
 
     The precision 'auto' is replaced by that of this device, see `precision_here`.
     """
-    fields = [
-      field.name for field in dataclasses.fields(cls) if field.name not in ('vocab', 'context')
-    ]
-    for field in config:
-      if field not in fields:
-        raise unknown('field', f'config.model.{field}', [f'config.model.{name}' for name in fields])
     spec = cls(vocab=vocab, context=context, **config)
     spec._check()
     return dataclasses.replace(spec, precision=precision_here(spec.precision))

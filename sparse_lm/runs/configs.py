@@ -7,6 +7,7 @@ are merged next and the other overrides come last; `config_flags` cannot do this
 
 import ast
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -187,14 +188,25 @@ def _check_inner(config: ConfigDict, overrides: Overrides) -> None:
 
 
 def check(config: ConfigDict) -> None:
-  """Raises UserError, naming the field, for a number that is missing or outside its field's range, and
-  for a field that another one has replaced."""
+  """Raises UserError, naming the field, for a number that is missing or outside its field's range, for a
+  field that another one has replaced, and for one that no group of `configs/base.py` has."""
   values = flat(config)
   _refuse_replaced(values)
+  known = _base_fields()
+  for field in values:
+    group = field.partition('.')[0]
+    if group not in slots.SLOTS and field not in known:  # methods add fields to slots
+      raise unknown('field', f'config.{field}', [f'config.{name}' for name in known])
   for field, range_ in ranges_of(config).items():
     if field not in values:
       raise _missing(field)
     range_.require(f'config.{field}', values[field])
+
+
+@functools.cache
+def _base_fields() -> tuple[str, ...]:
+  """The fields of `configs/base.py`, by dotted name."""
+  return tuple(flat(_read(str(BASE))))
 
 
 def _refuse_replaced(fields: Iterable[str]) -> None:

@@ -118,6 +118,9 @@ def test_former_fields_are_refused_by_the_one_that_replaces_them(field, tiny_con
   file.write_text(text + '  config.model.widht = 3\n  return config\n')
   with pytest.raises(UserError, match=r"unknown field 'config.model.widht'.*config.model.width"):
     setup(configs.load(str(file)))
+  file.write_text(text + '  config.optimizer.momentun = 3\n  return config\n')
+  with pytest.raises(UserError, match=r"unknown field 'config.optimizer.momentun'.*momentum"):
+    configs.load(str(file))
 
 
 REFUSED = {
