@@ -126,11 +126,16 @@ def selected(keys: Array, threshold: Array, last: Array) -> Array:
   return (keys > threshold) | ((keys == threshold) & (index <= last))
 
 
+def halves(keys: Array) -> tuple[Array, Array]:
+  """The upper and the lower 16 bits of int32 keys, both as int16 that order like them."""
+  return (keys >> 16).astype(jnp.int16), ((keys & 0xFFFF) - 2**15).astype(jnp.int16)
+
+
 def _kth_largest_by_halves(keys: Array, k: Array) -> tuple[Array, Array]:
   """`_kth_largest` of int32 keys."""
-  high = jax.lax.optimization_barrier((keys >> 16).astype(jnp.int16))
+  high, low = halves(keys)
+  high = jax.lax.optimization_barrier(high)
   level, above = _kth_largest(high, k)
-  low = ((keys & 0xFFFF) - 2**15).astype(jnp.int16)
   # Keys with another upper half take the lowest value, which reaches no candidate.
   low = jnp.where(high == level[:, None], low, jnp.iinfo(jnp.int16).min)
   rest, more = _kth_largest(jax.lax.optimization_barrier(low), k - above)
