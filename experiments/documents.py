@@ -140,10 +140,10 @@ def _filled(text: str, **indents: str) -> str:
 
 
 def _figures(folder: pathlib.Path, texts: Iterable[str]) -> dict[pathlib.Path, pathlib.Path]:
-  """Every figure that the studies drew and a document shows, and its place in docs/."""
+  """The figures of studies that a document shows, each with its path in docs/results."""
   shown = ' '.join(texts)
   drawn = (figure for figure in folder.glob('*/*.png') if figure.name in shown)
-  return {figure: ROOT / 'docs' / figure.name for figure in drawn}
+  return {figure: ROOT / 'docs' / 'results' / figure.name for figure in drawn}
 
 
 def write(names: list[str], folder: str) -> list[pathlib.Path]:
@@ -159,9 +159,11 @@ def write(names: list[str], folder: str) -> list[pathlib.Path]:
         (root / name / 'runs').symlink_to(runs.resolve())
     contents = documents(root)
     for path, text in contents.items():
+      path.parent.mkdir(parents=True, exist_ok=True)
       path.write_text(text, encoding='utf-8')
     figures = _figures(root, contents.values())
     for figure, path in figures.items():
+      path.parent.mkdir(parents=True, exist_ok=True)
       shutil.copy(figure, path)
   return [*contents, *figures.values()]
 

@@ -87,9 +87,9 @@ def test_prose_quotes_the_lines_and_figures_lie_beside_it(project):
   assert 'dropped' not in kept
   # A machine's own folders are nobody else's.
   assert str(project.parent) not in kept and '--workdir=results/smoke/runs/x' in kept
-  template = "{{ study('smoke').table }}\n![](docs/sparsity_vs_accuracy.png)\n"
+  template = "{{ study('smoke').table }}\n![](docs/results/sparsity_vs_accuracy.png)\n"
   assert '| static' in write(project, template)
-  assert (project / 'docs' / 'sparsity_vs_accuracy.png').stat().st_size > 1000
+  assert (project / 'docs' / 'results' / 'sparsity_vs_accuracy.png').stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
