@@ -58,7 +58,7 @@ clean:
 	touch $@
 
 .venv/dev: .venv/core
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,notebook]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,docs,notebook]'
 	touch $@
 
 # What is there before a notebook starts, then what its first cell installs, then what tests need.
