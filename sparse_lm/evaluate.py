@@ -1,6 +1,5 @@
 """`python -m sparse_lm.evaluate --workdir=FOLDER [--task=NAME,...]`: numbers of a model in a folder."""
 
-import dataclasses
 import json
 import sys
 
@@ -12,8 +11,7 @@ from sparse_lm.core.errors import UserError, unknown
 from sparse_lm.core.ranges import Range
 from sparse_lm.core.records import JsonObject
 from sparse_lm.data.corpus import SPLITS
-from sparse_lm.evals import EvalData, EvalModel, Values
-from sparse_lm.inference.pack import dense_twin
+from sparse_lm.evals import Values
 from sparse_lm.runs import runnable, runtime
 
 
@@ -40,10 +38,7 @@ def evaluate(
   if split not in SPLITS:
     raise unknown('--split', split, SPLITS)
   run = runnable.load(workdir)
-  data = EvalData.of_split(run.data(), split)
-  data = dataclasses.replace(data, batch=batch or data.batch, progress=True)
-  twin = run.packed and dense_twin(run.model)
-  model = EvalModel(run.model, run.variables, run.packed, twin)
+  model, data = run.eval_model(), run.eval_data(split, batch)
   values: dict[str, Values] = {}
   left_out: dict[str, str] = {}
   for name, evaluation in found.items():

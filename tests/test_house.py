@@ -69,6 +69,7 @@ MEANS_SOMETHING_ELSE = {
   'sparse_lm/pack.py': {'dense': LABEL},
   'sparse_lm/plan/plan.py': {'layer': UNIT},
   'sparse_lm/report/plot.py': {'dense': LABEL, 'none': ABSENT},
+  'sparse_lm/report/training_log.py': {'loss': METRIC},
   'sparse_lm/runs/console.py': {'dense': LABEL},
   'sparse_lm/runs/record.py': {'loss': METRIC},
   'sparse_lm/train/objective.py': {'loss': METRIC},
@@ -81,6 +82,8 @@ MEANS_SOMETHING_ELSE = {
 ABOUT = {
   # What every training run evaluates, logs, and chooses its best checkpoint by.
   'sparse_lm/runs/evaluate.py': 'sparse_lm.evals.loss',
+  # What `run.evaluate()` measures by default.
+  'sparse_lm/loading.py': 'sparse_lm.evals.loss',
   # The command that prints this evaluation as a table, of several models in turns.
   'sparse_lm/speed.py': 'sparse_lm.evals.speed',
 }

@@ -1,17 +1,22 @@
-"""A packed model as a folder: what it is in JSON, its arrays in safetensors, and a plain copy for others.
+"""The folder of a packed model.
 
-config.json, tokenizer.json  of the run that was packed.
-packed.json                  versions of layout and package, digests of the other files that are read, and
-                             for each matrix the format that is stored and that runs.
-packed.safetensors           the arrays: `<path>:<field>` of formats (`<field>/0`, ... of a tuple),
-                             `<path>` of the rest.
-model.safetensors            every parameter under its path, zeros where a weight was dropped.
+config.json, tokenizer.json  copies of those of the packed run.
+metrics.jsonl                a copy of the run's log, if the run has one.
+packed.json                  the versions of the layout and the package, the digests of the other files,
+                             the run's training cost, and the formats of each matrix: the one that is
+                             stored and the one that runs.
+packed.safetensors           the packed arrays: `<path>:<field>` for the fields of a format
+                             (`<field>/0`, `<field>/1`, ... for a tuple), `<path>` for other arrays.
+model.safetensors            every parameter under its path, with zeros for dropped weights. Other
+                             libraries can read it.
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
+import shutil
 from typing import TypedDict
 
 import jax
@@ -25,18 +30,21 @@ from sparse_lm.core.errors import UserError
 from sparse_lm.core.format import Format, is_packed
 from sparse_lm.core.paths import KERNEL, Place
 from sparse_lm.core.records import JsonObject
+from sparse_lm.core.tree import Tree
 from sparse_lm.core.version import VERSION, WRITTEN_BY, other_format
 from sparse_lm.data import tokenizers
 from sparse_lm.inference import formats
 from sparse_lm.inference.pack import Matrix, PackedModel, nested
 from sparse_lm.model import lm
 from sparse_lm.model.plans import plan_of
-from sparse_lm.runs import configs
-from sparse_lm.runs.run_folder import CONFIG, read_config, with_format
+from sparse_lm.runs import configs, cost_report
+from sparse_lm.runs.build import build
+from sparse_lm.runs.run_folder import CONFIG, LOG, read_config, with_format
 from sparse_lm.runs.trained import Trained
 from sparse_lm.runs.workdir import check_new, read_json, whole_folder, write_json
+from sparse_lm.train.work import Work
 
-FORMAT = 5
+FORMAT = 6
 MANIFEST, ARRAYS, PLAIN = 'packed.json', 'packed.safetensors', 'model.safetensors'
 READ = (ARRAYS, CONFIG, 'tokenizer.json')
 
@@ -52,27 +60,34 @@ class _Entry(TypedDict):
 
 
 class _Manifest(TypedDict):
-  """The contents of packed.json, beside what `pack` found out.
+  """The contents of packed.json, besides the results of the checks that `pack` ran.
 
   Attributes:
-    version: of the folder's format, `FORMAT`.
-    sha256: by name of a file.
+    version: the version of the folder's layout, `FORMAT`.
+    sha256: the digest of each file, by its name.
+    source: the checkpoint that was packed, in words.
+    step: optimizer steps that the checkpoint had completed.
+    work: FLOPs of training, the fields of `Work`.
+    masked: paths of the parameters that have a mask.
+    removed: a sentence for each unit that was removed as a whole.
   """
 
   version: int
   sha256: dict[str, str]
   source: str
   step: int
+  work: dict[str, float]
+  masked: list[str]
   removed: list[str]
   matrices: dict[str, _Entry]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Saved:
-  """A packed folder, loaded.
+  """The loaded contents of a packed folder.
 
   Attributes:
-    packed: ready to run.
+    packed: the packed model.
     manifest: the contents of packed.json.
   """
 
@@ -84,17 +99,54 @@ class Saved:
 
   @property
   def source(self) -> str:
-    """Which folder and checkpoint it is, in words."""
+    """The folder and the checkpoint that was packed, in words."""
     return f'{self.path}: packed from {self.manifest["source"]}'
+
+  @property
+  def folder(self) -> pathlib.Path:
+    """The folder itself, which holds metrics.jsonl too."""
+    return pathlib.Path(os.path.expanduser(self.path))
+
+  @property
+  def step(self) -> int:
+    """Optimizer steps that the packed checkpoint had completed."""
+    return self.manifest['step']
+
+  @functools.cached_property
+  def params(self) -> Tree:
+    """The run's parameters, with zeros for dropped weights, read from model.safetensors.
+
+    Raises UserError if the file is missing or was changed.
+    """
+    _check_digest(self.folder, PLAIN, self.manifest)
+    return nested(load_file(self.folder / PLAIN))
+
+  @functools.cached_property
+  def masks(self) -> Tree:
+    """A tree like `params`: True where a weight of a masked parameter is not zero, `None` = dense."""
+    masked = set(self.manifest['masked'])
+    return tree.map_named(lambda path, w: w != 0 if path in masked else None, self.params)
+
+  def costs(self) -> dict[str, float]:
+    """The numbers of `Trained.costs` for the packed run."""
+    program, target = build(self.config, self.tokenizer.vocab_size)
+    work = Work(**self.manifest['work']).over(cost_report.tokens(self.config, self.step))
+    return cost_report.report(program, target, self.masks, work=work)
 
   def __repr__(self) -> str:
     return f'Saved({self.path!r}, {self.packed}, {self.tokenizer})'
 
 
 def save(packed: PackedModel, trained: Trained, out: str, facts: JsonObject) -> None:
-  """Writes the folder as a whole: it is there with everything in it, or not at all.
+  """Writes a packed folder: either the whole folder appears, or nothing does.
 
-  Raises UserError where it is there already.
+  Args:
+    packed: the model to write.
+    trained: the run that was packed.
+    out: the new folder.
+    facts: the results of the checks, for packed.json.
+
+  Raises UserError if `out` already exists or cannot be written.
   """
   check_new(out, '--out')
   with whole_folder(out) as whole:
@@ -112,18 +164,28 @@ def _write(packed: PackedModel, trained: Trained, folder: pathlib.Path, facts: J
   )
   write_json(folder / CONFIG, with_format(configs.to_json(trained.config)))
   write_json(folder / 'tokenizer.json', trained.tokenizer.to_json())
-  digests = {name: _digest(folder / name) for name in READ}
-  manifest = {'version': FORMAT, WRITTEN_BY: VERSION, 'sha256': digests, 'step': trained.step}
-  write_json(
-    folder / MANIFEST, manifest | facts | {'removed': packed.removed, 'matrices': matrices}
-  )
+  log = trained.folder / LOG
+  if log.exists():
+    shutil.copyfile(log, folder / LOG)
+  manifest = {
+    'version': FORMAT,
+    WRITTEN_BY: VERSION,
+    'sha256': {name: _digest(folder / name) for name in (*READ, PLAIN)},
+    'step': trained.step,
+    'work': dataclasses.asdict(trained.work),
+    'masked': list(tree.named(trained.masks)),
+    **facts,
+    'removed': packed.removed,
+    'matrices': matrices,
+  }
+  write_json(folder / MANIFEST, manifest)
 
 
 def load(path: str) -> Saved:
   """Loads a packed folder.
 
   Raises:
-    UserError: it is none, of another version, or its files are not those that were written.
+    UserError: the folder holds no packed model, has another version, or has a file that was changed.
   """
   folder = pathlib.Path(os.path.expanduser(path))
   if not (folder / MANIFEST).exists():
@@ -155,7 +217,7 @@ def load(path: str) -> Saved:
 
 
 def _manifest(folder: pathlib.Path) -> JsonObject:
-  """The contents of packed.json, once all digests have been compared."""
+  """Returns the contents of packed.json, after comparing the digests of the other files."""
   manifest = read_json(folder / MANIFEST)
   found = manifest.get('version')
   if found != FORMAT:
@@ -170,17 +232,22 @@ def _manifest(folder: pathlib.Path) -> JsonObject:
       f'{folder / MANIFEST} is damaged ({error}); valid: pack the run again'
     ) from None
   for name in READ:
-    if not (folder / name).is_file():
-      raise UserError(f'{folder / name} cannot be read (no such file); valid: a whole folder')
-    if _digest(folder / name) != manifest['sha256'].get(name):
-      raise UserError(
-        f'{folder / name} does not match the sha256 in {MANIFEST}; valid: pack the run again'
-      )
+    _check_digest(folder, name, manifest)
   return manifest
 
 
+def _check_digest(folder: pathlib.Path, name: str, manifest: JsonObject) -> None:
+  """Raises UserError if a file of the folder is missing or was changed."""
+  if not (folder / name).is_file():
+    raise UserError(f'{folder / name} cannot be read (no such file); valid: a complete folder')
+  if _digest(folder / name) != manifest['sha256'].get(name):
+    raise UserError(
+      f'{folder / name} does not match the sha256 in {MANIFEST}; valid: pack the run again'
+    )
+
+
 def is_saved(path: str) -> bool:
-  """Whether a folder holds a packed model."""
+  """True if the folder holds a packed model."""
   return (pathlib.Path(os.path.expanduser(path)) / MANIFEST).exists()
 
 

@@ -8,7 +8,7 @@ from sparse_lm.core.errors import UserError
 from sparse_lm.core.records import JsonObject
 from sparse_lm.core.version import VERSION, WRITTEN_BY, other_format
 
-CONFIG = 'config.json'
+CONFIG, LOG = 'config.json', 'metrics.jsonl'
 CHECKPOINTS, BEST = 'checkpoints', 'best'
 # The layout of a config's keys. It changes where a key is renamed, moved or dropped: a config of an older
 # layout cannot be told from one with other settings.

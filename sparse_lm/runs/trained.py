@@ -1,4 +1,4 @@
-"""A trained run as a plain Python object: to look at, to start from, to learn from."""
+"""The model of a trained run, for evaluation, as a starting point of other runs, and as a teacher."""
 
 import dataclasses
 import functools
@@ -53,6 +53,11 @@ class Trained:
   model_state: Tree
   step: int
   work: Work
+
+  @property
+  def folder(self) -> pathlib.Path:
+    """The run's folder, also if `workdir` is `<folder>/best`."""
+    return folder_of(self.workdir)[0]
 
   @property
   def _variables(self) -> Tree:

@@ -27,7 +27,7 @@ from sparse_lm.data.corpus import Card
 from sparse_lm.data.pipeline import Data
 from sparse_lm.runs import configs, lock
 from sparse_lm.runs.environment import environment
-from sparse_lm.runs.run_folder import CHECKPOINTS, CONFIG, read_config, with_format
+from sparse_lm.runs.run_folder import CHECKPOINTS, CONFIG, LOG, read_config, with_format
 
 # What may differ when a run is continued: its length, and what it writes on the way.
 FREE = ('train.steps', 'train.log_every', 'train.eval_every', 'train.checkpoint_every')
@@ -200,13 +200,13 @@ class Workdir:
     Damaged lines are dropped too, such as the half line of a process that was killed.
     """
     self._first = step + 1
-    if (self.path / 'metrics.jsonl').exists():
+    if (self.path / LOG).exists():
       kept = [text for text, values in self._lines() if values['step'] <= step]
-      _replace(self.path / 'metrics.jsonl', b''.join(kept))
+      _replace(self.path / LOG, b''.join(kept))
 
   def log(self, step: int, values: dict[str, float]) -> None:
     """Appends a line to metrics.jsonl and the same numbers to the TensorBoard events."""
-    with writing(self.path / 'metrics.jsonl'), (self.path / 'metrics.jsonl').open('a') as file:
+    with writing(self.path / LOG), (self.path / LOG).open('a') as file:
       file.write(json.dumps({'step': step, **values}) + '\n')
     with writing(self.path / 'events'):
       for name, value in values.items():
@@ -239,7 +239,7 @@ class Workdir:
 
   def _lines(self) -> list[tuple[bytes, dict[str, float]]]:
     """`read_log` of the run, perhaps none."""
-    file = self.path / 'metrics.jsonl'
+    file = self.path / LOG
     return read_log(file) if file.exists() else []
 
   def _compare(self) -> None:

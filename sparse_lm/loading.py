@@ -1,0 +1,374 @@
+"""The public Python interface: `run = sparse_lm.load(path)`.
+
+A `Run` is the model of a workdir or of a packed folder, with everything that an analysis needs:
+
+    run = sparse_lm.load('results/rigl')
+    run.logits('def __init__(')                              # [1, tokens, vocabulary]
+    run.generate('def ', max_new_tokens=40, temperature=0.8)
+    run.activations('def ', sites='block_*/mlp/hidden')
+    run.logits('def ', interventions={'block_0/mlp/output': jnp.zeros_like})
+    run.evaluate(), run.masks, run.costs(), run.metrics, run.plot('val_loss')
+"""
+
+import collections
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+import pandas as pd
+from jax.stages import Wrapped
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+
+from sparse_lm import evals
+from sparse_lm.core import tree
+from sparse_lm.core.errors import UserError, unknown
+from sparse_lm.core.ranges import Range
+from sparse_lm.core.tree import Tree
+from sparse_lm.data.corpus import SPLITS
+from sparse_lm.data.tokenizers import Tokenizer
+from sparse_lm.evals import Values
+from sparse_lm.evals.loss import Loss
+from sparse_lm.inference.decode import Decoder
+from sparse_lm.inference.sample import TEMPERATURE, TOP_P, Sampling
+from sparse_lm.layers.spec import NO_REMAT
+from sparse_lm.model.lm import LM
+from sparse_lm.model.plans import plan_of
+from sparse_lm.plan import record, sites
+from sparse_lm.report import training_log
+from sparse_lm.runs import runnable
+from sparse_lm.runs.run_folder import LOG
+from sparse_lm.runs.runnable import Runnable
+from sparse_lm.runs.trained import check_tokens
+from sparse_lm.runs.workdir import read_log
+
+# What `Run` accepts as input: texts, or token ids.
+Input = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
+# What becomes of the activation at a site: an array of the same shape and dtype.
+Intervention = Callable[[jax.Array], jax.Array | np.ndarray]
+
+
+def load(path: str | os.PathLike[str]) -> 'Run':
+  """Loads a trained or packed model for analysis.
+
+  Args:
+    path: a workdir (its newest checkpoint), `<workdir>/best` (the checkpoint of lowest validation loss),
+      or a packed folder.
+
+  Raises:
+    UserError: the folder holds neither a packed model nor a checkpoint, or one of its files is damaged.
+  """
+  if not isinstance(path, str | os.PathLike):
+    raise UserError(
+      f'path of type {type(path).__name__}; valid: the path of a workdir, of its best/, or of a packed '
+      'folder'
+    )
+  return Run(runnable.load(os.fspath(path)))
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class Run:
+  """A trained or packed model; see the module's docstring for examples.
+
+  Methods take `x` as a text, a list of texts with equally many tokens, a list of token ids, or an integer
+  array `[L]` or `[B, L]`. A single text or sequence is a batch of one. Results are NumPy arrays with a
+  leading batch axis. Shapes: B batch, L tokens, V vocabulary.
+
+  Attributes:
+    loaded: the model, its variables and the folder's contents.
+  """
+
+  loaded: Runnable
+
+  def __repr__(self) -> str:
+    spec = self.model.spec
+    count = sum(leaf.size for leaf in jax.tree.leaves(plan_of(self.model).params))
+    kind = 'packed model' if self.loaded.packed else 'trained model'
+    return (
+      f'Run({self.path!r}: {kind}, step {self.step}, {spec.layers} layers of width {spec.width}, '
+      f'{count:,} parameters, {self.tokenizer})'
+    )
+
+  @property
+  def path(self) -> str:
+    """The folder that the model was loaded from."""
+    return self.loaded.path
+
+  @property
+  def source(self) -> str:
+    """The folder and the checkpoint, in words."""
+    return self.loaded.source
+
+  @property
+  def config(self) -> ConfigDict:
+    """The run's config."""
+    return self.loaded.config
+
+  @property
+  def tokenizer(self) -> Tokenizer:
+    """The run's tokenizer: `encode(text)` and `decode(ids)`."""
+    return self.loaded.tokenizer
+
+  @property
+  def step(self) -> int:
+    """Optimizer steps that the checkpoint had completed."""
+    return self.loaded.origin.step
+
+  @property
+  def model(self) -> LM:
+    """The Flax module, for `model.apply(variables, tokens)`."""
+    return self.loaded.model
+
+  @property
+  def variables(self) -> Tree:
+    """All collections of variables that `model` reads."""
+    return self.loaded.variables
+
+  @property
+  def params(self) -> Tree:
+    """The nested parameters, with exact zeros for dropped weights; of a packed model, before packing."""
+    return self.loaded.origin.params
+
+  @functools.cached_property
+  def masks(self) -> dict[str, np.ndarray]:
+    """Bool masks by the path of their parameter, True = kept. Parameters without a mask are left out.
+
+    The masks of a packed model are True where a weight is not zero.
+    """
+    return tree.named(jax.device_get(self.loaded.origin.masks))
+
+  def tokens(self, x: Input) -> np.ndarray:
+    """Returns the token ids of `x`, int32 `[B, L]`.
+
+    Raises UserError for other types, for texts of different lengths, for ids outside the vocabulary, and
+    for sequences that are empty or longer than the context.
+    """
+    found = _as_array(x, self.tokenizer)
+    check_tokens(found, self.model.spec)
+    return found.astype(np.int32)
+
+  def logits(self, x: Input, interventions: Mapping[str, Intervention] | None = None) -> np.ndarray:
+    """Returns the logits of each next token, float32 `[B, L, V]`.
+
+    Args:
+      x: texts or token ids, see the class.
+      interventions: by the name of a site, or by a shell pattern of names, a function that takes the
+        activation and returns what replaces it, of the same shape and dtype. `sites()` lists the names.
+
+    Raises UserError as `tokens` does, and for an unknown site or a replacement of another shape or dtype.
+    """
+    return self._forward(x, (), interventions)[0]
+
+  def activations(
+    self,
+    x: Input,
+    sites: str | Sequence[str] = '*',
+    interventions: Mapping[str, Intervention] | None = None,
+  ) -> dict[str, np.ndarray]:
+    """Returns activations by the name of their site, in the order of the forward pass.
+
+    Attention weights are at 'block_*/attention/attention/weights', as `[B, G, H / G, L, S]` (G key heads,
+    H query heads, S keys). No fused kernel writes them out: reading them runs attention as einsums.
+
+    Args:
+      x: texts or token ids, see the class.
+      sites: a name or a shell pattern such as 'block_*/mlp/hidden', or several of them.
+      interventions: see `logits`. A site that is replaced returns its replacement.
+
+    Raises UserError as `logits` does.
+    """
+    read = (sites,) if isinstance(sites, str) else tuple(sites)
+    if not all(isinstance(name, str) for name in read):
+      raise UserError(f'sites={sites!r} are no names; valid: names or patterns of `run.sites()`')
+    return self._forward(x, read, interventions)[1]
+
+  def sites(self) -> dict[str, tuple[int, ...]]:
+    """Returns the names of all sites with the shapes of their activations, for one sequence of the
+    context's length."""
+    tokens_BxL = jax.ShapeDtypeStruct((1, self.model.spec.context), np.int32)
+    with record.recording() as found:
+      jax.eval_shape(functools.partial(self.model.apply, mode='eval'), self.variables, tokens_BxL)
+    return {name: site.shape for name, site in found.sites.items()}
+
+  def _forward(
+    self, x: Input, read: tuple[str, ...], interventions: Mapping[str, Intervention] | None
+  ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Returns the logits, and the activations at the sites `read`.
+
+    A forward pass with interventions is not compiled, so their functions may use NumPy, and each new
+    function costs no compilation.
+    """
+    tokens_BxL = self.tokens(x)
+    if interventions is None:
+      found = _compiled(self.model, read)(self.variables, tokens_BxL)
+    else:
+      found = _forward(self.model, self.variables, tokens_BxL, read, _checked(interventions))
+    logits_BxLxV, activations = jax.device_get(found)
+    return logits_BxLxV, dict(activations)
+
+  def generate(
+    self,
+    prompt: str,
+    max_new_tokens: int | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+  ) -> str:
+    """Returns a continuation of the prompt, without the prompt.
+
+    Args:
+      prompt: a text of at least one token.
+      max_new_tokens: tokens to generate, by default as many as the context has room for.
+      temperature: divides the logits; 0 = greedy.
+      top_k: only the k largest logits may be drawn; 0 = all.
+      top_p: only the fewest likeliest tokens with at least this total probability may be drawn; 1 = all.
+      seed: of the random draws.
+
+    Raises UserError for a prompt that does not fit the context or the tokenizer, for an option outside
+    its range, and for a model that cannot decode.
+    """
+    if not isinstance(prompt, str):
+      raise UserError(f'prompt of type {type(prompt).__name__}; valid: a text')
+    context = self.model.spec.context
+    vocab = self.model.spec.vocab
+    ids_L = self.tokenizer.encode(prompt)
+    if not 1 <= len(ids_L) < context:
+      raise UserError(
+        f'prompt of {len(ids_L)} tokens; valid: 1 to {context - 1} (config.data.context={context}, and '
+        'at least one token follows)'
+      )
+    room = context - len(ids_L)
+    count = room if max_new_tokens is None else max_new_tokens
+    Range(int, f'[1, {room}]').require('max_new_tokens', count)
+    TEMPERATURE.require('temperature', temperature)
+    Range(int, f'[0, {vocab}]').require('top_k', top_k)
+    TOP_P.require('top_p', top_p)
+    Range(int, '[0, 2^31)').require('seed', seed)
+    sampling = Sampling(temperature, top_k, top_p)
+    made = self._decoder.generate([ids_L], count, sampling, seed)
+    return self.tokenizer.decode([int(token_B[0]) for token_B in made])
+
+  @functools.cached_property
+  def _decoder(self) -> Decoder:
+    return Decoder(self.model, self.variables)
+
+  def evaluate(self, *tasks: str, split: str = 'validation', batch: int | None = None) -> Values:
+    """Returns metrics by name, measured on the text that the model was trained on.
+
+    Args:
+      *tasks: names of evaluations (the files of `sparse_lm/evals/`), by default the loss alone.
+      split: 'train', 'validation' or 'test'.
+      batch: sequences that are evaluated together, by default `config.data.batch`.
+
+    Raises UserError for an unknown evaluation or split, if the text has changed since, and if an
+    evaluation refuses the model or the text.
+    """
+    for task in tasks:
+      if task not in evals.names():
+        raise unknown('evaluation', task, evals.names())
+    chosen = [evals.evaluation(task)() for task in tasks] or [Loss()]
+    if split not in SPLITS:
+      raise unknown('split', split, SPLITS)
+    if batch is not None:
+      Range(int, '[1, 2^24]').require('batch', batch)
+    model, data = self.loaded.eval_model(), self.loaded.eval_data(split, batch)
+    values: Values = {}
+    for evaluation in chosen:
+      values |= evaluation.run(model, data)
+    return values
+
+  def costs(self) -> dict[str, float]:
+    """Returns parameter counts, bytes, and FLOPs per token of inference and training, beside those of the
+    dense twin; `runs/cost_report.py` explains each number. Gates are charged as the config plans them."""
+    return self.loaded.origin.costs()
+
+  @functools.cached_property
+  def metrics(self) -> pd.DataFrame:
+    """The training log: a row for each logged step, a column for each metric.
+
+    A metric that was not logged at a step is NaN there. Raises UserError if the folder has no log.
+    """
+    file = self.loaded.origin.folder / LOG
+    if not file.is_file():
+      raise UserError(
+        f'{self.path} has no {LOG}; valid: a run that was trained (one-shot pruning logs no steps)'
+      )
+    lines = pd.DataFrame([values for _, values in read_log(file)])
+    # A step's metrics and those of the evaluation after it are two lines of the file.
+    return lines.groupby('step').last()
+
+  def plot(self, *names: str) -> Figure:
+    """Draws logged metrics over the steps; those of one unit share a panel.
+
+    Args:
+      *names: columns of `metrics`, by default the training and validation loss.
+
+    Raises UserError for an unknown name, and if the folder has no log.
+    """
+    return training_log.figure(self.metrics, names or training_log.LOSSES)
+
+
+def _as_array(x: Input, tokenizer: Tokenizer) -> np.ndarray:
+  """Returns token ids as an array of at least two axes; its dtype and values are not checked."""
+  if isinstance(x, str):
+    return tokenizer.encode(x)[None]
+  if isinstance(x, np.ndarray | jax.Array):
+    found = np.asarray(x)
+    return found[None] if found.ndim == 1 else found
+  if not isinstance(x, list | tuple) or not x:
+    shown = f'an empty {type(x).__name__}' if isinstance(x, list | tuple) else type(x).__name__
+    raise UserError(
+      f'x is {shown}; valid: a text, a list of texts, a list of token ids, or an integer array [tokens] '
+      'or [sequences, tokens]'
+    )
+  rows = [tokenizer.encode(row) if isinstance(row, str) else row for row in x]
+  lengths = sorted({len(row) for row in rows if isinstance(row, list | tuple | np.ndarray)})
+  if len(lengths) > 1:
+    raise UserError(
+      f'x holds sequences of {", ".join(map(str, lengths))} tokens; valid: sequences of equal length, or '
+      'one at a time'
+    )
+  try:
+    found = np.asarray(rows)
+  except (ValueError, TypeError):
+    found = np.asarray(rows, object)
+  return found[None] if found.ndim == 1 else found
+
+
+def _checked(interventions: Mapping[str, Intervention]) -> Mapping[str, Intervention]:
+  """Returns the interventions. Raises UserError unless they are functions by the names of sites."""
+  if isinstance(interventions, Mapping):
+    pairs = interventions.items()
+    if all(isinstance(name, str) and callable(function) for name, function in pairs):
+      return interventions
+  raise UserError(
+    'interventions are no dict from names to functions; valid: a dict from the names of sites '
+    '(`run.sites()` lists them) to functions of the activation'
+  )
+
+
+def _forward(
+  model: LM,
+  variables: Tree,
+  tokens_BxL: np.ndarray | jax.Array,
+  read: tuple[str, ...],
+  replace: Mapping[str, Intervention],
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Returns logits and activations; without rematerialisation, which would trace the interventions."""
+  model = model.clone(spec=dataclasses.replace(model.spec, remat=NO_REMAT))
+  return sites.run(model, variables, tokens_BxL, read=read, replace=replace, mode='eval')
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(model: LM, read: tuple[str, ...]) -> Wrapped:
+  """Returns the compiled `(variables, tokens_BxL) -> (logits, activations at the sites read)`."""
+
+  def run(variables: Tree, tokens_BxL: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    logits_BxLxV, activations = _forward(model, variables, tokens_BxL, read, {})
+    return logits_BxLxV, collections.OrderedDict(activations)  # JAX sorts the keys of other dicts
+
+  return jax.jit(run)
