@@ -24,7 +24,7 @@ from sparse_lm.core import tree
 from sparse_lm.core.paths import Part, Place
 from sparse_lm.core.records import JsonObject
 from sparse_lm.core.tree import Tree
-from sparse_lm.core.units import kept
+from sparse_lm.core.units import kept_count
 from sparse_lm.evals import EvalData, EvalModel
 from sparse_lm.evals.speed import Speed
 from sparse_lm.inference.pack import PackedModel, dense_twin, pack
@@ -187,7 +187,7 @@ def _masks(
   chosen = {}
   for unit, shape in pooled.items():
     order = draw.permutation(math.prod(shape.shape)).reshape(shape.shape)
-    chosen[unit] = jnp.asarray(order < int(kept(order.size, density)))
+    chosen[unit] = jnp.asarray(order < int(kept_count(order.size, density)))
   return {
     path: np.asarray(mask) for path, mask in tree.named(units.expand(chosen, covered)).items()
   }

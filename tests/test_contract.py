@@ -301,7 +301,7 @@ def sorted_topk(scores, counts):
     return (jnp.argsort(order) < k).reshape(scores.shape)
 
   each = (jnp.broadcast_to(k, array.shape[:-2]) for array, k in zip(scores, counts))
-  return [pattern.by_slice(matrix, array, k) for array, k in zip(scores, each)]
+  return [pattern.per_matrix(matrix, array, k) for array, k in zip(scores, each)]
 
 
 @pytest.mark.slow

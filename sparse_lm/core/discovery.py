@@ -1,7 +1,8 @@
-"""Implementations that are found by name: a folder is a kind of thing, each file in it one of that kind.
+"""Finds implementations by name: each file of a package such as `sparse_lm.patterns` is one of them.
 
-There is no registry to edit. A file defines one public class (helpers begin with an underscore), and its
-name is the file's, less an underscore at the end, which a file has whose name Python reserves.
+There is no registry to edit. A file defines exactly one public class; the names of helper classes begin
+with an underscore. The implementation has the file's name. If that name is reserved by Python, the file's
+name ends with an underscore, which is not part of the implementation's name (`global_.py` is `global`).
 """
 
 import importlib
@@ -12,28 +13,32 @@ from sparse_lm.core.errors import UserError, unknown
 
 
 def names(package: str) -> list[str]:
-  """The names of all implementations in a package, such as 'sparse_lm.patterns'."""
+  """Returns the names of all implementations in a package, such as 'sparse_lm.patterns'."""
   return sorted(_modules(package))
 
 
 def _modules(package: str) -> dict[str, str]:
-  """The module of each implementation in a package, by the implementation's name."""
+  """Returns a dict from the name of each implementation in a package to its module's name."""
   folder = importlib.import_module(package).__path__
   found = (module.name for module in pkgutil.iter_modules(folder) if not module.ispkg)
   return {module.rstrip('_'): module for module in found}
 
 
 def name_of(implementation: type) -> str:
-  """The name by which `load` finds a class."""
+  """Returns the name by which `load` finds a class."""
   return implementation.__module__.rpartition('.')[2].rstrip('_')
 
 
 def load(package: str, name: str, field: str) -> type:
-  """The one public class of the file `name` in a package.
+  """Returns the public class of the implementation `name` in a package.
+
+  Args:
+    package: such as 'sparse_lm.patterns'.
+    name: name of the implementation.
+    field: config field that holds the name, for the error message.
 
   Raises:
-    UserError: there is no such file, which is said of the config's `field`, or the class leaves out what
-      its base class asks for.
+    UserError: there is no such implementation, or its class lacks an abstract method of its base class.
     TypeError: the file does not define exactly one public class.
   """
   modules = _modules(package)
@@ -48,11 +53,11 @@ def load(package: str, name: str, field: str) -> type:
     and not value.__name__.startswith('_')
   ]
   if len(public) != 1:
-    raise TypeError(f'{module.__name__} is to define one public class, not {len(public)}')
+    raise TypeError(f'{module.__name__} must define one public class, not {len(public)}')
   if inspect.isabstract(public[0]):
     missing = ', '.join(sorted(public[0].__abstractmethods__))
     raise UserError(
-      f'{module.__name__}.{public[0].__name__} does not define {missing}, which its base class asks for; '
-      'valid: a name spelt as it is there'
+      f'{module.__name__}.{public[0].__name__} does not define {missing}, which its base class requires; '
+      'valid: a definition with exactly this name'
     )
   return public[0]

@@ -1,11 +1,12 @@
-"""One target sparsity shared out over the leaves. Runs on the host, in float64.
+"""Distributes one target sparsity over the parameters. Runs on the host, in float64.
 
-uniform   every leaf at the target.
-er, erk   Erdős–Rényi (SET, Mocanu et al. 2018; kernel form RigL, Evci et al. 2020): density in
-          proportion to (in + out) / (in * out), so that small and narrow leaves stay denser. The two
-          are the same on matrices, which is all that a transformer has; both names are in use.
-a map     `'attention=0.5,mlp=0.9'`: path expressions with their own sparsity, the first match wins,
-          the other leaves take the target.
+uniform   Every parameter gets the target sparsity.
+er, erk   Erdős–Rényi (SET, Mocanu et al. 2018; ERK is RigL's version for kernels, Evci et al. 2020).
+          The density is proportional to (in + out) / (in * out), so small and narrow matrices stay
+          denser. Both are equal for matrices, and a transformer has no other kernels.
+a map     For example `'attention=0.5,mlp=0.9'`: each entry gives a sparsity to the parameters whose
+          path matches its regular expression. The first match wins. Parameters without a match get
+          the target sparsity.
 """
 
 import math
@@ -17,22 +18,25 @@ from sparse_lm.core.errors import UserError, unknown
 from sparse_lm.core.units import Pattern
 
 DISTRIBUTIONS = ('uniform', 'er', 'erk')
-COARSEST = 0.1  # of a density: how far rounding to whole units may lead from what was asked for
+# How far rounding to whole units may move a density, as a fraction of that density.
+MAX_ROUNDING_ERROR = 0.1
 
 
 def solve(
   shapes: dict[str, tuple[int, ...]], sparsity: float, distribution: str
 ) -> dict[str, float]:
-  """The density of each path, as far as arithmetic goes: whole units round it.
+  """Returns the density of each parameter, before it is rounded to whole units.
 
   Args:
-    sparsity: over all paths together, in [0, 1).
-    distribution: see the module.
+    shapes: shapes of the prunable parameters by path.
+    sparsity: sparsity of all these parameters together, in [0, 1).
+    distribution: name of a distribution, or a map; the module's docstring describes them.
 
-  Raises UserError for an unknown distribution, or a map that does not fit the paths.
+  Raises:
+    UserError: the distribution is unknown, or a map does not fit the paths.
   """
   if distribution in DISTRIBUTIONS and not sparsity:
-    return dict.fromkeys(shapes, 1.0)  # whatever rounding makes of a share of everything
+    return dict.fromkeys(shapes, 1.0)  # exactly 1, without rounding errors
   if '=' in distribution:
     return _mapped(shapes, sparsity, distribution)
   if distribution == 'uniform':
@@ -47,7 +51,11 @@ def solve(
 
 
 def _erdos_renyi(shapes: dict[str, tuple[int, ...]], density: float) -> dict[str, float]:
-  """Leaves whose share would exceed 1 stay dense, and the rest shares what is left, until none does."""
+  """Returns Erdős–Rényi densities of which none exceeds 1.
+
+  Parameters whose density would exceed 1 stay dense, and the others share the remaining weights. This is
+  repeated until no density exceeds 1.
+  """
   sizes = {path: math.prod(shape) for path, shape in shapes.items()}
   raw = {path: sum(shape[-2:]) / math.prod(shape[-2:]) for path, shape in shapes.items()}
   dense: set[str] = set()
@@ -74,15 +82,15 @@ def _mapped(
       share = math.nan
     if not 0 <= share < 1:
       raise UserError(
-        f'config.weight.distribution entry {entry.strip()!r}: sparsity is to be a number in [0, 1)'
+        f'config.weight.distribution entry {entry.strip()!r}: the sparsity must be a number in [0, 1)'
       )
     found = [
       path for path in shapes if tree.matches((expression,), path, 'config.weight.distribution')
     ]
     if not found:
       raise UserError(
-        f'config.weight.distribution entry {entry.strip()!r} matches no prunable parameter; there are: '
-        + ', '.join(shapes)
+        f'config.weight.distribution entry {entry.strip()!r} matches no prunable parameter; valid: '
+        'an expression that matches one of ' + ', '.join(shapes)
       )
     densities |= {path: 1 - share for path in found if path not in claimed}
     claimed.update(found)
@@ -92,10 +100,11 @@ def _mapped(
 def _of_whole_units(
   shapes: dict[str, tuple[int, ...]], sparsity: float, distribution: str, units: Pattern
 ) -> dict[str, float]:
-  """The densities that whole units come to.
+  """Returns the densities of `solve`, rounded to whole units.
 
-  Raises UserError where they are off by more than a tenth of the density asked for: of all matrices
-  together, or of those of an entry of a map.
+  Raises:
+    UserError: rounding changes a density by more than a tenth of it. This is checked for all parameters
+      together, and in a map for the parameters of each entry.
   """
   asked = solve(shapes, sparsity, distribution)
   found = units.round_to_units(shapes, asked)
@@ -104,12 +113,12 @@ def _of_whole_units(
     parts.setdefault(asked[path] if '=' in distribution else None, []).append(path)
   for paths in parts.values():
     want, got = (_total({path: shapes[path] for path in paths}, d) for d in (asked, found))
-    if abs(got - want) > COARSEST * want:
+    if abs(got - want) > MAX_ROUNDING_ERROR * want:
       field = 'config.weight.distribution' if '=' in distribution else 'config.weight.sparsity'
       near = _nearest({path: shapes[path] for path in paths}, got, distribution, units)
       raise UserError(
-        f'{field}: whole units cannot come to a sparsity of {1 - want:.9g}, only to {1 - got:.9g}; '
-        f'valid: such as {near:.9g}'
+        f'{field}: with whole units, a sparsity of {1 - want:.9g} becomes {1 - got:.9g}; '
+        f'valid: for example {near:.9g}'
       )
   return found
 
@@ -117,14 +126,14 @@ def _of_whole_units(
 def _nearest(
   shapes: dict[str, tuple[int, ...]], density: float, distribution: str, units: Pattern
 ) -> float:
-  """The sparsity closest to 1 - `density` from below that whole units come to."""
+  """Returns the highest sparsity up to 1 - `density` that whole units can represent."""
   while True:
     if '=' in distribution:
       asked = dict.fromkeys(shapes, density)
     else:
       asked = solve(shapes, 1 - density, distribution)
     got = _total(shapes, units.round_to_units(shapes, asked))
-    if abs(got - density) <= COARSEST * density:
+    if abs(got - density) <= MAX_ROUNDING_ERROR * density:
       return 1 - density
     density = got
 
@@ -137,17 +146,19 @@ def _total(shapes: dict[str, tuple[int, ...]], density: dict[str, float]) -> flo
 def targets(
   params: tree.Tree, sparsity: float, distribution: str, dense: tuple[str, ...], units: Pattern
 ) -> tree.Tree:
-  """A tree like `params` with the float32 density of each prunable leaf, `None` for the others.
+  """Returns a tree like `params` with the float32 density of each prunable leaf; other leaves are `None`.
 
   Args:
-    params: arrays or shape structs, `None` for what is not considered at all.
-    sparsity: dropped over all prunable weights in `params` together, in [0, 1).
-    distribution: see the module.
-    dense: path expressions of what stays dense whatever the distribution says.
-    units: what is kept or dropped as a whole; leaves that have none stay dense too.
+    params: arrays or shape structs; leaves that are `None` are ignored.
+    sparsity: fraction of all prunable weights in `params` that is dropped, in [0, 1).
+    distribution: name of a distribution, or a map; the module's docstring describes them.
+    dense: regular expressions for the paths of leaves that always stay dense.
+    units: the pattern, which says what is kept or dropped as a whole. Leaves without units of this
+      pattern stay dense.
 
   Raises:
-    UserError: nothing is left to prune, `solve` refuses, or whole units cannot come to the densities.
+    UserError: no leaf can be pruned, the distribution is not valid, or rounding to whole units changes
+      the densities too much.
   """
   shapes = {
     path: leaf.shape
@@ -157,9 +168,12 @@ def targets(
     and units.covers(path, leaf.shape)
   }
   if not shapes:
-    raise UserError(f'config.weight.dense={tuple(dense)} leaves nothing to prune')
+    raise UserError(
+      f'config.weight.dense={tuple(dense)} keeps every parameter dense, so there is nothing to prune; '
+      'valid: expressions that leave some parameters out'
+    )
   units.check(shapes)
-  # Of a whole count, so that rounding size * density in float32 gives it back.
+  # Densities of whole counts: rounding size * density in float32 gives the count exactly.
   densities = _of_whole_units(shapes, sparsity, distribution, units)
   return tree.map_named(
     lambda path, leaf: jnp.float32(densities[path]) if path in densities else None, params

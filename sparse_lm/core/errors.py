@@ -1,4 +1,4 @@
-"""Failures that a user can mend."""
+"""Errors that a user can fix."""
 
 import contextlib
 import difflib
@@ -7,15 +7,15 @@ from collections.abc import Iterable, Iterator
 
 
 class UserError(Exception):
-  """What the user can mend: the message names the field, the value and what would be valid."""
+  """An error that the user can fix; its message names the field, the value and the valid values."""
 
 
 class Diverged(UserError):
-  """A loss or a gradient of a run is no longer finite: trained again, it would diverge again."""
+  """The loss or a gradient of a run is no longer finite. Training the run again would not help."""
 
 
 def unknown(what: str, name: object, valid: Iterable[str]) -> UserError:
-  """A `UserError` for a name that is not among `valid`, with the nearest match suggested."""
+  """Returns a `UserError` for a name that is not among `valid`; it suggests the nearest match."""
   valid = sorted(valid)
   near = [long for long in valid if _abbreviated(long) == name]
   near += difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
@@ -24,24 +24,26 @@ def unknown(what: str, name: object, valid: Iterable[str]) -> UserError:
 
 
 def _abbreviated(name: str) -> str:
-  """'config.optimizer.lr' for 'config.optimizer.learning_rate': its last part by initials."""
+  """Shortens the last part to its initials: 'optimizer.learning_rate' becomes 'optimizer.lr'."""
   group, dot, last = name.rpartition('.')
   return group + dot + ''.join(word[0] for word in last.split('_') if word)
 
 
 def require(condition: bool, field: str, value: object, valid: str) -> None:
-  """Raises a `UserError` that says what would be valid, unless `condition`."""
+  """Raises a `UserError` that names the field, the value and what is valid, unless `condition`."""
   if not condition:
     raise UserError(f'{field}={value!r} is not valid; valid: {valid}')
 
 
 @contextlib.contextmanager
 def writing(path: str | pathlib.Path) -> Iterator[None]:
-  """Turns an `OSError` of the block into a `UserError` that names `path`; the operating system's own
-  error often names no file (a full disk is noticed by `write`, which knows none)."""
+  """Turns an `OSError` raised in the block into a `UserError` that names `path`.
+
+  The operating system's own error often names no file: `write` reports a full disk without a path.
+  """
   try:
     yield
   except OSError as error:
     raise UserError(
-      f'{path} cannot be written ({error.strerror or error}); valid: a folder of yours, with room'
+      f'{path} cannot be written ({error.strerror or error}); valid: a writable folder with free space'
     ) from error

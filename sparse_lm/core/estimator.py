@@ -1,8 +1,9 @@
-"""Gradients of things that have none: weights behind a mask, and gates that are open or closed.
+"""Gradient estimators for discrete decisions: masked weights, and gates that are open or closed.
 
-An estimator turns a gate's logits into a `Decision`. It may sample while training; evaluation runs
-its deterministic form. The price of a decision is always that of what evaluation would run, with the
-gradient of the probability that it runs: so a budget held in training is held when it counts.
+An estimator turns a gate's logits into a `Decision`. It may sample in training; in evaluation it is
+deterministic. The cost of a decision is always the cost of the deterministic decision, so a budget that
+is met in training is also met in evaluation. The gradient of the cost is that of the probability that the
+gate opens.
 """
 
 import dataclasses
@@ -17,14 +18,14 @@ from sparse_lm.kernels.topk import topk_mask
 
 Array = jax.Array
 
-ENTROPY_BONUS = 1e-2  # of sampled policies, per decision in nats
-# The hard concrete distribution's temperature and stretch (Louizos et al. 2018, section 4.1).
+ENTROPY_BONUS = 1e-2  # weight of a sampled policy's entropy (nats per decision) in the loss
+# Temperature and stretch interval of the hard concrete distribution (Louizos et al. 2018, section 4.1).
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 
 
 @jax.custom_vjp
 def straight_through(values: Array, mask: Array) -> Array:
-  """`values` where `mask`, else zero; the gradient passes to all of `values` (Bengio et al. 2013)."""
+  """Masks `values`, but passes the gradient on to all of them unmasked (Bengio et al. 2013)."""
   return jax.numpy.where(mask, values, 0)
 
 
@@ -40,14 +41,15 @@ straight_through.defvjp(_forward, _backward)
 
 
 class Decision(NamedTuple):
-  """What a gate decided; arrays of the logits' shape.
+  """A gate's decisions; all arrays have the shape of the logits.
 
   Attributes:
-    weight: float32, what the gated output is multiplied with.
-    open: bool, whether it is to be computed.
-    cost: float32, the fraction that evaluation runs; its gradient is the probability's.
-    log_prob: float32, of a sampled policy's action, `None` of other estimators.
-    entropy: float32, of its distribution in nats, or `None`.
+    weight: float32, the factor that the gated output is multiplied by.
+    open: bool, whether the gated output is computed.
+    cost: float32, 1 where the deterministic gate is open, else 0. Its gradient is the gradient of the
+      probability that the gate opens.
+    log_prob: float32, log-probability of a sampled policy's action; `None` for other estimators.
+    entropy: float32, entropy in nats of a sampled policy's distribution; `None` for other estimators.
   """
 
   weight: Array
@@ -58,12 +60,18 @@ class Decision(NamedTuple):
 
 
 def with_gradient_of(value: Array, surrogate: Array) -> Array:
-  """`value`, with the gradient of `surrogate`; both of one shape."""
+  """Returns `value` with the gradient of `surrogate`, which has the same shape."""
   return jax.lax.stop_gradient(value - surrogate) + surrogate
 
 
 def with_gradient_to_score(seen: Array, score: Array, weights: Array) -> Array:
-  """`seen`; a score gets the gradient of `seen` times the weight, straight through the mask."""
+  """Returns `seen` unchanged; in the backward pass, `score` gets the gradient of `seen` times `weights`.
+
+  Args:
+    seen: the masked weights.
+    score: learned scores of the weights; their gradient passes straight through the mask.
+    weights: the weights before masking.
+  """
   return seen + (weights * (score - jax.lax.stop_gradient(score))).astype(seen.dtype)
 
 
@@ -98,7 +106,7 @@ def _hard_concrete(logits: Array, key: Array, sample: bool) -> Decision:
 
 
 def hard_concrete_probability(logits: Array) -> Array:
-  """P(gate > 0) of a sampled hard concrete gate (Louizos et al. 2018, equation 12)."""
+  """Returns P(gate > 0) of a sampled hard concrete gate (Louizos et al. 2018, equation 12)."""
   return jax.nn.sigmoid(logits - BETA * jnp.log(-GAMMA / ZETA))
 
 
@@ -122,7 +130,7 @@ def _reinforce(logits: Array, key: Array, sample: bool) -> Decision:
 
 
 def _random(logits: Array, key: Array, sample: bool) -> Decision:
-  # As many as the rate says, drawn without replacement: a baseline at exactly that rate.
+  # Draws without replacement, so the fraction of open gates is exactly the rate.
   rate = jnp.mean(jax.nn.sigmoid(jax.lax.stop_gradient(logits)))
   action = topk_mask(jax.random.uniform(key, logits.shape), jnp.round(rate * logits.size))
   weight = action.astype(jnp.float32)
@@ -131,16 +139,16 @@ def _random(logits: Array, key: Array, sample: bool) -> Decision:
 
 @dataclasses.dataclass(frozen=True)
 class Estimator:
-  """How a gate's logits get a gradient.
+  """A rule that turns a gate's logits into decisions and gives the logits a gradient.
 
   Attributes:
-    decide: `(logits, key, sample) -> Decision`; `sample` in training, where draws are allowed.
-    controlled: whether a price on its cost moves it.
-    policy: whether it learns from rewards, by its log-probabilities.
-    learned: whether it reads the gate's logits; if not it gets those of the rate it starts with.
-    logit: the logit at which a gate is open with a given probability, where it is drawn. Deterministic
-      gates take the same logit: 'soft' and 'straight_through', and in evaluation all but 'random', open
-      where it is above the threshold of their `decide`.
+    decide: `(logits, key, sample) -> Decision`; `sample` is true in training, where it may draw.
+    controlled: whether a penalty on the cost changes how many gates open.
+    policy: whether it learns from rewards through its log-probabilities.
+    learned: whether the gate has learned logits. If not, it gets the logit of its initial rate.
+    logit: the inverse of the probability that a sampled gate is open, as a function of its logit.
+      Estimators that do not sample ('soft' and 'straight_through', and in evaluation all but 'random')
+      start from the same logit, and open where a logit is above the threshold in their `decide`.
   """
 
   decide: Callable[[Array, Array, bool], Decision]
@@ -151,16 +159,16 @@ class Estimator:
 
 
 ESTIMATORS: dict[str, Estimator] = {
-  # All open and weighted in training, thresholded in evaluation.
+  # In training all gates are open and weighted; in evaluation they open above a threshold.
   'soft': Estimator(_soft),
-  # Open where the logit is above 0; the sigmoid's gradient (Bengio et al. 2013).
+  # Opens where the logit is above 0, with the gradient of the sigmoid (Bengio et al. 2013).
   'straight_through': Estimator(_straight_through_sigmoid),
-  # The same on logits with logistic noise (Jang et al. 2017; temperature 1).
+  # Straight-through on logits with logistic noise (Jang et al. 2017; temperature 1).
   'gumbel_sigmoid': Estimator(_gumbel_sigmoid),
   # A stretched and clipped concrete variable (Louizos et al. 2018).
   'hard_concrete': Estimator(_hard_concrete, logit=hard_concrete_logit),
   # A sampled policy, trained by its reward (Williams 1992).
   'reinforce': Estimator(_reinforce, policy=True),
-  # Opens a fixed share of a batch's gates whatever the input: the baseline of the others.
+  # A baseline: opens a fixed fraction of the gates in a batch, whatever the input.
   'random': Estimator(_random, controlled=False, learned=False),
 }

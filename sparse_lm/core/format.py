@@ -1,7 +1,8 @@
-"""Packed matrices: what is left of a kernel, stored so that only that is read and multiplied.
+"""The base class of packed formats, which store and multiply only the kept weights of a kernel.
 
-A format is a file of its own under `inference/formats/` with one public class. It sees arrays and masks,
-never modules. Some are for the disk alone: another one runs in their place.
+Each format is one file under `inference/formats/` with one public class. It works on arrays and masks
+and knows no modules. Some formats are for the disk only: they are converted to another format before
+decoding.
 """
 
 import math
@@ -17,14 +18,14 @@ Array = jax.Array
 
 
 class Format(struct.PyTreeNode):
-  """A kernel `[..., in, out]` (leading axes: experts) in some layout; the base of all formats.
+  """A packed kernel `[..., in, out]`; leading axes are experts. The base class of all formats.
 
   Attributes:
-    runs: whether it multiplies; if not it is for the disk.
-    plain: whether it stores every weight and nothing else, which any kernel can be.
-    stacks: whether it takes kernels with leading axes; if it runs, by `of_expert`.
-    selects: the axis of which one token reads what a method has selected and no more: -1, outputs
-      (`of_outputs`), or -2, inputs (`of_inputs`).
+    runs: whether the format can multiply. If not, it is for the disk only.
+    plain: whether it stores every weight and nothing else. Any kernel fits such a format.
+    stacks: whether it takes kernels with leading axes. If it also runs, it defines `of_expert`.
+    selects: the axis along which one token can read only what a method has selected: -1 for outputs
+      (it then defines `of_outputs`), -2 for inputs (`of_inputs`), `None` for neither.
   """
 
   runs: ClassVar[bool] = True
@@ -34,90 +35,95 @@ class Format(struct.PyTreeNode):
 
   @classmethod
   def refuses(cls, mask: np.ndarray) -> str:
-    """Why a kernel with this mask cannot be stored so; '' if it can."""
+    """Returns the reason why this format cannot store a kernel with this mask; '' if it can."""
     if mask.ndim > 2 and not cls.stacks:
       return 'experts are stacked'
     return cls.misfit(mask)
 
   @classmethod
   def misfit(cls, mask: np.ndarray) -> str:
-    """`refuses` of a mask whose number of axes is right."""
+    """Returns the same as `refuses`, for a mask whose number of axes is already checked."""
     return ''
 
   @classmethod
   def example(cls, draw: np.random.Generator, shape: tuple[int, int], density: float) -> np.ndarray:
-    """A random mask, bool, that the format is meant for and of about that density.
+    """Returns a random bool mask that suits the format and has about the given density.
 
-    Costs are measured with it (`inference/time_formats.py`). A format that stores every weight takes
-    any mask: its example keeps all.
+    `inference/time_formats.py` measures costs with such masks. A format that stores every weight
+    returns a mask that keeps all weights.
     """
     return np.ones(shape, bool)
 
   @classmethod
   def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'Format':
-    """Stores what the mask keeps."""
+    """Packs the weights that the mask keeps."""
     raise NotImplementedError(cls.__name__)
 
   def kernel(self) -> Array:
-    """`[..., in, out]` with zeros where nothing is stored."""
+    """Returns the kernel `[..., in, out]`, with zeros for weights that are not stored."""
     raise NotImplementedError(type(self).__name__)
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Of `kernel()`, by the fields alone."""
+    """Shape of `kernel()`, computed without unpacking."""
     raise NotImplementedError(type(self).__name__)
 
   def matmul(self, x: Array) -> Array:
-    """`[..., in]` to `[..., out]`."""
+    """Multiplies `x` `[..., in]` with the kernel; returns `[..., out]`."""
     raise NotImplementedError(type(self).__name__)
 
   def of_outputs(self, x_I: Array, index_K: Array) -> Array:
-    """The outputs at `index` (sorted, none twice) of one token: `[K]`."""
+    """Returns the outputs `[K]` of one token at `index_K`, which is sorted and has no repeats."""
     return self.matmul(x_I)[index_K]
 
   def of_inputs(self, x_K: Array, index_K: Array) -> Array:
-    """The outputs `[out]` of one token whose inputs are zero but for those at `index`, as above."""
+    """Returns the outputs `[out]` of one token whose inputs are zero except `x_K` at `index_K`.
+
+    Args:
+      x_K: the inputs that are not zero.
+      index_K: their indices, sorted and without repeats.
+    """
     raise NotImplementedError(type(self).__name__)
 
   def of_expert(self, x: Array, expert: int) -> Array:
-    """Rows `[P, in]` through one of stacked kernels: `[P, out]`."""
+    """Multiplies rows `[P, in]` with the kernel of one expert; returns `[P, out]`."""
     raise NotImplementedError(type(self).__name__)
 
   @property
   def nbytes(self) -> int:
-    """Of all that is stored."""
+    """Bytes of all stored arrays, indices and mask bits included."""
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(self))
 
 
 class InputMajor(Format):
-  """The kernel `[in, out]` as it is, zeros stored like other weights: the base of formats that do so."""
+  """A kernel `[in, out]` stored densely, zeros included; the base class of formats that do so."""
 
   inputs: Array
 
   @classmethod
   def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'InputMajor':
-    """Stores every weight, with zeros where the mask drops one."""
+    """Stores every weight, with zeros for dropped weights."""
     return cls(np.ascontiguousarray(kernel * mask))
 
   def kernel(self) -> Array:
-    """The kernel as it is stored."""
+    """Returns the stored kernel."""
     return self.inputs
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """The shape of what `kernel()` returns."""
+    """Shape of `kernel()`."""
     return self.inputs.shape
 
   def matmul(self, x: Array) -> Array:
-    """Multiplies with the whole kernel in one product."""
+    """Multiplies `x` with the whole kernel in one matrix product."""
     return matmul(x, self.inputs)
 
 
 def rows(array: Array, index: Array) -> Array:
-  """`array[index]` for an index in range, sorted and without repeats: no bounds are checked."""
+  """Returns `array[index]`, unchecked; `index` must be in range, sorted and free of repeats."""
   return array.at[index].get(mode='promise_in_bounds', indices_are_sorted=True, unique_indices=True)
 
 
 def is_packed(node: object) -> bool:
-  """For `jax.tree` functions that are to stop at formats."""
+  """Returns whether a node is a packed kernel; an `is_leaf` argument for `jax.tree` functions."""
   return isinstance(node, Format)

@@ -1,8 +1,9 @@
-"""Groups: units that span several matrices, as the modules that own the matrices declare them.
+"""Groups of units that span several matrices.
 
-A neuron is a column of `up` and a row of `down`; a head is columns of the query, key and value
-projections and rows of the output projection. A module declares its groups while it is traced
-(`plan/record.py`); patterns, learned masks and the removal of units read what was declared.
+For example, a neuron is a column of `up` and a row of `down`. A head is a set of columns of the query,
+key and value projections and a set of rows of the output projection. The module that owns the matrices
+declares its groups while it is traced (`plan/record.py`). Patterns, learned masks and the removal of
+units read these declarations.
 """
 
 import dataclasses
@@ -17,13 +18,13 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-  """One parameter's part in the units of a group.
+  """One parameter of a group, and how its weights are divided among the group's units.
 
   Attributes:
-    path: of the parameter.
-    axis: along which its units follow each other, counted from the end: -1 or -2; `None` = the whole
-      parameter belongs to one unit.
-    unit: which one that is; not read where there is an axis.
+    path: path of the parameter.
+    axis: the axis along which the units are laid out, counted from the end: -1 or -2. `None` means that
+      the whole parameter belongs to one unit.
+    unit: index of that one unit; ignored unless `axis` is `None`.
   """
 
   path: str
@@ -37,11 +38,12 @@ class Group:
 
   Attributes:
     kind: 'neuron', 'head' or 'layer'.
-    path: of the module that declares it.
-    units: how many there are.
-    members: the parameters that they are made of; leading axes (experts) multiply the units.
-    dynamic: whether a method selects among them in every forward pass. Then decoding may read the
-      selected alone, and none can be removed: how many there are decides which are selected.
+    path: path of the module that declares the group.
+    units: number of units.
+    members: the parameters that the units consist of. Each index of their leading axes (experts) has
+      units of its own.
+    dynamic: whether a method selects among the units in every forward pass. Decoding may then read only
+      the selected units. No unit can be removed, because the number of units affects the selection.
   """
 
   kind: str
@@ -52,12 +54,15 @@ class Group:
 
   @property
   def name(self) -> str:
-    """Such as 'block_0/mlp/neuron'."""
+    """Name of the group, such as 'block_0/mlp/neuron'."""
     return '/'.join(filter(None, (self.path, self.kind)))
 
 
 def pool(group: Group, leaves: Mapping[str, Array]) -> Array:
-  """Mean of the leaves' values over each unit, float32 `[units]`; members without a leaf are left out."""
+  """Returns the mean of the leaves' values over each unit, float32 `[units]`.
+
+  Members of the group that have no leaf are ignored.
+  """
   total, weights = jnp.zeros(group.units), jnp.zeros(group.units)
   for member in group.members:
     leaf = leaves.get(member.path)
@@ -73,7 +78,16 @@ def pool(group: Group, leaves: Mapping[str, Array]) -> Array:
 
 
 def expand(group: Group, values: Array, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
-  """Each unit's value at every weight of it: arrays of `shapes`, for the members among them."""
+  """Copies each unit's value to all of its weights; the inverse of `pool`.
+
+  Args:
+    group: the group of units.
+    values: one value per unit, `[units]`.
+    shapes: shapes of parameters by path.
+
+  Returns:
+    One array for each member of the group that `shapes` contains, by path.
+  """
   spread = {}
   for member in group.members:
     shape = shapes.get(member.path)
@@ -92,5 +106,5 @@ def expand(group: Group, values: Array, shapes: Mapping[str, tuple[int, ...]]) -
 
 
 def _by_unit(member: Member, units: int, leaf: Array) -> Array:
-  """`[units, weights of a unit]`."""
+  """Reshapes a leaf to `[units, weights per unit]`."""
   return jnp.moveaxis(leaf, member.axis, leaf.ndim - 2).reshape(units, -1)

@@ -1,7 +1,7 @@
-"""Where modules and parameters are in a model: the one file that knows how they are named.
+"""Paths of modules and parameters. No other file knows how they are named.
 
-Trees give every leaf a path, `'block_0/mlp/up/kernel'`. Code that needs to know which layer that is, what
-it is a part of, or which bias belongs to a kernel, reads the path as a `Place` and asks that.
+Every leaf of a tree has a path, such as `'block_0/mlp/up/kernel'`. Code that needs the layer's number,
+the part of the layer, or the bias of a kernel parses the path into a `Place` and reads its properties.
 """
 
 import dataclasses
@@ -12,13 +12,14 @@ KERNEL, BIAS = 'kernel', 'bias'
 
 
 class Part(enum.StrEnum):
-  """The parts of a layer. A part's name begins with the value here and ends with the number of the layer.
+  """The parts of a layer. A part's name is the value below, followed by the layer's number.
 
   Attributes:
-    BLOCK: attention and the MLP, whose sum is added to the residual stream.
-    DEPTH: what decides which tokens enter the block.
-    RESIDUAL: the residual stream as the layer reads it; one more follows the last layer.
-    REMOVED: in packed variables, the mark of a layer that was removed.
+    BLOCK: attention and the MLP, which add their outputs to the residual stream.
+    DEPTH: the depth method, which decides which tokens enter the block.
+    RESIDUAL: the residual stream before the layer. The one with the highest number follows the last
+      layer.
+    REMOVED: in packed variables, marks a layer that was removed.
   """
 
   BLOCK = 'block_'
@@ -27,7 +28,7 @@ class Part(enum.StrEnum):
   REMOVED = 'removed_layer_'
 
   def of(self, layer: int) -> str:
-    """The name of this part of a layer, below the model."""
+    """Returns the name of this part of a layer, as a submodule of the model."""
     return f'{self}{layer}'
 
 
@@ -36,44 +37,44 @@ _PARTS = re.compile(rf'({"|".join(Part)})(\d+)')
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """A module, a parameter, or an activation of a model.
+  """The path of a module, a parameter or an activation in a model.
 
   Attributes:
-    names: from the root of the model down to it; the root has none.
+    names: the path's names, from the model down; empty for the model itself.
   """
 
   names: tuple[str, ...]
 
   @classmethod
   def parse(cls, path: str) -> 'Place':
-    """The place at a path whose names are separated by slashes."""
+    """Parses a path whose names are separated by slashes."""
     return cls(tuple(filter(None, path.split('/'))))
 
   def __str__(self) -> str:
     return '/'.join(self.names)
 
   def __truediv__(self, name: str) -> 'Place':
-    """The submodule, parameter or activation `name` of this module; `name` may be a path."""
+    """Returns the place `name` inside this module; `name` may be a path."""
     return Place((*self.names, *Place.parse(name).names))
 
   @property
   def name(self) -> str:
-    """Its own name in the module that it belongs to."""
+    """Last name of the path."""
     return self.names[-1]
 
   @property
   def module(self) -> 'Place':
-    """The module that it belongs to."""
+    """The module that contains this place."""
     return Place(self.names[:-1])
 
   @property
   def layer(self) -> int | None:
-    """The layer's number, from 0; `None` outside of the layers."""
+    """Number of the layer, from 0; `None` outside the layers."""
     return self._in_layer[1] if self._in_layer else None
 
   @property
   def part(self) -> Part | None:
-    """The part of the layer that this place belongs to; `None` outside of the layers."""
+    """The part of the layer that contains this place; `None` outside the layers."""
     return self._in_layer[0] if self._in_layer else None
 
   @property
@@ -82,20 +83,20 @@ class Place:
     return (Part(found[1]), int(found[2])) if found else None
 
   def within(self, module: 'Place') -> bool:
-    """Whether this is `module` itself or lies inside of it, at any depth."""
+    """Returns whether this place is `module` itself or lies inside it, at any depth."""
     return self.names[: len(module.names)] == module.names
 
   @property
   def is_bias(self) -> bool:
-    """Whether it is the bias of a linear layer, or of a stack of them."""
+    """Whether this is the bias of a linear layer, or of stacked linear layers."""
     return self.name == BIAS or self.name.endswith(f'_{BIAS}')
 
   @property
   def bias(self) -> 'Place':
-    """The bias that belongs to a kernel: beside 'kernel' it is 'bias', beside a stack 'up', 'up_bias'."""
+    """The bias that belongs to this kernel: 'bias' for 'kernel', 'up_bias' for stacked kernels 'up'."""
     return self.module / (BIAS if self.name == KERNEL else f'{self.name}_{BIAS}')
 
   @property
   def in_any_layer(self) -> 'Place':
-    """The same place with a star for the number of its layer: 'block_*/mlp/up'."""
+    """This place with `*` instead of the layer's number, such as 'block_*/mlp/up'."""
     return self if self.part is None else Place((f'{self.part}*', *self.names[1:]))

@@ -1,8 +1,9 @@
-"""Which numbers a field may hold, stated beside the field and checked before anything is built.
+"""Valid ranges of numeric config fields, checked before a model is built.
 
-A method states the range of a field with its default: `density: float = ranged(0.125, '(0, 1]')`. The
-fields that every config has get their defaults in `configs/base.py`, which the package does not import;
-their ranges stand here, and a test compares the two. `runs/configs.check` applies all of them.
+A method declares the range of a field together with its default:
+`density: float = ranged(0.125, '(0, 1]')`. The fields of `configs/base.py` have their ranges in this
+file, because the package does not import `configs`; a test checks that no field is missing.
+`runs/configs.check` applies all ranges.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from sparse_lm.core.errors import UserError
 
 Number = TypeVar('Number', int, float)
 Default = TypeVar('Default')
-# The value of a field of a config.
+# The value of a config field.
 FieldValue = bool | int | float | str | tuple['FieldValue', ...]
 
 _NUMBER = r'(-?[\d.]+(?:e-?\d+)?|2\^\d+|inf)'
@@ -26,14 +27,14 @@ _INTERVAL = re.compile(rf'(0 or )?([\[(]){_NUMBER}, {_NUMBER}([\])])')
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-  """An interval of numbers; of a tuple, the interval that every element lies in.
+  """The interval of valid numbers of a field. If the field is a tuple, every element must lie in it.
 
-  A float is compared as float32, which training computes in: 0.99999999 is 1 there. Infinity and NaN
-  lie in no range.
+  A float is rounded to float32 before the comparison, because training computes in float32, where
+  0.99999999 is 1. Infinity and NaN are never valid.
 
   Attributes:
-    kind: `int` or `float`; an int passes for a float, and a bool for neither.
-    interval: in the usual notation, such as '(0, 1]', '[1, 2^31)' or '0 or [0.1, inf)'.
+    kind: `int` or `float`. `float` fields also accept an int. A bool is never accepted.
+    interval: in interval notation, such as '(0, 1]', '[1, 2^31)' or '0 or [0.1, inf)'.
   """
 
   kind: type
@@ -41,14 +42,14 @@ class Range:
 
   def __post_init__(self) -> None:
     if not _INTERVAL.fullmatch(self.interval):
-      raise ValueError(f'{self.interval!r} is no interval such as (0, 1] or [1, 2^31)')
+      raise ValueError(f'{self.interval!r} is not an interval such as (0, 1] or [1, 2^31)')
 
   def __str__(self) -> str:
     return f'{"a whole number" if self.kind is int else "a float32 number"} in {self.interval}'
 
   @property
   def ends(self) -> tuple[float, float]:
-    """Both ends, as the field's own type (an infinite end stays a float)."""
+    """Both ends of the interval, in the field's type (an infinite end is a float)."""
     return tuple(self._end(text) for text in _INTERVAL.fullmatch(self.interval).group(3, 4))
 
   def _end(self, text: str) -> float:
@@ -58,7 +59,7 @@ class Range:
     return self.kind(base) ** int(power or 1)
 
   def holds(self, value: object) -> bool:
-    """Whether `value` is a number of the right type in the interval."""
+    """Returns whether `value` has the right type and lies in the interval."""
     if isinstance(value, tuple | list):
       return all(map(self.holds, value))
     if isinstance(value, bool) or not isinstance(value, int if self.kind is int else int | float):
@@ -74,12 +75,12 @@ class Range:
     return (above and below) or (bool(zero) and value == 0)
 
   def require(self, field: str, value: object) -> None:
-    """Raises UserError, naming the field and the range, unless `value` lies in it."""
+    """Raises a UserError that names the field and the range, unless `value` is valid."""
     if not self.holds(value):
       raise UserError(f'{field}={shown(value)} is not valid; valid: {self}')
 
   def __call__(self, text: str) -> int | float:
-    """The number that a command-line argument spells: this is a `type` for `add_argument`."""
+    """Parses a command-line argument: a `Range` can be the `type` of `add_argument`."""
     try:
       value = self.kind(text)
     except ValueError:
@@ -90,20 +91,28 @@ class Range:
 
 
 def ranged(default: Number, interval: str, traced: bool = False) -> Number:
-  """A dataclass field of that default whose range is `interval`, of the default's type.
+  """Returns a dataclass field with a default and a range of the default's type.
 
   Args:
-    traced: whether a training step uses the number in arithmetic alone, so that it may be a traced scalar
-      there: runs that differ in such numbers alone can be packed into one program.
+    default: default value.
+    interval: the valid interval, as in `Range`.
+    traced: whether the number may be a traced scalar in the training step, which then uses it only in
+      arithmetic. Runs that differ only in such numbers can be packed into one program.
   """
   metadata = {'range': Range(type(default), interval), 'traced': traced}
   return dataclasses.field(default=default, metadata=metadata)
 
 
-def sliced(field: str, text: str, count: int) -> range:
-  """Those of `count` layers that a Python slice, such as '1::2', names.
+def layer_slice(field: str, text: str, count: int) -> range:
+  """Returns the indices that a Python slice, such as '1::2', selects among `count` layers.
 
-  Raises UserError, naming the field, where the text is no slice, or names none of them.
+  Args:
+    field: name of the config field, for the error message.
+    text: the slice.
+    count: number of layers.
+
+  Raises:
+    UserError: the text is not a slice, or selects no layer.
   """
   try:
     parts = [int(part) if part.strip() else None for part in text.split(':')]
@@ -111,34 +120,34 @@ def sliced(field: str, text: str, count: int) -> range:
       raise ValueError
     chosen = range(count)[slice(*parts)]
   except ValueError:
-    raise UserError(f"{field}={text!r} is not a slice such as ':' or '1::2'") from None
+    raise UserError(f"{field}={text!r} is not a slice; valid: for example ':' or '1::2'") from None
   if not chosen:
-    raise UserError(f'{field}={text!r} matches none of the {count} layers; valid: 0 to {count - 1}')
+    raise UserError(f'{field}={text!r} selects none of the {count} layers; valid: 0 to {count - 1}')
   return chosen
 
 
 def supplied(default: Default) -> Default:
-  """A dataclass field that whoever builds the method fills in: it has a default and is no config key."""
+  """Returns a dataclass field that is not a config key: the code that builds the method sets it."""
   return dataclasses.field(default=default, kw_only=True, metadata={'supplied': True})
 
 
 def of_fields(cls: type) -> dict[str, Range]:
-  """The ranges that the fields of a dataclass state, by field name."""
+  """Returns the ranges of a dataclass' fields, by field name."""
   return {f.name: f.metadata['range'] for f in dataclasses.fields(cls) if 'range' in f.metadata}
 
 
 def traced() -> dataclasses.Field:
-  """A dataclass field without a default that may be a traced scalar, see `ranged`."""
+  """Returns a dataclass field without a default that may be a traced scalar (see `ranged`)."""
   return dataclasses.field(metadata={'traced': True})
 
 
 def traced_fields(cls: type) -> list[str]:
-  """The fields of a dataclass that may be traced scalars."""
+  """Returns the names of a dataclass' fields that may be traced scalars."""
   return [f.name for f in dataclasses.fields(cls) if f.metadata.get('traced')]
 
 
 def _single(value: float) -> float:
-  """`value` as float32 rounds it, infinite beyond its largest number."""
+  """Rounds `value` to float32; values beyond its largest number become infinite."""
   try:
     with np.errstate(over='ignore'):
       return float(np.float32(value))
@@ -147,7 +156,7 @@ def _single(value: float) -> float:
 
 
 def shown(value: object) -> str:
-  """`value` as a message quotes it; Python refuses to print ints of thousands of digits."""
+  """Returns `value` for an error message; Python refuses to print ints of thousands of digits."""
   if isinstance(value, int) and value.bit_length() > 100:
     return f'(an integer of about {round(value.bit_length() * math.log10(2))} digits)'
   return repr(value)
@@ -158,15 +167,14 @@ _FRACTION = Range(float, '[0, 1]')
 _DECAY = Range(float, '[0, 1)')
 _AMOUNT = Range(float, '[0, inf)')
 
-# The numeric fields of `configs/base.py`. Sizes end where no machine could hold the arrays; there are
-# at most 256 layers, because each is traced and compiled by itself wherever layers are not scanned, such
-# as on a CPU.
-SHARED = {
+# The numeric fields of `configs/base.py`. Sizes are limited to arrays that some machine could hold. The
+# limit is 256 layers, because without a scan over layers, as on a CPU, each layer is traced and compiled
+# separately.
+BASE_FIELDS = {
   'seed': Range(int, '[0, 2^31)'),
   'data.split': _FRACTION,
-  'data.vocab_size': Range(
-    int, '[257, 65535]'
-  ),  # the bytes and a merge; tokens are stored in 16 bits
+  # At least the 256 bytes and one merge; tokens are stored in 16 bits.
+  'data.vocab_size': Range(int, '[257, 65535]'),
   'data.context': Range(int, '[1, 2^24]'),
   'data.batch': Range(int, '[1, 2^24]'),
   'model.layers': Range(int, '[1, 256]'),

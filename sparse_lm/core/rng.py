@@ -1,7 +1,7 @@
-"""Separate random streams, all derived from one `config.seed`.
+"""Independent random streams, all derived from `config.seed`.
 
-The data and the initialisation of two runs with one seed are equal whatever their methods draw, so
-that differences can be taken seed by seed.
+Runs with the same seed get the same data and the same initial weights, whatever random numbers their
+methods draw. So runs can be compared seed by seed.
 """
 
 import zlib
@@ -10,10 +10,10 @@ import jax
 
 
 def stream(seed: int, name: str) -> jax.Array:
-  """The key of the stream of that name: 'init', 'masks', 'model', ..."""
+  """Returns the key of a named stream, such as 'init', 'masks' or 'model'."""
   return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
 def data_seed(seed: int) -> int:
-  """The data pipeline's seed (it is not a JAX key)."""
+  """Returns the data pipeline's seed, which is an integer and not a JAX key."""
   return zlib.crc32(f'data {seed}'.encode()) & 0x7FFFFFFF

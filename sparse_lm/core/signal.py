@@ -1,7 +1,7 @@
-"""Signals: what a weight method may read besides the weights.
+"""Base classes of signals: statistics that a weight method reads besides the weights.
 
-The signals themselves are one file each in `sparse_lm/signals/`; a weight method names those that it
-needs in its traits. A signal comes from training steps or from calibration text.
+Each signal is one file in `sparse_lm/signals/`. A weight method names the signals that it needs in its
+traits. A signal is computed in training steps or on calibration text.
 """
 
 import abc
@@ -13,43 +13,44 @@ Array = jax.Array
 
 
 class TrainingSignal(abc.ABC):
-  """The base class of signals that come from training steps.
+  """The base class of signals that are computed in training steps.
 
-  They are read from the gradient at the parameters that the model sees. It reaches dropped weights too.
+  They are functions of the gradient of the loss at the effective (masked) weights. This gradient is also
+  nonzero at dropped weights.
 
   Attributes:
-    batches: an update of the masks reads the mean over so many optimizer steps, its own and those before
-      it; over fewer where the update before, or the start of the run, is closer. One-shot pruning takes
-      the mean over all batches of calibration text instead.
+    batches: number of optimizer steps that a mask update averages the signal over: its own step and the
+      steps before it. It averages over fewer steps if the previous mask update or the start of the run is
+      closer. One-shot pruning averages over all calibration batches instead.
   """
 
   batches: ClassVar[int] = 1
 
   @abc.abstractmethod
   def of_gradient(self, weights: Array, gradient: Array) -> Array:
-    """The signal of one optimizer step for one parameter.
+    """Returns the signal of one optimizer step for one parameter.
 
     Args:
-      weights: of any shape, as the model saw them, with zeros where a weight is dropped.
-      gradient: of the loss at `weights`, of their shape, averaged over the step's microbatches.
+      weights: the effective weights, with zeros where a weight is dropped.
+      gradient: gradient of the loss at `weights`, averaged over the step's microbatches.
 
     Returns:
-      An array of the same shape.
+      An array of the same shape as `weights`.
     """
 
 
 class CalibrationSignal(abc.ABC):
-  """The base class of signals that come from what a trained model's kernels read on calibration text.
+  """The base class of signals that are computed from a kernel's inputs on calibration text.
 
-  The signal is the mean over all tokens that reach a kernel.
+  The signal is the mean over all tokens that reach the kernel.
   """
 
   @abc.abstractmethod
   def of_inputs(self, x_NxI: Array) -> Array:
-    """The sum of the signal over N tokens, an array of any shape.
+    """Returns the sum of the signal over N tokens, an array of any shape.
 
     Args:
-      x_NxI: float32, what a kernel `[I, out]` reads; zeros stand for tokens that skip it.
+      x_NxI: float32, the inputs of a kernel `[I, out]`; tokens that skip the kernel are rows of zeros.
     """
 
 

@@ -1,4 +1,4 @@
-"""Units that span several matrices: what neurons, heads and layers have in common as patterns."""
+"""The base class of patterns whose units span several matrices: neurons, heads and layers."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,30 +15,32 @@ from sparse_lm.core.units import Array, Pattern, Shapes, Units, mean_density, ro
 
 @dataclasses.dataclass(frozen=True)
 class SpanningUnits(Pattern):
-  """Units that span matrices, as the modules declare them; the pattern's spelling is their kind.
+  """Units that span several matrices, as the modules declare them.
 
-  Leaves of no group stay dense.
+  The pattern's `spelling` is the kind of its groups. Parameters outside these groups stay dense.
   """
 
   groups: tuple[Group, ...]
 
   @classmethod
   def parse(cls, name: str, declared: tuple[Group, ...]) -> 'SpanningUnits | None':
-    """The declared groups of this kind. Raises UserError where the model declares none."""
+    """Returns the pattern over the declared groups of this kind. Raises a UserError if there are none."""
     if name != cls.spelling:
       return None
     groups_of_kind = tuple(group for group in declared if group.kind == name)
     if not groups_of_kind:
-      raise UserError(f'config.weight.pattern {name!r}: the model declares no {name} to prune')
+      raise UserError(
+        f'config.weight.pattern={name!r}: the model has no units of this kind; valid: another pattern'
+      )
     return cls(groups_of_kind)
 
   @property
   def spans_matrices(self) -> bool:
-    """A unit has weights in every matrix of its group."""
+    """True: a unit has weights in every matrix of its group."""
     return True
 
   def covers(self, path: str, shape: tuple[int, ...]) -> bool:
-    """Members of a group."""
+    """Returns whether the parameter belongs to a group."""
     return any(member.path == path for group in self.groups for member in group.members)
 
   def _present(self, leaves: Mapping[str, Array]) -> dict[str, Group]:
@@ -47,12 +49,12 @@ class SpanningUnits(Pattern):
     }
 
   def pool(self, leaves: Tree) -> Units:
-    """Mean over all weights of each unit."""
+    """Returns the mean over all weights of each unit."""
     named = tree.named(leaves)
     return {name: groups.pool(group, named) for name, group in self._present(named).items()}
 
   def expand(self, units: Units, like: Tree) -> Tree:
-    """Each unit's value at every weight of it."""
+    """Copies each unit's value to all of its weights."""
     shapes = {path: leaf.shape for path, leaf in tree.named(like).items()}
     parts: dict[str, Array] = {}
     for name, group in self._present(shapes).items():
@@ -60,7 +62,7 @@ class SpanningUnits(Pattern):
     return tree.map_named(lambda path, leaf: parts[path], like)
 
   def densities(self, target: Tree, like: Tree) -> dict[str, Array]:
-    """The mean over the weights of each group."""
+    """Returns the mean target density over the weights of each group."""
     density, leaves = tree.named(target), tree.named(like)
     found = {}
     for name, group in self._present(leaves).items():
@@ -69,7 +71,7 @@ class SpanningUnits(Pattern):
     return found
 
   def round_to_units(self, shapes: Shapes, density: Mapping[str, float]) -> dict[str, float]:
-    """Whole units of each group, the same share of all its members."""
+    """Rounds the density of each group to whole units; all of its members get this density."""
     like = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
     asked, found = self.densities(density, like), {}
     for name, group in self._present(shapes).items():

@@ -12,7 +12,7 @@ import numpy as np
 from jax.stages import Wrapped
 
 from sparse_lm.core import tree
-from sparse_lm.core.ahead import Ahead, Call
+from sparse_lm.core.aot import AotFunction, Call
 from sparse_lm.core.tree import Tree
 from sparse_lm.evals import EvalData, EvalModel, Evaluation, Values
 from sparse_lm.kernels.cross_entropy import cross_entropy
@@ -57,7 +57,7 @@ def run_packed(model: LM, variables: Tree, data: EvalData) -> list[Values]:
   sums = [_Sums(data) for _ in range(len(jax.tree.leaves(variables)[0]))]
   for name, weight_BxL, outputs in jax.device_get(found):
     for number, own in enumerate(sums):
-      own.add(name, weight_BxL, *tree.part(outputs, number))
+      own.add(name, weight_BxL, *tree.at_index(outputs, number))
   return [own.values() for own in sums]
 
 
@@ -109,9 +109,9 @@ def eval_step(model: LM) -> Wrapped:
 
 
 @functools.cache  # as `train.packed.packed`
-def packed_eval_step(model: LM) -> Ahead:
+def packed_eval_step(model: LM) -> AotFunction:
   """`eval_step` over the leading axis of the variables; all models read the same batch."""
-  return Ahead(jax.vmap(_of_batch(model), in_axes=(0, None, None)))
+  return AotFunction(jax.vmap(_of_batch(model), in_axes=(0, None, None)))
 
 
 def packed_call(model: LM, variables: Tree, batch: int) -> Call:

@@ -37,7 +37,7 @@ def connections(masks: Tree, before: Tree) -> dict[str, float]:
 def connections_of_each(masks: Tree, before: Tree, runs: int) -> list[dict[str, float]]:
   """`connections` for each of several runs, which are the leading axis of the masks."""
   counted = jax.device_get(_counts_of_each(masks, before))
-  return [_by_path(tree.part(counted, number)) for number in range(runs)]
+  return [_by_path(tree.at_index(counted, number)) for number in range(runs)]
 
 
 def _by_path(counted: Tree) -> dict[str, float]:

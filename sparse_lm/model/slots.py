@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from sparse_lm.core import discovery
 from sparse_lm.core.errors import UserError
-from sparse_lm.core.ranges import FieldValue, sliced
+from sparse_lm.core.ranges import FieldValue, layer_slice
 from sparse_lm.layers.method import LayerMethod, Traits
 from sparse_lm.layers.spec import Spec
 
@@ -206,7 +206,7 @@ class SlotConfig:
     """The method of each layer. Raises UserError for a slice that holds no layer that is left for it."""
     found: dict[int, MethodConfig] = {}
     for text, own in self.rules:
-      chosen = sliced(f'{own.group}.layers', text, count)
+      chosen = layer_slice(f'{own.group}.layers', text, count)
       left = [layer for layer in chosen if layer not in found]
       if not left:
         raise UserError(
@@ -232,7 +232,7 @@ class SlotConfig:
       return []
     taken, found = set(), []
     for text, own in self.rules:
-      chosen = sliced(f'{own.group}.layers', text, count)
+      chosen = layer_slice(f'{own.group}.layers', text, count)
       if lost := [layer for layer in chosen if layer in taken]:
         found.append(f'{own.group}: rules before it hold layers {_listed(lost)}')
       taken.update(chosen)

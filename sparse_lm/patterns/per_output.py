@@ -9,7 +9,7 @@ from sparse_lm.core.units import (
   Pattern,
   Shapes,
   is_matrix,
-  kept,
+  kept_count,
   largest_dropped,
   rounded_to_units,
 )
@@ -28,7 +28,7 @@ class PerOutput(Pattern):
 
   def top(self, units: Array, count: Array) -> Array:
     """The same number of each column."""
-    return topk_rows(units.T, kept(units.shape[0], count / units.size)).T
+    return topk_rows(units.T, kept_count(units.shape[0], count / units.size)).T
 
   def threshold(self, units: Array, keeps: Array) -> Array:
     """The largest dropped score of each column."""

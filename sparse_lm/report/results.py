@@ -23,7 +23,7 @@ Line = JsonObject
 Key = tuple[Hashable, ...]
 
 
-class _Form(TypedDict):
+class _Schema(TypedDict):
   """What every line holds; one of an experiment also the name of its study."""
 
   run: str
@@ -63,7 +63,7 @@ def read_file(path: pathlib.Path) -> list[Line]:
       print(f'{path}:{number}: half a line, left out ({fault})', file=sys.stderr)
       continue
     try:
-      records.check(line, _Form)
+      records.check(line, _Schema)
       line = records.unseal(line) if records.SEAL in line else line
     except ValueError as error:
       raise UserError(f"{path}:{number} is not a run's line: {error}") from None

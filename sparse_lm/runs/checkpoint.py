@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from sparse_lm.core import records, tree
 from sparse_lm.core.errors import UserError, unknown
 from sparse_lm.core.tree import Tree
-from sparse_lm.core.version import VERSION, WRITTEN_BY, other_format
+from sparse_lm.core.version import VERSION, WRITTEN_BY, format_mismatch
 from sparse_lm.runs import digests, storage
 from sparse_lm.runs.digests import Leaf
 from sparse_lm.runs.history import History
@@ -265,7 +265,7 @@ class Checkpoints:
   def _meta(self, step: int) -> _Meta:
     meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
     if isinstance(meta, dict) and meta.get('schema') != SCHEMA:
-      raise ValueError(other_format('it', meta.get('schema'), SCHEMA, meta.get(WRITTEN_BY)))
+      raise ValueError(format_mismatch('it', meta.get('schema'), SCHEMA, meta.get(WRITTEN_BY)))
     records.check(meta, _Meta)
     if meta['step'] != step:
       raise ValueError(f'it is of step {meta["step"]}')

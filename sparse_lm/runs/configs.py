@@ -216,12 +216,12 @@ def _refuse_replaced(fields: Iterable[str]) -> None:
 
 def ranges_of(config: ConfigDict) -> dict[str, ranges.Range]:
   """The range of every numeric field of the config, by dotted name."""
-  found = dict(ranges.SHARED)
+  found = dict(ranges.BASE_FIELDS)
   for slot, group, node in _methods(config):
     own = ranges.of_fields(slots.method(slot, node.name, f'config.{group}.name'))
     found |= {f'{group}.{key}': range_ for key, range_ in own.items()}
     if _is_rule(group):  # a rule's own sparsity, say, is what the slot's is
-      shared = {key: ranges.SHARED.get(f'{slot}.{key}') for key in slots.OF_RULE[slot]}
+      shared = {key: ranges.BASE_FIELDS.get(f'{slot}.{key}') for key in slots.OF_RULE[slot]}
       found |= {f'{group}.{key}': range_ for key, range_ in shared.items() if range_}
   return found
 

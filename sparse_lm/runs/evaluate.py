@@ -1,6 +1,6 @@
 """Evaluation of a run, and its result: what was measured, on what, and what it costs."""
 
-from sparse_lm.core.ahead import Call
+from sparse_lm.core.aot import Call
 from sparse_lm.core.records import JsonObject
 from sparse_lm.core.tree import Tree
 from sparse_lm.data.pipeline import Data

@@ -94,7 +94,7 @@ def _resumed(pack: Pack, records: Sequence[Record]) -> list[TrainState]:
   for number, (record, state) in enumerate(zip(records, fresh)):
     batches = record.setup.data.train_iterator(rng.data_seed(record.setup.config.seed))
     with _named(record.folder.path):
-      restored = record.resume(state, tree.part(masks, number), batches)
+      restored = record.resume(state, tree.at_index(masks, number), batches)
     found.append(state if restored is None else restored)
   return found
 
@@ -234,7 +234,7 @@ class _PackLoop:
       read = states.replace(opt_state=None, control=None, signals={}, key=None)
       host = jax.device_get(read)
       for number in better:
-        state, loss = tree.part(host, number), found[number].values['val_loss']
+        state, loss = tree.at_index(host, number), found[number].values['val_loss']
         self.kept[number] = _Kept(state, loss, self.records[number].history.work)
     self.console.say(f'step {step:,}: {_span("validation loss", losses)} of {len(losses)} runs')
 
@@ -243,7 +243,7 @@ class _PackLoop:
     params, masks = self.pack.program.finalize(states, self.numbers)
     values = evaluate_packed(self.run_of_all, params, states.model_state)
     host = jax.device_get(masks)
-    each = [Evaluated(own, tree.part(host, i)) for i, own in enumerate(values)]
+    each = [Evaluated(own, tree.at_index(host, i)) for i, own in enumerate(values)]
     return each, masks
 
   def _save(self, states: TrainState, step: int) -> None:
@@ -253,7 +253,7 @@ class _PackLoop:
       self._offer(number)
       run = record.setup
       batches = run.data.train_iterator_at(rng.data_seed(run.config.seed), step)
-      record.save(tree.part(host, number), batches)
+      record.save(tree.at_index(host, number), batches)
 
   def _offer(self, number: int) -> None:
     """Writes the best state of a run since it was last saved."""
@@ -270,7 +270,7 @@ class _PackLoop:
       if record.evaluated is None:  # stopped after its last step, which it has logged
         measured = measured or self._measure(states)[0]
         record.evaluated = measured[number]
-      outcomes[number] = record.finish(tree.part(host, number), record.evaluated)
+      outcomes[number] = record.finish(tree.at_index(host, number), record.evaluated)
     return [outcomes[number] for number in range(len(self.records))]
 
   def _alive(self) -> list[tuple[int, Record]]:

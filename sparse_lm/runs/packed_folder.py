@@ -31,7 +31,7 @@ from sparse_lm.core.format import Format, is_packed
 from sparse_lm.core.paths import KERNEL, Place
 from sparse_lm.core.records import JsonObject
 from sparse_lm.core.tree import Tree
-from sparse_lm.core.version import VERSION, WRITTEN_BY, other_format
+from sparse_lm.core.version import VERSION, WRITTEN_BY, format_mismatch
 from sparse_lm.data import tokenizers
 from sparse_lm.inference import formats
 from sparse_lm.inference.pack import Matrix, PackedModel, nested
@@ -222,8 +222,8 @@ def _manifest(folder: pathlib.Path) -> JsonObject:
   found = manifest.get('version')
   if found != FORMAT:
     raise UserError(
-      f'{other_format(str(folder / MANIFEST), found, FORMAT, manifest.get(WRITTEN_BY))}; valid: pack the '
-      'run again'
+      f'{format_mismatch(str(folder / MANIFEST), found, FORMAT, manifest.get(WRITTEN_BY))}; valid: pack '
+      'the run again'
     )
   try:
     records.check(manifest, _Manifest)

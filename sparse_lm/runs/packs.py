@@ -14,7 +14,7 @@ import numpy as np
 from jax.stages import Compiled
 
 from sparse_lm.core import tree
-from sparse_lm.core.ahead import Call, compile_together
+from sparse_lm.core.aot import Call, compile_together
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.tree import Tree
 from sparse_lm.measure import machine

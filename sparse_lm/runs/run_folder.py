@@ -6,7 +6,7 @@ import pathlib
 from sparse_lm.core import records
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.records import JsonObject
-from sparse_lm.core.version import VERSION, WRITTEN_BY, other_format
+from sparse_lm.core.version import VERSION, WRITTEN_BY, format_mismatch
 
 CONFIG, LOG = 'config.json', 'metrics.jsonl'
 CHECKPOINTS, BEST = 'checkpoints', 'best'
@@ -41,7 +41,7 @@ def read_config(folder: pathlib.Path) -> JsonObject:
   found, written_by = values.pop('format', 1), values.pop(WRITTEN_BY, None)
   if found != FORMAT:
     raise UserError(
-      f'{other_format(str(folder / CONFIG), found, FORMAT, written_by)}; valid: the version that wrote '
-      'it, or a new workdir'
+      f'{format_mismatch(str(folder / CONFIG), found, FORMAT, written_by)}; valid: the version that '
+      'wrote it, or a new workdir'
     )
   return values

@@ -62,9 +62,9 @@ def _replace(path: pathlib.Path, text: bytes) -> None:
     os.replace(temporary, path)
 
 
-def read_json(path: pathlib.Path, form: records.Form = records.OBJECT) -> Json:
-  """What `write_json` wrote, checked; see `core.records.read` for forms and the `UserError`."""
-  return records.read(path, form)
+def read_json(path: pathlib.Path, schema: records.Schema = records.OBJECT) -> Json:
+  """What `write_json` wrote, checked against `schema`; `core.records.read` documents the `UserError`."""
+  return records.read(path, schema)
 
 
 def read_log(path: pathlib.Path) -> list[tuple[bytes, dict[str, float]]]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from sparse_lm.core.ahead import Ahead
+from sparse_lm.core.aot import AotFunction
 from sparse_lm.core.tree import Tree
 from sparse_lm.data import windows
 from sparse_lm.kernels import device
@@ -96,30 +96,30 @@ class PackedProgram:
     return runs, PackedMetrics.of(metrics)
 
   @functools.cached_property
-  def init(self) -> Ahead:
+  def init(self) -> AotFunction:
     """`(seed, target) -> TrainState` of one run, computed on the host; see `OnHost`."""
-    return Ahead(self.program.create, device=host_device())
+    return AotFunction(self.program.create, device=host_device())
 
   @functools.cached_property
-  def _steps(self) -> dict[Updates, Ahead]:
+  def _steps(self) -> dict[Updates, AotFunction]:
     return {}
 
-  def steps(self, updates: Updates) -> Ahead:
+  def steps(self, updates: Updates) -> AotFunction:
     """`(states, feed) -> (states, PackedMetrics)`; the states are donated. See `step`."""
     if updates not in self._steps:
       step = functools.partial(self.step, updates=updates)
-      self._steps[updates] = Ahead(step, donate=(0,), options=device.compiler_options())
+      self._steps[updates] = AotFunction(step, donate=(0,), options=device.compiler_options())
     return self._steps[updates]
 
   @functools.cached_property
-  def finalize(self) -> Ahead:
+  def finalize(self) -> AotFunction:
     """`(states, numbers) -> (params, masks)`, those that are evaluated, reported and exported."""
 
     def one(state: TrainState, numbers: dict[str, Array]) -> tuple[Tree, Tree]:
       method = with_numbers(self.program, numbers).method
       return method.finalize(state.evaluated, state.sparse, state.step)
 
-    return Ahead(jax.vmap(one))
+    return AotFunction(jax.vmap(one))
 
 
 @functools.cache

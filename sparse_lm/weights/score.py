@@ -16,7 +16,7 @@ from sparse_lm.core.errors import require, unknown
 from sparse_lm.core.estimator import straight_through, with_gradient_of, with_gradient_to_score
 from sparse_lm.core.ranges import ranged
 from sparse_lm.core.tree import Tree
-from sparse_lm.core.units import Units, by_slice
+from sparse_lm.core.units import Units, per_matrix
 from sparse_lm.signals import from_calibration, from_training
 from sparse_lm.weights.method import (
   Array,
@@ -256,7 +256,7 @@ class ScoredMethod(PatternMethod):
       left = scores - self.units.threshold(scores, keeps)
       return jnp.clip(left / jnp.maximum(jnp.abs(scores), 1e-30), 0.0, 1.0)
 
-    return {name: by_slice(shrink, array, keeps[name]) for name, array in units.items()}
+    return {name: per_matrix(shrink, array, keeps[name]) for name, array in units.items()}
 
   def _seen(self, params: Tree, masks: Tree, shrink: Tree) -> Tree:
     """Weights as the model sees them, with the gradient that `apply` gives to each."""

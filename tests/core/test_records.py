@@ -120,7 +120,7 @@ def test_other_keys_and_numbers_that_are_not_finite_are_kept(tmp_path):
 
 
 def test_what_is_no_file_is_one_line(tmp_path, monkeypatch):
-  for path, said in ((tmp_path / 'none', 'No such file'), (tmp_path, 'it is no file')):
+  for path, said in ((tmp_path / 'none', 'No such file'), (tmp_path, 'it is not a file')):
     with pytest.raises(UserError, match=said):
       records.read(path, Form)
   monkeypatch.setattr(records, 'LARGEST', 10)

@@ -5,7 +5,7 @@ import tomllib
 
 import pytest
 
-from sparse_lm.core.version import VERSION, other_format
+from sparse_lm.core.version import VERSION, format_mismatch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 def test_a_file_of_another_format_is_refused_by_the_version_that_wrote_it(
   found, written_by, writer
 ):
-  line = other_format('x.json', found, 2, written_by)
+  line = format_mismatch('x.json', found, 2, written_by)
   assert line == (
     f'x.json was written by {writer}; this is sparse_lm {VERSION}, which reads format 2'
   )

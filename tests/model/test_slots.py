@@ -67,7 +67,7 @@ def test_what_is_no_slice_is_refused(text):
 
 
 def test_a_slice_without_layers_is_refused():
-  with pytest.raises(UserError, match=r"^config\.mlp\.layers='5:' matches none of the 5 layers"):
+  with pytest.raises(UserError, match=r"^config\.mlp\.layers='5:' selects none of the 5 layers"):
     loaded('mlp', layers='5:').at(0, 5)
 
 

@@ -14,7 +14,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.groups import Group, Member
-from sparse_lm.core.units import kept
+from sparse_lm.core.units import kept_count
 from sparse_lm.patterns import pattern, spellings
 
 SHAPES = [(8, 6), (12, 4), (2, 8, 4), (2, 3, 4, 8)]
@@ -67,13 +67,13 @@ CASES = [st.sampled_from(SHAPES), DENSITIES, SEEDS, LEVELS]
 @settings(deadline=None, max_examples=60)
 def test_kept_is_the_rounded_share_and_at_least_one(size, share):
   density = share / 64  # exact in float32
-  assert int(kept(size, density)) == count_for(size, density)
+  assert int(kept_count(size, density)) == count_for(size, density)
 
 
 @pytest.mark.parametrize('size', [2**23 - 1, 3_145_727, 999_983])
 def test_kept_counts_large_leaves_to_the_weight(size):
   for count in (1, 2, size // 10, size // 3, size // 2, size - 1, size):
-    assert int(kept(size, np.float32(count / size))) == count
+    assert int(kept_count(size, np.float32(count / size))) == count
 
 
 def test_the_patterns_tested_here_are_all_there_are():
@@ -389,5 +389,7 @@ def test_an_unknown_pattern_is_one_line_with_the_nearest_name(name, words):
 @pytest.mark.parametrize('name', ['neuron', 'head', 'layer'])
 def test_a_kind_that_the_model_does_not_declare_is_refused(name):
   others = tuple(group for group in DECLARED if group.kind != name)
-  with pytest.raises(UserError, match=rf"config\.weight\.pattern '{name}'.*declares no {name}"):
+  with pytest.raises(
+    UserError, match=rf"config\.weight\.pattern='{name}'.*has no units of this kind"
+  ):
     pattern(name, others)

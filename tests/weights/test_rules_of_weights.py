@@ -45,7 +45,7 @@ def test_a_note_counts_the_paths_that_it_does_not_name():
   ({'mpl': ('mpl',)}, ["config.weight.rules.mpl.match=('mpl',)", 'matches no prunable']),
   ({'a': ('.',), 'b': ('mlp',)}, ['config.weight.rules.b.match', 'only what earlier rules (a) own']),
   ({'a': ('attention',), 'b': ('mlp',), 'c': ('block_1',)}, ['rules.c.match', 'rules (a, b) own']),
-  ({'a': ('(',)}, ['config.weight.rules.a.match', 'no path expression']),
+  ({'a': ('(',)}, ['config.weight.rules.a.match', 'a regular expression']),
 ])  # fmt: skip
 def test_a_rule_that_owns_nothing_is_one_line_with_the_paths_there_are(rules, words):
   with pytest.raises(UserError) as refused:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_lm.core.errors import require
-from sparse_lm.core.ranges import ranged, sliced
+from sparse_lm.core.ranges import layer_slice, ranged
 from sparse_lm.layers.method import LayerMethod, Run, Traits
 from sparse_lm.layers.progress import Progress
 from sparse_lm.layers.sow import Exit, sow
@@ -57,7 +57,7 @@ class LayerSkip(LayerMethod):
     """Raises UserError for exits outside of the layers, or a head that needs more than the stream."""
     valid = 'False: the table is looked up by tokens, and exits have the residual stream alone'
     require(not self.spec.bigram, 'config.model.bigram', self.spec.bigram, valid)
-    sliced('config.stack.exits', self.exits, self.spec.layers)
+    layer_slice('config.stack.exits', self.exits, self.spec.layers)
 
   def __call__(self, layers: Sequence[Run], tokens: Tokens, mode: str) -> jax.Array:
     """Returns the residual stream `[B, L, D]` after the last layer; see `Sequential`."""
@@ -85,7 +85,7 @@ class LayerSkip(LayerMethod):
 
   def _sow_exits(self, streams: Sequence[jax.Array], progress: Progress | None) -> None:
     count, step = len(streams), 0 if progress is None else progress.step
-    first_E = jnp.array(sliced('config.stack.exits', self.exits, count))
+    first_E = jnp.array(layer_slice('config.stack.exits', self.exits, count))
     layer_E = (first_E + step) % count
     weight_E = jnp.where(layer_E == count - 1, 0.0, self.scale)
     chosen_ExBxLxD = jnp.stack(streams)[layer_E]

@@ -15,7 +15,7 @@ from sparse_lm.core.estimator import (
 )
 from sparse_lm.core.ranges import ranged
 from sparse_lm.core.tree import Tree
-from sparse_lm.core.units import by_slice, kept
+from sparse_lm.core.units import kept_count, per_matrix
 from sparse_lm.kernels.topk import topk_mask
 from sparse_lm.weights.method import Array, Sparse, apply_masks, mean_density, restrict_to
 from sparse_lm.weights.random_start import path_key
@@ -92,7 +92,7 @@ class L0(UnitScores):
 
   def _evaluated(self, logits: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
     """The gates that evaluation runs, and which are open: as many as training expects to be."""
-    opened = {name: by_slice(_likeliest, units) for name, units in logits.items()}
+    opened = {name: per_matrix(_likeliest, units) for name, units in logits.items()}
     gates = {
       name: opened[name] * jax.nn.sigmoid(EVALUATED * units / BETA)
       for name, units in logits.items()
@@ -102,7 +102,7 @@ class L0(UnitScores):
 
 def _likeliest(logits: Array) -> Array:
   """The largest logits of a matrix, as many as training expects to be open in it (bool)."""
-  count = kept(logits.size, jnp.mean(hard_concrete_probability(logits)))
+  count = kept_count(logits.size, jnp.mean(hard_concrete_probability(logits)))
   return topk_mask(jax.lax.stop_gradient(logits), count)
 
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from sparse_lm.core.ahead import Ahead, Call, compile_together
+from sparse_lm.core.aot import AotFunction, Call, compile_together
 
 
 def test_what_was_compiled_before_is_called_and_not_traced_again():
@@ -13,7 +13,7 @@ def test_what_was_compiled_before_is_called_and_not_traced_again():
     traces.append(x.shape)
     return x + y
 
-  function, other = Ahead(add), Ahead(lambda x: 2 * x)
+  function, other = AotFunction(add), AotFunction(lambda x: 2 * x)
   shape = jax.ShapeDtypeStruct((3,), jnp.float32)
   compile_together([Call(function, (shape, shape)), Call(other, (shape,))])
   x = jnp.arange(3.0)
@@ -27,4 +27,4 @@ def test_what_was_compiled_before_is_called_and_not_traced_again():
 
 def test_a_trace_says_what_is_returned():
   shape = jax.ShapeDtypeStruct((3, 2), jnp.float32)
-  assert Ahead(lambda x: x.sum(axis=1)).outputs(shape).shape == (3,)
+  assert AotFunction(lambda x: x.sum(axis=1)).outputs(shape).shape == (3,)

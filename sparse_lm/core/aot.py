@@ -1,4 +1,4 @@
-"""Functions that are compiled before they are called, several at the same time."""
+"""Ahead-of-time (AOT) compilation of functions, several of them in parallel."""
 
 import concurrent.futures
 import os
@@ -13,8 +13,8 @@ from sparse_lm.core.tree import Tree
 Function = Callable[..., Tree]
 
 
-class Ahead:
-  """A jitted function with the executables that have been compiled for it, by shapes of arguments."""
+class AotFunction:
+  """A jitted function that keeps one compiled executable for each combination of argument shapes."""
 
   def __init__(
     self,
@@ -23,53 +23,57 @@ class Ahead:
     options: dict[str, int] | None = None,
     device: jax.Device | None = None,
   ) -> None:
-    """Wraps the function; nothing is compiled yet.
+    """Wraps the function without compiling it.
 
     Args:
       donate: indices of the arguments whose buffers are donated, as `donate_argnums` of `jax.jit`.
       options: compiler options.
-      device: the device that the function runs on when its arguments are NumPy arrays; `None` = JAX's
-        default device.
+      device: the device that the function runs on if its arguments are NumPy arrays; `None` means
+        JAX's default device.
     """
     self._device = device
     self._jitted = jax.jit(function, donate_argnums=donate, compiler_options=options)
     self._compiled: dict[Hashable, Compiled] = {}
 
   def compiled(self, *arguments: Tree) -> Compiled:
-    """The executable for arguments of these shapes: arrays or shape structs."""
+    """Returns the executable for arguments of these shapes; compiles it if necessary.
+
+    Args:
+      arguments: arrays or shape structs.
+    """
     key = _key(arguments)
     if key not in self._compiled:
       compile_together([Call(self, arguments)])
     return self._compiled[key]
 
   def outputs(self, *arguments: Tree) -> Tree:
-    """Shape structs of what the function returns for arguments of these shapes."""
+    """Returns shape structs of the function's outputs for arguments of these shapes."""
     with jax.default_device(self._device):
       return self._jitted.trace(*arguments).out_info
 
   def lower(self, *arguments: Tree) -> Lowered:
-    """The function traced and lowered for arguments of these shapes."""
+    """Traces and lowers the function for arguments of these shapes."""
     with jax.default_device(self._device):
       return self._jitted.lower(*arguments)
 
   def __call__(self, *arguments: Tree) -> Tree:
-    """Calls the executable for the arguments."""
+    """Calls the executable that matches the arguments' shapes."""
     return self.compiled(*arguments)(*arguments)
 
 
 class Call(NamedTuple):
-  """A function and the arguments, or their shape structs, that it will be called with."""
+  """A function with the arguments of a later call; shape structs may stand for arrays."""
 
-  function: Ahead
+  function: AotFunction
   arguments: tuple[Tree, ...]
 
 
 def compile_together(calls: Iterable[Call]) -> None:
-  """Compiles the executables that these calls need and do not have, in one thread for each core.
+  """Compiles all executables that these calls still need, in parallel, with one thread per core.
 
-  Functions are traced one after the other, because tracing holds Python's global interpreter lock.
+  Tracing stays sequential because it holds Python's global interpreter lock.
   """
-  new: dict[tuple[Ahead, Hashable], concurrent.futures.Future[Compiled]] = {}
+  new: dict[tuple[AotFunction, Hashable], concurrent.futures.Future[Compiled]] = {}
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     for function, arguments in calls:
       key = _key(arguments)
