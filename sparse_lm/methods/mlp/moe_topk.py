@@ -36,7 +36,8 @@ class MoETopK(MixtureOfExperts):
     eval_capacity: the same in evaluation; decoding drops nothing.
     balance: coefficient of the load-balancing loss, which is that number at uniform routing.
     z: coefficient of the mean squared log-partition function of the router.
-    jitter: training multiplies the router's inputs by uniform noise in 1 ± jitter.
+    jitter: training multiplies the router's inputs by uniform noise in 1 ± jitter. The deviation from 1
+      is drawn in the model's compute dtype, because in float32 it would be the largest array of a layer.
     executor: 'sort', or 'einsum', the slow reference.
   """
 
@@ -78,8 +79,9 @@ class MoETopK(MixtureOfExperts):
     """Each token's `k` most probable experts."""
     x_TxD = x_TxD.astype(jnp.float32)
     if mode == 'train' and self.jitter and self.has_rng('gates'):
-      low, high = 1 - self.jitter, 1 + self.jitter
-      x_TxD *= jax.random.uniform(self.make_rng('gates'), x_TxD.shape, minval=low, maxval=high)
+      key, dtype = self.make_rng('gates'), self.spec.compute
+      noise_TxD = jax.random.uniform(key, x_TxD.shape, dtype, -self.jitter, self.jitter)
+      x_TxD *= 1 + noise_TxD.astype(jnp.float32)
     logits_TxE = Router(self.spec, self.experts, scale=0.1**0.5, name='router')(x_TxD)
     probability_TxE = jax.nn.softmax(logits_TxE)
     weight_TxK, expert_TxK = top(probability_TxE, self.k)
