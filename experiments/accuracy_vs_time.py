@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import dynamic_compute, sparsity_vs_accuracy
-from experiments.run import Study
+from experiments.study import Study
 from experiments.sweep import Run
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.records import JsonObject

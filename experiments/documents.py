@@ -25,7 +25,7 @@ import jinja2
 
 from experiments import accelerator_report
 from experiments.findings import Findings
-from experiments.run import Study
+from experiments.study import Study
 from sparse_lm import list_methods
 from sparse_lm.commands.parser import Parser, local_path, one_line
 from sparse_lm.core import records

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 
-from experiments.run import Study
+from experiments.study import Study
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.records import Json, JsonObject
 from sparse_lm.report import results

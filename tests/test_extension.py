@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from experiments import run as runner
+from experiments import loading
+from experiments.study import Study
 from sparse_lm import evals, patterns, signals
 from sparse_lm.core import tree
 from sparse_lm.evals import EvalData, EvalModel
@@ -241,7 +242,7 @@ def test_each_is_found_by_its_name(folder):
   assert 'pairs' in patterns.spellings()
   assert 'kept_inputs' in formats.names()
   assert 'accuracy' in evals.names()
-  assert runner.studies()['pairs_study'] == 'Do pairs cost accuracy?'
+  assert loading.questions()['pairs_study'] == 'Do pairs cost accuracy?'
 
 
 def lines_of_code(text):
@@ -355,7 +356,7 @@ def test_a_study_runs_what_the_other_files_added(folder, tiny_config, tmp_path):
   )
   size = {field: value for field, value in wanted.items() if plain.get(field) != value}
   (folder / 'experiments' / 'size.json').write_text(json.dumps(size))
-  study = runner.Study.load('pairs_study', tmp_path)
+  study = Study.load('pairs_study', tmp_path)
   assert len(study.runs) == 2 and study.train(study.runs) == 0
   rows = dict(row.split() for row in study.report().splitlines())
   assert rows.keys() == {'unstructured', 'pairs'}

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import pathlib
+import traceback
 from collections.abc import Iterable, Iterator
 
 
@@ -33,6 +34,14 @@ def require(condition: bool, field: str, value: object, valid: str) -> None:
   """Raises a `UserError` that names the field, the value and what is valid, unless `condition`."""
   if not condition:
     raise UserError(f'{field}={value!r} is not valid; valid: {valid}')
+
+
+def located(error: Exception, file: str) -> str:
+  """The error in one line, after the line of `file` in which it arose, for files that users write."""
+  lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+  line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+  message = ' '.join(str(error).split())
+  return f'fails{f" in line {line}" if line else ""}: {type(error).__name__}: {message}'
 
 
 @contextlib.contextmanager

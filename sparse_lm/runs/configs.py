@@ -12,13 +12,12 @@ import importlib.util
 import json
 import os
 import pathlib
-import traceback
 from collections.abc import Iterable, Iterator, Mapping
 
 from ml_collections import ConfigDict
 
 from sparse_lm.core import ranges
-from sparse_lm.core.errors import UserError, require, unknown
+from sparse_lm.core.errors import UserError, located, require, unknown
 from sparse_lm.core.ranges import FieldValue
 from sparse_lm.core.records import Json, JsonObject
 from sparse_lm.core.version import VERSION
@@ -330,21 +329,13 @@ def _read(path: str) -> ConfigDict:
   except UserError:
     raise
   except Exception as error:
-    raise UserError(f'config file {path} {_failure(error, str(file))}') from error
+    raise UserError(f'config file {path} {located(error, str(file))}') from error
   if not isinstance(config, ConfigDict):
     raise UserError(
       f'config file {path}: get_config() returns a value of type {type(config).__name__}; valid: the '
       'ConfigDict of configs.base.get_config(), changed'
     )
   return config
-
-
-def _failure(error: Exception, file: str) -> str:
-  """In which line of `file` an error arose, and the error, in one line."""
-  lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
-  line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-  said = ' '.join(str(error).split())
-  return f'fails{f" in line {line}" if line else ""}: {type(error).__name__}: {said}'
 
 
 def _merge_defaults(config: ConfigDict, group: str, name: str, path: str) -> None:

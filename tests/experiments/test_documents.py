@@ -6,7 +6,7 @@ import pytest
 
 from experiments import documents, smoke
 from experiments.findings import Findings
-from experiments.run import Study
+from experiments.study import Study
 from sparse_lm.core.errors import UserError
 from sparse_lm.report import plot
 

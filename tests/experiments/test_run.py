@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import experiments
-from experiments import run as runner
+from experiments import study as study_module
+from experiments.study import Study
 from experiments.sweep import Run
 from sparse_lm.report import results
 from sparse_lm.runs import lock
@@ -102,7 +103,7 @@ def test_a_second_call_trains_and_validates_nothing(folder, command, monkeypatch
   def refuse(run):
     raise AssertionError('a config was loaded')
 
-  monkeypatch.setattr(runner, '_load', refuse)
+  monkeypatch.setattr(study_module, '_load', refuse)
   assert command('fake').out == first.out
   assert len(executed(folder)) == 4
 
@@ -144,7 +145,7 @@ def test_a_shard_without_the_baseline_still_succeeds(folder, command):
 @given(st.integers(0, 12), st.integers(1, 15))
 def test_shards_partition_the_runs(count, num_shards):
   runs = {str(i): Run('c', {'seed': i}, {}) for i in range(count)}
-  study = runner.Study('s', types.ModuleType('s'), None, runs)
+  study = Study('s', types.ModuleType('s'), None, runs)
   shards = [study.shard(index, num_shards) for index in range(num_shards)]
   ids = [run_id for shard in shards for run_id in shard]
   assert sorted(ids) == sorted(runs) and len(ids) == len(set(ids))
@@ -170,7 +171,7 @@ def test_a_training_study_prints_the_training_commands(folder, command, tmp_path
 
 def test_training_is_the_default(folder, command, monkeypatch, tmp_path):
   (folder / 'fake.py').write_text(STUDY.replace(', execute)', ')'))
-  monkeypatch.setattr(runner, '_train', lambda run, workdir: {'metrics': {'loss': 9.0}})
+  monkeypatch.setattr(study_module, '_train', lambda run, workdir: {'metrics': {'loss': 9.0}})
   assert command('fake').out.startswith('TABLE none0=9.0')
 
 
@@ -288,19 +289,19 @@ def test_only_one_run(folder, command, tmp_path):
 
 
 def test_a_second_worker_takes_other_runs(folder, command, tmp_path):
-  study = runner.Study.load('fake', tmp_path / 'results')
+  study = Study.load('fake', tmp_path / 'results')
   first = next(iter(study.runs))
   study.workdir(first).mkdir(parents=True)
   with lock.held(study.workdir(first) / 'study.lock', 'x'):
     done = command('fake')
   assert done.code == 0 and executed(folder) == ['none 1', 'static 0', 'static 1']
-  assert '1 runs are in the hands of other processes' in done.err
+  assert 'skipped 1 of 4 runs: other processes work on them' in done.err
   assert '1 of 4 runs are missing' in done.out
   # A run whose training another process has begun by hand is left as well.
   held = "from sparse_lm.runs import lock\nraise lock.Held('workdir w is in use')"
   (folder / 'fail_none0').write_text(held)
   again = command('fake')
-  assert again.code == 0 and '1 runs are in the hands' in again.err
+  assert again.code == 0 and 'skipped 1 of 4 runs' in again.err
   (folder / 'fail_none0').unlink()
   assert command('fake').code == 0 and sorted(executed(folder)[-1:]) == ['none 0']
   assert len(written(tmp_path)) == 4
@@ -312,9 +313,9 @@ def test_two_workers_run_nothing_twice(folder, tmp_path):
   study = STUDY.replace('def execute(run, workdir):', slow)
   (folder / 'fake.py').write_text(study.replace('import json\n', 'import json\nimport time\n'))
   code = (
-    'import sys, experiments; from experiments import run, sweep; '
+    'import sys, experiments; from experiments import run, study, sweep; '
     f'experiments.__path__ = [{str(folder)!r}]; '
-    'sweep.Run.seed = property(lambda r: r.overrides["seed"]); run._load = lambda r: r; '
+    'sweep.Run.seed = property(lambda r: r.overrides["seed"]); study._load = lambda r: r; '
     f'sys.argv = ["run", "fake", "--results={tmp_path / "results"}"]; run.main()'
   )
   workers = [
