@@ -3,10 +3,10 @@
 `python -m experiments.run packed_smoke --pack=4` packs on a CPU too.
 """
 
-from experiments import packed_sweep as study
-from experiments.sweep import Run
+import dataclasses
 
-CONFIG = 'configs/tiny.py'
+from experiments import packed_sweep
+
 SHORT = {
   'model.layers': 1,
   'model.width': 32,
@@ -17,9 +17,7 @@ SHORT = {
   'train.eval_every': 10,
   'train.log_every': 5,
 }
-report = study.report
-
-
-def runs() -> list[Run]:
-  """Every method at two sparsities over two seeds, and the dense model."""
-  return study.planned(CONFIG, (0.5, 0.9), (0, 1), SHORT)
+STUDY = dataclasses.replace(
+  packed_sweep.STUDY, config='configs/tiny.py', sparsities=(0.5, 0.9), seeds=(0, 1), common=SHORT
+)
+runs, report = STUDY.runs, STUDY.report

@@ -43,7 +43,8 @@ def load(path: str, overrides: Overrides | None = None) -> ConfigDict:
   """The locked config of a file; one with `init_from` takes that run's `data`, see `_inherit_data`.
 
   Args:
-    path: of the Python file.
+    path: of the Python file. A relative path that the working folder lacks is sought beside the package:
+      'configs/rigl.py' is found from every folder.
     overrides: values by dotted name (`{'weight.sparsity': 0.9}`); strings are parsed to the type of
       the value that they replace.
 
@@ -312,12 +313,13 @@ def flat(values: JsonObject | ConfigDict, prefix: str = '') -> dict[str, Json | 
 
 
 def _read(path: str) -> ConfigDict:
-  file = pathlib.Path(os.path.expanduser(path))
+  given = pathlib.Path(os.path.expanduser(path))
+  file = given if given.is_file() else BASE.parents[1] / given
   if not file.is_file():
-    folder = file.parent if file.parent.is_dir() else pathlib.Path('configs')
-    raise unknown(
-      'config file', path, [str(f) for f in folder.glob('*.py') if f.stem != '__init__']
-    )
+    near = given.parent.is_dir()
+    names = [f.name for f in (given if near else BASE).parent.glob('*.py') if f.stem != '__init__']
+    folder = given.parent if near else pathlib.Path(BASE.parent.name)
+    raise unknown('config file', path, [str(folder / name) for name in names])
   spec = importlib.util.spec_from_file_location(f'config_{file.stem}', file)
   module = importlib.util.module_from_spec(spec)
   try:

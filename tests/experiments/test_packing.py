@@ -161,5 +161,5 @@ def test_a_packed_study_ends_in_a_table_and_a_figure(tmp_path, monkeypatch):
   study = Study('smoke', packed_smoke, tmp_path, runs)
   study.train(runs, pack=4)
   shown = study.report()
-  assert shown.count('top-kast') == 2 and '±' in shown
-  assert (tmp_path / 'loss_by_sparsity.png').exists()
+  assert shown.count('Top-KAST') == 2 and '±' in shown
+  assert (tmp_path / 'smoke.png').exists()

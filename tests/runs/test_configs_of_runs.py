@@ -321,3 +321,15 @@ def test_deriving_a_config_leaves_the_first_as_it_was(tiny_config):
   derived = configs.derive(config, {'weight.name': 'wanda', 'weight.sparsity': 0.75}, ('weight',))
   assert derived.weight.name == 'wanda' and derived.weight.sparsity == 0.75
   assert configs.to_json(config) == before and config.is_locked and config.weight.is_locked
+
+
+def test_a_config_of_the_package_is_found_from_every_folder(tmp_path, monkeypatch):
+  here = configs.load('configs/rigl.py')
+  monkeypatch.chdir(tmp_path)
+  assert configs.load('configs/rigl.py') == here
+  assert "did you mean 'configs/rigl.py'" in message('configs/rigle.py', {})
+  (tmp_path / 'configs').mkdir()
+  (tmp_path / 'configs' / 'rigl.py').write_text('def get_config(): return 1\n')
+  assert 'returns a value of type int' in message(
+    'configs/rigl.py', {}
+  )  # the working folder's first
