@@ -6,7 +6,7 @@ import functools
 from experiments.study import Study
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.records import Json, JsonObject
-from sparse_lm.report import results
+from sparse_lm.report import results, statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Findings:
   def _statistics(self, metric: str, labels: JsonObject) -> tuple[float, float]:
     row = self._row(labels)
     results.check_metric(row, metric)
-    return results.mean_std(list(results.by_seed(row, metric).values()))
+    return statistics.mean_std(list(results.by_seed(row, metric).values()))
 
   def _row(self, labels: JsonObject) -> list[results.Line]:
     found = [line for line in self.lines if results.matches(line, labels)]

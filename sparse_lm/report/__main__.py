@@ -4,14 +4,17 @@ Workdirs of single runs stand beside studies: `python -m sparse_lm.report result
 """
 
 import argparse
+import dataclasses
 import pathlib
 import shlex
 import sys
+from collections.abc import Sequence
 
 import pandas as pd
 
 from sparse_lm.commands.parser import Parser, local_path, one_line
 from sparse_lm.core.errors import UserError, unknown
+from sparse_lm.core.ranges import Range
 from sparse_lm.core.records import JsonObject
 from sparse_lm.report import formats, plot, results, runs, table
 
@@ -27,7 +30,9 @@ def main() -> None:
   columns = (
     _names(arguments.columns) or [c.metric for c in table.COLUMNS if c.metric in present] or present
   )
-  frame = table.summarise(lines, rows, [table.column(name) for name in columns], baseline)
+  margins = _margins(arguments.margin, columns, baseline)
+  chosen = [_with_margin(table.column(name), margins.get(name, 0.0)) for name in columns]
+  frame = table.summarise(lines, rows, chosen, baseline)
   if arguments.figure:
     _draw(arguments, lines, baseline)
   print(_formatted(frame, arguments.format, lines))
@@ -49,6 +54,11 @@ def _arguments() -> argparse.Namespace:
   parser.add_argument('--columns', default='', help='metrics; default: the best known')
   parser.add_argument(
     '--baseline', default='', help='label=value[,...] of the rows to compare with'
+  )
+  parser.add_argument(
+    '--margin',
+    default='',
+    help='metric=value[,...]: tests whether rows differ from the baseline by less than this value',
   )
   parser.add_argument('--format', choices=('markdown', 'csv', 'latex'), default='markdown')
   parser.add_argument('--figure', type=local_path, help='a .png; a .pdf is written beside it')
@@ -108,6 +118,32 @@ def _baseline(lines: list[results.Line], text: str) -> JsonObject | None:
       raise unknown(f'value of label {name!r}:', value, values)
     labels[name] = values[value]
   return labels or None
+
+
+def _margins(text: str, columns: Sequence[str], baseline: JsonObject | None) -> dict[str, float]:
+  """`val_loss=0.02` as the margins of equivalence tests by metric."""
+  margins = {}
+  for item in _names(text):
+    name, equals, value = item.partition('=')
+    if not equals:
+      raise UserError(f'--margin={text} does not read metric=value[,metric=value ...]')
+    if name not in columns:
+      raise unknown('metric of the table', name, columns)
+    if table.column(name).is_time:
+      raise UserError(f'--margin={item}: {name} is a time, which is not compared')
+    try:
+      margins[name] = float(value)
+    except ValueError:
+      raise UserError(f'--margin={item}: {value!r} is not a number') from None
+    Range(float, '(0, inf)').require(f'--margin={name}', margins[name])
+  if margins and baseline is None:
+    raise UserError('--margin needs a --baseline=label=value to compare with')
+  return margins
+
+
+def _with_margin(column: table.Column, margin: float) -> table.Column:
+  """The column with an equivalence test where the margin is not zero."""
+  return dataclasses.replace(column, paired=True, margin=margin) if margin else column
 
 
 if __name__ == '__main__':

@@ -7,12 +7,13 @@ the columns, the baseline's labels, the seeds and the machines.
 import functools
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pandas as pd
 from tabulate import tabulate
 
 from sparse_lm.core.records import Json
+from sparse_lm.report import statistics
 
 ABSENT = '—'
 DIVERGED = 'diverged'  # instead of a mean that would leave a seed out
@@ -26,20 +27,25 @@ def text(frame: pd.DataFrame) -> pd.DataFrame:
     pairs = zip(frame['seeds'], frame['diverged'])
     printed['seeds'] = [f'{n}, {lost} {DIVERGED}' if lost else f'{n}' for n, lost in pairs]
   for c in frame.attrs['columns']:
-    printed[c.heading] = _cells(frame, c.text, c.metric)
-    if f'{c.metric}_delta_n' in frame and c.paired:
-      printed[f'Δ {c.title or c.metric}'] = _cells(frame, c.text, f'{c.metric}_delta', sign='+')
+    name = c.metric
+    printed[c.heading] = _cells(frame, c.text, f'{name}_n', [f'{name}_mean', f'{name}_std'])
+    if c.paired and f'{name}_delta_n' in frame:
+      keys = [f'{name}_delta_{key}' for key in ('mean', 'low', 'high', 'p_holm')]
+      printed[f'Δ {c.heading}'] = _cells(frame, c.difference, f'{name}_delta_n', keys)
+    if f'{name}_equivalence_p' in frame:
+      keys = [f'{name}_delta_mean', f'{name}_equivalence_p', f'{name}_equivalence_seeds']
+      heading = f'Δ within ±{c.margin * c.scale:g}' + (f' {c.unit}' if c.unit else '')
+      printed[heading] = _cells(frame, c.equivalence, f'{name}_delta_n', keys)
   return pd.DataFrame(printed)
 
 
 def _cells(
-  frame: pd.DataFrame, text: Callable[[float, float, str], str], name: str, sign: str = ''
+  frame: pd.DataFrame, text: Callable[..., str], count: str, keys: Sequence[str]
 ) -> list[str]:
+  """A column of cells: `text` of the columns `keys`, where the column `count` is not zero."""
   diverged = frame['diverged'] if 'diverged' in frame else [0] * len(frame)
-  numbers = zip(frame[f'{name}_mean'], frame[f'{name}_std'], frame[f'{name}_n'], diverged)
-  return [
-    DIVERGED if lost else text(mean, std, sign) if n else ABSENT for mean, std, n, lost in numbers
-  ]
+  numbers = zip(frame[count], diverged, *(frame[key] for key in keys))
+  return [DIVERGED if lost else text(*values) if n else ABSENT for n, lost, *values in numbers]
 
 
 def label_text(value: Json) -> str:
@@ -57,14 +63,35 @@ def notes(frame: pd.DataFrame) -> str:
   seeds = ', '.join(map(str, frame.attrs['seeds']))
   parts = [f'Mean ± sample standard deviation over seeds {seeds}; no ± where there is no spread.']
   if any(name.endswith('_delta_n') for name in frame.columns):
-    labels = ', '.join(f'{k} {label_text(v)}' for k, v in frame.attrs['baseline'].items())
-    parts.append(f'Δ: difference from {labels}, paired seed by seed.')
+    parts += _methods_of_comparison(frame)
   parts += dict.fromkeys(c.note for c in frame.attrs['columns'] if c.note)
   if any(c.is_time for c in frame.attrs['columns']):
     parts.append('Times are as measured and, unless a run is packed, no claim of speed.')
   if machines := frame.attrs['machines']:
     parts.append(f'Made on {"; and on ".join(machines)}.')
   return ' '.join(parts)
+
+
+def _methods_of_comparison(frame: pd.DataFrame) -> list[str]:
+  """Sentences that say how differences, intervals and tests were computed."""
+  labels = ', '.join(f'{k} {label_text(v)}' for k, v in frame.attrs['baseline'].items())
+  parts = [
+    f'Δ: mean difference from {labels}, paired seed by seed, with its '
+    f"{statistics.CONFIDENCE:.0%} confidence interval by Student's t distribution."
+  ]
+  rows = {f'{frame[name].notna().sum()}' for name in frame if name.endswith('_delta_p')}
+  parts.append(
+    f'*: significant at {statistics.ALPHA:.0%} (two-sided paired t test) after '
+    f"Holm's correction for the {' or '.join(sorted(rows))} rows that are compared."
+  )
+  if any(name.endswith('_equivalence_p') for name in frame.columns):
+    parts.append(
+      'Δ within ±: whether two one-sided paired t tests (TOST) at '
+      f'{statistics.ALPHA:.0%}, not corrected for the number of rows, show that Δ lies within this '
+      f'margin; else the number of seeds for a power of {statistics.POWER:.0%}, if the true mean and '
+      'standard deviation of the differences are those observed.'
+    )
+  return parts
 
 
 def markdown(frame: pd.DataFrame, caption: str, command: str) -> str:

@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 
 from sparse_lm.core.errors import UserError, unknown
 from sparse_lm.core.records import Json
-from sparse_lm.report import results
+from sparse_lm.report import results, statistics
 from sparse_lm.report.formats import label_text
 from sparse_lm.report.table import Column, column
 
@@ -271,7 +271,7 @@ def _label_position(value: Json, x: Column, name: str) -> tuple[float, float]:
 
 
 def _mean_std(members: Sequence[results.Line], axis: Column) -> tuple[float, float]:
-  mean, std = results.mean_std(list(results.by_seed(members, axis.metric).values()))
+  mean, std = statistics.mean_std(list(results.by_seed(members, axis.metric).values()))
   return mean * axis.scale, std * axis.scale
 
 

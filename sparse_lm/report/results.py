@@ -200,19 +200,6 @@ def by_seed(lines: Iterable[Line], metric: str) -> dict[int, float]:
   return values
 
 
-def mean_std(values: Sequence[float]) -> tuple[float, float]:
-  """Mean and sample standard deviation (n - 1); nan where there are too few values for it."""
-  n = len(values)
-  if n == 0:
-    return math.nan, math.nan
-  mean = math.fsum(values) / n if all(map(math.isfinite, values)) else sum(values) / n
-  if n == 1:
-    return mean, math.nan
-  if all(value == values[0] for value in values):
-    return values[0], 0.0  # exactly: a rounding error would pass for a spread
-  return mean, math.dist(values, n * [mean]) / math.sqrt(n - 1)  # no square of its own overflows
-
-
 def check_metric(lines: Iterable[Line], metric: str) -> None:
   """Raises UserError, with the nearest name, for a metric that no line has."""
   known = metric_names(lines)

@@ -1,4 +1,7 @@
-"""Tables over seeds: mean ± std of metrics, and paired differences from a baseline.
+"""Tables over seeds: mean ± standard deviation of metrics, and paired differences from a baseline.
+
+A difference comes with its 95 % confidence interval, with a mark where it is significant after
+correction for the number of rows, and, given a margin, with an equivalence test (see `statistics`).
 
 There is no column of speed-ups over the baseline. Times are shown as measured: that a masked run
 would be faster once packed is not for a table to say.
@@ -14,7 +17,7 @@ import pandas as pd
 
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.records import Json
-from sparse_lm.report import formats, results
+from sparse_lm.report import formats, results, statistics
 
 TIMES = ('s', 'ms', 'µs', 'tokens/s')
 
@@ -32,6 +35,8 @@ class Column:
       the metric's own unit.
     paired: whether a second column gives the difference from the baseline, seed by seed. Refused
       for times (ValueError): a difference of times is a claim of speed.
+    margin: of the equivalence test, in the metric's own unit; a third column says whether the difference
+      from the baseline is shown to be smaller, and how many seeds it would take. 0 = no such column.
     note: a sentence below a table with this column: the convention by which its numbers are counted.
   """
 
@@ -42,8 +47,11 @@ class Column:
   scale: float = 1.0
   paired: bool = False
   note: str = ''
+  margin: float = 0.0
 
   def __post_init__(self) -> None:
+    if self.margin and not self.paired:
+      raise ValueError(f'{self.metric} has a margin, but no difference from the baseline (paired)')
     if self.paired and self.is_time:
       raise ValueError(f'{self.metric} is a time: it is shown as measured, not as a difference')
 
@@ -57,11 +65,33 @@ class Column:
     """Title and unit."""
     return (self.title or self.metric) + (f' ({self.unit})' if self.unit else '')
 
-  def text(self, mean: float, std: float, sign: str = '') -> str:
+  def number(self, value: float, sign: str = '') -> str:
+    """A value of the metric as printed, in the column's unit; `sign`: '+' shows a plus sign."""
+    return f'{value * self.scale:{sign}{self.format}}'
+
+  def text(self, mean: float, std: float) -> str:
     """`mean ± std` as printed; the spread only where there is one."""
-    if math.isnan(std) or std == 0:
-      return f'{mean * self.scale:{sign}{self.format}}'
-    return f'{mean * self.scale:{sign}{self.format}} ± {std * self.scale:{self.format}}'
+    shown = self.number(mean)
+    return shown if math.isnan(std) or std == 0 else f'{shown} ± {self.number(std)}'
+
+  def difference(self, mean: float, low: float, high: float, p: float) -> str:
+    """`mean [low, high]` as printed, and a star where the corrected p-value is significant."""
+    shown = self.number(mean, '+')
+    if math.isnan(low) or low == high:
+      return shown
+    star = '*' if p < statistics.ALPHA else ''
+    return f'{shown} [{self.number(low, "+")}, {self.number(high, "+")}]{star}'
+
+  def equivalence(self, mean: float, p: float, seeds: float) -> str:
+    """The outcome of the equivalence test as printed, with the seeds that it would need."""
+    if math.isnan(p):
+      return 'not shown: 1 seed'
+    if p < statistics.ALPHA:
+      return f'yes (p = {p:.3f})' if p >= 0.001 else 'yes (p < 0.001)'
+    if abs(mean) >= self.margin:
+      return 'not shown: Δ is not smaller'
+    most = f'more than {statistics.MOST_SEEDS}'
+    return f'not shown: needs {most if math.isinf(seeds) else f"{seeds:.0f}"} seeds'
 
 
 def speedup(metric: str, what: str, short: str = '') -> list[Column]:
@@ -144,9 +174,11 @@ def summarise(
 
   Returns:
     Columns `rows`, `seeds` (their number), `diverged` (how many of them, in a table where any did),
-    and for each metric, in its own unit, `<metric>_mean`,
-    `_std` (sample; nan for one seed) and `_n`; where paired `<metric>_delta_mean`, `_delta_std` and
-    `_delta_n`, over the seeds that row and baseline share. How to print it is in its `attrs`.
+    and for each metric, in its own unit, `<metric>_mean`, `_std` (sample; nan for one seed) and `_n`.
+    Where paired also, over the seeds that row and baseline share, `<metric>_delta_mean`, `_delta_std`,
+    `_delta_n`, `_delta_low` and `_delta_high` (95 % interval), `_delta_p` (paired t test) and
+    `_delta_p_holm` (corrected for the number of rows); with a margin `<metric>_equivalence_p` and
+    `_equivalence_seeds`. How to print it is in its `attrs`.
 
   Raises:
     UserError: an unknown label or metric, a baseline that no run matches, or a row that mixes runs.
@@ -167,9 +199,13 @@ def summarise(
     record = {**dict(zip(rows, key)), 'seeds': len(members)}
     base = _base_of(key, bases) if baseline else None
     for c in columns:
-      record |= _numbers(c.metric, members, base if c.paired and baseline else None)
+      record |= _numbers(c.metric, members)
+      if c.paired and baseline:
+        record |= _comparison(c, members, base)
     records.append(record)
   frame = pd.DataFrame(records)
+  if baseline:
+    _insert_corrected(frame, [c.metric for c in columns if c.paired])
   diverged = [sum(map(results.has_diverged, members)) for members in groups.values()]
   if any(diverged):
     frame.insert(len(rows) + 1, 'diverged', diverged)
@@ -195,19 +231,34 @@ def _base_of(key: results.Key, bases: Mapping[results.Key, list]) -> list[result
   return next((bases[b] for b in bases if all(b[i] == key[i] for i in varying)), [])
 
 
-def _numbers(
-  metric: str, members: Sequence[results.Line], base: Sequence[results.Line] | None
+def _numbers(metric: str, members: Sequence[results.Line]) -> dict[str, float]:
+  values = list(results.by_seed(members, metric).values())
+  mean, std = statistics.mean_std(values)
+  return {f'{metric}_mean': mean, f'{metric}_std': std, f'{metric}_n': len(values)}
+
+
+def _comparison(
+  c: Column, members: Sequence[results.Line], base: Sequence[results.Line]
 ) -> dict[str, float]:
-  own = results.by_seed(members, metric)
-  mean, std = results.mean_std(list(own.values()))
-  numbers = {f'{metric}_mean': mean, f'{metric}_std': std, f'{metric}_n': len(own)}
-  if base is not None:
-    other = results.by_seed(base, metric)
-    differences = [own[seed] - other[seed] for seed in own if seed in other]
-    mean, std = results.mean_std(differences)
-    numbers |= {f'{metric}_delta_mean': mean, f'{metric}_delta_std': std}
-    numbers[f'{metric}_delta_n'] = len(differences)
-  return numbers
+  """The paired difference of a row from its baseline and what its tests say."""
+  own, other = (results.by_seed(lines, c.metric) for lines in (members, base))
+  found = statistics.Difference.paired(own, other)
+  low, high = found.interval()
+  numbers = {'mean': found.mean, 'std': found.std, 'n': found.n}
+  numbers |= {'low': low, 'high': high, 'p': found.p}
+  record = {f'{c.metric}_delta_{name}': value for name, value in numbers.items()}
+  if c.margin:
+    record[f'{c.metric}_equivalence_p'] = found.equivalence_p(c.margin)
+    record[f'{c.metric}_equivalence_seeds'] = found.seeds_for_equivalence(c.margin)
+  return record
+
+
+def _insert_corrected(frame: pd.DataFrame, metrics: Sequence[str]) -> None:
+  """Inserts, beside the p-values of each metric's differences, those after Holm's correction."""
+  for metric in metrics:
+    after = frame.columns.get_loc(f'{metric}_delta_p') + 1
+    corrected = statistics.holm(list(frame[f'{metric}_delta_p']))
+    frame.insert(after, f'{metric}_delta_p_holm', corrected)
 
 
 def write(frame: pd.DataFrame, folder: str | pathlib.Path, caption: str, command: str) -> str:

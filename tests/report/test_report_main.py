@@ -36,8 +36,16 @@ def test_markdown(monkeypatch, capsys, file):
   assert code == 0
   row = next(row for row in out.splitlines() if row.startswith('| rigl'))
   cells = [cell.strip() for cell in row.strip('|').split('|')]
-  assert cells == ['rigl', '2', '1.7000 ± 0.2828', '+0.6000 ± 0.1414', '2.0']
+  assert cells == ['rigl', '2', '1.7000 ± 0.2828', '+0.6000 [-0.6706, +1.8706]', '2.0']
   assert '--columns=val_loss,stored_bytes --baseline=method=dense`' in out
+
+
+def test_an_equivalence_test_against_a_margin(monkeypatch, capsys, file):
+  arguments = (file, '--rows=method', '--columns=val_loss', '--baseline=method=dense')
+  code, out, _ = report(monkeypatch, capsys, *arguments, '--margin=val_loss=0.5')
+  assert code == 0 and 'not shown: Δ is not smaller |' in out
+  code, out, _ = report(monkeypatch, capsys, *arguments, '--margin=val_loss=5')
+  assert code == 0 and 'yes (p = 0.007) |' in out
 
 
 def test_all_labels_and_known_metrics_by_default(monkeypatch, capsys, file):
@@ -72,6 +80,11 @@ def test_latex_and_figure(monkeypatch, capsys, file, tmp_path):
     ('--baseline=dense', 'label=value'),
     ('--rows=method,sparsity --figure=a.jpg --x=a --y=b --series=c', '.png'),
     ('missing.jsonl', 'missing.jsonl'),
+    ('--margin=val_loss=0.1', '--baseline'),
+    ('--margin=0.1 --baseline=method=dense', 'metric=value'),
+    ('--margin=val_los=0.1 --baseline=method=dense', "did you mean 'val_loss'"),
+    ('--margin=val_loss=-1 --baseline=method=dense', 'valid: a float32 number in (0, inf)'),
+    ('--margin=val_loss=much --baseline=method=dense', 'much'),
   ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, file, argument, hint):
@@ -134,7 +147,7 @@ def test_any_field_may_be_asked_for_and_be_a_baseline(monkeypatch, capsys, workd
   assert (code, err) == (0, '')
   assert cells(out)[1:] == [
     ['—', '64', 'embed, head', '2', '1.1000 ± 0.1414', '—'],
-    ['100', '64', 'embed, head', '2', '1.7000 ± 0.2828', '+0.6000 ± 0.1414'],
+    ['100', '64', 'embed, head', '2', '1.7000 ± 0.2828', '+0.6000 [-0.6706, +1.8706]'],
   ]
 
 

@@ -96,17 +96,6 @@ def test_a_group_that_mixes_more_than_seeds_is_refused():
     lines.group([line('x', 0, {'m1': 'a'})], ['m2'])
 
 
-def test_mean_and_sample_standard_deviation():
-  assert lines.mean_std([1.0, 2.0, 4.0]) == pytest.approx((7 / 3, 1.5275252316519468))
-  assert lines.mean_std([0.1, 0.1, 0.1]) == (0.1, 0.0)
-  mean, std = lines.mean_std([5.0])
-  assert mean == 5 and math.isnan(std)
-  assert all(map(math.isnan, lines.mean_std([])))
-  assert math.isnan(lines.mean_std([1.0, math.nan])[0])
-  assert math.isnan(lines.mean_std([math.nan, 1.0])[0])
-  assert lines.mean_std([1.0, math.inf])[0] == math.inf
-
-
 def test_a_metric_that_is_no_number_is_refused():
   with pytest.raises(UserError, match='not a number'):
     lines.by_seed([line(device='cpu')], 'device')

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 
 from sparse_lm.core.errors import UserError
 from sparse_lm.report import formats, results, table
@@ -128,12 +129,51 @@ def test_printed_cells(frame):
     'sparsity',
     'seeds',
     'loss_a (nats)',
-    'Δ loss_a',
+    'Δ loss_a (nats)',
     'stored (kB)',
   ]
   assert list(printed.loc[0]) == ['dense', '—', '3', '1.133 ± 0.153', '—', '123.5']
-  assert list(printed.loc[1]) == ['rigl', '0.9', '3', '1.337 ± 0.127', '+0.203 ± 0.055', '123.5']
+  interval = (
+    '+0.203 [+0.067, +0.340]*'  # t interval with two degrees of freedom: 4.303 · 0.0551 / √3
+  )
+  assert list(printed.loc[1]) == ['rigl', '0.9', '3', '1.337 ± 0.127', interval, '123.5']
   assert list(printed.loc[3]) == ['static', '0.5', '1', '2.500', '+1.500', '123.5']
+
+
+def test_differences_carry_intervals_and_tests_in_their_own_columns(lines):
+  columns = [Column('val_loss', 'loss', '.3f', 'nats', paired=True, margin=0.25)]
+  frame = table.summarise(lines, ['method', 'sparsity'], columns, {'method': 'dense'})
+  wanted = scipy.stats.ttest_rel([1.2, 1.36, 1.45], [1.0, 1.1, 1.3])
+  row = frame.loc[1]
+  low, high = wanted.confidence_interval(0.95)
+  assert (row['val_loss_delta_low'], row['val_loss_delta_high']) == pytest.approx((low, high))
+  assert row['val_loss_delta_p'] == pytest.approx(wanted.pvalue)
+  # The only row with two seeds or more: there is nothing to correct for.
+  assert row['val_loss_delta_p_holm'] == pytest.approx(wanted.pvalue)
+  greater = scipy.stats.ttest_1samp([0.2 - 0.25, 0.26 - 0.25, 0.15 - 0.25], 0, alternative='less')
+  assert row['val_loss_equivalence_p'] == pytest.approx(greater.pvalue)
+  shown = list(formats.text(frame)['Δ within ±0.25 nats'])
+  assert shown == ['—', 'not shown: needs 11 seeds', 'not shown: 1 seed', 'not shown: 1 seed']
+  notes = formats.notes(frame)
+  assert "Holm's correction for the 1 rows" in notes and 'TOST' in notes and '95% conf' in notes
+
+
+def test_a_margin_needs_a_difference():
+  with pytest.raises(ValueError, match='val_loss'):
+    Column('val_loss', margin=0.1)
+
+
+def test_the_mark_follows_the_corrected_p_value():
+  random = np.random.default_rng(0)
+  found, seeds = [], range(5)
+  found += [line(f'base{s}', s, {'m': 'base'}, x=0.0) for s in seeds]
+  for m in range(20):
+    noise = random.normal(0.05, 0.03, len(seeds))
+    found += [line(f'{m}-{s}', s, {'m': m}, x=float(noise[s])) for s in seeds]
+  frame = table.summarise(found, ['m'], [Column('x', paired=True)], {'m': 'base'})
+  marked = formats.text(frame)['Δ x'].str.endswith('*')
+  assert list(marked) == list(frame['x_delta_p_holm'] < 0.05)
+  assert marked.sum() < (frame['x_delta_p'] < 0.05).sum()
 
 
 def test_written_files(frame, tmp_path):
