@@ -102,7 +102,8 @@ def markdown(frame: pd.DataFrame, caption: str, command: str) -> str:
   body = tabulate(
     printed, headers='keys', tablefmt='pipe', showindex=False, disable_numparse=True, colalign=align
   )
-  return f'**{caption}**\n\n{body}\n\n{notes(frame)} Reproduce: `{command}`\n'
+  explained = notes(frame).replace('*', r'\*')  # a star alone would begin emphasis
+  return f'**{caption}**\n\n{body}\n\n{explained} Reproduce: `{command}`\n'
 
 
 def csv(frame: pd.DataFrame) -> str:

@@ -196,13 +196,9 @@ def summarise(
     raise UserError(f'no run has the labels of the baseline {dict(baseline)}')
   records = []
   for key, members in groups.items():
-    record = {**dict(zip(rows, key)), 'seeds': len(members)}
     base = _base_of(key, bases) if baseline else None
-    for c in columns:
-      record |= _numbers(c.metric, members)
-      if c.paired and baseline:
-        record |= _comparison(c, members, base)
-    records.append(record)
+    row = {**dict(zip(rows, key)), 'seeds': len(members)}
+    records.append(row | _numbers(columns, members, base))
   frame = pd.DataFrame(records)
   if baseline:
     _insert_corrected(frame, [c.metric for c in columns if c.paired])
@@ -231,10 +227,18 @@ def _base_of(key: results.Key, bases: Mapping[results.Key, list]) -> list[result
   return next((bases[b] for b in bases if all(b[i] == key[i] for i in varying)), [])
 
 
-def _numbers(metric: str, members: Sequence[results.Line]) -> dict[str, float]:
-  values = list(results.by_seed(members, metric).values())
-  mean, std = statistics.mean_std(values)
-  return {f'{metric}_mean': mean, f'{metric}_std': std, f'{metric}_n': len(values)}
+def _numbers(
+  columns: Sequence[Column], members: Sequence[results.Line], base: Sequence[results.Line] | None
+) -> dict[str, float]:
+  """The numbers of a row; `base`: the lines that it is compared with, `None` = there is no baseline."""
+  record = {}
+  for c in columns:
+    values = list(results.by_seed(members, c.metric).values())
+    mean, std = statistics.mean_std(values)
+    record |= {f'{c.metric}_mean': mean, f'{c.metric}_std': std, f'{c.metric}_n': len(values)}
+    if c.paired and base is not None:
+      record |= _comparison(c, members, base)
+  return record
 
 
 def _comparison(
