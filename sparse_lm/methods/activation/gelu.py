@@ -7,18 +7,17 @@ from sparse_lm.layers.method import LayerMethod, Traits
 
 
 class GELU(LayerMethod):
-  """Weighs each unit by the normal distribution function: `x Phi(x)`.
-
+  """GELU: `x Phi(x)`, where Phi is the normal distribution function.
 
   Attributes:
-    approximate: the tanh form, cheaper on a CPU than the exact erf.
+    approximate: True computes the tanh approximation, which is faster on a CPU than the exact erf.
   """
 
   approximate: bool = False
 
   @property
   def traits(self) -> Traits:
-    """What the method declares."""
+    """The traits of the method."""
     return Traits(paper='Hendrycks and Gimpel 2016', saves='nothing')
 
   def __call__(self, h: jax.Array, mode: str) -> jax.Array:

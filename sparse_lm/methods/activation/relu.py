@@ -7,14 +7,12 @@ from sparse_lm.layers.method import LayerMethod, Traits
 
 
 class ReLU(LayerMethod):
-  """Zeroes what is negative: `max(x, 0)`."""
+  """ReLU: `max(x, 0)`."""
 
   @property
   def traits(self) -> Traits:
-    """What the method declares."""
-    return Traits(
-      paper='Nair and Hinton 2010', saves='nothing that is claimed; its zeros are observed'
-    )
+    """The traits of the method."""
+    return Traits(paper='Nair and Hinton 2010', saves='nothing; zeros are only logged')
 
   def __call__(self, h: jax.Array, mode: str) -> jax.Array:
     """`[..., F]` to `[..., F]`."""

@@ -7,11 +7,11 @@ from sparse_lm.layers.method import LayerMethod, Traits
 
 
 class SiLU(LayerMethod):
-  """Weighs each unit by its own sigmoid: `x sigmoid(x)`."""
+  """SiLU: `x sigmoid(x)`."""
 
   @property
   def traits(self) -> Traits:
-    """What the method declares."""
+    """The traits of the method."""
     return Traits(paper='Elfwing et al. 2017', saves='nothing')
 
   def __call__(self, h: jax.Array, mode: str) -> jax.Array:

@@ -14,15 +14,16 @@ from sparse_lm.plan.cost import Gating
 
 
 class StatisticalTopK(LayerMethod):
-  """Subtracts the threshold that a Gaussian row exceeds `density` of the time, drops what is below.
+  """Subtracts a threshold from each token's hidden units and sets what is negative to zero.
 
-  `inner(relu(h - threshold))`: exact if the pre-activations are Gaussian, off if they are not (heavy
-  tails leave fewer), so look at the measured fraction. Gradients flow through mean and deviation.
-
+  It computes `inner(relu(h - threshold))`. A Gaussian variable with the mean and standard deviation of
+  the token's units exceeds the threshold with probability `density`. If the units are not Gaussian,
+  another fraction is active (fewer units if the tails are heavy): read the measured fraction in the log.
+  Gradients flow through the mean and the standard deviation.
 
   Attributes:
-    inner: makes the activation that is applied, `config.activation.inner`.
-    density: fraction of the units that is kept if they are Gaussian; 1 = all, without a threshold.
+    inner: creates the activation that is applied, `config.activation.inner`.
+    density: fraction of the units that is active if they are Gaussian; 1 = no threshold.
   """
 
   inner: Callable[[], nn.Module]
@@ -30,7 +31,7 @@ class StatisticalTopK(LayerMethod):
 
   @property
   def traits(self) -> Traits:
-    """What the method declares."""
+    """The traits of the method."""
     return Traits(
       paper='Spark (You et al. 2025); shipped in Gemma 3n',
       saves='the down-projection of the other units (up runs in full)',

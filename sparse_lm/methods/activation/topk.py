@@ -14,12 +14,11 @@ from sparse_lm.plan.cost import Gating
 
 
 class TopK(LayerMethod):
-  """Keeps the units with the largest pre-activations of each token, after another activation.
-
+  """Applies another activation to the largest hidden units of each token; all other units become zero.
 
   Attributes:
-    inner: makes the activation that is applied, `config.activation.inner`.
-    density: fraction of the units that is kept.
+    inner: creates the activation that is applied, `config.activation.inner`.
+    density: fraction of the units that is active.
   """
 
   inner: Callable[[], nn.Module]
@@ -27,7 +26,7 @@ class TopK(LayerMethod):
 
   @property
   def traits(self) -> Traits:
-    """What the method declares."""
+    """The traits of the method."""
     return Traits(
       paper='as in Spark (You et al. 2025), but exact',
       saves='the down-projection of the other units (up runs in full)',
@@ -37,7 +36,7 @@ class TopK(LayerMethod):
 
   @nn.compact
   def __call__(self, h: jax.Array, mode: str) -> jax.Array:
-    """`[..., F]` to `[..., F]`, at most `max(1, round(density * F))` of each row not zero."""
+    """`[..., F]` to `[..., F]`; at most `max(1, round(density * F))` units of each row are not zero."""
     if self.density == 1:
       return self.inner()(h, mode)
     k = max(1, round(self.density * h.shape[-1]))

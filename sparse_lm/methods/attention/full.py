@@ -1,17 +1,17 @@
-"""Every query reads every key up to its own position."""
+"""Causal attention to all keys."""
 
 from sparse_lm.layers.attention import MaskedAttention
 from sparse_lm.layers.method import Traits
 
 
 class Full(MaskedAttention):
-  """Causal softmax attention, grouped-query where k has fewer heads.
+  """Causal softmax attention; grouped-query attention if there are fewer key heads than query heads.
 
-  A key is read where its position is not above the query's and it is valid: tokens that a layer
-  skips keep their places.
+  A query reads a key if the key is valid and its position is not after the query's. Tokens that skip the
+  layer are not valid keys of it; the other tokens keep their positions.
   """
 
   @property
   def traits(self) -> Traits:
-    """What the method declares."""
+    """The traits of the method."""
     return Traits(paper='Vaswani et al. 2017; grouped-query: Ainslie et al. 2023', saves='nothing')

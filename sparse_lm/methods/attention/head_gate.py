@@ -1,4 +1,4 @@
-"""Each token opens or closes each head."""
+"""A gate for each token and attention head."""
 
 from collections.abc import Callable
 from typing import ClassVar
@@ -16,12 +16,14 @@ from sparse_lm.plan import record
 
 
 class HeadGate(LearnedGate, AttentionMethod, kw_only=True):
-  """A gate for every token and head around any attention, `config.attention.inner`.
+  """Multiplies each head of another attention method by a gate that the token computes.
 
-  Differs from the papers: any estimator, and no head is always on.
+  The gated method is `config.attention.inner`.
+
+  Differs from the papers: gates may be trained by any estimator, and no head is always open.
 
   Attributes:
-    inner: makes the attention that is gated.
+    inner: creates the attention method that is gated.
   """
 
   inner: Callable[[], AttentionMethod]
@@ -29,7 +31,7 @@ class HeadGate(LearnedGate, AttentionMethod, kw_only=True):
 
   @property
   def traits(self) -> Traits:
-    """What the method declares."""
+    """The traits of the method."""
     return self.gate_traits(
       paper='gates on heads as in Voita et al. 2019, per token as in Mixture-of-Heads (Jin et al. 2024)',
       saves='scores, values and output projection of closed heads',
@@ -39,12 +41,12 @@ class HeadGate(LearnedGate, AttentionMethod, kw_only=True):
 
   @property
   def layer(self) -> Callable[..., AttentionLayer]:
-    """That of the attention that is gated."""
+    """The layer of the gated attention method."""
     return self.inner().layer
 
   @nn.compact
   def __call__(self, tokens: Tokens, q_BxLxHxK: jax.Array, keys: KeyValues, mode: str) -> jax.Array:
-    """Returns `[B, L, H, K]`, zeros where a head is closed; see `MaskedAttention`."""
+    """Returns `[B, L, H, K]`, with zeros for closed heads; see `MaskedAttention`."""
     heads = q_BxLxHxK.shape[2]
     logits_BxLxH = Router(self.spec, heads, bias=self.first_logit, name='router')(tokens.x)
     decision = self.decide(logits_BxLxH, mode)

@@ -1,4 +1,4 @@
-"""Every query of every head reads its own block of keys, and a few past blocks that it chooses."""
+"""Attention to the own block of keys and to a few earlier blocks that each query chooses."""
 
 import functools
 from collections.abc import Callable
@@ -17,17 +17,17 @@ from sparse_lm.plan import record
 
 
 class MoBA(MaskedAttention):
-  """Softmax over `k` blocks of keys: the query's own, and of those before it the best by their mean key.
+  """Softmax over `k` blocks of keys: the query's own block, and earlier blocks with the best mean key.
 
-  Keys are cut into blocks in their order, those of tokens that skip the layer left out. The own block is
-  read up to the query. The others are the `k` - 1 complete ones with the largest product of query and
-  mean key, in float32 and unscaled; of equal ones the earlier. No gradient goes through the choice.
-  Training and evaluation compute every score and drop most of them; decoding reads the chosen blocks and
-  the means.
+  Consecutive keys form a block; keys of tokens that skip the layer are not counted. A query reads its own
+  block up to its own position, and those `k` - 1 complete earlier blocks whose mean key has the largest
+  product with the query (float32, not scaled; ties go to the earlier block). No gradient flows through
+  the choice. Training and evaluation compute all scores and mask most of them. Decoding reads the chosen
+  blocks and the means of all blocks.
 
   Attributes:
-    block: keys of a block.
-    k: blocks that a query reads, its own among them.
+    block: keys in a block.
+    k: blocks that a query reads, its own block included.
   """
 
   block: int = ranged(4, '[1, 2^31)')
@@ -35,7 +35,7 @@ class MoBA(MaskedAttention):
 
   @property
   def traits(self) -> Traits:
-    """What the method declares."""
+    """The traits of the method."""
     return Traits(
       paper='Lu et al. 2025 (MoBA: Mixture of Block Attention for Long-Context LLMs)',
       saves='scores and values of the other blocks; decoding reads the chosen blocks alone',
@@ -44,11 +44,11 @@ class MoBA(MaskedAttention):
 
   @property
   def layer(self) -> Callable[..., AttentionLayer]:
-    """The usual one, whose cache keeps the blocks' means too."""
+    """The usual layer, with a cache that also keeps the mean key of each block."""
     return functools.partial(super().layer, block=self.block)
 
   def check(self) -> None:
-    """Raises UserError for blocks that do not divide the context, or more of them than it has."""
+    """Raises UserError if `block` does not divide the context, or the context has too few blocks."""
     context = self.spec.context
     valid = f'a divisor of config.data.context, {context}'
     require(context % self.block == 0, 'config.attention.block', self.block, valid)
@@ -57,7 +57,7 @@ class MoBA(MaskedAttention):
     require(self.k <= most, 'config.attention.k', self.k, valid)
 
   def __call__(self, tokens: Tokens, q_BxLxHxK: jax.Array, keys: KeyValues, mode: str) -> jax.Array:
-    """Returns `[B, L, H, K]`, see `MaskedAttention`."""
+    """Returns `[B, L, H, K]`; see `MaskedAttention`."""
     scores_BxGxRxLxN = self._scores(tokens, q_BxLxHxK, keys)
     most = min(self.k, scores_BxGxRxLxN.shape[-1])
     if keys.means is not None and q_BxLxHxK.shape[1] == 1:
@@ -68,7 +68,7 @@ class MoBA(MaskedAttention):
     return self.attend(tokens, q_BxLxHxK, keys, mode, mask)
 
   def _scores(self, tokens: Tokens, q_BxLxHxK: jax.Array, keys: KeyValues) -> jax.Array:
-    """What blocks are chosen by, float32 `[B, G, H / G, L, N]`."""
+    """The score of each block for each query, float32 `[B, G, H / G, L, N]`."""
     kept = keys.means is not None
     means_BxNxGxK = keys.means if kept else blocks.means(keys, self.block)
     own_BxL = blocks.places(tokens.positions, keys) // self.block
@@ -82,7 +82,7 @@ class MoBA(MaskedAttention):
   def _read_chosen(
     self, q_Bx1xHxK: jax.Array, keys: KeyValues, chosen_BxGxRx1xN: jax.Array
   ) -> jax.Array:
-    """Attention of one query of each sequence to the blocks that its heads chose: `[B, 1, H, K]`."""
+    """Attends with one query of each sequence to the blocks that its heads chose: `[B, 1, H, K]`."""
     b, _, h, _ = q_Bx1xHxK.shape
     chosen_BxHxN = chosen_BxGxRx1xN.reshape(b, h, -1)
     read = chosen_BxHxN.shape[-1] * self.block

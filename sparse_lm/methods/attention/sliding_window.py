@@ -1,4 +1,4 @@
-"""Every query reads the newest keys only."""
+"""Causal attention to the newest keys."""
 
 from sparse_lm.core.ranges import ranged
 from sparse_lm.kernels.attention import Mask
@@ -7,17 +7,17 @@ from sparse_lm.layers.method import Traits
 
 
 class SlidingWindow(MaskedAttention):
-  """Causal attention to the last `window` positions, the query's own included.
+  """Causal attention to the last `window` positions, including the query's own.
 
   Attributes:
-    window: positions; `query - window < key <= query`.
+    window: positions that a query reads: `query - window < key <= query`.
   """
 
   window: int = ranged(32, '[1, 2^31)')
 
   @property
   def traits(self) -> Traits:
-    """What the method declares."""
+    """The traits of the method."""
     return Traits(
       paper='Longformer (Beltagy et al. 2020), section 3.1, without dilation or global tokens',
       saves='scores and values of older keys',
@@ -27,5 +27,5 @@ class SlidingWindow(MaskedAttention):
 
   @property
   def mask(self) -> Mask:
-    """Keys within the window."""
+    """The keys within the window."""
     return Mask(window=self.window)

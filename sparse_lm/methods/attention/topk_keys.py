@@ -1,4 +1,4 @@
-"""Every query of every head reads the keys that score highest with it."""
+"""Attention to the keys with the highest scores."""
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +12,17 @@ from sparse_lm.layers.method import Traits
 
 
 class TopKKeys(MaskedAttention):
-  """Softmax over the `k` largest scores of each query; of equal ones the earlier key's.
+  """Softmax over the `k` largest scores of each query and head; ties go to the earlier key.
 
   Attributes:
-    k: keys that a query reads at most.
+    k: largest number of keys that a query reads.
   """
 
   k: int = ranged(16, '[1, 2^31)')
 
   @property
   def traits(self) -> Traits:
-    """What the method declares."""
+    """The traits of the method."""
     return Traits(
       paper='Gupta et al. 2021 (Memory-efficient Transformers via Top-k Attention)',
       saves='values of the other keys (all scores are computed)',
@@ -30,18 +30,18 @@ class TopKKeys(MaskedAttention):
     )
 
   def check(self) -> None:
-    """Raises UserError for more keys than the context has."""
+    """Raises UserError if `k` exceeds the context."""
     valid = f'1 to config.data.context, {self.spec.context}'
     require(self.k <= self.spec.context, 'config.attention.k', self.k, valid)
 
   @property
   def most(self) -> int:
-    """Keys whose values a query reads."""
+    """The number of keys whose values a query reads."""
     return self.k
 
   @property
   def select(self) -> Select:
-    """The largest scores of those that the mask leaves."""
+    """Selects the largest scores among the keys that the mask allows."""
     return self._largest
 
   def _largest(self, scores: jax.Array, mask: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""A fixed share of a sequence's tokens enters the layer."""
+"""A fixed share of each sequence's tokens enters the layer."""
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +21,18 @@ from sparse_lm.plan.cost import Gating
 
 
 class MixtureOfDepths(LayerMethod):
-  """The `capacity` of the tokens that the router likes best enter: `x + r * block(x)`.
+  """The tokens with the largest router weights enter the layer and get `x + r * block(x)`, r the weight.
 
-  Top-k over a sequence is not causal, so training alone routes like that, on gathered tokens. A small
-  predictor learns from the tokens before it whether a token was chosen; evaluation follows it.
+  In training, the `capacity` of each sequence's tokens with the largest weights enter, and the layer runs
+  on these gathered tokens alone. That choice depends on later tokens. So a small predictor learns from
+  the token by itself whether it is chosen, and evaluation and decoding follow the predictor.
 
-  Differs from the paper: the predictor is linear in the token and the router's weight; both read the
-    token at unit mean square, or the predictor's gradient comes to outweigh the model's.
+  Differs from the paper: the predictor is linear in the token and in the router's weight. Router and
+  predictor read the token scaled to a mean square of one; otherwise the predictor's gradient outgrows the
+  model's.
 
   Attributes:
-    capacity: fraction of a sequence's tokens that enters.
+    capacity: fraction of a sequence's tokens that enter the layer in training.
   """
 
   spec: Spec
@@ -38,7 +40,7 @@ class MixtureOfDepths(LayerMethod):
 
   @property
   def traits(self) -> Traits:
-    """What the method declares."""
+    """The traits of the method."""
     return Traits(
       paper='Raposo et al. 2024',
       saves='the whole layer for tokens that skip it, keys and values included',
@@ -48,7 +50,7 @@ class MixtureOfDepths(LayerMethod):
     )
 
   def check(self) -> None:
-    """Raises UserError for a capacity that rounds to no token."""
+    """Raises UserError if the capacity rounds to no token."""
     tokens = self.spec.context
     require(
       round(self.capacity * tokens) >= 1,
@@ -62,7 +64,7 @@ class MixtureOfDepths(LayerMethod):
 
   @nn.compact
   def __call__(self, block: nn.Module, tokens: Tokens, mode: str) -> jax.Array:
-    """Returns the residual stream `[B, L, D]` after the layer, see `Residual`."""
+    """Returns the residual stream `[B, L, D]` after the layer; see `Residual`."""
     weight_BxLx1 = Router(self.spec, 1, name='router')(normalised(tokens.x))
     likely_BxL = self._predict(tokens.x, weight_BxLx1)
     if mode == 'train':
@@ -75,7 +77,7 @@ class MixtureOfDepths(LayerMethod):
     return tokens.x + jnp.where(entering.valid[..., None], added, 0)
 
   def _predict(self, x_BxLxD: jax.Array, weight_BxLx1: jax.Array) -> jax.Array:
-    """Logits that a token is chosen; trains nothing but the predictor."""
+    """The logit that each token is chosen; its gradient trains only the predictor."""
     seen = jnp.concatenate([normalised(x_BxLxD), weight_BxLx1], axis=-1)
     predictor = Router(self.spec, 1, scale=0.1, bias=0.0, name='router_predictor')
     return predictor(jax.lax.stop_gradient(seen))[..., 0]
@@ -87,7 +89,7 @@ class MixtureOfDepths(LayerMethod):
     scores_BxL = jnp.where(valid_BxL, weight_BxLx1[..., 0], -jnp.inf)
     _, best_BxC = top(jax.lax.stop_gradient(scores_BxL), self._entering(length))
     index_BxC = jnp.sort(best_BxC, axis=1)
-    # Of a short sequence's padding some may be chosen; none of it enters.
+    # Padding of a short sequence may be chosen, but does not enter.
     chosen_BxL = places_of(index_BxC, length) < index_BxC.shape[1]
     enters_BxL = (chosen_BxL & valid_BxL).astype(jnp.float32)
     surprise_BxL = optax.sigmoid_binary_cross_entropy(likely_BxL, enters_BxL)

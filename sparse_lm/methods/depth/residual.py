@@ -1,4 +1,4 @@
-"""Every token enters every layer."""
+"""The usual residual connection: every token enters every layer."""
 
 import jax
 from flax import linen as nn
@@ -12,7 +12,7 @@ class Residual(LayerMethod):
 
   @property
   def traits(self) -> Traits:
-    """What the method declares."""
+    """The traits of the method."""
     return Traits(
       paper='Vaswani et al. 2017, with the norm first (Xiong et al. 2020)', saves='nothing'
     )
@@ -20,6 +20,6 @@ class Residual(LayerMethod):
   def __call__(self, block: nn.Module, tokens: Tokens, mode: str) -> jax.Array:
     """Returns the residual stream `[B, L, D]` after the layer.
 
-    `block(tokens, mode)` returns what is to be added to it, for any subset of the tokens.
+    `block(tokens, mode)` returns what is added to the residual stream, for any subset of the tokens.
     """
     return tokens.x + block(tokens, mode)

@@ -1,4 +1,4 @@
-"""Each token enters a layer or skips it."""
+"""A learned gate for each token and layer."""
 
 from typing import ClassVar
 
@@ -14,16 +14,16 @@ from sparse_lm.plan import record
 
 
 class TokenGate(LearnedGate, kw_only=True):
-  """A gate for every token and layer; a token that skips the layer is no key of it either.
+  """A gate decides for each token whether it enters the layer; keys of a token that skips are not read.
 
-  Differs from the papers: decisions are the token's own, so that the model stays causal.
+  Differs from the papers: a decision depends on the token alone, so the model stays causal.
   """
 
   slot: ClassVar[str] = 'depth'
 
   @property
   def traits(self) -> Traits:
-    """What the method declares."""
+    """The traits of the method."""
     return self.gate_traits(
       paper='SkipNet (Wang et al. 2018) for tokens; as a policy BlockDrop (Wu et al. 2018)',
       saves='the whole layer for tokens that skip it, keys and values included',
@@ -32,7 +32,7 @@ class TokenGate(LearnedGate, kw_only=True):
 
   @nn.compact
   def __call__(self, block: nn.Module, tokens: Tokens, mode: str) -> jax.Array:
-    """Returns the residual stream `[B, L, D]` after the layer, see `Residual`."""
+    """Returns the residual stream `[B, L, D]` after the layer; see `Residual`."""
     router = Router(self.spec, 1, bias=self.first_logit, name='router')
     decision = self.decide(router(normalised(tokens.x)), mode)
     with record.gated(self.path, self.traits.gating):

@@ -11,11 +11,10 @@ from sparse_lm.layers.spec import Spec
 
 
 class Dense(LayerMethod):
-  """`down(activation(up(x)))`.
-
+  """Computes `down(activation(up(x)))`.
 
   Attributes:
-    activation: makes the activation slot's module.
+    activation: creates the module of the activation slot.
   """
 
   spec: Spec
@@ -23,7 +22,7 @@ class Dense(LayerMethod):
 
   @property
   def traits(self) -> Traits:
-    """What the method declares."""
+    """The traits of the method."""
     return Traits(paper='Vaswani et al. 2017', saves='nothing')
 
   @nn.compact

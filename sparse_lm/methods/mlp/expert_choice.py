@@ -15,19 +15,19 @@ from sparse_lm.plan.cost import Gating
 
 
 class ExpertChoice(MixtureOfExperts):
-  """Each expert takes the `visits / experts` of the batch's tokens that score highest with it.
+  """Each expert takes the tokens of the batch with the highest scores, `visits / experts` of all tokens.
 
-  Perfectly balanced, and not causal: whether an expert takes a token depends on all the others. So
-  training alone routes like that. Evaluation takes what exceeds the expert's threshold, a moving
-  average of the lowest score that it took in training, which needs no other token.
+  The load is perfectly balanced, but the choice is not causal: it depends on all other tokens. So only
+  training routes like this. In evaluation an expert takes every token whose score exceeds a threshold:
+  the moving average of the lowest score that the expert took in training.
 
   Attributes:
-    activation: makes the activation slot's module.
-    experts: how many there are.
+    activation: creates the module of the activation slot.
+    experts: number of experts.
     visits: experts that a token visits on average (the paper's capacity factor).
-    hidden: units of an expert, 0 = `config.model.hidden`.
-    decay: of the thresholds' moving average.
-    executor: 'sort', or 'einsum', the slow reference.
+    hidden: hidden units of an expert; 0 = `config.model.hidden`.
+    decay: decay of the moving average of the thresholds.
+    executor: 'sort', or 'einsum', which is a slow reference.
   """
 
   visits: float = ranged(1.0, '(0, inf)')
@@ -35,7 +35,7 @@ class ExpertChoice(MixtureOfExperts):
 
   @property
   def traits(self) -> Traits:
-    """What the method declares."""
+    """The traits of the method."""
     return Traits(
       paper='Zhou et al. 2022',
       saves='the experts that a token does not visit',
@@ -46,7 +46,7 @@ class ExpertChoice(MixtureOfExperts):
     )
 
   def check(self) -> None:
-    """Raises UserError where fields do not fit each other or the context."""
+    """Raises UserError if the fields do not fit each other or the context."""
     super().check()
     least = self.experts / self.spec.context
     require(
@@ -58,7 +58,7 @@ class ExpertChoice(MixtureOfExperts):
     )
 
   def route(self, x_TxD: jax.Array, mode: str) -> Routing:
-    """Every token has a choice for each expert; it counts where the expert takes the token."""
+    """Gives each token one choice for each expert, which is valid if the expert takes the token."""
     logits_TxE = Router(self.spec, self.experts, name='router')(x_TxD)
     probability_TxE = jax.nn.softmax(logits_TxE)
     taken_TxE, capacity = self._take(probability_TxE, mode)
@@ -66,7 +66,7 @@ class ExpertChoice(MixtureOfExperts):
     return Routing(choice_TxE, probability_TxE, probability_TxE, self.visits, capacity)
 
   def _take(self, probability_TxE: jax.Array, mode: str) -> tuple[jax.Array, int]:
-    """Which tokens an expert takes, bool `[T, E]`, and how many at most."""
+    """Which tokens each expert takes, bool `[T, E]`, and the largest number of tokens that one takes."""
     tokens = probability_TxE.shape[0]
     start = nn.initializers.constant(1 / self.experts)
     threshold = self.variable('router', 'threshold', start, None, (self.experts,), jnp.float32)

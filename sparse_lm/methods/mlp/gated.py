@@ -1,4 +1,4 @@
-"""The gated MLP: one half decides how much of the other passes."""
+"""The gated MLP (GLU variants)."""
 
 from collections.abc import Callable
 
@@ -14,13 +14,12 @@ from sparse_lm.plan import record
 
 
 class Gated(LayerMethod):
-  """`down(activation(gate(x)) * up(x))`; SwiGLU with SiLU.
+  """Computes `down(activation(gate(x)) * up(x))`; with SiLU it is SwiGLU.
 
-  Three matrices of `hidden` units; at equal parameters take two thirds of a plain MLP's `hidden`.
-
+  It has three matrices. For as many parameters as a plain MLP, set `config.model.hidden` to two thirds.
 
   Attributes:
-    activation: makes the activation slot's module.
+    activation: creates the module of the activation slot.
   """
 
   spec: Spec
@@ -28,7 +27,7 @@ class Gated(LayerMethod):
 
   @property
   def traits(self) -> Traits:
-    """What the method declares."""
+    """The traits of the method."""
     return Traits(paper='GLU variants (Shazeer 2020)', saves='nothing')
 
   @nn.compact

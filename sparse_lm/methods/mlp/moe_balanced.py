@@ -1,4 +1,4 @@
-"""Mixture of small experts whose loads a bias balances, beside experts that all tokens share."""
+"""A mixture of small experts, balanced by a bias, beside shared experts (DeepSeekMoE)."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ from sparse_lm.plan.cost import Gating
 
 @dataclasses.dataclass(frozen=True)
 class _TowardMean:
-  """Moves each bias by `rate` towards a load that is the mean (Wang et al. 2024, algorithm 1)."""
+  """Moves each bias by `rate` so that the load approaches the mean (Wang et al. 2024, algorithm 1)."""
 
   rate: float
 
@@ -28,27 +28,28 @@ class _TowardMean:
 
 
 class MoEBalanced(SharedMixture):
-  """Each token goes to the `k * split` small experts whose score and bias add up to most.
+  """Each token visits the `k * split` small experts with the largest sum of score and bias.
 
-  Every expert is cut into `split` small ones of `hidden / split` units each, and a token visits `split`
-  times as many, for the same compute and far more combinations. Scores are sigmoids. The bias decides
-  which experts are chosen and nothing else: outputs are weighted by the scores alone. After an optimizer
-  step it moves by `rate`, up for the experts that got fewer of the step's tokens than the mean and down
-  for those that got more. No gradient, decay or evaluation touches it, and no expert drops a token.
+  Each expert is split into `split` small experts of `hidden / split` units, and a token visits `split`
+  times as many: the compute is the same, and there are far more combinations. Scores are sigmoids. The
+  bias only affects which experts are chosen; outputs are weighted by the scores alone. After each
+  optimizer step the bias of an expert rises by `rate` if the expert got fewer of the step's tokens than
+  the mean, and falls by `rate` if it got more. Gradients, weight decay and evaluation do not change it.
+  No expert drops a token.
 
-  Differs from the paper: scores of chosen experts are made to sum to 1 by default, as in DeepSeek-V3, and
-  there is no loss that balances a single sequence.
+  Differs from the paper: by default the scores of the chosen experts are normalised to sum to 1, as in
+  DeepSeek-V3, and there is no balancing loss within a sequence.
 
   Attributes:
-    activation: makes the activation slot's module.
-    experts: how many there would be without the split.
-    k: experts that a token visits, without the split.
-    split: small experts that one expert is cut into.
-    shared: experts, each as large as a small one, that every token visits besides.
-    hidden: units of an expert before it is cut, 0 = `config.model.hidden`.
-    rate: of the bias, in scores for each optimizer step.
-    normalise: whether the weights of a token's chosen experts are made to sum to 1.
-    executor: 'sort', or 'einsum', the slow reference.
+    activation: creates the module of the activation slot.
+    experts: number of experts before the split.
+    k: experts that a token visits before the split.
+    split: number of small experts that each expert is split into.
+    shared: number of small experts that every token visits in addition.
+    hidden: hidden units of an expert before the split; 0 = `config.model.hidden`.
+    rate: change of a bias in an optimizer step, in units of the score.
+    normalise: True normalises the weights of a token's chosen experts to sum to 1.
+    executor: 'sort', or 'einsum', which is a slow reference.
   """
 
   k: int = ranged(1, '[1, 2^16]')
@@ -59,7 +60,7 @@ class MoEBalanced(SharedMixture):
 
   @property
   def traits(self) -> Traits:
-    """What the method declares."""
+    """The traits of the method."""
     return Traits(
       paper='DeepSeekMoE (Dai et al. 2024), balanced without a loss (Wang et al. 2024)',
       saves='the experts that a token does not visit; shared ones always run',
@@ -69,16 +70,16 @@ class MoEBalanced(SharedMixture):
 
   @property
   def count(self) -> int:
-    """How many small experts the router chooses among."""
+    """The number of small experts that the router chooses among."""
     return self.experts * self.split
 
   @property
   def units(self) -> int:
-    """Hidden units of a small expert."""
+    """The hidden units of a small expert."""
     return super().units // self.split
 
   def check(self) -> None:
-    """Raises UserError where fields do not fit each other or the model."""
+    """Raises UserError if the fields do not fit each other or the model."""
     super().check()
     check_visits(self.k, self.experts)
     whole = self.hidden or self.spec.hidden
@@ -86,7 +87,7 @@ class MoEBalanced(SharedMixture):
     require(whole % self.split == 0, 'config.mlp.split', self.split, valid)
 
   def route(self, x_TxD: jax.Array, mode: str) -> Routing:
-    """The experts with the largest biased scores, weighted by the scores."""
+    """Chooses the experts with the largest biased scores, and weights them by their scores."""
     score_TxE = jax.nn.sigmoid(Router(self.spec, self.count, name='router')(x_TxD))
     bias = self.variable('router', 'bias', jnp.zeros, (self.count,), jnp.float32)
     visits = self.k * self.split

@@ -1,4 +1,4 @@
-"""Mixture of experts in which a token visits as many as its router leaves above zero."""
+"""A mixture of experts with a ReLU router (ReMoE)."""
 
 import dataclasses
 
@@ -14,15 +14,15 @@ from sparse_lm.layers.routing import Routing
 from sparse_lm.layers.sow import sow
 from sparse_lm.plan.cost import Gating
 
-# The price stays between these: from zero it could not rise, and infinity times zero is no number.
+# Bounds of the price: a price of zero could not rise by multiplication, and infinity times zero is NaN.
 LEAST, MOST = 1e-12, 1e6
 
 
 @dataclasses.dataclass(frozen=True)
 class _TowardVisits:
-  """Multiplies a price by `factor` where tokens visit more than `k` experts on average, else divides it.
+  """Multiplies the price by `factor` if tokens visit more than `k` experts on average, else divides it.
 
-  As the method has it: where the sparsity of the gates is below its target, 1 - k/E.
+  In the words of the paper: the price rises while the sparsity of the gates is below its target, 1 - k/E.
   """
 
   k: int
@@ -35,31 +35,31 @@ class _TowardVisits:
 
 
 class MoEReLU(SharedMixture):
-  """A gate for each expert, the ReLU of a linear router: an expert runs where its gate is not zero.
+  """Each expert has a gate, the ReLU of a linear router; tokens visit the experts with positive gates.
 
-  There is no top-k: a token visits none to all of the experts, and the router is differentiable. Training
-  adds `price * E * sum_e mean(gate_e) * f_e / k` to the loss, f_e being the fraction of the microbatch's
-  tokens that visit expert e, through which no gradient flows. The price is state: it starts so small that
-  nothing is felt of it, and after each optimizer step it is multiplied by `factor` where less than
-  1 - k/E of all gates of all layers were closed, and divided where more were. So a layer may close as a
-  whole, and adds only its shared experts then; its router gets no gradient any more. The statistic
-  `closed` reports it.
+  There is no top-k, so a token may visit any number of experts, and the router is differentiable.
+  Training adds `price * E * sum_e mean(gate_e) * f_e / k` to the loss. f_e is the fraction of the
+  microbatch's tokens that visit expert e; no gradient flows through it. The price is state. It starts so
+  low that it has no effect. After each optimizer step it is multiplied by `factor` if fewer than 1 - k/E
+  of all gates of all layers were closed, and divided by `factor` if more were. A layer may close
+  completely: then it adds only the output of its shared experts, and its router gets no gradient any
+  more. The statistic `closed` reports such layers.
 
-  Training computes every expert for every token, and is charged for it; evaluation is charged for the
-  measured fraction of open gates, and decoding one sequence reads no other expert.
+  Training computes every expert for every token and is charged for all of them. Evaluation is charged for
+  the measured fraction of open gates. Decoding one sequence reads only the experts with open gates.
 
-  Differs from the paper: the penalty is the sum over the layers, not the mean, which the price absorbs,
-  and the price stays between 1e-12 and 1e6.
+  Differs from the paper: the penalty is the sum over the layers instead of the mean (the price makes up
+  for the factor), and the price stays between 1e-12 and 1e6.
 
   Attributes:
-    activation: makes the activation slot's module.
-    experts: how many there are, E.
+    activation: creates the module of the activation slot.
+    experts: number of experts, E.
     k: experts that a token is to visit on average.
-    shared: experts that every token visits besides.
-    hidden: units of an expert, 0 = `config.model.hidden`.
+    shared: number of experts that every token visits in addition.
+    hidden: hidden units of an expert; 0 = `config.model.hidden`.
     start: the price at step 0.
-    factor: that the price is multiplied with or divided by after a step.
-    executor: 'sort', or 'einsum', the slow reference.
+    factor: factor by which the price rises or falls after a step.
+    executor: 'sort', or 'einsum', which is a slow reference.
   """
 
   k: int = ranged(1, '[1, 2^16]')
@@ -68,7 +68,7 @@ class MoEReLU(SharedMixture):
 
   @property
   def traits(self) -> Traits:
-    """What the method declares."""
+    """The traits of the method."""
     return Traits(
       paper='ReMoE (Wang et al. 2024)',
       saves='the experts whose gate is zero; nothing at the start of training',
@@ -77,12 +77,12 @@ class MoEReLU(SharedMixture):
     )
 
   def check(self) -> None:
-    """Raises UserError where fields do not fit each other."""
+    """Raises UserError if the fields do not fit each other."""
     super().check()
     check_visits(self.k, self.experts)
 
   def route(self, x_TxD: jax.Array, mode: str) -> Routing:
-    """Every token has a choice for each expert; it counts where the expert's gate is open."""
+    """Gives each token one choice for each expert, which is valid if the gate is open."""
     gate_TxE = jax.nn.relu(Router(self.spec, self.experts, name='router')(x_TxD))
     open_TxE = gate_TxE > 0
     begin = lambda: jnp.full((), self.start, jnp.float32)  # noqa: E731
@@ -97,6 +97,6 @@ class MoEReLU(SharedMixture):
       after_step(self, 'router', 'price', counts, rule, pooled=True)
     choice_TxE = jnp.where(open_TxE, jnp.arange(self.experts), self.experts)
     total_Tx1 = jnp.maximum(jnp.sum(gate_TxE, axis=-1, keepdims=True), 1e-20)
-    # An expert has a slot for every token, so none is dropped and no matrix is copied.
+    # Each expert has a slot for every token, so no token is dropped and no matrix is copied.
     slots = x_TxD.shape[0]
     return Routing(choice_TxE, gate_TxE, gate_TxE / total_Tx1, float(self.experts), slots)

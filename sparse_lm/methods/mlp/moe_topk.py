@@ -1,4 +1,4 @@
-"""Mixture of experts in which each token chooses."""
+"""A mixture of experts in which each token chooses its experts (Switch, GShard)."""
 
 from typing import ClassVar
 
@@ -18,27 +18,28 @@ from sparse_lm.plan.cost import Gating
 
 
 class MoETopK(MixtureOfExperts):
-  """Each token goes to the `k` experts that its router likes best.
+  """Each token visits the `k` experts with the largest router probabilities.
 
-  With k = 1 an expert's output is weighted by its probability (Switch), with more by the chosen
-  probabilities made to sum to 1. A full expert drops tokens; its slots go by position (then sequence,
-  then choice), so that no token is dropped for a later one.
+  With k = 1 the output of an expert is weighted by its probability (Switch). With a larger k the weights
+  are the chosen probabilities, normalised to sum to 1. An expert without free slots drops further tokens.
+  Slots are filled in the order of positions (then of sequences, then of choices), so no token is dropped
+  because of a later one.
 
-  Differs from the paper: evaluation drops nothing by default, so that what a batch holds besides a
-  sequence cannot change its loss; and second choices do not wait for everyone's first.
+  Differs from the paper: evaluation drops no token by default, so the other sequences of a batch cannot
+  change a sequence's loss; and slots are not filled with the first choices of all tokens first.
 
   Attributes:
-    activation: makes the activation slot's module.
-    experts: how many there are.
+    activation: creates the module of the activation slot.
+    experts: number of experts.
     k: experts that a token visits.
-    hidden: units of an expert, 0 = `config.model.hidden`.
-    capacity: slots of an expert in training, over its share of the tokens; 0 = as many as it needs.
-    eval_capacity: the same in evaluation; decoding drops nothing.
-    balance: coefficient of the load-balancing loss, which is that number at uniform routing.
-    z: coefficient of the mean squared log-partition function of the router.
+    hidden: hidden units of an expert; 0 = `config.model.hidden`.
+    capacity: slots of an expert in training, divided by its even share of the tokens; 0 = no limit.
+    eval_capacity: the same in evaluation; decoding drops no token.
+    balance: coefficient of the load-balancing loss; with uniform routing the loss equals it.
+    z: coefficient of the mean squared log-partition function of the router (z-loss).
     jitter: training multiplies the router's inputs by uniform noise in 1 ± jitter. The deviation from 1
       is drawn in the model's compute dtype, because in float32 it would be the largest array of a layer.
-    executor: 'sort', or 'einsum', the slow reference.
+    executor: 'sort', or 'einsum', which is a slow reference.
   """
 
   k: int = ranged(1, '[1, 2^16]')
@@ -51,9 +52,9 @@ class MoETopK(MixtureOfExperts):
 
   @property
   def traits(self) -> Traits:
-    """What the method declares."""
-    # Where an expert's slots are limited, the sequences of a batch compete for them. Slots go by
-    # position, so that a token loses none to a later one: the method stays causal all the same.
+    """The traits of the method."""
+    # If slots are limited, the sequences of a batch compete for them. Slots are filled in the order of
+    # positions, so the method stays causal.
     return Traits(
       paper='Switch (Fedus et al. 2021) and top-2 (Shazeer et al. 2017, GShard 2020); z-loss of ST-MoE '
       '(Zoph et al. 2022)',
@@ -64,7 +65,7 @@ class MoETopK(MixtureOfExperts):
     )
 
   def check(self) -> None:
-    """Raises UserError where fields do not fit each other or the context."""
+    """Raises UserError if the fields do not fit each other or the context."""
     super().check()
     check_visits(self.k, self.experts)
     least = self.experts / (self.k * self.spec.context)
@@ -76,7 +77,7 @@ class MoETopK(MixtureOfExperts):
       require(factor == 0 or slots_of_one >= 1, f'config.mlp.{field}', factor, valid)
 
   def route(self, x_TxD: jax.Array, mode: str) -> Routing:
-    """Each token's `k` most probable experts."""
+    """Chooses the `k` most probable experts of each token."""
     x_TxD = x_TxD.astype(jnp.float32)
     if mode == 'train' and self.jitter and self.has_rng('gates'):
       key, dtype = self.make_rng('gates'), self.spec.compute
@@ -98,7 +99,7 @@ class MoETopK(MixtureOfExperts):
     return {'train': self.capacity, 'eval': self.eval_capacity, 'decode': 0.0}[mode]
 
   def _capacity(self, expert_TxK: jax.Array, mode: str) -> int | None:
-    """Slots of each expert; more slots than tokens could never be filled."""
+    """The slots of each expert, at most the number of tokens; `None` = no limit."""
     slots = -int(-self._factor(mode) * expert_TxK.size // self.experts)
     return min(slots, expert_TxK.shape[0]) or None
 

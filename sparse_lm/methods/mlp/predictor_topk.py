@@ -1,4 +1,4 @@
-"""Hidden units chosen by a cheap predictor, so that the rest need not be computed at all."""
+"""Hidden units that a cheap predictor selects before the up-projection."""
 
 from collections.abc import Callable
 
@@ -21,17 +21,18 @@ SELECTORS = ('statistical', 'exact')
 
 
 class PredictorTopK(LayerMethod):
-  """The first inputs predict which units fire; the others compute those that do.
+  """A part of the inputs predicts which hidden units are active; the other part computes these units.
 
-  `down(activation(top-k(predictor(x[:r]))) * up(x[r:]))`: as many weights as the plain MLP.
+  It computes `down(activation(top-k(predictor(x[:r]))) * up(x[r:]))` and has as many weights as the plain
+  MLP.
 
-  Differs from the paper: the activation is the activation slot's, not GELU.
+  Differs from the paper: the activation is that of the activation slot instead of GELU.
 
   Attributes:
-    activation: makes the activation slot's module.
-    density: fraction of the units that is kept.
+    activation: creates the module of the activation slot.
+    density: fraction of the units that is active.
     split: fraction of the inputs that the predictor reads.
-    selector: 'statistical', soft, by a Gaussian threshold, or 'exact'.
+    selector: 'statistical' (a Gaussian threshold, see `statistical_topk`) or 'exact'.
   """
 
   spec: Spec
@@ -42,7 +43,7 @@ class PredictorTopK(LayerMethod):
 
   @property
   def traits(self) -> Traits:
-    """What the method declares."""
+    """The traits of the method."""
     return Traits(
       paper='Spark (You et al. 2025)',
       saves='the up- and the down-projection of the other units (the predictor runs in full)',
@@ -51,7 +52,7 @@ class PredictorTopK(LayerMethod):
     )
 
   def check(self) -> None:
-    """Raises UserError for an unknown selector, or a split that leaves one side no input."""
+    """Raises UserError for an unknown selector, or if `split` leaves one part without inputs."""
     if self.selector not in SELECTORS:
       raise unknown('config.mlp.selector', self.selector, SELECTORS)
     width = self.spec.width
@@ -83,7 +84,7 @@ class PredictorTopK(LayerMethod):
   def _select(
     self, activation: LayerMethod, score_BxLxF: jax.Array, mode: str
   ) -> tuple[jax.Array, jax.Array]:
-    """The activated scores of the chosen units, zero elsewhere, and which those are."""
+    """The activations of the selected units, zero elsewhere, and a mask of the selected units."""
     if self.density == 1:
       return activation(score_BxLxF, mode), jnp.ones(score_BxLxF.shape, bool)
     if self.selector == 'statistical':

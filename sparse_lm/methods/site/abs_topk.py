@@ -1,4 +1,4 @@
-"""The largest magnitudes of activations, at named sites."""
+"""Top-k of the magnitudes of activations, at named sites."""
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,14 @@ from sparse_lm.layers.site import SiteMethod
 
 
 class AbsTopK(SiteMethod):
-  """Keeps the largest magnitudes of each token at every site with their signs, and zeroes the others.
+  """Keeps the activations of largest magnitude of each token at every site, and sets the others to zero.
 
-  Ties go to the lower unit. Only what is kept gets a gradient. The default sites are the paper's eight:
-  what enters and leaves attention and the MLP, queries, keys and values of all heads together before
-  positions turn them, and the MLP's hidden units.
+  Ties go to the unit of lower index. Only kept activations get a gradient. The default sites are the
+  eight of the paper: the inputs and outputs of attention and of the MLP; queries, keys and values before
+  the rotary positions, the heads ranked together; and the hidden units of the MLP.
 
   Attributes:
-    density: fraction of a site's units that is kept of each token, one at least.
+    density: fraction of a site's units that is kept for each token, at least one unit.
   """
 
   where: tuple[str, ...] = (
@@ -29,14 +29,14 @@ class AbsTopK(SiteMethod):
 
   @property
   def traits(self) -> Traits:
-    """What the method declares."""
+    """The traits of the method."""
     return Traits(
       paper='Weight-sparse transformers have interpretable circuits (Gao et al. 2025)',
       saves='nothing: zeros are multiplied like all other activations',
     )
 
   def act(self, value: jax.Array) -> jax.Array:
-    """`[..., units]`, of which `max(1, round(density * units))` of each row are kept."""
+    """`[..., units]` to the same shape; `max(1, round(density * units))` units of each row are kept."""
     if self.density == 1:
       return value
     k = max(1, round(self.density * value.shape[-1]))

@@ -1,13 +1,13 @@
-"""Activations as modules compute them."""
+"""No change of activations."""
 
 from sparse_lm.layers.method import Traits
 from sparse_lm.layers.site import SiteMethod
 
 
 class NoSites(SiteMethod):
-  """Changes nothing anywhere."""
+  """Leaves all activations as they are."""
 
   @property
   def traits(self) -> Traits:
-    """What the method declares."""
+    """The traits of the method."""
     return Traits(paper='none', saves='nothing')

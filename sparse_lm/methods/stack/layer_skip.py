@@ -1,4 +1,4 @@
-"""Layers that training drops the more the later they are, and exits that learn to predict."""
+"""Layer dropout that grows with depth, and early exits that learn to predict (LayerSkip)."""
 
 import math
 from collections.abc import Sequence
@@ -16,24 +16,25 @@ from sparse_lm.layers.tokens import Tokens
 
 
 class LayerSkip(LayerMethod):
-  """Every layer runs once; in training each sequence skips some, and the head learns from earlier ones.
+  """Drops layers at random in training, and also trains the head on the output of earlier layers.
 
-  Layer l of L is dropped at step t of T for a sequence with probability
-  `dropout * S(t) * (exp(l ln 2 / (L - 1)) - 1)`. Dropped layers are computed, and charged, because the
-  sequences of a batch drop different ones. The head also predicts from the residual stream after earlier
-  layers: their losses count `scale` where the last layer's counts 1, over the sum of these weights. With
-  each step every exit moves on by a layer, and from the last layer to the first one; there it counts
-  nothing, because the last layer always predicts. Training is charged a pass of the head for each exit.
+  Layer l of L is dropped at step t of T for a sequence with probability `dropout * S(t) * (exp(l ln 2 /
+  (L - 1)) - 1)`. Dropped layers are computed and charged, because each sequence of a batch drops other
+  layers. The head also predicts from the residual stream after some earlier layers, the exits. The loss
+  is the weighted mean of all losses: that of an exit has the weight `scale`, and that of the last layer
+  the weight 1. With each step every exit moves to the next layer, and from the last layer to the first.
+  An exit at the last layer has the weight 0, because the last layer always predicts. Training is charged
+  one pass of the head for each exit.
 
-  Evaluation is that of a plain stack. What the method changes is how well the first layers predict by
-  themselves, which self-speculative decoding lives on. The weights are those of the port in torchtune.
+  Evaluation runs the plain stack. The method improves what the first layers predict by themselves, which
+  self-speculative decoding uses for its drafts. The weights of the losses follow the port in torchtune.
 
   Attributes:
-    dropout: probability at the last layer, at the end of its growth.
-    grows: whether layer dropout grows over the run, S(t) = exp(t ln 2 / (T - 1)) - 1, as a model that is
-      trained from scratch needs; S = 1 where a trained model is continued.
-    exits: a slice of the layers after which the head predicts at the first step.
-    scale: weight of each of their losses.
+    dropout: probability of dropping the last layer, at the end of the run.
+    grows: True lets layer dropout grow over the run, S(t) = exp(t ln 2 / (T - 1)) - 1, as training from
+      scratch needs it; False keeps S = 1, to continue a trained model.
+    exits: a slice of the layers that are exits at the first step.
+    scale: weight of the loss of an exit.
   """
 
   spec: Spec
@@ -44,17 +45,17 @@ class LayerSkip(LayerMethod):
 
   @property
   def traits(self) -> Traits:
-    """What the method declares."""
+    """The traits of the method."""
     return Traits(
       paper='LayerSkip (Elhoushi et al. 2024)',
-      saves='in self-speculative decoding, a pass of the later layers for every draft that is kept',
+      saves='in self-speculative decoding, a pass of the later layers for each accepted draft',
       twin='sequential',
       splits=True,
       scans=('eval',),  # training drops single layers and learns from the stream between them
     )
 
   def check(self) -> None:
-    """Raises UserError for exits outside of the layers, or a head that needs more than the stream."""
+    """Raises UserError for exits that no layer has, or a head that also reads the tokens."""
     valid = 'False: the table is looked up by tokens, and exits have the residual stream alone'
     require(not self.spec.bigram, 'config.model.bigram', self.spec.bigram, valid)
     layer_slice('config.stack.exits', self.exits, self.spec.layers)
@@ -74,7 +75,7 @@ class LayerSkip(LayerMethod):
     return x_BxLxD
 
   def _kept(self, layers: int, tokens: Tokens) -> jax.Array:
-    """Which layers run for each sequence, bool `[N, B]`."""
+    """Draws which layers run for each sequence, bool `[N, B]`."""
     late_N = jnp.exp(jnp.arange(layers) * math.log(2) / max(layers - 1, 1)) - 1
     grown = 1.0
     if self.grows and tokens.progress is not None:

@@ -1,4 +1,4 @@
-"""AC/DC: dense and sparse phases in turn."""
+"""AC/DC: alternating sparse and dense phases."""
 
 import dataclasses
 import functools
@@ -26,23 +26,23 @@ from sparse_lm.weights.traits import Traits
 
 @dataclasses.dataclass(frozen=True)
 class ACDC(PatternMethod):
-  """Trains in turn with all weights and with the largest alone, and ends with the largest.
+  """Alternates between training all weights and training only the largest, and ends sparse.
 
-  A compression keeps the units of the largest mean magnitude. When masks open again, what was dropped
-  starts at zero, with moments and averages of zero. The defaults are the fractions of the paper's 100
-  epochs of ResNet-50: dense until 0.1; from then on sparse and dense phases of 0.05; dense from 0.75
-  and sparse from 0.85 to the end.
+  At the start of a sparse phase the units of largest mean magnitude are kept. At the start of a dense
+  phase the dropped weights begin at zero, and so do their moments and averages. The defaults are the
+  fractions of the paper's 100 epochs of ResNet-50: dense until 0.1 of the run; then sparse and dense
+  phases of 0.05 each; dense from 0.75 to 0.85; and sparse to the end.
 
-  Differs from the paper: at an opening the momentum of the weights that were kept goes on.
+  Differs from the paper: the momentum of kept weights is not reset at the start of a dense phase.
 
-  A run of few steps leaves out phases that have no step. Its first step is always dense, and it ends
-  sparse even if it has one step.
+  In a run of few steps, phases that are shorter than a step are left out. The first step is always dense,
+  and the run always ends sparse.
 
   Attributes:
-    start: of the first sparse phase, a fraction of the run.
-    phase: length of the phases in turn, a fraction of the run.
-    last_dense: least length of the last dense phase, which ends at `end`, a fraction of the run.
-    end: of the last dense phase, a fraction of the run.
+    start: start of the first sparse phase, as a fraction of the run.
+    phase: length of the alternating phases, as a fraction of the run.
+    last_dense: minimum length of the last dense phase, as a fraction of the run.
+    end: end of the last dense phase, as a fraction of the run.
   """
 
   start: float = ranged(0.1, '[0, 1]')
@@ -51,11 +51,11 @@ class ACDC(PatternMethod):
   end: float = ranged(0.85, '[0, 1]')
   traits: ClassVar[Traits] = Traits(
     paper='AC/DC: Alternating Compressed/DeCompressed Training (Peste et al. 2021), algorithm 1',
-    saves='weights, gradients and moments of dropped connections in sparse phases; nothing in dense ones',
+    saves='weights, gradients and moments of dropped weights in sparse phases; nothing in dense ones',
   )
 
   def check(self) -> None:
-    """Raises UserError for an end before the start, or units that could not grow from zero."""
+    """Raises UserError if `end` is before `start`, or if the pattern's units cannot grow from zero."""
     require(
       self.start <= self.end,
       'config.weight.end',
@@ -65,14 +65,14 @@ class ACDC(PatternMethod):
     self.check_growth()
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
-    """Starts from masks that keep every weight."""
+    """Starts with masks that keep every weight."""
     return {'params': params, 'learned': {}}, Sparse(full_masks(params, target), target)
 
   def due(self, step: int) -> bool:
-    """Where the next step is of another phase than this one, and where the run ends.
+    """True if the next step belongs to another phase, and at the last step of the run.
 
-    A run that is continued for another length keeps its masks until its new schedule changes phase. The
-    last step drops what is left to drop.
+    A run that is continued with more steps keeps its masks until its new schedule changes the phase. The
+    last step makes the masks sparse if they are not.
     """
     ends = step + 1 == self.total_steps
     return ends or bool(self._is_sparse(step) != self._is_sparse(step + 1))
@@ -80,19 +80,19 @@ class ACDC(PatternMethod):
   def update(
     self, trainable: Tree, sparse: Sparse, signals: dict[str, Tree], step: Array, key: Array
   ) -> MaskUpdate:
-    """Keeps the largest units where the next step is of a sparse phase, and all units where it is not."""
+    """Keeps the largest units if the next step belongs to a sparse phase, and all units otherwise."""
     params = restrict_to(trainable['params'], sparse.masks)
     largest = self.units.masks(jax.tree.map(jnp.abs, params), sparse.target)
     opens = ~self._is_sparse(step + 1)
     return exchange_masks(trainable, sparse, jax.tree.map(lambda mask: mask | opens, largest))
 
   def density(self, target: float, step: int) -> float:
-    """The final density in sparse phases, 1 in dense ones."""
+    """The final density in sparse phases, 1 in dense phases."""
     return target if self._is_sparse(step) else 1.0
 
   @functools.cached_property
   def _switches(self) -> np.ndarray:
-    """The steps at which sparse and dense phases begin in turn, a sparse one first and last."""
+    """The first steps of alternating sparse and dense phases; the first and the last phase are sparse."""
     dense_from = self.end - self.last_dense
     alternating = max(0, math.ceil((dense_from - self.start) / self.phase))
     begins = [self.start + self.phase * n for n in range(alternating)]
@@ -101,6 +101,6 @@ class ACDC(PatternMethod):
     return np.array([round(round(share, 9) * self.total_steps) for share in begins])
 
   def _is_sparse(self, step: Array | int) -> Array | np.bool_:
-    """Whether `step` is of a sparse phase; the run ends before step `total_steps`."""
+    """True if `step` belongs to a sparse phase; the last step of a run is `total_steps` - 1."""
     begun = (self._switches <= step).sum()
     return (begun % 2 == 1) & (step > 0)

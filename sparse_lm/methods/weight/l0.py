@@ -1,4 +1,4 @@
-"""L0 regularisation: a learned gate on every unit."""
+"""L0 regularisation: a learned gate for each unit."""
 
 import dataclasses
 from typing import ClassVar
@@ -22,27 +22,27 @@ from sparse_lm.weights.random_start import path_key
 from sparse_lm.weights.traits import Traits
 from sparse_lm.weights.unit_scores import UnitScores
 
-EVALUATED = 0.8  # of a logit, in evaluation
+EVALUATED = 0.8  # factor of the logits in evaluation
 
 
 @dataclasses.dataclass(frozen=True)
 class L0(UnitScores):
   """Multiplies each unit of the pattern by a hard concrete gate whose logit is learned with the weights.
 
-  Training draws the gates. Evaluation opens as many as training expects to be open, those of the largest
-  logits, at fixed values. Training pays for what evaluation runs, with the gradient of the probability
-  that a gate is open. How sparse it ends is learned: `config.budget.target` holds the forward FLOPs, or
-  `price` says what keeping costs.
+  Training draws the gates at random. Evaluation opens the gates of the largest logits, as many as
+  training expects to be open, and gives them fixed values. The penalty is that of the gates that
+  evaluation opens; its gradient is that of the probability that a gate is open. The final sparsity is
+  learned: it follows from `price`, or from `config.budget.target`, which fixes the forward FLOPs.
 
-  Differs from the paper: evaluation keeps the expected number, at `sigmoid(0.8 logit / temperature)` (as
-    CoFi does, Xia et al. 2022); the paper keeps what is above a threshold, which logits that move
-    together cross together. Under N:M and per_output any number of a group or of an output's inputs may
-    be open: one number for all could not be held at a budget, so the masks are those of 'unstructured'.
+  Differs from the paper: evaluation opens the expected number of gates, with the values `sigmoid(0.8
+  logit / temperature)`, as CoFi does (Xia et al. 2022). The paper opens gates above a threshold, and
+  similar logits would cross it all at once. With the patterns N:M and per_output the masks are those of
+  'unstructured', because a fixed number of open gates in each group could not follow a budget.
 
   Attributes:
-    open: probability with which a gate is open at the start.
-    price: nats a token for keeping all prunable weights, without a budget.
-    learned_rate: learning rate of the logits over that of the weights.
+    open: probability that a gate is open at step 0.
+    price: penalty for keeping all prunable weights, in nats per token; not used with a budget.
+    learned_rate: learning rate of the logits, divided by that of the weights.
   """
 
   open: float = ranged(0.9, '(0, 1)')
@@ -61,7 +61,7 @@ class L0(UnitScores):
   def effective(
     self, trainable: Tree, sparse: Sparse, mode: str, step: Array, key: Array | None
   ) -> tuple[Tree, Tree]:
-    """Weights times their gates, which training draws where it is given a key."""
+    """Returns weights times gates; training with a key draws the gates."""
     logits = trainable['learned']
     gates, opened = self._evaluated(logits)
     if mode == 'train' and key is not None:
@@ -78,11 +78,11 @@ class L0(UnitScores):
     return seen, self.means(priced, prunable)
 
   def penalty(self, trainable: Tree, sparse: Sparse, density: Tree) -> Array:
-    """`price` times the share of the prunable weights that is kept."""
+    """`price` times the fraction of the prunable weights that is kept."""
     return self.price * mean_density(density, trainable['params'])
 
   def finalize(self, trainable: Tree, sparse: Sparse, step: Array) -> tuple[Tree, Tree]:
-    """Weights times their gates, and which gates are open."""
+    """Returns weights times gates, and the masks of the open gates."""
     gates, opened = self._evaluated(trainable['learned'])
     prunable = restrict_to(trainable['params'], sparse.target)
     masks = self.units.expand(opened, prunable)
@@ -91,7 +91,7 @@ class L0(UnitScores):
     ), masks
 
   def _evaluated(self, logits: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
-    """The gates that evaluation runs, and which are open: as many as training expects to be."""
+    """The values of the gates in evaluation, and which gates are open (bool)."""
     opened = {name: per_matrix(_likeliest, units) for name, units in logits.items()}
     gates = {
       name: opened[name] * jax.nn.sigmoid(EVALUATED * units / BETA)
@@ -101,7 +101,7 @@ class L0(UnitScores):
 
 
 def _likeliest(logits: Array) -> Array:
-  """The largest logits of a matrix, as many as training expects to be open in it (bool)."""
+  """Marks the largest logits of a matrix, as many as training expects to be open (bool)."""
   count = kept_count(logits.size, jnp.mean(hard_concrete_probability(logits)))
   return topk_mask(jax.lax.stop_gradient(logits), count)
 

@@ -13,20 +13,21 @@ from sparse_lm.weights.traits import Traits
 
 @dataclasses.dataclass(frozen=True)
 class Magnitude(ScoredMethod):
-  """Keeps the largest magnitudes.
+  """Keeps the weights of largest magnitude.
 
-  By default this is gradual pruning: the smallest weights are dropped for good along a cubic ramp. With
-  `apply='straight_through'` all weights go on learning: from `start=0` with `schedule='at_once'` that is
-  jaxpruner's magnitude_ste (Lee et al. 2023), see `configs/ste.py`.
+  By default this is gradual magnitude pruning: the smallest weights are dropped for good, along a cubic
+  ramp. With `apply='straight_through'` all weights go on learning. With `start=0` and
+  `schedule='at_once'` in addition, the method is jaxpruner's magnitude_ste (Lee et al. 2023); see
+  `configs/ste.py`.
   """
 
   traits: ClassVar[Traits] = Traits(
     paper="To prune, or not to prune (Zhu and Gupta 2017), equation 1; straight-through: jaxpruner's "
     'magnitude_ste (Lee et al. 2023)',
-    saves='what the ramp has dropped; training is dense at first. Straight-through: the forward pass of '
-    'dropped connections; weights and gradients stay dense',
+    saves='dropped weights, as far as the ramp has come. Straight-through: only the forward pass of '
+    'dropped weights; weights and gradients stay dense',
   )
 
   def scores(self, trainable: Tree, signals: dict[str, Tree]) -> Tree:
-    """The score is the magnitude of the weight."""
+    """The magnitude of each weight."""
     return jax.tree.map(jnp.abs, trainable['params'])

@@ -1,4 +1,4 @@
-"""Soft movement pruning: learned scores, kept above a threshold."""
+"""Soft movement pruning: keeps the weights whose learned score is above a threshold."""
 
 import dataclasses
 from typing import ClassVar
@@ -20,20 +20,21 @@ from sparse_lm.weights.unit_scores import UnitScores
 class MovementSoft(UnitScores):
   """Keeps the units of the pattern whose learned score S has `sigmoid(S)` above a threshold.
 
-  A score gets the gradient of what the model sees times the weight, summed over the unit's weights, as
-  if there were no threshold. Dropped weights get no gradient and may come back; decay and momentum alone
-  move them. All scores start at zero, where every unit is kept. How sparse the model ends is learned:
-  `price` says what keeping costs, or `config.budget.target` holds the forward FLOPs. The paper fine-tunes
-  trained models: give `config.init_from`.
+  The gradient of a score is that of the masked weights times the weights, summed over the unit, as if
+  there were no threshold. Dropped weights get no gradient, but may come back; only weight decay and
+  momentum change them. All scores start at zero, where every unit is kept. The final sparsity is learned:
+  it follows from `price`, or from `config.budget.target`, which fixes the forward FLOPs. The paper
+  fine-tunes trained models: set `config.init_from`.
 
-  One threshold holds for all scores: under N:M, per_output and patterns with a floor any number of a
-  group may be kept, and the masks are those of 'unstructured'.
+  All scores share one threshold. So with the patterns N:M, per_output and floor any number of a group's
+  weights may be kept, and the masks are those of 'unstructured'.
 
   Attributes:
-    threshold: of `sigmoid(S)`; below a half, where scores start.
-    price: nats a token for each unit of the mean of `sigmoid(S)` over all prunable weights, without a
-      budget.
-    learned_rate: learning rate of the scores over that of the weights; by default the paper's.
+    threshold: threshold of `sigmoid(S)`, below its initial value of 0.5.
+    price: penalty in nats per token, times the mean of `sigmoid(S)` over all prunable weights; not used
+    with
+      a budget.
+    learned_rate: learning rate of the scores, divided by that of the weights; the default is the paper's.
   """
 
   threshold: float = ranged(0.1, '(0, 0.5)')
@@ -48,9 +49,9 @@ class MovementSoft(UnitScores):
   def effective(
     self, trainable: Tree, sparse: Sparse, mode: str, step: Array, key: Array | None
   ) -> tuple[Tree, Tree]:
-    """Weights where their scores are above the threshold, and the fraction of each matrix that is.
+    """Returns the masked weights, and the fraction of each matrix that is kept.
 
-    The fraction has the gradient of the mean of `sigmoid(S)`.
+    The gradient of the fraction is that of the mean of `sigmoid(S)`.
     """
     params, scores = trainable['params'], trainable['learned']
     prunable, keeps = restrict_to(params, sparse.target), self._keeps(scores)
@@ -74,11 +75,11 @@ class MovementSoft(UnitScores):
     return self.price * mean_density(self.means(shares, prunable), prunable)
 
   def finalize(self, trainable: Tree, sparse: Sparse, step: Array) -> tuple[Tree, Tree]:
-    """The weights that the threshold keeps, and which these are."""
+    """Returns the masked weights, and the masks."""
     params = trainable['params']
     masks = self.units.expand(self._keeps(trainable['learned']), restrict_to(params, sparse.target))
     return apply_masks(params, masks), masks
 
   def _keeps(self, scores: Units) -> Units:
-    """Which units are above the threshold, bool."""
+    """True for units above the threshold."""
     return {name: jax.nn.sigmoid(units) > self.threshold for name, units in scores.items()}

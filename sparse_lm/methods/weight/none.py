@@ -12,11 +12,11 @@ from sparse_lm.weights.traits import Traits
 
 @dataclasses.dataclass(frozen=True)
 class NoSparsity(WeightMethod):
-  """Every weight exists."""
+  """Keeps every weight."""
 
   traits: ClassVar[Traits] = Traits(paper='none', saves='nothing', masked=False)
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
-    """Starts without masks and without targets, whatever the config asks for."""
+    """Starts without masks and without target densities, whatever sparsity the config has."""
     nothing = jax.tree.map(lambda w: None, params)
     return {'params': params, 'learned': {}}, Sparse(nothing, nothing)

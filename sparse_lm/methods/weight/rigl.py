@@ -1,4 +1,4 @@
-"""RigL: grow where the dense gradient is largest."""
+"""RigL: drops the smallest weights and grows weights of large gradient."""
 
 import dataclasses
 from typing import ClassVar
@@ -11,25 +11,25 @@ from sparse_lm.weights.traits import Traits
 
 @dataclasses.dataclass(frozen=True)
 class RigL(Rewiring):
-  """Drops the smallest connections and grows those with the largest gradient; the share decays.
+  """Drops the weights of smallest magnitude and grows as many of largest gradient; the share decays.
 
-  The gradient is the dense one at the masked weights, averaged over the step's microbatches. As in the
-  paper the optimizer rests in a step that rewires (and so does its count, by which the rate decays), a
-  dropped connection may be grown again and keeps its value, and born ones start at zero with zeroed
-  moments.
+  The gradient is that of the loss at the masked weights, computed for all weights and averaged over the
+  step's microbatches. As in the paper, a mask update replaces the optimizer step (the optimizer's step
+  count, which sets the learning rate, does not advance); a weight that is dropped and grown in the same
+  update keeps its value; and other grown weights start at zero, with zeroed moments.
   """
 
   traits: ClassVar[Traits] = Traits(
     paper='Rigging the Lottery (Evci et al. 2020), algorithm 1',
-    saves='weights and moments of dropped connections; gradients but in steps that rewire',
+    saves='weights and moments of dropped weights; gradients except in steps that update masks',
     needs=('grads',),
     replaces_step=True,
   )
 
   def growth(self, signals: dict[str, Units], noise: Units) -> Units:
-    """Grows by the magnitude of the dense gradient."""
+    """The magnitude of the gradient."""
     return signals['grads']
 
   def fraction(self, step: Array) -> Array:
-    """The share falls from `drop_fraction` to zero at `end` along half a cosine."""
+    """Half a cosine from `drop_fraction` at step 0 to zero at `end`."""
     return schedule.cosine_fraction(step, self._last, self.drop_fraction)

@@ -1,4 +1,4 @@
-"""Sparse evolutionary training."""
+"""SET: drops the smallest weights and grows random ones."""
 
 import dataclasses
 from typing import ClassVar
@@ -12,18 +12,18 @@ from sparse_lm.weights.traits import Traits
 
 @dataclasses.dataclass(frozen=True)
 class SET(Rewiring):
-  """Drops a fixed share of the smallest connections and grows as many at random.
+  """Drops a fixed share of the weights, those of smallest magnitude, and grows as many at random.
 
-  All grown connections start at zero with zeroed moments, those that the same update dropped included.
+  All grown weights start at zero, with zeroed moments, also if the same update dropped them.
 
-  Differs from the paper: the drop is by magnitude, where the paper drops the weights closest to zero
-    of either sign separately; updates stop at `end` (0.75 of the run), as RigL's do.
+  Differs from the paper: weights are dropped by magnitude; the paper drops the smallest positive and the
+  largest negative weights separately. Updates stop at `end` (0.75 of the run), as in RigL.
   """
 
   regrown_at_zero: ClassVar[bool] = True
   traits: ClassVar[Traits] = Traits(
     paper='Mocanu et al. 2018 (Nature Communications), algorithm 1',
-    saves='weights, gradients and moments of dropped connections, from the first step',
+    saves='weights, gradients and moments of dropped weights, from the first step',
   )
 
   def growth(self, signals: dict[str, Units], noise: Units) -> Units:

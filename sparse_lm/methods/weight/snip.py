@@ -1,4 +1,4 @@
-"""SNIP: prune before training, by what the loss says of each connection."""
+"""SNIP: prunes before training, by the first-order change of the loss."""
 
 import dataclasses
 from typing import ClassVar
@@ -14,10 +14,11 @@ from sparse_lm.weights.traits import Traits
 
 @dataclasses.dataclass(frozen=True)
 class SNIP(ScoredMethod):
-  """Keeps, before the first step, the weights without which the loss would change most, to first order.
+  """Chooses masks before the first step: keeps the weights whose removal would change the loss most.
 
-  The weights of all matrices are ranked together, and each matrix keeps a hundredth of its own at least.
-  With `shuffle` it is its own control.
+  The change is estimated to first order. The weights of all matrices are ranked together, and each matrix
+  keeps at least 1 % of its weights. With `shuffle=True` the masks are shuffled within each matrix, which
+  is the usual control experiment.
   """
 
   schedule: str = 'at_start'
@@ -26,10 +27,10 @@ class SNIP(ScoredMethod):
   traits: ClassVar[Traits] = Traits(
     paper='Lee et al. 2019 (SNIP), equation 4; shuffled: Frankle et al. 2021 (Pruning Neural Networks at '
     'Initialization), section 5',
-    saves='weights, gradients and moments of dropped connections, from the first step',
+    saves='weights, gradients and moments of dropped weights, from the first step',
     needs=('grads',),
   )
 
   def scores(self, trainable: Tree, signals: dict[str, Tree]) -> Tree:
-    """Magnitudes of weight times gradient; the gradient is the mean over all batches."""
+    """The magnitude of weight times gradient; the gradient is a mean over `batches` batches."""
     return jax.tree.map(lambda w, g: jnp.abs(w * g), trainable['params'], signals['grads'])

@@ -1,4 +1,4 @@
-"""SparseGPT: prune and make up for it, input by input."""
+"""SparseGPT: one-shot pruning that corrects the remaining weights."""
 
 import dataclasses
 from typing import ClassVar
@@ -14,27 +14,27 @@ from sparse_lm.weights.traits import Traits
 
 @dataclasses.dataclass(frozen=True)
 class SparseGPT(OneShot):
-  """Prunes a trained model's matrices one input at a time; later inputs make up for each loss.
+  """Prunes each matrix of a trained model input by input, and corrects the weights of later inputs.
 
-  The patterns that can be decided input by input are 'unstructured' and N:M.
+  The pattern has to be 'unstructured' or N:M, because masks are chosen input by input.
 
-  Differs from the paper: the count is exact, where the reference drops a weight more.
+  Differs from the paper: the number of kept weights is exact; the reference drops one weight more.
 
   Attributes:
-    damp: added to the Gram matrix' diagonal, over its mean.
-    block: inputs whose mask is chosen at once.
+    damp: number added to the diagonal of the Gram matrix, divided by the diagonal's mean.
+    block: number of inputs whose mask is chosen together.
   """
 
   damp: float = ranged(0.01, '(0, inf)')
   block: int = ranged(128, '[1, 2^31)')
   traits: ClassVar[Traits] = Traits(
     paper='Frantar and Alistarh 2023 (SparseGPT), algorithm 1',
-    saves='what it drops, after training; no gradient is needed to prune',
+    saves='dropped weights, after training; pruning needs no gradient',
     needs=('xtx',),
   )
 
   def check(self) -> None:
-    """Raises UserError for a pattern that cannot be decided input by input."""
+    """Raises UserError if the pattern does not allow masks to be chosen input by input."""
     require(
       self.units.lookahead is not None,
       'config.weight.pattern',
@@ -43,7 +43,7 @@ class SparseGPT(OneShot):
     )
 
   def prune(self, params: Tree, signals: dict[str, Tree], target: Tree) -> tuple[Tree, Tree]:
-    """New weights and masks; `xtx` holds the mean outer product `[in, in]` of each kernel's inputs."""
+    """Returns new weights and masks; `xtx` is the mean outer product `[in, in]` of a kernel's inputs."""
     groups = self.units if self.units.lookahead > 1 else None
     pairs = jax.tree.map(
       lambda w, gram, density: prune_by_obs(w, gram, density, groups, self.damp, self.block),

@@ -1,4 +1,4 @@
-"""Random connections, drawn once."""
+"""Static sparse training: random masks that never change."""
 
 import dataclasses
 from typing import ClassVar
@@ -11,19 +11,19 @@ from sparse_lm.weights.traits import Traits
 
 @dataclasses.dataclass(frozen=True)
 class Static(PatternMethod):
-  """Draws random masks at step 0 and trains what they leave; or trains what a sparse run's masks left.
+  """Draws random masks at step 0 and trains the weights that they keep.
 
-  With `config.init_from` naming a pruned or sparsely trained run, its masks are kept.
+  If `config.init_from` names a pruned or sparsely trained run, the masks of that run are used.
 
   Attributes:
-    rescale: 'none' | 'layer' | 'unit', see `weights/random_start.py`.
+    rescale: 'none', 'layer' or 'unit', how initial weights are rescaled; see `weights/random_start.py`.
   """
 
   rescale: str = 'unit'
   traits: ClassVar[Traits] = Traits(
     paper='the static baseline of RigL (Evci et al. 2020), initialised for its smaller fan-in (Gradient '
     'Flow in Sparse Neural Networks, Evci et al. 2022)',
-    saves='weights, gradients and moments of dropped connections, from the first step',
+    saves='weights, gradients and moments of dropped weights, from the first step',
     takes_masks=True,
   )
 
@@ -32,5 +32,5 @@ class Static(PatternMethod):
     check(self.rescale)
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
-    """Draws random masks of the target densities."""
+    """Draws random masks at the target densities."""
     return random_start(key, params, target, self.units, self.rescale)

@@ -1,4 +1,4 @@
-"""Wanda: prune by weights and activations."""
+"""Wanda: one-shot pruning by weights and activations."""
 
 import dataclasses
 from typing import ClassVar
@@ -13,22 +13,22 @@ from sparse_lm.weights.traits import Traits
 
 @dataclasses.dataclass(frozen=True)
 class Wanda(ScoredMethod):
-  """Keeps the largest `|weight| * norm(input)` of a trained model, without changing what it keeps.
+  """Keeps the weights of a trained model with the largest `|weight| * norm(input)`, unchanged.
 
-  The paper compares the inputs of each output, which is the default pattern. The signal comes from
-  calibration text, so this method prunes trained models and does not train.
+  The paper compares the weights of each output with each other, which is the default pattern. The signal
+  comes from calibration text, so the method only prunes trained models.
   """
 
   pattern: str = 'per_output'
   traits: ClassVar[Traits] = Traits(
     paper='Sun et al. 2023 (A Simple and Effective Pruning Approach for Large Language Models), '
     'equation 1',
-    saves='what it drops, after training; no gradient is needed to prune',
+    saves='dropped weights, after training; pruning needs no gradient',
     needs=('x_sq',),
   )
 
   def scores(self, trainable: Tree, signals: dict[str, Tree]) -> Tree:
-    """Magnitudes times the root of `x_sq`, the mean squared inputs `[in]` of each kernel `[in, out]`."""
+    """Magnitude times the root of `x_sq`, the mean squared inputs `[in]` of a kernel `[in, out]`."""
     return jax.tree.map(
       lambda w, square: jnp.abs(w) * jnp.sqrt(square)[:, None], trainable['params'], signals['x_sq']
     )

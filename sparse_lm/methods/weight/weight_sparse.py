@@ -1,4 +1,4 @@
-"""Weight-sparse transformers: the largest magnitudes alone survive each step."""
+"""Weight-sparse transformers: all but the largest weights are zeroed after every step."""
 
 import dataclasses
 from typing import ClassVar
@@ -25,61 +25,61 @@ from sparse_lm.weights.traits import Traits
 
 @dataclasses.dataclass(frozen=True)
 class WeightSparse(PatternMethod):
-  """Zeroes all but the largest magnitudes of each matrix after every optimizer step.
+  """Sets all but the largest weights of each matrix to zero after every optimizer step.
 
-  The mask is chosen anew from the updated weights: gradients and moments are dense and no moment starts
-  again, so that a weight that was zeroed comes back once a step makes it large enough. Each matrix's
-  density falls linearly from 1 to its target, and the learning rate is scaled by sqrt(final / present
-  density) of the sparsest matrices. With the pattern 'floor:4', as in the paper, no neuron and no channel
-  of a head keeps fewer than four weights.
+  Each step chooses a new mask from the updated weights. Gradients and moments are dense, and moments are
+  never reset, so a weight that was zeroed comes back if a step makes it large enough. The density of each
+  matrix falls linearly from 1 to its target. The learning rate is multiplied by sqrt(final / current
+  density) of the sparsest matrices. With the pattern 'floor:4', as in the paper, each neuron and each
+  channel of a head keeps at least four weights.
 
-  Differs from the paper: counts are rounded to the nearest, where the paper rounds down. Queries, keys
-  and values are three matrices, where the paper ranks one of all three.
+  Differs from the paper: counts are rounded to the nearest integer; the paper rounds down. Queries, keys
+  and values are three matrices; the paper ranks them together as one.
 
   Attributes:
-    start, end: fractions of the run between which the density falls.
+    start, end: start and end of the ramp, as fractions of the run.
   """
 
   start: float = ranged(0.01, '[0, 1]')
   end: float = ranged(0.5, '[0, 1]')
   traits: ClassVar[Traits] = Traits(
     paper='Weight-sparse transformers have interpretable circuits (Gao et al. 2025)',
-    saves='the forward pass of dropped connections, as far as the ramp has come; gradients and moments '
-    'stay dense',
+    saves='the forward pass of dropped weights, as far as the ramp has come; gradients and moments stay '
+    'dense',
   )
 
   def check(self) -> None:
-    """Raises UserError for a ramp that ends before it starts, or units that could not come back."""
+    """Raises UserError if the ramp ends before it starts, or if the pattern's units cannot come back."""
     require(self.start <= self.end, 'config.weight.end', self.end, f'{self.start} or more')
     self.check_growth()
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
-    """Starts from masks that keep every weight."""
+    """Starts with masks that keep every weight."""
     return {'params': params, 'learned': {}}, Sparse(full_masks(params, target), target)
 
   def effective(
     self, trainable: Tree, sparse: Sparse, mode: str, step: Array, key: Array | None
   ) -> tuple[Tree, Tree]:
-    """The weights as they are: zeros among them get their gradient."""
+    """Returns the weights as they are, so zeroed weights get a gradient too."""
     return trainable['params'], densities(sparse.masks)
 
   def constrain(self, trainable: Tree, sparse: Sparse) -> Tree:
-    """Leaves to `update` which of the updated weights survive."""
+    """Changes nothing: `update` zeroes weights after every step."""
     return trainable
 
   def rate_factor(self, target: Tree, step: Array) -> Array:
-    """sqrt(final / present density) of the sparsest matrices."""
+    """sqrt(final / current density) of the sparsest matrices."""
     final = jnp.min(jnp.stack(jax.tree.leaves(target)))
     return jnp.sqrt(final / schedule.linear_density(step, *self._span, final))
 
   def due(self, step: int) -> bool:
-    """An update follows every step."""
+    """True for every step."""
     return True
 
   def update(
     self, trainable: Tree, sparse: Sparse, signals: dict[str, Tree], step: Array, key: Array
   ) -> MaskUpdate:
-    """Keeps the largest magnitudes, as many as the ramp allows at `step`."""
+    """Keeps the weights of largest magnitude, at the density of the ramp at `step`."""
     magnitudes = jax.tree.map(jnp.abs, restrict_to(trainable['params'], sparse.target))
     density = jax.tree.map(
       lambda final: schedule.linear_density(step, *self._span, final), sparse.target
@@ -90,11 +90,11 @@ class WeightSparse(PatternMethod):
     return MaskUpdate(trainable | {'params': params}, sparse.replace(masks=masks), nothing)
 
   def density(self, target: float, step: int) -> float:
-    """The density that the step before `step` left."""
+    """The density after the step before `step`."""
     return float(schedule.linear_density(step - 1, *self._span, target)) if step else 1.0
 
   def backward_density(self, target: float, step: int) -> float | None:
-    """All of the gradient: zeroed weights learn from it."""
+    """1, because zeroed weights get a gradient."""
     return 1.0
 
   @property
