@@ -1,7 +1,7 @@
-"""Patterns: which sets of weights may be kept. One file each, found by name.
+"""Patterns: which weights are kept or dropped together. Each pattern is one file.
 
-A file defines one subclass of `core.units.Pattern`, and its `parse` says which spellings of
-`config.weight.pattern` are its own.
+A file defines one subclass of `core.units.Pattern`. Its `parse` recognises its spellings in
+`config.weight.pattern`.
 """
 
 import functools
@@ -13,19 +13,19 @@ from sparse_lm.core.units import Pattern
 
 
 def spellings() -> list[str]:
-  """One way to write each pattern, such as 'row' or '2:4'."""
+  """Returns one spelling of each pattern, such as 'row' or '2:4'."""
   return [cls.spelling for cls in _classes()]
 
 
 @functools.cache
 def pattern(name: str, declared: tuple[Group, ...] = ()) -> Pattern:
-  """The pattern that `name` spells.
+  """Returns the pattern that `name` spells.
 
   Args:
-    name: such as 'unstructured', '2:4' or 'block:16'.
-    declared: the units that span matrices, as the model declares them.
+    name: a spelling such as 'unstructured', '2:4' or 'block:16'.
+    declared: the units that span several matrices, as the model declares them.
 
-  Raises UserError for an unknown name, or one that is malformed or that the model has no units for.
+  Raises UserError for unknown or malformed names, and if the model has no such units.
   """
   for cls in _classes():
     if (found := cls.parse(name, declared)) is not None:

@@ -1,4 +1,4 @@
-"""All weights of an output."""
+"""Columns: all weights of an output."""
 
 import dataclasses
 from typing import ClassVar
@@ -8,7 +8,7 @@ from sparse_lm.core.tiles import Tiles
 
 @dataclasses.dataclass(frozen=True)
 class Column(Tiles):
-  """All the weights of one output are kept or dropped together."""
+  """All weights of an output are kept or dropped together."""
 
   rows: int = 0
   columns: int = 1

@@ -1,4 +1,4 @@
-"""Single weights, of which every neuron and every channel of a head keeps a few."""
+"""Single weights, with a minimum for each neuron and each channel of a head."""
 
 import dataclasses
 import functools
@@ -17,16 +17,16 @@ from sparse_lm.kernels.topk import topk_mask, topk_rows
 
 @dataclasses.dataclass(frozen=True)
 class Floor(Pattern):
-  """The largest scores of a matrix, after the `least` largest of each of its channels; 'floor:N'.
+  """Keeps the `least` largest scores of each channel, then the largest scores of the matrix; 'floor:N'.
 
-  The channels of a matrix are those of the units that the model declares: the outputs of what enters
-  hidden units or heads, the inputs of what leaves them. Other matrices have no floor. Among all masks of
-  as many weights that hold the floor, this is one of the largest total score. The floor is of the mask: a
-  soft threshold may still shrink a kept weight to zero.
+  A channel is one hidden unit, or one channel of a head: its weights are a column of a matrix that
+  produces it and a row of a matrix that reads it. Matrices without channels have no floor. Of all masks
+  with the same number of weights and this floor, the mask has the largest total score. The floor counts
+  weights of the mask; a soft threshold may still shrink a kept weight to zero.
 
   Attributes:
-    least: weights that each channel keeps.
-    axes: the path of each matrix with channels, and the axis that they follow each other on (-1 or -2).
+    least: minimum number of weights that each channel keeps.
+    axes: the path of each matrix with channels, and the axis of its channels (-1 or -2).
   """
 
   least: int
@@ -35,18 +35,18 @@ class Floor(Pattern):
 
   @classmethod
   def parse(cls, name: str, declared: tuple[Group, ...]) -> 'Floor | None':
-    """'floor:N' for any N from 1 on."""
+    """Recognises 'floor:N' with N at least 1."""
     match = re.fullmatch(r'floor:([1-9]\d{0,8})', name)
     members = (member for group in declared for member in group.members)
     axes = {member.path: member.axis for member in members if member.axis is not None}
     return match and cls(int(match[1]), tuple(axes.items()))
 
   def covers(self, path: str, shape: tuple[int, ...]) -> bool:
-    """Only parameters of two axes or more."""
+    """True for parameters of two axes or more."""
     return is_matrix(shape)
 
   def top_of(self, name: str) -> Callable[[Array, Array], Array] | None:
-    """Selects in the matrix at the path `name`, where it has channels."""
+    """Returns the function that selects in the matrix at `name`; `None` if it has no channels."""
     axis = dict(self.axes).get(name)
     return None if axis is None else functools.partial(self._top, axis)
 
@@ -56,7 +56,7 @@ class Floor(Pattern):
     return topk_mask(jnp.where(floor.T if axis == -1 else floor, jnp.inf, units), count)
 
   def round_to_units(self, shapes: Shapes, density: Mapping[str, float]) -> dict[str, float]:
-    """Whole counts of weights. Raises UserError for a count that the floors of all channels exceed."""
+    """Rounds to whole weights. Raises UserError if a matrix keeps fewer weights than its floors need."""
     found = super().round_to_units(shapes, density)
     for path, axis in self.axes:
       if path not in found:

@@ -1,4 +1,4 @@
-"""Single weights, ranked over all matrices together."""
+"""Single weights, ranked over all matrices."""
 
 import dataclasses
 import math
@@ -18,13 +18,15 @@ from sparse_lm.kernels.topk import topk_masks
 
 @dataclasses.dataclass(frozen=True)
 class Global(Pattern):
-  """One ranking over all matrices: 'global', 'global:raw', and either with a floor: 'global:raw:0.01'.
+  """Ranks all matrices together: 'global', 'global:raw', or with a floor 'global:raw:0.01'.
 
   Attributes:
-    raw: whether scores are compared as they are. Otherwise they count over the norm of their matrix's, or
-      matrices of large weights would keep everything.
-    floor: fraction of its own weights that every matrix keeps, and one weight at least, whatever the
-      ranking says; 0 = a matrix may lose all of its weights.
+    raw: whether scores are compared as they are. Otherwise each score is divided by the norm of all
+    scores
+      of its matrix, because matrices of large weights would keep most of their weights.
+    floor: minimum fraction of its weights that each matrix keeps, and at least one weight; 0 = a matrix
+    may
+      lose all of its weights.
   """
 
   raw: bool = False
@@ -33,7 +35,7 @@ class Global(Pattern):
 
   @classmethod
   def parse(cls, name: str, declared: tuple[Group, ...]) -> 'Global | None':
-    """The spellings above. Raises UserError for another one that begins with 'global'."""
+    """Recognises these spellings. Raises UserError for others that begin with 'global'."""
     kind = name.partition(':')[0]
     if kind != cls.spelling:
       return None
@@ -48,16 +50,16 @@ class Global(Pattern):
 
   @property
   def spans_layers(self) -> bool:
-    """The weights of all layers are ranked together."""
+    """True: the weights of all layers are ranked together."""
     return True
 
   @property
   def unconstrained(self) -> bool:
-    """Any weights of a matrix may be kept."""
+    """True: any set of a matrix's weights may be kept."""
     return True
 
   def pool(self, leaves: Tree) -> Units:
-    """All scores in one array."""
+    """Concatenates all scores into one array."""
     scaled = [
       leaf.ravel() / (1.0 if self.raw else jnp.maximum(jnp.linalg.norm(leaf.ravel()), 1e-30))
       for leaf in tree.named(leaves).values()
@@ -65,7 +67,7 @@ class Global(Pattern):
     return {'all': jnp.concatenate(scaled)}
 
   def expand(self, units: Units, like: Tree) -> Tree:
-    """The part of the array that is each leaf's."""
+    """Splits the array into the parts of the leaves."""
     parts, start = {}, 0
     for path, leaf in tree.named(like).items():
       parts[path] = units['all'][start : start + leaf.size].reshape(leaf.shape)
@@ -73,22 +75,23 @@ class Global(Pattern):
     return tree.map_named(lambda path, leaf: parts[path], like)
 
   def densities(self, target: Tree, like: Tree) -> dict[str, Array]:
-    """The mean over all weights."""
+    """Returns the mean density over all weights."""
     return {'all': mean_density(tree.named(target), tree.named(like))}
 
   def select(self, units: Units, densities: Mapping[str, Array], like: Tree) -> Units:
-    """The largest scores of all, behind those that the floor keeps of each matrix."""
+    """Selects the weights that the floors keep, then the largest scores of all matrices."""
     if self.floor:
       first = list(tree.named(self.expand(units, like)).values())
       least = [_at_least(math.prod(leaf.shape[-2:]), self.floor) for leaf in first]
       best = [mask.ravel() for mask in topk_masks(first, least)]
-      # What is dropped already is at minus infinity, and no floor brings it back.
+      # Weights that were dropped earlier have a score of minus infinity, and the floor does not regrow
+      # them.
       chosen = jnp.concatenate(best) & ~jnp.isneginf(units['all'])
       units = {'all': jnp.where(chosen, jnp.inf, units['all'])}
     return super().select(units, densities, like)
 
   def round_to_units(self, shapes: Shapes, density: Mapping[str, float]) -> dict[str, float]:
-    """As of single weights. Raises UserError for a floor that needs more than the density leaves."""
+    """Rounds to whole weights. Raises UserError if the floors need more weights than are kept."""
     found = super().round_to_units(shapes, density)
     sizes = {path: math.prod(shape) for path, shape in shapes.items()}
     left = round(sum(found[path] * size for path, size in sizes.items()))
@@ -106,5 +109,5 @@ class Global(Pattern):
 
 
 def _at_least(size: int, floor: float) -> int:
-  """How many of the weights of a matrix a floor keeps."""
+  """Returns the minimum number of weights that a matrix of this size keeps."""
   return max(1, round(size * floor))

@@ -1,4 +1,4 @@
-"""Attention heads as units."""
+"""Attention heads."""
 
 import dataclasses
 from typing import ClassVar
@@ -8,6 +8,6 @@ from sparse_lm.core.spanning import SpanningUnits
 
 @dataclasses.dataclass(frozen=True)
 class Head(SpanningUnits):
-  """Attention heads: columns of query, key and value and rows of the output projection."""
+  """A head is kept or dropped whole: its columns of query, key and value, and its rows of the output."""
 
   spelling: ClassVar[str] = 'head'

@@ -1,4 +1,4 @@
-"""Whole layers as units."""
+"""Whole layers."""
 
 import dataclasses
 from typing import ClassVar
@@ -8,11 +8,11 @@ from sparse_lm.core.spanning import SpanningUnits
 
 @dataclasses.dataclass(frozen=True)
 class Layer(SpanningUnits):
-  """Whole layers: every weight of their attention and of their MLP."""
+  """A layer is kept or dropped whole: all weights of its attention and its MLP."""
 
   spelling: ClassVar[str] = 'layer'
 
   @property
   def spans_layers(self) -> bool:
-    """The layers are ranked against each other."""
+    """True: layers are ranked against each other."""
     return True

@@ -1,4 +1,4 @@
-"""N of each M consecutive inputs, the groups that sparse tensor cores take."""
+"""N:M sparsity: N of each M consecutive inputs, as sparse tensor cores need it."""
 
 import dataclasses
 import re
@@ -14,7 +14,7 @@ from sparse_lm.core.units import Array, Pattern, Shapes, is_matrix, largest_drop
 
 @dataclasses.dataclass(frozen=True)
 class NOfM(Pattern):
-  """`n` of each `m` consecutive inputs; while a ramp is denser than that, more of them."""
+  """Keeps `n` of each `m` consecutive inputs, or more of them while a ramp is denser than n / m."""
 
   n: int
   m: int
@@ -22,7 +22,7 @@ class NOfM(Pattern):
 
   @classmethod
   def parse(cls, name: str, declared: tuple[Group, ...]) -> 'NOfM | None':
-    """'N:M'. Raises UserError for N above M."""
+    """Recognises 'N:M'. Raises UserError if N is greater than M."""
     match = re.fullmatch(r'(\d{1,9}):(\d{1,9})', name)
     if match is None:
       return None
@@ -33,18 +33,18 @@ class NOfM(Pattern):
 
   @property
   def lookahead(self) -> int:
-    """A group of M inputs is decided at once."""
+    """M: the masks of a group are chosen together."""
     return self.m
 
   def covers(self, path: str, shape: tuple[int, ...]) -> bool:
-    """Only parameters of two axes or more have such units."""
+    """True for parameters of two axes or more."""
     return is_matrix(shape)
 
   def top(self, units: Array, count: Array) -> Array:
-    """The same number of each group, by rank within it."""
+    """Selects the largest scores of each group, the same number in all groups."""
     each = jnp.clip(jnp.round(count * (self.m / units.size)), 1, self.m)
     group = units.reshape(-1, self.m, units.shape[-1])
-    # An entry's rank: how many of its group are larger, or equal and earlier.
+    # The rank of an entry is the number of entries in its group that are larger, or equal and earlier.
     mine, other = group[:, :, None], group[:, None, :]
     index = jnp.arange(self.m)
     earlier = (index[None, :] < index[:, None])[None, :, :, None]
@@ -52,7 +52,7 @@ class NOfM(Pattern):
     return (rank < each).reshape(units.shape)
 
   def threshold(self, units: Array, keeps: Array) -> Array:
-    """The largest dropped score of each group."""
+    """Returns the largest dropped score of each group."""
     groups = (-1, self.m, units.shape[-1])
     largest = largest_dropped(units.reshape(groups), keeps.reshape(groups), axis=1)
     return jnp.repeat(largest, self.m, axis=1).reshape(units.shape)
@@ -67,7 +67,7 @@ class NOfM(Pattern):
         )
 
   def round_to_units(self, shapes: Shapes, density: Mapping[str, float]) -> dict[str, float]:
-    """n/m, or 1 of what stays dense. Raises UserError for any other density."""
+    """Accepts the densities n/m and 1. Raises UserError for any other."""
     for path, asked in density.items():
       if asked < 1 and abs(asked - self.n / self.m) > 1e-6:
         raise UserError(

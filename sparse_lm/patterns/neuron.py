@@ -1,4 +1,4 @@
-"""Hidden units as units."""
+"""Hidden units of MLPs (neurons)."""
 
 import dataclasses
 from typing import ClassVar
@@ -8,6 +8,6 @@ from sparse_lm.core.spanning import SpanningUnits
 
 @dataclasses.dataclass(frozen=True)
 class Neuron(SpanningUnits):
-  """Hidden units: a column of what enters an MLP and a row of what leaves it."""
+  """A hidden unit is kept or dropped whole: its column in each input matrix, its row in the output matrix."""
 
   spelling: ClassVar[str] = 'neuron'

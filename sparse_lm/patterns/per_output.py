@@ -1,4 +1,4 @@
-"""As many inputs of every output."""
+"""A constant fan-in: the same number of weights for each output."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,22 +18,22 @@ from sparse_lm.kernels.topk import topk_rows
 
 @dataclasses.dataclass(frozen=True)
 class PerOutput(Pattern):
-  """As many inputs of every output: a constant fan-in."""
+  """Keeps the same number of weights for each output (a constant fan-in)."""
 
   spelling: ClassVar[str] = 'per_output'
 
   def covers(self, path: str, shape: tuple[int, ...]) -> bool:
-    """Only parameters of two axes or more have such units."""
+    """True for parameters of two axes or more."""
     return is_matrix(shape)
 
   def top(self, units: Array, count: Array) -> Array:
-    """The same number of each column."""
+    """Selects the largest scores of each output, the same number for all outputs."""
     return topk_rows(units.T, kept_count(units.shape[0], count / units.size)).T
 
   def threshold(self, units: Array, keeps: Array) -> Array:
-    """The largest dropped score of each column."""
+    """Returns the largest dropped score of each output."""
     return largest_dropped(units, keeps, axis=0)
 
   def round_to_units(self, shapes: Shapes, density: Mapping[str, float]) -> dict[str, float]:
-    """Whole counts of each output's inputs."""
+    """Rounds to a whole number of weights for each output."""
     return {path: rounded_to_units(shapes[path][-2], d, path) for path, d in density.items()}

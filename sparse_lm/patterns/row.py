@@ -1,4 +1,4 @@
-"""All weights of an input."""
+"""Rows: all weights of an input."""
 
 import dataclasses
 from typing import ClassVar
@@ -8,7 +8,7 @@ from sparse_lm.core.tiles import Tiles
 
 @dataclasses.dataclass(frozen=True)
 class Row(Tiles):
-  """All the weights that read one input are kept or dropped together."""
+  """All weights of an input are kept or dropped together."""
 
   rows: int = 1
   columns: int = 0

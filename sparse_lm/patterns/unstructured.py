@@ -1,4 +1,4 @@
-"""Single weights, ranked within their matrix."""
+"""Unstructured sparsity: single weights, ranked within their matrix."""
 
 import dataclasses
 from typing import ClassVar
@@ -8,16 +8,16 @@ from sparse_lm.core.units import Pattern
 
 @dataclasses.dataclass(frozen=True)
 class Unstructured(Pattern):
-  """Any weights of a matrix may be kept."""
+  """Keeps any set of single weights of a matrix."""
 
   spelling: ClassVar[str] = 'unstructured'
 
   @property
   def lookahead(self) -> int:
-    """Weights are ranked one by one."""
+    """1: weights are ranked one by one."""
     return 1
 
   @property
   def unconstrained(self) -> bool:
-    """Any weights of a matrix may be kept."""
+    """True: any set of a matrix's weights may be kept."""
     return True

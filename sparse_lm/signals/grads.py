@@ -1,11 +1,11 @@
-"""The dense gradient."""
+"""The gradient of the loss, for dropped weights too."""
 
 from sparse_lm.core.signal import Array, TrainingSignal
 
 
 class Grads(TrainingSignal):
-  """The gradient of the loss, of dropped weights too, in the step of the update alone."""
+  """The gradient of the loss in the step of the update, for dropped weights too."""
 
   def of_gradient(self, weights: Array, gradient: Array) -> Array:
-    """The gradient as it is."""
+    """Returns the gradient."""
     return gradient

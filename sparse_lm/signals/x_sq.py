@@ -6,8 +6,8 @@ from sparse_lm.core.signal import Array, CalibrationSignal
 
 
 class XSq(CalibrationSignal):
-  """The mean square of each input of a kernel, float32 `[in]`."""
+  """The mean of the squared inputs of a kernel over tokens, float32 `[in]`."""
 
   def of_inputs(self, x_NxI: Array) -> Array:
-    """Squares summed over the tokens."""
+    """Returns the squared inputs, summed over the tokens."""
     return jnp.sum(jnp.square(x_NxI), axis=0)

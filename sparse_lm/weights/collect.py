@@ -1,4 +1,4 @@
-"""Training signals: of the step of an update alone, or over the steps before it."""
+"""Training signals of one step, or averaged over several steps."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -15,11 +15,11 @@ from sparse_lm.weights.method import Array, WeightMethod
 
 
 class Gradients(NamedTuple):
-  """What a step's signals are read from.
+  """What the signals of a step are computed from.
 
   Attributes:
-    params: as the model saw them.
-    gradients: of the loss at `params`, like them.
+    params: the parameters that the model used.
+    gradients: gradients of the loss at `params`, of the same structure.
   """
 
   params: Tree
@@ -27,11 +27,13 @@ class Gradients(NamedTuple):
 
 
 class Collected(struct.PyTreeNode):
-  """Signals that span several steps, of the steps since the last update.
+  """Sums of signals over the steps since the last update, for signals that are means over several steps.
 
   Attributes:
-    sums: by signal, float32 trees like the parameters, `None` where a leaf is not prunable.
-    batches: how many steps were added, int32.
+    sums: sums by the name of the signal: float32 trees like the parameters, `None` for leaves that are
+    not
+      prunable.
+    batches: number of steps in the sums, int32.
   """
 
   sums: dict[str, Tree]
@@ -39,13 +41,13 @@ class Collected(struct.PyTreeNode):
 
 
 def spanning_steps(method: WeightMethod) -> list[str]:
-  """The signals of a method that are means over several steps."""
+  """The names of the method's signals that are means over several steps."""
   needs = from_training(method.traits.needs)
   return [name for name, signal in needs.items() if signal.batches > 1]
 
 
 def start(names: Iterable[str], params: Tree, target: Tree) -> Collected:
-  """Nothing collected yet of these signals, for the leaves with a target."""
+  """Returns empty sums of these signals, for the leaves with a target density."""
   zeros = jax.tree.map(
     lambda w: jnp.zeros(w.shape, jnp.float32), tree.only(tree.named(target), params)
   )
@@ -53,7 +55,7 @@ def start(names: Iterable[str], params: Tree, target: Tree) -> Collected:
 
 
 def add(collected: Collected, step: Gradients) -> Collected:
-  """`collected` with the signals of one more step."""
+  """Adds the signals of one step."""
   signals = from_training(tuple(collected.sums))
   sums = {
     name: jax.tree.map(jnp.add, total, _of_step(signals[name], step, total))
@@ -63,24 +65,24 @@ def add(collected: Collected, step: Gradients) -> Collected:
 
 
 def means(collected: Collected) -> dict[str, Tree]:
-  """The mean of each signal over the steps that were added."""
+  """Returns the mean of each signal over the added steps."""
   return jax.tree.map(lambda total: total / collected.batches, collected.sums)
 
 
 def forget(collected: Collected) -> Collected:
-  """Nothing collected again, after an update."""
+  """Returns empty sums, for the steps after an update."""
   return jax.tree.map(jnp.zeros_like, collected)
 
 
 def read(
   method: WeightMethod, collected: Collected | None, step: Gradients, target: Tree
 ) -> dict[str, Tree]:
-  """The training signals that an update needs, by name: trees like the parameters.
+  """Returns the training signals that an update needs, by name: trees like the parameters.
 
   Args:
-    collected: with this step added; `None` where no signal spans several steps.
-    step: the step of the update.
-    target: tells which leaves are prunable; signals have `None` for the others.
+    collected: sums that include this step; `None` if no signal is a mean over several steps.
+    step: the parameters and gradients of the update's step.
+    target: target densities; signals are `None` for leaves without one.
   """
   found = {} if collected is None else means(collected)
   for name, signal in from_training(method.traits.needs).items():
@@ -90,7 +92,7 @@ def read(
 
 
 def _of_step(signal: TrainingSignal, step: Gradients, like: Tree) -> Tree:
-  """The signal of one step, for the leaves that `like` has."""
+  """Computes the signal of one step, for the leaves that are not `None` in `like`."""
   present = tree.named(like)
   return jax.tree.map(
     signal.of_gradient, tree.only(present, step.params), tree.only(present, step.gradients)

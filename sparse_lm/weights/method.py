@@ -1,9 +1,9 @@
-"""What every weight method shares: the state and the protocol.
+"""The protocol of weight methods, and their state.
 
-A weight method decides which connections exist. It is a frozen dataclass in a file of its own under
-`methods/weight/`; a field with a default is a config key, `total_steps` and the model's `groups` are
-what the trainer supplies. A method that scores weights and keeps the best derives from
-`weights/score.py` and writes nothing but the score.
+A weight method decides which weights exist. It is a frozen dataclass in its own file in
+`methods/weight/`. A field with a default is a config key. The trainer supplies `total_steps` and the
+model's `groups`. A method that keeps the weights of largest score derives from `ScoredMethod` in
+`weights/score.py` and defines only the score.
 """
 
 import dataclasses
@@ -29,13 +29,14 @@ Array = jax.Array
 
 
 class Sparse(struct.PyTreeNode):
-  """Which connections exist.
+  """The state of a weight method.
 
   Attributes:
-    masks: like the parameters, bool, `None` = dense. Methods that keep dropped weights alive store no
-      masks.
-    target: like the parameters, the final density as float32 scalars, `None` = never pruned.
-    extra: whatever else a method keeps from step to step.
+    masks: bool trees like the parameters, `None` = dense. A method whose dropped weights go on learning
+    may
+      store no masks.
+    target: the final density of each parameter, a float32 scalar; `None` = never pruned.
+    extra: other state of the method.
   """
 
   masks: Tree
@@ -44,13 +45,13 @@ class Sparse(struct.PyTreeNode):
 
 
 class MaskUpdate(struct.PyTreeNode):
-  """What an update of the connections did.
+  """The result of a mask update.
 
   Attributes:
-    trainable: the trainable tree after it.
-    sparse: the sparse state after it.
-    toggled: bool like the parameters, `None` = dense: weights that were dropped or set to zero. Their
-      moments and averages start again.
+    trainable: the trainable tree after the update.
+    sparse: the state of the weight method after the update.
+    toggled: bool like the parameters, `None` = dense. True for weights that the update dropped or set to
+      zero; their moments and averages are reset to zero.
   """
 
   trainable: Tree
@@ -59,19 +60,19 @@ class MaskUpdate(struct.PyTreeNode):
 
 
 def restrict_to(leaves: Tree, like: Tree) -> Tree:
-  """The leaves where `like` has one, `None` elsewhere."""
+  """Returns the leaves that are not `None` in `like`, and `None` for the others."""
   return tree.where_sparse(lambda leaf, _: leaf, leaves, like, dense=lambda _: None)
 
 
 def apply_masks(params: Tree, masks: Tree) -> Tree:
-  """Parameters with exact zeros outside the masks."""
+  """Sets the parameters outside the masks to zero."""
   return tree.where_sparse(
     lambda w, m: jnp.where(m, w, jnp.zeros_like(w)), params, masks, dense=lambda w: w
   )
 
 
 def full_masks(params: Tree, target: Tree) -> Tree:
-  """Masks that keep every weight of the leaves with a target, `None` elsewhere."""
+  """Returns masks that keep every weight, for the leaves with a target density; `None` for the others."""
   return tree.where_sparse(
     lambda w, _: jnp.ones(w.shape, bool), params, target, dense=lambda _: None
   )
@@ -80,10 +81,10 @@ def full_masks(params: Tree, target: Tree) -> Tree:
 def exchange_masks(
   trainable: Tree, sparse: Sparse, masks: Tree, survived: Tree | None = None
 ) -> MaskUpdate:
-  """The change from `sparse.masks` to `masks`.
+  """Returns the update that replaces `sparse.masks` by `masks`.
 
-  Connections of both masks keep their values, or those in `survived` alone, where that is given. All
-  other weights become zero.
+  Weights in both masks keep their values; all other weights become zero. If `survived` (bool) is given,
+  only the weights in it keep their values.
   """
   params = trainable['params']
   if survived is None:
@@ -102,14 +103,15 @@ def exchange_masks(
 
 @dataclasses.dataclass(frozen=True)
 class WeightMethod:
-  """The protocol, with the behaviour of a fixed mask.
+  """The protocol of weight methods; its defaults are those of a mask that never changes.
 
-  `trainable` is `{'params': model parameters, 'learned': the method's own}`. What says "on the host" is
-  called with Python numbers between steps; everything else is a pure function that runs inside jit.
+  `trainable` is `{'params': the model's parameters, 'learned': the method's own parameters}`. Methods
+  marked "on the host" are called with Python numbers between steps. All others are pure functions inside
+  `jit`.
 
   Attributes:
     total_steps: optimizer steps of the whole run.
-    groups: units that span matrices, as the model declares them.
+    groups: units that span several matrices, as the model declares them.
     traits: what the method declares about itself.
   """
 
@@ -119,81 +121,82 @@ class WeightMethod:
 
   @property
   def units(self) -> Pattern:
-    """What is kept or dropped as a whole: single weights, unless a config field says otherwise."""
+    """The pattern, whose units are kept or dropped together; single weights by default."""
     return Pattern()
 
   @property
   def notes(self) -> tuple[str, ...]:
-    """Sentences that a run says before it starts."""
+    """Sentences that a run prints before it starts."""
     return ()
 
   @property
   def one_shot(self) -> bool:
-    """Whether the method prunes trained models too (`python -m sparse_lm.prune`)."""
+    """True if the method also prunes trained models (`python -m sparse_lm.prune`)."""
     return False
 
   @property
   def parts(self) -> dict[str, 'WeightMethod']:
-    """The methods that decide about the model's weights, by the name of their rule; '' if only one."""
+    """The model's weight methods by the name of their rule; a single method has the name ''."""
     return {'': self}
 
   def with_parts(self, parts: Mapping[str, 'WeightMethod']) -> 'WeightMethod':
-    """The same method with `parts` in place of its own."""
+    """Returns the same method with other parts."""
     return parts['']
 
   def owner(self, path: str) -> str | None:
-    """The part that decides about the parameter at `path`; `None` where no part does."""
+    """Returns the name of the part that decides about the parameter at `path`, or `None`."""
     return ''
 
   def resting(self, updates: tuple[str, ...], trainable: Tree) -> Tree:
-    """Which leaves (bool) the optimizer leaves alone in a step that updates the masks of these parts."""
+    """Marks the leaves (bool) without an optimizer step when the masks of these parts are updated."""
     return jax.tree.map(lambda _: bool(updates) and self.traits.replaces_step, trainable)
 
   @property
   def learned_rates(self) -> dict[str, float]:
-    """Learning rates of what the method learns besides the weights, over that of the weights.
+    """Learning rates of the method's own parameters, divided by that of the weights.
 
-    They go by the beginning of a path below `trainable['learned']`: the first that fits holds, and
-    where none does the rate is that of the weights. What is learned is never decayed.
+    A key is the beginning of a path below `trainable['learned']`, and the first key that matches holds. A
+    parameter that no key matches has the rate of the weights. The method's parameters have no weight
+    decay.
     """
     return {}
 
   def check(self) -> None:
-    """Raises UserError where fields do not fit each other, before anything is compiled."""
+    """Raises UserError if fields do not fit each other; called before anything is compiled."""
 
   def check_one_shot(self) -> None:
-    """Raises UserError where fields do not fit the pruning of a trained model."""
+    """Raises UserError if fields do not fit the pruning of a trained model."""
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
-    """The trainable tree and the sparse state at step 0."""
+    """Returns the trainable tree and the method's state at step 0."""
     raise NotImplementedError(type(self).__name__)
 
   def effective(
     self, trainable: Tree, sparse: Sparse, mode: str, step: Array, key: Array | None
   ) -> tuple[Tree, Tree]:
-    """The parameters that the model sees, and the fraction of each prunable leaf that runs.
+    """Returns the parameters that the model uses, and the density of each prunable leaf.
 
-    Fractions are float32 scalars, `None` = dense; of learned masks they are differentiable.
+    Densities are float32 scalars, `None` = dense; those of learned masks are differentiable.
     """
     return apply_masks(trainable['params'], sparse.masks), densities(sparse.masks)
 
   def penalty(self, trainable: Tree, sparse: Sparse, density: Tree) -> Array:
-    """What is added to the loss, a float32 scalar; differentiated at `trainable`.
+    """Returns a float32 scalar that is added to the loss; it is differentiated at `trainable`.
 
     Args:
-      density: of `effective`, the fraction of each leaf that runs.
+      density: the densities that `effective` returned.
     """
     return jnp.float32(0)
 
   def frozen(self, sparse: Sparse) -> Tree:
-    """The weights that training leaves as they are: bool like the parameters, `None` = none of a leaf.
+    """Marks the weights that an optimizer step does not change: bool like the parameters, `None` = none.
 
-    An optimizer step changes neither these weights nor their moments and averages.
+    The step does not change their moments and averages either.
     """
     return jax.tree.map(lambda _: None, sparse.target)
 
   def rate_factor(self, target: Tree, step: Array) -> Array | None:
-    """What the learning rate of a step is multiplied with, float32; `None` = 1.
+    """Returns the factor of the learning rate at this step, float32; `None` = 1.
 
     Args:
       target: the final density of each leaf, `None` = dense.
@@ -201,34 +204,34 @@ class WeightMethod:
     return None
 
   def constrain(self, trainable: Tree, sparse: Sparse) -> Tree:
-    """Masks the weights again after an optimizer update: moments and decay would wake dead ones.
+    """Masks the weights after an optimizer step, because moments would change dropped weights.
 
     A method whose dropped weights go on learning, and whose `update` chooses among all weights in every
-    step, leaves them as they are here. Averages are masked in any case.
+    step, returns them unchanged. Averages are always masked.
     """
     return trainable | {'params': apply_masks(trainable['params'], sparse.masks)}
 
   @property
   def batches_at_start(self) -> int | None:
-    """Batches of training text before step 0, after which `update` runs once, with step 0.
+    """The number of batches that are read before step 0; then `update` runs once, with step 0.
 
-    Its signals are means over these batches at the weights of step 0, which they leave as they are. 0
-    means that it runs without signals, and `None` that no update runs before step 0.
+    The signals of this update are means over these batches, at the initial weights, which do not change
+    meanwhile. 0 means an update without signals, and `None` means no update before step 0.
     """
     return None
 
   def due(self, step: int) -> bool:
-    """Whether `update` runs in this step (on the host)."""
+    """True if `update` runs in this step (on the host)."""
     return False
 
   def update(
     self, trainable: Tree, sparse: Sparse, signals: dict[str, Tree], step: Array, key: Array
   ) -> MaskUpdate:
-    """Changes the connections.
+    """Updates the masks.
 
     Args:
-      signals: those of `traits.needs`, by name: trees like the parameters, `None` where a leaf is dense
-        or, in one-shot pruning, belongs to another layer than the one that is being pruned.
+      signals: the signals in `traits.needs` by name: trees like the parameters. A leaf is `None` if it is
+        dense. In one-shot pruning, leaves of all layers but the one that is being pruned are `None`.
     """
     raise NotImplementedError(type(self).__name__)
 
@@ -241,19 +244,18 @@ class WeightMethod:
     step: Array,
     key: Array,
   ) -> MaskUpdate:
-    """The `update` of each of these parts, with the signals that it needs, by part."""
+    """Calls `update` of each of these parts, with its signals."""
     (name,) = updates
     return self.update(trainable, sparse, signals[name], step, key)
 
   def density(self, target: float, step: int) -> float:
-    """Density that a leaf with this final density has at `step`, for the cost ledger (on the host)."""
+    """Returns the density at `step` of a leaf with this final density; costs use it (on the host)."""
     return target
 
   def backward_density(self, target: float, step: int) -> float | None:
-    """The fraction of a kernel that the weight gradient is computed for, for the ledger (on the host).
+    """Returns the fraction of a kernel's weight gradient that is computed; costs use it (on the host).
 
-    `None` means as much as the forward pass computes with. A step that collects a signal needs all of
-    the gradient.
+    `None` means the density of the forward pass. A step whose gradient a signal reads computes all of it.
 
     Args:
       target: the kernel's final density.
@@ -261,50 +263,50 @@ class WeightMethod:
     return 1.0 if self.collects(step) else None
 
   def collects(self, step: int) -> bool:
-    """Whether an update in this step, or in one after it, reads the step's gradient (on the host)."""
+    """True if a mask update, in this step or a later one, reads this step's gradient (on the host)."""
     found = from_training(self.traits.needs).values()
     window = max((one.batches for one in found), default=0)
     return any(self.due(step + later) for later in range(window))
 
   def finalize(self, trainable: Tree, sparse: Sparse, step: Array) -> tuple[Tree, Tree]:
-    """The parameters and masks that are packed, reported and fine-tuned."""
+    """Returns the parameters and masks that are evaluated, packed and fine-tuned."""
     return apply_masks(trainable['params'], sparse.masks), sparse.masks
 
 
 @dataclasses.dataclass(frozen=True)
 class PatternMethod(WeightMethod):
-  """A weight method whose units a config field names.
+  """A weight method with a config field for its pattern.
 
   Attributes:
-    pattern: which sets of weights may be kept, see `sparse_lm/patterns/`.
+    pattern: which weights are kept or dropped together; see `sparse_lm/patterns/`.
   """
 
   pattern: str = 'unstructured'
 
   @property
   def units(self) -> Pattern:
-    """The units of `pattern`. Raises UserError where the model has none such."""
+    """The pattern. Raises UserError if the model has no such units."""
     return pattern(self.pattern, self.groups)
 
   def check_growth(self) -> None:
-    """Raises UserError for units that could not grow from zero.
+    """Raises UserError for patterns whose units cannot grow from zero.
 
-    A unit of several matrices that multiply each other (a neuron, a head, a layer) would be zero in all
-    of them, where every gradient is zero too: it would never learn.
+    A dropped neuron, head or layer is zero in several matrices that multiply each other. All gradients of
+    such a unit are zero, so it would never learn.
     """
-    valid = 'a pattern whose units are each of one matrix: what spans several cannot grow from zero'
+    valid = 'a pattern whose units lie in one matrix; units that span several cannot grow from zero'
     require(not self.units.spans_matrices, 'config.weight.pattern', self.pattern, valid)
 
 
 def densities(masks: Tree) -> Tree:
-  """The fraction that each mask keeps, float32; exact below 2**24 weights."""
+  """Returns the density of each mask, float32; exact below 2**24 weights."""
   leaves, structure = jax.tree.flatten(masks)
   shares = (count.astype(jnp.float32) / mask.size for mask, count in zip(leaves, counts(leaves)))
   return jax.tree.unflatten(structure, shares)
 
 
 def mean_density(density: Tree, params: Tree) -> Array:
-  """The fraction over all leaves that have one, float32; 1 where none has."""
+  """Returns the mean density over all weights of leaves with a density, float32; 1 if there are none."""
   sizes = {path: leaf.size for path, leaf in tree.named(params).items()}
   fractions = tree.named(density)
   total = sum(sizes[path] for path in fractions)

@@ -1,7 +1,7 @@
-"""Pruning of trained matrices from what they read: the base of one-shot methods, and OBS updates.
+"""One-shot pruning by the inputs of each matrix: the base class of such methods, and OBS updates.
 
 `python -m sparse_lm.prune` calls `update` once for each layer, with signals for that layer's matrices
-alone, so that each is fed by the pruned ones before it.
+only. So each layer is pruned with the inputs that the pruned layers before it produce.
 """
 
 import dataclasses
@@ -26,25 +26,25 @@ from sparse_lm.weights.method import (
 
 @dataclasses.dataclass(frozen=True)
 class OneShot(PatternMethod):
-  """Keeps every weight until `update` prunes the leaves that it has signals for."""
+  """Base class: keeps every weight until `update` prunes the leaves that have signals."""
 
   @property
   def one_shot(self) -> bool:
-    """It prunes trained models."""
+    """True: the method prunes trained models."""
     return True
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
-    """Starts from masks that keep every weight."""
+    """Starts with masks that keep every weight."""
     return {'params': params, 'learned': {}}, Sparse(full_masks(params, target), target)
 
   def prune(self, params: Tree, signals: dict[str, Tree], target: Tree) -> tuple[Tree, Tree]:
-    """New weights and masks of the leaves in `params`; the three trees hold the same leaves."""
+    """Returns new weights and masks of the leaves in `params`; all three trees have the same leaves."""
     raise NotImplementedError(type(self).__name__)
 
   def update(
     self, trainable: Tree, sparse: Sparse, signals: dict[str, Tree], step: Array, key: Array
   ) -> MaskUpdate:
-    """Prunes the leaves that have signals; the others stay as they are."""
+    """Prunes the leaves that have signals; the others do not change."""
     params, present = trainable['params'], next(iter(signals.values()))
     weights, masks = self.prune(
       restrict_to(params, present), signals, restrict_to(sparse.target, present)
@@ -65,21 +65,22 @@ def prune_by_obs(
   damp: float = 0.01,
   block: int = 128,
 ) -> tuple[Array, Array]:
-  """SparseGPT on one matrix (Frantar and Alistarh 2023, algorithm 1; its `sparsegpt.py`).
+  """Prunes one matrix by SparseGPT (Frantar and Alistarh 2023, algorithm 1; their `sparsegpt.py`).
 
-  Inputs are visited in order. What pruning input j loses is made up for by the inputs after it, through
-  the rows of the upper Cholesky factor U of the inverse Gram matrix: `err = (w - q) / U_jj`,
-  `W[j:] -= U[j, j:] err`. The mask of a block of inputs is chosen at its start, by least `w^2 / U_jj^2`
-  over inputs and outputs together; that of an N:M group at the group's start.
+  Inputs are pruned in order. The error of pruning input j is corrected by the weights of the inputs after
+  it, through the rows of the upper Cholesky factor U of the inverse Gram matrix: `err = (w - q) / U_jj`,
+  `W[j:] -= U[j, j:] err`. The mask of a block of inputs is chosen when the block starts: the weights of
+  smallest `w^2 / U_jj^2`, over the block's inputs and all outputs, are dropped. The mask of an N:M group
+  is chosen when the group starts.
 
   Args:
-    weights: `[in, out]`; computed with in the dtype of `gram`.
-    gram: `[in, in]`, mean outer product of the inputs (any positive scale).
+    weights: `[in, out]`; the computation runs in the dtype of `gram`.
+    gram: `[in, in]`, the mean outer product of the inputs, up to a positive factor.
     density: scalar, the fraction of the weights that is kept; exact over the whole matrix.
-    groups: a pattern that decides about so many consecutive inputs at once, such as N:M; `None` =
+    groups: a pattern that chooses the masks of a group of consecutive inputs, such as N:M; `None` =
       unstructured.
-    damp: what is added to the Gram matrix' diagonal, over its mean.
-    block: inputs whose updates of later ones are applied at once.
+    damp: number added to the diagonal of the Gram matrix, divided by the diagonal's mean.
+    block: number of inputs whose corrections of later inputs are applied together.
 
   Returns:
     The new weights, zero outside the mask, and the mask.
@@ -96,7 +97,7 @@ def prune_by_obs(
     end = min(begin + block, inputs)
     rows, factor = w[begin:end], u[begin:end, begin:end]
     if groups is None:
-      # Whole counts that add up to the matrix': the share up to here less the share before.
+      # Counts of the blocks are differences of rounded cumulative counts, so they add up to the matrix's.
       before, after = (jnp.round(n * outputs * density) for n in (begin, end))
       count = (after - before).astype(jnp.int32)
       kept = topk_mask(jnp.square(rows / diagonal[begin:end, None]), count)
@@ -109,7 +110,7 @@ def prune_by_obs(
 
 
 def _inverse_factor(gram: Array, damp: float) -> tuple[Array, Array]:
-  """U with `U^T U` the inverse of the damped Gram matrix, and which inputs are always zero."""
+  """Returns U (`U^T U` is the inverse of the damped Gram matrix) and a mask of inputs that are zero."""
   dead = jnp.diagonal(gram) == 0
   h = gram + jnp.diag(dead.astype(gram.dtype))
   h = h + damp * jnp.mean(jnp.diagonal(h)) * jnp.eye(len(h), dtype=h.dtype)
@@ -122,13 +123,15 @@ def _inverse_factor(gram: Array, damp: float) -> tuple[Array, Array]:
 def _sweep(
   rows: Array, factor: Array, kept: Array, density: Array, groups: Pattern | None
 ) -> tuple[Array, Array, Array]:
-  """Prunes a block input by input: its rows, mask and errors `[block, out]`."""
+  """Prunes a block input by input; returns its rows, mask and errors, each `[block, out]`."""
   diagonal = jnp.diagonal(factor)
 
   def regroup(j: Array, rows: Array, kept: Array) -> Array:
     here = jax.lax.dynamic_slice_in_dim(rows, j, groups.lookahead)
     scores = jnp.square(here / jax.lax.dynamic_slice_in_dim(diagonal, j, groups.lookahead)[:, None])
-    chosen = groups.top(scores, jnp.round(density * scores.size))  # all of what stays dense
+    chosen = groups.top(
+      scores, jnp.round(density * scores.size)
+    )  # all weights of a group if the density is 1
     return jax.lax.dynamic_update_slice_in_dim(kept, chosen, j, axis=0)
 
   def prune_one(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:

@@ -1,7 +1,7 @@
-"""The methods of a model, whether it has one or several: what each owns and when each is at work.
+"""The parts of a model's weight method: which parameters each part owns, and when it updates its masks.
 
-A method on its own is one part, named ''. Of several methods in one model (see `weights/rules.py`) each
-is a part, named as its rule.
+A single method is one part with the name ''. If a model has several methods (see `weights/rules.py`),
+each of them is a part with the name of its rule.
 """
 
 from collections.abc import Mapping
@@ -15,36 +15,36 @@ from sparse_lm.weights.method import WeightMethod
 
 
 def due(method: WeightMethod, step: int) -> tuple[str, ...]:
-  """The parts whose masks are updated in a step."""
+  """The names of the parts whose masks are updated in a step."""
   return tuple(name for name, part in method.parts.items() if part.due(step))
 
 
 def at_start(method: WeightMethod) -> dict[str, int]:
-  """The parts whose masks are updated before step 0, and the batches that each reads signals of."""
+  """The parts whose masks are updated before step 0, and how many batches each of them reads."""
   found = {name: part.batches_at_start for name, part in method.parts.items()}
   return {name: batches for name, batches in found.items() if batches is not None}
 
 
 def batches_at_start(method: WeightMethod) -> int:
-  """Batches of training text that are read before step 0: the most that a part asks for."""
+  """The number of batches that are read before step 0: the largest that any part needs."""
   return max(at_start(method).values(), default=0)
 
 
 def own(method: WeightMethod, name: str, leaves: Tree) -> Tree:
-  """The leaves of a tree like the parameters that a part owns, `None` elsewhere."""
+  """Returns the leaves that a part owns, and `None` for the others."""
   return tree.map_named(lambda path, leaf: leaf if method.owner(path) == name else None, leaves)
 
 
 def learns_density(method: WeightMethod, path: str) -> bool:
-  """Whether the density of the parameter at `path` is learned, so that it is a gate on its weights."""
+  """True if the density of the parameter at `path` is learned."""
   owner = method.owner(path)
   return owner is not None and method.parts[owner].traits.controlled
 
 
 def densities(method: WeightMethod, target: Mapping[str, float], step: int) -> dict[str, float]:
-  """The density of each leaf at `step`, by path, for the final densities in `target`."""
+  """Returns the density of each leaf at `step`, by path, for the final densities in `target`."""
   asked = {path: (method.owner(path), final) for path, final in target.items()}
-  # Once for each target of a part: leaves of a uniform distribution share theirs.
+  # Computed once for each part and target: in a uniform distribution all leaves share their target.
   found = {
     (name, final): float(method.parts[name].density(final, step))
     for name, final in set(asked.values())
@@ -55,9 +55,9 @@ def densities(method: WeightMethod, target: Mapping[str, float], step: int) -> d
 def backward_densities(
   method: WeightMethod, target: Mapping[str, float], step: int
 ) -> dict[str, float] | None:
-  """The fraction of each leaf that the weight gradient of a step is computed for, by path.
+  """Returns the fraction of each leaf's weight gradient that is computed in a step, by path.
 
-  `None` where that is what the forward pass computes with, for all of them.
+  `None` if all fractions are the densities of the forward pass.
   """
   asked = {path: (method.owner(path), final) for path, final in target.items()}
   found = {
@@ -72,17 +72,17 @@ def backward_densities(
 
 
 def spanning_steps(method: WeightMethod) -> tuple[str, ...]:
-  """The parts that need signals over several steps."""
+  """The names of the parts with signals over several steps."""
   return tuple(name for name, part in method.parts.items() if collect.spanning_steps(part))
 
 
 def collecting(method: WeightMethod, step: int) -> tuple[str, ...]:
-  """The parts that add the gradient of a step to signals over several steps."""
+  """The names of the parts that add this step to their signals over several steps."""
   return tuple(name for name in spanning_steps(method) if method.parts[name].collects(step))
 
 
 def start_collecting(method: WeightMethod, params: Tree, target: Tree) -> dict[str, Collected]:
-  """What is collected at step 0, by part."""
+  """Returns the empty sums of signals at step 0, by part."""
   return {
     name: collect.start(
       collect.spanning_steps(method.parts[name]), params, own(method, name, target)
@@ -92,7 +92,7 @@ def start_collecting(method: WeightMethod, params: Tree, target: Tree) -> dict[s
 
 
 def collect_at_start(method: WeightMethod, params: Tree, target: Tree) -> dict[str, Collected]:
-  """Nothing collected yet of the signals that parts need before step 0."""
+  """Returns empty sums of the signals that parts need before step 0, by part."""
   return {
     name: collect.start(
       from_training(method.parts[name].traits.needs), params, own(method, name, target)
@@ -104,14 +104,14 @@ def collect_at_start(method: WeightMethod, params: Tree, target: Tree) -> dict[s
 def add(
   collected: dict[str, Collected], step: Gradients, names: tuple[str, ...]
 ) -> dict[str, Collected]:
-  """`collected` with a step added for these parts."""
+  """Adds a step to the sums of these parts."""
   return {
     name: collect.add(found, step) if name in names else found for name, found in collected.items()
   }
 
 
 def forget(collected: dict[str, Collected], names: tuple[str, ...]) -> dict[str, Collected]:
-  """`collected` after an update of these parts."""
+  """Empties the sums of these parts, after their update."""
   return {
     name: collect.forget(found) if name in names else found for name, found in collected.items()
   }
@@ -124,7 +124,7 @@ def signals(
   target: Tree,
   names: tuple[str, ...],
 ) -> dict[str, dict[str, Tree]]:
-  """The training signals of each of these parts, see `collect.read`."""
+  """Returns the training signals of each of these parts; see `collect.read`."""
   return {
     name: collect.read(method.parts[name], collected.get(name), step, own(method, name, target))
     for name in names

@@ -1,4 +1,4 @@
-"""Masks at random or in a random order, and the rescaling that keeps a masked layer's output variance."""
+"""Random masks, shuffled masks, and the rescaling of weights for a smaller fan-in."""
 
 import functools
 import zlib
@@ -20,15 +20,16 @@ RESCALES = ('none', 'layer', 'unit')
 def random_start(
   key: Array, params: Tree, target: Tree, units: Pattern, rescale: str
 ) -> tuple[Tree, Sparse]:
-  """Random masks of `target` density, on weights rescaled for their smaller fan-in.
+  """Draws random masks at the target densities, and rescales the weights for their smaller fan-in.
 
   Args:
-    key: of the masks' stream.
+    key: key of the random masks.
     params: initial dense parameters, kernels `[..., in, out]`.
     target: densities, `None` = dense.
-    units: what is kept or dropped as a whole.
-    rescale: 'none'; 'layer' divides a kernel by sqrt(density); 'unit' divides each output's column
-      by the square root of its own density (both from RigL's initialisers; Evci et al. 2020, 2022).
+    units: the pattern.
+    rescale: 'none'; 'layer' divides a kernel by sqrt(density); 'unit' divides the weights of each output
+    by
+      the square root of that output's density (both as in RigL's initialisers; Evci et al. 2020, 2022).
   """
   prunable = restrict_to(params, target)
   shapes = jax.eval_shape(units.pool, prunable)
@@ -43,7 +44,7 @@ def random_start(
 
 
 def shuffled(key: Array, masks: Tree) -> Tree:
-  """Masks (bool) that keep as many weights of each trailing matrix as `masks` do, at random places."""
+  """Shuffles each mask: every matrix `[in, out]` keeps as many weights as before, at random places."""
 
   def mix(path: str, mask: Array) -> Array:
     flat = mask.reshape(*mask.shape[:-2], -1)
@@ -60,13 +61,13 @@ def check(rescale: str) -> None:
 
 
 def uniform(keys: Array, like: Mapping[str, Array]) -> Units:
-  """Draws from [0, 1) by name, in the shapes of `like`.
+  """Draws uniform numbers from [0, 1) by name, in the shapes of `like`.
 
   Arrays of equal shape are drawn in one operation, which is compiled once. The values of an array depend
-  on its key alone.
+  only on its key.
 
   Args:
-    keys: a key for each name, such as those of `path_keys`.
+    keys: a key for each name, such as the result of `path_keys`.
     like: arrays or shape structs by name.
   """
   places: dict[tuple[int, ...], dict[str, int]] = {}
@@ -75,20 +76,19 @@ def uniform(keys: Array, like: Mapping[str, Array]) -> Units:
   drawn = {}
   for shape, group in places.items():
     draw = jax.vmap(functools.partial(jax.random.uniform, shape=shape))
-    # Without the barrier XLA would fuse the draw into every kernel on a GPU that reads it, and so repeat
-    # it.
+    # Without the barrier, XLA would fuse the draw into every GPU kernel that reads it, and so repeat it.
     drawn |= zip(group, jax.lax.optimization_barrier(draw(keys[np.array([*group.values()])])))
   return {name: drawn[name] for name in like}
 
 
 def path_keys(key: Array, paths: Iterable[str]) -> Array:
-  """The `path_key` of each path, in one operation."""
+  """Returns the `path_key` of each path, in one operation."""
   data = np.array([zlib.crc32(path.encode()) for path in paths], np.uint32)
   return jax.vmap(jax.random.fold_in, (None, 0))(key, data)
 
 
 def path_key(key: Array, path: str) -> Array:
-  """An own key for each leaf, which does not move when another leaf joins."""
+  """Returns a key that depends on the path, so that other parameters do not change it."""
   return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 

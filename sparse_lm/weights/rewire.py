@@ -1,4 +1,4 @@
-"""Drop-and-grow: the step that SET and RigL share, and a base class for methods made of it."""
+"""Drop and grow: the mask update of SET and RigL, and the base class of such methods."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -30,21 +30,21 @@ def drop_and_grow(
   noise: Units,
   units: Pattern,
 ) -> tuple[Units, Units]:
-  """Drops the smallest connections and grows as many elsewhere (SET 2018; RigL 2020, section 3).
+  """Drops the smallest weights and grows as many others (SET 2018; RigL 2020, section 3).
 
   All arguments but `units` are dictionaries by name.
 
   Args:
-    masks: bool `[..., in, out]`; the count of each trailing matrix stays what it is.
-    weights: their magnitudes rank the drop.
-    growth: scores of the positions to grow, among all that are not kept: a connection that is dropped
-      may be grown again at once.
-    fractions: scalars in [0, 1], the share of each matrix's active connections that is dropped.
-    noise: uniform [0, 1) like `masks`; 1e-5 times it is added to magnitudes, to break ties of the drop.
-    units: the pattern, which says which sets of units may be kept.
+    masks: bool `[..., in, out]`. The number of kept weights of each matrix does not change.
+    weights: the weights of smallest magnitude are dropped.
+    growth: scores; the weights of largest score are grown, among all that are not kept. A weight that is
+      dropped may be grown again in the same update.
+    fractions: scalars in [0, 1], the share of each matrix's kept weights that is dropped.
+    noise: uniform [0, 1) like `masks`; 1e-5 times the noise is added to magnitudes, to break ties.
+    units: the pattern.
 
   Returns:
-    The new masks, and which of their connections were not dropped, both bool like `masks`.
+    The new masks, and the weights of them that were not dropped, both bool like `masks`.
   """
   active = {name: _active(mask) for name, mask in masks.items()}
   survive = [
@@ -55,30 +55,31 @@ def drop_and_grow(
     for name, mask in masks.items()
   ]
   keep = dict(zip(masks, topk_masks(ranked, survive)))
-  # Connections that were not dropped come before all grown ones; the pattern may have no room for all.
+  # Weights that were not dropped rank before grown ones; the pattern may not have room for all of them.
   first = {name: jnp.where(keep[name], jnp.inf, growth[name]) for name in masks}
   new = units.largest(first, active)
   return new, {name: keep[name] & new[name] for name in masks}
 
 
 def _active(mask: Array) -> Array:
-  """Connections of each trailing matrix, int32; a vector counts as one."""
+  """Counts the kept weights of each matrix, int32; a vector counts as one matrix."""
   return jnp.sum(mask, axis=tuple(range(max(mask.ndim - 2, 0), mask.ndim)), dtype=jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rewiring(PatternMethod):
-  """Random masks that drop and grow now and then; a subclass says where to grow.
+  """Starts with random masks, and drops and grows weights every `period` steps.
 
-  New connections start at zero.
+  A subclass defines which weights grow, `growth`. Grown weights start at zero.
 
   Attributes:
-    regrown_at_zero: whether a connection that one update drops and grows again starts at zero too, with
-      zeroed moments, or keeps its value.
+    regrown_at_zero: whether a weight that one update drops and grows again also starts at zero, with
+    zeroed
+      moments. Otherwise it keeps its value.
     period: steps between two updates.
-    end: no update from this fraction of the run on.
-    drop_fraction: share of the active connections that the first update drops.
-    rescale: of the initial weights, see `weights/random_start.py`.
+    end: fraction of the run after which no update runs.
+    drop_fraction: share of the kept weights that the first update drops.
+    rescale: how initial weights are rescaled; see `weights/random_start.py`.
   """
 
   period: int = ranged(100, '[1, 2^31)')
@@ -88,7 +89,7 @@ class Rewiring(PatternMethod):
   regrown_at_zero: ClassVar[bool] = False
 
   def check(self) -> None:
-    """Raises UserError for an unknown rescaling, or units that could not grow."""
+    """Raises UserError for an unknown rescaling, or if the pattern's units cannot grow from zero."""
     check(self.rescale)
     self.check_growth()
 
@@ -97,26 +98,26 @@ class Rewiring(PatternMethod):
     return random_start(key, params, target, self.units, self.rescale)
 
   def due(self, step: int) -> bool:
-    """Every `period` steps, neither at step 0 nor from `end` on."""
+    """True every `period` steps after step 0 and before `end`."""
     return 0 < step < self._last and step % self.period == 0
 
   def growth(self, signals: dict[str, Units], noise: Units) -> Units:
-    """Scores of the units to grow.
+    """Returns a score for each unit; the units of largest score grow.
 
     Args:
-      signals: by name of the signal, the mean magnitude in each unit.
+      signals: by the name of the signal, its mean magnitude in each unit.
       noise: uniform [0, 1) in the shapes of the units.
     """
     raise NotImplementedError(type(self).__name__)
 
   def fraction(self, step: Array) -> Array:
-    """Share of the active connections to drop at `step`."""
+    """Returns the share of the kept weights that is dropped at `step`."""
     raise NotImplementedError(type(self).__name__)
 
   def update(
     self, trainable: Tree, sparse: Sparse, signals: dict[str, Tree], step: Array, key: Array
   ) -> MaskUpdate:
-    """Rewires every leaf."""
+    """Drops and grows weights of every prunable leaf."""
     params = trainable['params']
 
     units, magnitudes = self.units, jax.tree.map(jnp.abs, restrict_to(params, sparse.masks))
@@ -126,7 +127,7 @@ class Rewiring(PatternMethod):
       need: units.pool(jax.tree.map(jnp.abs, restrict_to(signals[need], sparse.masks)))
       for need in self.traits.needs
     }
-    # A dense matrix has nowhere to grow.
+    # A dense matrix has no weight that could grow.
     fractions = {
       name: jnp.where(mask.all(), 0.0, self.fraction(step)) for name, mask in alive.items()
     }

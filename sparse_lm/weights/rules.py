@@ -1,9 +1,8 @@
-"""Rules: several weight methods in one model, each for parameters of its own.
+"""Rules: several weight methods in one model, each for its own parameters.
 
-A parameter belongs to the first rule one of whose expressions is found in its path, as the labels of
-`optax.partition` are first come, first served. The sparsity of a rule is over all prunable weights that
-the rule owns together, so two rules of 50 % may drop 50 % of the model, or less where no rule owns the
-rest.
+A parameter belongs to the first rule with an expression that matches its path. The sparsity of a rule
+counts the prunable weights of that rule. So two rules of 50 % drop 50 % of the model's prunable weights,
+or less if some of them belong to no rule.
 """
 
 import contextlib
@@ -21,15 +20,17 @@ from sparse_lm.core.tree import Tree
 from sparse_lm.weights.method import Array, MaskUpdate, Sparse, WeightMethod
 from sparse_lm.weights.traits import Traits
 
-SHOWN = 3  # paths that a sentence names before it counts the others
+SHOWN = 3  # number of paths that a message lists; it counts the others
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """A method and the parameters that it decides about.
+  """A weight method and its parameters.
 
   Attributes:
-    paths: of those parameters.
+    name: name of the rule in the config.
+    method: the weight method.
+    paths: paths of the parameters that belong to the rule.
   """
 
   name: str
@@ -39,17 +40,17 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Rules(WeightMethod):
-  """Several methods in one model.
+  """Several weight methods in one model.
 
-  What the methods learn stands in `trainable['learned']` by rule, what else they keep in `sparse.extra`.
-  Draws follow the paths of leaves, so a rule draws what its method alone would draw. Where a method's
-  update replaces an optimizer step, it does so for the parameters that its rule owns: the optimizer,
-  its count and all other parameters go on. The only rule of a model replaces the whole step, as its
-  method alone does.
+  The learned parameters of each method are in `trainable['learned']`, its other state in `sparse.extra`,
+  both by the name of the rule. Random numbers depend on the paths of parameters, so a rule draws the same
+  numbers as its method alone. If a method's update replaces an optimizer step, it does so for the
+  parameters of its rule only: all other parameters, and the optimizer's step count, advance. If a model
+  has a single rule, its update replaces the whole step.
 
   Attributes:
-    rules: in the order in which they were matched.
-    notes: sentences on what the rules leave to each other and what they leave dense.
+    rules: the rules in their order.
+    notes: sentences about parameters that several rules match, or none.
   """
 
   rules: tuple[Rule, ...] = ()
@@ -70,12 +71,12 @@ class Rules(WeightMethod):
     return {path: rule.name for rule in self.rules for path in rule.paths}
 
   def owner(self, path: str) -> str | None:
-    """The rule that owns the parameter."""
+    """The name of the rule that the parameter belongs to."""
     return self._owners.get(path)
 
   @property
   def traits(self) -> Traits:
-    """What holds of all methods, or of any."""
+    """The combined traits of all methods."""
     every = [rule.method.traits for rule in self.rules]
     return Traits(
       needs=tuple(dict.fromkeys(need for traits in every for need in traits.needs)),
@@ -89,12 +90,12 @@ class Rules(WeightMethod):
 
   @property
   def one_shot(self) -> bool:
-    """Whether all methods prune trained models."""
+    """True if all methods also prune trained models."""
     return all(rule.method.one_shot for rule in self.rules)
 
   @property
   def learned_rates(self) -> dict[str, float]:
-    """Those of each method, below the rule's name."""
+    """The rates of each method, by paths that begin with the name of the rule."""
     return {
       f'{rule.name}/{start}': rate
       for rule in self.rules
@@ -102,7 +103,7 @@ class Rules(WeightMethod):
     }
 
   def resting(self, updates: tuple[str, ...], trainable: Tree) -> Tree:
-    """The leaves of the rules whose update replaces an optimizer step."""
+    """Marks the leaves of rules whose update replaces an optimizer step."""
     if len(self.rules) == 1:
       return self.rules[0].method.resting(updates, trainable)
     rest = {name for name in updates if self.parts[name].traits.replaces_step}
@@ -115,13 +116,13 @@ class Rules(WeightMethod):
     }
 
   def check_one_shot(self) -> None:
-    """Raises UserError, naming the rule's field, where a method cannot prune a trained model."""
+    """Raises UserError, naming the rule's field, if a method cannot prune a trained model."""
     for rule in self.rules:
       with fields_of(rule.name):
         rule.method.check_one_shot()
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
-    """Each method's start, one after the other."""
+    """Initialises all methods, one after the other."""
     learned, extra, masks = {}, {}, jax.tree.map(lambda _: None, params)
     for rule in self.rules:
       trainable, sparse = rule.method.init(key, params, self._own(rule, target))
@@ -132,7 +133,7 @@ class Rules(WeightMethod):
   def effective(
     self, trainable: Tree, sparse: Sparse, mode: str, step: Array, key: Array | None
   ) -> tuple[Tree, Tree]:
-    """Each method's parameters in place of those that it owns, and all their fractions."""
+    """Returns the parameters that the model uses, each from its own method, and all densities."""
     params, density = trainable['params'], jax.tree.map(lambda _: None, trainable['params'])
     for rule in self.rules:
       params, own = rule.method.effective(
@@ -142,7 +143,7 @@ class Rules(WeightMethod):
     return params, density
 
   def penalty(self, trainable: Tree, sparse: Sparse, density: Tree) -> Array:
-    """The sum of the methods' penalties, each for the weights that it owns."""
+    """Returns the sum of the methods' penalties, each for its own weights."""
     found = (
       rule.method.penalty(
         *self._state(rule, trainable, trainable['params'], sparse), self._own(rule, density)
@@ -152,7 +153,7 @@ class Rules(WeightMethod):
     return sum(found, jnp.float32(0))
 
   def frozen(self, sparse: Sparse) -> Tree:
-    """What each method freezes of the weights that it owns."""
+    """Marks the weights that the methods freeze, each among its own weights."""
     frozen = super().frozen(sparse)
     for rule in self.rules:
       own = rule.method.frozen(self._own_sparse(rule, sparse))
@@ -160,13 +161,13 @@ class Rules(WeightMethod):
     return frozen
 
   def rate_factor(self, target: Tree, step: Array) -> Array | None:
-    """The smallest of the methods' factors, for the weights that each of them owns."""
+    """Returns the smallest factor of all methods, or `None` if no method has one."""
     found = [rule.method.rate_factor(self._own(rule, target), step) for rule in self.rules]
     found = [factor for factor in found if factor is not None]
     return functools.reduce(jnp.minimum, found) if found else None
 
   def constrain(self, trainable: Tree, sparse: Sparse) -> Tree:
-    """Each method's constraint on the weights that it owns."""
+    """Applies each method's constraint to its own weights."""
     params, learned = trainable['params'], {}
     for rule in self.rules:
       own = rule.method.constrain(*self._state(rule, trainable, params, sparse))
@@ -174,7 +175,7 @@ class Rules(WeightMethod):
     return trainable | {'params': params, 'learned': learned}
 
   def due(self, step: int) -> bool:
-    """Whether any method updates its masks in this step."""
+    """True if any method updates its masks in this step."""
     return any(rule.method.due(step) for rule in self.rules)
 
   def update_parts(
@@ -186,7 +187,7 @@ class Rules(WeightMethod):
     step: Array,
     key: Array,
   ) -> MaskUpdate:
-    """The updates of the rules named, one after the other; the others' masks stay as they are."""
+    """Updates the masks of these rules, one after the other; other masks do not change."""
     params, learned = trainable['params'], dict(trainable['learned'])
     masks, extra = sparse.masks, dict(sparse.extra)
     toggled = jax.tree.map(lambda _: None, params)
@@ -202,7 +203,7 @@ class Rules(WeightMethod):
     return MaskUpdate(trainable | {'params': params, 'learned': learned}, new, toggled)
 
   def finalize(self, trainable: Tree, sparse: Sparse, step: Array) -> tuple[Tree, Tree]:
-    """Each method's final parameters and masks of what it owns."""
+    """Returns final parameters and masks, each from its own method."""
     params, masks = trainable['params'], jax.tree.map(lambda _: None, trainable['params'])
     for rule in self.rules:
       params, own = rule.method.finalize(*self._state(rule, trainable, params, sparse), step)
@@ -215,7 +216,7 @@ class Rules(WeightMethod):
   def _state(
     self, rule: Rule, trainable: Tree, params: Tree, sparse: Sparse
   ) -> tuple[Tree, Sparse]:
-    """The trainable tree and sparse state as the rule's method alone would have them."""
+    """Returns the trainable tree and the state of the rule's method alone."""
     own = {'params': params, 'learned': trainable['learned'][rule.name]}
     return own, self._own_sparse(rule, sparse)
 
@@ -225,7 +226,7 @@ class Rules(WeightMethod):
 
 
 def joined(params: Tree, one: Tree, other: Tree) -> Tree:
-  """The leaves of two trees like `params`, `None` where neither has one."""
+  """Merges the leaves of two trees like `params`; `None` if neither has a leaf."""
   found = tree.named(one) | tree.named(other)
   return tree.map_named(lambda path, _: found.get(path), params)
 
@@ -233,14 +234,14 @@ def joined(params: Tree, one: Tree, other: Tree) -> Tree:
 def owners(
   expressions: Mapping[str, tuple[str, ...]], paths: list[str]
 ) -> tuple[dict[str, frozenset[str]], tuple[str, ...]]:
-  """The paths that each rule owns, and sentences on what rules leave to each other and what stays dense.
+  """Returns the paths of each rule, and sentences about paths that several rules match, or none.
 
   Args:
-    expressions: by rule, in their order: path expressions.
-    paths: of all prunable parameters.
+    expressions: path expressions by the name of the rule, in the order of the rules.
+    paths: paths of all prunable parameters.
 
   Raises:
-    UserError: a rule matches no path, or only paths of rules before it.
+    UserError: a rule matches no path, or only paths that belong to rules before it.
   """
   owner: dict[str, str] = {}
   notes = []
@@ -253,12 +254,12 @@ def owners(
     for earlier in dict.fromkeys(taken.values()):
       shared = [path for path, its in taken.items() if its == earlier]
       notes.append(
-        f'the rules {earlier!r} and {name!r} both match {_listed(shared)}: {earlier!r}, which comes '
-        'first, holds there'
+        f'the rules {earlier!r} and {name!r} both match {_listed(shared)}; the first of them, '
+        f'{earlier!r}, applies'
       )
     owner |= {path: name for path in matched if path not in owner}
   if left := [path for path in paths if path not in owner]:
-    notes.append(f'no rule matches {_listed(left)}: dense')
+    notes.append(f'no rule matches {_listed(left)}; they stay dense')
   owned = {name: frozenset(p for p in owner if owner[p] == name) for name in expressions}
   return owned, tuple(notes)
 
@@ -268,10 +269,10 @@ def _owns_nothing(
 ) -> str:
   if taken:
     earlier = ', '.join(dict.fromkeys(taken.values()))
-    wrong = f'matches only what earlier rules ({earlier}) own, {_listed(list(taken))}'
+    wrong = f'matches only parameters of earlier rules ({earlier}): {_listed(list(taken))}'
   else:
     wrong = 'matches no prunable parameter'
-  return f'{field}={match} {wrong}; there are: {", ".join(paths)}'
+  return f'{field}={match} {wrong}; prunable parameters: {", ".join(paths)}'
 
 
 def _listed(paths: list[str]) -> str:
@@ -281,7 +282,7 @@ def _listed(paths: list[str]) -> str:
 
 @contextlib.contextmanager
 def fields_of(name: str) -> Iterator[None]:
-  """Has UserErrors of the block name the fields of a rule, where they name those of `config.weight`."""
+  """Makes UserErrors of the block name the fields of a rule instead of those of `config.weight`."""
   try:
     yield
   except UserError as error:

@@ -1,8 +1,8 @@
-"""Weight methods that are a score: the base class, and all that a config chooses beside the score.
+"""The base class of weight methods that are defined by a score.
 
-Such a method scores weights, keeps the units of the largest scores within a budget and applies the
-mask. The score is the class; when, how many, which sets of weights and how the mask is applied are
-fields.
+Such a method scores all weights, keeps the units of the largest scores, and masks the others. A subclass
+defines the score. Fields of the config choose the schedule, the sparsity, the pattern, and what happens
+to dropped weights.
 """
 
 import dataclasses
@@ -36,29 +36,31 @@ MASKED, STRAIGHT_THROUGH, SOFT = APPLIES = ('masked', 'straight_through', 'soft'
 
 @dataclasses.dataclass(frozen=True)
 class ScoredMethod(PatternMethod):
-  """Starts dense and keeps the units of the largest scores, as many as a schedule allows.
+  """Starts dense and keeps the units of the largest scores, at the density of a schedule.
 
-  A subclass defines `scores`. One whose scores are trainable also sets `learns_scores` in its traits
-  and may define `first_scores`.
+  A subclass defines `scores`. If scores are learned, it also sets `learns_scores` in its traits, and may
+  define `first_scores`.
 
   Attributes:
-    schedule: 'cubic', a ramp from dense at `start` to the target at `end` (Zhu and Gupta 2017, equation
-      1); 'at_once', the target from `start` on, without a ramp: then `end` is not read; or 'at_start',
-      the target before the first step, and the same masks to the end: then neither is read.
-    start, end: fractions of the run.
-    batches: of training text, over which 'at_start' takes the mean of each signal that the scores need.
-    shuffle: whether the masks that 'at_start' chooses are then shuffled within each matrix, which leaves
-      nothing of the scores but how many weights each matrix keeps: a control.
-    period: steps between two updates of stored masks along the ramp. Masks that are not stored are
-      chosen in every step.
-    apply: what becomes of a dropped weight, and of its gradient.
-      'masked': it is zero for good. Masks are stored, and later ones are subsets of earlier ones. Masks
-        from trainable scores are not stored: there a dropped weight stays and gets no gradient.
-      'straight_through': it keeps its value, the model sees zero, and it gets the gradient of what the
-        model sees (Bengio et al. 2013). The mask is chosen anew in every step.
-      'soft': the same, and a kept weight is shrunk by the share that the largest dropped score has of
-        its own, so that no weight jumps as it is dropped: on magnitudes this is the soft threshold
-        `sign(w) max(|w| - threshold, 0)`.
+    schedule: 'cubic' is a ramp from dense at `start` to the target at `end` (Zhu and Gupta 2017, equation
+      1). 'at_once' prunes to the target at `start`, and does not read `end`. 'at_start' prunes to the
+      target before the first step and keeps these masks; it reads neither `start` nor `end`.
+    start, end: start and end of the ramp, as fractions of the run.
+    batches: number of batches over which 'at_start' averages the signals.
+    shuffle: whether 'at_start' shuffles its masks within each matrix. This is a control experiment: only
+      the number of kept weights of each matrix still depends on the scores.
+    period: steps between two updates of stored masks along the ramp. Masks that are not stored are chosen
+      in every step.
+    apply: what happens to a dropped weight.
+      'masked': it is zero for good. Masks are stored, and each mask is a subset of the one before it.
+      Masks
+        from learned scores are not stored; a dropped weight then keeps its value and gets no gradient.
+      'straight_through': it keeps its value, and the model uses zero instead. It gets the gradient of the
+        loss at this zero (Bengio et al. 2013). The mask is chosen in every step.
+      'soft': like 'straight_through', and each kept weight is multiplied by 1 - t / s, where s is its
+      score
+        and t the largest dropped score. So a weight is near zero when it is dropped. For magnitudes this
+        is the soft threshold `sign(w) max(|w| - t, 0)`.
   """
 
   schedule: str = 'cubic'
@@ -71,31 +73,31 @@ class ScoredMethod(PatternMethod):
 
   @property
   def one_shot(self) -> bool:
-    """Every score that is not learned prunes trained models too."""
+    """True if the scores are not learned."""
     return not self.traits.learns_scores
 
   def scores(self, trainable: Tree, signals: dict[str, Tree]) -> Tree:
-    """The score of every weight, float, shaped like the parameters; the largest are kept.
+    """Returns the score of every weight, float, like the parameters; the largest scores are kept.
 
     Args:
-      trainable: `params` holds the prunable leaves that are to be scored and `None` for the others, so
-        that `jax.tree.map(f, trainable['params'], signals['grads'])` meets arrays alone. `learned` is
-        what `first_scores` returned, as trained.
-      signals: those of `traits.needs`, by name, for the same leaves.
+      trainable: `params` holds the prunable leaves, and `None` for all others, so
+        `jax.tree.map(f, trainable['params'], signals['grads'])` applies `f` to arrays only. `learned`
+        holds the learned scores, which `first_scores` initialised.
+      signals: the signals in `traits.needs` by name, for the same leaves.
     """
     raise NotImplementedError(type(self).__name__)
 
   def first_scores(self, key: Array, params: Tree) -> Tree:
-    """The trainable scores at step 0, for the prunable leaves in `params` (`None` elsewhere).
+    """Returns the learned scores at step 0, for the prunable leaves; `{}` if none are learned.
 
-    They are zeros, float32, unless a subclass says otherwise; `{}` where scores are not trainable.
+    By default they are float32 zeros.
     """
     if not self.traits.learns_scores:
       return {}
     return jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), params)
 
   def check(self) -> None:
-    """Raises UserError for an unknown choice, or for choices that do not go together."""
+    """Raises UserError for unknown choices, or for choices that exclude each other."""
     schedule.check(self.schedule, self.start, self.end)
     if self.apply not in APPLIES:
       raise unknown('config.weight.apply', self.apply, APPLIES)
@@ -122,7 +124,7 @@ class ScoredMethod(PatternMethod):
       not needs or self.apply == MASKED,
       'config.weight.apply',
       self.apply,
-      f'{MASKED}: the scores are of {", ".join(needs)}, which are there when masks are updated',
+      f'{MASKED}, because the scores read {", ".join(needs)}, which only mask updates compute',
     )
     require(
       not from_calibration(needs) or not units.spans_layers,
@@ -132,11 +134,11 @@ class ScoredMethod(PatternMethod):
     )
 
   def check_one_shot(self) -> None:
-    """Raises UserError where the masks that pruning makes would not be stored."""
+    """Raises UserError if masks are not stored, which one-shot pruning needs."""
     require(self._stored, 'config.weight.apply', self.apply, f'{MASKED}, where a mask is made once')
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
-    """Starts from masks that keep every weight, or from none where masks are not stored."""
+    """Starts with masks that keep every weight, or without masks if they are not stored."""
     nothing = jax.tree.map(lambda w: None, params)
     masks = full_masks(params, target) if self._stored else nothing
     learned = self.first_scores(key, restrict_to(params, target))
@@ -145,7 +147,7 @@ class ScoredMethod(PatternMethod):
   def effective(
     self, trainable: Tree, sparse: Sparse, mode: str, step: Array, key: Array | None
   ) -> tuple[Tree, Tree]:
-    """Weights under the stored masks, or under masks that are chosen here."""
+    """Returns the masked weights; masks that are not stored are chosen here."""
     if self._stored:
       return super().effective(trainable, sparse, mode, step, key)
     fixed = trainable | {'params': jax.lax.stop_gradient(trainable['params'])}
@@ -159,21 +161,21 @@ class ScoredMethod(PatternMethod):
 
   @property
   def batches_at_start(self) -> int | None:
-    """`batches` where the schedule is 'at_start' and the scores need signals."""
+    """`batches` (0 without signals) if the schedule is 'at_start', else `None`."""
     if self.schedule != schedule.AT_START:
       return None
     return self.batches if from_training(self.traits.needs) else 0
 
   def due(self, step: int) -> bool:
-    """Every `period` steps along the ramp, and at its end, where masks are stored."""
+    """True every `period` steps along the ramp, and at its end, if masks are stored."""
     return self._updates and schedule.due(step, *self._span, self.period)
 
   def update(
     self, trainable: Tree, sparse: Sparse, signals: dict[str, Tree], step: Array, key: Array
   ) -> MaskUpdate:
-    """Keeps the largest scores of the living weights, as many as the ramp allows at `step`.
+    """Keeps the largest scores among the kept weights, at the density of the ramp at `step`.
 
-    Where the signals cover some leaves only, those alone are updated.
+    Leaves without signals are not updated.
     """
     everywhere = tree.named(sparse.masks).keys()
     present = functools.reduce(
@@ -185,10 +187,10 @@ class ScoredMethod(PatternMethod):
       {name: tree.only(present, found) for name, found in signals.items()},
     )
     alive, units = self.units.alive(masks), self.units.pool(scores)
-    # Dropped units rank last, behind every living one.
+    # Dropped units rank after all kept units.
     ranked = {name: jnp.where(alive[name], array, -jnp.inf) for name, array in units.items()}
     chosen = self.units.select(ranked, self._densities(target, scores, step), scores)
-    # The ramp of a run that is continued with more steps is stretched and may lie above the masks.
+    # If a run is continued with more steps, its ramp is stretched and may be denser than the masks.
     subset = {name: chosen[name] & alive[name] for name in chosen}
     new = self.units.expand(subset, scores)
     if self.shuffle:
@@ -196,7 +198,7 @@ class ScoredMethod(PatternMethod):
     return exchange_masks(trainable, sparse, tree.merge(sparse.masks, new))
 
   def density(self, target: float, step: int) -> float:
-    """The ramp, as updates follow it where masks are stored."""
+    """The density of the ramp at the latest update; of the ramp itself if masks are not stored."""
     first, last = self._span
     if self._updates:
       if step <= first:
@@ -205,13 +207,13 @@ class ScoredMethod(PatternMethod):
     return float(schedule.cubic_density(step, first, last, target))
 
   def backward_density(self, target: float, step: int) -> float | None:
-    """All of the gradient where dropped weights or trainable scores learn from it."""
+    """1 if dropped weights or scores learn from the gradient."""
     if self.apply != MASKED or self.traits.learns_scores:
       return 1.0
     return super().backward_density(target, step)
 
   def finalize(self, trainable: Tree, sparse: Sparse, step: Array) -> tuple[Tree, Tree]:
-    """What `effective` shows to the model at `step`, and its masks."""
+    """Returns the weights that the model uses at `step`, and their masks."""
     if self._stored:
       return super().finalize(trainable, sparse, step)
     masks, shrink, _ = self._choose(trainable, sparse, step)
@@ -219,12 +221,12 @@ class ScoredMethod(PatternMethod):
 
   @property
   def _stored(self) -> bool:
-    """Whether masks are kept from step to step, and not chosen in every forward pass."""
+    """True if masks are state; otherwise every forward pass chooses them."""
     return self.apply == MASKED and not self.traits.learns_scores
 
   @property
   def _updates(self) -> bool:
-    """Whether stored masks change between steps."""
+    """True if stored masks change during training."""
     return self._stored and self.schedule != schedule.AT_START
 
   @property
@@ -232,14 +234,14 @@ class ScoredMethod(PatternMethod):
     return schedule.ramp_span(self.schedule, self.start, self.end, self.total_steps)
 
   def _densities(self, target: Tree, like: Tree, step: Array) -> dict[str, Array]:
-    """The density of each array of units at `step`."""
+    """Returns the density of each array of units at `step`."""
     return {
       name: schedule.cubic_density(step, *self._span, final)
       for name, final in self.units.densities(target, like).items()
     }
 
   def _choose(self, trainable: Tree, sparse: Sparse, step: Array) -> tuple[Tree, Tree, Tree]:
-    """Masks, what each kept weight is multiplied with, and scores, all for the prunable leaves."""
+    """Returns masks, factors of the kept weights (`None` = 1) and scores, for the prunable leaves."""
     params = restrict_to(trainable['params'], sparse.target)
     scores = self.scores(trainable | {'params': params}, {})
     units = self.units.pool(jax.lax.stop_gradient(scores))
@@ -250,7 +252,7 @@ class ScoredMethod(PatternMethod):
     return masks, self.units.expand(self._shrink(units, keeps), params), scores
 
   def _shrink(self, units: Units, keeps: Units) -> Units:
-    """One less the share that the largest dropped score has of each score, in [0, 1]."""
+    """Returns 1 - t / s for each score s, t the largest dropped score, clipped to [0, 1]."""
 
     def shrink(scores: Array, keeps: Array) -> Array:
       left = scores - self.units.threshold(scores, keeps)
@@ -259,7 +261,7 @@ class ScoredMethod(PatternMethod):
     return {name: per_matrix(shrink, array, keeps[name]) for name, array in units.items()}
 
   def _seen(self, params: Tree, masks: Tree, shrink: Tree) -> Tree:
-    """Weights as the model sees them, with the gradient that `apply` gives to each."""
+    """Returns the weights that the model uses, with the gradients that `apply` defines."""
     if self.apply == MASKED:
       return apply_masks(params, masks)
     if self.apply == STRAIGHT_THROUGH:

@@ -5,21 +5,21 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Traits:
-  """What a weight method declares; each class has it as its attribute `traits`.
+  """What a weight method declares, in its class attribute `traits`.
 
-  An unknown keyword fails here, so nothing is misspelt in silence.
+  An unknown keyword raises an error, so no misspelt trait is ignored.
 
   Attributes:
-    paper: who introduced the method, and where.
-    saves: what is not stored or computed because of it.
-    needs: names of the signals that `update` reads, see `sparse_lm/signals/`.
-    masked: whether any weight is ever dropped.
-    exact_density: whether the target is met to the weight.
-    replaces_step: whether the optimizer rests in a step that updates the masks. Of several methods in a
-      model, it rests for the weights of the one that updates.
-    takes_masks: whether a run that starts from a sparse one keeps that one's masks.
-    controlled: whether the method learns its density, which the budget controller then moves.
-    learns_scores: whether its scores are trainable, see `weights/score.py`.
+    paper: authors, year and title of the paper, or 'none'.
+    saves: what is not stored or not computed because of the method.
+    needs: names of the signals that `update` reads; see `sparse_lm/signals/`.
+    masked: whether the method ever drops a weight.
+    exact_density: whether the number of kept weights is exactly the one that the target asks for.
+    replaces_step: whether a mask update replaces the optimizer step. If a model has several methods, only
+      the weights of the method that updates skip the step.
+    takes_masks: whether a run that starts from a sparse run (`config.init_from`) uses that run's masks.
+    controlled: whether the method learns its density, which the budget controller can then change.
+    learns_scores: whether the scores are learned; see `weights/score.py`.
   """
 
   paper: str = ''

@@ -1,4 +1,4 @@
-"""Weight methods that learn a number for each unit, and how sparse the model ends with it."""
+"""The base class of weight methods that learn a score for each unit, and with it the sparsity."""
 
 import dataclasses
 
@@ -13,13 +13,13 @@ from sparse_lm.weights.method import Array, PatternMethod, Sparse, restrict_to
 
 @dataclasses.dataclass(frozen=True)
 class UnitScores(PatternMethod):
-  """Learns a score for each unit of the pattern with the weights, and stores no masks.
+  """Learns a score for each unit of the pattern together with the weights, and stores no masks.
 
-  A subclass says what scores do. Its traits say that it is `controlled`.
+  A subclass defines how scores mask the weights, and declares `controlled` in its traits.
 
   Attributes:
-    price: nats a token for keeping all prunable weights, without a budget.
-    learned_rate: learning rate of the scores over that of the weights.
+    price: penalty for keeping all prunable weights, in nats per token; not used with a budget.
+    learned_rate: learning rate of the scores, divided by that of the weights.
   """
 
   price: float = ranged(0.0, '[0, inf)', traced=True)
@@ -27,16 +27,16 @@ class UnitScores(PatternMethod):
 
   @property
   def learned_rates(self) -> dict[str, float]:
-    """The rate of the scores, which are all that the method learns."""
+    """The learning rate of the scores."""
     return {'': self.learned_rate}
 
   @property
   def first_score(self) -> float:
-    """The score of every unit at step 0."""
+    """The score of all units at step 0."""
     return 0.0
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
-    """Starts from one score for each unit, the same for all, and stores no masks."""
+    """Starts with the same score for all units, and stores no masks."""
     shapes = jax.eval_shape(self.units.pool, restrict_to(params, target))
     first = self.first_score
     scores = {name: jnp.full(units.shape, first, jnp.float32) for name, units in shapes.items()}
@@ -44,5 +44,5 @@ class UnitScores(PatternMethod):
     return {'params': params, 'learned': scores}, Sparse(nothing, target)
 
   def means(self, units: Units, prunable: Tree) -> Tree:
-    """The mean over the weights of each prunable leaf of what their units have, float32 scalars."""
+    """Returns the mean of the units' values over the weights of each prunable leaf, float32 scalars."""
     return jax.tree.map(jnp.mean, self.units.expand(units, prunable))
