@@ -8,6 +8,6 @@ from sparse_lm.core.spanning import SpanningUnits
 
 @dataclasses.dataclass(frozen=True)
 class Neuron(SpanningUnits):
-  """A hidden unit is kept or dropped whole: its column in each input matrix, its row in the output matrix."""
+  """A hidden unit is kept or dropped whole: its columns of the input matrices, its row of the output."""
 
   spelling: ClassVar[str] = 'neuron'

@@ -23,8 +23,8 @@ def test_the_first_rule_that_matches_owns_a_parameter():
     'first': {'block_0/attention/query'},
   }
   assert notes == (
-    "the rules 'mlp' and 'first' both match block_0/mlp/up: 'mlp', which comes first, holds there",
-    'no rule matches block_1/attention/query: dense',
+    "the rules 'mlp' and 'first' both match block_0/mlp/up; the first of them, 'mlp', applies",
+    'no rule matches block_1/attention/query; they stay dense',
   )
   swapped, _ = owners({'first': ('block_0', '^nothing'), 'mlp': ('mlp',)}, PATHS)
   assert swapped == {'first': set(PATHS[:2]), 'mlp': {'block_1/mlp/up'}}
@@ -43,8 +43,8 @@ def test_a_note_counts_the_paths_that_it_does_not_name():
 
 @pytest.mark.parametrize(('rules', 'words'), [
   ({'mpl': ('mpl',)}, ["config.weight.rules.mpl.match=('mpl',)", 'matches no prunable']),
-  ({'a': ('.',), 'b': ('mlp',)}, ['config.weight.rules.b.match', 'only what earlier rules (a) own']),
-  ({'a': ('attention',), 'b': ('mlp',), 'c': ('block_1',)}, ['rules.c.match', 'rules (a, b) own']),
+  ({'a': ('.',), 'b': ('mlp',)}, ['config.weight.rules.b.match', 'only parameters of earlier rules (a)']),
+  ({'a': ('attention',), 'b': ('mlp',), 'c': ('block_1',)}, ['rules.c.match', 'earlier rules (a, b)']),
   ({'a': ('(',)}, ['config.weight.rules.a.match', 'a regular expression']),
 ])  # fmt: skip
 def test_a_rule_that_owns_nothing_is_one_line_with_the_paths_there_are(rules, words):

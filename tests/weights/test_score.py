@@ -210,7 +210,7 @@ def test_a_bad_choice_is_one_line(fields, words):
 
 def test_scores_of_signals_are_applied_by_stored_masks_alone():
   Saliency(total_steps=10).check()
-  with pytest.raises(UserError, match=r"config\.weight\.apply='soft'.*valid: masked: .*grads"):
+  with pytest.raises(UserError, match=r"config\.weight\.apply='soft'.*valid: masked, .*grads"):
     Saliency(total_steps=10, apply='soft').check()
 
 
