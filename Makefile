@@ -5,7 +5,7 @@ PYTHON_COLAB ?= $(shell for python in python3.13 python3.12 python3; do \
   $$python -c pass 2> /dev/null && echo $$python && break; done)
 BIN := .venv/bin
 
-.PHONY: ablation accelerator accelerator-all accelerator-quick test test-slow test-colab fuzz lint notebooks clean
+.PHONY: ablation accelerator accelerator-all accelerator-quick docs test test-slow test-colab fuzz lint notebooks clean
 .DELETE_ON_ERROR:
 
 ablation: .venv/core
@@ -43,6 +43,11 @@ test-colab: .venv-colab/dev
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The site, from an empty folder; a warning is an error.
+docs: .venv/dev
+	rm -rf build/docs docs/reference/generated
+	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs build/docs
 
 notebooks: .venv/dev
 	$(BIN)/python tests/colab/execute.py

@@ -1,0 +1,1 @@
+"""Configs: `base.py` holds every default, and each other file changes some of them."""

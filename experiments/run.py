@@ -2,9 +2,11 @@
 
 STUDY is a module of this package, such as `patterns`, or the path of a Python file, such as
 `my_studies/depth.py`. Either one defines
-  a docstring whose first line is the question that the study answers,
-  `runs() -> list[Run]` (see `sweep`), in the order of the rows in the table,
-  `report(lines, folder) -> str`, which writes tables and figures into the folder and returns Markdown.
+
+- a docstring whose first line is the question that the study answers,
+- `runs() -> list[Run]` (see `sweep`), in the order of the rows in the table,
+- `report(lines, folder) -> str`, which writes tables and figures into the folder and returns Markdown.
+
 `comparison.Comparison` provides both functions for a study of methods at several sparsities over seeds.
 A run trains a model. A run that does something else names a function, `Run(..., execute)`.
 

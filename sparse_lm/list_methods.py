@@ -11,15 +11,15 @@ from sparse_lm.runs import configs
 HEADER = ('method', 'slot', 'paper', 'saves', 'causal in')
 
 
-def rows() -> list[tuple[str, ...]]:
-  """A row for each method, in the order of `HEADER`; the method's name links to its file."""
+def rows(root: str = '') -> list[tuple[str, ...]]:
+  """Returns a row for each method, in the order of `HEADER`; its name links to its file below `root`."""
   # Methods declare what holds with their default fields, in the default model.
   default = configs.load(str(configs.BASE))
   spec = Spec.from_config(default.model, vocab=256, context=default.data.context)
   found = []
   for slot in slots.SLOTS:
     for name in slots.names(slot):
-      link = f'[{name}](sparse_lm/methods/{slot}/{name}.py)'
+      link = f'[{name}]({root}sparse_lm/methods/{slot}/{name}.py)'
       found.append((link, slot, *_declared(slot, name, spec)))
   return found
 
@@ -38,9 +38,9 @@ def _declared(slot: str, name: str, spec: Spec) -> tuple[str, str, str]:
   return traits.paper, traits.saves, ', '.join(modes)
 
 
-def table() -> str:
-  """A Markdown table of all methods."""
-  lines = [HEADER, tuple('---' for _ in HEADER), *rows()]
+def table(root: str = '') -> str:
+  """Returns a Markdown table of all methods; see `rows`."""
+  lines = [HEADER, tuple('---' for _ in HEADER), *rows(root)]
   return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 

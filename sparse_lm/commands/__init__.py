@@ -1,0 +1,1 @@
+"""What commands share: the command-line parser, and one-line errors."""

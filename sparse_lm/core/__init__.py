@@ -1,0 +1,1 @@
+"""The vocabulary: trees, paths, units, selection, distributions, schedules, estimators, and errors."""

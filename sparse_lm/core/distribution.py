@@ -1,12 +1,11 @@
 """Distributes one target sparsity over the parameters. Runs on the host, in float64.
 
-uniform   Every parameter gets the target sparsity.
-er, erk   Erdős–Rényi (SET, Mocanu et al. 2018; ERK is RigL's version for kernels, Evci et al. 2020).
-          The density is proportional to (in + out) / (in * out), so small and narrow matrices stay
-          denser. Both are equal for matrices, and a transformer has no other kernels.
-a map     For example `'attention=0.5,mlp=0.9'`: each entry gives a sparsity to the parameters whose
-          path matches its regular expression. The first match wins. Parameters without a match get
-          the target sparsity.
+- `uniform`: every parameter gets the target sparsity.
+- `er`, `erk`: Erdős–Rényi (SET, Mocanu et al. 2018; ERK is RigL's version for kernels, Evci et al. 2020).
+  The density is proportional to `(in + out) / (in * out)`, so small and narrow matrices stay denser. Both
+  are equal for matrices, and a transformer has no other kernels.
+- a map, for example `'attention=0.5,mlp=0.9'`: each entry gives a sparsity to the parameters whose path
+  matches its regular expression. The first match wins. Other parameters get the target sparsity.
 """
 
 import math

@@ -22,7 +22,7 @@ def path_name(path: tuple) -> str:
 
 
 def named(tree: Tree) -> dict[str, Tree]:
-  """Returns a dict from path to leaf, without `None`s."""
+  """Returns a dict from path to leaf, without `None` leaves."""
   return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 

@@ -1,0 +1,1 @@
+"""Text: sources, tokenizers, windows of tokens, mixtures, and the input pipeline."""

@@ -1,0 +1,1 @@
+"""Packed models: formats, shrinking, decoding, sampling, and speculation."""

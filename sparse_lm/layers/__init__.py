@@ -1,0 +1,1 @@
+"""The Linen modules and protocols that models and layer methods share."""

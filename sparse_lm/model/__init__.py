@@ -1,0 +1,1 @@
+"""The transformer, assembled from the methods that the config names for each slot."""

@@ -1,0 +1,1 @@
+"""Result lines become tables (Markdown, CSV, LaTeX) and figures."""

@@ -1,0 +1,1 @@
+"""A run on disk: config, workdir, checkpoints, the training loop, loading, and locks."""

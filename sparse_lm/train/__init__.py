@@ -1,0 +1,1 @@
+"""The compiled training program: state, objective, optimizer, step, and budget controller."""

@@ -1,0 +1,1 @@
+"""Activation methods: which hidden units of an MLP are active."""

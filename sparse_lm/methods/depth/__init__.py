@@ -1,0 +1,1 @@
+"""Depth methods: which layers run for a token."""

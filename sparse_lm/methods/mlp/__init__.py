@@ -1,0 +1,1 @@
+"""MLP methods: experts, gates, and predictors of active neurons."""

@@ -1,0 +1,1 @@
+"""Site methods: what is done to an activation at a named site."""

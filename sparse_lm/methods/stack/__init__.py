@@ -1,0 +1,1 @@
+"""Stack methods: what spans all layers, such as early exits."""

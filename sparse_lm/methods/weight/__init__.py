@@ -1,0 +1,1 @@
+"""Weight methods: which weights are kept, and when masks change."""
