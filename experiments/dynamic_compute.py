@@ -79,7 +79,7 @@ def _held(method: str, overrides: Overrides, target: float) -> tuple[str, str, O
 def _random_rate(target: float) -> float:
   """The rate at which random token gates cost `target` of the dense model's FLOPs."""
   program, masks = build(configs.load(CONFIG, MODEL | GATE), VOCAB)
-  closed, opened = cost.extremes(program.costs.ledger, tree.named(masks))
+  closed, opened = cost.flops_range(program.costs.ledger, tree.named(masks))
   return round((target * program.costs.dense - closed) / (opened - closed), 4)
 
 

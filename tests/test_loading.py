@@ -161,7 +161,7 @@ def test_an_intervention_acts_as_the_weights_that_would_do_the_same(run, referen
     ({'block_0/mlp/hiden': jnp.zeros_like}, "did you mean 'block_*/mlp/hidden'?"),
     (
       {'residual_1': lambda x: x[..., :1]},
-      'residual_1 is replaced by float32[1, 7, 1]; valid: float32',
+      'residual_1: the replacement is float32[1, 7, 1]; valid: float32',
     ),
   ],
 )

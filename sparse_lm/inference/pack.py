@@ -165,7 +165,7 @@ def _fused(
 
 def dense_twin(model: LM, seed: int = 0) -> PackedModel:
   """The model without any sparsity, with random weights: what a packed model is timed beside."""
-  model = lm.twin(model)
+  model = lm.dense_twin(model)
   draw = np.random.default_rng(seed)
   shapes = plan_of(model).params
   params = jax.tree.map(

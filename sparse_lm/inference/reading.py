@@ -12,7 +12,7 @@ from sparse_lm.core import tree
 from sparse_lm.core.format import is_packed
 from sparse_lm.core.paths import KERNEL, Place
 from sparse_lm.inference.pack import PackedModel
-from sparse_lm.layers.sow import activity_of
+from sparse_lm.layers.sow import gate_activity
 from sparse_lm.model import plans
 from sparse_lm.model.plans import plan_of
 from sparse_lm.plan import cost
@@ -42,13 +42,13 @@ def read_bytes(packed: PackedModel, tokens_BxL: np.ndarray) -> ReadBytes:
   """
   model, plan = packed.model, plan_of(packed.model)
   run = jax.jit(lambda v, t: model.apply(v, t, mode='eval', mutable=['gates'])[1])
-  active = activity_of(run(packed.variables, tokens_BxL))
+  active = gate_activity(run(packed.variables, tokens_BxL))
   weights = _weights(packed, plan, tokens_BxL.shape[1], active)
   reads = {
     path: dataclasses.replace(read, gates=tuple(gate for gate in read.gates if gate.skips))
     for path, read in plans.reads(model, packed.variables).items()
   }
-  cached = cost.read_bytes(reads, cost.fractions(reads, active))
+  cached = cost.read_bytes(reads, cost.open_fractions(reads, active))
   return ReadBytes(weights, round(float(cached)))
 
 

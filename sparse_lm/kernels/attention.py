@@ -1,4 +1,4 @@
-"""Softmax attention to the keys that a mask describes: one function, the backend chosen inside."""
+"""Softmax attention with masks. `attention` chooses the backend (einsum or cuDNN) itself."""
 
 import contextlib
 import contextvars
@@ -16,8 +16,8 @@ from sparse_lm.kernels.topk import top
 
 Array = jax.Array
 EINSUM, CUDNN = 'einsum', 'cudnn'
-KERNELS = ('auto', EINSUM, CUDNN)  # what `config.model.attention_kernel` may be
-WIDEST = 128  # head that cuDNN's fused attention takes, on every GPU that has it
+KERNELS = ('auto', EINSUM, CUDNN)  # the values of `config.model.attention_kernel`
+MAX_FUSED_HEAD = 128  # largest head width that cuDNN's fused attention supports on all its GPUs
 # `(scores, mask) -> mask`, all `[B, G, H / G, L, S]`; the scores are float32.
 Select = Callable[[Array, Array], Array]
 
@@ -29,16 +29,16 @@ Select = Callable[[Array, Array], Array]
 )
 @dataclasses.dataclass(frozen=True)
 class KeyValues(Placed):
-  """Keys and values of a batch of sequences: those of its tokens, or all cached ones.
+  """Keys and values of a batch of sequences: those of the current tokens, or all cached ones.
 
   Attributes:
-    k: `[B, S, G, K]`; queries may have several heads for each of these.
+    k: `[B, S, G, K]`; several query heads may share one of the G heads.
     v: `[B, S, G, K]`.
-    positions: int32 `[B, S]`, the place of each key's token in its sequence, in any order.
+    positions: int32 `[B, S]`, the position of each key's token in its sequence, in any order.
     valid: bool `[B, S]`, whether the key may be read.
-    whole: whether all keys of each sequence are known to be there, in order; see `kernels/placed.py`.
-    means: float32 `[B, N, G, K]`, the mean of each block of keys, where a cache keeps them; see `blocks`.
-    cached: whether these are a cache's, so that what is read of them is counted.
+    whole: whether all keys of each sequence are known to be present, in order (`kernels/placed.py`).
+    means: float32 `[B, N, G, K]`, the mean of each block of keys, if the cache keeps it (`blocks.py`).
+    cached: whether keys and values come from a cache; the bytes read from a cache are counted.
   """
 
   k: Array
@@ -52,12 +52,12 @@ class KeyValues(Placed):
 
 @struct.dataclass
 class Blocks:
-  """Blocks of keys, of which each query of each head reads some.
+  """The blocks of keys that each query reads.
 
   Attributes:
-    read: bool `[B, G, H / G, L, N]`, whether a query reads the block; G and H / G may be 1, which stands
-      for all heads, or for all that share a key head.
-    size: keys of a block.
+    read: bool `[B, G, H / G, L, N]`, whether a query reads each block. G may be 1 if all heads read the
+      same blocks, and H / G may be 1 if the heads that share a key head do.
+    size: number of keys in a block.
     most: blocks that `read` holds for a query at most, its own among them; `None` = all. No kernel needs
       to know: costs are counted by it, see `Mask.count`.
     of_keys: int32 `[B, S]`, the block that each key is in; `None` = one at position p is in `p // size`.
@@ -65,17 +65,17 @@ class Blocks:
 
   read: Array
   size: int = struct.field(pytree_node=False)
-  most: int | None = struct.field(pytree_node=False, default=None)
+  max_blocks: int | None = struct.field(pytree_node=False, default=None)
   of_keys: Array | None = None
 
 
 @struct.dataclass
 class Documents:
-  """Which document each token belongs to, where a sequence has several: none reads another.
+  """The document of each token in sequences of several documents; a token reads only its own document.
 
   Attributes:
-    of_queries: int32 `[B, L]`.
-    of_keys: int32 `[B, S]`.
+    of_queries: int32 `[B, L]`, the document of each query.
+    of_keys: int32 `[B, S]`, the document of each key.
   """
 
   of_queries: Array
@@ -84,16 +84,17 @@ class Documents:
 
 @struct.dataclass
 class Mask:
-  """Which keys a query may read; described, so that a kernel can leave out what it need not compute.
+  """A description of the keys that each query may read, from which kernels can skip computation.
 
-  A valid key is read where all of these allow it.
+  A query reads a valid key if all of the following allow it.
 
   Attributes:
-    causal: keys at the query's position or before it, and no later ones.
-    window: keys less than so many positions from the query; `None` = of any distance.
-    sinks: so many positions at the beginning of a sequence are read from any distance.
-    blocks: the blocks of keys that each query reads.
-    documents: keys of the query's own document alone.
+    causal: whether a query reads only keys up to its own position.
+    window: a query reads only keys at a distance below this number of positions; `None` means any
+      distance.
+    sinks: number of positions at the start of a sequence that are read from any distance.
+    blocks: the blocks of keys that each query reads; `None` means all.
+    documents: if given, a query reads only keys of its own document.
   """
 
   causal: bool = struct.field(pytree_node=False, default=True)
@@ -103,23 +104,26 @@ class Mask:
   documents: Documents | None = None
 
   def count(self, query: int, keys: int) -> int:
-    """How many keys the query at a position reads at most, of valid ones at 0 to `keys` - 1.
+    """Returns the most keys that a query reads, given valid keys at positions 0 to `keys` - 1.
 
-    What is known before a model runs counts: distance, sinks, and how many blocks are read at most. Of
-    the query's own block those keys count that it may read; each other block counts as full, though a
-    window or the end of the keys may cut it. Only a running model knows documents, which count as if
-    there were one, and what a method selects by scores, which is the `most` of `attention`.
+    The count uses only what is known before the model runs: distances, sinks and the largest number of
+    blocks. Of the query's own block, only readable keys count; every other block counts as full.
+    Documents are ignored, and so is a selection by scores (`max_keys` of `attention`).
+
+    Args:
+      query: position of the query.
+      keys: number of keys.
     """
     first, last = 0, query if self.causal else keys - 1
     if self.window is not None:
       first, last = max(0, query - self.window + 1), min(last, query + self.window - 1)
     near, sinks = last - first + 1, min(self.sinks, first)
-    if self.blocks is None or self.blocks.most is None:
+    if self.blocks is None or self.blocks.max_blocks is None:
       return near + sinks
     size = self.blocks.size
     start = query // size * size
     own = min(last, start + size - 1) - max(first, start) + 1 + max(0, sinks - start)
-    return min(near + sinks, own + (self.blocks.most - 1) * size)
+    return min(near + sinks, own + (self.blocks.max_blocks - 1) * size)
 
 
 def attention(
@@ -129,33 +133,36 @@ def attention(
   mask: Mask,
   on_weights: Callable[[Array], Array] | None = None,
   select: Select | None = None,
-  most: int | None = None,
+  max_keys: int | None = None,
   kernel: str = EINSUM,
 ) -> Array:
-  """Softmax attention, grouped-query where keys have fewer heads: `[B, L, H, K]`.
+  """Softmax attention, with grouped queries if keys have fewer heads; returns `[B, L, H, K]`.
 
-  There are two kernels. Einsums over `[B, H, L, K]` run on every device and support every call; they
+  There are two backends. Einsums over `[B, H, L, K]` run on every device and support every call, but
   store scores and weights as arrays `[B, H, L, S]`. (On a CPU they are faster than the default
   implementation of `jax.nn.dot_product_attention`, which is not fused on a GPU either.) cuDNN's fused
-  kernel stores neither scores nor weights, and runs the calls for which `unfused` finds no reason against
-  it. A query that may read no key gives all keys the same weight.
+  kernel stores neither scores nor weights. It supports the calls for which `why_unfused` returns ''. A
+  query that may read no key gives all keys the same weight.
 
   Args:
-    positions_BxL: int32, of the queries.
-    on_weights: what is done to the attention weights, `[B, G, H / G, L, S]`, such as dropout; `None` =
-      nothing.
-    select: narrows the mask by the scores.
-    most: keys that `select` leaves at most; a single query reads the values of no others.
-    kernel: one of `KERNELS`. With any but 'einsum' the fused kernel runs where device and call allow it,
-      and einsums elsewhere: whether 'cudnn' may be asked for is checked before a run starts.
+    q_BxLxHxK: queries.
+    positions_BxL: int32, positions of the queries.
+    keys: keys and values.
+    mask: the keys that each query may read.
+    on_weights: a function of the attention weights `[B, G, H / G, L, S]`, such as dropout; `None` means
+      none.
+    select: a function that narrows the mask by the scores; `None` means none.
+    max_keys: the most keys that `select` keeps; a single query reads only their values.
+    kernel: one of `KERNELS`. Unless it is 'einsum', the fused kernel runs if the device and the call
+      support it, and einsums run otherwise. A run that asks for 'cudnn' is checked before it starts.
   """
-  reason = unfused(q_BxLxHxK, positions_BxL, keys, mask, on_weights, select)
-  seen = _calls.get()
+  reason = why_unfused(q_BxLxHxK, positions_BxL, keys, mask, on_weights, select)
+  seen = _refusals.get()
   if seen is not None:
     seen.append(reason)
   if not reason and kernel != EINSUM and device.has_fused_attention():
     return _fused(q_BxLxHxK, keys, mask, 'cudnn')
-  reads = reads_of(mask, positions_BxL, keys)
+  reads = mask_array(mask, positions_BxL, keys)
   b, l, h, width = q_BxLxHxK.shape
   g = keys.k.shape[2]
   q_BxGxRxLxK = q_BxLxHxK.reshape(b, l, g, h // g, width).transpose(0, 2, 3, 1, 4) * width**-0.5
@@ -165,29 +172,31 @@ def attention(
     weights = softmax(scores, reads, select)
     return weights if on_weights is None else on_weights(weights)
 
-  if l == 1 or l < keys.k.shape[1]:  # keys that a cache holds
-    out_BxGxRxLxK = _attend_cached(q_BxGxRxLxK, k_BxGxSxK, v_BxGxSxK, weights_of, most)
+  if l == 1 or l < keys.k.shape[1]:  # the keys come from a cache
+    out_BxGxRxLxK = _attend_cached(q_BxGxRxLxK, k_BxGxSxK, v_BxGxSxK, weights_of, max_keys)
   else:
     weights = weights_of(jnp.einsum('bgrlk,bgsk->bgrls', q_BxGxRxLxK, k_BxGxSxK))
     out_BxGxRxLxK = jnp.einsum('bgrls,bgsk->bgrlk', weights, v_BxGxSxK)
   return out_BxGxRxLxK.transpose(0, 3, 1, 2, 4).reshape(b, l, h, -1)
 
 
-_calls: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar('calls', default=None)
+_refusals: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar(
+  'refusals', default=None
+)
 
 
 @contextlib.contextmanager
-def calls() -> Iterator[list[str]]:
-  """Collects what `unfused` says of every call of `attention` that is traced inside."""
+def collect_fused_refusals() -> Iterator[list[str]]:
+  """Collects the result of `why_unfused` for each call of `attention` that is traced in the context."""
   found: list[str] = []
-  token = _calls.set(found)
+  token = _refusals.set(found)
   try:
     yield found
   finally:
-    _calls.reset(token)
+    _refusals.reset(token)
 
 
-def unfused(
+def why_unfused(
   q_BxLxHxK: Array,
   positions_BxL: Array,
   keys: KeyValues,
@@ -195,12 +204,12 @@ def unfused(
   on_weights: Callable[[Array], Array] | None = None,
   select: Select | None = None,
 ) -> str:
-  """Why cuDNN's fused kernel cannot run a call of `attention` on any device; '' where it can.
+  """Returns the reason why cuDNN's fused kernel cannot run a call of `attention`; '' if it can.
 
-  The kernel masks by causality and by a window, both counted in indices of the arrays. Indices are
-  positions where sequences are whole and queries and keys are of the same tokens, which share one array
-  of positions. JAX compiles the seed of the kernel's dropout into the program as a constant, so every
-  step would drop the same weights; therefore the kernel's dropout is not used.
+  The device is not considered. The kernel supports causal masks and windows, measured in array indices.
+  These are positions only if the sequences are whole and the queries and keys belong to the same
+  tokens, and so share one array of positions. The kernel's own dropout is not used: JAX compiles its
+  seed into the program, so every step would drop the same weights.
   """
   width, dtype = q_BxLxHxK.shape[-1], q_BxLxHxK.dtype
   if select is not None:
@@ -210,25 +219,31 @@ def unfused(
       'something acts on the attention weights (config.model.dropout, or a method at their site)'
     )
   if mask.blocks is not None or mask.documents is not None or mask.sinks or not mask.causal:
-    return 'it takes causal and sliding-window masks alone, and the method has another mask'
+    return 'it supports only causal and sliding-window masks, and the method has another mask'
   if not keys.whole or positions_BxL is not keys.positions:
-    return 'it reads whole sequences, and here tokens are left out or keys are cached'
+    return 'it needs whole sequences, but here tokens are left out or keys are cached'
   if dtype not in (jnp.bfloat16, jnp.float16):
-    return f'it computes in bfloat16, and config.model.precision is {dtype}'
-  if width % 8 or width > WIDEST or keys.v.shape[-1] != width:
-    return f'it takes heads 8, 16, 24, ... {WIDEST} wide, and these are {width}'
+    return f'it computes in bfloat16, but config.model.precision is {dtype}'
+  if width % 8 or width > MAX_FUSED_HEAD or keys.v.shape[-1] != width:
+    return (
+      f'it supports heads of width 8, 16, 24, ... {MAX_FUSED_HEAD}, but these have width {width}'
+    )
   if q_BxLxHxK.shape[1] % 2:  # JAX refuses the gradient
-    return f'it trains on an even number of tokens, and config.data.context is {q_BxLxHxK.shape[1]}'
+    return f'it trains on an even number of tokens, but config.data.context is {q_BxLxHxK.shape[1]}'
   return ''
 
 
 def _fused(q_BxLxHxK: Array, keys: KeyValues, mask: Mask, implementation: str) -> Array:
-  """`jax.nn.dot_product_attention` with a causal mask and a window: `[B, L, H, K]`.
+  """Calls `jax.nn.dot_product_attention` with a causal mask and a window; returns `[B, L, H, K]`.
 
-  `is_causal` is given beside the window, because cuDNN's window alone reads later keys (jax issue 39576).
+  `is_causal` is needed in addition to the window, because cuDNN's window alone reads later keys (jax
+  issue 39576).
 
   Args:
-    implementation: 'cudnn', or 'xla', which computes the same from the same arguments.
+    q_BxLxHxK: queries.
+    keys: keys and values.
+    mask: the mask, of which only the window is used.
+    implementation: 'cudnn', or 'xla' for the same result on any device.
   """
   window = None
   if mask.window is not None and mask.window < keys.k.shape[1]:
@@ -243,20 +258,20 @@ def _fused(q_BxLxHxK: Array, keys: KeyValues, mask: Mask, implementation: str) -
   )
 
 
-def computed_keys(queries: int, keys: int, most: int | None = None) -> int:
-  """How many keys and how many values, together, `attention` multiplies for each query."""
-  gathered = keys if most is None or queries > 1 else min(most, keys)
+def computed_keys(queries: int, keys: int, max_keys: int | None = None) -> int:
+  """Returns the number of keys plus the number of values that `attention` multiplies per query."""
+  gathered = keys if max_keys is None or queries > 1 else min(max_keys, keys)
   return keys + gathered
 
 
-def reads_of(mask: Mask, positions_BxL: Array, keys: KeyValues) -> Array:
-  """The mask as bools that broadcast to `[B, G, H / G, L, S]`: the reference of what it means.
+def mask_array(mask: Mask, positions_BxL: Array, keys: KeyValues) -> Array:
+  """Returns the mask as bools that broadcast to `[B, G, H / G, L, S]`; this defines its meaning.
 
-  A query that no such key is left for (a token that skips the layer) reads its own: its output is
-  dropped, but the gradient of the gate that dropped it must not come from later tokens.
+  A query without a readable key (a token that skips the layer) reads its own key. Its output is dropped,
+  but the gradient of the gate that dropped it must not come from later tokens.
   """
   places_BxS, whole = keys.positions, keys.whole and positions_BxL is keys.positions
-  if whole:  # then these are bools of one sequence, `[1, L, S]`, which stand for all
+  if whole:  # one mask `[1, L, S]` serves all sequences
     positions_BxL = places_BxS = jnp.arange(places_BxS.shape[1], dtype=jnp.int32)[None]
   age_BxLxS = positions_BxL[:, :, None] - places_BxS[:, None, :]
   reads_BxLxS = age_BxLxS >= 0 if mask.causal else jnp.ones_like(age_BxLxS, bool)
@@ -282,7 +297,7 @@ def _or_own(reads: Array, age: Array) -> Array:
 
 
 def softmax(scores: Array, reads: Array, select: Select | None = None) -> Array:
-  """Softmax over the keys that are read, and that `select` leaves; in float32, given as scores were."""
+  """Softmax over the readable keys, narrowed by `select`; computed in float32, in the scores' dtype."""
   reads = reads if select is None else select(scores.astype(jnp.float32), reads)
   return (_softmax if scores.dtype == jnp.float32 else _rounded_softmax)(scores, reads)
 
@@ -295,9 +310,9 @@ def _softmax(scores: Array, reads: Array) -> Array:
 
 @jax.custom_vjp
 def _rounded_softmax(scores: Array, reads: Array) -> Array:
-  """`_softmax` of bfloat16 scores; the backward pass keeps the weights in bfloat16 alone.
+  """`_softmax` of bfloat16 scores, which saves only bfloat16 weights for the backward pass.
 
-  JAX's own gradient would keep them in float32 as well, which takes more memory traffic.
+  JAX's own gradient would also save them in float32, which costs memory traffic.
   """
   return _softmax(scores, reads)
 
@@ -322,13 +337,13 @@ def _attend_cached(
   k_BxGxSxK: Array,
   v_BxGxSxK: Array,
   weights_of: Callable[[Array], Array],
-  most: int | None,
+  max_keys: int | None,
 ) -> Array:
-  """`[B, G, R, L, K]` of one query of each sequence, or of a few that go on behind what a cache holds.
+  """Attention of one or a few new queries per sequence to cached keys; returns `[B, G, R, L, K]`.
 
-  In three dimensions, keys in rows of features: XLA:CPU runs the general form of a single query ten
-  times slower. A cache keeps keys and values in that layout (`kernels/cache.py`), so the transposes cost
-  nothing.
+  The products have three dimensions, with keys as rows of features, because XLA:CPU runs the general
+  form ten times slower for a single query. A cache uses this layout (`kernels/cache.py`), so the
+  transposes are free.
   """
   b, g, r, l, width = q_BxGxRxLxK.shape
   q_NxRxK = q_BxGxRxLxK.reshape(b * g, r * l, width)
@@ -336,10 +351,10 @@ def _attend_cached(
   v_NxSxK = v_BxGxSxK.reshape(b * g, *v_BxGxSxK.shape[2:])
   scores_NxRxS = jnp.einsum('nrk,nks->nrs', q_NxRxK, k_NxKxS)
   weights_NxRxS = weights_of(scores_NxRxS.reshape(b, g, r, l, -1)).reshape(b * g, r * l, -1)
-  if l > 1 or most is None or most >= weights_NxRxS.shape[-1]:
+  if l > 1 or max_keys is None or max_keys >= weights_NxRxS.shape[-1]:
     out_NxRxK = jnp.einsum('nrs,nsk->nrk', weights_NxRxS, v_NxSxK)
   else:
-    weights_NxRxS, index_NxRxS = top(weights_NxRxS, most)
+    weights_NxRxS, index_NxRxS = top(weights_NxRxS, max_keys)
     v_NxRxSxK = jnp.take_along_axis(v_NxSxK[:, None], index_NxRxS[..., None], axis=2)
     out_NxRxK = jnp.einsum('nrs,nrsk->nrk', weights_NxRxS, v_NxRxSxK)
   return out_NxRxK.reshape(b, g, r, l, -1)

@@ -1,8 +1,8 @@
-"""Blocks of a sequence's keys: their means, how queries score them, and one query that reads a few.
+"""Blocks of keys: their means, their scores, and attention of one query to a few of them.
 
-Keys are cut into blocks in the order of their positions, those that are not valid left out: the first
-`size` keys of a sequence are block 0. So a block whose successor has begun is full, whichever tokens skip
-a layer, and it is the same block in a cache, where what skips a layer takes no slot.
+The valid keys of a sequence are divided into blocks in the order of their positions: the first `size`
+valid keys are block 0. So all blocks but the last are full even if tokens skip the layer, and blocks
+are the same in a cache, where a token that skips the layer has no slot.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,9 @@ Array = jax.Array
 
 
 def places(positions_BxL: Array, keys: KeyValues) -> Array:
-  """Of tokens at these positions, the place of the last key that they may read: int32 `[B, L]`.
+  """Returns the rank of the last key at or before each position, int32 `[B, L]`; -1 if there is none.
 
-  A key's own place is how many keys come before it. -1 where there is no key at or before the position.
+  The rank of a key is the number of valid keys before it.
   """
   if keys.whole:
     return positions_BxL
@@ -27,7 +27,7 @@ def places(positions_BxL: Array, keys: KeyValues) -> Array:
 
 
 def means(keys: KeyValues, size: int) -> Array:
-  """The mean key of each block, float32 `[B, N, G, K]`; of a block that is not full it says nothing."""
+  """Returns the mean key of each block, float32 `[B, N, G, K]`; undefined if a block is not full."""
   b, s, g, width = keys.k.shape
   k_BxSxGxK = keys.k
   if not keys.whole:
@@ -39,17 +39,22 @@ def means(keys: KeyValues, size: int) -> Array:
 
 
 def block_scores(q_BxLxHxK: Array, means_BxNxGxK: Array, own_BxL: Array) -> Array:
-  """What to choose blocks by, float32 `[B, G, H / G, L, N]`.
+  """Returns the scores by which queries choose blocks, float32 `[B, G, H / G, L, N]`.
 
-  Infinity of a query's own block, the product with the mean key of those before it, and minus infinity
-  of later ones.
+  The score of an earlier block is the product of the query with the block's mean key. The query's own
+  block has score infinity, and later blocks have minus infinity.
+
+  Args:
+    q_BxLxHxK: queries.
+    means_BxNxGxK: mean key of each block.
+    own_BxL: int32, the block of each query.
   """
   b, l, _, width = q_BxLxHxK.shape
   q_BxLxGxRxK = q_BxLxHxK.astype(jnp.float32).reshape(b, l, means_BxNxGxK.shape[2], -1, width)
   exact = jax.lax.Precision.HIGHEST
   scores = jnp.einsum('blgrk,bngk->bgrln', q_BxLxGxRxK, means_BxNxGxK, precision=exact)
   own, block = own_BxL[:, None, None, :, None], jnp.arange(means_BxNxGxK.shape[1])
-  # One zero, because some ways to sort tell it from the negative one.
+  # Replaces -0.0 by 0.0, because some sorting algorithms order them.
   scores = jnp.where(scores == 0, 0.0, scores)
   return jnp.where(block < own, scores, jnp.where(block == own, jnp.inf, -jnp.inf))
 
@@ -61,15 +66,17 @@ def attend_to_blocks(
   size: int,
   on_weights: Callable[[Array], Array] | None = None,
 ) -> Array:
-  """Softmax attention of one query of each sequence to some blocks, `[B, 1, H, K]`: no others are read.
+  """Softmax attention of one query per sequence to some blocks, `[B, 1, H, K]`; reads no other block.
 
-  A head after the other on a CPU, where copies of all chosen blocks cost more than what reading less
-  saves; at once on other devices.
+  On a CPU, heads run one after the other, because copying all chosen blocks would cost more than reading
+  fewer keys saves. On other devices they run at once.
 
   Args:
-    keys: of a cache: the valid ones are in order, and stand before all others.
-    block_BxHxN: int32, no block twice; of those behind the last key nothing is read.
-    on_weights: see `attention`; the weights are `[B, G, H / G, 1, N * size]`.
+    q_Bx1xHxK: queries.
+    keys: keys and values of a cache, in which valid keys come first and are in order.
+    block_BxHxN: int32, the blocks of each head, without repeats. Blocks after the last key are ignored.
+    size: number of keys in a block.
+    on_weights: as in `attention`; the weights are `[B, G, H / G, 1, N * size]`.
   """
   b, _, h, width = q_Bx1xHxK.shape
   g, heads = keys.k.shape[2], b * h

@@ -1,4 +1,4 @@
-"""How keys and values are laid out while a sequence is decoded, so that one query reads them in place."""
+"""Memory layout of cached keys and values, from which a single query can read without copies."""
 
 import dataclasses
 import itertools
@@ -8,35 +8,35 @@ import jax.numpy as jnp
 
 Array = jax.Array
 LANES = 16
-# Tokens of a call that are written one by one; a prompt's are more.
-FEW = 16
+FEW = 16  # up to this number of tokens per call are written one by one; prompts are longer
 
 
 def slots_for(size: int) -> int:
-  """Slots to allocate for `size` tokens: one that nobody reads, for what is not to be written, and whole
-  vectors of them."""
+  """Returns the number of slots to allocate for `size` tokens.
+
+  It includes one slot that is never read, for tokens that are not kept, and is a multiple of `LANES`.
+  """
   return -(-(size + 1) // LANES) * LANES
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """Which axis of the cached keys or values, `[B * G, ...]`, is that of the tokens.
+  """The layout of cached keys or values, `[B * G, ...]`.
 
   Attributes:
-    axis: 2 = tokens in the last axis, as one query reads keys: rows of features. 1 = tokens before the
-      features, as it reads values.
+    axis: the axis of the tokens: 2 for keys, which a query reads as rows of features, and 1 for values.
   """
 
   axis: int
 
   def empty(self, new_BxLxGxK: Array, slots: int) -> Array:
-    """Zeros with room for `slots` tokens like these."""
+    """Returns zeros with `slots` slots for tokens of this shape and dtype."""
     b, _, g, width = new_BxLxGxK.shape
     shape = (b * g, width, slots) if self.axis == 2 else (b * g, slots, width)
     return jnp.zeros(shape, new_BxLxGxK.dtype)
 
   def write(self, cached: Array, new_BxLxGxK: Array, slot_BxL: Array) -> Array:
-    """The cached array with new tokens in their slots."""
+    """Returns the cached array with new tokens written to their slots."""
     b, l, g, width = new_BxLxGxK.shape
     if self.axis == 2:
       new = new_BxLxGxK.transpose(0, 2, 3, 1).reshape(b * g, width, l)
@@ -45,7 +45,7 @@ class Layout:
     return write(cached, new, slot_BxL, self.axis)
 
   def read(self, cached: Array, batch: int) -> Array:
-    """The cached array as `[B, S, G, K]`."""
+    """Returns the cached array as `[B, S, G, K]`."""
     by_sequence = cached.reshape(batch, -1, *cached.shape[1:])
     return by_sequence.transpose((0, 3, 1, 2) if self.axis == 2 else (0, 2, 1, 3))
 
@@ -54,14 +54,14 @@ KEYS, VALUES = Layout(axis=2), Layout(axis=1)
 
 
 def all_means(cached_MxKxS: Array, size: int, blocks: int) -> Array:
-  """The mean of each block of so many keys that are cached, float32 `[B * G, N, K]`."""
+  """Returns the mean of each block of `size` cached keys, float32 `[B * G, N, K]`."""
   m, width, _ = cached_MxKxS.shape
   k_MxKxNxS = cached_MxKxS[..., : blocks * size].reshape(m, width, blocks, size)
   return jnp.mean(k_MxKxNxS, axis=-1, dtype=jnp.float32).swapaxes(1, 2)
 
 
 def one_mean(cached_MxKxS: Array, size: int, block_B: Array) -> Array:
-  """The mean of one block of each sequence, float32 `[B * G, 1, K]`: only its keys are read."""
+  """Returns the mean of one block per sequence, float32 `[B * G, 1, K]`; reads only this block."""
   (m, width, _), b = cached_MxKxS.shape, len(block_B)
   apart = cached_MxKxS.reshape(b, m // b, width, -1)
   each = jax.vmap(
@@ -71,10 +71,16 @@ def one_mean(cached_MxKxS: Array, size: int, block_B: Array) -> Array:
 
 
 def write(cached: Array, new: Array, slot_BxL: Array, axis: int) -> Array:
-  """Puts tokens, along `axis` of `new`, in their slots; rows of the first axis are shared out evenly.
+  """Writes tokens, which lie along `axis` of `new`, to their slots.
 
-  A few tokens, or one of each sequence, are written one after another, in place: XLA:CPU runs the
-  scatter that would write them at once by copying the whole array.
+  A few tokens, or one per sequence, are written one by one in place, because XLA:CPU copies the whole
+  array for a scatter.
+
+  Args:
+    cached: the cached array; its first axis has the same number of rows for each sequence.
+    new: the tokens.
+    slot_BxL: int32, the slot of each token.
+    axis: the axis of the tokens.
   """
   each, tokens = len(cached) // len(slot_BxL), slot_BxL.shape[1]
   if tokens > 1 and slot_BxL.size > FEW:

@@ -1,14 +1,15 @@
-"""Cross-entropy from hidden states, in chunks of tokens, without the logits of a whole batch.
+"""Cross-entropy from hidden states in chunks of tokens, without the logits of a whole batch.
 
-Logits of all tokens are the largest array of a training step: in float32 those of `[16384, 50304]` take
-3.3 GB, and their softmax as much again. Here the head processes one chunk of tokens after the other. The
-loss is the last operation of a forward pass, so the gradient of a chunk's logits follows from the logits:
+The logits of all tokens would be the largest array of a training step: in float32, `[16384, 50304]`
+logits take 3.3 GB, and their softmax takes the same again. Here the head processes one chunk of tokens
+after the other. The loss is the last operation of the forward pass, so the gradient of a chunk's logits
+follows from the logits themselves:
 
   d CE / d logits = softmax(logits) - onehot(target)
 
 Therefore the forward pass of a differentiated loss also computes the gradients of the hidden states and
-of the head, and the backward pass multiplies them by one number. The head runs once, and the logits of a
-chunk do not outlive it.
+of the head, and the backward pass only scales them by the loss's gradient. The head runs once per
+chunk, and each chunk's logits are freed after it.
 """
 
 import functools
@@ -20,10 +21,9 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
-# The most bytes that the logits of a chunk may take as float32. On one H100, 16,384 tokens and a
-# vocabulary of 50,304, the loss and its gradient took 8.0 ms in chunks of 4,096 tokens, which is what
-# this limit gives, and 9.7 ms in chunks of 1,024. On a CPU a chunk is to stay in the last level of the
-# cache.
+# Largest size of a chunk's float32 logits in bytes. On one H100, with 16,384 tokens and a vocabulary of
+# 50,304, the loss and its gradient took 8.0 ms in chunks of 4,096 tokens (which this limit gives) and
+# 9.7 ms in chunks of 1,024. On a CPU, a chunk should fit the last-level cache.
 LOGITS_BYTES, LOGITS_BYTES_ON_CPU = 2**30, 2**23
 
 
@@ -31,10 +31,10 @@ class Head(NamedTuple):
   """The parameters of an output head: logits are `hidden @ kernel + bias + bigrams[token]`.
 
   Attributes:
-    kernel_DxV: the kernel; it is cast to the dtype of the hidden states. `None` in a tied head.
-    table_VxD: the table of embeddings that a tied head multiplies with, transposed, in place of a kernel.
+    kernel_DxV: the kernel, which is cast to the dtype of the hidden states. `None` in a tied head.
+    table_VxD: the embedding table, whose transpose is the kernel of a tied head; else `None`.
     bias_V: the bias, or `None`.
-    bigrams_VxV: a row of logits to add for each token that the model reads, or `None`.
+    bigrams_VxV: logits to add for each input token, or `None`.
   """
 
   kernel_DxV: Array | None = None
@@ -44,11 +44,12 @@ class Head(NamedTuple):
 
 
 class Readout(NamedTuple):
-  """What logits are computed from: hidden states and the head.
+  """The inputs of the logits: hidden states and the head.
 
   Attributes:
-    hidden_BxLxD: outputs of the last norm, which the head reads.
-    tokens_BxL: int32, the tokens that the model read; `None` for a head without bigrams.
+    hidden_BxLxD: outputs of the last norm.
+    head: the head's parameters.
+    tokens_BxL: int32, the input tokens; `None` for a head without bigrams.
   """
 
   hidden_BxLxD: Array
@@ -57,11 +58,11 @@ class Readout(NamedTuple):
 
 
 class Losses(NamedTuple):
-  """The losses of each token, in nats, float32; they have no gradient.
+  """The losses of each token in nats, float32, without a gradient.
 
   Attributes:
-    nats: cross-entropy with the target.
-    divergence: `temperature^2 KL(teacher || model)`, both distributions softened by the temperature;
+    nats: cross-entropy with the target token.
+    divergence: `temperature^2 KL(teacher || model)`, with both distributions at the given temperature;
       `None` without a teacher.
   """
 
@@ -70,7 +71,7 @@ class Losses(NamedTuple):
 
 
 class _Known(NamedTuple):
-  """The inputs of the loss that have no gradient, with a leading axis of tokens, `[T, ...]`."""
+  """The inputs of the loss without a gradient, `[T, ...]`."""
 
   tokens: Array | None
   targets: Array
@@ -85,21 +86,22 @@ def cross_entropy(
   weights: tuple[float | Array, float | Array] = (1.0, 0.0),
   temperature: float = 1.0,
 ) -> tuple[Array, Losses]:
-  """The loss to minimise: a weighted sum of the means of cross-entropy and divergence over all tokens.
+  """Returns the training loss: a weighted sum of the mean cross-entropy and the mean divergence.
 
   Args:
-    predicted: what the logits are computed from, in chunks; or the logits, float32 `[B, L, V]`.
-    targets_BxL: int32.
-    teacher: the same of a teacher with the same vocabulary, which gets no gradient; or `None`.
-    weights: the weights of the cross-entropy and of the divergence.
-    temperature: softens both distributions of the divergence, see `Losses`.
+    predicted: a `Readout`, from which logits are computed in chunks; or the logits, float32 `[B, L, V]`.
+    targets_BxL: int32, the next tokens.
+    teacher: a `Readout` or the logits of a teacher with the same vocabulary, which gets no gradient; or
+      `None`.
+    weights: weights of the cross-entropy and of the divergence.
+    temperature: temperature of both distributions of the divergence (see `Losses`).
 
   Returns:
-    A float32 scalar, and the losses of each token, `[B, L]`.
+    The loss, a float32 scalar, and the losses of each token, `[B, L]`.
   """
   if not isinstance(predicted, Readout) or not isinstance(teacher, Readout | None):
-    # Logits that are computed already take their memory whether chunked or not.
-    logits, theirs = whole(predicted), None if teacher is None else whole(teacher)
+    # The logits already exist, so chunks would save no memory.
+    logits, theirs = all_logits(predicted), None if teacher is None else all_logits(teacher)
     losses = _losses(logits, theirs, targets_BxL, temperature)
     return _weighted(losses, weights), jax.lax.stop_gradient(losses)
   hidden_BxLxD, head, tokens_BxL = predicted
@@ -114,11 +116,10 @@ def cross_entropy(
   return loss, jax.tree.map(lambda a: a.reshape(targets_BxL.shape), losses)
 
 
-def rows_of(tokens: int, vocab: int) -> int:
-  """Tokens of a chunk: all of them where their logits fit the limit in bytes, else as many as fit.
+def chunk_rows(tokens: int, vocab: int) -> int:
+  """Returns the number of tokens in a chunk, so that its logits stay below the size limit.
 
-  If some number of chunks below twice the fewest possible divides the tokens, all chunks have equal
-  sizes.
+  Chunks have equal sizes if that takes less than twice the smallest possible number of chunks.
   """
   limit = LOGITS_BYTES_ON_CPU if jax.default_backend() == 'cpu' else LOGITS_BYTES
   most = max(1, limit // (4 * vocab))
@@ -129,8 +130,8 @@ def rows_of(tokens: int, vocab: int) -> int:
   return -(-tokens // needed)
 
 
-def whole(predicted: Readout | Array) -> Array:
-  """The logits of all tokens, float32 `[..., V]`."""
+def all_logits(predicted: Readout | Array) -> Array:
+  """Returns the logits of all tokens, float32 `[..., V]`."""
   if not isinstance(predicted, Readout):
     return predicted
   hidden_BxLxD, head, tokens_BxL = predicted
@@ -141,9 +142,9 @@ def whole(predicted: Readout | Array) -> Array:
 
 
 def _logits(hidden: Array, tokens: Array | None, head: Head) -> Array:
-  """float32 logits `[..., V]`; their matmul is rounded to the dtype of the hidden states.
+  """Returns float32 logits `[..., V]`; the result of the matmul is rounded to the hidden states' dtype.
 
-  In bfloat16 the product is half as many bytes to write and to read as in float32.
+  In bfloat16, the result takes half the memory traffic.
   """
   product = hidden @ (head.kernel_DxV if head.table_VxD is None else head.table_VxD.T)
   logits = product.astype(jnp.float32)
@@ -175,9 +176,9 @@ def _gradient(
   weights: tuple[Array, Array],
   temperature: float,
 ) -> Array:
-  """The gradient of each token's weighted losses with respect to its logits."""
+  """Returns the gradient of each token's weighted losses with respect to its logits."""
   onehot = targets[..., None] == jnp.arange(logits.shape[-1])
-  # The sums are those of `_losses`, which the compiler computes once.
+  # `_losses` computes the same sums; the compiler computes them once.
   chances = jnp.exp(logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
   gradient = weights[0] * (chances - onehot)
   if theirs is None:
@@ -195,9 +196,9 @@ def _in_chunks(
   known: _Known,
   teacher: Head | None,
 ) -> tuple[Array, Losses]:
-  """The weighted loss, and the losses of each token, `[T]`.
+  """Returns the weighted loss and the losses of each token, `[T]`.
 
-  Has a gradient with respect to the hidden states, the head, and the weights.
+  It is differentiable with respect to the hidden states, the head and the weights.
   """
   head, teacher = _cast(head, hidden_TxD), _cast(teacher, known.teacher_hidden)
 
@@ -210,7 +211,7 @@ def _in_chunks(
 
 
 class _Saved(NamedTuple):
-  """Residuals for the backward pass: gradients of the losses' sum over tokens, and both mean losses."""
+  """Residuals for the backward pass: gradients of the sum of the losses, and both mean losses."""
 
   hidden_TxD: Array
   head: Head
@@ -225,7 +226,7 @@ def _forward(
   known: _Known,
   teacher: Head | None,
 ) -> tuple[tuple[Array, Losses], _Saved]:
-  """The loss together with its gradient."""
+  """Computes the loss together with its gradient."""
   stored, head = head, _cast(head, hidden_TxD)
   teacher = _cast(teacher, known.teacher_hidden)
 
@@ -248,7 +249,7 @@ def _forward(
 def _backward(
   temperature: float, saved: _Saved, cotangents: tuple[Array, Losses]
 ) -> tuple[Array, Head, tuple[Array, Array], None, None]:
-  """Scales the gradients of the forward pass; the losses of single tokens have no gradient."""
+  """Scales the gradients of the forward pass. The losses of single tokens have no gradient."""
   cotangent, _ = cotangents
   scale = cotangent / saved.hidden_TxD.shape[0]
   hidden_TxD, head = jax.tree.map(
@@ -263,10 +264,14 @@ _in_chunks.defvjp(_forward, _backward)
 def _through_head(
   gradient: Array, hidden: Array, tokens: Array | None, head: Head, total: Head
 ) -> tuple[Array, Head]:
-  """The gradient of a chunk's hidden states, and those of the head added to `total`, float32.
+  """Returns the gradient of a chunk's hidden states, and `total` plus the gradients of the head, float32.
 
   Args:
-    gradient: of the chunk's logits, float32; multiplied in the dtype of the hidden states.
+    gradient: float32 gradient of the chunk's logits; it is rounded to the hidden states' dtype.
+    hidden: hidden states of the chunk.
+    tokens: input tokens of the chunk.
+    head: the head's parameters.
+    total: sum of the head's gradients over earlier chunks.
   """
   rounded = gradient.astype(hidden.dtype)
   product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
@@ -284,7 +289,7 @@ def _through_head(
 
 
 def _cast(head: Head | None, hidden: Array | None) -> Head | None:
-  """The head with its matrix in the dtype of the hidden states, cast once and not in each chunk."""
+  """Casts the head's matrix to the hidden states' dtype, once instead of in each chunk."""
   if head is None:
     return None
   kernel, table = jax.tree.map(lambda a: a.astype(hidden.dtype), (head.kernel_DxV, head.table_VxD))
@@ -303,10 +308,10 @@ def _both_logits(
 def _over_chunks(
   step: Callable, carry: Head | None, known: tuple[Array, _Known], head: Head
 ) -> tuple[Head | None, tuple]:
-  """`jax.lax.scan` over chunks of tokens, and `step` once more on the tokens that remain."""
+  """Applies `jax.lax.scan` to equal chunks of tokens, then `step` to the remaining tokens."""
   tokens = known[0].shape[0]
   vocab = head.kernel_DxV.shape[1] if head.table_VxD is None else head.table_VxD.shape[0]
-  rows = rows_of(tokens, vocab)
+  rows = chunk_rows(tokens, vocab)
   if rows == tokens:
     return step(carry, known)
   even = tokens // rows * rows

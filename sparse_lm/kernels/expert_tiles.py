@@ -1,8 +1,8 @@
-"""Blocks of rows times matrices out of a stack on an NVIDIA GPU, by Pallas kernels that Triton compiles.
+"""Grouped matmul on NVIDIA GPUs: Pallas kernels, compiled by Triton.
 
-Each tile of a result reads the matrix of its block directly from the stack: no matrix is copied for its
-blocks, and blocks without a group cost nothing. The gradient of the rows is the same product with
-transposed matrices, and the gradient of a matrix is a sum over the blocks of its group.
+Each block of rows is multiplied by the matrix of its group, which is read directly from the stacked
+matrices. So no matrix is copied, and blocks without a group cost nothing. The gradient of the rows is the
+same product with transposed matrices; the gradient of a matrix is a sum over the blocks of its group.
 """
 
 import functools
@@ -17,28 +17,33 @@ from jax.experimental.pallas import triton
 
 Array = jax.Array
 
-ROWS = 128  # rows of a block that fills a tile
-SIZES = (128, 64, 32, 16)  # possible sizes of a tile's axes; tensor cores take no fewer than 16
-NEAR = 8  # blocks of rows whose tiles run side by side, so that they share matrices in the cache
-MOST = 2**31 - 1  # the most elements of an array: kernels index them in int32
+ROWS = 128  # number of rows of a block that fills a tile
+SIZES = (128, 64, 32, 16)  # possible sizes of a tile's axes; tensor cores need at least 16
+BLOCKS_TOGETHER = (
+  8  # blocks of rows whose tiles run next to each other, to share matrices in the cache
+)
+MAX_ELEMENTS = 2**31 - 1  # most elements of an array, because kernels index it with int32
 
 
 def fits(rows: int, shape: tuple[int, int, int], blocks: int) -> bool:
-  """Whether the kernels take blocks of so many rows and a stack `[E, I, F]`; only sizes are checked."""
+  """Returns whether the kernels support blocks of `rows` rows and a stack `[E, I, F]`, by their sizes."""
   sizes = (rows, *shape[1:])
   widest = blocks * rows * max(shape[1:])
-  return all(size % SIZES[-1] == 0 for size in sizes) and max(math.prod(shape), widest) <= MOST
+  return (
+    all(size % SIZES[-1] == 0 for size in sizes) and max(math.prod(shape), widest) <= MAX_ELEMENTS
+  )
 
 
 @jax.custom_vjp
 def product(x_NxPxI: Array, kernel_ExIxF: Array, group_N: Array) -> Array:
-  """Each block of rows times the matrix of its group: `[N, P, F]`, sums in float32.
+  """Multiplies each block of rows by the matrix of its group: `[N, P, F]`, with sums in float32.
 
-  On other devices a loop over blocks gives the same.
+  On other devices, a loop over blocks computes the same.
 
   Args:
-    kernel_ExIxF: the stack, in the dtype of the rows.
-    group_N: int32, the group of each block, ascending; E = no group, whose result is zeros.
+    x_NxPxI: blocks of rows.
+    kernel_ExIxF: the stacked matrices, in the dtype of the rows.
+    group_N: int32, the group of each block, ascending; E means no group and gives zeros.
   """
   return _rows(x_NxPxI, kernel_ExIxF, group_N, False)
 
@@ -71,7 +76,7 @@ def _rows(x_NxPxI: Array, kernel: Array, group_N: Array, transposed: bool) -> Ar
 
 
 def rows_by_loop(x_NxPxI: Array, kernel: Array, group_N: Array, transposed: bool) -> Array:
-  """What `rows_in_tiles` computes, block after block."""
+  """Computes the same as `rows_in_tiles`, block by block."""
   groups = len(kernel)
 
   def one(block: tuple[Array, Array]) -> Array:
@@ -84,7 +89,7 @@ def rows_by_loop(x_NxPxI: Array, kernel: Array, group_N: Array, transposed: bool
 
 
 def matrices_by_loop(x_NxPxI: Array, y_NxPxF: Array, group_N: Array, groups: int) -> Array:
-  """What `matrices_in_tiles` computes, block after block."""
+  """Computes the same as `matrices_in_tiles`, block by block."""
 
   def add(sum_ExIxF: Array, block: tuple[Array, Array, Array]) -> tuple[Array, None]:
     x_PxI, y_PxF, group = block
@@ -97,7 +102,7 @@ def matrices_by_loop(x_NxPxI: Array, y_NxPxF: Array, group_N: Array, groups: int
 
 
 class _Tiles(NamedTuple):
-  """The sizes of a kernel's tiles: rows and columns of the result, and terms of the sum in a step."""
+  """Sizes of a kernel's tiles: rows and columns of the result, and terms that one step sums."""
 
   rows: int
   columns: int
@@ -107,11 +112,14 @@ class _Tiles(NamedTuple):
 def rows_in_tiles(
   x_NxPxI: Array, kernel: Array, group_N: Array, transposed: bool, interpret: bool = False
 ) -> Array:
-  """Each block times the matrix `[I, F]` of its group, or times a transposed `[F, I]`: `[N, P, F]`.
+  """Multiplies each block by the matrix `[I, F]` of its group, or by a transposed `[F, I]`: `[N, P, F]`.
 
   Args:
-    group_N: int32, the group of each block; `len(kernel)` = no group, whose result is zeros.
-    interpret: whether Pallas interprets the kernel in place of compiling it, for tests.
+    x_NxPxI: blocks of rows.
+    kernel: the stacked matrices.
+    group_N: int32, the group of each block; `len(kernel)` means no group and gives zeros.
+    transposed: whether to multiply by the transposed matrices.
+    interpret: whether Pallas interprets the kernel instead of compiling it; for tests.
   """
   blocks, rows, inputs = x_NxPxI.shape
   outputs = kernel.shape[1 if transposed else 2]
@@ -130,12 +138,12 @@ def rows_in_tiles(
 def _rows_tile(
   tiles: _Tiles, transposed: bool, group: Array, x: Array, kernel: Array, y: Array
 ) -> None:
-  """One tile of `rows_in_tiles`; arrays are references to the device's memory."""
+  """Computes one tile of `rows_in_tiles`; arrays are references to device memory."""
   blocks, wide = group.shape[0], y.shape[1] // tiles.columns
   place = pl.program_id(0)
-  first = place // (NEAR * wide) * NEAR
-  near = jnp.minimum(blocks - first, NEAR)
-  inside = place % (NEAR * wide)
+  first = place // (BLOCKS_TOGETHER * wide) * BLOCKS_TOGETHER
+  near = jnp.minimum(blocks - first, BLOCKS_TOGETHER)
+  inside = place % (BLOCKS_TOGETHER * wide)
   block, column = first + inside % near, inside // near
   rows = pl.ds(block * tiles.rows, tiles.rows)
   columns = pl.ds(column * tiles.columns, tiles.columns)
@@ -154,12 +162,14 @@ def _rows_tile(
 def matrices_in_tiles(
   x_NxPxI: Array, y_NxPxF: Array, group_N: Array, groups: int, interpret: bool = False
 ) -> Array:
-  """The sum of `x.T @ y` over the blocks of each group: `[E, I, F]`, zeros for a group without any.
+  """Sums `x.T @ y` over the blocks of each group: `[E, I, F]`; zeros for a group without blocks.
 
   Args:
-    group_N: int32, the group of each block, ascending; `groups` = no group.
-    groups: E.
-    interpret: whether Pallas interprets the kernel in place of compiling it, for tests.
+    x_NxPxI: blocks of rows.
+    y_NxPxF: blocks of rows.
+    group_N: int32, the group of each block, ascending; `groups` means no group.
+    groups: number of groups, E.
+    interpret: whether Pallas interprets the kernel instead of compiling it; for tests.
   """
   rows, inputs = x_NxPxI.shape[1:]
   outputs = y_NxPxF.shape[2]
@@ -176,7 +186,7 @@ def matrices_in_tiles(
 
 
 def _matrices_tile(tiles: _Tiles, first: Array, x: Array, y: Array, kernel: Array) -> None:
-  """One tile of `matrices_in_tiles`; arrays are references to the device's memory."""
+  """Computes one tile of `matrices_in_tiles`; arrays are references to device memory."""
   high, wide = kernel.shape[1] // tiles.rows, kernel.shape[2] // tiles.columns
   place = pl.program_id(0)
   group, inside = place // (high * wide), place % (high * wide)
@@ -215,6 +225,6 @@ def _largest(size: int) -> int:
 
 
 def _step(size: int, dtype: jnp.dtype) -> int:
-  """The terms of a sum that one step adds: as many as leave room for the tiles of three steps."""
+  """Returns the number of terms that one step sums; the tiles of three steps must fit in memory."""
   most = 128 // jnp.dtype(dtype).itemsize
   return next(step for step in SIZES if step <= most and size % step == 0)

@@ -1,4 +1,4 @@
-"""What stands at places of sequences, and may be known to be there without a gap."""
+"""The base class of arrays over the tokens of sequences, with their positions and validity."""
 
 import dataclasses
 from typing import Self
@@ -10,14 +10,14 @@ Array = jax.Array
 
 
 class Placed:
-  """The base of dataclasses with the fields below, which may have others.
+  """The base class of dataclasses with at least the fields below.
 
   Attributes:
-    positions: int32 `[B, L]`, the place of each entry in its sequence.
-    valid: bool `[B, L]`, whether the entry may be read.
-    whole: whether it is known in a trace, where arrays hold no values yet, that each sequence is there
-      from its beginning and in order: positions are 0 to L - 1, and all entries are valid. Then a kernel
-      needs no array of bools. Raises ValueError where the arrays hold values that say otherwise.
+    positions: int32 `[B, L]`, the position of each token in its sequence.
+    valid: bool `[B, L]`, whether the token may be read.
+    whole: whether all sequences are known, already during tracing, to be complete and in order: positions
+      are 0 to L - 1, and all tokens are valid. Kernels then need no mask array. If the arrays have values
+      that contradict this, the constructor raises a `ValueError`.
   """
 
   positions: Array
@@ -34,12 +34,12 @@ class Placed:
     positions, valid = np.asarray(self.positions), np.asarray(self.valid)
     if (positions != np.arange(positions.shape[-1])).any() or not valid.all():
       raise ValueError(
-        f'whole sequences have positions 0, 1, 2, ..., all valid; got {positions.tolist()}, '
-        f'valid {valid.tolist()}'
+        f'whole sequences have positions 0, 1, 2, ... and only valid tokens; got positions '
+        f'{positions.tolist()}, valid {valid.tolist()}'
       )
 
   def replace(self, **fields: Array) -> Self:
-    """The same with other fields; not known to be whole any more if positions or `valid` are others."""
+    """Replaces fields, as `dataclasses.replace`; new `positions` or `valid` set `whole` to false."""
     same = all(fields.get(name, own) is own for name, own in self._places.items())
     return dataclasses.replace(self, **{'whole': self.whole and same} | fields)
 

@@ -1,11 +1,12 @@
-"""Exact top-k selection in many rows at once, for processors on which each pass is a kernel launch.
+"""Exact top-k selection in many rows at once, for devices on which each pass is a kernel launch.
 
-A pass fixes two bits of every row's threshold: it counts in one reduction how many keys reach each of
-three candidates. Keys of 32 bits are searched by their upper halves and then, among equal ones, by their
-lower halves, so that a pass reads 16 bits of each key. Passes that fix more bits would be fewer, but the
-comparisons grow with the number of candidates, and arithmetic would bound them in place of memory. The
-last of the selected keys that equal the threshold is found in the same way, by its index. The mask itself
-is then computed elementwise, so that it fuses with the operation that it is applied to.
+Each pass fixes two bits of every row's threshold: one reduction counts how many keys reach each of
+three candidates. 32-bit keys are searched by their upper halves first and then, among equal ones, by
+their lower halves, so a pass reads 16 bits per key. Fixing more bits per pass would need fewer passes,
+but the number of comparisons grows with the number of candidates, and passes would be limited by
+arithmetic instead of memory bandwidth. If several keys equal the threshold, the index of the last
+selected one is found in the same way. The mask is computed elementwise, so it fuses with the operation
+that uses it.
 """
 
 import math
@@ -17,33 +18,35 @@ import jax.numpy as jnp
 Array = jax.Array
 
 DIGIT = 2  # bits that a pass over all keys fixes
-WIDE_DIGIT = 4  # bits that a pass over a part of the keys fixes: its launch takes most of its time
-CHUNK = 2**14  # keys that are summed at once
+WIDE_DIGIT = (
+  4  # bits that a pass over a part of the keys fixes; such a pass is limited by its launch
+)
+CHUNK = 2**14  # number of keys that are summed at once
 
 
 def masks(scores: Sequence[Array], k: Sequence[Array]) -> list[Array]:
-  """Does what `kernels.topk.topk_masks` says, and searches the matrices of one size together.
+  """Implements `kernels.topk.topk_masks`; matrices of one size are searched together.
 
   Args:
-    scores: float `[..., in, out]`, or `[N]`.
-    k: int32 `[...]` of each.
+    scores: float arrays `[..., in, out]` or `[N]`.
+    k: int32 `[...]` for each array.
   """
   sizes = [math.prod(array.shape[-2:]) for array in scores]
   keys = [ordered_keys(array).reshape(-1, size) for array, size in zip(scores, sizes)]
   ends = _by_length(cutoffs, keys, [count.reshape(-1) for count in k])
-  # Each mask is made of its own scores, so that none has to be cut out of an array of many.
+  # Each mask is computed from its own scores, so no mask must be sliced out of a larger array.
   found = (selected(key, *end) for key, end in zip(keys, ends))
   return [mask.reshape(array.shape) for mask, array in zip(found, scores)]
 
 
 def rows(scores: Array, k: Array) -> Array:
-  """Does what `kernels.topk.topk_rows` says, in all rows at once."""
+  """Implements `kernels.topk.topk_rows`, for all rows at once."""
   keys = ordered_keys(scores).reshape(-1, scores.shape[-1])
   return selected(keys, *cutoffs(keys, jnp.broadcast_to(k, len(keys)))).reshape(scores.shape)
 
 
 def counts(flags: Sequence[Array]) -> list[Array]:
-  """Does what `kernels.topk.counts` says, and sums the arrays of one size together."""
+  """Implements `kernels.topk.counts`; arrays of one size are summed together."""
   lines = [one.reshape(1, -1) for one in flags]
   found = _by_length(lambda line: (jnp.sum(line, axis=-1, dtype=jnp.int32),), lines)
   return [count[0] for (count,) in found]
@@ -52,10 +55,12 @@ def counts(flags: Sequence[Array]) -> list[Array]:
 def _by_length(
   f: Callable, rows: Sequence[Array], *rest: Sequence[Array]
 ) -> list[tuple[Array, ...]]:
-  """`f` of every array of rows `[R, N]`, and of others `[R]`: called once for all rows of one length.
+  """Applies `f` to arrays of rows, with one call for all rows of the same length.
 
   Args:
-    f: returns arrays `[R]`.
+    f: a function of rows `[R, N]` and other arrays `[R]` that returns arrays `[R]`.
+    rows: arrays of rows.
+    rest: the other arguments for each array of rows.
   """
   groups: dict[tuple, list[int]] = {}
   for place, array in enumerate(rows):
@@ -72,9 +77,9 @@ def _by_length(
 
 
 def ordered_keys(values: Array) -> Array:
-  """Integer keys that order like the floats `values` (-0.0 counts as 0.0).
+  """Returns integer keys with the same order as the floats `values`; -0.0 counts as 0.0.
 
-  They are int16 where values have 16 bits. All others are taken as float32, and their keys are int32.
+  The keys of 16-bit floats are int16. Other values are converted to float32, and their keys are int32.
   """
   half = values.dtype.itemsize == 2
   dtype = jnp.int16 if half else jnp.int32
@@ -84,27 +89,27 @@ def ordered_keys(values: Array) -> Array:
 
 
 def cutoffs(keys: Array, k: Array) -> tuple[Array, Array]:
-  """The k-th largest key of each row, and the index of the last key equal to it that is selected.
+  """Returns the k-th largest key of each row, and the index of the last selected key that equals it.
 
   Args:
-    keys: of `ordered_keys`, `[R, N]`.
+    keys: result of `ordered_keys`, `[R, N]`.
     k: int32 `[R]`, in [0, N].
 
   Returns:
-    Thresholds `[R]` like `keys`, and indices, int32 `[R]`; see `selected`.
+    Thresholds `[R]` with the dtype of `keys`, and int32 indices `[R]`, for `selected`.
   """
   n = keys.shape[-1]
-  # Padding stands behind all other keys, and is lower than the key of any number.
+  # The padding comes after all keys and is lower than the key of any number.
   padding = (0, 0), (0, -n % CHUNK if n > CHUNK else 0)
   keys = jnp.pad(keys, padding, constant_values=jnp.iinfo(keys.dtype).min)
-  # Every pass reads these keys; without the barrier some would compute them again from the scores.
+  # Every pass reads these keys. Without the barrier, some passes would recompute them from the scores.
   keys = jax.lax.optimization_barrier(keys)
   threshold, above = (_kth_largest if keys.dtype == jnp.int16 else _kth_largest_by_halves)(keys, k)
   if n <= CHUNK:
     last, _ = _reaching(keys == threshold[:, None], k - above, DIGIT)
     return threshold, last
-  # First the part of the row that it is in, of about as many parts as each has keys. Its width divides
-  # that of a chunk.
+  # Finds first the part of the row that contains the index, then the index. There are about as many parts
+  # as keys in a part, and the width of a part divides that of a chunk.
   width = min(CHUNK, 1 << n.bit_length() // 2)
   parts = keys.reshape(len(keys), -1, width)
   (equal,) = _sums(parts == threshold[:, None, None])
@@ -115,11 +120,12 @@ def cutoffs(keys: Array, k: Array) -> tuple[Array, Array]:
 
 
 def selected(keys: Array, threshold: Array, last: Array) -> Array:
-  """bool `[..., N]`: the k largest keys of each row, ties to the lower index.
+  """Returns a bool mask `[..., N]` of the k largest keys of each row; ties go to the lower index.
 
   Args:
     keys: `[..., N]`.
-    threshold, last: of `cutoffs`, `[...]`.
+    threshold: first result of `cutoffs`, `[...]`.
+    last: second result of `cutoffs`, `[...]`.
   """
   index = jax.lax.broadcasted_iota(jnp.int32, keys.shape, keys.ndim - 1)
   threshold, last = threshold[..., None], last[..., None]
@@ -127,23 +133,23 @@ def selected(keys: Array, threshold: Array, last: Array) -> Array:
 
 
 def halves(keys: Array) -> tuple[Array, Array]:
-  """The upper and the lower 16 bits of int32 keys, both as int16 that order like them."""
+  """Splits int32 keys into their upper and lower 16 bits, both as int16 with the same order."""
   return (keys >> 16).astype(jnp.int16), ((keys & 0xFFFF) - 2**15).astype(jnp.int16)
 
 
 def _kth_largest_by_halves(keys: Array, k: Array) -> tuple[Array, Array]:
-  """`_kth_largest` of int32 keys."""
+  """Like `_kth_largest`, for int32 keys."""
   high, low = halves(keys)
   high = jax.lax.optimization_barrier(high)
   level, above = _kth_largest(high, k)
-  # Keys with another upper half take the lowest value, which reaches no candidate.
+  # Keys with another upper half get the lowest value, which reaches no candidate.
   low = jnp.where(high == level[:, None], low, jnp.iinfo(jnp.int16).min)
   rest, more = _kth_largest(jax.lax.optimization_barrier(low), k - above)
   return (level.astype(jnp.int32) << 16) + (rest.astype(jnp.int32) + 2**15), above + more
 
 
 def _kth_largest(keys: Array, k: Array) -> tuple[Array, Array]:
-  """The largest int16 that at least `k` keys of each row reach, and how many keys are larger."""
+  """Returns the largest int16 that at least `k` keys of each row reach, and the number of larger keys."""
   info = jnp.iinfo(keys.dtype)
   parts = keys.reshape(len(keys), -1, min(keys.shape[-1], CHUNK))
 
@@ -163,10 +169,12 @@ def _kth_largest(keys: Array, k: Array) -> tuple[Array, Array]:
 
 
 def _reaching(counts: Array, total: Array, bits: int) -> tuple[Array, Array]:
-  """The entry at which each row's running sum reaches `total`, and how much of `total` falls to it.
+  """Returns the index where each row's running sum reaches `total`, and `total` minus the sum before.
 
   Args:
-    bits: of the entry's index, that a pass fixes.
+    counts: the summands, `[R, N]`.
+    total: `[R]`.
+    bits: number of bits of the index that a pass fixes.
   """
   digits = -(-(counts.shape[-1] - 1).bit_length() // bits)
 

@@ -1,25 +1,26 @@
-"""The rank of each entry among those of its group, in the order of their arrival."""
+"""The rank of each entry within its group, in array order."""
 
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
 
-TOGETHER = 128  # entries of a row, all of which counting compares with each other
-MOST_COMPARISONS = 2**27  # the most of counting; beyond it ranks come from a sort
+ROW_ENTRIES = 128  # `by_counting` compares the entries of such a row with each other
+MAX_COMPARISONS = 2**27  # above this number of comparisons, ranks are computed by a sort
 
 
 def ranks(group_P: Array, groups: int) -> tuple[Array, Array]:
-  """The number of earlier entries of each entry's group, int32 `[P]`, and the `sizes` of the groups.
+  """Returns the number of earlier entries in the same group, int32 `[P]`, and the `sizes` of the groups.
 
-  A GPU counts them, because its sort takes several passes over memory, each of which waits for the last.
+  An NVIDIA GPU counts them, because its sort takes several dependent passes over memory. Other devices
+  sort.
 
   Args:
-    group_P: int32, the group of each entry; `groups` = no group, and the rank of such an entry is
-      undefined.
-    groups: E.
+    group_P: int32, the group of each entry. The value `groups` means no group; the rank of such an entry
+      is undefined.
+    groups: number of groups, E.
   """
-  if -(-group_P.size // TOGETHER) * groups * group_P.size // TOGETHER > MOST_COMPARISONS:
+  if -(-group_P.size // ROW_ENTRIES) * groups * group_P.size // ROW_ENTRIES > MAX_COMPARISONS:
     return by_sorting(group_P, groups)
   return jax.lax.platform_dependent(
     group_P,
@@ -29,12 +30,12 @@ def ranks(group_P: Array, groups: int) -> tuple[Array, Array]:
 
 
 def sizes(group_P: Array, groups: int) -> Array:
-  """Entries of each group, int32 `[E]`."""
+  """Returns the number of entries in each group, int32 `[E]`."""
   return jnp.sum(group_P[:, None] == jnp.arange(groups), axis=0, dtype=jnp.int32)
 
 
 def by_sorting(group_P: Array, groups: int) -> tuple[Array, Array]:
-  """`ranks` from a stable sort by group."""
+  """Computes `ranks` by a stable sort by group."""
   size_E = sizes(group_P, groups)
   order_P = jnp.argsort(group_P, stable=True)
   first_E = jnp.cumsum(size_E) - size_E
@@ -44,11 +45,11 @@ def by_sorting(group_P: Array, groups: int) -> tuple[Array, Array]:
 
 
 def by_counting(group_P: Array, groups: int) -> tuple[Array, Array]:
-  """`ranks` by comparisons inside rows of `TOGETHER` entries, plus the counts of earlier rows."""
-  padded = jnp.pad(group_P, (0, -group_P.size % TOGETHER), constant_values=groups)
-  group_RxL = padded.reshape(-1, TOGETHER)
+  """Computes `ranks` by comparisons within rows of `ROW_ENTRIES` entries, plus counts of earlier rows."""
+  padded = jnp.pad(group_P, (0, -group_P.size % ROW_ENTRIES), constant_values=groups)
+  group_RxL = padded.reshape(-1, ROW_ENTRIES)
   rows = len(group_RxL)
-  earlier_LxL = jnp.tril(jnp.ones((TOGETHER, TOGETHER), bool), -1)
+  earlier_LxL = jnp.tril(jnp.ones((ROW_ENTRIES, ROW_ENTRIES), bool), -1)
   same_RxLxL = group_RxL[:, :, None] == group_RxL[:, None]
   within_RxL = jnp.sum(same_RxLxL & earlier_LxL, axis=2, dtype=jnp.int32)
   own_RxLxE = group_RxL[:, :, None] == jnp.arange(groups)

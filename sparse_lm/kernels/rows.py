@@ -1,4 +1,4 @@
-"""Rows moved by index, with a gradient that moves them back."""
+"""Gathers of rows whose gradient is a gather, too."""
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +8,14 @@ Array = jax.Array
 
 @jax.custom_vjp
 def take_rows(x: Array, index: Array, inverse: Array) -> Array:
-  """`x[index]`, zeros where the index is out of range.
+  """Returns `x[index]`, with zeros for indices out of range.
 
-  The gradient is a gather too, by `inverse`: a scatter-add is many times slower on a CPU.
+  The gradient is a gather by `inverse`, because a scatter-add is many times slower on a CPU.
 
   Args:
     x: `[N, D]`.
     index: int32 `[M]`.
-    inverse: int32 `[N, R]`, the places in `index` that name each row of `x`; M = no place.
+    inverse: int32 `[N, R]`, where each row of `x` occurs in `index`; M means that it does not.
   """
   return jnp.take(x, index, axis=0, mode='fill', fill_value=0)
 
@@ -35,12 +35,12 @@ def _backward(inverse: Array, gradient: Array) -> tuple[Array, None, None]:
 take_rows.defvjp(_forward, _backward)
 
 
-def places_of(index_BxM: Array, rows: int) -> Array:
-  """The place in `index` of each row of a sequence: int32 `[B, rows]`, M for a row that is not in it.
+def inverse_index(index_BxM: Array, rows: int) -> Array:
+  """Returns where each row of a sequence occurs in `index_BxM`: int32 `[B, rows]`; M means nowhere.
 
   Args:
-    index_BxM: int32, no row of a sequence twice.
-    rows: the number of rows of a sequence.
+    index_BxM: int32, indices of rows of each sequence, without repeats.
+    rows: number of rows of a sequence.
   """
   sequence_Bx1 = jnp.arange(len(index_BxM))[:, None]
   place_M = jnp.arange(index_BxM.shape[1], dtype=jnp.int32)
@@ -48,10 +48,11 @@ def places_of(index_BxM: Array, rows: int) -> Array:
 
 
 def take_rows_of_each(x_BxLxD: Array, index_BxM: Array, place_BxL: Array) -> Array:
-  """Rows of each sequence of a batch: `[B, M, D]`, zeros where the index is out of range.
+  """Gathers rows of each sequence of a batch: `[B, M, D]`, with zeros for indices out of range.
 
   Args:
-    index_BxM: int32, no row of a sequence twice.
-    place_BxL: `places_of(index_BxM, L)`. With the two exchanged the rows go back to their places.
+    x_BxLxD: rows of each sequence.
+    index_BxM: int32, indices of rows of each sequence, without repeats.
+    place_BxL: `inverse_index(index_BxM, L)`. Exchanging both arguments moves the rows back.
   """
   return jax.vmap(take_rows)(x_BxLxD, index_BxM, place_BxL[..., None])

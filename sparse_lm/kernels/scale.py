@@ -1,4 +1,4 @@
-"""Multiplication with a learned scale of each channel, and the gradient of that scale."""
+"""Multiplication by a learned scale per channel, with a cheaper gradient."""
 
 import functools
 
@@ -7,15 +7,16 @@ import jax.numpy as jnp
 
 
 def scaled(x: jax.Array, scale_D: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """`x * scale` along the last axis, computed in float32 and rounded to `dtype`.
+  """Returns `x * scale` along the last axis, computed in float32 and rounded to `dtype`.
 
-  The gradient of the scale is a sum over all tokens of `dy * x`, and XLA stores this product before it
-  sums it. Here the product is rounded to `dtype`, as `dy` is, and then summed in float32: in bfloat16 it
-  is half as many bytes.
+  The gradient of the scale is the sum of `dy * x` over all tokens, and XLA stores this product before the
+  sum. Here the product is rounded to `dtype` (`dy` has the same precision) and then summed in float32. In
+  bfloat16, it takes half the bytes.
 
   Args:
     x: float32 `[..., D]`.
     scale_D: float32.
+    dtype: dtype of the result.
   """
   if dtype == jnp.float32:
     return x * scale_D
@@ -38,7 +39,7 @@ def _scaled_backward(
 ) -> tuple[jax.Array, jax.Array]:
   x, scale_D = saved
   dy = dy.astype(jnp.float32)
-  # Behind a barrier, or XLA leaves the rounding out as excess precision, and writes float32.
+  # Without the barrier, XLA would skip the rounding (excess precision) and write float32.
   product = jax.lax.optimization_barrier((dy * x).astype(dtype))
   return dy * scale_D, jnp.sum(product, axis=tuple(range(x.ndim - 1)), dtype=jnp.float32)
 

@@ -1,11 +1,11 @@
-"""Exact selection: as a mask without sorting, or as indices.
+"""Exact top-k selection, as a mask (without sorting) or as indices.
 
-The k-th largest of N values is found by bisection on their bits: a float's bit pattern, read as an
-integer, orders like the float, so 32 compare-and-count passes fix the threshold bit by bit. `k` may
-be traced, and a pass is one fused reduction where a sort shuffles memory N log N times.
+The k-th largest of N values is found by bisection on bits. The bit pattern of a float, read as an
+integer, has the same order as the float, so 32 compare-and-count passes determine the threshold bit by
+bit. `k` may be traced. Each pass is one fused reduction, which is much cheaper than a sort.
 
-A CPU selects in this way, in one array after the other. Other devices select in all arrays of one size
-together and fix two bits in each pass (`kernels/radix.py`); the masks are the same. Which of the two runs
+On a CPU, arrays are searched one after the other in this way. On other devices, all arrays of one size
+are searched together, two bits per pass (`kernels/radix.py`); the masks are the same. The choice
 depends on the device that a program is lowered for.
 """
 
@@ -23,7 +23,7 @@ Array = jax.Array
 
 @jax.jit
 def counts(flags: Sequence[Array]) -> list[Array]:
-  """Number of True in each array, int32."""
+  """Returns the number of true entries in each array, int32."""
   return jax.lax.platform_dependent(tuple(flags), cpu=_counts_one_by_one, default=radix.counts)
 
 
@@ -32,10 +32,10 @@ def _counts_one_by_one(flags: Sequence[Array]) -> list[Array]:
 
 
 def _count(flags: Array) -> Array:
-  """Number of True in `flags`, int32.
+  """Returns the number of true entries in `flags`, int32.
 
-  Columns are summed in float32 first, exact below 2**24 rows: XLA:CPU vectorises that sum and not
-  the integer one.
+  Columns are first summed in float32, which is exact below 2**24 rows, because XLA:CPU vectorises this
+  sum but not an integer sum.
   """
   if flags.ndim < 2:
     return jnp.sum(flags, dtype=jnp.int32)
@@ -43,7 +43,7 @@ def _count(flags: Array) -> Array:
 
 
 def _kth_largest(keys: Array, k: Array) -> Array:
-  """The largest int32 `t` for which at least `k` of `keys` are >= `t` (the k-th largest key)."""
+  """Returns the k-th largest key: the largest int32 `t` such that at least `k` of `keys` are >= `t`."""
   lowest = jnp.where(_count(keys >= 0) >= k, 0, jnp.iinfo(jnp.int32).min).astype(jnp.int32)
 
   def set_bit(i: Array, threshold: Array) -> Array:
@@ -54,16 +54,16 @@ def _kth_largest(keys: Array, k: Array) -> Array:
 
 
 def top(scores: Array, k: int) -> tuple[Array, Array]:
-  """The `k` largest of each row (last axis), in falling order; ties go to the lower index.
+  """Returns the `k` largest entries of each row (last axis), descending; ties go to the lower index.
 
   Returns:
-    Values `[..., k]` in the dtype of `scores`, with the gradient of a gather, and their int32 indices.
+    Values `[..., k]` in the dtype of `scores`, which are differentiable, and their int32 indices.
   """
   return jax.lax.top_k(scores, k)
 
 
 def _first(flags: Array, need: Array) -> Array:
-  """The first `need` True entries of `flags` in flat order, by bisection on the flat index."""
+  """Keeps only the first `need` true entries of `flags` in flat order, by bisection on the flat index."""
   index = jnp.arange(flags.size, dtype=jnp.int32).reshape(flags.shape)
   bits = flags.size.bit_length()
 
@@ -76,14 +76,11 @@ def _first(flags: Array, need: Array) -> Array:
 
 @jax.jit
 def topk_mask(scores: Array, k: Array | int) -> Array:
-  """Exactly `k` True where `scores` is largest over the whole array; ties go to the lower flat index.
+  """Returns a bool mask of the `k` largest scores of the whole array; ties go to the lower flat index.
 
   Args:
-    scores: float, any shape, without NaN; taken as float32.
-    k: scalar int32 in [0, scores.size], may be traced.
-
-  Returns:
-    bool, the shape of `scores`.
+    scores: floats of any shape, without NaN; converted to float32.
+    k: int32 scalar in [0, scores.size]; may be traced.
   """
 
   def by_digits(scores: Array, k: Array) -> Array:
@@ -96,14 +93,14 @@ def topk_mask(scores: Array, k: Array | int) -> Array:
 
 @jax.jit
 def topk_masks(scores: Sequence[Array], k: Sequence[Array | int]) -> list[Array]:
-  """`topk_mask` in every trailing matrix of several arrays; a vector counts as a matrix.
+  """Applies `topk_mask` to each matrix (last two axes) of several arrays; a vector counts as a matrix.
 
   Args:
-    scores: each float `[..., in, out]` without NaN; taken as float32.
-    k: of each array, int32 that broadcasts to `[...]`, may be traced.
+    scores: float arrays `[..., in, out]` without NaN; converted to float32.
+    k: int32 for each array, which broadcasts to `[...]`; may be traced.
 
   Returns:
-    bool, the shapes of `scores`.
+    Bool masks with the shapes of `scores`.
   """
   each = [
     jnp.broadcast_to(jnp.asarray(count, jnp.int32), array.shape[:-2])
@@ -136,27 +133,24 @@ def _by_bits(scores: Array, k: Array) -> Array:
 
 @jax.jit
 def topk_rows(scores: Array, k: Array | int) -> Array:
-  """Exactly `k` True in each row (last axis), where it is largest; ties go to the lower index.
+  """Returns a bool mask of the `k` largest scores of each row (last axis); ties go to the lower index.
 
   Args:
-    scores: float `[..., N]` without NaN, taken as float32; N below 2**20.
-    k: scalar int32 in [1, N], may be traced.
-
-  Returns:
-    bool `[..., N]`.
+    scores: floats `[..., N]` without NaN, converted to float32; N is below 2**20.
+    k: int32 scalar in [1, N]; may be traced.
   """
   k = jnp.asarray(k, jnp.int32)
   return jax.lax.platform_dependent(scores, k, cpu=_rows_by_bits, default=radix.rows)
 
 
 def _rows_by_bits(scores: Array, k: Array) -> Array:
-  """`topk_rows` by bisecting the 32 bits as two int16 halves, which XLA:CPU counts faster than int32."""
+  """Computes `topk_rows` by bisection on two int16 halves, which XLA:CPU counts faster than int32."""
   high, low = radix.halves(radix.ordered_keys(scores.astype(jnp.float32)))
   k = k.astype(jnp.float32)
   threshold = _kth_in_row(high, k)
   above, level = high > threshold, high == threshold
   need = k - _count_in_row(above)
-  # Keys of another high half take the lowest value, which no later threshold lets through.
+  # Keys with another upper half get the lowest value, which is below every later threshold.
   low = jnp.where(level, low, jnp.iinfo(jnp.int16).min)
   low_threshold = _kth_in_row(low, need)
   at_least = above | (level & (low >= low_threshold))
@@ -172,7 +166,10 @@ def _rows_by_bits(scores: Array, k: Array) -> Array:
 
 
 def _count_in_row(flags: Array) -> Array:
-  """Number of True in each row, float32 `[..., 1]`; in 32 lanes of int16 where they divide the row."""
+  """Returns the number of true entries in each row, float32 `[..., 1]`.
+
+  The sum uses 32 lanes of int16 if 32 divides the row's length.
+  """
   lanes = 32
   if flags.shape[-1] % lanes:
     return jnp.sum(flags, axis=-1, keepdims=True, dtype=jnp.float32)
@@ -182,7 +179,7 @@ def _count_in_row(flags: Array) -> Array:
 
 
 def _kth_in_row(keys: Array, k: Array) -> Array:
-  """The k-th largest int16 of each row, `[..., 1]`."""
+  """Returns the k-th largest int16 of each row, `[..., 1]`."""
   lowest = jnp.where(_count_in_row(keys >= 0) >= k, 0, jnp.iinfo(jnp.int16).min).astype(jnp.int16)
 
   def set_bit(i: Array, threshold: Array) -> Array:
@@ -193,37 +190,37 @@ def _kth_in_row(keys: Array, k: Array) -> Array:
 
 
 def gaussian_threshold(values: Array, density: float) -> Array:
-  """What the largest `density` of each row exceeds if the row is Gaussian (Spark, You et al. 2025).
+  """Returns the threshold that a fraction `density` of a Gaussian row exceeds (Spark, You et al. 2025).
 
-  `mean + std * quantile(1 - density)` with the population's standard deviation, float32 `[..., 1]`.
-  The deviation is good while the mean is no more than some hundred times as large.
+  This is `mean + std * quantile(1 - density)`, float32 `[..., 1]`, with the population's standard
+  deviation. It is accurate as long as the mean is below some hundred standard deviations.
   """
   values = values.astype(jnp.float32)
   mean = jnp.mean(values, axis=-1, keepdims=True)
-  # From the mean square, in one pass over the row; a row of equal values has a gradient too.
+  # Computed from the mean square in one pass; the lower limit gives rows of equal values a gradient.
   square = jnp.mean(jnp.square(values), axis=-1, keepdims=True)
   std = jnp.sqrt(jnp.maximum(square - jnp.square(mean), 1e-12))
   return mean - std * ndtri(density)
 
 
-def compact(mask: Array, room: int, first: Array | int = 0) -> Array:
-  """Where a mask is True: int32 `[room]`, ascending, and beyond the last one any index.
+def true_indices(mask: Array, room: int, first: Array | int = 0) -> Array:
+  """Returns the indices of true entries, int32 `[room]`, ascending; after the last one, any valid index.
 
-  Counts within rows, then among the rows: no sort, and no scan over the whole mask. Sums are products
-  with constants, which XLA:CPU runs as one operation each.
+  Counts within rows and then over rows, without a sort or a scan over the mask. The sums are products
+  with constant matrices, each of which XLA:CPU runs as one operation.
 
   Args:
     mask: bool `[N]`.
-    room: how many to list.
-    first: how many to leave out before.
+    room: number of indices to return.
+    first: number of true entries to skip.
   """
   lanes = 64
   padded = jnp.pad(mask, (0, -mask.size % lanes)).reshape(-1, lanes).astype(jnp.float32)
-  upto = padded @ np.triu(np.ones((lanes, lanes), np.float32))  # of its row, itself included
+  upto = padded @ np.triu(np.ones((lanes, lanes), np.float32))  # true entries of the row so far
   count = len(upto)
   before = np.tril(np.ones((count, count), np.float32), -1) @ upto[:, -1]
   rank = first + jnp.arange(room, dtype=jnp.float32)
-  full = (before + upto[:, -1])[None] <= rank[:, None]  # rows that end before
+  full = (before + upto[:, -1])[None] <= rank[:, None]  # rows that end before the wanted entry
   row = full.astype(jnp.float32) @ np.ones(count, np.float32)
   row = jnp.minimum(row.astype(jnp.int32), count - 1)
   earlier = upto[row] <= (rank - before[row])[:, None]

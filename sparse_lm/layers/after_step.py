@@ -1,9 +1,9 @@
-"""Variables that change once for each optimizer step, by what all of the step's tokens did.
+"""Variables that a module updates once per optimizer step, from statistics of all tokens of the step.
 
-A module that assigns to a variable of its own changes it in every forward pass: once for each microbatch,
-so that later microbatches read what earlier ones left. A module whose state follows from the whole step
-sows what is to be added up instead, and a rule for what becomes of the variable. The training step adds
-up the totals and applies the rule after the gradients: no forward pass reads what its own step counts.
+If a module assigned to its variable in the forward pass, the variable would change once per microbatch,
+and later microbatches would read the changed value. Instead, the module sows a statistic and an update
+rule. The training step sums the statistic over the microbatches and applies the rule after the
+gradients are computed, so no forward pass reads a value that its own step has changed.
 """
 
 from collections.abc import Callable
@@ -20,14 +20,15 @@ UPDATES = 'updates'
 
 
 class StepUpdate(struct.PyTreeNode):
-  """What becomes of a variable after an optimizer step.
+  """The update of a variable after an optimizer step.
 
   Attributes:
-    total: arrays, added up over the microbatches of the step. Devices that share a batch run one program
-      over it, so their part is in it already.
-    rule: `(value, total) -> value`; comparable, as a function of a module or a frozen dataclass is.
-    collection: of the variable.
-    pooled: whether the totals of all modules with an equal rule are added up before it is applied.
+    total: arrays that are summed over the microbatches of the step. Devices that share a batch run one
+      program, so the sums already include all devices.
+    rule: `(value, total) -> value`. It must support `==`, as module-level functions and frozen
+      dataclasses do.
+    collection: collection of the variable.
+    pooled: whether the totals of all modules with an equal rule are summed before the rule is applied.
   """
 
   total: Tree
@@ -44,21 +45,21 @@ def after_step(
   rule: Callable[[jax.Array, Tree], jax.Array],
   pooled: bool = False,
 ) -> None:
-  """Has a variable of the module become `rule(value, total)` when the optimizer step is done.
+  """Schedules the update `rule(value, total)` of a module's variable for the end of the optimizer step.
 
-  To be called in training alone. A module that is called twice in a step adds up both totals. The other
-  arguments are those of `StepUpdate`.
+  Call this only in training. If a module is called twice in a step, both totals are summed. `StepUpdate`
+  documents the other arguments.
   """
   update = StepUpdate(total, rule, collection, pooled)
   module.sow(UPDATES, name, update, init_fn=lambda: None, reduce_fn=_plus)
 
 
 def updated(model_state: Tree, updates: Tree) -> Tree:
-  """The collections after a step.
+  """Returns the collections after an optimizer step.
 
   Args:
     model_state: variables by collection and module.
-    updates: what modules sowed, by module, added up over the microbatches.
+    updates: the sowed `StepUpdate`s by module, summed over the microbatches.
   """
   leaves = jax.tree_util.tree_leaves_with_path(updates, is_leaf=lambda x: isinstance(x, StepUpdate))
   pools: dict[Callable[[jax.Array, Tree], jax.Array], Tree] = {}

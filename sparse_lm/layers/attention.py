@@ -1,7 +1,7 @@
 """Attention layers: projections and a cache around a method that decides which keys are read.
 
-A method of the attention slot is an `AttentionMethod`. Most differ in a mask alone (`MaskedAttention`).
-One with other projections, or another cache, gives its own layer.
+A method of the attention slot is an `AttentionMethod`. Most methods differ only in their mask and derive
+from `MaskedAttention`. A method with other projections or another cache defines its own layer.
 """
 
 import functools
@@ -23,19 +23,19 @@ from sparse_lm.plan import record
 
 
 class AttentionMethod(LayerMethod):
-  """The base of attention methods: `(tokens, queries, keys, mode)` to `[B, L, H, K]`.
+  """The base class of attention methods: `(tokens, queries, keys, mode)` to `[B, L, H, K]`.
 
-  `tokens` are the layer's normalised inputs, which gates may decide by; `keys` all that may be read.
+  `tokens` are the layer's normalised inputs, which a gate can use. `keys` holds the keys and values of
+  this call, or all cached ones.
   """
 
   spec: Spec
 
   @property
   def layer(self) -> 'Callable[..., AttentionLayer]':
-    """What makes the layer around the method, as `layer(spec, method, name=...)`.
+    """Constructor of the layer around the method, called as `layer(spec, method, name=...)`.
 
-    It is asked of a module that belongs to no other. A method whose layer has other projections or
-    another cache overrides it.
+    It is read from an unbound module. A method with other projections or another cache overrides it.
     """
     reach, context = self.traits.reach, self.spec.context
     cache_size = context if reach is None else min(reach, context)
@@ -43,55 +43,56 @@ class AttentionMethod(LayerMethod):
 
 
 class MaskedAttention(AttentionMethod):
-  """Softmax attention to the keys that a mask leaves, and that the scores then select."""
+  """Softmax attention to the keys that a mask allows, optionally narrowed by the scores."""
 
   @property
   def mask(self) -> Mask:
-    """Which keys a query may read, whatever their scores."""
+    """The keys that a query may read, whatever their scores."""
     return Mask()
 
   @property
-  def most(self) -> int | None:
-    """Keys of which a query reads the values at most, once their scores are known; `None` = all."""
+  def max_keys(self) -> int | None:
+    """Largest number of keys whose values a query reads once all scores are known; `None` means all."""
     return None
 
   @property
   def select(self) -> Select | None:
-    """Narrows the mask by the scores to `most` keys; `None` = the mask is all."""
+    """A function that narrows the mask to `max_keys` keys by their scores; `None` means no narrowing."""
     return None
 
   def __call__(self, tokens: Tokens, q_BxLxHxK: jax.Array, keys: KeyValues, mode: str) -> jax.Array:
-    """Returns `[B, L, H, K]`, of queries `[B, L, H, K]`, grouped where `keys` have fewer heads."""
+    """Attends from queries `[B, L, H, K]`; several query heads may share a key head."""
     return self.attend(tokens, q_BxLxHxK, keys, mode, self.mask)
 
   @nn.compact
   def attend(
     self, tokens: Tokens, q_BxLxHxK: jax.Array, keys: KeyValues, mode: str, mask: Mask
   ) -> jax.Array:
-    """What `__call__` does, by a mask that may depend on the queries."""
+    """Does the same as `__call__` with a given mask, which may depend on the queries."""
     dropout = Dropout(self.spec.dropout, deterministic=mode != 'train')
     dropped = dropout.rate > 0 and not dropout.deterministic
     acts = [act for act in (dropout if dropped else None, record.hook(self, 'weights')) if act]
-    q_BxLxHxK = note(q_BxLxHxK, self.path, keys.k.shape[1], mask, self.most)
+    q_BxLxHxK = charge_attention(q_BxLxHxK, self.path, keys.k.shape[1], mask, self.max_keys)
     return attention(
-      note_read(q_BxLxHxK, self.path, keys, self.most),
+      charge_cache_reads(q_BxLxHxK, self.path, keys, self.max_keys),
       tokens.positions,
       keys,
       mask,
       (lambda weights: functools.reduce(lambda w, act: act(w), acts, weights)) if acts else None,
       self.select,
-      self.most,
+      self.max_keys,
       self.spec.attention_kernel,
     )
 
 
 class AttentionLayer(nn.Module):
-  """Projections, cache and output around an attention method: the usual ones.
+  """The usual attention layer: projections, cache and output projection around an attention method.
 
   Attributes:
-    method: makes the attention slot's module.
-    cache_size: keys behind and including its own that a query reads at most, which decoding keeps.
-    block: keys of a block, of which decoding keeps the mean too; `None` = there are no blocks.
+    method: constructor of the attention slot's module.
+    cache_size: number of keys that decoding caches: the most keys that a query reads, up to and including
+      its own.
+    block: number of keys in a block whose mean decoding also caches; `None` means no blocks.
   """
 
   spec: Spec
@@ -101,7 +102,7 @@ class AttentionLayer(nn.Module):
 
   @nn.compact
   def __call__(self, tokens: Tokens, mode: str) -> jax.Array:
-    """What attention makes of the tokens: `[B, L, D]`."""
+    """Returns the attention output of the tokens, `[B, L, D]`."""
     method = self.method()
     gating = method.traits.gating
     chosen = gating is not None
@@ -113,22 +114,22 @@ class AttentionLayer(nn.Module):
 
   @property
   def head_axes(self) -> dict[str, int]:
-    """The axis of each kernel along which heads follow each other.
+    """The axis of each kernel along which the heads are laid out.
 
-    Query heads that share a key head are pruned with it.
+    A key head is pruned together with all query heads that share it.
     """
     return {'query/kernel': -1, 'key/kernel': -1, 'value/kernel': -1, 'out/kernel': -2}
 
   def project(self, tokens: Tokens, mode: str) -> tuple[jax.Array, KeyValues]:
-    """The tokens' queries `[B, L, H, K]`, and the keys that they may read: theirs, or all cached ones."""
+    """Returns the tokens' queries `[B, L, H, K]`, and the keys of this call or all cached keys."""
     spec, (b, l, _) = self.spec, tokens.x.shape
     wide, narrow = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     features = {'query': wide, 'key': narrow, 'value': narrow}
     projected = fused_projections(self, spec, tokens.x, features)
-    # Fewer heads where some were removed.
+    # Packing may have removed some heads.
     q_BxLxHxK, k_BxLxGxK, v_BxLxGxK = (y.reshape(b, l, -1, spec.head_dim) for y in projected)
     if spec.positions == 'rotary':
-      # Of whole sequences one table stands for all.
+      # Whole sequences share one table of angles.
       places = jnp.arange(l, dtype=jnp.int32)[None] if tokens.whole else tokens.positions
       q_BxLxHxK, k_BxLxGxK = (rotate(a, places) for a in (q_BxLxHxK, k_BxLxGxK))
     q_BxLxHxK = record.site(self, 'q', q_BxLxHxK)
@@ -139,56 +140,63 @@ class AttentionLayer(nn.Module):
     return q_BxLxHxK, KeyValues(k_BxLxGxK, v_BxLxGxK, tokens.positions, tokens.valid, tokens.whole)
 
   def merge(self, out_BxLxHxK: jax.Array) -> jax.Array:
-    """The heads' outputs `[B, L, H, K]` to `[B, L, D]`."""
+    """Projects the heads' outputs `[B, L, H, K]` to `[B, L, D]`."""
     out_BxLxF = out_BxLxHxK.reshape(*out_BxLxHxK.shape[:2], -1)
     return Linear(self.spec, self.spec.width, role='out', name='out')(out_BxLxF)
 
   def caches(self, mode: str) -> bool:
-    """Whether sequences are decoded token by token, so that keys are to be kept."""
+    """Returns whether this call decodes with a cache."""
     return mode == 'decode' and self.is_mutable_collection('cache')
 
 
-def note(
-  q_BxLxHxK: jax.Array, path: tuple[str, ...], keys: int, mask: Mask, most: int | None = None
+def charge_attention(
+  q_BxLxHxK: jax.Array, path: tuple[str, ...], keys: int, mask: Mask, max_keys: int | None = None
 ) -> jax.Array:
-  """Returns the queries, marked with the cost of both matmuls of `attention`, by all pairs.
+  """Returns the queries, marked with the FLOPs of both matmuls of `attention` over all pairs.
 
-  Every query is charged with every key, those behind it included, because that is what dense attention
-  computes before its mask. A method that reads fewer keys is charged with the share that it reads of
-  the causal ones, so that a share means the same by both conventions; `cost.causal_pairs` turns the
-  notes into exact counts of what is read. What the kernel computes beyond that is marked as uncharged.
+  Each query is charged with every key, later keys included, because dense attention computes all scores
+  before it masks them. A method that reads fewer keys is charged with the fraction of causal pairs that
+  it reads, so the fraction is the same by both conventions: `cost.causal_pairs` converts the charge to
+  the pairs that are read. FLOPs that the kernel executes beyond the charge are marked as uncharged.
 
   Args:
-    keys: S.
-    mask: keys that it leaves out by their distance are charged neither scores nor values.
-    most: keys whose values are charged for each query, at most.
+    q_BxLxHxK: the queries.
+    path: path of the module that is charged.
+    keys: number of keys, S.
+    mask: keys that it excludes by distance are charged neither for scores nor for values.
+    max_keys: largest number of keys whose values are charged per query.
   """
   queries, pair = q_BxLxHxK.shape[1], 2 * q_BxLxHxK.size
   places = range(
     keys - queries, keys
-  )  # the last ones: all of a sequence, or in decoding the newest
+  )  # the last positions: all in training, the newest in decoding
   within = [mask.count(place, keys) for place in places]
   there = sum(Mask(causal=mask.causal).count(place, keys) for place in places)
   scored, causal = sum(within) / there, there / (queries * keys)
-  read = sum(count if most is None else min(count, most) for count in within) / there
+  read = sum(count if max_keys is None else min(count, max_keys) for count in within) / there
   q_BxLxHxK = record.matmul(q_BxLxHxK, path, 'scores', pair * keys * scored, causal=causal)
   q_BxLxHxK = record.matmul(q_BxLxHxK, path, 'values', pair * keys * read, causal=causal)
-  computed, charged = computed_keys(queries, keys, most), keys * (scored + read)
+  computed, charged = computed_keys(queries, keys, max_keys), keys * (scored + read)
   return record.uncharged(q_BxLxHxK, 'keys that a query does not read', pair * (computed - charged))
 
 
-def note_read(
-  q_BxLxHxK: jax.Array, path: tuple[str, ...], keys: KeyValues, most: int | None = None
+def charge_cache_reads(
+  q_BxLxHxK: jax.Array, path: tuple[str, ...], keys: KeyValues, max_keys: int | None = None
 ) -> jax.Array:
-  """Returns the queries, marked with the bytes that `attention` reads of a cache, if the keys are one's.
+  """Returns the queries, marked with the bytes that `attention` reads from a cache.
+
+  If `keys` are not cached, nothing is marked.
 
   Args:
-    most: see `attention`. Each head of a single query then gathers so many values of its own.
+    q_BxLxHxK: the queries.
+    path: path of the module whose cache is read.
+    keys: the keys and values.
+    max_keys: as in `attention`: each head of a single query reads at most this many values.
   """
   if not keys.cached:
     return q_BxLxHxK
   queries, held = q_BxLxHxK.shape[1], keys.k.shape[1]
-  part = queries == 1 and most is not None and most < held
-  values = q_BxLxHxK.size * most * keys.v.dtype.itemsize if part else keys.v.nbytes
+  part = queries == 1 and max_keys is not None and max_keys < held
+  values = q_BxLxHxK.size * max_keys * keys.v.dtype.itemsize if part else keys.v.nbytes
   q_BxLxHxK = record.read(q_BxLxHxK, path, 'keys', keys.k.nbytes)
   return record.read(q_BxLxHxK, path, 'values', values)

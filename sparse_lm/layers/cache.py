@@ -1,4 +1,4 @@
-"""The tokens that a layer has seen, so that decoding need not see them again."""
+"""The key/value cache of a layer."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,26 +14,26 @@ from sparse_lm.layers.tokens import Tokens
 from sparse_lm.plan import record
 
 LENGTH, POSITION = 'length', 'position'
-NOWHERE = jnp.iinfo(jnp.int32).max  # behind every query, so that no causal one reads it
+DROPPED_POSITION = jnp.iinfo(jnp.int32).max  # later than every query, so no causal query reads it
 
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """Where the tokens of one call belong in the `cache` collection of a module, and which are to be read.
+  """The slots of one call's tokens in the `cache` collection of a module, and the tokens to read.
 
-  The collection is allocated once, with room for those tokens that the next ones can read, and for
-  several of these: as many as the call that allocates it is given. Each sequence of each layer counts its
-  own tokens: what skips a layer takes no slot of it. In a full cache the next token replaces the oldest
+  The collection is allocated once: with slots for all tokens that a later token can read, and for as
+  many new tokens as the allocating call has. Each layer counts the tokens of each sequence separately,
+  so a token that skips a layer takes no slot there. In a full cache, the next token replaces the oldest
   one. Tokens that continue a sequence read all cached tokens, themselves included. Tokens that begin a
-  sequence read each other, those too for which there is no slot.
+  sequence read each other, even those without a slot.
 
   Attributes:
-    module: owns the variables.
-    slots: allocated for each sequence; the last one is never read.
-    slot_BxL: int32, where to write each token of the call.
-    positions: int32 `[B, S]`, of the tokens to be read.
-    valid: bool `[B, S]`, which of the tokens to be read are there.
-    reads_new: whether the tokens to be read are those of the call.
+    module: the module that owns the variables.
+    slots: number of slots per sequence; the last slot is never read.
+    slot_BxL: int32, the slot of each token of the call.
+    positions: int32 `[B, S]`, positions of the tokens to read.
+    valid: bool `[B, S]`, which slots hold a token to read.
+    reads_new: whether the call reads its own tokens instead of the cached ones.
   """
 
   module: nn.Module
@@ -45,9 +45,15 @@ class Cache:
 
   @classmethod
   def of(cls, module: nn.Module, size: int, tokens: Tokens) -> 'Cache':
-    """The cache of a module whose queries read `size` tokens at most; counts the valid ones of a call.
+    """Assigns slots of a module's cache to the valid tokens of a call.
 
-    Raises ValueError for several tokens that go on and would overwrite what the first of them reads.
+    Args:
+      module: the module that owns the cache.
+      size: the most tokens that a query reads.
+      tokens: the tokens of the call.
+
+    Raises:
+      ValueError: several tokens continue a sequence and would overwrite tokens that the first one reads.
     """
     positions_BxL, valid_BxL = tokens.positions, tokens.valid
     b, count = valid_BxL.shape
@@ -67,17 +73,23 @@ class Cache:
     if count > 1 and not tokens.continues:
       return cls(module, slots, slot_BxL, positions_BxL, valid_BxL, True)
     if size + count - 1 > room:
-      raise ValueError(f'{count} tokens go on; the cache was made for {room + 1 - size} at most')
+      raise ValueError(
+        f'{count} tokens continue a sequence; the cache was allocated for at most {room + 1 - size}'
+      )
     filled_BxS = _filled(total_B, slots)
     return cls(module, slots, slot_BxL, position.value, filled_BxS, False)
 
   def extend(
     self, name: str, new_BxLxGxK: jax.Array, layout: Layout, counted: bool = True
   ) -> jax.Array:
-    """Writes the keys, or the values, of the call's tokens; returns those to be read, `[B, S, G, K]`.
+    """Writes the keys or values of the call's tokens; returns those to read, `[B, S, G, K]`.
 
     Args:
-      counted: whether all of it is noted as read; who reads a part of it notes that instead.
+      name: name of the cached variable.
+      new_BxLxGxK: keys or values of the call's tokens.
+      layout: layout of the cached array.
+      counted: whether to record the whole array as read. A caller that reads only a part records the
+        bytes itself.
     """
     cached = self.module.variable('cache', name, layout.empty, new_BxLxGxK, self.slots)
     if self.module.is_initializing():
@@ -89,15 +101,17 @@ class Cache:
     return record.read(read, self.module.path, name, read.nbytes) if counted else read
 
   def means(self, name: str, block: int, count: int) -> jax.Array | None:
-    """The mean of each block of the keys cached under a name, float32 `[B, count, G, K]`.
+    """Returns the mean of each block of cached keys, float32 `[B, count, G, K]`.
 
-    A block's mean is taken when its last key is written, from what is cached of it then. So its keys are
-    read once more, and nothing is to be undone where tokens are taken back and others written in their
-    slots. Of a block that is not full the mean says nothing. Tokens that read each other get `None`.
+    The mean is computed from the cached keys when the last key of a block is written. So nothing must be
+    undone if tokens are taken back and others are written to their slots. The mean of a block that is not
+    full is undefined. If the call reads its own tokens, the result is `None`.
 
     Args:
-      block: keys of a block.
-      count: blocks; the slots never hold more, or they are not in order.
+      name: name of the cached keys.
+      block: number of keys in a block.
+      count: number of blocks. The cache must never hold more keys, because then they would not be in
+        order.
     """
     cached = self.module.get_variable('cache', name)
     (m, width, _), b = cached.shape, len(self.slot_BxL)
@@ -112,7 +126,7 @@ class Cache:
     return None if self.reads_new else VALUES.read(kept.value, b)
 
   def _with_last(self, means_MxNxK: jax.Array, keys: jax.Array, block: int) -> jax.Array:
-    """The means, with those of the blocks that the call's one token of each sequence fills."""
+    """Updates the means of the blocks that the call's token (one per sequence) fills."""
     slot_B, (m, count, _) = self.slot_BxL[:, 0], means_MxNxK.shape
     full_B = (slot_B < self.slots - 1) & ((slot_B + 1) % block == 0)
     here_BxN = (jnp.arange(count) == slot_B[:, None] // block) & full_B[:, None]
@@ -132,13 +146,15 @@ def extend(
   v_BxLxGxK: jax.Array,
   block: int | None = None,
 ) -> KeyValues:
-  """Writes the keys of valid tokens behind the cached ones; returns the keys and values to be read.
+  """Appends the keys and values of valid tokens to the cache; returns the keys and values to read.
 
   Args:
-    module: keeps them in its `cache` collection.
-    size: keys behind and including its own that a query reads at most.
-    tokens: whose keys they are.
-    block: keys of a block, where means of blocks are kept too.
+    module: the module that owns the `cache` collection.
+    size: the most keys that a query reads, up to and including its own.
+    tokens: the tokens of the keys.
+    k_BxLxGxK: their keys.
+    v_BxLxGxK: their values.
+    block: number of keys in a block whose mean is also cached; `None` means no blocks.
   """
   count = None if block is None else -(-size // block)
   cache = Cache.of(module, size if block is None else count * block, tokens)
@@ -150,10 +166,10 @@ def extend(
 
 
 def truncated(cache: Tree, position_B: jax.Array) -> Tree:
-  """The `cache` collection without the tokens at `position`, int32 `[B]`, and behind it.
+  """Removes the tokens at `position_B`, int32 `[B]`, and after it from the `cache` collection.
 
-  At most as many tokens as go on in one call may be taken back, but for one: what older tokens they have
-  overwritten is then read no more. Each layer takes back those that entered it.
+  If a call can append n tokens, at most n - 1 may be removed: then no later query needs the older tokens
+  that they have overwritten. Each layer removes the tokens that entered it.
   """
   if LENGTH not in cache:
     return {
@@ -161,15 +177,15 @@ def truncated(cache: Tree, position_B: jax.Array) -> Tree:
       for name, own in cache.items()
     }
   position_BxS, length_B = cache[POSITION], cache[LENGTH]
-  there_BxS = _filled(length_B, position_BxS.shape[1]) & (position_BxS != NOWHERE)
+  there_BxS = _filled(length_B, position_BxS.shape[1]) & (position_BxS != DROPPED_POSITION)
   dropped_BxS = there_BxS & (position_BxS >= position_B[:, None])
   return {
     **cache,
     LENGTH: length_B - jnp.sum(dropped_BxS, axis=1, dtype=jnp.int32),
-    POSITION: jnp.where(dropped_BxS, NOWHERE, position_BxS),
+    POSITION: jnp.where(dropped_BxS, DROPPED_POSITION, position_BxS),
   }
 
 
 def _filled(length_B: jax.Array, slots: int) -> jax.Array:
-  """Which slots have tokens, bool `[B, S]`."""
+  """Returns which slots hold tokens, bool `[B, S]`."""
   return jnp.arange(slots) < jnp.minimum(length_B, slots - 1)[:, None]

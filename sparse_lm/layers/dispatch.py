@@ -1,9 +1,9 @@
-"""Tokens to experts and back: one plan, and what runs it.
+"""Dispatches tokens to experts and combines the experts' outputs.
 
-A plan gives (token, choice) pairs slots; slots come in blocks of equal size and a block belongs to
-one expert, so that experts run as one grouped matmul. `sort` moves rows by index; `einsum` multiplies
-by one-hot matrices, as GShard does, and is the reference. Few tokens take no slots: each of their choices
-is a block of its own.
+Each (token, choice) pair is assigned a slot. Slots are grouped in blocks of equal size, and each block
+belongs to one expert, so all experts run as one grouped matmul. The executor 'sort' moves rows by
+index. The executor 'einsum' multiplies with one-hot matrices, as GShard does; it is the reference. When
+only a few tokens are decoded, they need no slots: each choice is a block of one row.
 """
 
 from collections.abc import Callable
@@ -21,15 +21,15 @@ Array = jax.Array
 EXECUTORS = ('sort', 'einsum')
 
 
-class Plan(NamedTuple):
-  """Which pair has which slot: T tokens, J choices each, S slots.
+class SlotPlan(NamedTuple):
+  """The assignment of (token, choice) pairs to slots: T tokens, J choices per token, S slots.
 
   Attributes:
-    slot_TxJ: int32, the slot of a choice, S where it was dropped.
-    pair_S: int32, `token * J + choice` of the pair in a slot, T * J where it is empty.
-    expert_N: int32, the expert of each block of S / N slots, ascending; E for the unused blocks at the
-      end. `None` = E blocks, and block i belongs to expert i.
-    load_E: int32, pairs that asked for each expert, dropped ones included.
+    slot_TxJ: int32, the slot of each choice; S for a dropped choice.
+    pair_S: int32, the pair `token * J + choice` in each slot; T * J for an empty slot.
+    expert_N: int32, the expert of each block of S / N slots, ascending; E for unused blocks at the end.
+      `None` means E blocks, of which block i belongs to expert i.
+    load_E: int32, number of pairs that chose each expert, dropped pairs included.
   """
 
   slot_TxJ: Array
@@ -39,31 +39,31 @@ class Plan(NamedTuple):
 
   @property
   def blocks(self) -> int:
-    """The number of blocks, N."""
+    """Number of blocks, N."""
     return self.load_E.size if self.expert_N is None else self.expert_N.size
 
   @property
   def served_TxJ(self) -> Array:
-    """Whether a choice got a slot, bool."""
+    """Whether each choice has a slot, bool."""
     return self.slot_TxJ < self.pair_S.size
 
   @property
   def dropped(self) -> Array:
-    """Fraction of the pairs that asked for an expert and got no slot, float32."""
+    """Fraction of the pairs that chose an expert but have no slot, float32."""
     asked = jnp.sum(self.load_E)
     return (asked - jnp.sum(self.served_TxJ)) / jnp.maximum(asked, 1)
 
 
-def plan(expert_TxJ: Array, experts: int, capacity: int | None, block: int) -> Plan:
-  """Gives pairs slots in order: earlier tokens first, of one token the earlier choice.
+def assign_slots(expert_TxJ: Array, experts: int, capacity: int | None, block: int) -> SlotPlan:
+  """Assigns slots to pairs in order of their tokens, then of the token's choices.
 
   Args:
-    expert_TxJ: int32, the expert of each choice; `experts` = none.
-    experts: E.
-    capacity: slots of each expert; further pairs are dropped. `None` = no pair is dropped.
-    block: slots of a block where there is no capacity: every expert gets as many blocks as it needs,
-      which leaves at most `block - 1` of its slots empty. With a capacity every expert has one block of
-      that size.
+    expert_TxJ: int32, the expert of each choice; the value `experts` means no expert.
+    experts: number of experts, E.
+    capacity: number of slots per expert; further pairs are dropped. `None` means that no pair is dropped.
+    block: number of slots in a block, if `capacity` is `None`. Each expert then gets as many blocks as
+      it needs, with at most `block - 1` empty slots. With a capacity, each expert has one block of that
+      size.
   """
   tokens, choices = expert_TxJ.shape
   pairs = tokens * choices
@@ -80,21 +80,21 @@ def plan(expert_TxJ: Array, experts: int, capacity: int | None, block: int) -> P
     blocks = -(-pairs // block) + experts
     slots = blocks * block
     start_E = jnp.concatenate([jnp.zeros(1, jnp.int32), last_E[:-1]]) * block
-    # Behind the last block with a pair in it they are no expert's.
+    # Blocks after the last used one belong to no expert.
     expert_N = jnp.sum(last_E <= jnp.arange(blocks)[:, None], axis=1, dtype=jnp.int32)
   slot_P = jnp.where(served_P, start_E[one_of] + place_P, slots).astype(jnp.int32)
   pair_S = jnp.full(slots, pairs, jnp.int32)
   pair_S = pair_S.at[slot_P].set(jnp.arange(pairs, dtype=jnp.int32), mode='drop')
-  return Plan(slot_P.reshape(tokens, choices), pair_S, expert_N, load_E)
+  return SlotPlan(slot_P.reshape(tokens, choices), pair_S, expert_N, load_E)
 
 
-def load(expert_TxJ: Array, experts: int) -> Array:
-  """How many choices ask for each expert, int32 `[E]`; `experts` = none."""
+def expert_load(expert_TxJ: Array, experts: int) -> Array:
+  """Returns the number of choices of each expert, int32 `[E]`; the value `experts` means no expert."""
   return sizes(expert_TxJ.reshape(-1), experts)
 
 
-def dispatch(x_TxD: Array, plan: Plan, executor: str) -> Array:
-  """Token rows in their slots, zeros in empty ones: `[N, S / N, D]`."""
+def dispatch(x_TxD: Array, plan: SlotPlan, executor: str) -> Array:
+  """Copies token rows to their slots, `[N, S / N, D]`; empty slots are zero."""
   tokens, choices = plan.slot_TxJ.shape
   if executor == 'einsum':
     one_hot_TxJxS = _one_hot(plan, x_TxD.dtype)
@@ -106,8 +106,8 @@ def dispatch(x_TxD: Array, plan: Plan, executor: str) -> Array:
   return x_SxD.reshape(plan.blocks, -1, x_TxD.shape[1])
 
 
-def combine(y_NxPxD: Array, plan: Plan, weight_TxJ: Array, executor: str) -> Array:
-  """Each token's slots, weighted and summed: `[T, D]`; dropped pairs count as zero."""
+def combine(y_NxPxD: Array, plan: SlotPlan, weight_TxJ: Array, executor: str) -> Array:
+  """Returns the weighted sum of each token's expert outputs, `[T, D]`; dropped pairs contribute zero."""
   y_SxD = y_NxPxD.reshape(-1, y_NxPxD.shape[-1])
   weight_TxJ = weight_TxJ.astype(y_SxD.dtype)
   if executor == 'einsum':
@@ -122,11 +122,13 @@ def combine(y_NxPxD: Array, plan: Plan, weight_TxJ: Array, executor: str) -> Arr
 def run_choices(
   run: Callable[[Array, Array], Array], x_TxD: Array, expert_TxJ: Array, weight_TxJ: Array
 ) -> Array:
-  """Each token's choices, one block with one row for each, weighted and summed: `[T, D]`.
+  """Runs each choice as a block of one row; returns the weighted sum of each token's outputs, `[T, D]`.
 
   Args:
-    run: `(x_NxPxD, expert_N)` to `[N, P, D]`, zeros for the expert that stands for none.
-    expert_TxJ: int32, see `plan`.
+    run: `(x_NxPxD, expert_N)` to `[N, P, D]`; zeros for blocks without an expert.
+    x_TxD: the tokens.
+    expert_TxJ: int32, as in `assign_slots`.
+    weight_TxJ: weight of each choice.
   """
   tokens, choices = expert_TxJ.shape
   y_NxPxD = run(jnp.repeat(x_TxD, choices, axis=0)[:, None], expert_TxJ.reshape(-1))
@@ -135,11 +137,11 @@ def run_choices(
 
 
 def weighted_sum(y_TxJxD: Array, weight_TxJ: Array) -> Array:
-  """What a token's choices give, weighted and summed: `[T, D]`."""
+  """Returns the weighted sum of the outputs of each token's choices, `[T, D]`."""
   y_TxD = jnp.einsum('tjd,tj->td', y_TxJxD, weight_TxJ)
   return record.uncharged(y_TxD, "weighted sum of a token's experts", 2 * y_TxJxD.size)
 
 
-def _one_hot(plan: Plan, dtype: jnp.dtype) -> Array:
-  """One-hot `[T, J, S]`; all zero where a pair was dropped."""
+def _one_hot(plan: SlotPlan, dtype: jnp.dtype) -> Array:
+  """Returns one-hot slots `[T, J, S]`; all zero for dropped pairs."""
   return jax.nn.one_hot(plan.slot_TxJ, plan.pair_S.size, dtype=dtype)

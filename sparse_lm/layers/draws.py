@@ -1,8 +1,8 @@
-"""Keys of random draws, which depend on the path of the module that draws.
+"""Random numbers that do not depend on whether layers are scanned.
 
-In a scan, one module stands for the modules of several layers and has the path of one of them. In each
-pass its draws are, to the bit, those that the module of that pass's layer makes where layers run
-unscanned.
+Flax derives a module's random key from its path. In a scan over layers, one traced module represents the
+modules of several layers but has only one path. The classes below give it, in each iteration, exactly the
+random numbers that the layer's own module would draw without the scan.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ Path = tuple[str | int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-  """A pass of a scan whose modules stand for those of several layers.
+  """One iteration of a scan over layers, in which a traced layer represents several layers.
 
   Attributes:
-    layers: for each layer whose modules are traced, the layer that it stands for in each pass.
-    index: the number of this pass, int32.
-    rngs: the model's random streams, by name.
+    layers: for each traced layer, the layer that it represents in each iteration.
+    index: number of this iteration, int32.
+    rngs: the model's random streams by name.
     path: the model's path.
   """
 
@@ -41,16 +41,16 @@ class Pass:
   path: tuple[str, ...]
 
   def key(self, stream: str, path: Path) -> jax.Array:
-    """The key of one draw. `path` is that of the module below the model, then the number of the draw."""
+    """Returns the key of one draw; `path` is the module's path in the model plus the draw's number."""
     rng = self.rngs[stream]
     return jax.random.fold_in(rng.rng, self._number(_hashed, rng.suffix, path))
 
   def fixed_key(self, path: Path) -> jax.Array:
-    """The key that depends on nothing but the path of a module below the model."""
+    """Returns a key that depends only on the module's path in the model."""
     return jax.random.key(self._number(_checksum, self.path, path))
 
   def _number(self, of: Callable[[Path], int], above: Path, path: Path) -> jax.Array:
-    """`of(path)` for the path of the layer that this pass stands for, uint32."""
+    """Returns `of(path)`, uint32, for the path in the layer that this iteration represents."""
     place, below = Place(path), path[1:]
     layers = self.layers[place.layer]
     numbers = [of((*above, place.part.of(layer), *below)) for layer in layers]
@@ -62,7 +62,7 @@ _pass: contextvars.ContextVar[Pass | None] = contextvars.ContextVar('pass', defa
 
 @contextlib.contextmanager
 def standing_for(own: Pass) -> Iterator[None]:
-  """Within this context, modules draw as those of the layers that `own` says they stand for."""
+  """In this context, modules draw the random numbers of the layers that they represent in `own`."""
   token = _pass.set(own)
   try:
     yield
@@ -70,27 +70,27 @@ def standing_for(own: Pass) -> Iterator[None]:
     _pass.reset(token)
 
 
-class Drawing(nn.Module):
-  """A module whose draws are the same whether its layer is scanned or not.
+class RandomModule(nn.Module):
+  """A module that draws the same random numbers whether its layer is scanned or not.
 
-  Other modules draw differently in a scan than outside of it, but still differently in every layer.
+  Other modules draw different numbers in a scan than without it, but still different ones in each layer.
   """
 
   @nn.nowrap
   def make_rng(self, name: str = 'params') -> jax.Array:
-    """The key of the next draw from a stream; see `flax.linen.Module.make_rng`."""
+    """Returns the key of the next draw from a stream, as `flax.linen.Module.make_rng` does."""
     key, own = super().make_rng(name), _pass.get()
     if own is None or not self.has_rng(name):
       return key
     return own.key(name, (*self.path, self.scope.rng_counters[name]))
 
 
-class Dropout(Drawing, nn.Dropout):
-  """Flax's dropout, whose draws are the same whether its layer is scanned or not."""
+class Dropout(RandomModule, nn.Dropout):
+  """Flax's dropout with the same random numbers whether its layer is scanned or not."""
 
 
 def fixed_key(module: nn.Module) -> jax.Array:
-  """A key that depends on the module's path alone: the same in every call, another one in each layer."""
+  """Returns a key that depends only on the module's path: equal in all calls, different in each layer."""
   own = _pass.get()
   return jax.random.key(_checksum(module.path)) if own is None else own.fixed_key(module.path)
 
@@ -100,7 +100,7 @@ def _checksum(path: Path) -> int:
 
 
 def _hashed(path: Path) -> int:
-  """The number that Flax folds into a stream's key for a path, see `flax.core.scope.LazyRng`."""
+  """Returns the number that Flax folds into a stream's key for a path (`flax.core.scope.LazyRng`)."""
   digest = hashlib.sha1()
   for part in path:
     if flax.config.flax_fix_rng_separator:

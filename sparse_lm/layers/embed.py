@@ -1,4 +1,4 @@
-"""Tokens and positions into vectors, and vectors into logits."""
+"""Token and position embeddings, and the output head."""
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,13 @@ from sparse_lm.plan import record
 
 
 class Embed(nn.Module):
-  """Token embedding, the head, and learned positions and a table of bigrams if `spec` wants them."""
+  """Token embedding and output head, with optional learned positions and bigram logits (see `spec`)."""
 
   spec: Spec
 
   def setup(self) -> None:
     spec = self.spec
-    # A tied table is the head too, so it starts as small as one.
+    # A tied table is also the head, so it gets the smaller initialisation.
     init = INITS['gpt2' if spec.tied else spec.init]('embed', spec.layers)
     self.tokens = self.param('tokens', init, (spec.vocab, spec.width), jnp.float32)
     if spec.positions == 'learned':
@@ -33,16 +33,17 @@ class Embed(nn.Module):
       self.bigrams = self.param('bigrams', init, (spec.vocab, spec.vocab), jnp.float32)
 
   def __call__(self, tokens_BxL: jax.Array, positions_BxL: jax.Array | None) -> jax.Array:
-    """int32 `[B, L]` to `[B, L, D]`; see `placed`."""
+    """Embeds int32 tokens `[B, L]`; returns `[B, L, D]`. `placed` documents the positions."""
     x_BxLxD = record.matmul(self.tokens[tokens_BxL], self.path, 'lookup', 0, kernel='tokens')
     return self.placed(x_BxLxD, positions_BxL)
 
   def placed(self, x_BxLxD: jax.Array, positions_BxL: jax.Array | None) -> jax.Array:
-    """`[B, L, D]` embeddings in `spec.precision`, with learned positions added if the model has them.
+    """Adds learned positions, if the model has them, and casts to `spec.precision`; returns `[B, L, D]`.
 
     Args:
-      positions_BxL: int32; `None` = 0, 1, 2, ... in every sequence. The gradient of the positions is then
-        a sum over the sequences; with a lookup it is a scatter-add, in which sequences collide.
+      x_BxLxD: token embeddings.
+      positions_BxL: int32; `None` means 0, 1, 2, ... in every sequence. Then the gradient of the
+        positions is a sum over sequences, which is faster than the scatter-add of a lookup.
     """
     if self.spec.positions == 'learned':
       in_order = positions_BxL is None
@@ -55,20 +56,21 @@ class Embed(nn.Module):
   def predicted(
     self, x_BxLxD: jax.Array, tokens_BxL: jax.Array | None, readout: bool = False
   ) -> jax.Array | Readout:
-    """Logits for each next token, float32 `[B, L, V]`, or what they are computed from.
+    """Returns logits for each next token, float32 `[B, L, V]`, or a `Readout`.
 
     Args:
       x_BxLxD: outputs of the last norm.
-      tokens_BxL: int32, the tokens that the model read; they index the table of bigrams.
-      readout: whether to return what logits are computed from. Logits are returned even so where the head
-        is packed, or where its outputs are a site that is read or replaced.
+      tokens_BxL: int32, the input tokens, which index the bigram table.
+      readout: whether to return a `Readout`, from which the loss computes logits in chunks. Logits are
+        returned anyway if the head is packed, or if its output is a site that is read or replaced.
 
-    Raises UserError for a model with a table of bigrams that does not read tokens.
+    Raises:
+      UserError: the model has a bigram table, but its input is not tokens.
     """
     if self.spec.bigram and tokens_BxL is None:
       raise UserError(
-        'config.model.bigram=True: the table of bigrams is indexed by tokens, and the model was called '
-        'with embeddings or a residual stream alone; valid: False'
+        'config.model.bigram=True: the bigram table needs tokens, but the model was called with '
+        'embeddings or a residual stream; valid: False'
       )
     head = self._head() if readout else None
     if head is not None:
@@ -80,7 +82,7 @@ class Embed(nn.Module):
     return logits_BxLxV + record.matmul(row_BxLxV, self.path, 'lookup', 0, kernel='bigrams')
 
   def _logits(self, x_BxLxD: jax.Array) -> jax.Array:
-    """`[B, L, D]` to float32 `[B, L, V]`."""
+    """Returns float32 logits `[B, L, V]` for `[B, L, D]`."""
     if not self.spec.tied:
       return self.head(x_BxLxD).astype(jnp.float32)
     x_BxLxD = record.site(self, 'head/input', x_BxLxD, kernel='tokens')
@@ -90,7 +92,7 @@ class Embed(nn.Module):
     return record.site(self, 'head/output', logits_BxLxV).astype(jnp.float32)
 
   def _head(self) -> Head | None:
-    """The head's parameters; `None` where logits must be computed as a whole."""
+    """Returns the head's parameters; `None` if the logits cannot be computed in chunks."""
     bigrams = self.bigrams if self.spec.bigram else None
     if record.wanted(self, 'head/output'):
       return None
@@ -102,7 +104,7 @@ class Embed(nn.Module):
     return Head(kernel_DxV, bias_V=bias_V, bigrams_VxV=bigrams)
 
   def _readout(self, x_BxLxD: jax.Array, tokens_BxL: jax.Array, head: Head) -> Readout:
-    """The inputs of a loss in chunks. The head's matmuls, which the loss runs, are charged here."""
+    """Returns the inputs of a chunked loss. The head's matmuls run in the loss but are charged here."""
     if self.spec.tied:
       module, point, kernel = self, 'head/input', 'tokens'
     else:
@@ -117,9 +119,9 @@ class Embed(nn.Module):
 
 
 def rotate(x_BxLxHxK: jax.Array, positions_BxL: jax.Array) -> jax.Array:
-  """Rotary positions (Su et al. 2021): pairs `(x[k], x[k + K/2])` turned by position / 10000^(2k/K).
+  """Rotary positions (Su et al. 2021): rotates pairs `(x[k], x[k + K/2])` by position / 10000^(2k/K).
 
-  Positions `[1, L]` hold for all sequences.
+  Positions of shape `[1, L]` apply to all sequences.
   """
   half = x_BxLxHxK.shape[-1] // 2
   frequency = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)

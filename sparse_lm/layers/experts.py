@@ -1,4 +1,4 @@
-"""The experts' matrices, stacked."""
+"""The experts of a mixture of experts: MLPs with stacked matrices."""
 
 import functools
 from collections.abc import Callable
@@ -9,8 +9,8 @@ from flax import linen as nn
 
 from sparse_lm.kernels.grouped_matmul import (
   copied_flops,
+  gather_groups,
   grouped_matmul,
-  of_blocks,
   one_by_one,
   selection_flops,
 )
@@ -19,14 +19,14 @@ from sparse_lm.layers.init import INITS
 from sparse_lm.layers.spec import Spec
 from sparse_lm.plan import record
 
-COPIES = "experts' parameters copied to the blocks of their tokens"
+COPIES = 'copies of expert parameters for blocks of tokens'
 
 
 class Experts(nn.Module):
   """`experts` plain MLPs of `hidden` units with kernels `[E, D, F]` and `[E, F, D]`.
 
   Attributes:
-    activation: makes the activation slot's module.
+    activation: constructor of the activation slot's module.
   """
 
   spec: Spec
@@ -38,12 +38,14 @@ class Experts(nn.Module):
   def __call__(
     self, x_NxPxD: jax.Array, expert_N: jax.Array | None, rows: float, mode: str
   ) -> jax.Array:
-    """Blocks of rows through their experts: `[N, P, D]` to `[N, P, D]`.
+    """Applies experts to blocks of rows: `[N, P, D]` to `[N, P, D]`.
 
     Args:
-      expert_N: int32, the expert of each block; `None` where block i is expert i's. Decoding with one
-        row to the block reads the experts named and no other; `experts` names none.
-      rows: (token, expert) pairs among the rows, for the ledger: empty slots are no work of theirs.
+      x_NxPxD: blocks of rows.
+      expert_N: int32, the expert of each block; `None` if block i belongs to expert i. The value
+        `experts` means no expert. With one row per block (decoding), only the named experts are read.
+      rows: number of (token, expert) pairs that the ledger charges; empty slots are not charged.
+      mode: 'train', 'eval' or 'decode'.
     """
     activation = self.activation()
     run = functools.partial(self._run, activation, rows=rows, mode=mode)
@@ -51,7 +53,7 @@ class Experts(nn.Module):
     record.units(self.path, 'neuron', self.experts * self.hidden, axes, dynamic)
     if not self.has_variable('packed', 'kept'):
       return run(x_NxPxD, expert_N)
-    kept_R = self.get_variable('packed', 'kept')  # the others add nothing and were removed
+    kept_R = self.get_variable('packed', 'kept')  # the other experts had no weights left
     place_E = (
       jnp.full(self.experts + 1, kept_R.size, jnp.int32).at[kept_R].set(jnp.arange(kept_R.size))
     )
@@ -98,7 +100,7 @@ class Experts(nn.Module):
       y = grouped_matmul(x_NxPxI, kernel, expert_N)
       row, slots = 2 * width * features, x_NxPxI.shape[0] * x_NxPxI.shape[1]
       y = record.matmul(y, self.path, 'linear', row * rows, kernel=name)
-      y = record.uncharged(y, 'slots of experts, less the visits charged', row * (slots - rows))
+      y = record.uncharged(y, 'slots of experts beyond the charged visits', row * (slots - rows))
       y = record.uncharged(y, COPIES, copied_flops(x_NxPxI, kernel, expert_N))
     y = y.astype(spec.compute)
     if spec.bias:
@@ -108,6 +110,6 @@ class Experts(nn.Module):
         shape = (self.experts, features)
         bias = self.param(f'{name}_bias', nn.initializers.zeros, shape, jnp.float32)
         bias = record.matmul(bias, self.path, 'bias', 0, kernel=f'{name}_bias')
-      bias_NxF = of_blocks(bias.astype(spec.compute), expert_N)
+      bias_NxF = gather_groups(bias.astype(spec.compute), expert_N)
       y = y + record.uncharged(bias_NxF, COPIES, selection_flops(bias, expert_N))[:, None]
     return record.site(self, f'{name}/output', y)

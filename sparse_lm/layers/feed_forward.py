@@ -1,4 +1,4 @@
-"""The plain two-matrix MLP, for modules that are one or hold one."""
+"""The plain MLP with two matrices, as a function and as a module."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from flax import linen as nn
 
 from sparse_lm.layers.active import project, selects
 from sparse_lm.layers.linear import Linear
-from sparse_lm.layers.sow import hidden_units
+from sparse_lm.layers.sow import observe_hidden_units
 from sparse_lm.layers.spec import Spec
 from sparse_lm.plan import record
 
@@ -20,28 +20,31 @@ def feed_forward(
   x_BxLxD: jax.Array,
   mode: str,
 ) -> jax.Array:
-  """`down(activation(up(x)))`, `[B, L, D]` to `[B, L, D]`, with the parameters of `module`.
+  """Returns `down(activation(up(x)))`, `[B, L, D]` to `[B, L, D]`, with parameters of `module`.
 
   Args:
-    module: calls this in its compact method; its path names the units and the observations.
-    activation: makes the activation slot's module.
-    hidden: units between the two matrices.
+    module: the module whose compact method calls this function. Its path names the units and statistics.
+    spec: the model's dimensions.
+    activation: constructor of the activation slot's module.
+    hidden: number of hidden units.
+    x_BxLxD: inputs.
+    mode: 'train', 'eval' or 'decode'.
   """
   act = activation()
   axes = {'up/kernel': -1, 'down/kernel': -2}
   record.units(module.path, 'neuron', hidden, axes, dynamic=selects(act))
   h_BxLxF = Linear(spec, hidden, name='up')(x_BxLxD)
   h_BxLxF = record.site(module, 'hidden', act(h_BxLxF, mode))
-  with hidden_units(module, act, h_BxLxF, mode):
+  with observe_hidden_units(module, act, h_BxLxF, mode):
     down = Linear(spec, spec.width, role='out', name='down')
     return project(down, h_BxLxF, act, mode)
 
 
 class FeedForward(nn.Module):
-  """The MLP as a module of its own, of `hidden` units.
+  """The plain MLP as a module with `hidden` units.
 
   Attributes:
-    activation: makes the activation slot's module.
+    activation: constructor of the activation slot's module.
   """
 
   spec: Spec
@@ -50,5 +53,5 @@ class FeedForward(nn.Module):
 
   @nn.compact
   def __call__(self, x_BxLxD: jax.Array, mode: str) -> jax.Array:
-    """`[B, L, D]` to `[B, L, D]`."""
+    """Applies the MLP: `[B, L, D]` to `[B, L, D]`."""
     return feed_forward(self, self.spec, self.activation, self.hidden, x_BxLxD, mode)

@@ -1,4 +1,4 @@
-"""What every learned gate shares: fields, checks, and how its decision reaches loss and log."""
+"""The base class of learned gates: fields, checks, decisions, and the values that they sow."""
 
 from typing import ClassVar
 
@@ -16,32 +16,35 @@ from sparse_lm.plan.cost import Gating
 
 
 class LearnedGate(LayerMethod):
-  """A gate whose logits any estimator turns into a decision.
+  """A gate that turns logits into decisions with any estimator.
 
   Attributes:
-    estimator: a name in `core/estimator.py`.
-    open: probability with which a gate that is drawn in training is open at the start (at the router's
-      bias); of 'random' gates, always. Evaluation draws nothing: it opens gates above a threshold, which
-      is a probability of 0.5, and of 'hard_concrete' gates one of 0.31, since they close only where the
-      stretched sigmoid falls below zero.
+    estimator: name of an estimator in `core/estimator.py`.
+    open: probability that a sampled gate is open at the start of training (through the router's bias).
+      For 'random' gates it is the fraction of open gates throughout. Evaluation does not sample: a gate
+      opens if its probability is above 0.5, or above 0.31 for 'hard_concrete', whose gates close only
+      where the stretched sigmoid is below zero.
+    estimators: names of the estimators that this gate accepts.
   """
 
   spec: Spec
   estimator: str = 'straight_through'
   open: float = ranged(0.9, '(0, 1)')
   slot: ClassVar[str]
-  takes: ClassVar[tuple[str, ...]] = tuple(ESTIMATORS)
+  estimators: ClassVar[tuple[str, ...]] = tuple(ESTIMATORS)
 
   def check(self) -> None:
-    """Raises UserError for an estimator that this gate cannot take."""
-    if self.estimator not in self.takes:
-      raise unknown(f'config.{self.slot}.estimator for this gate', self.estimator, self.takes)
+    """Raises a UserError if this gate does not accept the estimator."""
+    if self.estimator not in self.estimators:
+      raise unknown(f'config.{self.slot}.estimator for this gate', self.estimator, self.estimators)
 
   def gate_traits(self, *, skips: bool = True, **declared: str | bool) -> Traits:
-    """Traits with what follows from the estimator: a learned gate may open for everything.
+    """Returns the method's traits, completed by those that follow from the estimator.
+
+    The planned fraction of a learned gate is 1, because it may open for every token.
 
     Args:
-      skips: whether decoding leaves out what the gate closes.
+      skips: whether decoding skips the computation behind closed gates.
       declared: the other traits.
     """
     estimator = ESTIMATORS[self.estimator]
@@ -51,19 +54,19 @@ class LearnedGate(LayerMethod):
 
   @property
   def first_logit(self) -> float:
-    """The logit at which a drawn gate is open with probability `open`."""
+    """The logit with which a sampled gate is open with probability `open`."""
     return ESTIMATORS[self.estimator].logit(self.open)
 
   def decide(self, logits_BxLxU: jax.Array, mode: str) -> Decision:
-    """The decision for `[B, L or 1, units]` logits; sows its cost, and of a policy its actions.
+    """Returns the decision for logits `[B, L or 1, units]`; sows its cost and a policy's statistics.
 
-    In training draws come from the `gates` stream. Without one, and in evaluation, the gate acts
-    deterministically; what is random even then repeats from call to call.
+    In training, random numbers come from the `gates` stream. In evaluation, or without this stream, the
+    estimator does not sample; 'random' gates then make the same decision in every call.
     """
     sample = mode == 'train' and self.has_rng('gates')
     key = self.make_rng('gates') if sample else fixed_key(self)
     estimator = ESTIMATORS[self.estimator]
-    if not estimator.learned:  # the rate is the config's, whatever the router says
+    if not estimator.learned:  # the config sets the rate, not the router
       logits_BxLxU = jnp.full_like(logits_BxLxU, self.first_logit)
     decision = estimator.decide(logits_BxLxU, key, sample)
     sow(self, 'gates', 'active', jnp.mean(decision.cost, axis=-1))
@@ -75,6 +78,6 @@ class LearnedGate(LayerMethod):
 
 
 def normalised(x: jax.Array) -> jax.Array:
-  """float32 `x` at unit mean square: the residual stream grows with depth, a gate's logits need not."""
+  """Scales `x` to unit mean square, float32, so that a gate's logits do not grow with depth."""
   x = x.astype(jnp.float32)
   return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-5)

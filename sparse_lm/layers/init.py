@@ -1,8 +1,10 @@
-"""Initialisation as a named choice: one function per role that a matrix plays.
+"""Named initialisations; the initial distribution depends on the matrix's role.
 
-fan_in  normal, std 1/sqrt(in), and a further 1/sqrt(2 * layers) where the output joins the residual
-        stream; the head starts at zero, so that the first loss is ln(vocab).
-gpt2    normal, std 0.02, residual outputs 0.02/sqrt(2 * layers) (Radford et al. 2019; nanoGPT).
+fan_in  Normal with standard deviation 1/sqrt(in), times 1/sqrt(2 * layers) for matrices whose output is
+        added to the residual stream. The head starts at zero, so the first loss is ln(vocab).
+gpt2    Normal with standard deviation 0.02, and 0.02/sqrt(2 * layers) for matrices whose output is
+added to
+        the residual stream (Radford et al. 2019; nanoGPT).
 """
 
 from collections.abc import Callable

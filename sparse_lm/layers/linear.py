@@ -1,4 +1,4 @@
-"""The one matrix multiplication with parameters."""
+"""Linear layers and norms."""
 
 import dataclasses
 
@@ -16,11 +16,11 @@ from sparse_lm.plan import record
 
 
 class Linear(nn.Module):
-  """`x @ kernel (+ bias)`, float32 kernel `[in, features]`, output in `spec.precision`.
+  """Computes `x @ kernel (+ bias)` in `spec.precision`; the kernel `[in, features]` is float32.
 
   Attributes:
-    features: outputs (heads folded in).
-    role: of the kernel for its initialisation, see `layers/init.py`.
+    features: number of outputs, over all heads.
+    role: role of the kernel, which decides its initialisation (`layers/init.py`).
   """
 
   spec: Spec
@@ -29,7 +29,7 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """`[..., in]` to `[..., features]`."""
+    """Maps `[..., in]` to `[..., features]`."""
     spec = self.spec
     x = record.site(self, 'input', x.astype(spec.compute), kernel='kernel')
     if run := self.packed():
@@ -46,7 +46,7 @@ class Linear(nn.Module):
 
   @property
   def stored(self) -> tuple[jax.Array, jax.Array | None] | None:
-    """The kernel and the bias, which may be `None`, as parameters; `None` where they are packed."""
+    """The kernel and the bias (`None` without a bias); `None` if the weights are packed."""
     if not self.has_variable('params', 'kernel'):
       return None
     bias = self.get_variable('params', 'bias') if self.spec.bias else None
@@ -54,13 +54,13 @@ class Linear(nn.Module):
 
   @property
   def gathers(self) -> bool:
-    """Whether packed weights are of a format that reads those of non-zero inputs alone."""
+    """Whether the weights are packed in a format that can read only the weights of nonzero inputs."""
     return (
       self.has_variable('packed', 'kernel') and self.get_variable('packed', 'kernel').selects == -2
     )
 
   def packed(self) -> 'PackedLinear | None':
-    """What it computes with packed weights, as plain functions; `None` where they are not packed."""
+    """Returns the layer with packed weights; `None` if the weights are not packed."""
     if not self.has_variable('packed', 'kernel'):
       return None
     bias = self.get_variable('packed', 'bias') if self.spec.bias else None
@@ -70,10 +70,16 @@ class Linear(nn.Module):
 def fused_projections(
   module: nn.Module, spec: Spec, x: jax.Array, features: dict[str, int]
 ) -> list[jax.Array]:
-  """Linear layers of the same inputs, by name: `[..., features]` each. `module` is what calls this.
+  """Applies several linear layers to the same inputs; returns `[..., features]` for each.
 
-  Packed they can be one, which a CPU multiplies at more of its memory's bandwidth than several smaller
-  ones. Units that were removed were removed of all alike.
+  Packing can store them as one matrix, because a CPU reads one large matrix at a higher bandwidth than
+  several small ones. If packing removed units, it removed the same fraction from each layer.
+
+  Args:
+    module: the calling module.
+    spec: the model's dimensions.
+    x: the inputs.
+    features: number of outputs of each layer, by the layer's name.
   """
   fused = '_'.join(features)
   if not module.has_variable('packed', fused):
@@ -81,18 +87,19 @@ def fused_projections(
     return [Linear(spec, count, name=name)(x) for name, count in features.items()]
   y = Linear(spec, sum(features.values()), name=fused)(x)
   ends = np.cumsum(list(features.values())) * y.shape[-1] // sum(features.values())
-  # Each part is a site of the name that it has where none is fused.
+  # Each part is a site with the same name as without fusion.
   parts = zip(features, jnp.split(y, ends[:-1], axis=-1))
   return [record.site(module, f'{name}/output', part) for name, part in parts]
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedLinear:
-  """A linear layer whose weights are packed.
+  """A linear layer with packed weights.
 
   Attributes:
-    bias: `[features]`, or none.
-    dtype: of what it returns.
+    kernel: the packed kernel.
+    bias: `[features]`, or `None`.
+    dtype: dtype of the outputs.
   """
 
   kernel: Format
@@ -100,31 +107,31 @@ class PackedLinear:
   dtype: jnp.dtype
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """`[..., in]` to `[..., features]`."""
-    return self.biased(self.kernel.matmul(x))
+    """Maps `[..., in]` to `[..., features]`."""
+    return self.add_bias(self.kernel.matmul(x))
 
-  def biased(self, y: jax.Array) -> jax.Array:
-    """`[..., features]` and the bias."""
+  def add_bias(self, y: jax.Array) -> jax.Array:
+    """Adds the bias, if there is one, to outputs `[..., features]` and casts them to `dtype`."""
     return (y if self.bias is None else y + self.bias).astype(self.dtype)
 
   def of_outputs(self, x: jax.Array, index_K: jax.Array) -> jax.Array:
-    """The outputs of one token at `index`, int32, sorted and without repeats: `[..., K]`."""
+    """Returns the outputs `[..., K]` of one token at `index_K`, which is sorted and has no repeats."""
     y = self.kernel.of_outputs(x.reshape(-1), index_K).reshape(*x.shape[:-1], -1)
     return (y if self.bias is None else y + self.bias[index_K]).astype(self.dtype)
 
   def of_inputs(self, x: jax.Array, index_K: jax.Array) -> jax.Array:
-    """What the K inputs of one token at `index` add to its outputs, without the bias."""
+    """Returns the outputs, without bias, of one token whose inputs are zero except `x` at `index_K`."""
     return self.kernel.of_inputs(x.reshape(-1), index_K).reshape(*x.shape[:-1], -1)
 
 
 class Norm(nn.Module):
-  """RMSNorm or LayerNorm over the last axis, as `spec.norm` says; statistics in float32."""
+  """RMSNorm or LayerNorm (`spec.norm`) over the last axis; statistics are computed in float32."""
 
   spec: Spec
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """`[..., D]` to `[..., D]` in `spec.precision`."""
+    """Normalises `[..., D]`; the result is in `spec.precision`."""
     spec = self.spec
     scale = self.param('scale', nn.initializers.ones, (x.shape[-1],), jnp.float32)
     y = x.astype(jnp.float32)

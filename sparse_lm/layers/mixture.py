@@ -1,4 +1,4 @@
-"""Mixtures of experts around their routers: what methods that differ in the router alone share."""
+"""Base classes of mixtures of experts; subclasses define only the router."""
 
 from collections.abc import Callable
 from typing import ClassVar
@@ -21,13 +21,15 @@ from sparse_lm.plan import record
 
 
 class MixtureOfExperts(LayerMethod):
-  """Experts that tokens visit as `route` says; a token gets the weighted sum of what they give.
+  """A mixture of experts: the weighted sum of the outputs of the experts that `route` chooses.
 
   Attributes:
-    activation: makes the activation slot's module.
-    experts: how many there are.
-    hidden: units of an expert, 0 = `config.model.hidden`.
-    executor: 'sort', or 'einsum', the slow reference.
+    activation: constructor of the activation slot's module.
+    experts: number of experts.
+    hidden: hidden units per expert; 0 means `config.model.hidden`.
+    executor: 'sort', or 'einsum' for the slow reference.
+    by_position: whether slots are assigned position by position instead of sequence by sequence, so that
+      no token loses its slot to a later one.
   """
 
   spec: Spec
@@ -35,37 +37,36 @@ class MixtureOfExperts(LayerMethod):
   experts: int = ranged(8, '[1, 2^16]')
   hidden: int = ranged(0, '[0, 2^24]')
   executor: str = 'sort'
-  # Whether slots are given out by position before sequence, so that none is lost to a later token.
   by_position: ClassVar[bool] = False
 
   def check(self) -> None:
-    """Raises UserError for an unknown executor."""
+    """Raises a UserError if the executor is unknown."""
     if self.executor not in dispatch.EXECUTORS:
       raise unknown('config.mlp.executor', self.executor, dispatch.EXECUTORS)
 
   @property
   def count(self) -> int:
-    """How many experts the router chooses among."""
+    """Number of experts that the router chooses among."""
     return self.experts
 
   @property
   def units(self) -> int:
-    """Hidden units of one of them."""
+    """Number of hidden units per expert."""
     return self.hidden or self.spec.hidden
 
   def route(self, x_TxD: jax.Array, mode: str) -> Routing:
-    """The router: which experts T tokens visit. It may sow losses, and keep variables of its own."""
+    """Chooses the experts of T tokens. It may sow losses and own variables."""
     raise NotImplementedError(type(self).__name__)
 
   @nn.compact
   def __call__(self, x_BxLxD: jax.Array, mode: str) -> jax.Array:
-    """`[B, L, D]` to `[B, L, D]`."""
+    """Applies the mixture: `[B, L, D]` to `[B, L, D]`."""
     b, l, d = x_BxLxD.shape
     first, second = (l, b) if self.by_position else (b, l)
     x_TxD = (x_BxLxD.swapaxes(0, 1) if self.by_position else x_BxLxD).reshape(b * l, d)
     routed = self.route(x_TxD, mode)
     block = block_rows((self.count, d, self.units))
-    plan = dispatch.plan(routed.expert_TxJ, self.count, routed.capacity, block)
+    plan = dispatch.assign_slots(routed.expert_TxJ, self.count, routed.capacity, block)
     routing.observe(self, routed, plan)
     visits_T = jnp.sum(plan.served_TxJ, axis=-1, dtype=jnp.float32)
     active = (visits_T / routed.visits).reshape(first, second)
@@ -75,7 +76,7 @@ class MixtureOfExperts(LayerMethod):
     return y.swapaxes(0, 1) if self.by_position else y
 
   def _run(
-    self, x_TxD: jax.Array, routed: Routing, plan: dispatch.Plan, mode: str, few: bool
+    self, x_TxD: jax.Array, routed: Routing, plan: dispatch.SlotPlan, mode: str, few: bool
   ) -> jax.Array:
     experts = Experts(self.spec, self.activation, self.count, self.units, name='experts')
     visits = x_TxD.shape[0] * routed.visits
@@ -89,20 +90,20 @@ class MixtureOfExperts(LayerMethod):
 
 
 class SharedMixture(MixtureOfExperts):
-  """A mixture beside experts that every token visits, whose output is added unweighted.
+  """A mixture with shared experts, which every token visits and whose output is added unweighted.
 
-  The shared experts are one MLP of as many units as they have together: the sum of MLPs is that of their
-  units. They run for every token, so no gate is charged for them.
+  The shared experts are computed as one MLP with the units of all of them, which gives the same sum. They
+  run for every token, so their cost is not gated.
 
   Attributes:
-    shared: how many shared experts there are, each as large as a routed one; 0 = none.
+    shared: number of shared experts, each as large as a routed one; 0 means none.
   """
 
   shared: int = ranged(0, '[0, 2^16]')
 
   @nn.compact
   def __call__(self, x_BxLxD: jax.Array, mode: str) -> jax.Array:
-    """`[B, L, D]` to `[B, L, D]`."""
+    """Applies the routed and the shared experts: `[B, L, D]` to `[B, L, D]`."""
     routed_BxLxD = super().__call__(x_BxLxD, mode)
     if not self.shared:
       return routed_BxLxD
@@ -113,5 +114,5 @@ class SharedMixture(MixtureOfExperts):
 
 
 def check_visits(k: int, experts: int) -> None:
-  """Raises UserError where a token is to visit more experts than there are."""
+  """Raises a UserError if a token would visit more experts than there are."""
   require(k <= experts, 'config.mlp.k', k, f'1 to the number of experts, {experts}')

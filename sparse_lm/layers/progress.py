@@ -1,4 +1,4 @@
-"""Where training stands, for what changes while a model is trained."""
+"""Training progress, for modules with a schedule."""
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +7,11 @@ from flax import struct
 
 @struct.dataclass
 class Progress:
-  """The place of an optimizer step in a run.
+  """The progress of a run.
 
   Attributes:
-    step: int32, optimizer steps completed; all microbatches of a step have the same.
-    steps: of the whole run.
+    step: int32, number of completed optimizer steps; equal for all microbatches of a step.
+    steps: number of optimizer steps of the whole run.
   """
 
   step: jax.Array
@@ -19,5 +19,5 @@ class Progress:
 
   @property
   def fraction(self) -> jax.Array:
-    """From 0 at the first step to 1 at the last one, float32."""
+    """Fraction of the run: 0 at the first step, 1 at the last one; float32."""
     return self.step.astype(jnp.float32) / max(self.steps - 1, 1)

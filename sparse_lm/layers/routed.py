@@ -1,4 +1,4 @@
-"""Running a layer on some tokens only."""
+"""Runs a layer on a subset of the tokens."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from sparse_lm.kernels.rows import places_of, take_rows_of_each
+from sparse_lm.kernels.rows import inverse_index, take_rows_of_each
 from sparse_lm.layers.tokens import Tokens
 from sparse_lm.plan import record
 
@@ -14,23 +14,22 @@ from sparse_lm.plan import record
 def gather_run_scatter(
   block: nn.Module, tokens: Tokens, index_BxC: jax.Array, mode: str
 ) -> jax.Array:
-  """The block's addend `[B, L, D]` for the valid tokens at `index`; zeros for all other tokens.
+  """Runs the block on the valid tokens at `index_BxC`; returns its output `[B, L, D]`, zero elsewhere.
 
-  The way back is a gather too, in which each token reads its own row. `index` must not name a token of a
-  sequence twice.
+  Outputs return to their places by a gather, too. `index_BxC` must not repeat a token of a sequence.
   """
   taken = tokens.take(index_BxC)
   added_BxCxD = jnp.where(taken.valid[..., None], block(taken, mode), 0)
-  place_BxL = places_of(index_BxC, tokens.x.shape[1])
+  place_BxL = inverse_index(index_BxC, tokens.x.shape[1])
   return take_rows_of_each(added_BxCxD.astype(tokens.x.dtype), place_BxL, index_BxC)
 
 
 def run_routed(block: nn.Module, tokens: Tokens, mode: str) -> jax.Array:
-  """What the block adds, `[B, L, D]`, to the tokens that enter: those that are valid.
+  """Runs the block on the valid tokens; returns its output `[B, L, D]`.
 
-  Decoding runs it for as many tokens of each sequence as enter, rounded up to a half, a quarter, ...
-  of them, or not at all, and gives zeros to the others. In other modes it runs for all of them, and
-  what it gives to the others is to be dropped.
+  Decoding computes only the valid tokens. Their number is rounded up to all, a half, a quarter, ... of
+  the tokens, or is zero, and other tokens get zeros. Other modes compute all tokens, and the caller
+  must drop the outputs of tokens that are not valid.
   """
   if mode != 'decode' or block.is_initializing():
     return block(tokens, mode)
@@ -44,7 +43,7 @@ def run_routed(block: nn.Module, tokens: Tokens, mode: str) -> jax.Array:
 
 
 def _sizes(length: int) -> list[int]:
-  """`length` and its halves, down to a sixteenth."""
+  """Returns `length`, a half, a quarter, an eighth and a sixteenth of it, rounded up."""
   return sorted({-(-length // 2**i) for i in range(5)})
 
 

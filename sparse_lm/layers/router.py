@@ -1,4 +1,4 @@
-"""The small projection that decides: routers, gates and predictors share it."""
+"""The small linear layer that computes the logits of routers, gates and predictors."""
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,14 @@ from sparse_lm.plan import record
 
 
 class Router(nn.Module):
-  """`x @ kernel (+ bias)` in float32 whatever the model computes in (Switch 2021, section 2.4).
+  """Computes `x @ kernel (+ bias)` in float32, whatever the model's precision (Switch 2021, section 2.4).
 
-  Named `router` where it is made, so that `config.weight.dense` leaves it dense.
+  Modules name it `router`, so that `config.weight.dense` keeps it dense.
 
   Attributes:
-    features: units to decide about.
-    scale: of the normal initialisation, times 1/sqrt(in).
-    bias: starting value of a bias; `None` = no bias.
+    features: number of units to decide about.
+    scale: standard deviation of the normal initialisation, times 1/sqrt(in).
+    bias: initial value of the bias; `None` means no bias.
   """
 
   spec: Spec
@@ -27,7 +27,7 @@ class Router(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """`[..., D]` to float32 logits `[..., features]`."""
+    """Returns float32 logits `[..., features]` for `[..., D]`."""
     init = nn.initializers.normal(self.scale * x.shape[-1] ** -0.5)
     kernel = self.param('kernel', init, (x.shape[-1], self.features), jnp.float32)
     x = record.site(self, 'input', x.astype(jnp.float32), kernel='kernel')

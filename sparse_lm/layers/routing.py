@@ -1,24 +1,24 @@
-"""What a router decides for experts, and what is observed of it."""
+"""The decisions of a router, and their statistics."""
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from sparse_lm.layers.dispatch import Plan
+from sparse_lm.layers.dispatch import SlotPlan
 from sparse_lm.layers.sow import sow
 
 
 @struct.dataclass
 class Routing:
-  """Which experts T tokens ask for in J choices each, and how what they give is weighted.
+  """The experts that a router chooses for T tokens, with J choices per token.
 
   Attributes:
-    expert_TxJ: int32, the expert of each choice; E, the number of experts, stands for none.
-    weight_TxJ: float32, what the expert's output is multiplied with.
-    probability_TxE: float32, how much the router likes each expert; it is observed only.
-    visits: experts that a token visits on average, which is what the ledger charges.
-    capacity: slots of each expert, beyond which choices are dropped; `None` = as many as it needs.
+    expert_TxJ: int32, the expert of each choice; the number of experts, E, means no expert.
+    weight_TxJ: float32, the factor of each chosen expert's output.
+    probability_TxE: float32, the router's probabilities; used only for statistics.
+    visits: average number of experts that a token visits; the ledger charges this number.
+    capacity: number of slots per expert; further choices are dropped. `None` means no limit.
   """
 
   expert_TxJ: jax.Array
@@ -28,12 +28,15 @@ class Routing:
   capacity: int | None = struct.field(pytree_node=False, default=None)
 
 
-def observe(module: nn.Module, routing: Routing, plan: Plan) -> None:
-  """Sows what became of a routing as `stats` of the module.
+def observe(module: nn.Module, routing: Routing, plan: SlotPlan) -> None:
+  """Sows statistics of a routing in the `stats` collection of the module.
 
-  `load` is the share of all choices by expert, `[E]`; `max_violation` the largest load over the mean,
-  less 1, and 0 where no token asked for any expert: such a layer is `closed`, which is 1 then and else 0.
-  `entropy` is that of a token's probabilities in nats; `drop_rate` and `dead_experts` are fractions.
+  load           Fraction of all choices that each expert gets, `[E]`.
+  max_violation  Largest load divided by the mean load, minus 1; 0 if no token chose an expert.
+  closed         1 if no token chose an expert, else 0.
+  entropy        Mean entropy of the tokens' probabilities, in nats.
+  drop_rate      Fraction of choices that were dropped.
+  dead_experts   Fraction of experts that no token chose.
   """
   asked = jnp.sum(plan.load_E)
   share_E = plan.load_E / jnp.maximum(asked, 1)

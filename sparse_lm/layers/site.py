@@ -1,4 +1,4 @@
-"""Methods of the site slot: what they change are activations at points that modules name."""
+"""The base class of site methods, which change activations at named points of the model (sites)."""
 
 import jax
 
@@ -6,17 +6,16 @@ from sparse_lm.layers.method import LayerMethod
 
 
 class SiteMethod(LayerMethod):
-  """Changes the activations at the sites that it names, in every mode alike.
+  """Changes the activations at some sites, in the same way in every mode.
 
-  Sites are named as in `ModelPlan.sites`, or by shell patterns such as 'block_*/mlp/hidden'. Parameters
-  and whatever else a site's module has are as without the method: a subclass defines `act` alone.
+  A subclass defines only `act`. The parameters and everything else of the site's module stay the same.
 
   Attributes:
-    where: names of sites, or patterns of them.
+    where: names of sites as in `ModelPlan.sites`, or shell patterns such as 'block_*/mlp/hidden'.
   """
 
   where: tuple[str, ...] = ()
 
   def act(self, value: jax.Array) -> jax.Array:
-    """What becomes of the activations `[..., units]` of a site; of the same shape and dtype."""
+    """Returns the changed activations `[..., units]` of a site, with the same shape and dtype."""
     raise NotImplementedError(type(self).__name__)

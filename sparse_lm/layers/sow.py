@@ -1,4 +1,4 @@
-"""What a method says about its forward pass, besides its output."""
+"""Values that modules sow in a forward pass: losses, statistics, gate activity and exits."""
 
 import contextlib
 from typing import NamedTuple
@@ -14,17 +14,20 @@ from sparse_lm.layers.after_step import UPDATES
 from sparse_lm.layers.method import LayerMethod
 from sparse_lm.plan import record
 
-# Written anew in every forward pass, never state.
+# Collections that are written in every forward pass and are not part of the state.
 SOWN = ('losses', 'stats', 'gates', 'policy', 'exits', UPDATES)
-CHUNKS = (8, 32)  # consecutive tokens that a batched or speculative decoder runs together
+CHUNKS = (
+  8,
+  32,
+)  # numbers of consecutive tokens that a batched or speculative decoder runs together
 
 
 class Exit(NamedTuple):
-  """A residual stream from which the model's head is trained to predict too.
+  """A residual stream of an early layer, from which the head is also trained to predict.
 
   Attributes:
-    x_BxLxD: before the head's norm.
-    weight: of its loss, float32, where that of the last layer has 1.
+    x_BxLxD: the residual stream, before the head's norm.
+    weight: float32 weight of this exit's loss; the last layer's loss has weight 1.
   """
 
   x_BxLxD: jax.Array
@@ -34,33 +37,42 @@ class Exit(NamedTuple):
 def sow(module: nn.Module, collection: str, name: str, value: Tree) -> None:
   """Sows `value` at the module's path; a second call of the module replaces it.
 
-  `losses` are added to the training loss as they are, `stats` and `gates` are logged, `policy` is
-  trained by its reward, and `exits` (each an `Exit`) by the loss of the model's head on them. Does
-  nothing where the collection is not asked for.
+  The collection decides the use: `losses` are added to the training loss, `stats` and `gates` are logged,
+  `policy` is trained by rewards, and each `Exit` in `exits` gets a loss through the model's head. Nothing
+  happens if the collection is not mutable in this call.
   """
   module.sow(collection, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
 
 
-def activity_of(variables: Tree) -> dict[str, jax.Array]:
-  """The fraction of its units that every gate opened for each token, by the gate's path.
+def gate_activity(variables: Tree) -> dict[str, jax.Array]:
+  """Returns, for each gate by its path, the fraction of its units that are open for each token.
 
   Args:
-    variables: what a call of the model sowed, with or without `gates`.
+    variables: the collections that a call of the model returned; `gates` may be missing.
   """
   named = tree.named(variables.get('gates', {}))
   return {str(Place.parse(path).module): value for path, value in named.items()}
 
 
-def hidden_units(
+def observe_hidden_units(
   module: nn.Module, activation: LayerMethod | None, h_BxLxF: jax.Array, mode: str
 ) -> contextlib.AbstractContextManager[None]:
-  """Observes an MLP's hidden units in evaluation; inside the context it is noted what reads them.
+  """Sows statistics of an MLP's hidden units in evaluation; returns a context for their reader.
 
-  Sows `active`, the fraction of units that are not zero; `dead`, of units that fire for no token of
-  the batch; `union_8` and `union_32`, of units that fire for one of that many consecutive tokens at
-  least, which is what they must all load together. These are observations, and no cost follows from
-  them, because nothing bounds how many units happen to be zero. An activation whose traits have a gating
-  gates what reads them, at the fraction of units that it selects (see `selected`).
+  active             Fraction of units that are not zero.
+  dead               Fraction of units that are zero for every token of the batch.
+  union_8, union_32  Fraction of units that are nonzero for at least one of 8 or 32 consecutive tokens. A
+                     decoder of several tokens must load their weights.
+
+  These statistics change no cost, because nothing guarantees how many units are zero. But if the
+  activation's traits have a gating, matmuls inside the context are charged at the fraction of units
+  that it selects (see `sow_selected`).
+
+  Args:
+    module: the MLP.
+    activation: its activation; `None` if the MLP gates the matmul itself.
+    h_BxLxF: the hidden units.
+    mode: 'train', 'eval' or 'decode'.
   """
   if mode != 'train':
     fires = h_BxLxF != 0
@@ -73,8 +85,8 @@ def hidden_units(
   return record.gated(activation.path, activation.traits.gating)
 
 
-def selected(activation: nn.Module, mask_BxLxF: jax.Array, mode: str) -> None:
-  """Sows, in evaluation, the fraction of units that the activation selects for each token."""
+def sow_selected(activation: nn.Module, mask_BxLxF: jax.Array, mode: str) -> None:
+  """Sows the fraction of units that the activation selects for each token; not in training."""
   if mode != 'train':
     sow(activation, 'gates', 'active', jnp.mean(mask_BxLxF, axis=-1, dtype=jnp.float32))
 

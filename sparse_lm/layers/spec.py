@@ -1,4 +1,4 @@
-"""The model's dimensions and policies, shared by every module. Hashable, so modules are too."""
+"""The model's dimensions and numerical options, which all modules share."""
 
 import dataclasses
 import math
@@ -13,10 +13,11 @@ from sparse_lm.kernels.attention import KERNELS
 from sparse_lm.layers.init import INITS
 
 NORMS = ('rmsnorm', 'layernorm')
-POSITIONS = ('rotary', 'learned')
+ROTARY, LEARNED = POSITIONS = ('rotary', 'learned')
 NO_REMAT = 'none'
-# What a layer keeps for its backward pass, which computes the rest again: its input alone; the results of
-# all matmuls; the results of matmuls with weights, but not the scores of attention.
+# What a layer saves for its backward pass, which recomputes the rest: only its input ('full'); the
+# results of all matmuls ('dots'); or those of matmuls with weights, without attention
+# ('dots_no_batch').
 REMAT = {
   'full': jax.checkpoint_policies.nothing_saveable,
   'dots': jax.checkpoint_policies.dots_saveable,
@@ -29,16 +30,28 @@ SCAN_LAYERS = (AUTO, 'always', 'never')
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-  """`config.model` plus what the data decides. Sizes in units, `dropout` a probability.
+  """The fields of `config.model`, plus vocabulary and context. Hashable, as fields of modules must be.
 
   Attributes:
-    vocab: tokens.
-    context: longest sequence (rows of learned positions).
-    precision: 'float32' or 'bfloat16', the dtype of the computation. Parameters, norms, softmax, routers
-      and losses are float32 with either.
+    vocab: number of tokens in the vocabulary.
+    context: longest sequence, in tokens.
+    layers: number of layers.
+    width: width of the residual stream.
+    hidden: hidden units of an MLP.
+    heads: number of query heads.
+    kv_heads: number of key/value heads.
+    norm: one of `NORMS`.
+    positions: one of `POSITIONS`.
+    init: initialisation, a key of `layers.init.INITS`.
+    tied: whether the head uses the token embedding's table.
+    bigram: whether the head adds logits from a table indexed by the input token.
+    bias: whether linear layers and norms have a bias.
+    dropout: dropout probability.
+    precision: 'float32' or 'bfloat16', the dtype of most computation. Parameters, norms, softmax, routers
+      and losses are float32 in any case.
     attention_kernel: one of `kernels.attention.KERNELS`.
-    remat: which activations the backward pass computes again, 'none' or a key of `REMAT`.
-    scan_layers: whether equal layers run as one scan, one of `SCAN_LAYERS`; see `model/scanned.py`.
+    remat: which activations the backward pass recomputes: 'none' or a key of `REMAT`.
+    scan_layers: whether equal layers run as one scan: one of `SCAN_LAYERS` (see `model/scanned.py`).
   """
 
   vocab: int
@@ -62,9 +75,10 @@ class Spec:
 
   @classmethod
   def from_config(cls, config: ConfigDict, vocab: int, context: int) -> 'Spec':
-    """Reads `config.model`. Raises UserError where its fields do not fit each other.
+    """Reads `config.model`; replaces the precision 'auto' by this device's (see `precision_here`).
 
-    The precision 'auto' is replaced by that of this device, see `precision_here`.
+    Raises:
+      UserError: the fields do not fit each other.
     """
     spec = cls(vocab=vocab, context=context, **config)
     spec._check()
@@ -73,18 +87,18 @@ class Spec:
   def _check(self) -> None:
     if self.width % self.heads:
       raise UserError(
-        f"config.model.heads={self.heads} doesn't divide config.model.width={self.width}; "
+        f'config.model.heads={self.heads} does not divide config.model.width={self.width}; '
         f'valid: {_divisors(self.width)}'
       )
     if self.heads % self.kv_heads:
       raise UserError(
-        f"config.model.kv_heads={self.kv_heads} doesn't divide config.model.heads={self.heads}; "
+        f'config.model.kv_heads={self.kv_heads} does not divide config.model.heads={self.heads}; '
         f'valid: {_divisors(self.heads)}'
       )
-    if self.positions == 'rotary' and self.head_dim % 2:
+    if self.positions == ROTARY and self.head_dim % 2:
       raise UserError(
-        f'config.model.heads={self.heads} leaves heads of odd width {self.head_dim}, which rotary '
-        'positions cannot pair'
+        f'config.model.heads={self.heads} gives heads of odd width {self.head_dim}, but rotary positions '
+        f"need an even width; valid: another number of heads, or config.model.positions='{LEARNED}'"
       )
     choices = {'norm': NORMS, 'positions': POSITIONS, 'init': INITS}
     choices |= {'precision': PRECISIONS, 'attention_kernel': KERNELS, 'scan_layers': SCAN_LAYERS}
@@ -94,19 +108,20 @@ class Spec:
 
   @property
   def head_dim(self) -> int:
-    """Width of a head."""
+    """Width of each head."""
     return self.width // self.heads
 
   @property
   def compute(self) -> jnp.dtype:
-    """dtype of activations."""
+    """The dtype of activations."""
     return jnp.dtype(self.precision)
 
 
 def precision_here(asked: str) -> str:
-  """The precision that `config.model.precision` stands for on this device: 'float32' or 'bfloat16'.
+  """Returns the precision that `config.model.precision` means on this device.
 
-  'auto' is bfloat16 where that is fast, and float32 elsewhere; any other value stays as it is.
+  'auto' means 'bfloat16' on devices where it is fast, else 'float32'. Other values are returned
+  unchanged.
   """
   if asked != AUTO:
     return asked

@@ -1,4 +1,4 @@
-"""The tokens that a layer sees, with what it has to know of each of them."""
+"""The input of a layer: tokens with their positions and validity."""
 
 import dataclasses
 import functools
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_lm.kernels.placed import Placed
-from sparse_lm.kernels.rows import places_of, take_rows_of_each
+from sparse_lm.kernels.rows import inverse_index, take_rows_of_each
 from sparse_lm.layers.progress import Progress
 
 
@@ -18,17 +18,17 @@ from sparse_lm.layers.progress import Progress
 )
 @dataclasses.dataclass(frozen=True)
 class Tokens(Placed):
-  """Tokens of a batch of sequences: all of them, or those that enter a layer.
+  """The tokens of a batch of sequences: all of them, or only those that enter a layer.
 
   Attributes:
-    x: `[B, L, D]`, the residual stream, or what a norm made of it.
-    positions: int32 `[B, L]`, the place of each token in its sequence. Where others are left out, a token
-      keeps its own.
-    valid: bool `[B, L]`, whether others may read the token.
-    continues: whether tokens that a module caches go on behind those that it holds. A single token always
-      does; several begin a sequence unless this is set.
-    whole: whether these are known to be all tokens of each sequence, in order; see `kernels/placed.py`.
-    progress: where training stands, for schedules of modules; `None` where nothing is trained.
+    x: `[B, L, D]`, the residual stream, raw or normalised.
+    positions: int32 `[B, L]`, the position of each token in its sequence. A token keeps its position if
+      other tokens are left out.
+    valid: bool `[B, L]`, whether other tokens may read the token.
+    continues: whether the tokens continue the sequences in the cache. A single token always does; several
+      tokens begin a new sequence unless this is true.
+    whole: whether the tokens are known to be all tokens of each sequence, in order (`kernels/placed.py`).
+    progress: training progress, for modules with a schedule; `None` outside of training.
   """
 
   x: jax.Array
@@ -39,12 +39,12 @@ class Tokens(Placed):
   progress: Progress | None = None
 
   def only(self, chosen_BxL: jax.Array) -> 'Tokens':
-    """The same tokens, of which those that are not chosen, bool `[B, L or 1]`, are not valid."""
+    """Returns the tokens with those that are not chosen (bool `[B, L or 1]`) marked as not valid."""
     return self.replace(valid=self.valid & chosen_BxL)
 
   def take(self, index_BxC: jax.Array) -> 'Tokens':
-    """The tokens at int32 `[B, C]` of each sequence, none of them twice."""
-    place_BxL = places_of(index_BxC, self.x.shape[1])
+    """Returns the tokens at the indices of each sequence, int32 `[B, C]` without repeats."""
+    place_BxL = inverse_index(index_BxC, self.x.shape[1])
     at = {'x': take_rows_of_each(self.x, index_BxC, place_BxL)}
     for name in ('positions', 'valid'):
       at[name] = jnp.take_along_axis(self._places[name], index_BxC, axis=1)

@@ -14,11 +14,12 @@ from sparse_lm.plan import record
 
 
 class Block(nn.Module):
-  """Pre-norm attention and MLP; returns what they add to the residual stream.
+  """Pre-norm attention and MLP.
 
   Attributes:
-    attention: makes the attention slot's module.
-    mlp: makes the MLP slot's module.
+    spec: the model's dimensions.
+    attention: constructor of the attention slot's module.
+    mlp: constructor of the MLP slot's module.
   """
 
   spec: Spec
@@ -27,7 +28,7 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, tokens: Tokens, mode: str) -> jax.Array:
-    """`[B, L, D]` to the addend `[B, L, D]`."""
+    """Returns the sum of the outputs of attention and MLP, `[B, L, D]`, without the residual stream."""
     spec, x_BxLxD = self.spec, tokens.x
     tokens = tokens.replace(valid=record.site(self, 'valid', tokens.valid))
     dropout = Dropout(spec.dropout, deterministic=mode != 'train')

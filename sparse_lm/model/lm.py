@@ -26,11 +26,11 @@ from sparse_lm.model.scanned import Passes
 from sparse_lm.model.slots import LAYER_SLOTS, MethodConfig, SlotConfig, Supplied
 from sparse_lm.plan import record, sites
 
-MODES = ('train', 'eval')  # 'decode' is 'eval' for one reader at a time
+MODES = ('train', 'eval')  # 'decode' computes the same as 'eval', token by token
 
 
 def _with_sites(call: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-  """A model's call in which its method of the site slot acts on the activations that modules name."""
+  """Wraps a model's `__call__` so that its site method changes activations."""
 
   @functools.wraps(call)
   def run(self: 'LM | Layer', *arguments: Tree, **keywords: Tree) -> jax.Array:
@@ -42,15 +42,16 @@ def _with_sites(call: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 
 class LM(nn.Module):
-  """Decoder-only transformer whose activation, attention, MLP, depth and stack are slots.
+  """A decoder-only transformer whose activation, attention, MLP, depth and stack are slots.
 
-  What methods may sow is said in `layers/sow.py`; they keep variables of their own in any other
-  collection.
+  `layers/sow.py` lists the collections that methods may sow into. Their own variables are in other
+  collections.
 
   Attributes:
-    slots: one `SlotConfig` for each of `LAYER_SLOTS`, in that order.
-    stack: what runs the layers.
-    site: what acts on activations that modules name, see `plan/sites.py`.
+    spec: the model's dimensions.
+    slots: one `SlotConfig` for each of `LAYER_SLOTS`, in this order.
+    stack: the method that runs the layers.
+    site: the method that changes activations at sites (`plan/sites.py`).
   """
 
   spec: Spec
@@ -74,34 +75,34 @@ class LM(nn.Module):
     progress: Progress | None = None,
     readout: bool = False,
   ) -> jax.Array | Readout:
-    """Logits for each next token, or the residual stream where not all layers run.
+    """Returns logits for each next token, or the residual stream if `last` is given.
+
+    Exactly one of `tokens_BxL`, `embeddings_BxLxD` and `stream_BxLxD` must be given.
 
     Args:
-      tokens_BxL: int32.
-      mode: 'train' (random draws, dropout), 'eval', or 'decode': what 'eval' computes (but that no
-        expert drops a token) without what gates skip. With the `cache` collection mutable the first
-        call begins sequences, and each later call goes on with a token of each, or with several.
-      positions_BxL: int32, by default 0, 1, 2, ...
-      valid_BxL: bool, whether a token may be read; by default all.
-      embeddings_BxLxD: what the first layer reads in place of embedded tokens: of an image, of sound, or
-        of a policy's input. Learned positions are added to them as to tokens.
-      continues: whether several tokens go on behind those that the cache holds, each reading the ones
-        before it; else they begin sequences. The cache must have been made for so many, see
-        `cache_shapes`.
-      stream_BxLxD: the residual stream that layer `first` reads, in place of tokens, see `check_splits`.
-      first: the layer that runs first. Behind the last one there are norm and head alone.
-      last: the layer before which the pass ends, `None` = behind the head.
-      progress: where training stands, for schedules of modules.
-      readout: whether to return what logits are computed from in their place, see `Embed.predicted`.
+      tokens_BxL: int32 tokens.
+      mode: 'train' (with dropout and sampled gates), 'eval', or 'decode': the same as 'eval', but the
+        computation behind closed gates is skipped and experts drop no tokens. If the `cache` collection
+        is mutable, the first call begins the sequences, and each later call continues them.
+      positions_BxL: int32 positions; 0, 1, 2, ... by default.
+      valid_BxL: bool, whether other tokens may read a token; all by default.
+      embeddings_BxLxD: embeddings (of an image, for example) to read instead of tokens, without
+        positions.
+      continues: whether several tokens continue the sequences in the cache, which must be allocated for
+        this number of tokens (`cache_shapes`). Otherwise, they begin new sequences.
+      stream_BxLxD: the residual stream before layer `first`, instead of tokens (`check_splits`).
+      first: the first layer to run. If it is the number of layers, only the norm and the head run.
+      last: the pass stops before this layer; `None` means that it includes the head.
+      progress: training progress, for modules with a schedule.
+      readout: whether to return a `Readout` instead of logits (`Embed.predicted`).
 
-    Returns logits, float32 `[B, L, V]`, or `[B, L, D]` where `last` is given. Raises ValueError for an
-    unknown mode, and unless one of tokens, embeddings and stream is given.
+    Returns float32 `[B, L, V]`, or `[B, L, D]` if `last` is given. Raises ValueError for wrong arguments.
     """
     if mode not in (*MODES, 'decode'):
-      raise ValueError(f'mode {mode!r} is none of {(*MODES, "decode")}')
+      raise ValueError(f'mode={mode!r} is not valid; valid: {(*MODES, "decode")}')
     given = [a for a in (tokens_BxL, embeddings_BxLxD, stream_BxLxD) if a is not None]
     if len(given) != 1:
-      raise ValueError('either tokens_BxL or embeddings_BxLxD or stream_BxLxD is to be given')
+      raise ValueError('exactly one of tokens_BxL, embeddings_BxLxD and stream_BxLxD must be given')
     spec, shape = self.spec, given[0].shape[:2]
     in_order = positions_BxL is None
     whole = in_order and valid_BxL is None
@@ -122,7 +123,7 @@ class LM(nn.Module):
     return embed.predicted(Norm(spec, name='norm')(x_BxLxD), tokens_BxL, readout)
 
   def _run(self, tokens: Tokens, layers: range, mode: str) -> jax.Array:
-    """The residual stream `[B, L, D]` after these layers, but for those that were removed."""
+    """Runs these layers except removed ones; returns the residual stream `[B, L, D]`."""
     present = [layer for layer in layers if not self.has_variable('packed', Part.REMOVED.of(layer))]
     stack = self.stack.make({'spec': self.spec, 'name': 'stack'})
     runs = []
@@ -135,10 +136,10 @@ class LM(nn.Module):
     return stack(runs, tokens, mode)
 
   def _passes(self, layers: list[int], mode: str, scans: bool) -> list[Passes]:
-    """Layers that run as one scan, see `scanned.split`, and those that run by themselves."""
-    # A scan cannot create variables, and plans name every layer: both need layers that run by themselves.
+    """Splits layers into scans (see `scanned.split`) and single layers."""
+    # A scan cannot create variables, and a plan names each layer's modules: both need single layers.
     makes = any(self.is_mutable_collection(name) for name in ('params', 'cache'))
-    least = scanned.least(self.spec.scan_layers)
+    least = scanned.min_layers(self.spec.scan_layers)
     if least is None or makes or not scans or not record.layers_alike():
       return [((layer,),) for layer in layers]
     kinds = [(_methods(self, layer), scanned.kind(self.variables, layer)) for layer in layers]
@@ -150,14 +151,14 @@ def _methods(model: LM, layer: int) -> tuple[MethodConfig, ...]:
 
 
 def _layer(parent: 'LM | Layer | _Layers', layer: int) -> Run:
-  """Makes a layer, whose modules belong to `parent`, in which this is called.
+  """Constructs a layer as submodules of `parent`, whose compact method calls this.
 
-  Returns `(tokens, mode) -> the residual stream [B, L, D] after the layer`.
+  Returns `(tokens, mode) -> residual stream [B, L, D] after the layer`.
   """
   spec = parent.spec
   made: dict[str, Callable[..., LayerMethod]] = {}
   for slot in parent.slots:
-    # A maker: a module is made where it is called, so that it lives there.
+    # A constructor, not a module: a module belongs to the module that constructs it.
     supplied = {'spec': spec, 'activation': made.get('activation'), 'name': slot.slot}
     made[slot.slot] = functools.partial(_make, slot.at(layer, spec.layers), supplied)
   block_type = Block
@@ -178,7 +179,7 @@ def _make(own: MethodConfig, supplied: Supplied, **more: str) -> LayerMethod:
 
 
 class _Layers(nn.Module):
-  """Some layers of the model, one after the other; their variables are named as in the whole model."""
+  """A sequence of layers whose variables are named as in the model."""
 
   spec: Spec
   slots: tuple[SlotConfig, ...]
@@ -186,14 +187,14 @@ class _Layers(nn.Module):
 
   @nn.compact
   def __call__(self, tokens: Tokens, mode: str) -> jax.Array:
-    """The residual stream `[B, L, D]` after the last of them."""
+    """Returns the residual stream `[B, L, D]` after the last layer."""
     for layer in self.layers:
       tokens = tokens.replace(x=_layer(self, layer)(tokens, mode))
     return tokens.x
 
 
 class Layer(nn.Module):
-  """One layer of the model by itself; its variables are named as in the whole."""
+  """A single layer of the model; its variables are named as in the model."""
 
   spec: Spec
   slots: tuple[SlotConfig, ...]
@@ -203,7 +204,7 @@ class Layer(nn.Module):
   @nn.compact
   @_with_sites
   def __call__(self, x_BxLxD: jax.Array, mode: str = 'eval') -> jax.Array:
-    """The residual stream `[B, L, D]` after it, of whole sequences."""
+    """Returns the residual stream `[B, L, D]` after the layer, for whole sequences."""
     positions_BxL = jnp.broadcast_to(jnp.arange(x_BxLxD.shape[1]), x_BxLxD.shape[:2])
     valid_BxL = jnp.ones(x_BxLxD.shape[:2], bool)
     tokens = Tokens(x_BxLxD, positions_BxL, valid_BxL, whole=True)
@@ -211,7 +212,7 @@ class Layer(nn.Module):
 
 
 def from_config(config: ConfigDict, vocab: int) -> LM:
-  """The model that a config describes. Raises UserError where it describes none."""
+  """Builds the model that a config describes. Raises a UserError if the config is not valid."""
   spec = Spec.from_config(config.model, vocab, config.data.context)
   slots = tuple(SlotConfig.from_config(slot, config[slot]) for slot in LAYER_SLOTS)
   alone = [MethodConfig.from_config(slot, slot, config[slot]) for slot in ('stack', 'site')]
@@ -224,20 +225,21 @@ def from_config(config: ConfigDict, vocab: int) -> LM:
 
 
 def running(model: LM) -> list[MethodConfig]:
-  """The methods that run in any layer, the one that runs the layers, and the one that acts at sites."""
+  """Returns all methods of the model: those of any layer, the stack method and the site method."""
   layers = [own for slot in model.slots for own in slot.running(model.spec.layers)]
   return [*layers, model.stack, model.site]
 
 
 def notes(model: LM) -> list[str]:
-  """Sentences on layers that several rules of a slot name, and on those that none does."""
+  """Returns notes on layers that several rules or no rule of a slot name."""
   return [note for slot in model.slots for note in slot.notes(model.spec.layers)]
 
 
 def _check_credit(model: LM) -> None:
-  """A policy's actions are credited with what comes later in their own sequence.
+  """Raises a UserError if a policy cannot assign credit to its actions.
 
-  So in training all else must be causal, and no other sequence may change it.
+  The reward of an action is the loss of later tokens in its own sequence. So in training, all methods
+  must be causal, and no sequence may influence another.
   """
   traits = {own: own.traits(model.spec) for own in running(model)}
   for policy in (own for own, declared in traits.items() if declared.policy):
@@ -245,98 +247,98 @@ def _check_credit(model: LM) -> None:
     for own, declared in traits.items():
       if 'train' in declared.non_causal:
         raise UserError(
-          f'{field} credits an action with later tokens only, and '
+          f'{field} rewards an action by the loss of later tokens only, but '
           f'{own.group}.name={own.name!r} is not causal in training; valid: another estimator, '
           'or a method that is causal in both modes'
         )
       if 'train' in declared.couples:
         raise UserError(
-          f'{field} credits an action with its own sequence only, and in '
-          f'training {own.group}.name={own.name!r} lets the sequences of a batch change each other '
-          'with these fields; valid: another estimator, or no limit on what they compete for'
+          f'{field} rewards an action by the loss of its own sequence only, but with these fields '
+          f'{own.group}.name={own.name!r} lets the sequences of a batch influence each other in '
+          'training; valid: another estimator, or no limit that sequences share'
         )
 
 
 def _check_scans(model: LM) -> None:
-  """Raises UserError where `config.model.scan_layers` is 'always' and no layers can be scanned."""
+  """Raises a UserError if `config.model.scan_layers` is 'always' but no layers can be scanned."""
   if model.spec.scan_layers != 'always':
     return
   layers, own, site = range(model.spec.layers), model.stack, model.site.module(model.spec)
   kinds = [_methods(model, layer) for layer in layers]
-  alone = all(len(p) == 1 for p in scanned.split(layers, kinds, scanned.least('always')))
+  alone = all(len(p) == 1 for p in scanned.split(layers, kinds, scanned.min_layers('always')))
   reason = ''
   if 'train' not in own.traits(model.spec).scans:
-    reason = f'{own.group}.name={own.name!r} trains layer by layer'
+    reason = f'{own.group}.name={own.name!r} cannot train with scanned layers'
   elif not sites.alike(site.where):
-    reason = f'{model.site.group}.where={site.where!r} tells layers apart'
+    reason = f'{model.site.group}.where={site.where!r} acts on some layers only'
   elif alone:
-    reason = (
-      f'no group of the {len(layers)} layers (config.model.layers) is followed by an equal one'
-    )
+    reason = f'no consecutive layers of the {len(layers)} (config.model.layers) are equal'
   if reason:
     raise UserError(f"config.model.scan_layers='always', but {reason}; valid: 'auto' or 'never'")
 
 
-def samples(model: LM) -> bool:
-  """Whether a gate of the model is a policy whose actions training samples."""
+def has_policy(model: LM) -> bool:
+  """Returns whether a gate of the model is a policy, whose actions are sampled in training."""
   return any(own.traits(model.spec).policy for own in running(model))
 
 
-def twin(model: LM) -> LM:
-  """The dense twin: each method that runs less is replaced by what it is compared with."""
+def dense_twin(model: LM) -> LM:
+  """Returns the dense twin: the same model with the dense counterpart of each method."""
   spec = model.spec
   layers = tuple(slot.dense(spec) for slot in model.slots)
   return LM(spec, layers, model.stack.dense(spec), model.site.dense(spec))
 
 
 def causal(model: LM) -> dict[str, bool]:
-  """By mode, whether every method that the model runs keeps to the past."""
+  """Returns, by mode, whether no method of the model reads later tokens."""
   traits = [own.traits(model.spec) for own in running(model)]
   return {mode: not any(mode in declared.non_causal for declared in traits) for mode in MODES}
 
 
 def batch_independent(model: LM) -> dict[str, bool]:
-  """By mode, whether a sequence's logits are the same whatever else its batch holds."""
+  """Returns, by mode, whether a sequence's logits do not depend on the other sequences of its batch."""
   traits = [own.traits(model.spec) for own in running(model)]
   return {mode: not any(mode in declared.couples for declared in traits) for mode in MODES}
 
 
 def check_decodes(model: LM) -> None:
-  """Raises UserError where a method cannot decode: its decision is not one token's own."""
+  """Raises a UserError if a method cannot decode, because its decisions depend on other tokens."""
   for own in running(model):
     if not own.traits(model.spec).decodes:
       raise UserError(
-        f'{own.group}.name={own.name!r} decides over a whole batch with these fields and cannot '
-        f'decode; valid: another {own.group}.estimator, or another method'
+        f'{own.group}.name={own.name!r} decides for a whole batch at once with these fields, so it '
+        f'cannot decode; valid: another {own.group}.estimator, or another method'
       )
 
 
 def check_splits(model: LM) -> None:
-  """Raises UserError where the model's layers cannot run in two parts, one after the other."""
+  """Raises a UserError if the first layers cannot run alone and the others later."""
   own = model.stack
   if not own.traits(model.spec).splits:
     raise UserError(
-      f'{own.group}.name={own.name!r} carries more than the residual stream from layer to layer, which '
-      'cannot run in parts; valid: a stack whose traits say that it splits'
+      f'{own.group}.name={own.name!r} passes more than the residual stream between layers, so the layers '
+      'cannot run in two parts; valid: a stack method whose traits have splits=True'
     )
   valid = (
-    'False where layers run in parts: the table is looked up by tokens, which the last part has not'
+    'False if the layers run in two parts, because the bigram table needs tokens and the last part has '
+    'none'
   )
   require(not model.spec.bigram, 'config.model.bigram', model.spec.bigram, valid)
 
 
-def exits(
+def exit_predictions(
   model: LM, variables: Tree, sown: Tree, readout: bool = False
 ) -> list[tuple[jax.Array | Readout, jax.Array]]:
-  """What the head predicts from the `exits` that a training pass sowed, and the weight of each.
+  """Returns the head's predictions from the `exits` that a training pass sowed, with their weights.
 
   Args:
-    variables: of the model.
-    sown: collections that the pass wrote.
+    model: the model.
+    variables: its variables.
+    sown: collections that the pass returned.
     readout: as in the model's call.
 
   Returns:
-    Pairs of float32 logits `[B, L, V]`, or what they are computed from, and a float32 scalar.
+    Pairs of logits (float32 `[B, L, V]`) or a `Readout`, and a float32 weight.
   """
   found = jax.tree.leaves(sown.get('exits', {}), is_leaf=lambda node: isinstance(node, Exit))
   head = functools.partial(
@@ -346,13 +348,16 @@ def exits(
 
 
 def cache_shapes(model: LM, variables: Tree, batch: int, together: int = 1) -> Tree:
-  """The `cache` collection for so many sequences, as shape structs; sizes are those of `variables`.
+  """Returns the `cache` collection as shape structs.
 
   Args:
-    together: tokens of a sequence that go on in one call, at most.
+    model: the model.
+    variables: its variables; packed ones may need a smaller cache.
+    batch: number of sequences.
+    together: the most tokens that continue a sequence in one call.
   """
   token = jnp.zeros((batch, together), jnp.int32)
-  # As in `init`: every layer makes its part, whether a token would enter it or not.
+  # As in `init`, every layer creates its variables, even if no token would enter it.
   make = flax.core.apply(
     lambda scope: model.clone(parent=scope)(token, mode='decode'),
     mutable=['cache'],

@@ -1,4 +1,4 @@
-"""Plans of language models: one of each, from one trace, and the costs of passes of other kinds."""
+"""Plans of language models (cached), and the costs of other kinds of passes."""
 
 import dataclasses
 import functools
@@ -20,9 +20,10 @@ from sparse_lm.plan.plan import ModelPlan, check_accounted, read
 
 @functools.lru_cache(maxsize=64)
 def plan_of(model: LM) -> ModelPlan:
-  """The plan of evaluation over the whole context.
+  """Returns the plan of an evaluation pass over the whole context.
 
-  Raises UserError as `plan.read` does, and where a method names a site that the model does not have.
+  Raises:
+    UserError: `plan.read` raises it, or the site method names a site that the model does not have.
   """
   tokens_BxL = jnp.zeros((1, model.spec.context), jnp.int32)
   init = functools.partial(model.init_with_output, mode='eval')
@@ -32,9 +33,10 @@ def plan_of(model: LM) -> ModelPlan:
 
 
 def ledger(model: LM, length: int, mode: str = 'eval') -> Ledger:
-  """FLOPs per token of every matmul of a forward pass over `length` tokens, from a trace alone.
+  """Returns the FLOPs per token of every matmul of a forward pass over `length` tokens, by tracing.
 
-  Raises UserError where a kernel is in no entry, or an entry names what is no kernel.
+  Raises:
+    UserError: a kernel has no entry in the ledger, or an entry names a parameter that is not a kernel.
   """
   plan = plan_of(model)
   if (length, mode) == (model.spec.context, 'eval'):
@@ -46,10 +48,10 @@ def ledger(model: LM, length: int, mode: str = 'eval') -> Ledger:
 
 @functools.lru_cache(maxsize=32)
 def traced(model: LM, length: int, mode: str = 'eval') -> Traced:
-  """What one sequence of `length` tokens executes and charges, in FLOPs per token.
+  """Returns the executed and the charged FLOPs per token of a sequence of `length` tokens.
 
-  In mode 'decode' it is one token that is decoded with a cache for `length` tokens, and in mode 'train'
-  the head on what the stack's method sows as exits belongs to it.
+  In mode 'decode', this is one token that is decoded with a cache for `length` tokens. In mode 'train',
+  it includes the head's predictions from early exits.
   """
   if mode == 'decode':
     model = model.clone(spec=dataclasses.replace(model.spec, context=length))
@@ -59,23 +61,24 @@ def traced(model: LM, length: int, mode: str = 'eval') -> Traced:
     key = jax.random.key(0)
     rngs = {'dropout': key, 'gates': key} if mode == 'train' else None
     out, changed = model.apply(variables, tokens_BxL, mode=mode, mutable=True, rngs=rngs)
-    return out, changed, lm.exits(model, variables, changed)
+    return out, changed, lm.exit_predictions(model, variables, changed)
 
   tokens_BxL = jax.ShapeDtypeStruct((1, length), jnp.int32)
   return executed.trace(run, plan_of(model).variables, tokens_BxL).per_token(length)
 
 
 def reads(model: LM, variables: Tree) -> Reads:
-  """What a token reads of what layers keep of the tokens before it: as many as the context has.
+  """Returns the bytes that decoding one token reads from caches that hold the whole context.
 
   Args:
-    variables: of the model, packed or not; shape structs will do.
+    model: the model.
+    variables: its variables, packed or not; shape structs suffice.
   """
   return executed.reads(*_decoding(model, variables))
 
 
 def _decoding(model: LM, variables: Tree) -> tuple[Callable[..., Tree], Tree, Tree, Tree]:
-  """A function that decodes a token with a cache for the model's context, and its arguments."""
+  """Returns a function that decodes one token with a cache for the whole context, and its arguments."""
   cache = lm.cache_shapes(model, variables, 1)
 
   def run(variables: Tree, cache: Tree, token_Bx1: jax.Array) -> Tree:
@@ -86,7 +89,7 @@ def _decoding(model: LM, variables: Tree) -> tuple[Callable[..., Tree], Tree, Tr
 
 @functools.lru_cache(maxsize=32)
 def recomputed(model: LM, length: int) -> float:
-  """Share of a training step's forward pass that its backward pass computes again: 0 without remat."""
+  """Returns the fraction of a training step's forward pass that the backward pass recomputes (remat)."""
   if model.spec.remat == NO_REMAT:
     return 0.0
   variables = dict(plan_of(model).variables)
@@ -94,7 +97,7 @@ def recomputed(model: LM, length: int) -> float:
   tokens_BxL = jax.ShapeDtypeStruct((1, length), jnp.int32)
 
   def flops(remat: str) -> float:
-    """Of a pass and its gradients."""
+    """Returns the FLOPs of a forward and a backward pass."""
     same = model.clone(spec=dataclasses.replace(model.spec, remat=remat))
     key = jax.random.key(0)
     rngs = {'dropout': key, 'gates': key}

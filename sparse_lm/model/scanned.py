@@ -1,8 +1,9 @@
-"""Equal layers that run as one scan, so that they are traced and compiled once.
+"""Runs equal layers as one scan, so that they are traced and compiled only once.
 
-Every layer keeps its own variables under its own name. A step stacks them for the scan, which copies the
-weights and their gradients, and stores what the scan sows under the name of each layer. XLA does not fuse
-operations across passes of the scan, and copies residuals for the backward pass into stacks.
+Each layer keeps its own variables under its own name. A step stacks them for the scan, which copies
+weights and gradients, and stores the values that the scan sows under each layer's name. XLA does not
+fuse operations across iterations of the scan, and copies residuals of the backward pass into stacked
+arrays.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,15 +20,15 @@ from sparse_lm.layers.method import Run
 from sparse_lm.layers.spec import AUTO
 from sparse_lm.layers.tokens import Tokens
 
-# The layers that each pass of a scan runs in turn; every pass has as many, equal to those of the others.
+# The layers that each iteration (pass) of a scan runs. All passes have equal layers.
 Passes = tuple[tuple[int, ...], ...]
-# The fewest layers that a scan covers by default. Compile time grows with the number of layers that are
-# not scanned, and a scan makes each step slower: it copies weights, gradients and residuals into stacks.
-# A scan is therefore for deep stacks alone.
-DEEP = 32
-# Elementwise operations: the backward pass computes them again inside the kernels that need their
-# results, instead of reading them from a stack over all passes. XLA does this by itself where layers are
-# unrolled. All other results (matmuls, attention, selections, draws, sums) are kept.
+# The fewest layers that a scan covers by default. Without a scan, compile time grows with the number of
+# layers. But a scan makes each step slower, because it copies weights, gradients and residuals into
+# stacked arrays. So it pays only for deep models.
+MIN_LAYERS = 32
+# Elementwise operations. The backward pass recomputes them inside the kernels that need their results,
+# instead of reading stacked arrays. Without a scan, XLA does this by itself. The results of all other
+# operations (matmuls, attention, selections, random numbers, sums) are saved.
 _ELEMENTWISE = """
   abs add add_any and bitcast_convert_type broadcast_in_dim ceil clamp convert_element_type copy cos div
   eq erf exp exp2 expand_dims expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul
@@ -40,29 +41,30 @@ def _keeps(primitive: Primitive, *_: object, **__: object) -> bool:
   return primitive.name not in _ELEMENTWISE.split()
 
 
-def least(how: str) -> int | None:
-  """The fewest layers that a scan covers under `config.model.scan_layers`; `None` = nothing is scanned.
+def min_layers(how: str) -> int | None:
+  """Returns the fewest layers that a scan covers, given `config.model.scan_layers`; `None` means no scan.
 
-  By default nothing is scanned on a CPU, where a scan saves no time in compilation: the optimizer's
-  updates, which then read slices of stacked gradients, take longer to compile.
+  By default, nothing is scanned on a CPU, where a scan saves no compile time: the optimizer's updates
+  then read slices of stacked gradients and take longer to compile.
   """
   if how == 'always':
     return 2
-  return DEEP if how == AUTO and jax.default_backend() != 'cpu' else None
+  return MIN_LAYERS if how == AUTO and jax.default_backend() != 'cpu' else None
 
 
 def split(layers: Sequence[int], kinds: Sequence[object], least: int) -> Iterator[Passes]:
   """Splits layers into maximal runs of equal groups of layers; all other layers stay single.
 
-  Of the runs that begin at a layer, the one that covers most layers is taken, and among those the one
+  If several runs begin at a layer, the one that covers the most layers is taken, and among those the one
   with the smallest groups.
 
   Args:
-    kinds: the kind of each layer; layers of equal kinds can share one pass.
+    layers: numbers of the layers.
+    kinds: the kind of each layer; a layer can only stand for layers of the same kind.
     least: the fewest layers of a run; layers of shorter runs stay single.
 
   Yields:
-    The passes of a run, at least two; for a single layer, one pass with that layer.
+    The passes of a run, at least two; for a single layer, one pass with this layer.
   """
   first = 0
   while first < len(layers):
@@ -79,7 +81,7 @@ def split(layers: Sequence[int], kinds: Sequence[object], least: int) -> Iterato
 
 
 def _times(kinds: Sequence[object], size: int) -> int:
-  """How often the first `size` kinds follow one another."""
+  """Returns how many times the first `size` kinds repeat in a row."""
   group, times = kinds[:size], 1
   while kinds[times * size : (times + 1) * size] == group:
     times += 1
@@ -87,23 +89,24 @@ def _times(kinds: Sequence[object], size: int) -> int:
 
 
 def kind(variables: Tree, layer: int) -> tuple[object, ...]:
-  """The tree, shapes and dtypes of a layer's variables, which must be equal for layers of one scan."""
+  """Returns the structure, shapes and dtypes of a layer's variables, which must be equal in a scan."""
   leaves, structure = jax.tree.flatten(_of_layers(variables, {layer: 0}))
   return structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
 def run(parent: nn.Module, module: nn.Module, passes: Passes, recomputes: bool) -> Run:
-  """One scan over all passes.
+  """Returns a function that runs all passes as one scan.
 
   Args:
-    parent: the model, in whose call the scan is made and called.
-    module: `(tokens, mode) -> residual stream [B, L, D]` after the layers of the first pass, with the
-      variables of these layers named as in the model.
-    recomputes: whether the module decides by itself what its backward pass computes again.
+    parent: the model, whose call makes and calls the function.
+    module: `(tokens, mode) -> residual stream [B, L, D]` after the layers of the first pass. Its
+      variables are named as in the model.
+    passes: the layers of each pass.
+    recomputes: whether the module has its own remat policy.
 
   Returns:
-    `(tokens, mode) -> the residual stream [B, L, D]` after the last pass. It leaves in the parent what
-    modules sow and change, as if every layer had run by itself; random draws are the same to the bit
+    `(tokens, mode) -> residual stream [B, L, D]` after the last pass. Sowed and changed variables are
+    stored in the parent as if each layer had run by itself. Random numbers are identical, too
     (`layers/draws.py`).
   """
   stands_for = {layer: tuple(of[at] for of in passes) for at, layer in enumerate(passes[0])}
@@ -137,7 +140,7 @@ def run(parent: nn.Module, module: nn.Module, passes: Passes, recomputes: bool) 
 
 
 def _of_layers(variables: Tree, renamed: Mapping[int, int]) -> Tree:
-  """By collection, the variables of the layers in `renamed`, under the names of the layers it maps to."""
+  """Returns, by collection, the variables of the layers in `renamed`, under their new layer numbers."""
   return {
     collection: {
       place.part.of(renamed[place.layer]): parts[str(place)]

@@ -1,19 +1,20 @@
-"""Slots: a folder under `methods/` is a slot, a file in it a method, and a config names it.
+"""Slots and their methods: each folder under `methods/` is a slot, and each file in it is a method.
 
-There is no registry. A layer slot's method is a subclass of `layers.method.LayerMethod`, a weight method
-one of `weights.method.WeightMethod`. A field of it with a default is a config key, and a number states
-its range there (`ranges.ranged`); a field without one is supplied by whoever builds the method.
+There is no registry; a config names the method. Methods of layer slots derive from
+`layers.method.LayerMethod`, and weight methods derive from `weights.method.WeightMethod`. A field with a
+default is a config key, and the default of a number is given with its range (`ranges.ranged`). Fields
+without a default are set by the model.
 
-In the config of a layer slot
-  name, layers   the method, and a Python slice (`'1::2'`) of the layers that run it
-  inner          the method that runs inside one that wraps another, as gates and top-k do
-  fallback       the method of the layers that no slice names
-  order, rules   several methods instead of one: `order=('early', 'late')` names the groups
-                 `rules.early` and `rules.late`, each with a name, layers, and an inner of its own; a
-                 layer runs the first whose slice holds it
-The dense twin, which costs are compared with, follows from what the methods declare. The slot `stack`
-holds what runs the layers, and `site` what acts on activations that modules name: one method each,
-without layers of its own.
+The config of a layer slot has these keys:
+  name, layers   The method, and the layers that run it as a Python slice such as `'1::2'`.
+  inner          The inner method, if the method wraps another one (as gates and top-k do).
+  fallback       The method of all other layers.
+  order, rules   Several methods instead of one. `order=('early', 'late')` names the groups `rules.early`
+                 and `rules.late`, each with its own name, layers and inner. A layer runs the first rule
+                 whose slice contains it.
+The dense twin, with which costs are compared, follows from the methods' traits. The slot `stack` holds
+the method that runs the layers, and the slot `site` holds the method that changes activations at sites.
+Each has one method for the whole model.
 """
 
 import dataclasses
@@ -30,38 +31,43 @@ from sparse_lm.layers.spec import Spec
 
 LAYER_SLOTS = ('activation', 'attention', 'mlp', 'depth')
 SLOTS = ('weight', *LAYER_SLOTS, 'stack', 'site')
-# The keys of a slot's config, and of one of its rules, besides its method's own fields.
-SHARED = {
+# The keys of a slot's config, and of a rule's, besides the fields of its method.
+SLOT_KEYS = {
   'weight': ('name', 'sparsity', 'distribution', 'dense', 'order', 'rules'),
   'stack': ('name',),
   'site': ('name',),
   **dict.fromkeys(LAYER_SLOTS, ('name', 'layers', 'inner', 'fallback', 'order', 'rules')),
 }
-OF_RULE = {
+RULE_KEYS = {
   'weight': ('name', 'sparsity', 'distribution', 'match'),
   **dict.fromkeys(LAYER_SLOTS, ('name', 'layers', 'inner')),
 }
-_RESERVED = {key for keys in (*SHARED.values(), *OF_RULE.values()) for key in keys}
+_RESERVED = {key for keys in (*SLOT_KEYS.values(), *RULE_KEYS.values()) for key in keys}
 
 
 def names(slot: str) -> list[str]:
-  """The methods of a slot: the modules in its folder."""
+  """Returns the names of the methods of a slot."""
   return discovery.names(f'sparse_lm.methods.{slot}')
 
 
 def method(slot: str, name: str, field: str = '') -> type:
-  """The class in `methods/<slot>/<name>.py`. Raises UserError, naming the config's `field`."""
+  """Returns the class in `methods/<slot>/<name>.py`.
+
+  Raises:
+    UserError: there is no such method, or its class is not a `LayerMethod`. The message names the config
+      field `field`.
+  """
   found = discovery.load(f'sparse_lm.methods.{slot}', name, field or f'config.{slot}.name')
   if slot != 'weight' and not issubclass(found, LayerMethod):
     raise UserError(
-      f'{found.__module__}.{found.__name__} is no LayerMethod; valid: a class derived from '
-      'sparse_lm.layers.method.LayerMethod, which says what it declares'
+      f'{found.__module__}.{found.__name__} is not a LayerMethod; valid: a class derived from '
+      'sparse_lm.layers.method.LayerMethod'
     )
   return found
 
 
 def defaults(slot: str, name: str, field: str = '') -> dict[str, FieldValue]:
-  """The config keys of a method and their defaults; `field` as in `method`."""
+  """Returns the config keys of a method with their defaults; `field` is as in `method`."""
   return {
     field.name: field.default
     for field in dataclasses.fields(method(slot, name, field))
@@ -72,12 +78,12 @@ def defaults(slot: str, name: str, field: str = '') -> dict[str, FieldValue]:
 
 
 def wraps(slot: str, name: str) -> bool:
-  """Whether a method runs another one inside."""
+  """Returns whether a method wraps another one."""
   return 'inner' in {field.name for field in dataclasses.fields(method(slot, name))}
 
 
 def groups(slot: str, config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
-  """The groups of `config` that name a method of the slot, by dotted name."""
+  """Yields the dotted name and the group for each group of `config` that names a method of the slot."""
   own = config[slot]
   rules = [(f'{slot}.rules.{name}', own.rules[name]) for name in own.get('rules', {})]
   yield from [(slot, own), *rules]
@@ -88,24 +94,24 @@ def groups(slot: str, config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
 
 
 def fields(config: ConfigDict) -> dict[str, FieldValue]:
-  """The part of a group that belongs to the method that it names."""
+  """Returns the keys of a group that are fields of its method."""
   return {key: value for key, value in config.items() if key not in _RESERVED}
 
 
-# What the model gives a method beside its config: the `Spec`, a name, and how to make the methods inside.
+# Fields that the model sets: the `Spec`, a module name, and constructors of the methods inside.
 Supplied = dict[str, Spec | str | Callable[..., LayerMethod] | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class MethodConfig:
-  """A method of a layer slot with its fields, hashable.
+  """The config of one method of a layer slot; hashable.
 
   Attributes:
     slot: one of `LAYER_SLOTS`, 'stack' or 'site'.
-    name: the method.
+    name: name of the method.
     fields: its config keys and values.
-    inner: what runs inside of it, `None` of a method that wraps none.
-    group: the config's group that it was read from, for messages.
+    inner: the config of the inner method; `None` if the method wraps none.
+    group: the config group that it was read from, for messages.
   """
 
   slot: str
@@ -116,13 +122,13 @@ class MethodConfig:
 
   @classmethod
   def from_config(cls, slot: str, group: str, config: ConfigDict) -> 'MethodConfig':
-    """Reads a group. Raises UserError for an inner method that wraps another one in turn."""
+    """Reads a config group. Raises a UserError if an inner method wraps another method."""
     inner = None
     if wraps(slot, config.name):
       if 'inner' not in config:  # a fallback, or an inner method itself
         raise UserError(
-          f'config.{group}.name={config.name!r} wraps another method and has none to wrap; valid: '
-          f'config.{slot}.name={config.name!r}'
+          f'config.{group}.name={config.name!r} wraps another method, but there is no inner one here; '
+          f'valid: config.{slot}.name={config.name!r}'
         )
       inner = cls.from_config(slot, f'{group}.inner', config.inner)
     own_fields = tuple(sorted(fields(config).items()))
@@ -134,21 +140,21 @@ class MethodConfig:
     return method(self.slot, self.name)
 
   def module(self, spec: Spec) -> LayerMethod:
-    """The method by itself, to be asked what it declares."""
+    """Returns the method as an unbound module, from which traits can be read."""
     return self.make({'spec': spec, 'activation': None, 'inner': None, 'parent': None})
 
   def traits(self, spec: Spec) -> Traits:
-    """What the method declares in a model of these dimensions. Raises UserError for a malformed one."""
+    """Returns the method's traits in a model of these dimensions; wrong traits raise a UserError."""
     try:
       return self.module(spec).traits
     except TypeError as error:
       raise UserError(
-        f'{self.cls.__module__}.{self.cls.__name__} does not declare its traits as it should ({error}); '
+        f'{self.cls.__module__}.{self.cls.__name__} has wrong traits ({error}); '
         f'valid: {", ".join(field.name for field in dataclasses.fields(Traits))}'
       ) from None
 
   def dense(self, spec: Spec) -> 'MethodConfig':
-    """What the dense twin runs: a dense method itself, a dense inner one, or the twin it declares."""
+    """Returns the dense twin's method: this or the inner method if dense, else the declared twin."""
     twin = self.traits(spec).twin
     if not twin:
       return self
@@ -157,7 +163,7 @@ class MethodConfig:
     return MethodConfig(self.slot, twin, tuple(sorted(defaults(self.slot, twin).items())))
 
   def make(self, supplied: Supplied) -> LayerMethod:
-    """The method itself, with those of `supplied` that it has as fields; `inner` makes its inner one."""
+    """Constructs the method; `supplied` sets its other fields, and unknown names are ignored."""
     if self.inner:
       supplied = supplied | {
         'inner': functools.partial(self.inner.make, supplied | {'name': 'inner'})
@@ -166,22 +172,22 @@ class MethodConfig:
     return self.cls(**dict(self.fields), **{k: v for k, v in supplied.items() if k in wanted})
 
   def check(self, spec: Spec) -> None:
-    """Raises UserError where the method's fields do not fit each other or the model."""
+    """Raises a UserError if the method's fields do not fit each other or the model."""
     try:
       self.module(spec).check()
     except UserError as error:
-      # A method names its fields as those of its slot: it cannot know which group they stand in.
+      # A method's message names the slot's fields, because the method does not know its config group.
       raise UserError(str(error).replace(f'config.{self.slot}.', f'{self.group}.')) from None
 
 
 @dataclasses.dataclass(frozen=True)
 class SlotConfig:
-  """Which method of a slot runs in which layers, hashable.
+  """The config of a layer slot: which method runs in which layers; hashable.
 
   Attributes:
     slot: one of `LAYER_SLOTS`.
-    rules: Python slices of layers, and the method of each; a layer runs the first that holds it.
-    fallback: the method of the layers that no slice holds.
+    rules: pairs of a Python slice of layers and a method. A layer runs the first rule that contains it.
+    fallback: the method of all other layers.
   """
 
   slot: str
@@ -190,7 +196,7 @@ class SlotConfig:
 
   @classmethod
   def from_config(cls, slot: str, config: ConfigDict) -> 'SlotConfig':
-    """Reads `config.<slot>`: its rules in their order, or its own method as the only rule."""
+    """Reads `config.<slot>`: its rules in order, or its method as the only rule."""
     rules = {f'{slot}.rules.{name}': config.rules[name] for name in config.order} or {slot: config}
     return cls(
       slot,
@@ -199,42 +205,42 @@ class SlotConfig:
     )
 
   def at(self, layer: int, count: int) -> MethodConfig:
-    """The method of a layer of `count`."""
+    """Returns the method of one layer, given the number of layers."""
     return self.by_layer(count)[layer]
 
   def by_layer(self, count: int) -> list[MethodConfig]:
-    """The method of each layer. Raises UserError for a slice that holds no layer that is left for it."""
+    """Returns the method of each layer. Raises a UserError if a rule applies to no layer."""
     found: dict[int, MethodConfig] = {}
     for text, own in self.rules:
       chosen = layer_slice(f'{own.group}.layers', text, count)
       left = [layer for layer in chosen if layer not in found]
       if not left:
         raise UserError(
-          f'{own.group}.layers={text!r}: rules before it in config.{self.slot}.order hold all of its '
-          f'layers, {_listed(chosen)}; valid: layers that are left, or an earlier place'
+          f'{own.group}.layers={text!r}: earlier rules in config.{self.slot}.order already cover its '
+          f'layers {_listed(chosen)}; valid: other layers, or an earlier place in the order'
         )
       found |= dict.fromkeys(left, own)
     return [found.get(layer, self.fallback) for layer in range(count)]
 
   def running(self, count: int) -> list[MethodConfig]:
-    """The methods that run in any of `count` layers, each followed by what it wraps."""
+    """Returns the methods that run in any of `count` layers, each followed by its inner method."""
     found = dict.fromkeys(self.by_layer(count))
     return [part for own in found for part in (own, own.inner) if part is not None]
 
   def dense(self, spec: Spec) -> 'SlotConfig':
-    """What the dense twin runs in each layer."""
+    """Returns the slot's config in the dense twin."""
     rules = tuple((layers, own.dense(spec)) for layers, own in self.rules)
     return SlotConfig(self.slot, rules, self.fallback.dense(spec))
 
   def notes(self, count: int) -> list[str]:
-    """Sentences on layers that several rules name, and on those that none does; none of a single rule."""
+    """Returns notes on layers that several rules or no rule name; empty if there is only one rule."""
     if len(self.rules) < 2:
       return []
     taken, found = set(), []
     for text, own in self.rules:
       chosen = layer_slice(f'{own.group}.layers', text, count)
       if lost := [layer for layer in chosen if layer in taken]:
-        found.append(f'{own.group}: rules before it hold layers {_listed(lost)}')
+        found.append(f'{own.group}: earlier rules already cover layers {_listed(lost)}')
       taken.update(chosen)
     if left := [layer for layer in range(count) if layer not in taken]:
       name = self.fallback.name

@@ -1,9 +1,9 @@
-"""The cost ledger: the matmuls of a forward pass, what may skip them, and sums over them.
+"""The cost ledger: the matmuls of a forward pass, the gates that may skip them, and their total costs.
 
-Matmuls are noted with `record.matmul`, and `plan/executed.py` collects the notes from the traced program,
-so a matmul in a loop is charged as often as the loop runs. `flops` are counted over the whole traced call
-and divided by its tokens, so a layer that sees fewer tokens notes less. What a gate can skip is noted
-inside `record.gated`, and costs as much as the gate is active.
+Modules mark matmuls with `record.matmul`, and `plan/executed.py` collects the marks from the traced
+program. So a matmul in a loop is charged once per iteration. FLOPs are summed over the traced call and
+divided by its tokens, so a layer that processes fewer tokens is charged less. Matmuls inside
+`record.gated` are charged at the fraction at which their gate is open.
 """
 
 import dataclasses
@@ -23,12 +23,14 @@ Fraction = float | Array
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gating:
-  """How a method that leaves out work declares it.
+  """The declaration of a method that gates computation.
 
   Attributes:
-    planned: the fraction that runs as far as the config fixes it, before anything is measured.
-    controlled: whether the budget controller can move it.
-    skips: whether decoding leaves out what it closes, where a head's gate, say, only zeroes it.
+    planned: the fraction of the gated computation that runs, according to the config. It is used until
+      the fraction is measured.
+    controlled: whether the budget controller can change the fraction.
+    skips: whether decoding skips computation behind closed gates. (A head gate, for example, only
+      multiplies by zero.)
   """
 
   planned: float = 1.0
@@ -38,11 +40,11 @@ class Gating:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gate(Gating):
-  """What may skip a matmul.
+  """A gate that may skip matmuls.
 
   Attributes:
-    path: of the module that decides; it sows `active` into `gates`, the fraction of its units that run
-      for each token, float32 `[B, L]`.
+    path: path of the gate's module. It sows `active` into `gates`: the fraction of its units that are
+      open for each token, float32 `[B, L]`.
   """
 
   path: str
@@ -53,11 +55,12 @@ class Matmul:
   """One matmul of the forward pass.
 
   Attributes:
-    kind: 'linear', or what else ran ('attention').
-    flops: multiplications and additions, over the traced call, every gate open.
-    kernel: path of the parameter that it multiplies with, `None` for activations with activations.
-    gates: what may skip it, from the outermost in.
-    causal: share of the FLOPs of attention that falls to pairs whose key is not behind the query.
+    kind: 'linear', or another kind, such as 'scores' of attention.
+    flops: multiplications plus additions of the traced call, with all gates open.
+    kernel: path of the parameter; `None` if two activations are multiplied.
+    gates: the gates that may skip the matmul, outermost first.
+    causal: for attention, the fraction of the FLOPs that belongs to pairs with a key at or before the
+      query.
   """
 
   kind: str
@@ -77,11 +80,11 @@ class Matmul:
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-  """What decoding reads of what a layer keeps of earlier tokens.
+  """Bytes that decoding reads from a layer's cache.
 
   Attributes:
-    nbytes: over the traced call, every gate open.
-    gates: what may skip it, from the outermost in.
+    nbytes: bytes of the traced call, with all gates open.
+    gates: the gates that may skip the read, outermost first.
   """
 
   nbytes: float
@@ -105,10 +108,13 @@ def forward_flops(
   density: Mapping[str, Fraction],
   activity: Mapping[str, Fraction] | None = None,
 ) -> Fraction:
-  """FLOPs of the ledger, each kernel at its density (1 where not named), each gate at its activity.
+  """Returns the FLOPs of the ledger, with each kernel at its density and each gate at its open fraction.
 
-  Densities and activities may be traced. Nested gates count at the joint fraction where `activity` has
-  it (see `fractions`), else at the product of theirs; a gate that was not measured counts as planned.
+  Args:
+    ledger: the matmuls.
+    density: density by the path of a kernel; 1 for other kernels. May be traced.
+    activity: result of `open_fractions`; gates that are missing count at their planned fraction. If
+      nested gates have no joint fraction, the product of their fractions is used. May be traced.
   """
   return sum(
     m.flops * density.get(m.kernel, 1.0) * _active(m, activity or {}) for m in ledger.values()
@@ -116,7 +122,7 @@ def forward_flops(
 
 
 def read_bytes(reads: Reads, activity: Mapping[str, Fraction] | None = None) -> Fraction:
-  """Bytes that are read of what layers keep, each gate at its activity; see `forward_flops`."""
+  """Returns the bytes read from caches, with each gate at its open fraction (see `forward_flops`)."""
   return sum(read.nbytes * _active(read, activity or {}) for read in reads.values())
 
 
@@ -125,18 +131,19 @@ def _active(own: Matmul | Read, activity: Mapping[str, Fraction]) -> Fraction:
   return activity.get(_joint(own.gates), separate)
 
 
-def fractions(ledger: Ledger | Reads, active: Mapping[str, Array]) -> dict[str, Array]:
-  """The fraction of the work behind each gate that runs, and of the work behind nested gates.
+def open_fractions(ledger: Ledger | Reads, active: Mapping[str, Array]) -> dict[str, Array]:
+  """Returns the open fraction of each gate, and the joint open fraction of nested gates.
 
-  Gates that open for the same tokens leave more than the product of their means, so nested gates are
-  multiplied token by token before the mean is taken.
+  Nested gates are multiplied token by token before the mean is taken, because gates that open for the
+  same tokens run more than the product of their means.
 
   Args:
-    active: what the gates sowed, by their paths: `[B, L]`, or what broadcasts to it.
+    ledger: the matmuls, whose gates are considered.
+    active: open fractions per token by the path of a gate: `[B, L]`, or an array that broadcasts to it.
 
   Returns:
-    Scalars by the path of a gate, or by the paths of nested gates, outermost first, with `&` between
-    them. Gates of which none was measured are left out.
+    Scalars by the path of a gate, or by the paths of nested gates joined by `&`, outermost first. Gates
+    that were not measured are omitted.
   """
   nested = dict.fromkeys(m.gates for m in ledger.values())
   single = dict.fromkeys((gate,) for gates in nested for gate in gates)
@@ -157,33 +164,31 @@ def read_shares(
   active: Mapping[str, Array] | None = None,
   skips: Callable[[Gate], bool] = lambda gate: True,
 ) -> dict[str, float]:
-  """By the path of a kernel, the share of its weights that a token is multiplied with.
-
-  A stack of experts is read as far as tokens visit it, and never more than once.
+  """Returns the fraction of each kernel's weights that are multiplied per token, by path; at most 1.
 
   Args:
     ledger: FLOPs per token.
-    sizes: weights of each kernel.
-    active: what gates sowed, by their paths, see `fractions`; the other gates count as planned.
-    skips: which gates leave out what they close.
+    sizes: number of weights of each kernel.
+    active: as in `open_fractions`; gates that are missing count at their planned fraction.
+    skips: returns whether decoding skips the computation behind a gate; other gates count as open.
   """
   kept = {
     path: dataclasses.replace(m, gates=tuple(filter(skips, m.gates))) for path, m in ledger.items()
   }
-  measured = fractions(kept, active or {})
+  measured = open_fractions(kept, active or {})
   multiplied = {m.kernel: m for m in kept.values() if m.kernel is not None}
   flops = {path: float(forward_flops({'': m}, {}, measured)) for path, m in multiplied.items()}
   return {path: min(1.0, flops[path] / (2 * sizes[path])) for path in flops}
 
 
 def active_params(ledger: Ledger, density: dict[str, float], activity: dict[str, float]) -> float:
-  """Weights that a token is multiplied with: half the FLOPs of the matmuls with parameters."""
+  """Returns the weights that are multiplied per token: half the FLOPs of the matmuls with parameters."""
   linear = {path: m for path, m in ledger.items() if m.kernel is not None}
   return forward_flops(linear, density, activity) / 2
 
 
-def extremes(ledger: Ledger, density: dict[str, float]) -> tuple[float, float]:
-  """FLOPs with every gate that the controller can move closed, and with all of them open."""
+def flops_range(ledger: Ledger, density: dict[str, float]) -> tuple[float, float]:
+  """Returns the FLOPs with all gates that the controller can change closed, and with all of them open."""
   moved = {gate.path for m in ledger.values() for gate in m.gates if gate.controlled}
   closed, opened = (
     forward_flops(ledger, density, dict.fromkeys(moved, fraction)) for fraction in (0.0, 1.0)
@@ -192,41 +197,41 @@ def extremes(ledger: Ledger, density: dict[str, float]) -> tuple[float, float]:
 
 
 def causal_pairs(ledger: Ledger) -> Ledger:
-  """The ledger in which attention is charged for the pairs of query and key that it reads alone."""
+  """Returns the ledger with attention charged only for the pairs of query and key that it reads."""
   return {path: dataclasses.replace(m, flops=m.flops * m.causal) for path, m in ledger.items()}
 
 
 def ungated(ledger: Ledger) -> Ledger:
-  """The ledger of a pass that computes what gates close and multiplies it by zero."""
+  """Returns the ledger without gates, for a pass that computes everything and multiplies by zero."""
   return {path: dataclasses.replace(m, gates=()) for path, m in ledger.items()}
 
 
 def training_flops(
   forward: float, weight_gradient: float | None = None, passes: float = 1
 ) -> float:
-  """FLOPs of a training step: its forward passes, gradient of the inputs, gradient of the weights.
+  """Returns the FLOPs of a training step: forward passes, input gradients and weight gradients.
 
-  Each costs as much as a forward pass at the densities of that step, but where a step needs the
-  gradient of dropped weights the last one is dense (RigL 2020, appendix H: on average
-  `(3 f_S (T - 1) + 2 f_S + f_D) / T` with an update every T steps).
+  Each of the three costs as much as a forward pass at the step's densities, unless the step needs the
+  gradient of dropped weights, whose cost is dense. (RigL 2020, appendix H: on average
+  `(3 f_S (T - 1) + 2 f_S + f_D) / T` with a mask update every T steps.)
 
   Args:
     forward: FLOPs of one forward pass.
-    weight_gradient: FLOPs of the gradient of the weights, by default as many.
-    passes: forward passes, of which one is differentiated; a part of one where a part is recomputed.
+    weight_gradient: FLOPs of the weight gradients; those of a forward pass by default.
+    passes: number of forward passes, of which one is differentiated. Recomputation adds a fraction.
   """
   return (passes + 1) * forward + (forward if weight_gradient is None else weight_gradient)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """Counts of parameters and bytes.
+  """Numbers of parameters and bytes.
 
   Attributes:
-    params: all parameters.
-    prunable: those in leaves with a mask or a target.
-    nonzero: parameters left.
-    stored_bytes: the kept weights and, for masked leaves, a bit for every weight.
+    params: number of parameters.
+    prunable: number of parameters in leaves with a mask or a target density.
+    nonzero: number of kept parameters.
+    stored_bytes: bytes of the kept weights, plus one mask bit per weight of masked leaves.
   """
 
   params: int
@@ -236,17 +241,22 @@ class Sizes:
 
   @property
   def sparsity_prunable(self) -> float:
-    """Dropped over prunable parameters."""
+    """Dropped parameters as a fraction of prunable parameters."""
     return (self.params - self.nonzero) / max(self.prunable, 1)
 
   @property
   def sparsity_total(self) -> float:
-    """Dropped over all parameters."""
+    """Dropped parameters as a fraction of all parameters."""
     return (self.params - self.nonzero) / self.params
 
 
 def sizes(params: Tree, kept: dict[str, int]) -> Sizes:
-  """Counts of `params` (arrays or shape structs), with `kept` weights in the leaves named there."""
+  """Returns the sizes of a model.
+
+  Args:
+    params: arrays or shape structs.
+    kept: number of kept weights by the path of a leaf; other leaves are dense and not prunable.
+  """
   total = prunable = nonzero = stored = 0
   for path, leaf in tree.named(params).items():
     size, itemsize = math.prod(leaf.shape), np.dtype(leaf.dtype).itemsize

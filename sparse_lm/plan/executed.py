@@ -1,9 +1,9 @@
-"""The FLOPs of the matmuls that a traced program executes, and the ledger that is noted in it.
+"""Counts the matmul FLOPs that a traced program executes, and collects the ledger from its marks.
 
-Everything is read from the jaxpr: a scan counts as often as it runs, a conditional as its most expensive
-branch, and functions that are called inside (jit, remat, custom derivatives) are entered. A Pallas kernel
-counts as many FLOPs as its own cost estimate says. Nothing is compiled. FLOPs are those of matmuls alone,
-two for each multiplication with its addition.
+Everything is read from the jaxpr; nothing is compiled. A scan counts once per iteration, a conditional
+counts as its most expensive branch, and called functions (jit, remat, custom derivatives) are included. A
+Pallas kernel counts at its own cost estimate. Only matmuls are counted: two FLOPs per multiplication and
+addition.
 """
 
 import collections
@@ -19,7 +19,7 @@ from sparse_lm.core.errors import UserError
 from sparse_lm.core.tree import Tree
 from sparse_lm.plan import cost, record
 
-# Equations that run the one function inside once. Their names differ between versions of JAX.
+# Primitives that call one function once. The names differ between JAX versions.
 CALLS = (
   'jit',
   'pjit',
@@ -32,7 +32,7 @@ CALLS = (
   'custom_vjp_call',
   'custom_vjp_call_jaxpr',
 )
-# Products behind a foreign call. (Pallas kernels are functions, and found as such.)
+# Foreign calls that may contain matmuls. (Pallas kernels are not among them.)
 OPAQUE = ('ffi_call', 'dot_product_attention_fwd_wrapper')
 NO_REASON = 'no reason'
 GATES = 'gates that are open'
@@ -44,30 +44,30 @@ Noted = TypeVar('Noted', cost.Matmul, cost.Read)
 
 @dataclasses.dataclass(frozen=True)
 class Executed:
-  """What a program executes.
+  """Costs of a program.
 
   Attributes:
-    flops: of all matmuls, or bytes where those are counted.
-    marks: how often each mark of `record.MARKS` is passed.
+    flops: FLOPs of all matmuls; or bytes, if bytes are counted.
+    marks: number of times that each mark of `record.MARKS` is executed.
   """
 
   flops: float = 0.0
   marks: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   def times(self, factor: float) -> 'Executed':
-    """The program run so often."""
+    """Returns the costs of `factor` runs of the program."""
     return Executed(factor * self.flops, {mark: factor * n for mark, n in self.marks.items()})
 
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
-  """A program's matmuls: what is executed, and what the modules in it say of themselves.
+  """Executed and declared costs of a program.
 
   Attributes:
-    flops: executed, at density 1 and with every gate open.
-    ledger: what is charged.
-    uncharged: what the modules declare to execute and not to charge, by reason.
-    reads: of what layers keep, as the modules declare it.
+    flops: executed FLOPs, at density 1 and with all gates open.
+    ledger: the charged matmuls.
+    uncharged: FLOPs that modules declare as executed but not charged, by reason.
+    reads: reads from caches, as the modules declare them.
   """
 
   flops: float
@@ -76,7 +76,7 @@ class Traced:
   reads: cost.Reads
 
   def per_token(self, tokens: int) -> 'Traced':
-    """All FLOPs and bytes divided by a number of tokens."""
+    """Returns all FLOPs and bytes divided by a number of tokens."""
     return Traced(
       self.flops / tokens,
       {path: matmul.times(1 / tokens) for path, matmul in self.ledger.items()},
@@ -86,20 +86,20 @@ class Traced:
 
 
 def trace(function: Callable[..., Tree], *arguments: Tree) -> Traced:
-  """Traces a function of arrays or shape structs, and counts. Raises what `count` raises."""
+  """Traces a function of arrays or shape structs and counts its costs. Raises what `count` raises."""
   with record.recording():
     return charged(jax.make_jaxpr(function)(*arguments))
 
 
 def reads(function: Callable[..., Tree], *arguments: Tree) -> cost.Reads:
-  """What a program reads of what layers keep, also where its matmuls run an unknown number of times."""
+  """Returns the reads from caches, even if matmuls run an unknown number of times."""
   with record.recording():
     jaxpr = jax.make_jaxpr(function)(*arguments)
   return _noted(count(jaxpr.jaxpr, read=True)).reads
 
 
 def charged(jaxpr: ClosedJaxpr) -> Traced:
-  """The matmuls of a program that was traced in a recording. Raises what `count` raises."""
+  """Returns the costs of a program that was traced in a recording. Raises what `count` raises."""
   return _noted(count(jaxpr.jaxpr))
 
 
@@ -119,7 +119,7 @@ def _noted(executed: Executed) -> Traced:
 
 
 def _add(entries: dict[str, Noted], name: str, own: Noted, times: float) -> None:
-  """Adds what is noted to the entry of its name, or beside it where other gates skip that one."""
+  """Adds a cost to the entry of its name, or to a new entry if the existing one has other gates."""
   while name in entries and entries[name].times(0) != own.times(0):
     name = f'{name} again'
   before = entries.get(name, own.times(0))
@@ -127,21 +127,21 @@ def _add(entries: dict[str, Noted], name: str, own: Noted, times: float) -> None
 
 
 def differences(claimed: cost.Ledger, traced: Traced) -> dict[str, float]:
-  """The FLOPs that a program executes less those that are charged, by reason.
+  """Returns the executed minus the charged FLOPs, by reason.
 
-  Attention is charged for the pairs of query and key that it reads (`cost.causal_pairs`); the charge by
-  all pairs is more by the FLOPs under `PAIRS`.
+  The charge is that of the pairs of query and key that attention reads (`cost.causal_pairs`). The charge
+  over all pairs is larger by the FLOPs under `PAIRS`.
 
   Args:
-    claimed: the ledger that costs are reported by, for as many tokens.
+    claimed: the ledger of the reported costs, for the same number of tokens.
     traced: the program.
 
   Returns:
-    FLOPs by reason: `GATES`, what is behind gates that are not planned to be open; `PAIRS`, keys that
-    come after their query; `KEYS`, attention with another number of keys than is charged (those that
-    a cache has room for); what modules declare (`record.uncharged`), under the words they use.
-    FLOPs without a reason are under `NO_REASON`, and so is a kernel that the program multiplies with
-    more or less often than is charged. Reasons that come to nothing are left out.
+    FLOPs by reason. `GATES`: computation behind gates beyond their planned fraction. `PAIRS`: keys
+    after their query. `KEYS`: attention with another number of keys than is charged, because the cache
+    is larger. The reasons of `record.uncharged`, as modules declare them. `NO_REASON`: all other
+    differences, including kernels that are multiplied more or less often than charged. Reasons with
+    zero FLOPs are omitted.
   """
   found: dict[str, float] = collections.defaultdict(float, traced.uncharged)
   found[NO_REASON] = traced.flops - sum(traced.uncharged.values())
@@ -161,13 +161,14 @@ def differences(claimed: cost.Ledger, traced: Traced) -> dict[str, float]:
 
 
 def count(jaxpr: Jaxpr, read: bool = False) -> Executed:
-  """What a jaxpr executes.
+  """Counts the costs of a jaxpr.
 
   Args:
-    read: to count bytes that are read of what layers keep instead of FLOPs, and no other marks.
+    jaxpr: the program.
+    read: whether to count bytes that are read from caches, instead of FLOPs.
 
   Raises:
-    UserError: matmuls that run an unknown number of times (in a while loop, say) or out of sight.
+    UserError: matmuls run an unknown number of times (for example in a while loop), or in a foreign call.
   """
   return _sum(_equation(equation, read) for equation in jaxpr.eqns)
 
@@ -195,7 +196,7 @@ def _equation(equation: JaxprEqn, read: bool) -> Executed:
   if name == 'pallas_call' and params['cost_estimate'] is not None:
     return Executed(0.0 if read else float(params['cost_estimate'].flops))
   if name in OPAQUE and not read:
-    raise UserError(f'FLOPs of {name} cannot be counted; valid: matmuls that JAX can see')
+    raise UserError(f'the FLOPs of {name} cannot be counted; valid: matmuls that JAX traces')
   inside = [count(jaxpr, read) for jaxpr in _functions(params)]
   if name == 'cond':
     return max(inside, key=lambda branch: branch.flops)
@@ -203,8 +204,8 @@ def _equation(equation: JaxprEqn, read: bool) -> Executed:
     return _sum(inside).times(params['length'])
   if name not in CALLS and any(part.flops or part.marks for part in inside):
     raise UserError(
-      f'matmuls inside of {name!r} run a number of times that their program does not fix, so their '
-      'FLOPs cannot be counted; valid: jax.lax.scan, or fori_loop with bounds that are Python numbers'
+      f'matmuls inside {name!r} run an unknown number of times, so their FLOPs cannot be counted; valid: '
+      'jax.lax.scan, or fori_loop with bounds that are Python numbers'
     )
   return _sum(inside)
 
@@ -222,12 +223,12 @@ def _dot(equation: JaxprEqn) -> float:
   (contract, _), (batch, _) = equation.params['dimension_numbers']
   left, right = (v.aval.shape for v in equation.invars)
   shared = math.prod(left[axis] for axis in (*contract, *batch))
-  # The axes that both have are once in the product.
+  # Shared axes count only once.
   return 2.0 * math.prod(left) * math.prod(right) / shared if shared else 0.0
 
 
 def _ragged_dot(equation: JaxprEqn) -> float:
-  # Each row with the matrix of its own group. (XLA on a CPU multiplies it with all of them.)
+  # Each row is multiplied by the matrix of its group. (XLA on a CPU multiplies it by all matrices.)
   numbers = equation.params['ragged_dot_dimension_numbers']
   (_, contract), (_, batch) = numbers.dot_dimension_numbers
   left, right = (v.aval.shape for v in equation.invars[:2])

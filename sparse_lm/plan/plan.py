@@ -1,4 +1,7 @@
-"""What a model is, read in one trace of its initialisation, for any Linen module."""
+"""The plan of a model: its parameters, matmuls, units and sites, from one trace of its initialisation.
+
+This works for any Linen module.
+"""
 
 import dataclasses
 import functools
@@ -22,22 +25,22 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ModelPlan:
-  """Parameters, matmuls and their gates, units, packable parameters and activation sites of a model.
+  """The parameters, matmuls, gates, units, packable parameters and activation sites of a model.
 
-  What a loop (`nn.scan`, `nn.vmap`) runs is in it once, by the path that the loop gives it: its matmuls
-  are charged for every pass, its units are those of all passes, and its parameters, which the loop
-  stacks along leading axes, cannot be packed, because a packed format stores the matrices of one pass.
+  A module in a loop (`nn.scan`, `nn.vmap`) appears once, under its path. Its matmuls are charged for
+  every iteration, and its units are counted over all iterations. Its parameters are stacked along
+  leading axes and cannot be packed, because a packed format stores the matrices of a single iteration.
 
   Attributes:
-    variables: all collections that outlive a call, as shape structs. Plans are shared: change no tree of
-      theirs in place.
-    shapes: every parameter by its path, as shape structs.
-    kernels: by path, the shape of every parameter that has two axes or more in its module: of a matrix,
-      or of a stack of them, without the axes that loops add.
+    variables: all collections that outlive a call, as shape structs. Plans are shared, so these trees
+      must not be changed in place.
+    shapes: shape struct of every parameter, by path.
+    kernels: shape, by path, of every parameter that has at least two axes in its module: a matrix or
+      stacked matrices, without the axes that loops add.
     ledger: every matmul of a forward pass, in FLOPs per token.
-    units: that span matrices, as modules declare them, and then the layers.
-    packable: paths of the parameters that their modules can read packed.
-    fused: by the path of a linear layer, the layers that it can replace, in the order of their outputs.
+    units: the units that span matrices, as modules declare them, followed by the layers.
+    packable: paths of the parameters that their modules can read in packed form.
+    fused: for the path of a fused linear layer, the layers that it can replace, in output order.
     sites: points whose activations can be read or replaced, by name, in the order of the forward pass.
   """
 
@@ -60,23 +63,23 @@ class ModelPlan:
 
   @functools.cached_property
   def inputs(self) -> dict[str, Site]:
-    """By the path of a kernel, the site of the activations that it multiplies."""
+    """The site of each kernel's inputs, by the path of the kernel."""
     return {site.kernel: site for site in self.sites.values() if site.kernel is not None}
 
 
 def read(
   init: Callable[[jax.Array], tuple[Tree, Tree]], tokens: int, sown: Collection[str] = ()
 ) -> ModelPlan:
-  """The plan of a Linen module.
+  """Returns the plan of a Linen module.
 
   Args:
-    init: from a key to the module's output and variables: its `init_with_output` for some inputs.
-    tokens: of those inputs; FLOPs are divided by their number.
-    sown: collections that every call writes anew, which are no part of the variables.
+    init: the module's `init_with_output` for some inputs, as a function of a key.
+    tokens: number of tokens of these inputs, by which FLOPs are divided.
+    sown: collections that every call overwrites, which are not part of the variables.
 
   Raises:
-    UserError: a parameter of two axes or more has no place in the ledger, or the ledger names one that
-      there is not; or a loop stacks units along another axis than the leading one.
+    UserError: a parameter with at least two axes is missing in the ledger; the ledger names a parameter
+      that does not exist; or a loop stacks units along an axis other than the leading one.
   """
   called: dict[str, Shape] = {}
   with record.recording() as found, nn.intercept_methods(_noting(called)):
@@ -103,9 +106,9 @@ def read(
 
 
 def _noting(shapes: dict[str, Shape]) -> Callable[..., Tree]:
-  """An interceptor of calls that notes the shape of every parameter as its own module sees it.
+  """Returns an interceptor that records the shape of every parameter inside its own module.
 
-  A module that a loop wraps is called inside of it first, and the loop's stacked arrays are seen later.
+  In a loop, the module's own call comes first, so the stacked shapes are not recorded.
   """
 
   def intercept(
@@ -132,28 +135,28 @@ def _any_in(layers: tuple[str, ...], parameters: set[str]) -> bool:
 def _of_all_passes(
   group: Group, shapes: Mapping[str, jax.ShapeDtypeStruct], in_modules: Mapping[str, Shape]
 ) -> Group:
-  """The units of a group in all passes of the loops around it."""
+  """Returns the group with the units of all iterations of the loops around it."""
   present = [member.path for member in group.members if member.path in shapes]
   loops = {_loops(shapes[path].shape, in_modules[path]) for path in present}
   if len(loops) > 1 or None in loops:
     path = present[0]
     raise UserError(
-      f'the units of {group.name} cannot be told apart: a loop stacks {path}{list(in_modules[path])} to '
-      f'{list(shapes[path].shape)}, and not all of their parameters alike along leading axes; valid: '
-      "variable_axes={'params': 0}"
+      f'the units of {group.name} cannot be identified: a loop stacks {path}{list(in_modules[path])} to '
+      f'{list(shapes[path].shape)}, but must stack all parameters of the units along the leading axis; '
+      "valid: variable_axes={'params': 0}"
     )
   passes = math.prod(*loops) if loops else 1
   return dataclasses.replace(group, units=group.units * passes)
 
 
 def _loops(stacked: Shape, own: Shape) -> Shape | None:
-  """The leading axes that loops add to a parameter; `None` where they add others."""
+  """Returns the sizes of the leading axes that loops add to a parameter; `None` for other axes."""
   lead = len(stacked) - len(own)
   return stacked[:lead] if stacked[lead:] == own else None
 
 
 def _layers(paths: Collection[str]) -> list[Group]:
-  """The layers as units, where there are any: each is whatever its block is made of."""
+  """Returns the layers as a group of units; a unit contains all parameters of the layer's block."""
   places = {path: Place.parse(path) for path in paths}
   blocks = [(place.layer, path) for path, place in places.items() if place.part is Part.BLOCK]
   members = [Member(path, None, layer) for layer, path in sorted(blocks, key=lambda pair: pair[0])]
@@ -161,17 +164,17 @@ def _layers(paths: Collection[str]) -> list[Group]:
 
 
 def check_accounted(kernels: Mapping[str, Shape], ledger: Ledger) -> None:
-  """Raises UserError where a kernel is in no entry of a ledger, or an entry names what is no kernel."""
+  """Raises a UserError if a kernel has no entry in the ledger, or an entry names an unknown kernel."""
   noted = {m.kernel for m in ledger.values()} - {None}
   missing = [path for path in kernels if path not in noted]
   if missing:
     raise UserError(
-      f'parameter {missing[0]}{list(kernels[missing[0]])} ({len(missing)} such) would multiply for '
-      'free: no FLOPs are noted for it; valid: the Linear of sparse_lm.layers.linear, or record.matmul '
-      'on the product (0 FLOPs for a table that is looked up)'
+      f'no FLOPs are recorded for parameter {missing[0]}{list(kernels[missing[0]])} ({len(missing)} such '
+      'parameters); valid: Linear of sparse_lm.layers.linear, or record.matmul on the product (0 FLOPs '
+      'for a table lookup)'
     )
   if unknown_kernels := sorted(noted - kernels.keys()):
     raise UserError(
-      f'FLOPs are noted for {unknown_kernels[0]}, which is no parameter of the model; valid: '
+      f'FLOPs are recorded for {unknown_kernels[0]}, which is not a parameter of the model; valid: '
       f'{", ".join(kernels)}'
     )

@@ -1,8 +1,8 @@
-"""What modules say about themselves while they are traced: one recorder for all of it.
+"""Records what modules declare while they are traced.
 
-A module notes its matmuls and what may skip them, the units that span its matrices, the parameters that
-it can read packed, and its activation sites. Outside of a recording no call here does anything: the
-traced program is the same as without it.
+A module declares its matmuls and the gates that may skip them, the units that span its matrices, the
+parameters that it can read in packed form, and its activation sites. Outside a recording, these calls do
+nothing, and the traced program is the same as without them.
 """
 
 import abc
@@ -21,12 +21,14 @@ from sparse_lm.plan.cost import Gate, Gating, Matmul, Read
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-  """What the result of a matmul, or what is read of a cache, is marked with.
+  """The mark of an array that is the result of a matmul or of a read from a cache.
 
   Attributes:
-    name: of the entry in the ledger, or the reason why the FLOPs are not charged.
-    noted: with its FLOPs or bytes for one array of `size` elements: under `vmap` there are more.
-    charged: whether FLOPs belong to the ledger.
+    name: name of the ledger entry, or the reason why the FLOPs are not charged.
+    noted: FLOPs or bytes of an array with `size` elements. Under `vmap`, the array is larger, and the
+      costs grow in proportion.
+    size: number of elements of the marked array.
+    charged: whether the FLOPs belong to the ledger.
   """
 
   name: str
@@ -35,8 +37,8 @@ class Mark:
   charged: bool = True
 
 
-# By the text that marks an array: equal marks share it, so a function that JAX traced once and cached
-# carries marks that stay readable.
+# All marks by their text, which is stored in the jaxpr. Functions that JAX has traced and cached earlier
+# carry marks too, so entries are never removed.
 MARKS: dict[str, Mark] = {}
 
 
@@ -45,10 +47,10 @@ class Site:
   """A point of a model whose activations can be read or replaced by name.
 
   Attributes:
-    name: path of the module and the point in it, such as 'block_0/mlp/hidden'.
-    shape: of the activations in the trace that recorded it; inside of a loop, of one pass.
-    dtype: of the activations.
-    kernel: path of the parameter that multiplies them, for the input of a matrix; else `None`.
+    name: path of the module plus the name of the point, such as 'block_0/mlp/hidden'.
+    shape: shape of the activations in the recorded trace; in a loop, of one iteration.
+    dtype: dtype of the activations.
+    kernel: path of the parameter that the activations are multiplied by, or `None`.
   """
 
   name: str
@@ -59,13 +61,13 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
-  """What modules declare in a trace, besides the marks that `plan/executed.py` reads in its jaxpr.
+  """The declarations of modules in a trace, except the marks in the jaxpr.
 
   Attributes:
-    units: that span matrices, by name.
-    packable: paths of parameters that a module takes packed, if it has them.
-    fused: by the path of a linear layer, the layers that it can replace, in the order of their outputs.
-    sites: by name.
+    units: groups of units that span matrices, by name.
+    packable: paths of parameters that a module can read in packed form.
+    fused: for the path of a fused linear layer, the layers that it can replace, in output order.
+    sites: activation sites by name.
   """
 
   units: dict[str, Group] = dataclasses.field(default_factory=dict)
@@ -75,41 +77,41 @@ class Recording:
 
 
 class Actor(abc.ABC):
-  """What reads or replaces activations at sites; see `plan/sites.py`."""
+  """An object that reads or replaces activations at sites (`plan/sites.py`)."""
 
   @property
   def alike(self) -> bool:
-    """Whether it acts on the same sites in every layer, so that one layer may be traced for several."""
+    """Whether it acts on the same sites in every layer, so that layers can be scanned."""
     return False
 
   @abc.abstractmethod
   def wants(self, path: str) -> bool:
-    """Whether it acts on the site of that name."""
+    """Returns whether it acts on the site of this name."""
 
   @abc.abstractmethod
   def act(
     self, module: nn.Module, name: str, path: str, value: jax.Array, branch: bool
   ) -> jax.Array:
-    """The activations that the model goes on with.
+    """Returns the activations that the model continues with.
 
     Args:
       module: the site's module.
-      name: of the site in the module.
-      path: of the site in the model.
-      value: the activations so far.
-      branch: whether the site is in a branch of a conditional, which hands no activations out.
+      name: name of the site in the module.
+      path: name of the site in the model.
+      value: the current activations.
+      branch: whether the site is in a branch of a conditional, from which activations cannot be read.
     """
 
 
 @dataclasses.dataclass(frozen=True)
 class _Scope:
-  """What holds at a point of a trace.
+  """The context at a point of a trace.
 
   Attributes:
-    found: the recording, if there is one.
-    gates: that may skip what follows, outermost first.
-    actors: that see sites, the last one first.
-    branch: whether this is in a branch of a conditional, which hands no activations out.
+    found: the current recording, or `None`.
+    gates: the gates of the following matmuls, outermost first.
+    actors: the actors on sites; the last one acts first.
+    branch: whether the trace is in a branch of a conditional.
   """
 
   found: Recording | None = None
@@ -133,7 +135,7 @@ def _within(scope: _Scope) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recording() -> Iterator[Recording]:
-  """Marks arrays, and collects what is declared, in the traces inside."""
+  """Marks arrays and collects declarations in the traces of this context."""
   found = Recording()
   with _within(dataclasses.replace(_scope.get(), found=found)):
     yield found
@@ -147,17 +149,18 @@ def matmul(
   kernel: str | None = None,
   causal: float = 1.0,
 ) -> jax.Array:
-  """Returns `y`, the result of a matmul of the module at `path`, marked with the matmul's cost.
+  """Returns `y`, the result of a matmul, marked with the matmul's cost.
 
-  Unless a trace is recorded `y` is returned as it is. A parameter that is looked up or added, not
-  multiplied, is noted with zero FLOPs, because a parameter of two axes or more that no note names is
-  refused.
+  Outside a recording, `y` is returned unchanged. Every parameter with at least two axes must be recorded.
+  Record a parameter that is looked up or added with zero FLOPs.
 
   Args:
-    kind: 'linear', or what else ran ('scores').
-    flops: multiplications and additions of the whole matmul.
-    kernel: name of the parameter in the module, `None` for activations with activations.
-    causal: see `cost.Matmul`.
+    y: result of the matmul.
+    path: path of the module.
+    kind: 'linear', or another kind, such as 'scores'.
+    flops: multiplications plus additions of the whole matmul.
+    kernel: name of the parameter in the module; `None` if two activations are multiplied.
+    causal: as in `cost.Matmul`.
   """
   parts = (*path, kind) if kernel in (None, 'kernel') else (*path, kernel, kind)
   parameter = None if kernel is None else '/'.join((*path, kernel))
@@ -166,20 +169,24 @@ def matmul(
 
 
 def uncharged(y: jax.Array, reason: str, flops: float) -> jax.Array:
-  """Returns `y`, marked with FLOPs that its computation executes and that are charged to nobody.
+  """Returns `y`, marked with FLOPs that are executed but not charged.
 
   Args:
-    reason: why they are not, in a few words; the contract test lists FLOPs by reason.
-    flops: multiplications and additions.
+    y: result of the computation.
+    reason: the reason in a few words; the contract test lists uncharged FLOPs by reason.
+    flops: multiplications plus additions.
   """
   return _mark(y, reason, Matmul('uncharged', float(flops)), charged=False)
 
 
 def read(y: jax.Array, path: tuple[str, ...], kind: str, nbytes: float) -> jax.Array:
-  """Returns `y`, marked with bytes that decoding reads of what the module at `path` keeps.
+  """Returns `y`, marked with the bytes that decoding reads from the module's cache.
 
   Args:
-    kind: what they are ('keys').
+    y: an array that depends on the read.
+    path: path of the module.
+    kind: what is read, such as 'keys'.
+    nbytes: number of bytes.
   """
   return _mark(y, '/'.join((*path, kind)), Read(float(nbytes), _scope.get().gates))
 
@@ -193,11 +200,11 @@ def _mark(y: jax.Array, name: str, own: Matmul | Read, charged: bool = True) -> 
 
 
 def gated(path: tuple[str, ...], gating: Gating | None) -> contextlib.AbstractContextManager[None]:
-  """Matmuls inside belong to the gate at `path`, and to the gates that are entered already.
+  """In this context, matmuls are charged at the open fraction of the gate at `path`; contexts nest.
 
   Args:
-    path: of the module that decides.
-    gating: what that module declares, `None` where it leaves nothing out.
+    path: path of the gate's module.
+    gating: the gating in the module's traits; `None` if it gates nothing.
   """
   if gating is None:
     return contextlib.nullcontext()
@@ -209,13 +216,14 @@ def gated(path: tuple[str, ...], gating: Gating | None) -> contextlib.AbstractCo
 def units(
   path: tuple[str, ...], kind: str, units: int, axes: Mapping[str, int], dynamic: bool = False
 ) -> None:
-  """Declares units that span several matrices of the module at `path`: a `core.groups.Group`.
+  """Declares a group of units that span several matrices of a module (`core.groups.Group`).
 
   Args:
-    kind: 'neuron', 'head', or another name for one unit.
-    units: how many there are.
-    axes: the axis of each parameter, by its path below the module (`{'up/kernel': -1}`).
-    dynamic: whether a method selects among them in every forward pass.
+    path: path of the module.
+    kind: 'neuron', 'head', or another name of such a unit.
+    units: number of units.
+    axes: axis of the units in each parameter, by its path in the module (`{'up/kernel': -1}`).
+    dynamic: whether a method selects among the units in every forward pass.
   """
   found = _scope.get().found
   if found is not None:
@@ -225,29 +233,27 @@ def units(
 
 
 def packable(path: tuple[str, ...], *names: str) -> None:
-  """Says that the module at `path` takes these parameters packed, if it has them."""
+  """Declares that the module at `path` can read these parameters in packed form."""
   found = _scope.get().found
   if found is not None:
     found.packable.update(dict.fromkeys('/'.join((*path, name)) for name in names))
 
 
 def fused(path: tuple[str, ...], name: str, parts: Iterable[str]) -> None:
-  """Says that the module at `path` takes one linear layer in place of several of the same inputs."""
+  """Declares that one fused linear layer can replace several layers with the same inputs."""
   found = _scope.get().found
   if found is not None:
     found.fused['/'.join((*path, name))] = tuple('/'.join((*path, part)) for part in parts)
 
 
 def site(module: nn.Module, name: str, value: jax.Array, kernel: str | None = None) -> jax.Array:
-  """Returns the activations at a named point of a module, or what they are replaced by.
-
-  Outside of a recording and of `acting` this is `value`.
+  """Declares an activation site; returns its activations or their replacement.
 
   Args:
-    module: the point's module.
-    name: of the point in the module, such as 'hidden'.
-    value: of any shape.
-    kernel: path below the module of the parameter that multiplies the value, if one does.
+    module: the site's module.
+    name: name of the site in the module, such as 'hidden'.
+    value: the activations, of any shape.
+    kernel: path in the module of the parameter that `value` is multiplied by, or `None`.
   """
   scope = _scope.get()
   if scope.found is None and not scope.actors:
@@ -262,15 +268,16 @@ def site(module: nn.Module, name: str, value: jax.Array, kernel: str | None = No
 
 
 def layers_alike() -> bool:
-  """Whether one layer may be traced for several equal ones: no recording or actor needs single layers."""
+  """Returns whether equal layers may be scanned: no recording or actor needs each layer by itself."""
   scope = _scope.get()
   return scope.found is None and all(actor.alike for actor in scope.actors)
 
 
 def hook(module: nn.Module, name: str) -> Callable[[jax.Array], jax.Array] | None:
-  """The site as a function of its value, or `None` where nothing records it or acts on it.
+  """Returns a site as a function of its value; `None` if nothing records the site or acts on it.
 
-  For activations that a fused kernel does not write out: a caller that gets a function must compute them.
+  Use this for activations that a fused kernel does not store. They must be computed only if the result is
+  not `None`.
   """
   if _scope.get().found is None and not wanted(module, name):
     return None
@@ -278,19 +285,19 @@ def hook(module: nn.Module, name: str) -> Callable[[jax.Array], jax.Array] | Non
 
 
 def wanted(module: nn.Module, name: str) -> bool:
-  """Whether something reads or replaces the activations at a named point of a module."""
+  """Returns whether an actor reads or replaces the activations at a site of a module."""
   path = '/'.join((*module.path, name))
   return any(actor.wants(path) for actor in _scope.get().actors)
 
 
 def in_branch() -> contextlib.AbstractContextManager[None]:
-  """Modules inside are called in branches of a conditional."""
+  """Declares that modules in this context are called in a branch of a conditional."""
   return _within(dataclasses.replace(_scope.get(), branch=True))
 
 
 @contextlib.contextmanager
 def acting(actor: Actor) -> Iterator[None]:
-  """The actor sees the sites of the traces inside, after the actors that are entered later."""
+  """Applies an actor to all sites in this context, after the actors of inner contexts."""
   scope = _scope.get()
   with _within(dataclasses.replace(scope, actors=(*scope.actors, actor))):
     yield

@@ -1,9 +1,9 @@
-"""Reading and replacing activations by the names of their sites.
+"""Reads and replaces activations at named sites.
 
-Modules name points of a layer with `record.site`; `ModelPlan.sites` lists them. `run` calls a module,
-reads sites and replaces what is there, as a function that can be traced, compiled, differentiated and
-mapped. A method does the same to the modules inside of it with `replacing`. Sites that nobody acts on
-cost nothing: the traced program is the same as without them.
+Modules declare sites with `record.site`, and `ModelPlan.sites` lists them. `run` calls a module and
+reads or replaces activations; it can be traced, compiled, differentiated and mapped. A method can
+replace activations of its inner modules with `replacing`. Unused sites cost nothing: the traced program
+is the same as without them.
 """
 
 import contextlib
@@ -34,27 +34,28 @@ def run(
   replace: Mapping[str, Replacement] | None = None,
   **keywords: Tree,
 ) -> tuple[Tree, dict[str, jax.Array]]:
-  """What a module returns, and the activations at sites of it.
+  """Calls a module; reads and replaces activations at its sites.
 
-  Names are those of `ModelPlan.sites`, or shell patterns such as 'block_*/mlp/hidden'. To compile it,
-  compile a function that calls this. Activations inside of a loop are read where the loop says so
-  (`nn.scan(..., variable_axes={'sites': 0})`), with an axis for its passes; those in a branch of a
-  conditional (a routed layer in mode 'decode') cannot be read.
+  Names are those of `ModelPlan.sites`, or shell patterns such as 'block_*/mlp/hidden'. To compile the
+  call, compile a function that calls `run`. Activations in a loop can be read if the loop declares it
+  (`nn.scan(..., variable_axes={'sites': 0})`), and then have a leading axis for its iterations.
+  Activations in a branch of a conditional (a routed layer in mode 'decode') cannot be read.
 
   Args:
-    module: a model, or a layer of one.
-    variables: of the module.
-    arguments, keywords: of its call.
-    read: sites to return; where they are replaced too, what they are replaced by.
-    replace: by the name of the site, what its activations become: of the same shape and dtype.
+    module: a model or a layer.
+    variables: its variables.
+    *arguments: positional arguments of its call.
+    read: names of the sites to read. If a site is also replaced, its replacement is returned.
+    replace: for each site, a function from its activations to new ones of the same shape and dtype.
+    **keywords: keyword arguments of its call.
 
   Returns:
-    The module's output, and activations by the name of the site. Of a module that is called more than
-    once they are those of its last call.
+    The module's output, and the activations by site. If a module is called more than once, they are those
+    of its last call.
 
   Raises:
-    UserError: a name or pattern that no site has, a site whose value no loop or conditional hands out, or
-      a replacement of another shape or dtype.
+    UserError: no site matches a name or pattern; a site is in a loop or conditional from which it
+      cannot be read; or a replacement has another shape or dtype.
   """
   reader = _Reader(dict.fromkeys(read))
   replacer = _Replacer(dict(replace or {}))
@@ -65,17 +66,18 @@ def run(
   values = tree.named(changed.get(READ, {}))
   if missed := [name for name in reader.passed if reader.wants(name) and name not in values]:
     raise UserError(
-      f'{missed[0]} ({len(missed)} such sites) is inside of a loop that hands no activations out; valid: '
-      f'variable_axes={{{READ!r}: 0}} of that nn.scan'
+      f'{missed[0]} ({len(missed)} such sites) is inside a loop that does not return activations; valid: '
+      f'variable_axes={{{READ!r}: 0}} in its nn.scan'
     )
   return out, {name: values[name] for name in reader.passed if name in values}
 
 
 @contextlib.contextmanager
 def replacing(replace: Mapping[str, Replacement]) -> Iterator[None]:
-  """Replaces activations in the calls inside, by name or pattern, see `run`.
+  """Replaces activations in the calls of this context; `run` documents `replace`.
 
-  Raises UserError, on the way out, for a name or pattern that no site inside has.
+  Raises:
+    UserError: at the end of the context, if no site matched a name or pattern.
   """
   replacer = _Replacer(dict(replace))
   with record.acting(replacer):
@@ -86,9 +88,9 @@ def replacing(replace: Mapping[str, Replacement]) -> Iterator[None]:
 def acting(
   patterns: tuple[str, ...], function: Replacement
 ) -> contextlib.AbstractContextManager[None]:
-  """Replaces floating-point activations in the calls inside, at the sites that patterns match.
+  """Replaces floating-point activations at matching sites in the calls of this context.
 
-  The calls may lack sites: whether a whole model has them, `check` says.
+  Patterns without a matching site are ignored; `check` reports them for a whole model.
   """
 
   def replace(value: jax.Array) -> jax.Array:
@@ -98,15 +100,16 @@ def acting(
 
 
 def alike(patterns: tuple[str, ...]) -> bool:
-  """Whether patterns match the same sites in every layer.
+  """Returns whether patterns match the same sites in every layer.
 
-  That is so if nothing before the first slash, where a layer's number stands, matches some numbers alone.
+  That is the case if the part before the first slash, which contains the layer's number, has no digit and
+  no wildcard that matches only some numbers.
   """
   return not any(re.search(r'[\d?[]', pattern.partition('/')[0]) for pattern in patterns)
 
 
 def check(patterns: tuple[str, ...], found: Mapping[str, record.Site], field: str) -> None:
-  """Raises UserError, naming `field`, for a pattern that no site of floating-point activations has."""
+  """Raises a UserError that names `field` if a pattern matches no site of floating-point activations."""
   numbers = [path for path, site in found.items() if jnp.issubdtype(site.dtype, jnp.floating)]
   for pattern in patterns:
     if not any(_matches(pattern, path) for path in numbers):
@@ -125,12 +128,12 @@ def _check_matched(actor: '_Matcher') -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Matcher(record.Actor):
-  """Acts on the sites that one of its patterns matches.
+  """An actor on the sites that one of its patterns matches.
 
   Attributes:
-    patterns: by which sites are wanted, and for each what they are replaced by, if they are.
-    alike: see `record.Actor`.
-    passed: names of all sites of the trace, in their order.
+    patterns: names or patterns of sites, each with its replacement or `None`.
+    alike: as in `record.Actor`.
+    passed: names of all sites of the trace, in order.
   """
 
   patterns: Mapping[str, Replacement | None]
@@ -142,7 +145,7 @@ class _Matcher(record.Actor):
 
 
 class _Reader(_Matcher):
-  """Sows the activations that it wants."""
+  """Sows the activations at its sites."""
 
   def act(
     self, module: nn.Module, name: str, path: str, value: jax.Array, branch: bool
@@ -151,15 +154,15 @@ class _Reader(_Matcher):
     if self.wants(path):
       if branch:
         raise UserError(
-          f'{path} cannot be read where a conditional decides whether its layer runs; valid: mode '
-          "'eval', which runs every layer"
+          f'{path} cannot be read in this mode, because a conditional decides whether its layer runs; '
+          "valid: mode 'eval', which runs every layer"
         )
       module.sow(READ, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
     return value
 
 
 class _Replacer(_Matcher):
-  """Replaces activations, by the first pattern that their site matches."""
+  """Replaces activations by the first pattern that their site matches."""
 
   def act(
     self, module: nn.Module, name: str, path: str, value: jax.Array, branch: bool
@@ -174,5 +177,5 @@ class _Replacer(_Matcher):
 def _checked(path: str, old: jax.Array, new: jax.Array) -> jax.Array:
   kinds = [f'{a.dtype}{list(a.shape)}' for a in (new, old)]
   if kinds[0] != kinds[1]:
-    raise UserError(f'{path} is replaced by {kinds[0]}; valid: {kinds[1]}')
+    raise UserError(f'{path}: the replacement is {kinds[0]}; valid: {kinds[1]}')
   return new

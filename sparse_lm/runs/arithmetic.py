@@ -84,13 +84,13 @@ def attention_kernels(model: LM) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 @functools.lru_cache(maxsize=32)
 def _calls_of_training(model: LM) -> tuple[str, ...]:
-  """What `kernels.attention.unfused` says of each call of attention in a training step."""
+  """What `kernels.attention.why_unfused` says of each call of attention in a training step."""
   tokens = jax.ShapeDtypeStruct((1, model.spec.context), jnp.int32)
   key = jax.random.key(0)
   run = functools.partial(
     model.apply, mode='train', mutable=True, rngs={'dropout': key, 'gates': key}
   )
-  with attention.calls() as found:
+  with attention.collect_fused_refusals() as found:
     jax.eval_shape(run, plan_of(model).variables, tokens)
   return tuple(found)
 

@@ -42,7 +42,7 @@ def check_costs(config: ConfigDict) -> None:
   Which those are does not depend on the vocabulary, so this runs before any data is read.
   """
   model = lm.from_config(config, vocab=1)
-  for one in (model, lm.twin(model)):
+  for one in (model, lm.dense_twin(model)):
     plan_of(one)
 
 
@@ -75,7 +75,7 @@ def _check_floor(objective: Objective, target: Tree) -> None:
       f'{field} needs what the controller can move (fixed capacities and random gates have rates of '
       f'their own); valid: a learned gate or mask: {", ".join(_controlled(objective.model.spec))}'
     )
-  floor = cost.extremes(ledger, density)[0] / dense
+  floor = cost.flops_range(ledger, density)[0] / dense
   if objective.budget.target < floor:
     ungated = {
       path: m.flops * density.get(m.kernel, 1.0)

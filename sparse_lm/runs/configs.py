@@ -139,7 +139,7 @@ def _rules_of_file(config: ConfigDict) -> dict[str, ConfigDict]:
   """What a config file says of each slot's rules, which are set aside until the slots are complete."""
   given = {}
   for slot in slots.SLOTS:
-    if 'order' in slots.SHARED[slot] and isinstance(config.get(slot), ConfigDict):
+    if 'order' in slots.SLOT_KEYS[slot] and isinstance(config.get(slot), ConfigDict):
       given[slot] = ConfigDict(config[slot].get('rules', {}))
       config[slot].rules = ConfigDict()
   return given
@@ -158,7 +158,7 @@ def _add_rules(slot: str, node: ConfigDict, given: ConfigDict, overrides: Overri
     raise unknown(f'rule in {field}={tuple(node.order)}:', left[0], names)
   for name in names:
     own, group = given.get(name, ConfigDict()), f'{slot}.rules.{name}'
-    rule = ConfigDict({key: node[key] for key in slots.OF_RULE[slot] if key in node})
+    rule = ConfigDict({key: node[key] for key in slots.RULE_KEYS[slot] if key in node})
     if 'inner' in rule:
       rule.inner = _begun(node.inner, own.get('inner', ConfigDict()), f'{group}.inner', overrides)
     rule.update(_begun(node, own, group, overrides))
@@ -221,7 +221,7 @@ def ranges_of(config: ConfigDict) -> dict[str, ranges.Range]:
     own = ranges.of_fields(slots.method(slot, node.name, f'config.{group}.name'))
     found |= {f'{group}.{key}': range_ for key, range_ in own.items()}
     if _is_rule(group):  # a rule's own sparsity, say, is what the slot's is
-      shared = {key: ranges.BASE_FIELDS.get(f'{slot}.{key}') for key in slots.OF_RULE[slot]}
+      shared = {key: ranges.BASE_FIELDS.get(f'{slot}.{key}') for key in slots.RULE_KEYS[slot]}
       found |= {f'{group}.{key}': range_ for key, range_ in shared.items() if range_}
   return found
 
@@ -229,7 +229,7 @@ def ranges_of(config: ConfigDict) -> dict[str, ranges.Range]:
 def _methods(config: ConfigDict) -> Iterator[tuple[str, str, ConfigDict]]:
   """Slot, dotted name and contents of every group that names a method."""
   for slot in slots.SLOTS:
-    for key in slots.SHARED[slot]:
+    for key in slots.SLOT_KEYS[slot]:
       if not isinstance(config.get(slot), ConfigDict) or key not in config[slot]:
         raise _missing(f'{slot}.{key}')
     for group, node in slots.groups(slot, config):
@@ -275,7 +275,9 @@ def of_run(values: JsonObject, path: pathlib.Path) -> ConfigDict:
     for slot, group, node in _methods(config):
       own = slots.defaults(slot, node.name, f'config.{group}.name')
       if _is_rule(group):
-        own |= {key: config[slot].get(key, ('',)) for key in slots.OF_RULE[slot] if key != 'inner'}
+        own |= {
+          key: config[slot].get(key, ('',)) for key in slots.RULE_KEYS[slot] if key != 'inner'
+        }
       _check_types(config, {f'{group}.{key}': default for key, default in own.items()})
     check(config)
   except UserError as error:
@@ -288,7 +290,7 @@ def _shared_defaults() -> dict[str, FieldValue]:
 
   def shared(field: str) -> bool:
     slot, last = field.partition('.')[0], field.rpartition('.')[2]
-    return slot not in slots.SLOTS or last in slots.SHARED[slot]
+    return slot not in slots.SLOTS or last in slots.SLOT_KEYS[slot]
 
   return {field: value for field, value in flat(_read(str(BASE))).items() if shared(field)}
 
@@ -347,7 +349,7 @@ def _merge_defaults(config: ConfigDict, group: str, name: str, path: str) -> Non
   config.name = name
   for key in slots.fields(config):
     if key not in defaults:
-      valid = [*defaults, *(slots.OF_RULE if _is_rule(group) else slots.SHARED)[slot]]
+      valid = [*defaults, *(slots.RULE_KEYS if _is_rule(group) else slots.SLOT_KEYS)[slot]]
       raise unknown(f'field of method {name!r} in {path}: config.{group}', key, valid)
   with config.unlocked(), config.ignore_type():
     for key, value in defaults.items():

@@ -60,7 +60,7 @@ def report(
   else:
     kept = {path: int(jax.numpy.sum(mask)) for path, mask in tree.named(masks).items()}
   sizes = cost.sizes(params, kept)
-  twin = cost.sizes(plan_of(lm.twin(program.model)).params, {})
+  twin = cost.sizes(plan_of(lm.dense_twin(program.model)).params, {})
   density = {path: count / math.prod(shapes[path]) for path, count in kept.items()}
   active = observe.activity(observed or {})
   return {

@@ -13,7 +13,7 @@ from sparse_lm.core.tree import Tree
 from sparse_lm.kernels.cross_entropy import Losses, Readout, cross_entropy
 from sparse_lm.layers.after_step import UPDATES
 from sparse_lm.layers.progress import Progress
-from sparse_lm.layers.sow import SOWN, activity_of
+from sparse_lm.layers.sow import SOWN, gate_activity
 from sparse_lm.measure.observe import GATES
 from sparse_lm.model import lm
 from sparse_lm.model.lm import LM
@@ -99,7 +99,7 @@ class _Pass(NamedTuple):
 def observed(ledger: cost.Ledger, variables: Tree) -> Metrics:
   """What modules sowed into `stats`, and the fractions that gates, alone and nested, opened."""
   stats = tree.named(variables.get('stats', {}))
-  fractions = cost.fractions(ledger, activity_of(variables))
+  fractions = cost.open_fractions(ledger, gate_activity(variables))
   return stats | {f'{GATES}{path}': value for path, value in fractions.items()}
 
 
@@ -160,14 +160,14 @@ class Objective:
       mutable=[*SOWN, *model_state],
     )
     predicted, variables = forward(rngs={'dropout': key, 'gates': jax.random.fold_in(key, 1)})
-    exits = lm.exits(self.model, before, variables, readout=True)
+    exits = lm.exit_predictions(self.model, before, variables, readout=True)
     loss, losses, learned = self.learned(predicted, exits, batch)
     sampled = _Pass(losses.nats, variables)
     seen = observed(self.costs.ledger, variables)
     metrics = learned | {'density': mean_density(density, params)} | seen
     metrics['flops_pass'] = self.costs.training_pass(density)
     auxiliary = sum(jax.tree.leaves(variables.get('losses', {})), penalty)
-    activity = activity_of(variables)
+    activity = gate_activity(variables)
     if activity or self.method.traits.controlled:
       fraction = self.costs.fraction(charged_density, activity)
       metrics['flops_fraction'] = fraction

@@ -35,7 +35,7 @@ class PassCosts:
   @functools.cached_property
   def dense_ledger(self) -> cost.Ledger:
     """Every matmul of a forward pass of the dense twin."""
-    return plans.ledger(lm.twin(self.model), self.model.spec.context)
+    return plans.ledger(lm.dense_twin(self.model), self.model.spec.context)
 
   @functools.cached_property
   def dense(self) -> float:
@@ -56,7 +56,7 @@ class PassCosts:
   def forward_passes(self) -> float:
     """Forward passes of a training step; a part of one where a part is computed again."""
     # A sampled policy's baseline is a second forward pass, without draws.
-    return 1 + lm.samples(self.model) + plans.recomputed(self.model, self.model.spec.context)
+    return 1 + lm.has_policy(self.model) + plans.recomputed(self.model, self.model.spec.context)
 
   def training_pass(self, density: Tree) -> float | Array:
     """FLOPs of a training step's forward pass, kernels at the `density` of that step.
@@ -81,5 +81,5 @@ class PassCosts:
 
   def fraction(self, density: Tree, activity: dict[str, Array]) -> Array:
     """Forward FLOPs over the dense twin's: kernels at `density`, gates as they sowed `activity`."""
-    measured = cost.fractions(self.ledger, activity)
+    measured = cost.open_fractions(self.ledger, activity)
     return cost.forward_flops(self.ledger, tree.named(density), measured) / self.dense

@@ -199,7 +199,7 @@ def test_a_model_that_no_memory_holds_is_refused_before_anything_is_compiled(tin
 
 def test_a_width_of_many_divisors_is_answered_at_once(tiny_config):
   begin = time.perf_counter()
-  with pytest.raises(UserError, match=r"heads=7 doesn't divide .*width=1048576; valid: 1, 2, 4"):
+  with pytest.raises(UserError, match=r'heads=7 does not divide .*width=1048576; valid: 1, 2, 4'):
     build(tiny_config(model__width=2**20, model__heads=7), 256)
   assert time.perf_counter() - begin < 5
 

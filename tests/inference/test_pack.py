@@ -300,9 +300,9 @@ def test_the_dense_twin_is_the_model_without_sparsity(case):
   # 32 inputs and 64 units.
   assert layouts['block_0/mlp/up/kernel'] == 'dense_in_out'
   assert layouts['block_0/mlp/down/kernel'] == 'dense_out_in'
-  assert twin.model == lm.twin(model) and not twin.removed
+  assert twin.model == lm.dense_twin(model) and not twin.removed
   dense_bytes = sum(
-    np.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(plan_of(lm.twin(model)).params)
+    np.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(plan_of(lm.dense_twin(model)).params)
   )
   assert pack.weights(twin.variables) == dense_bytes
 

@@ -1,4 +1,4 @@
-"""Several tokens that go on behind a prefix, and tokens that are taken back from a cache."""
+"""Several tokens that continue a prefix at once, and tokens that are removed from a cache again."""
 
 import functools
 
@@ -141,7 +141,9 @@ def test_a_window_is_kept_whole_under_tokens_that_are_taken_back(decoder_of):
   decoder = decoder_of('window 5')
   _, cache, place_B = decoder.begin([np.ones(7, np.int32)] * BATCH)
   count = cache['block_0']['attention'][POSITION].shape[1] - 5
-  with pytest.raises(ValueError, match=f'{count + 1} tokens go on; .* made for {count} at most'):
+  with pytest.raises(
+    ValueError, match=f'{count + 1} tokens continue a sequence; .* at most {count}'
+  ):
     at = after(place_B, count + 1)
     step(decoder)(decoder.variables, cache, np.ones_like(at), at)
   shape = decoder.cache(BATCH, count + 1)['block_0']['attention'][POSITION].shape

@@ -166,7 +166,9 @@ def test_what_cannot_speculate_is_named(decoder_of, method, tiny_config):
     SelfSpeculation(Decoder(bigrams, {}))
   method('stack', 'carries', CARRIES)
   model = lm.from_config(tiny_config(model__layers=2, stack__name='carries'), VOCAB)
-  with pytest.raises(UserError, match=r"config.stack.name='carries' carries more than .* in parts"):
+  with pytest.raises(
+    UserError, match=r"config.stack.name='carries' passes more than .* in two parts"
+  ):
     SelfSpeculation(Decoder(model, {}))
 
 

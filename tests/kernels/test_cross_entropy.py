@@ -88,7 +88,7 @@ def with_gradients(own, targets, teacher, weights, temperature, plain=False):
 
   def loss(hidden, head, weights):
     read = Readout(hidden, head, own.tokens_BxL)
-    read = kernel.whole(read) if plain else read
+    read = kernel.all_logits(read) if plain else read
     value, losses = cross_entropy(read, targets, teacher, weights, temperature)
     return 8 * value, losses
 
@@ -146,18 +146,18 @@ def test_losses_and_gradients_are_those_of_all_logits_at_once(case):
 @settings(deadline=None, max_examples=100)
 def test_chunks_stay_below_the_limit_and_are_not_many_more_than_needed(tokens, vocab, most):
   with chunks_of(most, vocab):
-    rows = kernel.rows_of(tokens, vocab)
+    rows = kernel.chunk_rows(tokens, vocab)
   needed = -(-tokens // most)
   assert 1 <= rows <= most and -(-tokens // rows) < 2 * needed
   assert tokens % rows == 0 or not any(tokens % n == 0 for n in range(needed, 2 * needed))
 
 
 def test_large_vocabularies_fill_a_gpus_matmuls_and_small_models_need_no_loop(monkeypatch):
-  assert kernel.rows_of(3, 2**40) == 1
-  assert kernel.rows_of(2048, 8192) == 256  # 8 MB
+  assert kernel.chunk_rows(3, 2**40) == 1
+  assert kernel.chunk_rows(2048, 8192) == 256  # 8 MB
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-  assert kernel.rows_of(16 * 1024, 50_304) == 4096
-  assert kernel.rows_of(64 * 256, 65) == 64 * 256
+  assert kernel.chunk_rows(16 * 1024, 50_304) == 4096
+  assert kernel.chunk_rows(64 * 256, 65) == 64 * 256
 
 
 def test_bfloat16_is_rounded_in_products_and_not_in_sums():
@@ -216,7 +216,7 @@ def test_losses_of_single_tokens_have_no_gradient_and_logits_may_be_given():
 
   def beside(hidden, whole):
     read = own._replace(hidden_BxLxD=hidden)
-    return cross_entropy(kernel.whole(read) if whole else read, targets)[1].nats.sum()
+    return cross_entropy(kernel.all_logits(read) if whole else read, targets)[1].nats.sum()
 
   jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-5, atol=1e-6), chunked, plain)
   for whole in (False, True):

@@ -16,9 +16,9 @@ from sparse_lm.kernels.attention import (
   KeyValues,
   Mask,
   attention,
-  reads_of,
+  mask_array,
   softmax,
-  unfused,
+  why_unfused,
 )
 
 B, S, H, G, K = 2, 12, 4, 2, 8
@@ -50,9 +50,9 @@ def test_the_fused_kernel_is_told_what_the_mask_means(window, groups):
 )
 def test_whole_sequences_have_the_mask_of_one(static):
   _, places, keys = drawn()
-  found = reads_of(Mask(**static), places, keys)
+  found = mask_array(Mask(**static), places, keys)
   assert found.shape == (1, 1, 1, S, S)
-  want = reads_of(Mask(**static), places, keys.replace(whole=False))
+  want = mask_array(Mask(**static), places, keys.replace(whole=False))
   assert_array_equal(np.broadcast_to(found, want.shape), want)
 
 
@@ -89,9 +89,9 @@ CALLS = {
   'documents': ('another mask', {}, {'documents': Documents(*np.zeros((2, B, S), 'i'))}, {}),
   'not whole': ('tokens are left out', {}, {}, {'whole': False}),
   'float32': ('config.model.precision is float32', {}, {}, {'dtype': 'float32'}),
-  'odd width': ('8, 16, 24, ... 128 wide, and these are 12', {}, {}, {'width': 12}),
-  'odd length': ('an even number of tokens, and config.data.context is 11', {}, {}, {'length': 11}),
-  'wide': ('8, 16, 24, ... 128 wide, and these are 136', {}, {}, {'width': 136}),
+  'odd width': ('8, 16, 24, ... 128, but these have width 12', {}, {}, {'width': 12}),
+  'odd length': ('an even number of tokens, but config.data.context is 11', {}, {}, {'length': 11}),
+  'wide': ('8, 16, 24, ... 128, but these have width 136', {}, {}, {'width': 136}),
 }
 
 
@@ -99,9 +99,9 @@ CALLS = {
 def test_what_the_fused_kernel_cannot_do_runs_as_einsums(name, on_nvidia):
   reason, more, mask, arrays = CALLS[name]
   q, places, keys = drawn(**{'dtype': 'bfloat16', **arrays})
-  assert reason in unfused(q, places, keys, Mask(**mask), **more)
+  assert reason in why_unfused(q, places, keys, Mask(**mask), **more)
   on_nvidia(9, 0)
-  with kernel.calls() as found:
+  with kernel.collect_fused_refusals() as found:
     # On a CPU cuDNN's call could not be run.
     attention(q, places, keys, Mask(**mask), **more, kernel='cudnn')
   assert len(found) == 1 and reason in found[0]
@@ -109,8 +109,8 @@ def test_what_the_fused_kernel_cannot_do_runs_as_einsums(name, on_nvidia):
 
 def test_other_positions_may_say_anything():
   q, places, keys = drawn('bfloat16')
-  assert not unfused(q, places, keys, Mask())
-  assert 'tokens are left out' in unfused(q, places + 1, keys, Mask())
+  assert not why_unfused(q, places, keys, Mask())
+  assert 'tokens are left out' in why_unfused(q, places + 1, keys, Mask())
 
 
 def lowered(choice, batched=False):

@@ -9,8 +9,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from sparse_lm.kernels.grouped_matmul import (
   copied_flops,
+  gather_groups,
   grouped_matmul,
-  of_blocks,
   one_by_one,
   selection_flops,
 )
@@ -62,9 +62,9 @@ def test_many_blocks_of_many_groups_are_a_loop_whose_branches_are_compiled_once(
 
 def test_a_block_gets_the_part_of_its_group_and_zeros_where_it_has_none():
   _, kernel, _ = drawn(2)
-  found = of_blocks(kernel, np.array([2, E, 0]))
+  found = gather_groups(kernel, np.array([2, E, 0]))
   assert_allclose(found, np.stack([kernel[2], np.zeros((I, F)), kernel[0]]), rtol=1e-6)
-  assert_array_equal(of_blocks(kernel, None), kernel)
+  assert_array_equal(gather_groups(kernel, None), kernel)
 
 
 @pytest.mark.parametrize('rows', [1, P])
@@ -75,7 +75,7 @@ def test_flops_beside_the_rows_are_those_of_the_traced_program(rows, grouped):
   jaxpr = jax.make_jaxpr(lambda x: grouped_matmul(x, kernel, groups))(x).jaxpr
   products = 2 * len(x) * rows * I * F
   assert executed.count(jaxpr).flops == products + copied_flops(x, kernel, groups)
-  jaxpr = jax.make_jaxpr(lambda kernel: of_blocks(kernel, groups))(kernel).jaxpr
+  jaxpr = jax.make_jaxpr(lambda kernel: gather_groups(kernel, groups))(kernel).jaxpr
   assert executed.count(jaxpr).flops == selection_flops(kernel, groups)
   assert (copied_flops(x, kernel, groups) > 0) == (grouped and rows > 1)
 

@@ -16,7 +16,7 @@ from sparse_lm.kernels.attention import (
   Mask,
   attention,
   computed_keys,
-  reads_of,
+  mask_array,
 )
 from sparse_lm.plan import executed
 
@@ -86,7 +86,7 @@ def test_a_mask_reads_what_its_parts_all_allow(seed, static, documents, blocks):
   given_parts = {'documents': of_documents} if documents else {}
   given_parts |= {'blocks': of_blocks} if blocks else {}
   mask = Mask(**static, **given_parts)
-  found = by_head(np.asarray(reads_of(mask, positions, keys)))
+  found = by_head(np.asarray(mask_array(mask, positions, keys)))
   assert_array_equal(found, reads_by_loop(mask, positions, keys))
 
 
@@ -94,7 +94,7 @@ def test_a_mask_reads_what_its_parts_all_allow(seed, static, documents, blocks):
 def test_the_count_of_keys_is_that_of_the_mask(static):
   mask, places = Mask(**static), np.arange(S, dtype='i')[None]
   keys = KeyValues(None, None, places, np.ones((1, S), bool))
-  reads = np.asarray(reads_of(mask, places, keys)).reshape(S, S)
+  reads = np.asarray(mask_array(mask, places, keys)).reshape(S, S)
   assert [mask.count(place, S) for place in range(S)] == reads.sum(-1).tolist()
 
 
@@ -103,10 +103,10 @@ def test_the_count_of_keys_is_that_of_the_mask(static):
 def test_the_count_of_keys_is_that_of_the_best_blocks_and_the_own_one(static, most):
   size = 4  # does not divide S
   mask, places = Mask(**static), np.arange(S, dtype='i')[None]
-  reads = reads_of(mask, places, KeyValues(None, None, places, np.ones((1, S), bool)))
+  reads = mask_array(mask, places, KeyValues(None, None, places, np.ones((1, S), bool)))
   # How many keys of each block a query may read.
   of_blocks = np.add.reduceat(np.asarray(reads).reshape(S, S), range(0, S, size), axis=1)
-  mask = mask.replace(blocks=Blocks(None, size, most))
+  mask = mask.replace(blocks=Blocks(None, size, max_blocks=most))
   for place in range(S):
     own = of_blocks[place, place // size]
     others = np.sort(np.delete(of_blocks[place], place // size))[::-1]

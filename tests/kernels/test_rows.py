@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.testing import assert_allclose, assert_array_equal
 
-from sparse_lm.kernels.rows import places_of, take_rows, take_rows_of_each
+from sparse_lm.kernels.rows import inverse_index, take_rows, take_rows_of_each
 
 
 def test_rows_are_taken_and_their_gradients_go_back_where_they_came_from():
@@ -25,7 +25,7 @@ def test_rows_of_each_sequence_go_there_and_back():
   draw, sequences, rows = np.random.default_rng(1), 3, 6
   x = draw.normal(size=(sequences, rows, 2)).astype('f')
   index = np.stack([draw.permutation(rows)[:4] for _ in range(sequences)]).astype('i')
-  place = places_of(index, rows)
+  place = inverse_index(index, rows)
   want = [[list(one).index(row) if row in one else 4 for row in range(rows)] for one in index]
   assert_array_equal(place, want)
   taken = take_rows_of_each(x, index, place)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_lm.kernels.topk import compact, top, topk_mask
+from sparse_lm.kernels.topk import top, topk_mask, true_indices
 
 SHAPES = [(1,), (7,), (32,), (5, 8), (1, 9), (9, 1), (2, 3, 4)]
 # Few values, so that most selections have to break ties; the ends of float32 are among them.
@@ -118,7 +118,7 @@ def test_the_best_of_each_row_in_order():
 )
 def test_compact_lists_what_a_mask_holds(seed, size, share, first):
   mask = np.random.default_rng(seed).random(size) < share
-  found = np.asarray(compact(mask, size, first))
+  found = np.asarray(true_indices(mask, size, first))
   held = np.flatnonzero(mask)[first:]
   assert found[: len(held)].tolist() == held.tolist()
   assert ((found >= 0) & (found < size)).all()

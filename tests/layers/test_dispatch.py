@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
-from sparse_lm.layers.dispatch import EXECUTORS, Plan, combine, dispatch, plan
+from sparse_lm.layers.dispatch import EXECUTORS, SlotPlan, assign_slots, combine, dispatch
 
 WIDTH = 3
 
@@ -32,7 +32,9 @@ DROPLESS = [Case(9, 2, 3, None, block) for block in (1, 4, 64)] + [Case(7, 3, 4,
 
 @functools.cache
 def planned(case):
-  run = jax.jit(lambda expert_TxJ: plan(expert_TxJ, case.experts, case.capacity, case.block))
+  run = jax.jit(
+    lambda expert_TxJ: assign_slots(expert_TxJ, case.experts, case.capacity, case.block)
+  )
   return lambda expert_TxJ: jax.device_get(run(expert_TxJ))
 
 
@@ -124,7 +126,7 @@ def moved(case, executor):
   """`dispatch` and `combine` with their pullbacks."""
 
   def run(expert_TxJ, x_TxD, y_SxD, weight_TxJ, gradients):
-    got = plan(expert_TxJ, case.experts, case.capacity, case.block)
+    got = assign_slots(expert_TxJ, case.experts, case.capacity, case.block)
     y_NxPxD = y_SxD.reshape(got.blocks, -1, WIDTH)
     rows, dispatch_vjp = jax.vjp(lambda x: dispatch(x, got, executor), x_TxD)
     out, combine_vjp = jax.vjp(lambda y, w: combine(y, got, w, executor), y_NxPxD, weight_TxJ)
@@ -135,7 +137,7 @@ def moved(case, executor):
   return jax.jit(run)
 
 
-def moved_by_loop(got: Plan, x, y, weight, gradients):
+def moved_by_loop(got: SlotPlan, x, y, weight, gradients):
   """The same in NumPy, slot by slot."""
   pairs = pair_in_slot(got, weight.shape[1])
   rows, to_x, out = np.zeros_like(y), np.zeros_like(x), np.zeros_like(x)
@@ -184,7 +186,7 @@ def mixture(case, executor):
   """Linear experts between dispatch and combine: `[T, D]`."""
 
   def run(expert_TxJ, x_TxD, weight_TxJ, kernel_ExDxD):
-    got = plan(expert_TxJ, case.experts, case.capacity, case.block)
+    got = assign_slots(expert_TxJ, case.experts, case.capacity, case.block)
     x_NxPxD = dispatch(x_TxD, got, executor)
     own_NxDxD = kernel_ExDxD if got.expert_N is None else kernel_ExDxD[got.expert_N]
     y_NxPxD = jnp.einsum('npi,nio->npo', x_NxPxD, own_NxDxD)

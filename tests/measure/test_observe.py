@@ -91,7 +91,7 @@ def test_a_gated_layer_costs_as_much_as_its_gate_is_open():
   assert cost.forward_flops(ledger, {}, active) == pytest.approx(want)
   want = HEAD + routers + 0.25 * BLOCK + BLOCK  # what was not measured may run as a whole
   assert cost.forward_flops(ledger, {}, {'depth_0': 0.25}) == pytest.approx(want)
-  assert cost.extremes(ledger, {}) == pytest.approx((HEAD + routers, HEAD + routers + 2 * BLOCK))
+  assert cost.flops_range(ledger, {}) == pytest.approx((HEAD + routers, HEAD + routers + 2 * BLOCK))
 
 
 def test_a_layers_gate_needs_no_router():
@@ -120,7 +120,7 @@ def test_without_a_measurement_a_gate_lets_through_what_is_planned(
   assert measured == pytest.approx(ungated + 0.625 * BLOCK)
   # A controller moves learned gates alone.
   closed = ungated + (0 if controlled else LAYERS * planned * BLOCK)
-  assert cost.extremes(ledger, {})[0] == pytest.approx(closed)
+  assert cost.flops_range(ledger, {})[0] == pytest.approx(closed)
 
 
 def test_a_gate_inside_a_gate_multiplies_with_it():
@@ -153,7 +153,7 @@ def test_nested_gates_cost_the_joint_fraction_of_each_token():
   enters, heads = draw.integers(0, 2, (3, LENGTH)), draw.integers(0, HEADS + 1, (3, LENGTH)) / HEADS
   heads = heads * enters
   sown = {'depth_0': enters, 'block_0/attention/attention': heads, 'depth_1': np.ones((3, 1))}
-  found = cost.fractions(ledger, {path: jnp.float32(a) for path, a in sown.items()})
+  found = cost.open_fractions(ledger, {path: jnp.float32(a) for path, a in sown.items()})
   joint = sum(enters[at] * heads[at] for at in np.ndindex(3, LENGTH)) / (3 * LENGTH)
   assert joint > 1.4 * enters.mean() * heads.mean()
   assert found['depth_0&block_0/attention/attention'] == pytest.approx(joint)

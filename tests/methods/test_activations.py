@@ -265,7 +265,7 @@ def test_the_down_projection_costs_what_is_active_and_the_others_all(name, mlp, 
   for fraction in (0.25, 0.05):
     flops = cost.forward_flops(notes, {}, {GATE: fraction} if fraction < 0.25 else {})
     assert flops == pytest.approx(matrix * (others + fraction))
-  assert cost.forward_flops(ledger_of(lm.twin(model)), {}) == pytest.approx(matrix * whole)
+  assert cost.forward_flops(ledger_of(lm.dense_twin(model)), {}) == pytest.approx(matrix * whole)
   # What is measured replaces what is planned, and is found under the gate's path.
   rng = np.random.default_rng(8)
   shapes = plan_of(model).params
@@ -275,7 +275,7 @@ def test_the_down_projection_costs_what_is_active_and_the_others_all(name, mlp, 
   sown = run(params, tokens)
   (selected,) = (value for path, value in tree.named(sown['gates']).items())
   assert selected.shape == tokens.shape
-  active = cost.fractions(notes, {GATE: selected})[GATE]
+  active = cost.open_fractions(notes, {GATE: selected})[GATE]
   assert active == 0.25 if name == 'topk' else 0.01 < active < 0.4
   # A selected unit may be zero all the same: that is observed, and nothing follows from it.
   assert sown['stats']['block_0']['mlp']['active'] <= active
@@ -300,4 +300,4 @@ def test_rectifiers_zeros_are_observed_and_claimed_nowhere(name):
   model = lm.from_config(config_of(activation={'name': name}), VOCAB)
   notes = ledger_of(model)
   assert len(notes) == 2 and not any(matmul.gates for matmul in notes.values())
-  assert lm.twin(model) == model
+  assert lm.dense_twin(model) == model

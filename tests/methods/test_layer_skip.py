@@ -114,7 +114,7 @@ def test_the_loss_is_the_weighted_mean_of_layers_by_hand(run):
 
 def test_without_dropout_every_mode_is_a_plain_stack_to_the_bit(run):
   model = run.program.model
-  plain = model.clone(stack=lm.twin(model).stack)
+  plain = model.clone(stack=lm.dense_twin(model).stack)
   assert plain.stack.name == 'sequential'
   tokens = jax.random.randint(jax.random.key(2), (2, 16), 0, model.spec.vocab)
   params = run.program.init(0, run.target).trainable['params']
@@ -128,7 +128,7 @@ def test_without_dropout_every_mode_is_a_plain_stack_to_the_bit(run):
 
 def test_training_is_charged_a_head_for_each_exit(run):
   model = run.program.model
-  plain = model.clone(stack=lm.twin(model).stack)
+  plain = model.clone(stack=lm.dense_twin(model).stack)
   ledgers = [plans.ledger(m, model.spec.context, 'train') for m in (model, plain)]
   head = 'embed/head/linear'
   assert ledgers[0][head].flops == 3 * ledgers[1][head].flops

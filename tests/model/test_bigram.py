@@ -55,5 +55,5 @@ def test_it_is_pruned_only_where_a_config_leaves_it_to_the_method(tiny_config):
 
 def test_embeddings_in_place_of_tokens_are_refused(models):
   model, _, params = models
-  with pytest.raises(UserError, match='the table of bigrams is indexed by tokens'):
+  with pytest.raises(UserError, match='the bigram table needs tokens'):
     model.apply({'params': params}, embeddings_BxLxD=np.zeros((1, 4, 16), 'f'))

@@ -244,14 +244,17 @@ def test_a_site_method_of_one_layer_keeps_layers_single(tiny_config):
 @pytest.mark.parametrize(
   ('fields', 'reason'),
   [
-    ({'stack__name': 'layer_skip'}, "config.stack.name='layer_skip' trains layer by layer"),
+    (
+      {'stack__name': 'layer_skip'},
+      "config.stack.name='layer_skip' cannot train with scanned layers",
+    ),
     (
       {'site__name': 'abs_topk', 'site__where': ('block_1/mlp/hidden',)},
-      r"config.site.where=\('block_1/mlp/hidden',\) tells layers apart",
+      r"config.site.where=\('block_1/mlp/hidden',\) acts on some layers only",
     ),
     (
       {'model__layers': 1},
-      r'no group of the 1 layers \(config.model.layers\) is followed by an equal',
+      r'no consecutive layers of the 1 \(config.model.layers\) are equal',
     ),
   ],
 )

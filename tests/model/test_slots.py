@@ -115,7 +115,7 @@ def test_the_first_rule_that_holds_a_layer_counts_and_the_fallback_holds_the_res
   ]
   assert found[4].group == 'config.attention.rules.far'
   assert slot.notes(6) == [
-    'config.attention.rules.far: rules before it hold layers 2',
+    'config.attention.rules.far: earlier rules already cover layers 2',
     "config.attention: no rule names layers 3, 5, which run 'full'",
   ]
   assert loaded('attention', name='head_gate', layers='1:').notes(6) == []
@@ -135,7 +135,7 @@ def test_a_rule_begins_with_what_the_slot_says():
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
-    ({'order': "('a', 'b')"}, r"^config\.mlp\.rules\.b\.layers=':': rules before it .*0, 1, 2"),
+    ({'order': "('a', 'b')"}, r"^config\.mlp\.rules\.b\.layers=':': earlier rules .*0, 1, 2"),
     ({'order': "('a', 'a')"}, r'^config\.mlp\.order='),
     ({'order': "('a',)", 'rules__b__layers': ':'}, r"config\.mlp\.rules\.b\.layers'"),
     ({'order': "('a',)", 'rules__a__layers': '9:'}, r"^config\.mlp\.rules\.a\.layers='9:'"),

@@ -135,7 +135,7 @@ def test_a_stack_carries_which_tokens_have_left(method, tiny_config):
   gates = {path: [gate.path for gate in matmul.gates] for path, matmul in ledger.items()}
   assert all(found == ['stack'] for path, found in gates.items() if path.startswith('block_'))
   assert not executed.differences(ledger, plans.traced(model, LENGTH)).get(executed.NO_REASON)
-  assert lm.twin(model).stack.name == 'sequential'
+  assert lm.dense_twin(model).stack.name == 'sequential'
 
 
 def test_embeddings_enter_in_place_of_tokens(tiny_config):
@@ -151,5 +151,5 @@ def test_embeddings_enter_in_place_of_tokens(tiny_config):
     assert np.abs(moved - before)[:, 3:].max() > 1e-3
     assert_allclose(moved[:, :3], before[:, :3], rtol=1e-5, atol=1e-5)
   for given in ({}, {'tokens_BxL': tokens, 'embeddings_BxLxD': embeddings}):
-    with pytest.raises(ValueError, match='either tokens_BxL or embeddings_BxLxD'):
+    with pytest.raises(ValueError, match='exactly one of tokens_BxL'):
       model.apply(variables, **given)

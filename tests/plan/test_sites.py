@@ -228,7 +228,7 @@ def test_a_replacement_of_another_shape_or_type_is_refused(model, params):
     (lambda x: x[..., :3], r'float32\[2, 16, 3\]'),
     (lambda x: x.astype(jnp.bfloat16), r'bfloat16\[2, 16, 24\]'),
   ):
-    with pytest.raises(UserError, match=rf'by {found}; valid: float32\[2, 16, 24\]'):
+    with pytest.raises(UserError, match=rf'is {found}; valid: float32\[2, 16, 24\]'):
       run(model, params, replace={'block_0/mlp/hidden': function})
 
 

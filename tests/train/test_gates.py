@@ -226,7 +226,7 @@ def test_which_gates_random_ones_open_does_not_depend_on_their_router(tiny_confi
 
 def test_a_gate_refuses_an_estimator_that_it_cannot_take(tiny_config):
   class Narrow(TokenGate, kw_only=True):
-    takes = ('soft', 'straight_through')
+    estimators = ('soft', 'straight_through')
 
   spec = setup(tiny_config()).program.model.spec
   Narrow(spec, estimator='soft').check()

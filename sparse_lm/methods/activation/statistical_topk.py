@@ -44,5 +44,5 @@ class StatisticalTopK(LayerMethod):
     """`[..., F]` to `[..., F]`."""
     if self.density < 1:
       h = jnp.maximum(h - gaussian_threshold(h, self.density).astype(h.dtype), 0)
-      sow.selected(self, h > 0, mode)
+      sow.sow_selected(self, h > 0, mode)
     return self.inner()(h, mode)

@@ -41,5 +41,5 @@ class TopK(LayerMethod):
       return self.inner()(h, mode)
     k = max(1, round(self.density * h.shape[-1]))
     mask = topk_rows(jax.lax.stop_gradient(h), k)
-    sow.selected(self, mask, mode)
+    sow.sow_selected(self, mask, mode)
     return jnp.where(mask, self.inner()(h, mode), 0)

@@ -10,7 +10,7 @@ from sparse_lm.core.ranges import ranged
 from sparse_lm.kernels import blocks
 from sparse_lm.kernels.attention import Blocks, KeyValues, Mask
 from sparse_lm.kernels.topk import top, topk_rows
-from sparse_lm.layers.attention import AttentionLayer, MaskedAttention, note
+from sparse_lm.layers.attention import AttentionLayer, MaskedAttention, charge_attention
 from sparse_lm.layers.method import Traits
 from sparse_lm.layers.tokens import Tokens
 from sparse_lm.plan import record
@@ -86,7 +86,7 @@ class MoBA(MaskedAttention):
     b, _, h, _ = q_Bx1xHxK.shape
     chosen_BxHxN = chosen_BxGxRx1xN.reshape(b, h, -1)
     read = chosen_BxHxN.shape[-1] * self.block
-    q_Bx1xHxK = note(q_Bx1xHxK, self.path, read, Mask())
+    q_Bx1xHxK = charge_attention(q_Bx1xHxK, self.path, read, Mask())
     for kind, held in (('keys', keys.k), ('values', keys.v)):
       nbytes = q_Bx1xHxK.size * read * held.dtype.itemsize
       q_Bx1xHxK = record.read(q_Bx1xHxK, self.path, kind, nbytes)

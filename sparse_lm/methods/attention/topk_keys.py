@@ -35,7 +35,7 @@ class TopKKeys(MaskedAttention):
     require(self.k <= self.spec.context, 'config.attention.k', self.k, valid)
 
   @property
-  def most(self) -> int:
+  def max_keys(self) -> int:
     """The number of keys whose values a query reads."""
     return self.k
 

@@ -7,7 +7,7 @@ from flax import linen as nn
 
 from sparse_lm.core.errors import require
 from sparse_lm.core.ranges import ranged
-from sparse_lm.kernels.rows import places_of
+from sparse_lm.kernels.rows import inverse_index
 from sparse_lm.kernels.topk import top
 from sparse_lm.layers.gate import normalised
 from sparse_lm.layers.method import LayerMethod, Traits
@@ -90,7 +90,7 @@ class MixtureOfDepths(LayerMethod):
     _, best_BxC = top(jax.lax.stop_gradient(scores_BxL), self._entering(length))
     index_BxC = jnp.sort(best_BxC, axis=1)
     # Padding of a short sequence may be chosen, but does not enter.
-    chosen_BxL = places_of(index_BxC, length) < index_BxC.shape[1]
+    chosen_BxL = inverse_index(index_BxC, length) < index_BxC.shape[1]
     enters_BxL = (chosen_BxL & valid_BxL).astype(jnp.float32)
     surprise_BxL = optax.sigmoid_binary_cross_entropy(likely_BxL, enters_BxL)
     sow(self, 'losses', 'predictor', jnp.mean(surprise_BxL, where=valid_BxL))

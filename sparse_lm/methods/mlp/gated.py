@@ -8,7 +8,7 @@ from flax import linen as nn
 from sparse_lm.layers.active import project, selects
 from sparse_lm.layers.linear import Linear, fused_projections
 from sparse_lm.layers.method import LayerMethod, Traits
-from sparse_lm.layers.sow import hidden_units
+from sparse_lm.layers.sow import observe_hidden_units
 from sparse_lm.layers.spec import Spec
 from sparse_lm.plan import record
 
@@ -39,6 +39,6 @@ class Gated(LayerMethod):
     units = {'gate': self.spec.hidden, 'up': self.spec.hidden}
     gate_BxLxF, up_BxLxF = fused_projections(self, self.spec, x_BxLxD, units)
     h_BxLxF = record.site(self, 'hidden', activation(gate_BxLxF, mode) * up_BxLxF)
-    with hidden_units(self, activation, h_BxLxF, mode):
+    with observe_hidden_units(self, activation, h_BxLxF, mode):
       down = Linear(self.spec, self.spec.width, role='out', name='down')
       return project(down, h_BxLxF, activation, mode)

@@ -96,7 +96,7 @@ class MoEBalanced(SharedMixture):
     if self.normalise:
       weight_TxK /= jnp.maximum(jnp.sum(weight_TxK, axis=-1, keepdims=True), 1e-20)
     if mode == 'train':
-      load_E = dispatch.load(expert_TxK, self.count)
+      load_E = dispatch.expert_load(expert_TxK, self.count)
       after_step(self, 'router', 'bias', load_E, _TowardMean(self.rate))
     probability_TxE = score_TxE / jnp.maximum(jnp.sum(score_TxE, axis=-1, keepdims=True), 1e-20)
     return Routing(expert_TxK, weight_TxK, probability_TxE, float(visits))

@@ -91,7 +91,7 @@ class MoETopK(MixtureOfExperts):
     if mode == 'train':
       square = jnp.mean(jnp.square(jax.nn.logsumexp(logits_TxE, axis=-1)))
       sow(self, 'losses', 'z', self.z * square)
-      self._balance(dispatch.load(expert_TxK, self.experts), probability_TxE)
+      self._balance(dispatch.expert_load(expert_TxK, self.experts), probability_TxE)
     capacity = self._capacity(expert_TxK, mode)
     return Routing(expert_TxK, weight_TxK, probability_TxE, float(self.k), capacity)
 

@@ -12,7 +12,7 @@ from sparse_lm.kernels.topk import gaussian_threshold, topk_rows
 from sparse_lm.layers.active import up_and_down
 from sparse_lm.layers.linear import Linear
 from sparse_lm.layers.method import LayerMethod, Traits
-from sparse_lm.layers.sow import hidden_units, sow
+from sparse_lm.layers.sow import observe_hidden_units, sow
 from sparse_lm.layers.spec import Spec
 from sparse_lm.plan import record
 from sparse_lm.plan.cost import Gating
@@ -78,7 +78,7 @@ class PredictorTopK(LayerMethod):
       return gathered
     with record.gated(self.path, self.traits.gating):
       h_BxLxF = record.site(self, 'hidden', gate_BxLxF * up(read_BxLxD))
-      with hidden_units(self, None, h_BxLxF, mode):
+      with observe_hidden_units(self, None, h_BxLxF, mode):
         return down(h_BxLxF)
 
   def _select(
