@@ -2,11 +2,10 @@
 
 Command:  python -m sparse_lm.train --config=configs/shakespeare_char_gpu.py --workdir=results/gpu
           --config.data.path=<folder>/tiny_shakespeare.txt
-Time:     10.5 ms a step on one H100 (jax 0.11.2, bfloat16), some 15 s before the first one. Meant for a
-          GPU: on 2 CPU cores its 1.2 TFLOP a step would take some 13 s each.
-Expected: validation loss 1.4560 nats per character at step 1750, the lowest of the 1,919 steps that were
-          run there. It then overfits: 1.693 at step 5000 in an older run on one H200. nanoGPT's own
-          figure for its best checkpoint is 1.4697.
+Time:     91 s on one H100 (jax 0.11.2, bfloat16), 10.5 ms a step. Meant for a GPU: on 2 CPU cores its
+          1.2 TFLOP a step would take some 13 s each.
+Expected: lowest validation loss 1.447 nats per character, near step 2000; nanoGPT reports 1.4697 for its
+          best checkpoint. It then overfits: 1.710 at step 5000.
 Source:   github.com/karpathy/nanoGPT, config/train_shakespeare_char.py.
 """
 

@@ -26,6 +26,8 @@ BENCH = Bench('configs/base.py', SIZE, 50304, 5, 9, 8192, 2_000_000_000)
 CONFIGS = ROOT / 'configs'
 # Configs of other models, or of runs that start from other ones.
 LEFT_OUT = ('base', 'tiny', 'ablation', 'fine_tune')
+# At this vocabulary the head alone takes 0.53 of the FLOPs, more than the budgets of these configs.
+EASED = {name: {'budget.target': 0.8} for name in ('hybrid', 'l0')}
 GPU_SETTING = 'configs/shakespeare_char_gpu.py'
 DECODED = ('dense', 'shrink: half of the neurons and heads', 'blocks of 128, 90 %')
 
@@ -44,7 +46,7 @@ def runs() -> list[Run]:
       )
       for model in DECODED
     ),
-    *(BENCH.step_run(name, {}, f'configs/{name}.py') for name in method_configs()),
+    *(BENCH.step_run(name, EASED.get(name, {}), f'configs/{name}.py') for name in method_configs()),
   ]
 
 

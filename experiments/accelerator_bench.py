@@ -6,6 +6,7 @@ gets a line with `failed` and a `message`, and the rows after it are measured. P
 in processes of their own.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -27,6 +28,7 @@ from experiments.sweep import Overrides, Run
 from experiments.train_step_speed import updates_per_step
 from experiments.twin_process import BESIDE, ROOT, NoTwin
 from sparse_lm.core import tree
+from sparse_lm.core.errors import UserError
 from sparse_lm.core.records import JsonObject
 from sparse_lm.core.tree import Tree
 from sparse_lm.layers.spec import precision_here
@@ -166,15 +168,14 @@ class Bench:
     """Traces the dense step and those of the rows that the study of a run's workdir still lacks."""
     file = workdir.parent.parent / 'runs.jsonl'
     finished = [line['run'] for line in results.read_file(file)] if file.exists() else []
-    study = file.parent.name
     self._lower('', self._dense)
     for row, run in self.planned.items():
-      if run.id(study) not in finished:
-        self._lower(row, run)
+      if run.id(file.parent.name) not in finished:
+        with contextlib.suppress(UserError):  # a config that is refused concerns its own row alone
+          self._lower(row, run)
 
   def _lower(self, row: str, run: Run) -> None:
-    """Traces the step of a row, and the one that updates masks where there is such."""
-
+    """Traces the step of a row, and the step that updates masks if the method has one."""
     if (row, 'step') in self.programs:
       return
 

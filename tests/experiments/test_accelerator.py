@@ -22,8 +22,10 @@ from experiments.accelerator_bench import Bench, execute
 from experiments.compiling import Together
 from experiments.sweep import Run
 from experiments.twin_process import NoTwin, Twin
+from sparse_lm.core.errors import UserError
 from sparse_lm.report import plot, results
 from sparse_lm.runs import configs, runtime
+from sparse_lm.runs.build import build
 
 STUDIES = (accelerator, accelerator_all, accelerator_quick)
 GPU = {'device': 'NVIDIA H100 80GB HBM3', 'jax': '0.11.2'}
@@ -47,6 +49,28 @@ def test_every_study_plans_runs_that_load_and_each_row_once():
     assert len({run.id('x') for run in runs}) == len(set(rows)) == len(rows) > 8
     for run in runs:
       configs.load(run.config, run.overrides)
+
+
+@pytest.mark.slow
+def test_every_budget_can_be_reached_at_the_size_of_the_study():
+  runs = [run for run in accelerator_all.runs() if run.config.startswith('configs/')]
+  loaded = {run.labels['row']: configs.load(run.config, run.overrides) for run in runs}
+  held = {row: config for row, config in loaded.items() if config.budget.target < 1}
+  assert {'hybrid', 'l0', 'token_gate'} <= set(held)
+  for config in held.values():
+    config.model.precision = 'float32'
+    build(config, accelerator_all.BENCH.vocab)
+
+
+def test_a_refused_config_fails_in_its_own_row_alone(tmp_path):
+  bench = Bench('configs/tiny.py', {}, 64, 1, 1, 8, 8)
+  bench.step_run('refused', {'budget.target': 0.1})
+  bench.step_run('static', {'weight.name': 'static'})
+  bench.lower(tmp_path / 'study' / 'runs' / 'static')
+  assert ('static', 'update') not in bench.programs
+  bench.programs.take(('static', 'step'))
+  with pytest.raises(UserError, match=r'config\.budget\.target=0\.1'):
+    bench.programs.take(('refused', 'step'))
 
 
 def test_every_goal_is_of_a_row_that_its_study_measures():
