@@ -1,4 +1,4 @@
-"""What runs here: the accelerator, or the processor and its vector instructions."""
+"""Names of the device: the accelerator, or the processor and its vector instructions."""
 
 import pathlib
 import platform
@@ -6,7 +6,7 @@ import re
 
 import jax
 
-# The widest vector instructions first, by the flag that Linux lists for them: x86, then Arm.
+# Vector instruction sets by their flag in /proc/cpuinfo, widest first: x86, then Arm.
 INSTRUCTION_SETS = {
   'avx512f': 'AVX-512',
   'avx2': 'AVX2',
@@ -17,17 +17,17 @@ INSTRUCTION_SETS = {
 
 
 def processor(cpuinfo: str | None = None) -> dict[str, str]:
-  """`cpu` (model name, with family and model where they are given) and `instruction_set`.
+  """Returns `cpu` (the model name, with family and model numbers if known) and `instruction_set`.
 
   Args:
-    cpuinfo: the contents of /proc/cpuinfo, '' on a system without it; by default this system's.
+    cpuinfo: contents of /proc/cpuinfo, '' on a system without it. By default, this system's file is read.
   """
   first: dict[str, str] = {}
   for line in (_cpuinfo() if cpuinfo is None else cpuinfo).splitlines():
     name, _, value = line.partition(':')
     first.setdefault(name.strip(), value.strip())
   cpu = first.get('model name') or platform.processor() or platform.machine()
-  # A virtual machine's model name may be no more than a brand; these numbers tell generations apart.
+  # The model name of a virtual machine may be only a brand; these numbers identify the generation.
   if 'cpu family' in first and 'model' in first:
     cpu += f' (family {first["cpu family"]}, model {first["model"]})'
   flags = (first.get('flags') or first.get('Features', '')).split()
@@ -36,17 +36,14 @@ def processor(cpuinfo: str | None = None) -> dict[str, str]:
 
 
 def kind() -> str:
-  """The kind of device that arrays are on, fit for the name of a file.
-
-  It is 'nvidia-h200', say, of an accelerator; of a CPU it names its instruction set: 'cpu-avx-512'.
-  """
+  """Returns the kind of this device as part of a file name, such as 'nvidia-h200' or 'cpu-avx-512'."""
   if jax.default_backend() == 'cpu':
     return file_name('cpu', processor()['instruction_set'])
   return file_name(jax.devices()[0].device_kind)
 
 
 def file_name(device: str, instruction_set: str = '') -> str:
-  """A device's name, fit for the name of a file; that of a CPU holds its instruction set."""
+  """Converts a device's name to part of a file name; that of a CPU includes its instruction set."""
   words = f'cpu {instruction_set}' if device == 'cpu' else device
   return re.sub(r'[^a-z0-9]+', '-', words.lower()).strip('-')
 

@@ -1,4 +1,4 @@
-"""Energy, where a meter exists: NVML on a GPU, RAPL on a CPU that lets it be read."""
+"""Energy meters: NVML for NVIDIA GPUs, RAPL for CPUs if it is readable."""
 
 import contextlib
 import dataclasses
@@ -12,14 +12,17 @@ RAPL = pathlib.Path('/sys/class/powercap/intel-rapl:0')
 
 @dataclasses.dataclass
 class Measured:
-  """What a meter read: joules of the whole device while it was on, `None` without a meter."""
+  """The result of a meter: joules of the whole device, or `None` without a meter."""
 
   joules: float | None = None
 
 
 @contextlib.contextmanager
 def meter() -> Iterator[Measured]:
-  """Measures what runs inside; `joules` is there afterwards. What else the device did counts too."""
+  """Measures the device's energy in this context; `joules` is set at its end.
+
+  Other work of the device in this time is included.
+  """
   measured = Measured()
   read = _nvml() if jax.default_backend() == 'gpu' else _rapl(RAPL)
   before = read() if read else None
@@ -31,12 +34,12 @@ def meter() -> Iterator[Measured]:
 
 
 def per_token(joules: float | None, tokens: int) -> str:
-  """'1.234 J/token', or 'not measured'."""
+  """Returns the energy per token as text, such as '1.23 J/token', or 'not measured'."""
   return 'not measured' if joules is None or not tokens else f'{joules / tokens:.3g} J/token'
 
 
 def _nvml() -> Callable[[], float] | None:
-  """Joules since the driver was loaded, if the NVML bindings are installed."""
+  """Returns a function that reads joules since the driver was loaded; `None` without NVML."""
   try:
     import pynvml
   except ImportError:
@@ -51,7 +54,7 @@ def _nvml() -> Callable[[], float] | None:
 
 
 def _rapl(folder: pathlib.Path) -> Callable[[], float] | None:
-  """Joules on a counter that is made to run on where it wraps around, if it may be read."""
+  """Returns a function that reads joules from RAPL's counter, across overflows; `None` if unreadable."""
   try:
     wraps = int((folder / 'max_energy_range_uj').read_text())
     last = int((folder / 'energy_uj').read_text())

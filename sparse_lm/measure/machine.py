@@ -1,4 +1,4 @@
-"""What a machine reaches at best, and what a compiled program asks of it."""
+"""Peak performance of this machine, and peak memory of compiled programs."""
 
 from collections.abc import Callable
 
@@ -8,29 +8,29 @@ import numpy as np
 
 
 def matmul(size: int = 2048, dtype: str = 'float32') -> tuple[Callable[[], jax.Array], float]:
-  """A square matmul and its FLOPs, to measure the highest FLOP/s that XLA reaches on this machine."""
-  # Drawn on the host, where nothing has to be compiled for it.
+  """Returns a square matmul and its FLOPs, to measure the highest FLOP/s of XLA on this machine."""
+  # Drawn on the host, which needs no compilation.
   a = jnp.asarray(np.random.default_rng(0).standard_normal((size, size), 'f'), dtype)
   multiply = jax.jit(jnp.matmul)
   return (lambda: multiply(a, a)), 2.0 * size**3
 
 
 def read(bytes_: int = 400_000_000) -> tuple[Callable[[], jax.Array], float]:
-  """A sum over a large float32 array and its bytes: what this machine's memory reaches at best."""
+  """Returns a sum over a large array and the bytes that it reads, to measure read bandwidth."""
   a = jnp.ones(bytes_ // 4, jnp.float32)
   total = jax.jit(jnp.sum)
   return (lambda: total(a)), float(a.nbytes)
 
 
 def copy(bytes_: int = 2_000_000_000) -> tuple[Callable[[], jax.Array], float]:
-  """A negation of a large array and the bytes that it reads and writes, to measure memory bandwidth."""
+  """Returns a negation of a large array and the bytes that it reads and writes, to measure bandwidth."""
   a = jnp.ones(bytes_ // 4, jnp.float32)
   negate = jax.jit(jnp.negative)
   return (lambda: negate(a)), 2.0 * a.nbytes
 
 
 def peak_memory(compiled: jax.stages.Compiled) -> int | None:
-  """Bytes that a compiled step allocates at once, as XLA counts: arguments, results and scratch."""
+  """Returns the peak bytes of a compiled step according to XLA: arguments, results and temporaries."""
   memory = compiled.memory_analysis()
   if memory is None:
     return None

@@ -1,4 +1,4 @@
-"""What connections and gates did: leaf by leaf, gate by gate, and in a few numbers for a table."""
+"""Statistics of masks and gates, per leaf and gate, and their summary for tables."""
 
 import statistics
 from collections.abc import Mapping
@@ -10,9 +10,7 @@ import numpy as np
 from sparse_lm.core import tree
 from sparse_lm.core.tree import Tree
 
-GATES = (
-  'gates/'  # stands before the path of a gate, in the names of the fractions that gates opened
-)
+GATES = 'gates/'  # prefix of the metrics that are open fractions of gates
 
 
 def _count(new: jax.Array, old: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -30,12 +28,12 @@ def _counts_of_each(masks: Tree, before: Tree) -> Tree:
 
 
 def connections(masks: Tree, before: Tree) -> dict[str, float]:
-  """`density/<path>` and `flips/<path>`, the share of a mask's bits that differ from `before`."""
+  """Returns `density/<path>`, and `flips/<path>`: the fraction of mask bits that differ from `before`."""
   return _by_path(jax.device_get(_counts(masks, before)))
 
 
 def connections_of_each(masks: Tree, before: Tree, runs: int) -> list[dict[str, float]]:
-  """`connections` for each of several runs, which are the leading axis of the masks."""
+  """Returns `connections` for each of several runs, which are the leading axis of the masks."""
   counted = jax.device_get(_counts_of_each(masks, before))
   return [_by_path(tree.at_index(counted, number)) for number in range(runs)]
 
@@ -49,14 +47,14 @@ def _by_path(counted: Tree) -> dict[str, float]:
 
 
 def activity(observed: dict[str, float]) -> dict[str, float]:
-  """The measured fraction of each gate that is open, by the gate's path."""
+  """Returns the measured open fraction of each gate, by the gate's path."""
   return {
     name.removeprefix(GATES): value for name, value in observed.items() if name.startswith(GATES)
   }
 
 
 def scalars(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
-  """Numbers by name; a vector's by `name/0`, `name/1`, ..."""
+  """Converts metrics to numbers by name; a vector becomes `name/0`, `name/1`, ..."""
   found = {}
   for name, value in metrics.items():
     if np.ndim(value):
@@ -67,7 +65,7 @@ def scalars(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def summary(observed: dict[str, float]) -> dict[str, float]:
-  """Means over the layers of what they observed: 'active', 'dead', 'entropy', 'drop_rate', ..."""
+  """Returns the means over layers of their statistics: 'active', 'dead', 'entropy', 'drop_rate', ..."""
   found: dict[str, list[float]] = {}
   for name, value in observed.items():
     what = name.rpartition('/')[2]

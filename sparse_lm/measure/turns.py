@@ -1,4 +1,4 @@
-"""Timing that survives a noisy machine: candidates take turns in one process, ratios turn by turn."""
+"""Timing for noisy machines: candidates take turns in one process, and ratios are taken per turn."""
 
 import abc
 import time
@@ -15,29 +15,30 @@ Label = TypeVar('Label', bound=Hashable)
 
 
 class Prepared(abc.ABC):
-  """A call that needs something made anew before each turn, outside the time that is measured."""
+  """A call that needs a preparation before each turn, which is not timed."""
 
   @abc.abstractmethod
   def prepare(self) -> Tree:
-    """Makes it, and returns the arrays to wait for before the clock starts."""
+    """Prepares the call; returns the arrays to wait for before the clock starts."""
 
   @abc.abstractmethod
   def __call__(self) -> Tree:
-    """What is timed; returns the arrays to wait for."""
+    """Runs the timed call; returns the arrays to wait for."""
 
 
 def interleaved(
   calls: Mapping[Label, Callable[[], Tree]], repeats: int, name: str = '', warmup: int = 2
 ) -> dict[Label, np.ndarray]:
-  """Seconds of each call, `[repeats]`, in turns; each waits for its arrays.
+  """Times several calls in turns; returns the seconds of each call by label, `[repeats]`.
 
-  The order is drawn anew for each turn: what follows a large call finds the caches cold.
+  Each turn runs the calls in a new random order, because a call after a large one finds the caches cold.
 
   Args:
-    calls: by label; one that is `Prepared` is prepared before each of its turns.
-    repeats: turns that are measured.
-    name: beside the progress bar.
-    warmup: turns before them that are not measured.
+    calls: the calls by label; each returns the arrays to wait for. A `Prepared` call is prepared before
+      each turn.
+    repeats: number of measured turns.
+    name: label of the progress bar.
+    warmup: number of turns before them that are not measured.
   """
   draw, pairs = np.random.default_rng(0), list(calls.items())
   seconds: dict[Label, list[float]] = {label: [] for label in calls}
@@ -54,6 +55,6 @@ def interleaved(
 
 
 def ratio(seconds: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-  """Median and quartiles of `seconds / reference`, turn by turn."""
+  """Returns the median and the quartiles of `seconds / reference` over turns."""
   low, median, high = np.percentile(seconds / reference, (25, 50, 75))
   return {'ratio': float(median), 'ratio_low': float(low), 'ratio_high': float(high)}

@@ -8,10 +8,13 @@ from sparse_lm.runs.loop import train
 
 @one_line
 def main() -> None:
-  """Trains a config in a workdir, or continues there, and prints its result."""
+  """Trains a config in a workdir, or continues a run there, and prints the result."""
   parser = Parser('python -m sparse_lm.train')
   parser.add_argument(
-    '--workdir', type=local_path, required=True, help='folder of the run; running again continues'
+    '--workdir',
+    type=local_path,
+    required=True,
+    help='folder of the run; the same command again continues an interrupted run',
   )
   arguments, config = from_command_line(parser)
   runtime.prepare()
@@ -32,7 +35,7 @@ def main() -> None:
       print(f'not causal: in mode {mode!r} the model reads later tokens')
   for mode, independent in result.get('batch_independent', {}).items():
     if not independent:
-      print(f'not independent: in mode {mode!r} the sequences of a batch change each other')
+      print(f'not independent: in mode {mode!r} the sequences of a batch influence each other')
 
 
 if __name__ == '__main__':

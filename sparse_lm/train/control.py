@@ -1,4 +1,4 @@
-"""The budget controller: holds the forward FLOPs, at the fraction of open gates, at a target."""
+"""The budget controller: keeps the forward FLOPs of learned gates at a target."""
 
 import dataclasses
 
@@ -13,15 +13,15 @@ from sparse_lm.core.ranges import traced
 Array = jax.Array
 
 CONTROLLERS = ('dual', 'quadratic')
-DECAY = 0.9  # of the moving average of the measured fraction
+DECAY = 0.9  # decay of the moving average of the measured fraction
 
 
 class Control(struct.PyTreeNode):
   """The controller's state.
 
   Attributes:
-    price: float32, nats per fraction of the dense twin's FLOPs; 0 without dual ascent.
-    measured: float32, moving average of that fraction.
+    price: float32, the Lagrange multiplier, in nats per unit of `measured`; 0 for 'quadratic'.
+    measured: float32, moving average of the forward FLOPs as a fraction of the dense twin's.
   """
 
   price: Array
@@ -30,19 +30,19 @@ class Control(struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-  """`config.budget`.
+  """The fields of `config.budget`.
 
-  quadratic  loss + weight * (fraction - target)^2: close to the target, never quite at it.
-  dual       the same + price * (fraction - target), with price += rate * (measured - target) after
-             each step: the augmented Lagrangian (as in CoFi, Xia et al. 2022). The price
-             may fall below zero, which opens gates that have closed too far; without the quadratic
-             term it oscillates around the target.
+  quadratic  Adds weight * (fraction - target)^2 to the loss. The fraction comes close to the target but
+             does not reach it exactly.
+  dual       Also adds price * (fraction - target), with price += rate * (measured - target) after each
+             step. This is the augmented Lagrangian, as in CoFi (Xia et al. 2022). A negative price opens
+             gates that have closed too far. Without the quadratic term, the fraction would oscillate.
 
   Attributes:
-    target: fraction of the dense twin's forward FLOPs, 1 = no controller.
+    target: forward FLOPs as a fraction of the dense twin's; 1 means no controller.
     controller: 'dual' or 'quadratic'.
-    weight: of the quadratic term, in nats.
-    rate: of the price's ascent, in nats a step.
+    weight: weight of the quadratic term, in nats.
+    rate: step size of the price, in nats per step.
   """
 
   target: float = traced()
@@ -52,27 +52,27 @@ class Budget:
 
   @classmethod
   def from_config(cls, config: ConfigDict) -> 'Budget | None':
-    """Reads `config.budget`; `None` where there is nothing to hold. Raises UserError."""
+    """Reads `config.budget`; returns `None` without a budget. Raises a UserError for bad fields."""
     budget = cls(**config.budget)
     if budget.controller not in CONTROLLERS:
       raise unknown('config.budget.controller', budget.controller, CONTROLLERS)
     return budget if budget.target < 1 else None
 
   def init(self) -> Control:
-    """Nothing has a price yet, and everything runs."""
+    """Returns the initial state: price 0, and all gates open."""
     return Control(price=jnp.float32(0), measured=jnp.float32(1))
 
   def penalty(self, control: Control, fraction: Array) -> Array:
-    """What is added to the loss for running `fraction`."""
+    """Returns the term that is added to the loss, given the fraction of FLOPs."""
     excess = fraction - self.target
     return control.price * excess + self.weight * excess**2
 
   def price(self, control: Control, fraction: Array) -> Array:
-    """The penalty's slope at `fraction`: what a little more of it costs."""
+    """Returns the derivative of `penalty` with respect to `fraction`."""
     return control.price + 2 * self.weight * (fraction - self.target)
 
   def update(self, control: Control, fraction: Array) -> Control:
-    """The state after a step that ran `fraction`."""
+    """Returns the state after a step with this fraction of FLOPs."""
     measured = DECAY * control.measured + (1 - DECAY) * fraction
     rate = self.rate if self.controller == 'dual' else 0.0
     return Control(control.price + rate * (measured - self.target), measured)

@@ -1,4 +1,4 @@
-"""Learning from a teacher's logits besides the text (Hinton et al. 2015)."""
+"""Distillation: training on a teacher's logits in addition to the text (Hinton et al. 2015)."""
 
 import dataclasses
 
@@ -7,9 +7,10 @@ from ml_collections import ConfigDict
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
-  """`config.distill` without the teacher: `(1 - weight) CE + weight temperature^2 KL(teacher || model)`.
+  """The fields of `config.distill` except the teacher.
 
-  The square of the temperature keeps the size of the gradients, as in the paper.
+  The loss is `(1 - weight) CE + weight temperature^2 KL(teacher || model)`. As in the paper, the factor
+  temperature^2 keeps the gradients' scale independent of the temperature.
   """
 
   weight: float
@@ -17,6 +18,6 @@ class Distillation:
 
   @classmethod
   def from_config(cls, config: ConfigDict) -> 'Distillation | None':
-    """Reads `config.distill`; `None` without a teacher."""
+    """Reads `config.distill`; returns `None` without a teacher."""
     weight, temperature = config.distill.weight, config.distill.temperature
     return cls(weight, temperature) if config.distill.teacher else None

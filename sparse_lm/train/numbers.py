@@ -1,9 +1,9 @@
-"""The numbers in which runs of one program may differ: packed steps take them as traced scalars.
+"""The numbers in which packed runs may differ. Packed steps take them as traced scalars.
 
 They are the optimizer's learning rate and weight decay, the numbers of the budget controller, and the
-fields that a weight method declares as `traced`, such as the price of a penalty. A step uses each of them
-in arithmetic alone. The optimizer is built from such scalars while a step is traced, so that its state
-has the same tree as in a run alone.
+fields that a weight method declares as `traced`, such as the weight of a penalty. A step uses them only
+in arithmetic. The optimizer is built from these scalars while the step is traced, so its state has the
+same tree structure as in a single run.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ Number = float | jax.Array
 
 
 def numbers(program: Program) -> dict[str, float]:
-  """The numbers of a program that packed steps trace, by the name of their config field."""
+  """Returns the numbers of a program that packed steps trace, by config field."""
   nodes = {'config.optimizer': program.optimizer}
   if program.objective.budget is not None:
     nodes['config.budget'] = program.objective.budget
@@ -34,10 +34,11 @@ def numbers(program: Program) -> dict[str, float]:
 
 
 def with_numbers(program: Program, values: Mapping[str, Number]) -> Program:
-  """The program with these numbers, which may be traced, in place of its own.
+  """Returns the program with other numbers, which may be traced.
 
   Args:
-    values: a number for each name of `numbers(program)`.
+    program: the program.
+    values: a number for each name in `numbers(program)`.
   """
 
   def replaced(group: str, node: Optimizer | Budget | WeightMethod) -> dict[str, Number]:
@@ -59,10 +60,10 @@ def with_numbers(program: Program, values: Mapping[str, Number]) -> Program:
 
 
 def common(program: Program) -> Program:
-  """The program with zeros for these numbers: equal for all runs that can share one program."""
+  """Returns the program with all these numbers zero, which is equal for all runs that can be packed."""
   return with_numbers(program, dict.fromkeys(numbers(program), 0.0))
 
 
 def _group(part: str) -> str:
-  """The config group of a part of the weight method."""
+  """Returns the config group of a part of the weight method."""
   return f'config.weight.rules.{part}' if part else 'config.weight'

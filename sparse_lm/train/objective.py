@@ -1,4 +1,4 @@
-"""What training minimises: cross-entropy, what modules add to it, and what running costs."""
+"""The training loss: cross-entropy, auxiliary losses of modules, and penalties for costs."""
 
 import dataclasses
 import functools
@@ -31,12 +31,12 @@ Metrics = dict[str, Array]
 
 
 class EffectiveParams(NamedTuple):
-  """What a weight method makes of the trainable tree in a step.
+  """The output of a weight method's `effective` and `penalty` in a step.
 
   Attributes:
-    params: as the model sees them.
-    density: the fraction of each prunable leaf that runs, float32 scalars, `None` = dense.
-    penalty: what the method adds to the loss, float32.
+    params: the effective parameters, with which the model computes.
+    density: float32 density of each prunable leaf; `None` for dense leaves.
+    penalty: float32 term that the method adds to the loss.
   """
 
   params: Tree
@@ -45,38 +45,37 @@ class EffectiveParams(NamedTuple):
 
 
 class Batch(NamedTuple):
-  """What a step learns from.
+  """A training batch.
 
   Attributes:
-    tokens_BxL1: int32 `[B, L + 1]`; each token but the first is predicted.
-    teacher: what a teacher's logits are computed from, or its logits, float32 `[B, L, V]`; `None` without
-      a teacher.
+    tokens_BxL1: int32 `[B, L + 1]`; all tokens but the first are targets.
+    teacher: a teacher's `Readout` or logits, float32 `[B, L, V]`; `None` without a teacher.
   """
 
   tokens_BxL1: Array
   teacher: Readout | Array | None
 
   def microbatches(self, number: int) -> 'Batch':
-    """The batch as `number` parts along a new leading axis, without the teacher's head."""
+    """Splits the batch into `number` parts along a new leading axis; omits the teacher's head."""
     batch = self
     if isinstance(self.teacher, Readout):
       batch = self._replace(teacher=self.teacher._replace(head=None))
     return jax.tree.map(lambda a: a.reshape(number, -1, *a.shape[1:]), batch)
 
   def with_head_of(self, batch: 'Batch') -> 'Batch':
-    """This part of `batch`, with the teacher's head that `batch` has."""
+    """Returns this microbatch with the teacher's head of the whole batch."""
     if not isinstance(batch.teacher, Readout):
       return self
     return self._replace(teacher=self.teacher._replace(head=batch.teacher.head))
 
 
-class Beside(NamedTuple):
-  """What a forward pass in training leaves besides its loss.
+class Aux(NamedTuple):
+  """The auxiliary outputs of the loss.
 
   Attributes:
-    model_state: the collections after it.
-    updates: what modules sowed for when the optimizer step is done, see `layers/after_step.py`.
-    metrics: by name.
+    model_state: the model's collections after the forward pass.
+    updates: `StepUpdate`s that modules sowed (`layers/after_step.py`).
+    metrics: metrics by name.
   """
 
   model_state: Tree
@@ -85,19 +84,19 @@ class Beside(NamedTuple):
 
 
 class _Pass(NamedTuple):
-  """A forward pass in training: the cross-entropy of each token, and what modules sowed."""
+  """A training forward pass: the cross-entropy of each token, and the returned collections."""
 
   losses_BxL: Array
   variables: Tree
 
-  def beside(self, metrics: Metrics) -> Beside:
-    """What the pass leaves, with its metrics."""
+  def aux(self, metrics: Metrics) -> Aux:
+    """Returns the auxiliary outputs of the pass, with the given metrics."""
     updates = self.variables.get(UPDATES, {})
-    return Beside(states.collections(self.variables), updates, metrics)
+    return Aux(states.collections(self.variables), updates, metrics)
 
 
 def observed(ledger: cost.Ledger, variables: Tree) -> Metrics:
-  """What modules sowed into `stats`, and the fractions that gates, alone and nested, opened."""
+  """Returns the statistics that modules sowed, and the open fractions of gates and nested gates."""
   stats = tree.named(variables.get('stats', {}))
   fractions = cost.open_fractions(ledger, gate_activity(variables))
   return stats | {f'{GATES}{path}': value for path, value in fractions.items()}
@@ -105,12 +104,14 @@ def observed(ledger: cost.Ledger, variables: Tree) -> Metrics:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """The loss of a model whose connections a weight method decides.
+  """The training loss of a model with a weight method.
 
   Attributes:
-    budget: holds the FLOPs that run at a target, or `None`.
-    distillation: the weight and temperature of a teacher's loss, or `None`.
-    steps: optimizer steps of the run, for the schedules of modules.
+    model: the model.
+    method: the weight method.
+    budget: the budget controller, or `None`.
+    distillation: weight and temperature of the teacher's loss, or `None`.
+    steps: number of optimizer steps of the run, for modules with a schedule.
   """
 
   model: LM
@@ -131,21 +132,19 @@ class Objective:
     model_state: Tree,
     batch: Batch,
     key: Array,
-  ) -> tuple[Array, Beside]:
-    """The scalar to minimise.
+  ) -> tuple[Array, Aux]:
+    """Returns the scalar to minimise, and auxiliary outputs.
 
-    It is the mean in nats per token, of the last layer and the exits that a stack method sows together,
-    with a teacher's part in it, plus what modules sowed into `losses`, the weight method's penalty, the
-    budget's penalty and the loss of sampled policies.
+    It is the sum of the mean loss per token in nats (over the last layer and early exits, including a
+    teacher's divergence), the `losses` that modules sowed, the weight method's penalty, the budget's
+    penalty and the loss of sampled policies.
 
     Args:
-      effective: what is differentiated.
-      state: of the step; its trainable tree is not read.
-      model_state: collections of the model that are not parameters, before this pass.
-      key: of dropout and of the gates' draws.
-
-    Returns:
-      The loss, and what the pass leaves beside it.
+      effective: the effective parameters, with respect to which the loss is differentiated.
+      state: state of the step; its trainable tree is not read.
+      model_state: the model's collections besides the parameters, before this pass.
+      batch: the batch.
+      key: key of dropout and sampled gates.
     """
     params, density, penalty = effective
     charged_density = self._charged_density(density, state.sparse.target)
@@ -174,13 +173,13 @@ class Objective:
       if self.budget:
         auxiliary += self.budget.penalty(state.control, fraction)
     if 'policy' in variables:
-      # Without draws gates act greedily: the self-critical baseline.
+      # Without a key, gates act greedily; this pass is the self-critical baseline.
       predicted, of_greedy = forward(rngs={'dropout': key})
       _, losses = cross_entropy(jax.lax.stop_gradient(predicted), batch.tokens_BxL1[:, 1:])
       greedy = _Pass(losses.nats, of_greedy)
       auxiliary += self._policy_loss(state, charged_density, activity, sampled, greedy)
     metrics['auxiliary'] = auxiliary
-    return loss + auxiliary, sampled.beside(metrics)
+    return loss + auxiliary, sampled.aux(metrics)
 
   def learned(
     self,
@@ -188,14 +187,15 @@ class Objective:
     exits: list[tuple[Readout | Array, Array]],
     batch: Batch,
   ) -> tuple[Array, Losses, Metrics]:
-    """The loss of a pass on the text, and on the teacher's predictions if there is a teacher.
+    """Returns the loss on the text and, if there is a teacher, on its predictions.
 
-    The cross-entropy behind the last layer has weight 1, and that of each exit has the exit's weight. The
-    loss is the weighted mean of these, mixed with the divergence from the teacher.
+    The cross-entropy of the last layer has weight 1, and each early exit has its own weight. The loss is
+    their weighted mean, mixed with the divergence from the teacher.
 
     Args:
-      predicted: logits behind the last layer, or what they are computed from.
-      exits: the same for each exit, with the exit's weight.
+      predicted: `Readout` or logits of the last layer.
+      exits: `Readout` or logits of each early exit, with its weight.
+      batch: the batch.
 
     Returns:
       The loss, the last layer's losses of each token, and metrics.
@@ -222,7 +222,7 @@ class Objective:
     return loss, losses, metrics
 
   def _charged_density(self, density: Tree, target: Tree) -> dict[str, Array]:
-    """By path, the densities that are charged: those that are not learned as they are in the end."""
+    """Returns the densities to charge, by path: the final ones, unless a density is learned."""
     now = tree.named(density)
     return {
       path: now[path] if parts.learns_density(self.method, path) else final
@@ -237,14 +237,14 @@ class Objective:
     sampled: _Pass,
     greedy: _Pass,
   ) -> Array:
-    """REINFORCE with the greedy pass as baseline."""
+    """Returns the loss of REINFORCE, with the greedy pass as baseline."""
     shares = jax.tree.map(jnp.zeros_like, activity)
     if self.budget:
       fraction, shares = jax.value_and_grad(lambda a: self.costs.fraction(charged_density, a))(
         activity
       )
       price = self.budget.price(state.control, fraction)
-      # The gradient of a mean over tokens, times their number, is what opening costs each of them.
+      # The gradient of a mean over tokens, times their number, is the cost of opening per token.
       shares = jax.tree.map(lambda share: price * share * share.size, shares)
     policies = [policy.sown(found.variables) for found in (sampled, greedy)]
     rewards = [

@@ -1,4 +1,4 @@
-"""Functions that run once, compiled for the host's CPU."""
+"""Compiles functions that run only once for the host's CPU."""
 
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
@@ -9,11 +9,11 @@ from sparse_lm.core.tree import Tree
 
 
 class OnHost:
-  """Compiles `function` for the host's CPU, runs it there and moves its outputs to the device.
+  """Compiles `function` for the host's CPU, runs it there and copies its outputs to the device.
 
-  The initial state has random numbers and masks for every leaf of a model. XLA takes much longer to
-  compile these for a GPU than it takes to compile them for the host, run them there and copy the results.
-  Where an argument is traced, or JAX has no CPU backend, this is `jax.jit(function)`.
+  The initial state has random numbers and masks for every leaf of a model. Compiling them for a GPU takes
+  XLA much longer than compiling and running them on the host and copying the results. If an argument is
+  traced, or JAX has no CPU backend, this is `jax.jit(function)`.
 
   Attributes:
     compiled: `jax.jit(function)`.
@@ -23,7 +23,7 @@ class OnHost:
     self.compiled = jax.jit(function)
 
   def __call__(self, *arguments: Tree) -> Tree:
-    """The function's outputs."""
+    """Returns the function's outputs, on the device."""
     device, host = jax.local_devices()[0], host_device()
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments))
     if traced or host is None or device == host:
@@ -33,7 +33,7 @@ class OnHost:
     return jax.device_put(made, device)
 
   def later(self, pool: Executor, *arguments: Tree) -> tuple[Tree, Future[Tree]]:
-    """The shape structs of the outputs, and a future of the outputs, which a thread of `pool` computes.
+    """Returns shape structs of the outputs, and a future of the outputs, which `pool` computes.
 
     The function is traced before this returns, because tracing uses state that threads share.
     """
@@ -45,8 +45,8 @@ class OnHost:
 
 
 def host_device() -> jax.Device | None:
-  """The host's CPU as a JAX device; `None` where JAX_PLATFORMS leaves out the CPU."""
+  """Returns the host's CPU as a JAX device; `None` if JAX_PLATFORMS excludes the CPU."""
   try:
     return jax.local_devices(backend='cpu')[0]
-  except RuntimeError:  # JAX_PLATFORMS names other devices alone
+  except RuntimeError:  # JAX_PLATFORMS names only other devices
     return None

@@ -1,4 +1,4 @@
-"""Prunes a trained model layer by layer, each on what the pruned layers before it hand on."""
+"""One-shot pruning of a trained model, layer by layer; each layer sees the outputs of pruned layers."""
 
 import dataclasses
 import functools
@@ -35,20 +35,22 @@ def prune(
   batch: int,
   seed: int,
 ) -> tuple[Tree, Sparse]:
-  """The trainable tree and masks of a one-shot method at its target.
+  """Prunes a trained model to its target with a one-shot method; returns the trainable tree and masks.
 
-  What needs no signal from calibration text is pruned first, in all layers at once.
+  Parts of the method that need no signal from calibration text are applied first, to all layers at once.
 
   Args:
-    program: its method prunes trained models.
-    params, model_state: of the trained model.
-    target: final densities, `None` = dense.
-    tokens_NxL: int32 calibration sequences; not read by a method that needs no signals.
-    batch: sequences that are run together; one Gram matrix per kernel of one layer is held at a time.
+    program: the program, whose weight method prunes trained models.
+    params: parameters of the trained model.
+    model_state: the model's other collections.
+    target: final densities; `None` for dense leaves.
+    tokens_NxL: int32 calibration sequences; not read if the method needs no signals.
+    batch: number of sequences that run together. Only the signals of one layer are in memory at a time.
+    seed: seed of the run.
 
   Raises:
-    UserError: a kernel with a target that no signal reaches, before anything is pruned; or a layer that
-      all calibration tokens skip.
+    UserError: a kernel with a target gets no signal (raised before pruning), or all calibration tokens
+      skip a layer.
   """
   method = program.method
   own = {name: parts.own(method, name, target) for name in method.parts}
@@ -89,15 +91,16 @@ def prune(
 
 
 def calibration(tokens: np.ndarray, segments: int, context: int, seed: int) -> np.ndarray:
-  """`segments` sequences of `context` tokens each, int32, from places of their own.
+  """Draws `segments` disjoint sequences of `context` tokens, int32.
 
-  Raises UserError where the text is too short for them.
+  Raises:
+    UserError: the text is too short.
   """
   room = len(tokens) // context
   if not 1 <= segments <= room:
     raise UserError(
-      f'--segments={segments} sequences of {context} tokens: the training split has {len(tokens)} '
-      f'tokens; valid: 1 to {room}'
+      f'--segments={segments}: the training split has only {len(tokens)} tokens, too few for this many '
+      f'sequences of {context} tokens; valid: 1 to {room}'
     )
   places = np.random.default_rng(seed).choice(room, segments, replace=False)
   return np.stack([tokens[p * context : (p + 1) * context] for p in places]).astype(np.int32)
@@ -111,9 +114,9 @@ def _gradient_signals(
   target: Tree,
   batches: list[np.ndarray],
 ) -> dict[str, Tree]:
-  """The signals from gradients that `method` needs, of the trained model: means over the batches.
+  """Returns the signals of a method that come from gradients, as means over the batches.
 
-  The gradient is that of the mean nats per token in evaluation.
+  The gradient is that of the mean loss per token, in nats, with the model in evaluation mode.
   """
   names = from_training(method.traits.needs)
   if not names:
@@ -136,11 +139,12 @@ def _gradient_signals(
 
 @dataclasses.dataclass(frozen=True)
 class _Layers:
-  """A model layer by layer.
+  """Runs a model layer by layer.
 
   Attributes:
-    needs: signals that are read from what kernels read.
-    model_state: collections of the model that are not parameters.
+    model: the model.
+    needs: names of the signals that are computed from the inputs of kernels.
+    model_state: the model's collections besides the parameters.
   """
 
   model: LM
@@ -148,15 +152,15 @@ class _Layers:
   model_state: Tree
 
   def embed(self, params: Tree, batches: list[np.ndarray]) -> list[Array]:
-    """What the first layer reads of each batch, `[B, L, D]`."""
+    """Returns the inputs of the first layer for each batch, `[B, L, D]`."""
     embed = jax.jit(functools.partial(_embed, self.model))
     return [embed(params['embed'], tokens_BxL) for tokens_BxL in batches]
 
   @functools.cached_property
   def sites(self) -> dict[str, str]:
-    """By the path of a kernel of a layer, the site of what it multiplies: a row for each token.
+    """The site of each kernel's inputs, by the path of the kernel, for kernels in layers.
 
-    Stacks of matrices are left out, and matrices that read rows in another order than the tokens'.
+    Omits stacked matrices, and matrices whose inputs are not one row per token in order.
     """
     plan = plan_of(self.model)
     return {
@@ -167,13 +171,13 @@ class _Layers:
     }
 
   def module(self, layer: int) -> Layer:
-    """The module of a layer."""
+    """Returns the module of a layer."""
     return Layer(self.model.spec, self.model.slots, layer, self.model.site)
 
   def sums(
     self, layer: int, params: Tree, stream: list[Array]
   ) -> tuple[dict[str, dict[str, Array]], dict[str, Array]]:
-    """What `_signals` gives for a layer, summed over all batches of `stream`, its inputs."""
+    """Returns the result of `_signals` for a layer, summed over all batches of its inputs `stream`."""
     module, total = self.module(layer), None
     own = {path: name for path, name in self.sites.items() if Place.parse(path).layer == layer}
     gather = jax.jit(functools.partial(_signals, module, self.needs, own))
@@ -183,18 +187,18 @@ class _Layers:
     return total
 
   def run(self, layer: int, params: Tree, stream: list[Array]) -> list[Array]:
-    """What a layer makes of its inputs."""
+    """Returns a layer's outputs for its inputs `stream`."""
     module = self.module(layer)
     apply = jax.jit(module.apply)
     return [apply(_variables(module, params, self.model_state), x_BxLxD) for x_BxLxD in stream]
 
   def check_reached(self, target: Tree) -> None:
-    """Raises UserError for a kernel with a target that no signal reaches."""
+    """Raises a UserError if a kernel with a target gets no signal."""
     missed = [path for path in tree.named(target) if path not in self.sites]
     if missed:
       raise UserError(
-        f'no calibration text reaches {missed[0]} ({len(missed)} such parameters); valid: name them in '
-        'config.weight.dense'
+        f'this method gets no calibration signal for {missed[0]} ({len(missed)} such parameters); valid: '
+        'keep them dense by config.weight.dense'
       )
 
 
@@ -204,7 +208,7 @@ def _embed(model: LM, params: Tree, tokens_BxL: Array) -> Array:
 
 
 def _variables(module: Layer, params: Tree, model_state: Tree) -> dict[str, Tree]:
-  """The layer's part of each collection."""
+  """Returns the layer's part of each collection."""
   return {
     name: {key: value for key, value in tree_.items() if Place.parse(key).layer == module.layer}
     for name, tree_ in ({'params': params} | model_state).items()
@@ -218,10 +222,12 @@ def _signals(
   variables: Tree,
   x_BxLxD: Array,
 ) -> tuple[dict[str, dict[str, Array]], dict[str, Array]]:
-  """For each need its sum over the tokens that reach a kernel, by its path; and how many those are.
+  """Returns the signals of each kernel, summed over the tokens that reach it, and the tokens' number.
 
-  Kernels of the block are reached by the tokens that enter the layer, others of the layer by all:
-  evaluation runs a layer for the tokens that skip it too, and drops what it gives them.
+  Both are dicts by the kernel's path; the signals have one dict per name.
+
+  Kernels of the block are reached by the tokens that enter the layer, other kernels by all tokens. In
+  evaluation, a layer also computes tokens that skip it and drops their outputs.
   """
   enters = str(Place((Part.BLOCK.of(module.layer), 'valid')))
   names = [enters, *sites_of.values()]
@@ -246,21 +252,23 @@ def _of_layer(
   gradients: dict[str, Tree],
   target: Tree,
 ) -> dict[str, Tree]:
-  """The signals of a layer's kernels: trees like the parameters, with `None` for all other leaves.
+  """Returns the signals of a layer's kernels: trees like the parameters, with `None` for other leaves.
 
   Args:
-    sums, counts: of the layer, see `_signals`.
-    gradients: signals of all layers.
-    target: tells which leaves are prunable.
+    sums: first result of `_signals` for the layer.
+    counts: second result of `_signals`.
+    gradients: signals from gradients, for all layers.
+    target: target densities; leaves with a target are prunable.
 
-  Raises UserError where no token reached a kernel.
+  Raises:
+    UserError: no token reached a kernel.
   """
   reached = [path for path in tree.named(target) if path in counts]
   missed = [path for path in reached if not int(counts[path])]
   if missed:
     raise UserError(
       f'all calibration tokens skip the layer of {missed[0]} ({len(missed)} such parameters); valid: '
-      'more --segments, or name them in config.weight.dense'
+      'more --segments, or keep them dense by config.weight.dense'
     )
   here = tree.only(reached, target)
   means = {

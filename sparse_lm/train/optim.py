@@ -14,11 +14,11 @@ from sparse_lm.core.ranges import traced
 from sparse_lm.core.tree import Tree
 
 SCHEDULES = ('cosine', 'linear', 'constant')
-LEARNED = 'learned/'  # the beginning of the paths of what the weight method learns
+LEARNED = 'learned/'  # prefix of the paths of the weight method's own parameters
 
 
 def _is_learned(path: str) -> bool:
-  """Whether a leaf of the trainable tree is the weight method's own."""
+  """Returns whether a leaf of the trainable tree belongs to the weight method."""
   return path.startswith(LEARNED)
 
 
@@ -27,7 +27,7 @@ def _matrices(trainable: Tree) -> Tree:
 
 
 def _divide_by_rms(gradients: Tree, _: Tree | None = None) -> Tree:
-  """Gradients over their root mean square over all parameters together."""
+  """Divides the gradients by their root mean square over all parameters."""
   size = sum(leaf.size for leaf in jax.tree.leaves(gradients))
   rms = optax.tree.norm(gradients) / size**0.5
   return jax.tree.map(lambda g: g / (rms + 1e-5), gradients)
@@ -36,7 +36,7 @@ def _divide_by_rms(gradients: Tree, _: Tree | None = None) -> Tree:
 def _scale_rates(
   learned: tuple[tuple[str, float], ...],
 ) -> optax.GradientTransformationExtraArgs:
-  """Scales what is learned by rates of its own, and all updates by the step's `rate_factor`, if given."""
+  """Scales the updates of the weight method's parameters by own rates, and all by the `rate_factor`."""
 
   def scale(path: str, update: jax.Array) -> jax.Array:
     fits = [rate for start, rate in learned if path.startswith(f'{LEARNED}{start}')]
@@ -58,7 +58,7 @@ def _scale_rates(
 
 
 def _decay_last(weight_decay: float, rate: optax.Schedule) -> optax.GradientTransformationExtraArgs:
-  """Decays what the other updates make of the matrices, `w <- (1 - decay * rate) (w + update)`."""
+  """Applies weight decay to matrices after the update: `w <- (1 - decay * rate) (w + update)`."""
 
   def init(params: Tree) -> optax.ScaleByScheduleState:
     return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
@@ -91,7 +91,7 @@ def _adam_like(make: Callable, **fixed: Callable[['Optimizer'], float]) -> Calla
 
 
 def _with_decay(direction: Callable[['Optimizer'], optax.GradientTransformation]) -> Callable:
-  """Decoupled decay and the rate around a direction that has neither."""
+  """Adds decoupled weight decay and the learning rate to a transformation that has neither."""
   return lambda rate, c: optax.chain(
     direction(c),
     optax.add_decayed_weights(c.weight_decay, mask=_matrices),
@@ -99,8 +99,7 @@ def _with_decay(direction: Callable[['Optimizer'], optax.GradientTransformation]
   )
 
 
-# Each of these is tested: the moments of changed weights are zeroed through it, and dead weights
-# stay dead under it.
+# Tested with masks: the moments of toggled weights can be zeroed, and dropped weights stay zero.
 TESTED: dict[str, Callable] = {
   'adamw': _adam_like(optax.adamw, eps=lambda c: c.eps),
   'nadamw': _adam_like(optax.nadamw, eps=lambda c: c.eps),
@@ -111,7 +110,7 @@ TESTED: dict[str, Callable] = {
   'radam': _with_decay(lambda c: optax.scale_by_radam(c.momentum, c.b2)),
   'adabelief': _with_decay(lambda c: optax.scale_by_belief(c.momentum, c.b2)),
 }
-# State that is not shaped like the parameters, or updates that mix weights: dense models only.
+# Only for dense models: their state is not shaped like the parameters, or their updates mix weights.
 DENSE_ONLY: dict[str, Callable] = {
   'adafactor': _with_decay(lambda c: optax.scale_by_factored_rms()),
   'sm3': _with_decay(lambda c: optax.scale_by_sm3(c.momentum)),
@@ -121,7 +120,12 @@ DENSE_ONLY: dict[str, Callable] = {
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """`config.optimizer` for a run of `steps` optimizer steps; see `configs/base.py` for the fields."""
+  """The fields of `config.optimizer`, which `configs/base.py` documents, for a run of `steps` steps.
+
+  Attributes:
+    learned_rates: learning rates of the weight method's own parameters, relative to the weights', by the
+      prefix of a path.
+  """
 
   name: str
   learning_rate: float = traced()
@@ -137,20 +141,21 @@ class Optimizer:
   normalize: bool
   ema: float
   steps: int
-  # Of what the weight method learns, over that of the weights, by the beginning of a path.
   learned_rates: tuple[tuple[str, float], ...] = ()
 
   @classmethod
   def from_config(
     cls, config: ConfigDict, masked: bool, learned_rates: Mapping[str, float]
   ) -> 'Optimizer':
-    """The optimizer of `config.optimizer`.
+    """Reads `config.optimizer`.
 
     Args:
+      config: the whole config.
       masked: whether the weight method drops weights.
-      learned_rates: see `WeightMethod.learned_rates`.
+      learned_rates: as in `WeightMethod.learned_rates`.
 
-    Raises UserError for a bad field, or for an optimizer untested with masks if `masked`.
+    Raises:
+      UserError: a field is not valid, or `masked` and the optimizer is not tested with masks.
     """
     rates = tuple(learned_rates.items())
     optimizer = cls(**config.optimizer, steps=config.train.steps, learned_rates=rates)
@@ -166,11 +171,11 @@ class Optimizer:
       )
     if self.schedule not in SCHEDULES:
       raise unknown('config.optimizer.schedule', self.schedule, SCHEDULES)
-    valid = '0 with config.optimizer.normalize, which leaves nothing of a norm'
+    valid = '0, because config.optimizer.normalize already fixes the norm of the gradient'
     require(not (self.clip and self.normalize), 'config.optimizer.clip', self.clip, valid)
 
   def rate(self) -> optax.Schedule:
-    """Linear warm-up, then the schedule down to `final` of the rate at the end."""
+    """Returns the schedule of the learning rate: linear warm-up, then a decay to `final` of the rate."""
     warmup = round(self.warmup * self.steps)
     left, lowest = max(self.steps - warmup, 1), self.final * self.learning_rate
     after = {
@@ -178,15 +183,15 @@ class Optimizer:
       'linear': optax.linear_schedule(self.learning_rate, lowest, left),
       'constant': optax.constant_schedule(self.learning_rate),
     }[self.schedule]
-    # The first step takes a share too: a rate of zero would waste it.
+    # The warm-up starts above zero, because a rate of zero would waste the first step.
     ramp = optax.linear_schedule(self.learning_rate / max(warmup, 1), self.learning_rate, warmup)
     return optax.join_schedules([ramp, after], [warmup]) if warmup else after
 
   def transform(self) -> optax.GradientTransformationExtraArgs:
-    """What is done to the gradient, the optimizer, and decay if it comes last.
+    """Returns the Optax transformation: clipping or normalization, the optimizer, and a final decay.
 
-    Its state and its updates are float32, as the parameters are. `update` takes a `rate_factor`, a scalar
-    by which the step's learning rate is multiplied; `None` = 1.
+    State and updates are float32, like the parameters. `update` takes a `rate_factor`, by which the
+    learning rate of the step is multiplied; `None` means 1.
     """
     make = {**TESTED, **DENSE_ONLY}[self.name]
     first = optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()
@@ -201,7 +206,7 @@ class Optimizer:
 
 
 def zero_moments(tx: optax.GradientTransformation, opt_state: Tree, changed: Tree) -> Tree:
-  """Zeroes the moments of `changed` weights (bool, `None` = dense), whatever optimizer holds them."""
+  """Sets the moments of `changed` weights (bool, `None` for dense leaves) to zero, for any optimizer."""
 
   def zero(moment: jax.Array, flag: jax.Array | None) -> jax.Array:
     return moment if flag is None else jax.numpy.where(flag, 0, moment)
@@ -217,11 +222,15 @@ def step_but_where(
   resting: Tree,
   rate_factor: jax.Array | None = None,
 ) -> tuple[Tree, Tree]:
-  """The updates of an optimizer step and its new state, zero updates and the old state where `resting`.
+  """Returns the updates and the new state of an optimizer step; resting weights and their state stay.
 
   Args:
-    gradients: like `params`.
-    resting: for each leaf of `params` a Python bool, or a bool array of its shape.
+    tx: the optimizer.
+    gradients: gradients with respect to `params`.
+    opt_state: the optimizer's state.
+    params: the trainable tree.
+    resting: for each leaf of `params`, a bool or a bool array of its shape.
+    rate_factor: factor of the learning rate; `None` means 1.
   """
   updates, new_state = tx.update(gradients, opt_state, params, rate_factor=rate_factor)
   if all(rests is False for rests in jax.tree.leaves(resting)):
@@ -233,7 +242,7 @@ def step_but_where(
     return jnp.where(rests, old, new)
 
   updates = jax.tree.map(lambda u, rests: unless(rests, jnp.zeros_like(u), u), updates, resting)
-  # What is not shaped like the parameters, such as the count of steps, goes on.
+  # State that is not shaped like the parameters, such as the step count, is always updated.
   rests = optax.tree_map_params(
     tx, lambda _, flag: flag, new_state, resting, transform_non_params=lambda _: False
   )

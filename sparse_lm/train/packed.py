@@ -1,7 +1,6 @@
-"""Several runs as one program: the steps of `train/step.py`, vmapped over runs.
+"""Packed runs: several runs as one program, the steps of `train/step.py` vmapped over runs.
 
-Shapes: N runs, B batch, L context, K steps for which a feed holds windows. The leading axis of all trees
-of states is N.
+Shapes: N runs, B batch, L context, K steps whose windows a feed holds. N is the leading axis of states.
 """
 
 import dataclasses
@@ -26,13 +25,13 @@ Array = jax.Array
 
 
 class Feed(struct.PyTreeNode):
-  """The inputs of a pack's steps besides the states; all of them lie on the device.
+  """The inputs of packed steps besides the states, on the device.
 
   Attributes:
     tokens: `[T]`, the training split, which all runs share.
-    numbers: by name, float32 `[N]`, see `train/numbers.py`.
-    first: int32, the step that the first entry of `starts_KxNxB` is for.
-    starts_KxNxB: int32, the starts in `tokens` of the windows of each step and run.
+    numbers: float32 `[N]` by name (`train/numbers.py`).
+    first: int32, the step of the first entry of `starts_KxNxB`.
+    starts_KxNxB: int32, start in `tokens` of each window, for each step and run.
   """
 
   tokens: Array
@@ -42,11 +41,11 @@ class Feed(struct.PyTreeNode):
 
 
 class PackedMetrics(struct.PyTreeNode):
-  """The metrics of one step of all runs in one array, so that the host copies a single array.
+  """The metrics of one step of all runs, in one array so that the host needs a single copy.
 
   Attributes:
-    names: the names of the M scalars.
-    values_NxM: their values, float32.
+    values_NxM: float32 values of the M metrics.
+    names: their names.
   """
 
   values_NxM: Array
@@ -54,7 +53,7 @@ class PackedMetrics(struct.PyTreeNode):
 
   @classmethod
   def of(cls, metrics: dict[str, Array]) -> 'PackedMetrics':
-    """Packs metrics `[N]`, and `[N, C]`, whose columns become scalars `name/0`, `name/1`, ..."""
+    """Packs metrics of shape `[N]` or `[N, C]`; C columns become `name/0`, `name/1`, ..."""
     columns: dict[str, Array] = {}
     for name, value in metrics.items():
       if value.ndim == 1:
@@ -67,20 +66,22 @@ class PackedMetrics(struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class PackedProgram:
-  """The functions that a pack of N runs compiles.
+  """The compiled functions of a pack of N runs.
 
   Attributes:
-    program: the program that the runs have in common, see `numbers.common`.
+    program: the program that the runs share (`numbers.common`).
   """
 
   program: Program
 
   def step(self, runs: TrainState, feed: Feed, updates: Updates) -> tuple[TrainState, Tree]:
-    """One optimizer step of all runs, uncompiled: the states and a `PackedMetrics`.
+    """Runs one optimizer step of all runs, uncompiled; returns the states and a `PackedMetrics`.
 
     Args:
-      updates: parts of the weight method that update their masks in this step, and parts that collect
-        signals in it; the same for all runs.
+      runs: the states.
+      feed: the other inputs.
+      updates: the parts of the weight method that update their masks in this step, and the parts that
+        collect signals; the same for all runs.
     """
     length = self.program.model.spec.context + 1
     starts_NxB = feed.starts_KxNxB[runs.step[0] - feed.first]
@@ -97,7 +98,7 @@ class PackedProgram:
 
   @functools.cached_property
   def init(self) -> AotFunction:
-    """`(seed, target) -> TrainState` of one run, computed on the host; see `OnHost`."""
+    """`(seed, target) -> TrainState` of one run, computed on the host as by `OnHost`."""
     return AotFunction(self.program.create, device=host_device())
 
   @functools.cached_property
@@ -105,7 +106,7 @@ class PackedProgram:
     return {}
 
   def steps(self, updates: Updates) -> AotFunction:
-    """`(states, feed) -> (states, PackedMetrics)`; the states are donated. See `step`."""
+    """Returns the compiled `step`: `(states, feed) -> (states, PackedMetrics)`; donates the states."""
     if updates not in self._steps:
       step = functools.partial(self.step, updates=updates)
       self._steps[updates] = AotFunction(step, donate=(0,), options=device.compiler_options())
@@ -113,7 +114,7 @@ class PackedProgram:
 
   @functools.cached_property
   def finalize(self) -> AotFunction:
-    """`(states, numbers) -> (params, masks)`, those that are evaluated, reported and exported."""
+    """`(states, numbers) -> (params, masks)` as they are evaluated, reported and exported."""
 
     def one(state: TrainState, numbers: dict[str, Array]) -> tuple[Tree, Tree]:
       method = with_numbers(self.program, numbers).method
@@ -124,15 +125,15 @@ class PackedProgram:
 
 @functools.cache
 def packed(program: Program) -> PackedProgram:
-  """The `PackedProgram` of a common program; packs of one common program share what it has compiled.
+  """Returns the `PackedProgram` of a common program; packs with the same program share its executables.
 
-  None is forgotten: a study compiles all of its packs before it trains the first.
+  The cache is unlimited, because a study compiles all of its packs before it trains the first one.
   """
   return PackedProgram(program)
 
 
 def stack(runs: Sequence[TrainState]) -> TrainState:
-  """Stacks states of runs on the host, so that nothing is compiled, and moves them to the device."""
+  """Stacks states on the host, which needs no compilation, and copies them to the device."""
   hosts = [jax.device_get(state.replace(key=jax.random.key_data(state.key))) for state in runs]
   stacked = jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *hosts))
   keys = jax.random.wrap_key_data(stacked.key, impl=jax.random.key_impl(runs[0].key))

@@ -1,4 +1,4 @@
-"""FLOPs per token of a model's passes, in evaluation and in training, and of its dense twin's."""
+"""FLOPs per token of a model and its dense twin, in evaluation and in training."""
 
 import dataclasses
 import functools
@@ -18,10 +18,11 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class PassCosts:
-  """The costs of a model over its whole context, read from traces when they are first asked for.
+  """The costs of a model over its whole context; computed by tracing on first use.
 
   Attributes:
-    method: of the weights; it says which densities are learned.
+    model: the model.
+    method: the weight method, which declares which densities are learned.
   """
 
   model: LM
@@ -29,12 +30,12 @@ class PassCosts:
 
   @functools.cached_property
   def ledger(self) -> cost.Ledger:
-    """Every matmul of a forward pass in evaluation."""
+    """The ledger of a forward pass in evaluation."""
     return plans.ledger(self.model, self.model.spec.context)
 
   @functools.cached_property
   def dense_ledger(self) -> cost.Ledger:
-    """Every matmul of a forward pass of the dense twin."""
+    """The ledger of a forward pass of the dense twin."""
     return plans.ledger(lm.dense_twin(self.model), self.model.spec.context)
 
   @functools.cached_property
@@ -44,24 +45,24 @@ class PassCosts:
 
   @functools.cached_property
   def training_ledger(self) -> cost.Ledger:
-    """Every matmul of a training step's forward pass.
+    """The ledger of a training step's forward pass.
 
-    One rule holds for all gates, learned, random or top-k: a training step computes what they close and
-    multiplies it by zero, so nothing is left out for them. Routers of fixed capacity gather tokens, and
-    what they leave out is not in the ledger.
+    Closed gates save nothing here, whether learned, random or top-k, because a training step computes
+    everything behind them and multiplies it by zero. Routers of fixed capacity do save FLOPs: they gather
+    tokens, and the ledger contains only the gathered ones.
     """
     return cost.ungated(plans.ledger(self.model, self.model.spec.context, mode='train'))
 
   @functools.cached_property
   def forward_passes(self) -> float:
-    """Forward passes of a training step; a part of one where a part is computed again."""
-    # A sampled policy's baseline is a second forward pass, without draws.
+    """Number of forward passes per training step; recomputation adds a fraction."""
+    # The baseline of a sampled policy is a second, greedy forward pass.
     return 1 + lm.has_policy(self.model) + plans.recomputed(self.model, self.model.spec.context)
 
   def training_pass(self, density: Tree) -> float | Array:
-    """FLOPs of a training step's forward pass, kernels at the `density` of that step.
+    """Returns the FLOPs of a training step's forward pass, with kernels at the step's `density`.
 
-    A density that is learned is a gate on weights, and gates leave nothing out.
+    A learned density is a gate on weights, and gates save nothing in training, so it counts as 1.
     """
     charged_density = {
       path: fraction
@@ -71,15 +72,20 @@ class PassCosts:
     return cost.forward_flops(self.training_ledger, charged_density)
 
   def training_step(self, forward: float, weight_gradient: float | None) -> float:
-    """FLOPs of a training step, without a teacher's.
+    """Returns the FLOPs of a training step, without a teacher.
 
     Args:
-      forward: of its forward pass.
-      weight_gradient: of the gradient of the weights, `None` = as many as of the forward pass.
+      forward: FLOPs of its forward pass.
+      weight_gradient: FLOPs of the weight gradients; `None` means those of the forward pass.
     """
     return cost.training_flops(forward, weight_gradient, self.forward_passes)
 
   def fraction(self, density: Tree, activity: dict[str, Array]) -> Array:
-    """Forward FLOPs over the dense twin's: kernels at `density`, gates as they sowed `activity`."""
+    """Returns the forward FLOPs as a fraction of the dense twin's.
+
+    Args:
+      density: densities of the kernels.
+      activity: open fractions of the gates per token, by path.
+    """
     measured = cost.open_fractions(self.ledger, activity)
     return cost.forward_flops(self.ledger, tree.named(density), measured) / self.dense

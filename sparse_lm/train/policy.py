@@ -1,4 +1,4 @@
-"""Policy gradients for gates that are sampled (REINFORCE, Williams 1992)."""
+"""Policy gradients for sampled gates (REINFORCE, Williams 1992)."""
 
 from typing import NamedTuple
 
@@ -13,12 +13,12 @@ Array = jax.Array
 
 
 class Policy(NamedTuple):
-  """What one gate did; `[B, L]`, or `[B, 1]` where it decides once for a sequence.
+  """The actions of one gate; `[B, L]`, or `[B, 1]` if it decides once per sequence.
 
   Attributes:
-    log_prob: float32, of the actions at a position together.
-    entropy: float32, of their distributions together, in nats.
-    open: float32, fraction of the gate's units that were open there.
+    log_prob: float32, sum of the log-probabilities of the actions at each position.
+    entropy: float32, sum of the entropies of their distributions, in nats.
+    open: float32, fraction of the gate's units that are open.
   """
 
   log_prob: Array
@@ -27,7 +27,7 @@ class Policy(NamedTuple):
 
 
 def sown(variables: Tree) -> dict[str, Policy]:
-  """What every sampled gate sowed into the collection `policy`, by the gate's path."""
+  """Returns the actions of every sampled gate, from the collection `policy`, by the gate's path."""
   named = tree.named(variables['policy'])
   paths = {str(Place.parse(path).module) for path in named}
   return {
@@ -36,13 +36,13 @@ def sown(variables: Tree) -> dict[str, Policy]:
 
 
 def reward(losses_BxL: Array, policies: dict[str, Policy], shares: dict[str, Array]) -> Array:
-  """`-CE - sum over gates of share * open` for each token, float32 `[B, L]`.
+  """Returns the reward of each token, `-CE - sum over gates of share * open`, float32 `[B, L]`.
 
   Args:
-    losses_BxL: cross-entropies.
-    policies: by the path of the gate.
-    shares: what it costs in nats to have all of that gate open at a token, `[B, L]` or what
-      broadcasts to it.
+    losses_BxL: cross-entropy of each token.
+    policies: actions by the path of the gate.
+    shares: cost in nats of opening all units of a gate for a token, by the path of the gate; `[B, L]`, or
+      an array that broadcasts to it.
   """
   return -losses_BxL - sum(
     (shares[path] * policy.open for path, policy in policies.items()), jnp.float32(0)
@@ -52,11 +52,11 @@ def reward(losses_BxL: Array, policies: dict[str, Policy], shares: dict[str, Arr
 def loss(
   policies: dict[str, Policy], reward_BxL: Array, baseline_BxL: Array, entropy_bonus: float
 ) -> Array:
-  """A scalar whose gradient is minus the policy gradient of the mean reward a token.
+  """Returns a scalar whose gradient is minus the policy gradient of the mean reward per token.
 
-  An action is credited with what comes at its own position and later: the model is causal, so it
-  cannot have changed what came before, and leaving that out lowers the variance and not the mean.
-  `baseline_BxL` is subtracted for the same reason; it must not depend on the sampled actions.
+  An action is rewarded by the losses at its own and later positions. It cannot change earlier losses,
+  because the model is causal, and omitting them lowers the variance without bias. `baseline_BxL` is
+  subtracted for the same reason; it must not depend on the sampled actions.
   """
   advantage = jax.lax.stop_gradient(reward_BxL - baseline_BxL)
   to_go = jnp.cumsum(advantage[:, ::-1], axis=1)[:, ::-1]

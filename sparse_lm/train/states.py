@@ -1,4 +1,4 @@
-"""Training state: what a step reads and writes, how it begins, and what must hold of it."""
+"""The training state: its fields, its initial value and its invariants."""
 
 from typing import NamedTuple
 
@@ -18,18 +18,18 @@ from sparse_lm.weights.method import Sparse, WeightMethod, densities
 
 
 class TrainState(struct.PyTreeNode):
-  """Everything that a step reads and writes.
+  """The training state.
 
   Attributes:
-    step: int32, optimizer steps completed.
-    trainable: `{'params': of the model, 'learned': of the weight method}`, all float32.
-    sparse: masks, targets and what else the weight method keeps.
-    opt_state: of the optimizer, over `trainable`.
+    step: int32, number of completed optimizer steps.
+    trainable: `{'params': parameters of the model, 'learned': parameters of the weight method}`, float32.
+    sparse: masks, target densities and other state of the weight method.
+    opt_state: the optimizer's state for `trainable`.
     ema: moving average of `trainable`, or `None`.
-    model_state: Flax collections that are not parameters (running thresholds, balance biases).
-    control: of the budget controller, or `None`.
-    key: of the run's draws; a step folds its number in.
-    signals: what the weight method collects over several steps, by its parts.
+    model_state: the model's collections besides the parameters (running thresholds, router biases).
+    control: state of the budget controller, or `None`.
+    key: key of the run's random numbers; each step folds in its number.
+    signals: signals that the weight method collects over several steps, by its parts.
   """
 
   step: jax.Array
@@ -44,17 +44,17 @@ class TrainState(struct.PyTreeNode):
 
   @property
   def evaluated(self) -> Tree:
-    """The trainable tree that evaluation and export use: the moving average if there is one."""
+    """The trainable tree for evaluation and export: the moving average, if there is one."""
     return self.trainable if self.ema is None else self.ema
 
 
 class Start(NamedTuple):
-  """A trained model that a run starts from.
+  """A trained model from which a run starts.
 
   Attributes:
-    params: with zeros where a weight was dropped.
-    masks: like `params`, bool, where the run is to keep them; else `None`.
-    model_state: its collections that are not parameters.
+    params: its parameters, with zeros for dropped weights.
+    masks: its masks, if the run keeps them; else `None`.
+    model_state: its collections besides the parameters.
   """
 
   params: Tree
@@ -70,11 +70,15 @@ def create(
   seed: int,
   target: Tree,
 ) -> TrainState:
-  """The state at step 0; pure, so that it can be compiled and vmapped.
+  """Returns the state at step 0. This is a pure function, which can be compiled and vmapped.
 
   Args:
-    seed: of the run; may be traced.
-    target: final densities like the parameters, float32, `None` = dense.
+    model: the model.
+    method: the weight method.
+    optimizer: the optimizer.
+    budget: the budget controller, or `None`.
+    seed: seed of the run; may be traced.
+    target: tree of final densities, float32; `None` for dense leaves.
   """
   tokens = jnp.zeros((1, model.spec.context), jnp.int32)
   variables = model.init(rng.stream(seed, 'init'), tokens, mode='eval')
@@ -95,7 +99,7 @@ def create(
 def restart(
   method: WeightMethod, optimizer: Optimizer, seed: int, state: TrainState, start: Start
 ) -> TrainState:
-  """`state`, at step 0, with the weights of a trained model and, if given, its masks."""
+  """Returns `state`, which is at step 0, with the weights and optionally the masks of a trained model."""
   target = state.sparse.target
   trainable, sparse = method.init(rng.stream(seed, 'masks'), start.params, target)
   if start.masks is not None:
@@ -108,7 +112,7 @@ def restart(
     )
     sparse = sparse.replace(masks=given, target=densities(given))
     trainable = trainable | {'params': start.params}
-  # A parent's thresholds and biases are its routers'; another kind of router starts its own.
+  # Router biases and thresholds are taken over only if the routers are of the same kind.
   theirs, fresh = (jax.tree.map(jnp.shape, s) for s in (start.model_state, state.model_state))
   started = state.replace(
     trainable=trainable,
@@ -117,23 +121,23 @@ def restart(
     ema=first_average(optimizer, trainable),
     model_state=start.model_state if theirs == fresh else state.model_state,
   )
-  # Steps donate their state: no buffer of it may be the parent's, or in it twice.
+  # Steps donate their state, so it must not share buffers with the parent or contain a buffer twice.
   return jax.tree.map(jnp.copy, started)
 
 
 def first_average(optimizer: Optimizer, trainable: Tree) -> Tree:
-  """The moving average of a run that starts from `trainable`: float32, or `None` without one."""
+  """Returns the initial moving average, which is `trainable` itself; `None` without an average."""
   return trainable if optimizer.ema else None
 
 
 def check_masks(method: WeightMethod, state: TrainState) -> None:
-  """Raises ValueError where weights outside the masks are not zero: the sparsity is not the masks'."""
+  """Raises a ValueError if a dropped weight is not zero, because the masks would then be wrong."""
   for name, trees in (('trainable', state.trainable), ('ema', state.ema)):
     for path, found in tree.named({} if trees is None else _awake(trees, state.sparse)).items():
       if found:
         raise ValueError(
           f'{found} dropped weights of {path} ({name}) are not zero at step {state.step}: '
-          f'{type(method).__name__}.constrain let them wake'
+          f'{type(method).__name__}.constrain must keep them at zero'
         )
 
 
@@ -148,5 +152,5 @@ def _awake(trainable: Tree, sparse: Sparse) -> Tree:
 
 
 def collections(variables: dict[str, Tree]) -> dict[str, Tree]:
-  """The collections of `variables` that live from step to step, besides the parameters."""
+  """Returns the collections that persist between steps, without the parameters."""
   return {name: value for name, value in variables.items() if name not in ('params', *SOWN)}

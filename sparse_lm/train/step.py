@@ -1,9 +1,9 @@
 """The compiled steps of a run.
 
-`effective` runs through `jax.vjp` and the loss is differentiated at the *effective* parameters. That
-gradient is the dense one that growth and saliency need; pulled back through `effective` it is what
-the optimizer gets (masked, straight-through or soft, by the method's own rule). One backward pass,
-and no branch on a method.
+The weight method's `effective` runs through `jax.vjp`, and the loss is differentiated at the
+*effective* parameters. This dense gradient serves growth (RigL) and saliency. Pulled back through
+`effective`, it becomes the optimizer's gradient: masked, straight-through or soft, as the method
+defines it. So there is a single backward pass and no branch on the method.
 """
 
 import concurrent.futures
@@ -39,19 +39,20 @@ from sparse_lm.weights.collect import Collected, Gradients
 from sparse_lm.weights.method import Sparse, WeightMethod, apply_masks
 
 Array = jax.Array
-# Parts of the weight method that update their masks in a step, and parts that collect signals in it.
+# The parts of the weight method that update their masks in a step, and the parts that collect signals.
 Updates = tuple[tuple[str, ...], tuple[str, ...]]
-# Folded into the key of what is drawn before step 0; numbers of steps are smaller.
+# Folded into the key for random numbers before step 0. All step numbers are smaller.
 AT_START = 2**32 - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """What is compiled. Two runs that differ in seed or sparsity alone share one, and its executables.
+  """A program to compile. Runs that differ only in seed or sparsity share a program and its executables.
 
   Attributes:
     objective: the loss, with the model and the weight method.
-    accumulation: microbatches of a step.
+    optimizer: the optimizer.
+    accumulation: number of microbatches per step.
   """
 
   objective: Objective
@@ -60,7 +61,7 @@ class Program:
 
   @property
   def model(self) -> LM:
-    """The model that the objective trains."""
+    """The model."""
     return self.objective.model
 
   @property
@@ -91,18 +92,20 @@ class Program:
     return OnHost(self.create)
 
   def begin(self, seed: int, target: Tree, batch: tuple[int, int]) -> TrainState:
-    """`init`; with an accelerator, the programs of the first two steps are compiled at the same time.
+    """Does the same as `init`; on an accelerator, it compiles the first steps at the same time.
 
     Args:
-      batch: the shape of a step's tokens, `(B, L + 1)`.
+      seed: seed of the run.
+      target: final densities.
+      batch: shape of a step's tokens, `(B, L + 1)`.
     """
     device = jax.local_devices()[0]
     if device == host_device():
       return self.init(seed, target)
     with concurrent.futures.ThreadPoolExecutor() as pool, _no_garbage_collected():
       outputs, state = self.init.later(pool, seed, target)
-      # The state will be committed to the device, and JAX compiles a step again where the shapes that it
-      # was compiled for were not. Tokens come from the host.
+      # The state will be committed to the device. The shape structs must be, too, or JAX would compile
+      # each step again. Tokens come from the host.
       place = jax.sharding.SingleDeviceSharding(device)
       shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), outputs
@@ -121,10 +124,10 @@ class Program:
     return {}
 
   def compiled(self, updates: tuple[str, ...] = (), collects: tuple[str, ...] = ()) -> Wrapped:
-    """`(state, tokens_BxL+1, teacher or None) -> (state, metrics)`; the state is donated.
+    """Returns the compiled `transition`: `(state, tokens_BxL1, teacher) -> (state, metrics)`.
 
-    There is one executable for each set of parts of the weight method that update their masks in the
-    same step, so selection stays out of all other steps; see `transition`.
+    It donates the state. Each combination of parts that update their masks has its own executable, so
+    steps without mask updates contain no selection.
     """
     key = updates, collects
     if key not in self._compiled:
@@ -135,7 +138,7 @@ class Program:
 
   @property
   def train_step(self) -> Wrapped:
-    """The compiled step that leaves the masks as they are."""
+    """The compiled step without mask updates."""
     return self.compiled()
 
   @property
@@ -145,31 +148,32 @@ class Program:
 
   @functools.cached_property
   def collect_at_start(self) -> Wrapped:
-    """The compiled `add_at_start`; its `names` are static."""
+    """The compiled `add_at_start`; `names` is static."""
     return jax.jit(self.add_at_start, static_argnums=5)
 
   @functools.cached_property
   def update_at_start(self) -> Wrapped:
-    """The compiled `transition_at_start`; the state is donated."""
+    """The compiled `transition_at_start`; it donates the state."""
     return jax.jit(self.transition_at_start, donate_argnums=0)
 
   @functools.cached_property
   def finalize(self) -> Wrapped:
-    """`state -> (params, masks)` as evaluated, reported and exported."""
+    """`state -> (params, masks)` as they are evaluated, reported and exported."""
     return jax.jit(lambda s: self.method.finalize(s.evaluated, s.sparse, s.step))
 
   def step(self, step: int) -> Wrapped:
-    """The compiled step for optimizer step `step`."""
+    """Returns the compiled step for optimizer step `step`."""
     return self.compiled(*self.updates(step))
 
   def updates(self, step: int) -> Updates:
-    """The parts that update their masks in optimizer step `step`, and those that collect signals."""
+    """Returns the parts that update masks in optimizer step `step`, and those that collect signals."""
     return parts.due(self.method, step), parts.collecting(self.method, step)
 
   def step_flops(self, step: int, forward: float, target: dict[str, float]) -> float:
-    """FLOPs per token of optimizer step `step`, without a teacher's.
+    """Returns the FLOPs per token of optimizer step `step`, without a teacher.
 
     Args:
+      step: number of the step.
       forward: FLOPs per token of its forward pass.
       target: final densities by path.
     """
@@ -178,9 +182,9 @@ class Program:
     return self.costs.training_step(forward, weight_gradient)
 
   def start_flops(self, target: dict[str, float]) -> float:
-    """FLOPs per token of a batch that is read before step 0, without a teacher's.
+    """Returns the FLOPs per token of a batch for pruning before step 0, without a teacher.
 
-    What is pruned then is still dense, in the forward pass and in the gradient.
+    Parameters that are pruned then are still dense in the forward pass and in the gradient.
 
     Args:
       target: final densities by path.
@@ -196,7 +200,7 @@ class Program:
   def _effective(
     self, state: TrainState, key: Array
   ) -> tuple[EffectiveParams, Callable[[EffectiveParams], tuple[Tree]]]:
-    """What the weight method makes of the trainable tree, and what pulls a gradient back to it."""
+    """Returns the effective parameters and a function that pulls gradients back to `trainable`."""
 
     def apply(trainable: Tree) -> EffectiveParams:
       seen, density = self.method.effective(trainable, state.sparse, 'train', state.step, key)
@@ -207,14 +211,14 @@ class Program:
   def _gradients(
     self, effective: EffectiveParams, state: TrainState, batch: Batch, key: Array
   ) -> tuple[EffectiveParams, Tree, Metrics]:
-    """Gradient at the effective parameters, averaged over the microbatches.
+    """Returns the gradient at the effective parameters, the model's collections, and the metrics.
 
-    Beside it the model's collections after the step, and the metrics.
+    The gradient is averaged over the microbatches.
     """
     gradient = jax.grad(self.objective.loss, has_aux=True)
     if self.accumulation == 1:
-      grads, beside = gradient(effective, state, state.model_state, batch, key)
-      return grads, updated(beside.model_state, beside.updates), beside.metrics
+      grads, aux = gradient(effective, state, state.model_state, batch, key)
+      return grads, updated(aux.model_state, aux.updates), aux.metrics
 
     def microbatch(
       carry: tuple[Tree, Tree], x: tuple[Batch, Array]
@@ -222,9 +226,9 @@ class Program:
       total, model_state = carry
       part, key = x
       part = part.with_head_of(batch)
-      grads, beside = gradient(effective, state, model_state, part, key)
+      grads, aux = gradient(effective, state, model_state, part, key)
       total = jax.tree.map(jnp.add, total, grads)
-      return (total, beside.model_state), (beside.updates, beside.metrics)
+      return (total, aux.model_state), (aux.updates, aux.metrics)
 
     zeros = jax.tree.map(jnp.zeros_like, effective)
     (total, model_state), (updates, metrics) = jax.lax.scan(
@@ -245,13 +249,15 @@ class Program:
     updates: tuple[str, ...] = (),
     collects: tuple[str, ...] = (),
   ) -> tuple[TrainState, Metrics]:
-    """One optimizer step, uncompiled.
+    """Runs one optimizer step, uncompiled; returns the new state and metrics.
 
     Args:
-      teacher: see `Batch`.
-      updates: parts of the weight method (see `weights/parts.py`) whose `update` follows the optimizer's
-        update, or replaces it.
-      collects: parts that add the step's gradient to signals that span several steps.
+      state: the state.
+      tokens_BxL1: int32 tokens `[B, L + 1]`.
+      teacher: as in `Batch`.
+      updates: parts of the weight method (`weights/parts.py`) that update their masks, after or instead
+        of the optimizer's update.
+      collects: parts that add the step's gradient to signals over several steps.
     """
     method, step = self.method, state.step
     key_mask, key_model, key_update = jax.random.split(jax.random.fold_in(state.key, step), 3)
@@ -305,12 +311,15 @@ class Program:
     number: Array,
     names: tuple[str, ...],
   ) -> dict[str, Collected]:
-    """`collected` with the signals of one more batch at the weights of step 0, uncompiled.
+    """Adds the signals of one batch, at the initial weights, to `collected`; uncompiled.
 
     Args:
-      teacher: see `Batch`.
-      number: of the batch.
-      names: parts of the weight method that read it.
+      state: the state at step 0.
+      collected: signals so far, by part of the weight method.
+      tokens_BxL1: int32 tokens `[B, L + 1]`.
+      teacher: as in `Batch`.
+      number: number of the batch.
+      names: parts of the weight method that use the batch.
     """
     key = jax.random.fold_in(jax.random.fold_in(state.key, AT_START), number)
     key_mask, key_model = jax.random.split(key)
@@ -322,10 +331,10 @@ class Program:
   def transition_at_start(
     self, state: TrainState, collected: dict[str, Collected]
   ) -> tuple[TrainState, dict[str, Array]]:
-    """The update of masks before step 0, uncompiled.
+    """Updates the masks before step 0, uncompiled.
 
     Returns:
-      The state, and by the path of a parameter that has signals whether all of them are zero (bool).
+      The new state; and for each parameter with signals, by path, whether all of them are zero (bool).
     """
     updates = tuple(parts.at_start(self.method))
     signals = {name: collect.means(collected[name]) for name in updates}
@@ -343,7 +352,7 @@ class Program:
   def _average(
     self, ema: Tree, trainable: Tree, sparse: Sparse, toggled: Tree, frozen: Tree
   ) -> Tree:
-    """The moving average after a step; that of `toggled` weights (bool, `None` = dense) starts at 0."""
+    """Returns the moving average after a step; that of `toggled` weights (bool) restarts at 0."""
     if ema is None:
       return None
     mixed = optax.incremental_update(trainable, ema, 1 - self.optimizer.ema)
@@ -363,7 +372,7 @@ class Program:
 
 @contextlib.contextmanager
 def _no_garbage_collected() -> Iterator[None]:
-  """Pauses Python's garbage collector: tracing makes so many objects that it would run often."""
+  """Pauses Python's garbage collector, which tracing would trigger often by its many objects."""
   enabled = gc.isenabled()
   gc.disable()
   try:
@@ -374,7 +383,7 @@ def _no_garbage_collected() -> Iterator[None]:
 
 
 def _resting_or_frozen(resting: Tree, frozen: Tree) -> Tree:
-  """The leaves that rest in a step (bool), and of the others which weights are frozen, where any is."""
+  """Returns, for each leaf, whether it rests (bool), or which of its weights are frozen."""
   return tree.where_sparse(
     lambda rests, weights: rests or weights, resting, frozen, dense=lambda rests: rests
   )
@@ -382,5 +391,5 @@ def _resting_or_frozen(resting: Tree, frozen: Tree) -> Tree:
 
 @functools.lru_cache(maxsize=16)
 def shared(program: Program) -> Program:
-  """The one program equal to `program`, with what it has compiled so far."""
+  """Returns the cached program that equals `program`, with its executables."""
   return program

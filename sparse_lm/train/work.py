@@ -1,5 +1,7 @@
-"""The FLOPs that training has spent: added up as steps run, kept in checkpoints, handed on to what starts
-from them."""
+"""The FLOPs that training has spent.
+
+They are summed step by step and saved in checkpoints. A run that starts from a checkpoint inherits them.
+"""
 
 import dataclasses
 
@@ -9,11 +11,11 @@ from sparse_lm.weights import parts
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """FLOPs of training.
+  """Training FLOPs of a run.
 
   Attributes:
-    own: spent by the steps of a run.
-    ancestors: spent by the runs whose weights it started from, and by theirs.
+    own: FLOPs of the run's own steps.
+    ancestors: FLOPs of the run that it started from, and of all runs before that.
   """
 
   own: float = 0.0
@@ -21,25 +23,26 @@ class Work:
 
   @property
   def total(self) -> float:
-    """All that led to the weights."""
+    """FLOPs of the run and all of its ancestors."""
     return self.own + self.ancestors
 
   def plus(self, flops: float) -> 'Work':
-    """The work after one more step of the run."""
+    """Returns the work after one more step of the run."""
     return Work(self.own + flops, self.ancestors)
 
   def over(self, tokens: int) -> 'Work':
-    """FLOPs for each of so many tokens."""
+    """Returns the FLOPs per token, given the number of tokens."""
     return Work(self.own / tokens, self.ancestors / tokens)
 
 
 @dataclasses.dataclass(frozen=True)
 class Meter:
-  """What the steps of a run execute.
+  """Computes the FLOPs of a run's steps.
 
   Attributes:
-    tokens: of a step.
-    teacher: FLOPs per token of the teacher's forward pass, 0 without one.
+    program: the run's program.
+    tokens: number of tokens per step.
+    teacher: FLOPs per token of the teacher's forward pass; 0 without a teacher.
     target: final densities of the prunable leaves, by path.
   """
 
@@ -49,12 +52,12 @@ class Meter:
   target: dict[str, float]
 
   def at_start(self) -> float:
-    """FLOPs of the batches that are read before step 0."""
+    """Returns the FLOPs of the batches for pruning before step 0."""
     batches = parts.batches_at_start(self.program.method)
     if not batches:
       return 0.0
     return batches * self.tokens * (self.program.start_flops(self.target) + self.teacher)
 
   def step(self, step: int, forward: float) -> float:
-    """FLOPs of optimizer step `step`, whose forward pass took `forward` FLOPs per token."""
+    """Returns the FLOPs of optimizer step `step`, given the FLOPs per token of its forward pass."""
     return self.tokens * (self.program.step_flops(step, forward, self.target) + self.teacher)

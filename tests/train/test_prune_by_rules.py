@@ -52,7 +52,7 @@ def test_a_run_is_pruned_by_rules_and_loads(parent, tmp_path):
   ({'weight.order': ('mlp',), 'weight.rules.mlp.name': 'wanda', 'weight.rules.mlp.sparsity': 0.5,
     'weight.rules.mlp.match': ('mlp', 'embed'), 'weight.dense': ('norm',),
     'weight.rules.mlp.pattern': 'unstructured'},
-   ['no calibration text reaches embed/']),
+   ['no calibration signal for embed/']),
 ])  # fmt: skip
 def test_what_cannot_be_pruned_is_one_line_and_leaves_no_folder(fields, words, parent, tmp_path):
   with pytest.raises(UserError) as refused:
