@@ -1,10 +1,10 @@
 """`python -m experiments.documents [NAME ...]`: writes README.md and docs/ from the lines of studies.
 
 Every table, figure and quoted number of a study comes from one set of lines, docs/lines/<study>.jsonl.
-A study that compares machines has one set for each device, docs/lines/<study>-<device>.jsonl.
-With names, the lines of those studies are first taken from the folder of results. Prose stands in
-docs/templates, one Jinja template for each document. It quotes numbers as
-`{{ study('patterns').text('val_loss', scope='MLP', ...) }}` (see `findings`), and states what a sentence
+A study that compares machines has one set for each device, docs/lines/<study>-<device>.jsonl. With
+names, the lines of those studies are first taken from the folder of results. Prose stands in
+docs/templates, one Jinja template for each document. It quotes numbers as `{{
+study('patterns').text('val_loss', scope='MLP', ...) }}` (see `findings`), and states what a sentence
 claims as `{{ claim('neurons cost nothing', ...) }}`: a claim that the lines refute stops the command.
 Text that quotes numbers stands in `{% filter bullets %}` (a list) or `{% filter paragraph %}`, which
 break its lines anew.
