@@ -1,4 +1,4 @@
-"""Runs the PyTorch twin of the dense step, `experiments.torch_twin`, in a process of its own."""
+"""The PyTorch twin of the dense step, `experiments.torch_twin`, in a process of its own."""
 
 import contextlib
 import importlib.util
@@ -12,16 +12,17 @@ from collections.abc import Iterator, Mapping
 from sparse_lm.core.records import JsonObject
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# The parent process may hold most of a GPU's memory, so a child process allocates only what it needs.
+# The process that starts another may hold most of a GPU's memory, so the other takes what it needs and no
+# more.
 BESIDE = {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
 
 
 class NoTwin(Exception):
-  """The PyTorch twin cannot be measured; the message says why."""
+  """Why the PyTorch twin cannot be measured."""
 
 
 class Twin:
-  """The process of the twin. A call runs a window of training steps and waits for its end."""
+  """The twin's process. A call runs a window of its training steps and waits for them."""
 
   def __init__(self, sizes: Mapping[str, int], steps: int, errors: pathlib.Path) -> None:
     self.steps, self.errors, self.peak_memory = steps, errors, None
@@ -37,7 +38,7 @@ class Twin:
       )
 
   def read(self) -> JsonObject:
-    """Reads the next line that the process prints. Raises NoTwin if the process has ended."""
+    """The next line that it prints. Raises NoTwin where the process has ended."""
     line = self.process.stdout.readline()
     if not line:
       said_last = self.errors.read_text().strip().splitlines()[-1:]
@@ -45,7 +46,7 @@ class Twin:
     return json.loads(line)
 
   def __call__(self) -> float:
-    """Runs a window of steps and returns its seconds."""
+    """Runs a window of steps, and returns the seconds that it took."""
     self.process.stdin.write(f'{self.steps}\n')
     self.process.stdin.flush()
     found = self.read()
@@ -55,7 +56,7 @@ class Twin:
 
 @contextlib.contextmanager
 def running(sizes: Mapping[str, int], steps: int) -> Iterator[Twin]:
-  """Starts the twin, which compiles in the background. Raises NoTwin if PyTorch is not installed."""
+  """Runs the twin, which compiles while the caller goes on. Raises NoTwin without PyTorch."""
   if importlib.util.find_spec('torch') is None:
     raise NoTwin('PyTorch is not installed')
   with tempfile.TemporaryDirectory() as folder:
