@@ -1,4 +1,4 @@
-"""AC/DC on the tiny model.
+"""AC/DC on the tiny model: dense and sparse phases alternate.
 
 Command:  python -m sparse_lm.train --config=configs/ac_dc.py --workdir=results/ac_dc
 Time:     30 s on 2 CPU cores, compilation included.
@@ -12,7 +12,7 @@ from configs import tiny
 
 
 def get_config() -> ConfigDict:
-  """90 % of the weights outside embedding and head dropped in the end, in phases of 25 steps before."""
+  """Prunes 90 % of the weights outside the embedding and the head, with phases of 25 steps."""
   config = tiny.get_config()
   config.weight.update({'name': 'ac_dc', 'sparsity': 0.9})
   return config

@@ -1,8 +1,9 @@
-"""Every shared field and its default. A config starts from here and sets what differs.
+"""All shared fields and their defaults. Every other config starts from this one and changes fields.
 
-A method's own fields (`config.weight.period`, ...) are the fields of its class and join once its
-`name` is known; their defaults stand in its file. What each number may be stands in
-`sparse_lm/core/ranges.py`, of a method's own fields beside their defaults, and `--help` prints it.
+A method has fields of its own, such as `config.weight.period`. They and their defaults are declared in
+the method's class, and they join the config once the `name` of the method is set. Valid values are
+declared in `sparse_lm/core/ranges.py` for shared fields and in the class for a method's own fields.
+`--help` prints all of them.
 """
 
 from typing import Any
@@ -15,37 +16,38 @@ def get_config() -> ConfigDict:
   return ConfigDict(
     {
       'seed': 0,
-      # Workdir of a run to start from: its weights, with static its masks, and its data and tokenizer
-      # where neither the command line nor the config file names others.
+      # Workdir of a run to start from, '' = none. The run gives its weights, its masks to the method
+      # `static`, and its data and tokenizer unless the command line or the config file sets others.
       'init_from': '',
       'data': _data(),
       'model': _model(),
       'weight': _weight(),
-      # A slot's method runs in `layers` (a Python slice), `fallback` in the others. `inner` runs inside a
-      # method that wraps another one.
+      # Each slot runs the method `name` in the layers of the Python slice `layers`, and `fallback` in the
+      # other layers. `inner` is the method that a wrapping method, such as a gate, runs inside itself.
       'activation': _slot('relu2'),
       'attention': _slot('full'),
       'mlp': _slot('dense'),
       'depth': _slot('residual'),
-      'stack': {'name': 'sequential'},  # what runs the layers
-      'site': {'name': 'none'},  # what acts on activations at named points of all layers
-      # Holds the forward FLOPs, weights at their density times open gates, over the dense twin.
+      'stack': {'name': 'sequential'},  # runs the layers
+      'site': {'name': 'none'},  # changes activations at named points of all layers
+      # Holds the forward FLOPs (weights at their density, times the fraction of open gates) at a fraction
+      # of those of the dense twin.
       'budget': {
-        'target': 1.0,  # fraction of the dense twin's forward FLOPs, 1 = no controller
-        'controller': 'dual',  # dual: a price that ascends, and a penalty | quadratic: the penalty
-        'weight': 3.0,  # of the quadratic penalty
-        'rate': 0.02,  # of the price's ascent
+        'target': 1.0,  # this fraction; 1 = no controller
+        'controller': 'dual',  # dual: ascent on a price, with a penalty | quadratic: the penalty
+        'weight': 3.0,  # weight of the quadratic penalty
+        'rate': 0.02,  # step size of the dual ascent
       },
-      # Learns from another run's predictions besides the text.
+      # Distillation: the run also learns from the predictions of another run.
       'distill': {
-        'teacher': '',  # its workdir, '' = none
-        'weight': 0.5,  # of the teacher's part of the loss, in [0, 1]
-        'temperature': 1.0,  # of both distributions
+        'teacher': '',  # workdir of that run, '' = none
+        'weight': 0.5,  # weight of the teacher's part of the loss, in [0, 1]
+        'temperature': 1.0,  # softmax temperature of teacher and student
       },
       'optimizer': _optimizer(),
       'train': {
         'steps': 1000,
-        'accumulation': 1,  # microbatches an optimizer step; divides the batch
+        'accumulation': 1,  # microbatches per optimizer step; must divide the batch
         'log_every': 20,
         'eval_every': 250,
         'checkpoint_every': 500,
@@ -55,52 +57,53 @@ def get_config() -> ConfigDict:
 
 
 def _data() -> dict[str, Any]:
-  """What is read, and how it becomes tokens."""
+  """The text, the tokenizer and the batches."""
   return {
     'source': 'stdlib',  # stdlib: the Python standard library's own source | files | tfds | mixture
-    # files: a glob of text files | tfds: a directory that it prepared as array_record |
+    # files: a glob of text files | tfds: a directory that TFDS prepared as array_record |
     # mixture: sources, paths and weights, such as 'stdlib=0.5, files:a/*.txt=0.3, tfds:b=0.2'
     'path': '',
     'split': (0.9, 0.05, 0.05),  # train, validation, test, for files
     'tokenizer': 'bytes',  # bytes | chars | bpe
-    'vocab_size': 1024,  # of bpe; the others have their own and don't read it
-    'context': 128,  # tokens a sequence
-    'batch': 32,  # sequences an optimizer step
+    'vocab_size': 1024,  # vocabulary of bpe; other tokenizers ignore it
+    'context': 128,  # tokens per sequence
+    'batch': 32,  # sequences per optimizer step
   }
 
 
 def _model() -> dict[str, Any]:
-  """The dimensions of the transformer, and what all layers share."""
+  """The dimensions and options of the transformer."""
   return {
     'layers': 4,
     'width': 256,
-    'hidden': 1024,  # of the MLP
+    'hidden': 1024,  # width of the MLP
     'heads': 4,
     'kv_heads': 4,  # fewer than heads: grouped-query attention
     'norm': 'rmsnorm',  # rmsnorm | layernorm
     'positions': 'rotary',  # rotary | learned
     'init': 'fan_in',  # fan_in | gpt2
-    'tied': False,  # the head shares the embedding
-    'bigram': False,  # a table [vocabulary, vocabulary] of logits by the last token is learned too
+    'tied': False,  # True: the head shares the weights of the embedding
+    'bigram': False,  # True: also learns a table [vocabulary, vocabulary] of logits
     'bias': False,
     'dropout': 0.0,
     # Precision of the computation: float32 | bfloat16 | auto (bfloat16 on devices where it is faster).
-    # Weights, moments, averages, norms and losses are float32 with every precision.
+    # Weights, moments, averages, norms and losses are always float32.
     'precision': 'auto',
     'attention_kernel': 'auto',  # einsum | cudnn (fused) | auto (cudnn where it can run)
-    # Activations that the backward pass computes again: none | full (all of a layer) | dots (all but the
+    # Activations that the backward pass recomputes: none | full (all of a layer) | dots (all but the
     # results of matmuls) | dots_no_batch (all but the results of matmuls with weights)
     'remat': 'none',
-    # Whether equal layers run as one scan, which is compiled once however many they are.
-    'scan_layers': 'auto',  # auto: where 32 or more layers are equal, never on a CPU | always | never
+    # Equal layers can run as one scan, which compiles a single layer: always | never | auto (where 32 or
+    # more layers are equal, never on a CPU)
+    'scan_layers': 'auto',
   }
 
 
 def _weight() -> dict[str, Any]:
-  """Which weights exist."""
+  """The weight method and the weights that it prunes."""
   return {
     'name': 'none',
-    'sparsity': 0.0,  # over all prunable weights together
+    'sparsity': 0.0,  # fraction of all prunable weights that is zero in the end
     'distribution': 'uniform',  # uniform | er | erk | a map such as 'attention=0.5,mlp=0.9'
     'dense': (
       'embed',
@@ -108,9 +111,9 @@ def _weight() -> dict[str, Any]:
       'norm',
       'bias',
       'router',
-    ),  # path expressions of what is never pruned
-    # Several methods: the names of `rules`, each of which prunes what its `match` finds. A rule
-    # begins with the values above, and the first that finds a parameter prunes it.
+    ),  # path expressions of parameters that are never pruned
+    # Several methods: `order` names entries of `rules`. Each rule prunes the parameters that its `match`
+    # selects and starts from the values above. The first rule that matches a parameter prunes it.
     'order': (),
     'rules': {},
   }
@@ -122,21 +125,21 @@ def _optimizer() -> dict[str, Any]:
     'name': 'adamw',
     'learning_rate': 2e-3,
     'schedule': 'cosine',  # cosine | linear | constant, after the warm-up
-    'warmup': 0.05,  # fraction of the steps
-    'final': 0.1,  # fraction of the rate at the last step
+    'warmup': 0.05,  # length of the warm-up, as a fraction of the steps
+    'final': 0.1,  # rate at the last step, as a fraction of learning_rate
     'momentum': 0.9,  # b1 of the Adam family and Lion
     'b2': 0.99,
-    'eps': 1e-8,  # of adamw and nadamw, added to the root of the second moment
+    'eps': 1e-8,  # of adamw and nadamw: added to the root of the second moment
     'weight_decay': 0.1,  # decoupled; matrices only
-    'decay_last': False,  # decay what the update makes of the weights, not what they were before it
-    'clip': 1.0,  # global gradient norm, 0 = off
-    'normalize': False,  # divide the gradient by its root mean square over all parameters together
-    'ema': 0.0,  # decay of the parameters' moving average used for evaluation, 0 = off
+    'decay_last': False,  # True: decays the weights after the update instead of before it
+    'clip': 1.0,  # largest global norm of the gradient, 0 = off
+    'normalize': False,  # True: divides the gradient by its root mean square over all parameters
+    'ema': 0.0,  # decay of the moving average of the parameters for evaluation, 0 = off
   }
 
 
 def _slot(name: str) -> dict[str, Any]:
-  """The config of a layer slot that holds the method `name`."""
+  """The config of a layer slot with the method `name`."""
   method = {'name': name, 'layers': ':', 'inner': {'name': name}, 'fallback': {'name': name}}
-  # Several methods: the names of `rules`, each with a name, layers and an inner of its own.
+  # Several methods: `order` names entries of `rules`, each with its own `name`, `layers` and `inner`.
   return method | {'order': (), 'rules': {}}

@@ -1,4 +1,4 @@
-"""Eight experts that choose their tokens, on the tiny model.
+"""Expert choice on the tiny model: eight experts choose their tokens.
 
 Command:  python -m sparse_lm.train --config=configs/expert_choice.py --workdir=results/expert_choice
 Time:     41 s on 2 CPU cores, compilation included.
@@ -13,7 +13,7 @@ from configs import tiny
 
 
 def get_config() -> ConfigDict:
-  """One expert a token on average; causal in evaluation only."""
+  """One expert per token on average. Evaluation is causal, training is not."""
   config = tiny.get_config()
   config.mlp.update({'name': 'expert_choice', 'experts': 8, 'visits': 1.0})
   return config

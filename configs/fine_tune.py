@@ -1,12 +1,12 @@
-"""The tiny model, pruned in one shot, trained on with its masks kept and taught by its dense parent.
+"""Fine-tuning of the pruned tiny model with fixed masks, and with distillation from its dense parent.
 
 Command:  python -m sparse_lm.train --config=configs/tiny.py --workdir=results/tiny
           python -m sparse_lm.prune --workdir=results/tiny --out=results/pruned \\
             --config.weight.name=wanda --config.weight.sparsity=0.7
           python -m sparse_lm.train --config=configs/fine_tune.py --workdir=results/tuned \\
             --config.init_from=results/pruned --config.distill.teacher=results/tiny
-Time:     22 s on 2 CPU cores, compilation included; pruning 27 s before it.
-Expected: validation loss 1.907 nats per byte after fine-tuning, 2.096 after pruning (parent: 1.893).
+Time:     22 s on 2 CPU cores, compilation included; pruning takes another 27 s.
+Expected: validation loss 1.907 nats per byte. The pruned model has 2.096, its dense parent 1.893.
 Paper:    Wanda (Sun et al. 2023); distillation as in Hinton et al. 2015.
 """
 
@@ -16,7 +16,7 @@ from configs import tiny
 
 
 def get_config() -> ConfigDict:
-  """A fifth of the parent's steps at a fifth of its learning rate."""
+  """Trains for a fifth of the parent's steps, at a fifth of its learning rate."""
   config = tiny.get_config()
   config.weight.name = 'static'
   config.optimizer.learning_rate = 1e-3

@@ -1,4 +1,4 @@
-"""Sparse connectivity and dynamic gating under one compute budget, on the tiny model.
+"""Sparse weights and token gates under one compute budget, on the tiny model.
 
 Command:  python -m sparse_lm.train --config=configs/hybrid.py --workdir=results/hybrid
 Time:     53 s on 2 CPU cores, compilation included.
@@ -13,7 +13,7 @@ from configs import tiny
 
 
 def get_config() -> ConfigDict:
-  """RigL at 50 % of the weights; token gates take the rest of a budget of 35 % of the dense FLOPs."""
+  """RigL at 50 % sparsity, with token gates that hold the forward FLOPs at 35 % of the dense model's."""
   config = tiny.get_config()
   config.weight.update({'name': 'rigl', 'sparsity': 0.5, 'period': 25})
   config.depth.name = 'token_gate'

@@ -1,4 +1,4 @@
-"""Layers that are kept or dropped as a whole, on four small layers.
+"""Layer gates on four small layers: each layer is kept or removed as a whole.
 
 Command:  python -m sparse_lm.train --config=configs/layer_gate.py --workdir=results/layer_gate
 Time:     21 s on 2 CPU cores, compilation included.
@@ -13,7 +13,7 @@ from configs import tiny
 
 
 def get_config() -> ConfigDict:
-  """Hard concrete gates; three layers of four cost 0.77 of the dense FLOPs."""
+  """Hard concrete gates, held at 0.77 of the dense FLOPs: the cost of three of the four layers."""
   config = tiny.get_config()
   config.model.update({'layers': 4, 'width': 64, 'hidden': 256})
   config.depth.update({'name': 'layer_gate', 'estimator': 'hard_concrete'})

@@ -12,7 +12,7 @@ from configs import tiny
 
 
 def get_config() -> ConfigDict:
-  """90 % of the weights outside embedding and head dropped."""
+  """Prunes 90 % of the weights outside the embedding and the head."""
   config = tiny.get_config()
   config.weight.update({'name': 'magnitude', 'sparsity': 0.9, 'period': 10})
   return config

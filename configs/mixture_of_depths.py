@@ -1,4 +1,4 @@
-"""An eighth of the tokens enters every second layer, on the tiny model.
+"""Mixture of depths on the tiny model: an eighth of the tokens enters every second layer.
 
 Command:  python -m sparse_lm.train --config=configs/mixture_of_depths.py --workdir=results/mod
 Time:     17 s on 2 CPU cores, compilation included.
@@ -13,7 +13,7 @@ from configs import tiny
 
 
 def get_config() -> ConfigDict:
-  """Chosen by top-k in training and by a causal predictor in evaluation."""
+  """Training selects tokens by top-k, evaluation by a causal predictor."""
   config = tiny.get_config()
   config.depth.update({'name': 'mixture_of_depths', 'layers': '1::2', 'capacity': 0.125})
   return config

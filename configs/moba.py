@@ -1,4 +1,4 @@
-"""Mixture of block attention on the tiny model: 4 of 16 blocks of keys to a query.
+"""MoBA (mixture of block attention) on the tiny model: a query attends to 4 of 16 blocks of keys.
 
 Command:  python -m sparse_lm.train --config=configs/moba.py --workdir=results/moba
 Time:     31 s on 2 CPU cores, compilation included.
@@ -13,7 +13,7 @@ from configs import tiny
 
 
 def get_config() -> ConfigDict:
-  """Its own block of 4 keys, and the best three before it: a quarter of the context."""
+  """The query's own block of 4 keys and the best three earlier blocks, a quarter of the context."""
   config = tiny.get_config()
   config.attention.update({'name': 'moba', 'block': 4, 'k': 4})
   return config

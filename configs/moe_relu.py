@@ -1,4 +1,4 @@
-"""Eight experts, of which a token visits those that its router leaves above zero, on the tiny model.
+"""ReMoE on the tiny model: a ReLU router over eight experts, whose positive outputs select experts.
 
 Command:  python -m sparse_lm.train --config=configs/moe_relu.py --workdir=results/moe_relu
 Time:     50 s on 2 CPU cores, compilation included.
@@ -13,7 +13,7 @@ from configs import tiny
 
 
 def get_config() -> ConfigDict:
-  """Two experts of 256 units a token on average, the compute of the dense MLP."""
+  """Two experts of 256 units per token on average, the compute of the dense MLP."""
   config = tiny.get_config()
   config.mlp.update({'name': 'moe_relu', 'experts': 8, 'k': 2, 'hidden': 256})
   return config

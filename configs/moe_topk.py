@@ -1,4 +1,4 @@
-"""Eight experts, of which each token visits one, on the tiny model.
+"""Mixture of experts on the tiny model: each token uses one of eight experts.
 
 Command:  python -m sparse_lm.train --config=configs/moe_topk.py --workdir=results/moe_topk
 Time:     38 s on 2 CPU cores, compilation included.
@@ -13,7 +13,7 @@ from configs import tiny
 
 
 def get_config() -> ConfigDict:
-  """Experts as large as the dense MLP: its compute with eight times its parameters."""
+  """Experts as large as the dense MLP: equal compute, eight times the parameters."""
   config = tiny.get_config()
   config.mlp.update({'name': 'moe_topk', 'experts': 8, 'k': 1})
   return config

@@ -1,4 +1,4 @@
-"""Hidden units behind a predictor that reads half of the input, on the tiny model.
+"""Predicted top-k on the tiny model: a predictor that reads half of the input selects hidden units.
 
 Command:  python -m sparse_lm.train --config=configs/predictor_topk.py --workdir=results/predictor
 Time:     29 s on 2 CPU cores, compilation included.
@@ -13,7 +13,7 @@ from configs import tiny
 
 
 def get_config() -> ConfigDict:
-  """An eighth of the units, so that up- and down-projection are skipped for the rest."""
+  """Each token computes an eighth of the hidden units, in the up- and in the down-projection."""
   config = tiny.get_config()
   config.mlp.update({'name': 'predictor_topk', 'density': 0.125})
   return config

@@ -1,4 +1,4 @@
-"""Layers that each token enters or skips by a policy trained with rewards, on the tiny model.
+"""Token gates trained by REINFORCE on the tiny model: each token enters or skips every layer.
 
 Command:  python -m sparse_lm.train --config=configs/reinforce.py --workdir=results/reinforce
 Time:     25 s on 2 CPU cores, compilation included.
@@ -13,7 +13,7 @@ from configs import tiny
 
 
 def get_config() -> ConfigDict:
-  """Sampled gates held at 60 % of the dense FLOPs."""
+  """Sampled gates, held at 60 % of the dense FLOPs."""
   config = tiny.get_config()
   config.depth.update({'name': 'token_gate', 'estimator': 'reinforce'})
   config.budget.target = 0.6

@@ -1,4 +1,4 @@
-"""Sparse evolutionary training on the tiny model.
+"""SET (sparse evolutionary training) on the tiny model.
 
 Command:  python -m sparse_lm.train --config=configs/set.py --workdir=results/set
 Time:     41 s on 2 CPU cores, compilation included.
@@ -12,7 +12,7 @@ from configs import tiny
 
 
 def get_config() -> ConfigDict:
-  """90 % of the weights outside embedding and head dropped."""
+  """Prunes 90 % of the weights outside the embedding and the head."""
   config = tiny.get_config()
   config.weight.update({'name': 'set', 'sparsity': 0.9, 'period': 25})
   return config

@@ -2,10 +2,10 @@
 
 Command:  python -m sparse_lm.train --config=configs/shakespeare_char_gpu.py --workdir=results/gpu
           --config.data.path=<folder>/tiny_shakespeare.txt
-Time:     91 s on one H100 (jax 0.11.2, bfloat16), 10.5 ms a step. Meant for a GPU: on 2 CPU cores its
-          1.2 TFLOP a step would take some 13 s each.
-Expected: lowest validation loss 1.447 nats per character, near step 2000; nanoGPT reports 1.4697 for its
-          best checkpoint. It then overfits: 1.710 at step 5000.
+Time:     91 s on one H100 (jax 0.11.2, bfloat16), 10.5 ms a step. It is meant for a GPU: on 2 CPU cores
+          a step of 1.2 TFLOP would take about 13 s.
+Expected: lowest validation loss 1.447 nats per character, near step 2000. The model then overfits: 1.710
+          at step 5000. nanoGPT reports 1.4697 for its best checkpoint.
 Source:   github.com/karpathy/nanoGPT, config/train_shakespeare_char.py.
 """
 
@@ -17,7 +17,7 @@ from configs import shakespeare_char_nanogpt
 def get_config() -> ConfigDict:
   """6 layers, 6 heads, width 384, context 256, batch 64, 5000 steps, dropout 0.2.
 
-  It overfits, so it is evaluated as often as nanoGPT does: the best checkpoint is what counts.
+  The model overfits, so the best checkpoint counts, and it is evaluated as often as in nanoGPT.
   """
   config = shakespeare_char_nanogpt.get_config()
   config.data.update({'context': 256, 'batch': 64})

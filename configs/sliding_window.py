@@ -1,4 +1,4 @@
-"""Attention to the last 16 positions, on the tiny model.
+"""Sliding-window attention on the tiny model: each query attends to the last 16 positions.
 
 Command:  python -m sparse_lm.train --config=configs/sliding_window.py --workdir=results/sliding_window
 Time:     22 s on 2 CPU cores, compilation included.
@@ -13,7 +13,7 @@ from configs import tiny
 
 
 def get_config() -> ConfigDict:
-  """A quarter of the context."""
+  """A window of 16 positions, a quarter of the context."""
   config = tiny.get_config()
   config.attention.update({'name': 'sliding_window', 'window': 16})
   return config

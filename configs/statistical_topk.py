@@ -1,4 +1,4 @@
-"""Statistical top-k of the hidden units on the tiny model.
+"""Statistical top-k of the hidden units, on the tiny model.
 
 Command:  python -m sparse_lm.train --config=configs/statistical_topk.py --workdir=results/stat
 Time:     19 s on 2 CPU cores, compilation included.
@@ -13,7 +13,7 @@ from configs import tiny
 
 
 def get_config() -> ConfigDict:
-  """A threshold that an eighth of a Gaussian row exceeds."""
+  """The threshold is one that an eighth of the values of a Gaussian row exceeds."""
   config = tiny.get_config()
   config.activation.update({'name': 'statistical_topk', 'density': 0.125})
   return config

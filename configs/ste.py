@@ -1,4 +1,4 @@
-"""Top-k magnitudes with a straight-through gradient on the tiny model.
+"""STE on the tiny model: magnitude masks with a straight-through gradient.
 
 Command:  python -m sparse_lm.train --config=configs/ste.py --workdir=results/ste
 Time:     42 s on 2 CPU cores, compilation included.
@@ -12,7 +12,7 @@ from configs import tiny
 
 
 def get_config() -> ConfigDict:
-  """90 % of the weights outside embedding and head dropped, all of which go on learning."""
+  """Masks 90 % of the weights outside the embedding and the head; masked weights are still trained."""
   config = tiny.get_config()
   config.weight.update({'name': 'magnitude', 'sparsity': 0.9, 'apply': 'straight_through'})
   config.weight.update({'schedule': 'at_once', 'start': 0.0})  # sparse from the first step

@@ -1,4 +1,4 @@
-"""Layers that each token enters or skips, on the tiny model.
+"""Token gates on the tiny model: each token enters or skips every layer.
 
 Command:  python -m sparse_lm.train --config=configs/token_gate.py --workdir=results/token_gate
 Time:     21 s on 2 CPU cores, compilation included.
@@ -13,7 +13,7 @@ from configs import tiny
 
 
 def get_config() -> ConfigDict:
-  """Straight-through gates held at 60 % of the dense FLOPs."""
+  """Straight-through gates, held at 60 % of the dense FLOPs."""
   config = tiny.get_config()
   config.depth.name = 'token_gate'
   config.budget.target = 0.6

@@ -1,10 +1,10 @@
-"""Exact top-k of the hidden units on the tiny model.
+"""Exact top-k of the hidden units, on the tiny model.
 
 Command:  python -m sparse_lm.train --config=configs/topk.py --workdir=results/topk
 Time:     25 s on 2 CPU cores, compilation included.
 Expected: validation loss 1.846 nats per byte at 0.748 of the forward FLOPs
           of the dense twin (the tiny model: 1.893).
-Paper:    Spark (You et al. 2025), exact.
+Paper:    Spark (You et al. 2025), with exact instead of statistical top-k.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +13,7 @@ from configs import tiny
 
 
 def get_config() -> ConfigDict:
-  """An eighth of the units of every token fires."""
+  """Each token keeps an eighth of the hidden units."""
   config = tiny.get_config()
   config.activation.update({'name': 'topk', 'density': 0.125})
   return config

@@ -1,4 +1,4 @@
-"""Attention to the 8 best keys of each query, on the tiny model.
+"""Top-k attention on the tiny model: each query attends to its 8 best keys.
 
 Command:  python -m sparse_lm.train --config=configs/topk_keys.py --workdir=results/topk_keys
 Time:     24 s on 2 CPU cores, compilation included.
@@ -13,7 +13,7 @@ from configs import tiny
 
 
 def get_config() -> ConfigDict:
-  """All scores, an eighth of the values."""
+  """Computes all scores and reads an eighth of the values."""
   config = tiny.get_config()
   config.attention.update({'name': 'topk_keys', 'k': 8})
   return config

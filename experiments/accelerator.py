@@ -1,8 +1,8 @@
-"""How near are training steps to what this GPU can do, and what does each sparse method add to one?
+"""How fast are training steps on this GPU, beside its peak, a PyTorch twin and the dense step?
 
-Some four minutes on one H100 or H200. 12 layers of width 768, 12 heads, context 1024, batch 16,
-vocabulary 50,304, in the model of the PyTorch twin (LayerNorm, learned positions, squared ReLU, an untied
-head). The most important rows come first; the same command continues a study that was interrupted.
+The study takes about four minutes on one H100 or H200. The model is that of the PyTorch twin: 12 layers
+of width 768, 12 heads, context 1024, batch 16, vocabulary 50,304, LayerNorm, learned positions, squared
+ReLU, an untied head. The most important rows come first.
 """
 
 import functools
@@ -27,7 +27,7 @@ SIZE = {
   'model.precision': 'bfloat16',
 }
 SPARSITY = {'weight.sparsity': 0.9}
-# The rows that measure a step beside the dense step, in the order of the study; `LATER` comes last.
+# Rows that measure a step beside the dense step, in the order of the study. `LATER` comes last.
 STEPS: dict[str, Overrides] = {
   goals.STE: STE | SPARSITY,
   goals.STATIC: {'weight.name': 'static'} | SPARSITY,
@@ -46,12 +46,12 @@ PACKED = Bench(SMALL, {}, 65, 100, 9, 8192, 2_000_000_000)
 
 
 def runs() -> list[Run]:
-  """A run for each row."""
+  """One run for each row."""
   return rows(BENCH, PACKED, 16)
 
 
 def rows(bench: Bench, packed: Bench, count: int) -> list[Run]:
-  """The rows at the size of `bench`, and a row of `count` packed runs at the size of `packed`."""
+  """The rows at the size of `bench`, and one row of `count` packed runs at the size of `packed`."""
   return [
     bench.run(goals.PEAK, bench.peaks),
     bench.run(goals.DENSE, bench.dense_step),
@@ -63,5 +63,5 @@ def rows(bench: Bench, packed: Bench, count: int) -> list[Run]:
 
 
 def report(lines: list[results.Line], folder: pathlib.Path) -> str:
-  """The tables and the figure of this machine."""
+  """Writes the tables and the figure of this machine."""
   return accelerator_report.write(lines, folder)

@@ -1,9 +1,9 @@
-"""What does every method add to a training step, and what do whole runs take on this GPU?
+"""How much time does every method add to a training step, and how long do whole runs take on this GPU?
 
-It measures what the study `accelerator` leaves out because of its time: a step of every config at 4
-layers of width 768, context 1024, batch 16, beside the dense step; packed models beside their dense
-twins; and two complete trainings, nanoGPT's GPU setting and a study of packed runs, on tiny Shakespeare,
-whose text is read from data/tiny_shakespeare.txt, where you place it.
+The study measures what `accelerator` omits for time: the step of every config at 4 layers of width 768,
+context 1024, batch 16, beside the dense step; packed models beside their dense twins; and two complete
+trainings on tiny Shakespeare, nanoGPT's GPU setting and a study of packed runs. Place char-rnn's text
+at data/tiny_shakespeare.txt first.
 """
 
 import functools
@@ -24,7 +24,7 @@ from sparse_lm.runs import configs
 SIZE = accelerator.SIZE | {'model.layers': 4, 'model.norm': 'rmsnorm', 'model.positions': 'rotary'}
 BENCH = Bench('configs/base.py', SIZE, 50304, 5, 9, 8192, 2_000_000_000)
 CONFIGS = ROOT / 'configs'
-# Configs of other models, or of runs that start from other ones.
+# Configs of other models, or of runs that start from the weights of another run.
 LEFT_OUT = ('base', 'tiny', 'ablation', 'fine_tune')
 # At this vocabulary the head alone takes 0.53 of the FLOPs, more than the budgets of these configs.
 EASED = {name: {'budget.target': 0.8} for name in ('hybrid', 'l0')}
@@ -33,7 +33,7 @@ DECODED = ('dense', 'shrink: half of the neurons and heads', 'blocks of 128, 90 
 
 
 def runs() -> list[Run]:
-  """Whole runs, then packed models, then a row for each config."""
+  """Whole runs, then packed models, then one row for each config."""
   study = Run(accelerator.SMALL, {}, {'row': goals.STUDY}, functools.partial(execute, _study))
   nanogpt = Run(GPU_SETTING, {}, {'row': goals.NANOGPT}, functools.partial(execute, _train))
   packed = {run.labels['model']: run for run in packed_speed.runs()}
@@ -51,13 +51,13 @@ def runs() -> list[Run]:
 
 
 def method_configs() -> list[str]:
-  """The names of the config files that hold a method."""
+  """The names of the config files with a method."""
   names = sorted(file.stem for file in CONFIGS.glob('[a-z]*.py'))
   return [name for name in names if name not in LEFT_OUT and not name.startswith('shakespeare')]
 
 
 def _train(run: Run, workdir: pathlib.Path) -> Metrics:
-  """Trains a config whole."""
+  """Trains a config to the end."""
   from sparse_lm.runs.loop import train
 
   begin = time.perf_counter()
@@ -69,9 +69,9 @@ def _train(run: Run, workdir: pathlib.Path) -> Metrics:
 
 
 def _study(run: Run, workdir: pathlib.Path) -> Metrics:
-  """Trains the runs of `packed_sweep`, packed, in a process of its own.
+  """Trains the runs of `packed_sweep` as packs, in a process of its own.
 
-  Raises RuntimeError where the process fails.
+  Raises RuntimeError if the process fails.
   """
   command = [sys.executable, '-m', 'experiments.run', 'packed_sweep', '--pack']
   begin = time.perf_counter()
@@ -84,7 +84,7 @@ def _study(run: Run, workdir: pathlib.Path) -> Metrics:
 
 
 def _packed(model: str) -> functools.partial:
-  """What measures a packed model as `packed_speed` does."""
+  """Returns a function that measures a packed model as `packed_speed` does."""
 
   def measure(run: Run, workdir: pathlib.Path) -> Metrics:
     row = Run(run.config, run.overrides, {'model': model})
@@ -94,5 +94,5 @@ def _packed(model: str) -> functools.partial:
 
 
 def report(lines: list[results.Line], folder: pathlib.Path) -> str:
-  """The tables and the figure of this machine."""
+  """Writes the tables and the figure of this machine."""
   return accelerator_report.write(lines, folder)

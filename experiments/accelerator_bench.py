@@ -1,9 +1,9 @@
-"""Training steps measured at one size, each beside the dense step in one process.
+"""Measures training steps at one size, each beside the dense step in one process.
 
-Windows of steps run without waiting for the device and take turns with windows of the dense step. The
-programs of all rows that a study still lacks are compiled once and at the same time. A row that fails
-gets a line with `failed` and a `message`, and the rows after it are measured. PyTorch and first steps run
-in processes of their own.
+A window is a number of steps that run without waiting for the device. Windows of a row take turns with
+windows of the dense step. The programs of all missing rows are compiled at the same time. A row that
+fails gets a line with `failed` and a `message`, and the study goes on. PyTorch and first steps run in
+processes of their own.
 """
 
 import contextlib
@@ -44,20 +44,20 @@ from sparse_lm.train.step import Program
 
 Metrics = dict[str, float | str | None]
 Measure = Callable[[Run, pathlib.Path], Metrics]
-ENERGY_SECONDS = 1.0  # the meter of a GPU moves some ten times a second
+ENERGY_SECONDS = 1.0  # a GPU's energy meter is updated about ten times a second
 
 
 def execute(measure: Measure, run: Run, workdir: pathlib.Path) -> JsonObject:
-  """The contents of a line: the metrics of `measure`, or why it failed, and the seconds that it took."""
+  """Measures a row. Returns the line's metrics, or the reason of a failure, and the seconds it took."""
   begin = time.perf_counter()
   runtime.prepare()
   found: JsonObject = {'metrics': {}}
   try:
     found['metrics'] = dict(measure(run, workdir))
-  except Exception as error:  # after an error of any kind the other rows are still measured
+  except Exception as error:  # whatever the error, the other rows are still measured
     reason = ' '.join(str(error).split())[:300]
     found |= {'failed': 'not measured', 'message': f'{type(error).__name__}: {reason}'}
-    # `Together` keeps the error for other rows, and its frames hold this row's states.
+    # `Together` keeps the error for other rows, and the traceback's frames hold the states of this row.
     error.__traceback__ = None
   found['metrics']['seconds'] = time.perf_counter() - begin
   print(said(run.labels['row'], found), flush=True)
@@ -65,14 +65,14 @@ def execute(measure: Measure, run: Run, workdir: pathlib.Path) -> JsonObject:
 
 
 def _recorded(run: Run) -> JsonObject:
-  """A run's config, with the precision that it has on this device."""
+  """A run's config, with the precision used on this device."""
   asked = configs.load(run.config, run.overrides).model.precision
   here = {'model.precision': precision_here(asked)}
   return configs.to_json(configs.load(run.config, run.overrides | here))
 
 
 def said(row: str, found: JsonObject) -> str:
-  """A row's numbers in one line."""
+  """Formats the numbers of a row in one line."""
   if 'failed' in found:
     return f'{row}: {found["failed"]}: {found["message"]}'
   values = (
@@ -84,9 +84,9 @@ def said(row: str, found: JsonObject) -> str:
 
 
 class Window:
-  """A compiled step that carries its state; a call runs some steps without waiting for the device.
+  """A compiled step with its state. A call runs a window of steps.
 
-  One step runs at construction, so that loading the program is not measured.
+  The constructor runs one step, so that loading the program is not measured.
   """
 
   def __init__(self, compiled: Compiled, state: Tree, steps: int, *inputs: Tree) -> None:
@@ -94,7 +94,7 @@ class Window:
     self.state, _ = jax.block_until_ready(compiled(state, *inputs))
 
   def __call__(self) -> Tree:
-    """The state after the steps, and the metrics of the last."""
+    """Runs the steps. Returns the state after them and the metrics of the last step."""
     for _ in range(self.steps):
       self.state, metrics = self.compiled(self.state, *self.inputs)
     return self.state, metrics
@@ -102,12 +102,12 @@ class Window:
 
 @dataclasses.dataclass(frozen=True)
 class Rested(turns.Prepared):
-  """A window that begins when the twin's threads sleep: after work they spin for 0.2 s."""
+  """A window that waits until the twin's threads sleep, which spin for 0.2 s after their work."""
 
   window: Window
 
   def prepare(self) -> Tree:
-    """Waits until the threads sleep."""
+    """Waits until the twin's threads sleep."""
     time.sleep(0.3)
     return ()
 
@@ -118,18 +118,18 @@ class Rested(turns.Prepared):
 
 @dataclasses.dataclass(eq=False)
 class Bench:
-  """One size, and the rows that are measured at it. What rows share is made when first asked for.
+  """One model size and the rows that are measured at it.
 
   Attributes:
-    config: path of a config file.
-    overrides: of the dense model.
-    vocab: tokens of the vocabulary; batches are random ones, on the device.
-    window: steps that run without waiting for the device.
-    repeats: turns that are measured.
+    config: path of the config file.
+    overrides: overrides of the dense model.
+    vocab: size of the vocabulary. Batches hold random tokens and lie on the device.
+    window: number of steps in a window.
+    repeats: number of turns.
     matmul: rows and columns of the matrices whose product gives the peak FLOP/s.
-    copied: bytes of the array whose copy gives the memory's bandwidth.
-    planned: by row, the runs that measure a step beside the dense one.
-    programs: by row ('' = the dense step) and kind: 'initial state', 'step' or 'update' (of masks).
+    copied: bytes of the array whose copy gives the peak bandwidth of the memory.
+    planned: the runs that measure a step beside the dense step, by row.
+    programs: by row ('' = the dense step) and kind: 'initial state', 'step', 'update' (of masks).
   """
 
   config: str
@@ -145,27 +145,27 @@ class Bench:
   def run(
     self, row: str, measure: Measure, overrides: Overrides | None = None, config: str = ''
   ) -> Run:
-    """A run of a study that measures one row, of another config file where one is named."""
+    """A run of a study that measures one row. `config` may name another config file."""
     fields = self.overrides | (overrides or {})
     return Run(config or self.config, fields, {'row': row}, functools.partial(execute, measure))
 
   def step_run(self, row: str, overrides: Overrides, config: str = '') -> Run:
-    """A run that measures a step beside the dense one."""
+    """A run that measures a step beside the dense step."""
     self.planned[row] = self.run(row, self.step, overrides, config)
     return self.planned[row]
 
   def program(self, run: Run) -> tuple[Program, Tree]:
-    """What a run's config describes, and its final densities."""
+    """Builds the program of a run's config. Returns it with the final densities."""
     return build(configs.load(run.config, run.overrides), self.vocab)
 
   @functools.cached_property
   def tokens(self) -> jax.Array:
-    """A batch, int32 `[B, L + 1]`."""
+    """A batch of random tokens, int32 `[B, L + 1]`."""
     data = configs.load(self.config, self.overrides).data
     return _random_tokens(self.vocab, data.batch, data.context + 1)
 
   def lower(self, workdir: pathlib.Path) -> None:
-    """Traces the dense step and those of the rows that the study of a run's workdir still lacks."""
+    """Traces the dense step, and the steps of all rows that the study of this workdir lacks."""
     file = workdir.parent.parent / 'runs.jsonl'
     finished = [line['run'] for line in results.read_file(file)] if file.exists() else []
     self._lower('', self._dense)
@@ -207,7 +207,7 @@ class Bench:
     return window
 
   def _windows(self, row: str, run: Run, kinds: Sequence[str]) -> dict[str, Window]:
-    """Steps of a row, each with a state of its own."""
+    """Windows of a row's steps by kind, each with a state of its own."""
     make, given = self.programs.take((row, 'initial state')), jax.device_get(self.program(run)[1])
     place = jax.local_devices()[0]
     return {
@@ -222,7 +222,7 @@ class Bench:
 
   @functools.cached_property
   def peak(self) -> dict[str, float]:
-    """FLOP/s of the largest products by dtype, and bytes a second of the memory."""
+    """The peak FLOP/s of a large matmul by dtype, and the peak bandwidth of the memory in bytes/s."""
     products = {dtype: machine.matmul(self.matmul, dtype) for dtype in ('bfloat16', 'float32')}
     works = products | {'memory': machine.copy(self.copied)}
     calls = {name: _repeated(call, self.window) for name, (call, _) in works.items()}
@@ -233,18 +233,18 @@ class Bench:
     }
 
   def peaks(self, run: Run, workdir: pathlib.Path) -> Metrics:
-    """What the machine reaches at best."""
+    """Measures the peaks of the machine."""
     return {f'{name}_per_s': value for name, value in self.peak.items()}
 
   def dense_step(self, run: Run, workdir: pathlib.Path) -> Metrics:
-    """The dense step beside the PyTorch twin, if PyTorch is there."""
+    """Measures the dense step beside the PyTorch twin, or alone if PyTorch is not installed."""
     model, data = (configs.load(run.config, run.overrides)[part] for part in ('model', 'data'))
     sizes = {name: model[name] for name in ('layers', 'width', 'hidden', 'heads')}
     sizes |= {'context': data.context, 'batch': data.batch, 'vocab': self.vocab}
     try:
       with twin_process.running(sizes, self.window) as twin:
         self.lower(workdir)  # while PyTorch compiles
-        # Compilation tries kernels on the device: the twin is done with it by now.
+        # JAX times kernels on the device while it compiles, so the twin must have compiled before.
         begun = twin.read()
         calls = {'step': Rested(self.dense), 'twin': twin}
         self._check_parameters(begun['params'])
@@ -258,16 +258,16 @@ class Bench:
     return found | self._numbers(self.program(run)[0], {}, self.dense, seconds['step'])
 
   def _check_parameters(self, theirs: int) -> None:
-    """Raises NoTwin where the twin is another model."""
+    """Raises NoTwin if the twin has another number of parameters than the model."""
     ours = sum(leaf.size for leaf in jax.tree.leaves(self.dense.state.trainable['params']))
     if theirs != ours:
       raise NoTwin(f'it has {theirs} parameters and the model {ours}')
 
   def step(self, run: Run, workdir: pathlib.Path) -> Metrics:
-    """A step beside the dense one. Where masks are updated in some steps, the average counts these in."""
+    """Measures a step beside the dense step; the average includes the steps that update masks."""
     row = run.labels['row']
     self.lower(workdir)
-    self._lower(row, run)  # also where the study has it already
+    self._lower(row, run)  # even if the study has a line of this row
     program, target = self.program(run)
     updates = updates_per_step(program.method, program.optimizer.steps)
     calls = self._windows(row, run, ('step', 'update') if updates else ('step',))
@@ -301,7 +301,7 @@ class Bench:
     }
 
   def packed(self, count: int, run: Run, workdir: pathlib.Path) -> Metrics:
-    """A step of `count` runs of different seeds as one program, beside the step of one run alone."""
+    """Measures a step of `count` packed runs with different seeds, beside the step of one run."""
     program, target = self.program(run)
     states = packing.stack([program.init(seed, target) for seed in range(count)])
     batch, length = self.tokens.shape
@@ -324,7 +324,7 @@ class Bench:
     }
 
   def first_step(self, run: Run, workdir: pathlib.Path) -> Metrics:
-    """Wall time of a new process to the end of its first step, with an empty cache and once more."""
+    """Times a new process to the end of its first step, with an empty and with a filled cache."""
     asked = {'config': run.config, 'overrides': run.overrides, 'vocab': self.vocab}
     with tempfile.TemporaryDirectory() as cache:
       cold, warm = _process_seconds(asked, cache), _process_seconds(asked, cache)
@@ -332,7 +332,7 @@ class Bench:
 
 
 def _placed(shapes: Tree) -> Tree:
-  """Shape structs of what will lie on the device, bound to it as initial states are."""
+  """Shape structs with the sharding that initial states have on the device."""
   place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes
@@ -340,12 +340,12 @@ def _placed(shapes: Tree) -> Tree:
 
 
 def _random_tokens(vocab: int, batch: int, length: int) -> jax.Array:
-  """int32 `[B, L]` on the device; drawn on the host, where nothing has to be compiled for it."""
+  """Random tokens, int32 `[B, L]` on the device. NumPy draws them, so that nothing is compiled."""
   return jax.device_put(np.random.default_rng(0).integers(0, vocab, (batch, length)).astype('i'))
 
 
 def _repeated(call: Callable[[], Tree], times: int) -> Callable[[], Tree]:
-  """Calls the function `times` times; the caller waits for the last result."""
+  """Returns a function that calls `call` `times` times and returns the last result."""
 
   def run() -> Tree:
     for _ in range(times - 1):
@@ -356,7 +356,7 @@ def _repeated(call: Callable[[], Tree], times: int) -> Callable[[], Tree]:
 
 
 def _milliseconds(seconds: np.ndarray, steps: int) -> Metrics:
-  """The median time of a step and its quartiles, from windows of so many."""
+  """The median time of a step and its quartiles, from the times of windows of `steps` steps."""
   low, middle, high = (1e3 * float(q) / steps for q in np.percentile(seconds, (25, 50, 75)))
   return {'step_ms': middle, 'step_ms_low': low, 'step_ms_high': high}
 
@@ -367,7 +367,7 @@ def _beside(seconds: np.ndarray, reference: np.ndarray, steps: int) -> Metrics:
 
 
 def _joules(window: Window) -> float | None:
-  """Joules of a step; `None` where no energy meter can be read."""
+  """The energy of a step in joules; `None` if no energy meter can be read."""
   with energy.meter() as measured:
     pass
   if measured.joules is None:
@@ -381,9 +381,9 @@ def _joules(window: Window) -> float | None:
 
 
 def _process_seconds(asked: JsonObject, cache: str) -> tuple[float, int | None]:
-  """From the start of `experiments.first_step` to its report, and the peak memory in that.
+  """Times `experiments.first_step` from its start to its report. Also returns its peak memory.
 
-  Raises RuntimeError where the process fails.
+  Raises RuntimeError if the process fails.
   """
   env = os.environ | BESIDE | {'XDG_CACHE_HOME': cache}
   command = [sys.executable, '-m', 'experiments.first_step', json.dumps(asked)]

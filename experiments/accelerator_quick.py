@@ -1,9 +1,9 @@
-"""Do the rows of the study `accelerator` run, at sizes that a CPU measures in two minutes?
+"""Do the rows of `accelerator` run on a CPU, at sizes that take two minutes?
 
-The dense step stands beside the PyTorch twin at 4 layers of width 256, context 128, batch 32 in float32
-and two threads. All other rows are of 2 layers of width 128, batch 8, each beside its own dense step,
-but for that of packed runs, which are those of configs/shakespeare_char.py: 4 layers of width 128,
-context 64, batch 12.
+The dense step stands beside the PyTorch twin at 4 layers of width 256, context 128, batch 32, in
+float32 and two threads. The other rows have 2 layers of width 128 and batch 8, and each stands beside a
+dense step of that size. The packed runs are those of configs/shakespeare_char.py: 4 layers of width
+128, context 64, batch 12.
 """
 
 import pathlib
@@ -27,12 +27,12 @@ PACKED = Bench(accelerator.SMALL, {}, 65, 4, 3, 1024, 200_000_000)
 
 
 def runs() -> list[Run]:
-  """The dense row at a size of its own, in a process that did nothing before, then all others."""
+  """The dense row first, at its own size and in a fresh process, then all other rows."""
   dense = BENCH.run(goals.DENSE, BENCH.dense_step)
   others = accelerator.rows(METHODS, PACKED, 4)
   return [dense, *(run for run in others if run.labels['row'] != goals.DENSE)]
 
 
 def report(lines: list[results.Line], folder: pathlib.Path) -> str:
-  """The tables and the figure of this machine."""
+  """Writes the tables and the figure of this machine."""
   return accelerator_report.write(lines, folder)

@@ -1,4 +1,4 @@
-"""Tables and the figure of the accelerator studies: of one machine, or of several side by side."""
+"""Tables and the figure of the accelerator studies, of one machine or of several side by side."""
 
 import pathlib
 import textwrap
@@ -21,11 +21,13 @@ Rows = dict[str, results.Line]
 
 
 class Cell(NamedTuple):
-  """A column of the table of steps: metrics of one row, as they are printed.
+  """A column of the table of steps.
 
   Attributes:
-    metrics: one number, or a number and its quartiles.
-    scale: what each is multiplied by.
+    heading: title and unit.
+    metrics: the name of one metric, or of a metric and its quartiles.
+    format: format of a number.
+    scale: factor that each metric is multiplied by before it is printed.
   """
 
   heading: str
@@ -34,7 +36,7 @@ class Cell(NamedTuple):
   scale: float = 1.0
 
   def text(self, found: Mapping[str, Json]) -> str:
-    """`value`, or `value (low–high)`."""
+    """Formats a cell as `value`, or as `value (lower quartile–upper quartile)`."""
     values = [found.get(metric) for metric in self.metrics]
     if any(value is None for value in values):
       return ABSENT
@@ -45,16 +47,16 @@ class Cell(NamedTuple):
 CELLS = (
   Cell('step (ms)', ('step_ms', 'step_ms_low', 'step_ms_high'), '.2f'),
   Cell('reference (ms)', ('reference_ms',), '.2f'),
-  Cell('step / reference', ('ratio', 'ratio_low', 'ratio_high'), '.3f'),
+  Cell('step / reference (×)', ('ratio', 'ratio_low', 'ratio_high'), '.3f'),
   Cell('mask update (ms)', ('update_ms',), '.1f'),
   Cell('decode (ms)', ('decode_ms',), '.2f'),
   Cell(
-    'decode, dense / packed',
+    'decode, dense / packed (×)',
     ('decode_speedup', 'decode_speedup_low', 'decode_speedup_high'),
     '.2f',
   ),
-  Cell('TFLOP/s', ('flops_per_s',), '.4g', 1e-12),
-  Cell('of the matmul peak', ('fraction_of_peak',), '.2f'),
+  Cell('speed (TFLOP/s)', ('flops_per_s',), '.4g', 1e-12),
+  Cell('FLOP/s / matmul peak (×)', ('fraction_of_peak',), '.2f'),
   Cell('peak memory (GB)', ('peak_memory',), '.2f', 1e-9),
   Cell('energy (mJ/token)', ('joules_per_token',), '.3g', 1e3),
 )
@@ -76,7 +78,7 @@ def write(lines: Sequence[results.Line], folder: pathlib.Path) -> str:
 
 
 def page(lines: Iterable[results.Line], folder: pathlib.Path) -> str:
-  """The goals of all machines side by side, then a table for each; draws the figure in `folder`."""
+  """The goals of all machines side by side, then one table for each; draws the figure in `folder`."""
   machines = by_machine(lines)
   if any(_ratios(rows) for rows in machines.values()):
     plot.save(ratios(machines, folder.name), folder, folder.name)
@@ -87,7 +89,7 @@ def page(lines: Iterable[results.Line], folder: pathlib.Path) -> str:
 
 
 def goals_table(machines: Mapping[str, Rows], study: str) -> str:
-  """A row for each goal, and for each machine what it reached and whether that meets it."""
+  """One row for each goal, with the value that each machine reached."""
   wanted: dict[str, dict[str, str]] = {}
   for machine, rows in machines.items():
     for goal in accelerator_goals.goals(study, _device(rows)):
@@ -100,7 +102,7 @@ def goals_table(machines: Mapping[str, Rows], study: str) -> str:
 
 
 def reached(goal: Goal, rows: Rows) -> str:
-  """What one machine reached: `0.98 ×, met`."""
+  """The value that one machine reached, and whether it meets the goal: `0.98 ×, met`."""
   value = rows[goal.row]['metrics'].get(goal.metric) if goal.row in rows else None
   if value is None:
     return 'not measured'
@@ -108,19 +110,19 @@ def reached(goal: Goal, rows: Rows) -> str:
 
 
 def peaks(rows: Rows) -> str:
-  """A sentence on what the machine reaches at best."""
+  """A sentence on the peaks of the machine."""
   found = rows[accelerator_goals.PEAK]['metrics'] if accelerator_goals.PEAK in rows else {}
   if 'memory_per_s' not in found:
     return ''
   return (
-    f'At best the machine multiplies {1e-12 * found["bfloat16_per_s"]:.4g} TFLOP/s in bfloat16 and '
-    f'{1e-12 * found["float32_per_s"]:.4g} in float32, and its memory moves '
+    f'Measured peaks: matmul {1e-12 * found["bfloat16_per_s"]:.4g} TFLOP/s in bfloat16 and '
+    f'{1e-12 * found["float32_per_s"]:.4g} TFLOP/s in float32, memory bandwidth '
     f'{1e-9 * found["memory_per_s"]:,.0f} GB/s.'
   )
 
 
 def steps_table(rows: Rows) -> str:
-  """Time, ratio, FLOPs, memory and energy of each step that was measured on one machine."""
+  """The time, ratio, FLOPs, memory and energy of each step on one machine."""
   metrics = {name: line['metrics'] for name, line in rows.items()}
   steps = {
     name: found for name, found in metrics.items() if found.keys() & {'step_ms', 'decode_ms'}
@@ -133,30 +135,30 @@ def steps_table(rows: Rows) -> str:
 
 
 def notes(rows: Rows) -> list[str]:
-  """Sentences on first steps, on what was not measured, and on how long all of it took."""
+  """Sentences on first steps, on rows that were not measured, and on the total time."""
   said = []
   start = rows.get(accelerator_goals.START, {}).get('metrics', {})
   if start.get('cold_s') is not None:
     held = start.get('peak_memory')
     said.append(
-      f'A new process has done its first step after {start["cold_s"]:.1f} s where nothing was compiled '
-      f'before, and after {start["warm_s"]:.1f} s the next time'
-      + ('.' if held is None else f', when its allocator has held {1e-9 * held:.2f} GB at most.')
+      f'A new process ends its first step after {start["cold_s"]:.1f} s with an empty cache of '
+      f'compiled programs, and after {start["warm_s"]:.1f} s with a filled one'
+      + ('.' if held is None else f'; the peak of its allocator is {1e-9 * held:.2f} GB.')
     )
   if not any(line['metrics'].get('joules_per_token') for line in rows.values()):
-    said.append('Energy was not measured: no meter could be read.')
+    said.append('Energy was not measured, because no energy meter could be read.')
   dense = rows.get(accelerator_goals.DENSE, {}).get('metrics', {})
   if 'reference' in dense:
-    said.append(f'The twin of the dense step: {dense["reference"]}.')
+    said.append(f'Reference of the dense step: {dense["reference"]}.')
   said += [
     f'{name} was not measured: {rows[name]["message"]}.' for name in rows if _failed(rows, name)
   ]
   total = sum(line['metrics'].get('seconds', 0) for line in rows.values())
-  return [' '.join([*said, f'All of it took {total:.0f} s.'])]
+  return [' '.join([*said, f'The rows took {total:.0f} s together.'])]
 
 
 def ratios(machines: Mapping[str, Rows], study: str) -> Figure:
-  """Each step's time over its reference's with quartiles, a line at 1, and a bar at each goal."""
+  """Draws step times over those of their references with quartiles, a line at 1, and the goals."""
   names = list(dict.fromkeys(name for rows in machines.values() for name in _ratios(rows)))
   with matplotlib.rc_context(plot.STYLE):
     figure = Figure(figsize=(6.4, 1.4 + 0.34 * len(names)), layout='constrained')
@@ -196,7 +198,7 @@ def ratios(machines: Mapping[str, Rows], study: str) -> Figure:
 
 
 def _ratios(rows: Rows) -> dict[str, Mapping[str, float]]:
-  """The metrics of the rows that are steps beside another one, by row; packed runs are none."""
+  """The metrics of rows that compare a step with a reference, by row, without the packed runs."""
   metrics = {name: line['metrics'] for name, line in rows.items()}
   return {
     name: found for name, found in metrics.items() if 'ratio' in found and 'runs' not in found

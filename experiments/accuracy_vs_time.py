@@ -1,9 +1,9 @@
-"""What do the sparse models of the other studies save in time once packed, and at what loss?
+"""How much time do trained sparse models save after packing, and at what validation loss?
 
-The trained models of `sparsity_vs_accuracy` and `dynamic_compute` (its hybrid of sparse weights and
-gates included), packed, each timed in turns with its study's dense model of random weights. What those
-studies have trained is taken from their folders; what they lack is trained there. A line of this study
-holds times alone and the id of the run that it timed: losses and FLOPs stand in that run's line.
+Every trained model of `sparsity_vs_accuracy` and `dynamic_compute` is packed and timed in turns with
+the dense model of its study, whose weights are random. Models are read from the folders of the two
+studies; a model that is missing there is trained there. A line of this study holds times and the id of
+the run that was timed. The loss and the FLOPs are read from the line of that run.
 """
 
 import pathlib
@@ -28,11 +28,11 @@ from sparse_lm.runs.setup import data_of
 STUDIES = {'sparsity_vs_accuracy': sparsity_vs_accuracy, 'dynamic_compute': dynamic_compute}
 PREFILLED = 8
 REPEATS = {'decode': 31, 'prefill': 15}
-DENSE = {'method': 'dense', 'setting': 'whole'}  # of both studies, in tables
+DENSE = {'method': 'dense', 'setting': 'whole'}  # the labels of both dense models in the table
 
 
 def runs() -> list[Run]:
-  """The studies' runs, without the control of random gates: those draw over a batch and cannot decode."""
+  """The runs of both studies, without random gates: these draw for a whole batch and cannot decode."""
   return [
     Run(run.config, run.overrides, {'study': study, **_row(run)}, execute)
     for study, module in STUDIES.items()
@@ -48,7 +48,7 @@ def _row(run: Run) -> dict[str, str]:
 
 
 def execute(run: Run, workdir: pathlib.Path) -> JsonObject:
-  """Trains the model if its study has not, packs it and times it."""
+  """Packs the model and times it. Trains the model first if its study has not done so."""
   runtime.prepare()
   study = Study.load(run.labels['study'], workdir.parents[2])
   (origin,) = [found for found, other in study.runs.items() if other.overrides == run.overrides]
@@ -71,15 +71,15 @@ def execute(run: Run, workdir: pathlib.Path) -> JsonObject:
 
 
 def _dense(study: str) -> ConfigDict:
-  """The config of the study's dense model."""
+  """Returns the config of the study's dense model."""
   first = STUDIES[study].runs()[0]
   assert first.labels['method'] == 'dense', first
   return configs.load(first.config, first.overrides)
 
 
 def report(lines: list[results.Line], folder: pathlib.Path) -> str:
-  """The table, and the figure of loss against theoretical and measured cost."""
-  lines = [_labelled(line) for line in on_one_clock(_joined(lines, folder))]
+  """Writes the table, and the figure of loss against theoretical and measured cost."""
+  lines = [_labelled(line) for line in with_time(_with_loss(lines, folder))]
   flops = table.column('flops_forward')
   time = table.Column('time_ms', 'decode', '.3f', 'ms/token')
   columns = [
@@ -88,23 +88,28 @@ def report(lines: list[results.Line], folder: pathlib.Path) -> str:
     time,
     *table.speedup('decode_speedup', 'decode'),
     *table.speedup('prefill_speedup', 'prefill'),
-    table.Column('weights_bytes', 'weights', ',.0f', 'kB', 1e-3),
-    table.Column('read_bytes', 'read per token', ',.0f', 'kB', 1e-3),
+    table.Column('weights_bytes', 'size of the weights', ',.0f', 'kB', 1e-3),
+    table.Column('read_bytes', 'memory read', ',.0f', 'kB/token', 1e-3),
   ]
   frame = table.summarise(lines, ['study', 'method', 'setting'], columns, DENSE)
+  sizes = [
+    f'{model.layers} layers of width {model.width} in {name}'
+    for name, model in ((study, _dense(study).model) for study in STUDIES)
+  ]
   caption = (
-    'Trained models once packed, beside the dense model of their study (2 layers of width 64 in '
-    f'sparsity_vs_accuracy, 4 in dynamic_compute), float32, decode batch 1, prefill batch {PREFILLED} of '
-    f'64 tokens; medians of {REPEATS["decode"]} and {REPEATS["prefill"]} turns. Decode ms/token is '
-    "the median of the dense model's over the study, times packed / dense in turns"
+    f'Trained models after packing, beside the dense model of their study ({"; ".join(sizes)}). '
+    f'float32; decoding with batch 1, prefill with batch {PREFILLED} of 64 tokens. Speed-ups are dense '
+    f'time / packed time, medians of {REPEATS["decode"]} turns (decoding) and {REPEATS["prefill"]} '
+    'turns (prefill), with quartiles over the turns. The decode time of a row is the median time of '
+    "its study's dense model divided by the speed-up of the row"
   )
   figure = plot.fronts(lines, [flops, time], table.column('val_loss'), 'method')
   plot.save(figure, folder, 'accuracy_vs_time')
   return table.write(frame, folder, caption, 'python -m experiments.run accuracy_vs_time')
 
 
-def _joined(lines: list[results.Line], folder: pathlib.Path) -> list[results.Line]:
-  """The lines with the loss and the FLOPs of the runs that they timed, from those runs' own lines."""
+def _with_loss(lines: list[results.Line], folder: pathlib.Path) -> list[results.Line]:
+  """Adds the loss and the FLOPs of the runs that were timed, from the lines of these runs."""
   found = {}
   for study in {line['labels']['study'] for line in lines}:
     for origin in results.read_file(folder.parent / study / 'runs.jsonl'):
@@ -127,10 +132,11 @@ def _labelled(line: results.Line) -> results.Line:
   return line | {'labels': line['labels'] | (DENSE if dense else {})}
 
 
-def on_one_clock(lines: list[results.Line]) -> list[results.Line]:
-  """The lines with `time_ms` (per token): as if all had been timed at once.
+def with_time(lines: list[results.Line]) -> list[results.Line]:
+  """Adds `time_ms`, a decode time per token that is comparable between the runs of a study.
 
-  A shared machine is slower in one hour than in the next, so that only ratios within a run compare.
+  A shared machine is slower in some hours than in others, so only ratios within a run are comparable.
+  The time is that of the dense model, as the median over the study, divided by the run's speed-up.
   """
   dense = {
     study: np.nanmedian(

@@ -1,9 +1,10 @@
-"""At which density does each packed format start to pay, by matrix size and batch, on this device?
+"""Up to which density is each packed format faster than dense matrices on this device?
 
-A product with eight packed matrices, in turns with the same product with eight dense ones, so that
-the weights of all but the smallest come from memory and not from a cache. `block:B` keeps random tiles,
-`channels` random inputs, `gather` reads random inputs of one token, which a model must find first. The
-speed-up is that of single matrices, not of a model.
+Products with eight packed matrices are timed in turns with products with eight dense matrices. With
+eight matrices, all but the smallest weights are read from memory instead of a cache. `block:B` keeps
+random tiles of B × B weights, and `channels` keeps random inputs. `gather` reads random inputs of one
+token, which a model would have to select first. The speed-ups are those of single matrices, not of a
+model.
 """
 
 import functools
@@ -32,7 +33,7 @@ MATRICES, REPEATS = 8, 15
 
 
 def runs() -> list[Run]:
-  """A run for each format, shape, batch and density; one token alone is gathered for."""
+  """One run for each format, shape, batch and density. `gather` runs with batch 1 alone."""
   return [
     Run(
       CONFIG,
@@ -49,18 +50,18 @@ def runs() -> list[Run]:
 
 
 def _parse(label: str) -> tuple[str, int]:
-  """A format, and the size of its tiles (1 = weights)."""
+  """Splits a label into the format and the size of its tiles (1 = single weights)."""
   name, _, size = label.partition(':')
   return name, int(size or 1)
 
 
 def _kept(shape: tuple[int, int], density: float, size: int) -> int:
-  """Tiles that are kept of a matrix."""
+  """The number of tiles that a matrix keeps."""
   return round(density * (shape[0] // size) * (shape[1] // size))
 
 
 def execute(run: Run, workdir: pathlib.Path) -> JsonObject:
-  """Times one format beside the dense one."""
+  """Times one packed format in turns with the dense format."""
   runtime.prepare()
   name, size = _parse(run.labels['format'])
   shape = tuple(map(int, run.labels['matrix'].split('x')))
@@ -91,7 +92,7 @@ def execute(run: Run, workdir: pathlib.Path) -> JsonObject:
   ratio = turns.ratio(seconds['dense'], seconds['packed'])
   metrics = {key.replace('ratio', 'speedup'): value for key, value in ratio.items()}
   metrics |= {f'{k}_us': 1e6 * float(np.median(v)) / MATRICES for k, v in seconds.items()}
-  # Of whole tiles: 4 of 36 where a tenth is asked for.
+  # The density that whole tiles give: 4 of 36 tiles where 0.1 is asked for.
   metrics['density'] = len(index) / shape[0] if name == 'gather' else float(np.mean(masks))
   return {
     'metrics': metrics,
@@ -114,17 +115,17 @@ def _mask(
 
 
 def report(lines: list[results.Line], folder: pathlib.Path) -> str:
-  """The table of break-even densities, and speed-up against density for one token."""
+  """Writes the table of break-even densities, and a figure of speed-up against density for batch 1."""
   rows = _rows(lines)
   columns = [
-    table.Column('break_even', 'pays up to density', '.2f'),
-    *(table.Column(f'at_{d}', f'dense / packed at {d}', '.2f') for d in DENSITIES),
-    table.Column('dense_us', 'dense', ',.0f', 'µs'),
+    table.Column('break_even', 'faster up to density', '.2f'),
+    *(table.Column(f'at_{d}', f'speed-up at density {d}', '.2f', '×') for d in DENSITIES),
+    table.Column('dense_us', 'dense product', ',.0f', 'µs'),
   ]
   frame = table.summarise(rows, ['format', 'matrix', 'batch'], columns)
   caption = (
-    f'Packed matrices beside dense ones, float32; medians of {REPEATS} turns. '
-    '0 = does not pay at any density measured'
+    f'Products with packed matrices beside products with dense matrices, float32; medians of {REPEATS} '
+    'turns. The speed-up is dense time / packed time. 0.00 = faster at no density that was measured'
   )
   matrix = f'{SHAPES[-1][0]}x{SHAPES[-1][1]}'
   shown = [
@@ -138,7 +139,7 @@ def report(lines: list[results.Line], folder: pathlib.Path) -> str:
 
 
 def _rows(lines: list[results.Line]) -> list[results.Line]:
-  """A line for each format, matrix and batch, of what was measured at all densities."""
+  """Joins the lines of one format, matrix and batch, which differ in density, into one line."""
   rows: dict[tuple, results.Line] = {}
   for line in lines:
     labels = {key: line['labels'][key] for key in ('format', 'matrix', 'batch')}

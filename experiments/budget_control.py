@@ -1,11 +1,13 @@
-"""Does the budget controller hold its target, whatever the estimator of the gates?
+"""How precisely does each budget controller hold token gates at a target for forward FLOPs?
 
-Token gates on the tiny model held at 0.6 of the dense forward FLOPs by each controller; what they let
-through is measured on the validation text after the last step.
+Token gates on the tiny model are held at 0.6 of the dense model's forward FLOPs, with every estimator
+and every controller. The forward FLOPs are measured on the validation text after the last step.
 """
 
 import pathlib
 
+from experiments.comparison import with_metric
+from experiments.study import reproduce
 from experiments.sweep import Run
 from sparse_lm.core.estimator import ESTIMATORS
 from sparse_lm.report import plot, results, table
@@ -15,13 +17,13 @@ CONFIG = 'configs/token_gate.py'
 SEEDS = (0, 1, 2)
 TARGET = 0.6
 CAPTION = (
-  f'Forward FLOPs of token gates held at {TARGET} of the dense model, measured on the validation text '
-  'at the end: configs/tiny.py'
+  f'Token gates held at {TARGET} of the forward FLOPs of the dense model, configs/tiny.py. FLOPs are '
+  'measured on the validation text after the last step'
 )
 
 
 def runs() -> list[Run]:
-  """Each estimator that the controller can move, under each controller, over seeds."""
+  """Every estimator that a controller can move, with every controller, over seeds."""
   return [
     Run(
       CONFIG,
@@ -41,14 +43,15 @@ def runs() -> list[Run]:
 
 
 def report(lines: list[results.Line], folder: pathlib.Path) -> str:
-  """The table, and a figure of what each estimator ended at."""
-  lines = [
-    line | {'metrics': line['metrics'] | {'off': line['metrics']['flops_forward_ratio'] - TARGET}}
-    for line in lines
-  ]
+  """Writes the table, and a figure of loss against the FLOPs that each estimator ended at."""
+  lines = with_metric(lines, 'off', lambda metrics: metrics['flops_forward_ratio'] - TARGET)
   fraction = table.Column('flops_forward_ratio', 'forward FLOPs', '.3f', '× the dense model')
-  columns = [fraction, table.Column('off', 'off target', '+.3f'), table.column('val_loss')]
+  columns = [
+    fraction,
+    table.Column('off', 'difference from the target', '+.3f', '× the dense model'),
+    table.column('val_loss'),
+  ]
   frame = table.summarise(lines, ['estimator', 'controller'], columns)
   figure = plot.curves(lines, fraction, table.column('val_loss'), 'estimator')
   plot.save(figure, folder, 'budget_control')
-  return table.write(frame, folder, CAPTION, f'python -m experiments.run {folder.name}')
+  return table.write(frame, folder, CAPTION, reproduce(lines, folder))

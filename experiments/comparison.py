@@ -1,7 +1,5 @@
 """The common study: methods at several sparsities over seeds, in one table and one figure.
 
-This is a whole study (see `run`)::
-
   STUDY = Comparison(
     config='configs/tiny.py',
     methods={'RigL': {'weight.name': 'rigl'}, 'SET': {'weight.name': 'set'}},
@@ -11,7 +9,8 @@ This is a whole study (see `run`)::
   )
   runs, report = STUDY.runs, STUDY.report
 
-A study that shows more wraps `report`: it adds metrics with `with_metric` and draws figures of its own.
+is a whole study (see `run`). A study that shows more wraps `report`: it adds metrics with `with_metric`
+and draws figures of its own.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Programs that are compiled all at the same time, when the first of them is asked for."""
+"""Compiles several programs at the same time, when the first of them is needed."""
 
 import concurrent.futures
 import os
@@ -8,9 +8,9 @@ from jax.stages import Compiled, Lowered
 
 
 class Together:
-  """Lowered programs by name; programs of equal text share an executable.
+  """Lowered programs by name. Programs with equal text share one executable.
 
-  An error in tracing or compiling a program is raised when that program is asked for.
+  An error in tracing or compiling a program is raised when that program is taken.
   """
 
   def __init__(self) -> None:
@@ -19,23 +19,23 @@ class Together:
     self._known: set[Hashable] = set()
 
   def __contains__(self, name: Hashable) -> bool:
-    """Whether a program was traced, or failed to be."""
+    """True if a program was traced, or if tracing it failed."""
     return name in self._known
 
   def lower(self, name: Hashable, make: Callable[[], Lowered]) -> None:
-    """Traces a program, unless it was traced before."""
+    """Traces a program unless it was traced before."""
     if name in self._known:
       return
     self._known.add(name)
     try:
       self._lowered[name] = make()
-    except Exception as error:  # an error of any kind concerns this program alone
+    except Exception as error:  # whatever the error, the other programs are still compiled
       self._done[name] = error
 
   def take(self, name: Hashable) -> Compiled:
-    """The executable, which can be taken once: it is not kept here any longer.
+    """Returns the executable of a program and forgets it, so it can be taken once.
 
-    Raises what the program met instead, whenever it is asked for.
+    Raises the error of a program that could not be traced or compiled, each time.
     """
     if name not in self._done:
       self._compile()

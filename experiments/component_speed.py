@@ -1,8 +1,8 @@
-"""Do mask selection and the input pipeline stay out of a training step's way?
+"""How much time do mask selection and the input pipeline take, beside a reference?
 
-Selecting 10 % of a 768 x 3072 matrix without sorting, in turns with `jnp.sort`; 8 % of each row of a
-2048 x 1024 one, with `jax.lax.top_k`; and the tokens per second of the input pipeline, in turns with a
-training step that consumes them.
+The references are `jnp.sort` for selecting 10 % of a matrix of 768 x 3072 weights, `jax.lax.top_k` for
+selecting 8 % of each row of a matrix of 2048 x 1024 weights, and a training step for the input pipeline
+that feeds it. A component and its reference are timed in turns.
 """
 
 import pathlib
@@ -28,11 +28,11 @@ CONFIG = 'configs/base.py'
 VOCAB = 256
 REPEATS = 15
 SHAPE = (768, 3072)
-BATCHES = 50  # of the pipeline to a turn: one is too short to time
+BATCHES = 50  # batches of the input pipeline in a turn, because one is too short to time
 
 
 def runs() -> list[Run]:
-  """One run a component."""
+  """One run for each component."""
   return [
     Run(CONFIG, {}, {'component': 'mask update of 768 x 3072', 'reference': 'jnp.sort'}, execute),
     Run(
@@ -48,7 +48,7 @@ def runs() -> list[Run]:
 
 
 def execute(run: Run, workdir: pathlib.Path) -> JsonObject:
-  """Times a component against its reference."""
+  """Times a component in turns with its reference."""
   runtime.prepare()
   config = resolved(configs.load(run.config, run.overrides))
   seconds = MEASURES[run.labels['reference']](config)
@@ -100,16 +100,17 @@ MEASURES = {'jnp.sort': _selection, 'jax.lax.top_k': _rows, 'training step': _pi
 
 
 def report(lines: list[results.Line], folder: pathlib.Path) -> str:
-  """The table; the ratio is how many times faster the component is than its reference."""
+  """Writes the table of times and ratios."""
   columns = [
     table.Column('ms', 'component', '.2f', 'ms'),
     table.Column('reference_ms', 'reference', '.1f', 'ms'),
-    table.Column('ratio', 'reference / component', '.1f'),
-    table.Column('ratio_low', 'lower quartile', '.1f'),
-    table.Column('ratio_high', 'upper quartile', '.1f'),
+    table.Column('ratio', 'reference / component', '.1f', '×'),
+    table.Column('ratio_low', 'lower quartile', '.1f', '×'),
+    table.Column('ratio_high', 'upper quartile', '.1f', '×'),
   ]
   frame = table.summarise(lines, ['component', 'reference'], columns)
   caption = (
-    f'Parts of a training step, in turns with what they are measured by; medians of {REPEATS} turns'
+    f'Components of a training step, each timed in turns with a reference; medians of {REPEATS} turns, '
+    'with quartiles of the ratio over the turns'
   )
   return table.write(frame, folder, caption, 'python -m experiments.run component_speed')

@@ -1,10 +1,10 @@
 """`python -m experiments.documents [NAME ...]`: writes README.md and docs/ from the lines of studies.
 
 Every table, figure and quoted number of a study comes from one set of lines, docs/lines/<study>.jsonl.
-A study that compares machines has one set for each device, docs/lines/<study>-<device>.jsonl.
-With names, the lines of those studies are first taken from the folder of results. Prose stands in
-docs/templates, one Jinja template for each document. It quotes numbers as
-`{{ study('patterns').text('val_loss', scope='MLP', ...) }}` (see `findings`), and states what a sentence
+A study that compares machines has one set for each device, docs/lines/<study>-<device>.jsonl. With
+names, the lines of those studies are first taken from the folder of results. Prose stands in
+docs/templates, one Jinja template for each document. It quotes numbers as `{{
+study('patterns').text('val_loss', scope='MLP', ...) }}` (see `findings`), and states what a sentence
 claims as `{{ claim('neurons cost nothing', ...) }}`: a claim that the lines refute stops the command.
 Text that quotes numbers stands in `{% filter bullets %}` (a list) or `{% filter paragraph %}`, which
 break its lines anew.
@@ -23,7 +23,7 @@ from collections.abc import Iterable
 
 import jinja2
 
-from experiments import accelerator_report, loading
+from experiments import accelerator_report
 from experiments.findings import Findings
 from experiments.study import Study
 from sparse_lm import list_methods
@@ -104,7 +104,6 @@ def documents(folder: pathlib.Path) -> dict[pathlib.Path, str]:
   # Each study is read once, however many documents quote it.
   study = functools.cache(lambda name: Findings(Study.load(name, folder)))
   environment.globals |= {'study': study, 'methods': list_methods.table, 'claim': claim}
-  environment.globals |= {'title': title, 'questions': loading.questions()}
   environment.globals |= {'machines': functools.partial(machines, folder), 'on_machine': on_machine}
   environment.filters |= {'bullets': bullets, 'paragraph': paragraph}
   found = {}
@@ -115,12 +114,6 @@ def documents(folder: pathlib.Path) -> dict[pathlib.Path, str]:
       raise UserError(f'docs/templates/{name}: {error}') from error
     found[ROOT / name if name == 'README.md' else ROOT / 'docs' / name] = text
   return found
-
-
-def title(page: str) -> str:
-  """The heading of a page of results, read from its template."""
-  heading, _, _ = (TEMPLATES / 'results' / f'{page}.md').read_text(encoding='utf-8').partition('\n')
-  return heading.removeprefix('# ')
 
 
 def claim(statement: str, holds: bool) -> str:

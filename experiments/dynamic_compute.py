@@ -1,13 +1,15 @@
-"""What does input-dependent compute cost in validation loss, beside dense models of equal FLOPs?
+"""Do models with input-dependent compute reach a lower loss than dense models of equal FLOPs?
 
-One method of each slot or more at three budgets each, sparse weights and gates under one budget, random
-gates at equal rate, and smaller dense models; over seeds that share initialisation and data.
+Each slot is represented by at least one method at three budgets. Further rows combine sparse weights
+with gates under one budget, open gates at random at an equal rate, or are smaller dense models. All
+rows share seeds, and with them the initialisation and the data.
 """
 
 import functools
 import math
 import pathlib
 
+from experiments.study import reproduce
 from experiments.sweep import Overrides, Run, fixed, grid, product
 from sparse_lm.core import tree
 from sparse_lm.model import lm
@@ -21,7 +23,7 @@ MODEL = {'model.layers': 4}
 VOCAB = 256
 SEEDS = (0, 1, 2)
 GATE = {'depth.name': 'token_gate'}
-# Fractions of the dense model's forward FLOPs, and dense models that cost as much as that.
+# Fractions of the dense model's forward FLOPs, and the dense models that cost these fractions.
 TARGETS = (0.8, 0.6, 0.4)
 NARROWER = (
   {'model.width': 56, 'model.hidden': 232},
@@ -32,15 +34,16 @@ EXPERTS = {'mlp.name': 'moe_topk', 'mlp.experts': 8, 'mlp.hidden': 64}
 HYBRID = GATE | {'weight.name': 'rigl', 'weight.sparsity': 0.5, 'weight.period': 25}
 CAPTION = (
   'Input-dependent compute against validation loss: 4 layers of width 64 on bytes of the Python '
-  "standard library's source, 500 steps; learning rate and decay are those of sparsity_vs_accuracy, "
-  'chosen for a dense model of 2 layers, and the same in every row; no method was tuned. FLOPs count '
-  'what gates let through on the validation text; gated runs compute everything and mask it: their '
-  'time is no claim. Rows whose training sees later tokens are marked; evaluation is causal in all'
+  "standard library's source, 500 steps. The learning rate and the weight decay were chosen for a dense "
+  'model of 2 layers and are the same in every row; no method was tuned. FLOPs are charged at the '
+  'fraction of open gates that is measured on the validation text. Gates compute everything and mask '
+  'it, so their step times are no evidence on speed. The column "training" says whether training sees '
+  'later tokens; evaluation is always causal'
 )
 
 
 def runs() -> list[Run]:
-  """Dense models, then each method at its budgets, over seeds."""
+  """The dense models, then each method at its budgets, over seeds."""
   rows: list[tuple[str, str, Overrides]] = [('dense', '4 layers', {})]
   rows += [('dense, narrower', f'width {small["model.width"]}', small) for small in NARROWER]
   rows += [('dense, fewer layers', f'{n} of 4 layers', {'model.layers': n}) for n in (3, 2, 1)]
@@ -77,14 +80,14 @@ def _held(method: str, overrides: Overrides, target: float) -> tuple[str, str, O
 
 @functools.cache
 def _random_rate(target: float) -> float:
-  """The rate at which random token gates cost `target` of the dense model's FLOPs."""
+  """The rate of open random token gates that costs `target` of the dense model's FLOPs."""
   program, masks = build(configs.load(CONFIG, MODEL | GATE), VOCAB)
   closed, opened = cost.flops_range(program.costs.ledger, tree.named(masks))
   return round((target * program.costs.dense - closed) / (opened - closed), 4)
 
 
 def _training(overrides: Overrides) -> str:
-  """What training sees besides a token's own past, as the methods declare."""
+  """Says what training sees besides earlier tokens of the sequence, as the methods declare."""
   model = lm.from_config(configs.load(CONFIG, overrides), VOCAB)
   if not lm.causal(model)['train']:
     return 'sees later tokens'
@@ -92,7 +95,7 @@ def _training(overrides: Overrides) -> str:
 
 
 def report(lines: list[results.Line], folder: pathlib.Path) -> str:
-  """Table and figures: loss against FLOPs, and the health of the routers."""
+  """Writes the table, a figure of loss against FLOPs, and figures of the routers' health."""
   lines = [_beside_dense(line, lines) for line in lines]
   flops = table.Column('flops_of_dense', 'active forward FLOPs', '.3f', '× the dense model')
   columns = [
@@ -107,11 +110,11 @@ def report(lines: list[results.Line], folder: pathlib.Path) -> str:
   figure = plot.curves(lines, flops, table.column('val_loss'), 'method')
   plot.save(figure, folder, 'dynamic_compute')
   _router_health(lines, folder)
-  return table.write(frame, folder, CAPTION, f'python -m experiments.run {folder.name}')
+  return table.write(frame, folder, CAPTION, reproduce(lines, folder))
 
 
 def _beside_dense(line: results.Line, lines: list[results.Line]) -> results.Line:
-  """The line with its FLOPs over those of the dense model of the same seed."""
+  """Adds the FLOPs of the line as a fraction of those of the dense model with the same seed."""
   dense = next(
     (
       other['metrics']['flops_forward']
@@ -125,10 +128,10 @@ def _beside_dense(line: results.Line, lines: list[results.Line]) -> results.Line
 
 
 def _router_health(lines: list[results.Line], folder: pathlib.Path) -> None:
-  """The figure of each budget of the experts, of the first seed."""
+  """Draws the router health of the experts at each budget, of the first seed."""
   for line in lines:
     metrics = folder / 'runs' / line['run'] / 'metrics.jsonl'
-    # A figure is drawn where the run's folder is: lines may have come without it.
+    # Lines may lie here without the folders of their runs, which hold the logs.
     routed = math.isfinite(line['metrics'].get('max_violation', math.nan))
     if routed and line['seed'] == SEEDS[0] and metrics.exists():
       setting = line['labels']['setting'].split()[0]

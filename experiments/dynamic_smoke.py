@@ -1,4 +1,4 @@
-"""Does the study of input-dependent compute run end to end? One seed, 40 steps: no result to quote."""
+"""Does the study `dynamic_compute` run end to end? One seed and 40 steps give no result to quote."""
 
 import dataclasses
 

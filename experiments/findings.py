@@ -1,4 +1,4 @@
-"""The numbers of a study's lines, as prose quotes them; see `documents`."""
+"""Numbers of a study's lines, for sentences in documents (see `documents`)."""
 
 import dataclasses
 import functools
@@ -11,17 +11,17 @@ from sparse_lm.report import results, statistics
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-  """A finished study, asked by the labels of its rows: `findings.mean('val_loss', method='rigl')`.
+  """The results of a finished study, such as `findings.mean('val_loss', method='rigl')`.
 
-  Every number is a mean over the seeds of the one row that has the labels given. UserError is raised
-  where the study lacks runs, or where no row or more than one has the labels.
+  Every number is a mean over the seeds of one row of the table, which is given by its labels. UserError
+  is raised if the study lacks runs, or if the labels do not match exactly one row.
   """
 
   study: Study
 
   @functools.cached_property
   def lines(self) -> list[results.Line]:
-    """Of all runs of the study."""
+    """The lines of all runs of the study."""
     found = self.study.finished()
     if lacking := [run for run in self.study.runs if run not in found]:
       raise UserError(
@@ -32,45 +32,45 @@ class Findings:
 
   @functools.cached_property
   def table(self) -> str:
-    """The study's table in Markdown. Draws its figures in the study's folder."""
+    """The study's table in Markdown. Also draws the study's figures, in its folder."""
     return self.study.module.report(self.lines, self.study.folder).strip()
 
   @functools.cached_property
   def machine(self) -> str:
-    """What the runs were made on."""
+    """The machine, or machines, on which the runs were made."""
     return '; and on '.join(results.machines(self.lines))
 
   def mean(self, metric: str, **labels: Json) -> float:
-    """The mean of a metric."""
+    """The mean of a metric over the seeds of a row."""
     return self._statistics(metric, labels)[0]
 
   def text(self, metric: str, digits: int = 3, **labels: Json) -> str:
-    """`mean ± std`, or the mean alone where there is no spread."""
+    """`mean ± std` over the seeds of a row, or the mean alone if there is no spread."""
     mean, std = self._statistics(metric, labels)
     return f'{mean:.{digits}f} ± {std:.{digits}f}' if std > 0 else f'{mean:.{digits}f}'
 
   def differences(self, metric: str, than: JsonObject, **labels: Json) -> list[float]:
-    """The metric less that of the row with the labels `than`, for each seed that both have."""
+    """The metric minus that of the row with the labels `than`, for each seed that both rows have."""
     own, other = (results.by_seed(self._row(row), metric) for row in (labels, than))
     return [own[seed] - other[seed] for seed in own if seed in other]
 
   def rows(self, metric: str, by: str, **labels: Json) -> dict[Json, float]:
-    """The means of a metric over the rows with `labels`, by their values of the label `by`."""
+    """The mean of a metric for each value of the label `by`, among the rows with `labels`."""
     values = [line['labels'].get(by) for line in self.lines if results.matches(line, labels)]
     return {value: self.mean(metric, **labels, **{by: value}) for value in dict.fromkeys(values)}
 
   def lowest(self, metric: str, by: str, **labels: Json) -> Json:
-    """The value of the label `by` whose row has the lowest mean, of those with `labels`."""
+    """The value of the label `by` whose row has the lowest mean, among the rows with `labels`."""
     rows = self.rows(metric, by, **labels)
     return min(rows, key=rows.__getitem__)
 
   def highest(self, metric: str, by: str, **labels: Json) -> Json:
-    """The same with the highest mean."""
+    """The value of the label `by` whose row has the highest mean, among the rows with `labels`."""
     rows = self.rows(metric, by, **labels)
     return max(rows, key=rows.__getitem__)
 
   def furthest(self, metric: str, value: float, **labels: Json) -> float:
-    """How far the metric is from `value` in the seed where it is furthest."""
+    """The largest difference over the seeds of a row between the metric and `value`."""
     return max(abs(own - value) for own in results.by_seed(self._row(labels), metric).values())
 
   def _statistics(self, metric: str, labels: JsonObject) -> tuple[float, float]:

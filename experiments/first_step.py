@@ -1,8 +1,8 @@
-"""Initialises a model, runs one training step and ends. A study times this process from outside.
+"""Initialises a model, runs one training step and exits, so that a study can time a whole process.
 
 `python -m experiments.first_step '{"config": ..., "overrides": {...}, "vocab": ...}'` prints a JSON
-object when the step is done: `peak_memory`, the most bytes that the device's allocator has held, or null
-if the device does not say.
+object after the step. Its `peak_memory` is the peak of the device's allocator in bytes, or null if the
+device does not report it.
 """
 
 import json
@@ -16,7 +16,7 @@ from sparse_lm.runs.build import build
 
 
 def main() -> None:
-  """One step on random tokens."""
+  """Runs one step on random tokens."""
   asked = json.loads(sys.argv[1])
   runtime.prepare()
   config = configs.load(asked['config'], asked['overrides'])

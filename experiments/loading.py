@@ -16,7 +16,7 @@ from sparse_lm.core.errors import UserError, located, unknown
 
 
 def questions() -> dict[str, str]:
-  """The first line of each study's docstring, by the study's name. No study is imported for it."""
+  """The first line of each study's docstring, by the study's name. Imports no study."""
   found = {}
   for module in pkgutil.iter_modules(experiments.__path__):
     source = importlib.util.find_spec(f'experiments.{module.name}').origin
@@ -39,12 +39,19 @@ def _defines_runs(node: ast.stmt) -> bool:
 
 
 def is_path(study: str) -> bool:
-  """True if the argument names a file; a name of this package has neither a slash nor an ending."""
+  """True for the path of a file. Names of this package have neither a slash nor an ending."""
   return study.endswith('.py') or '/' in study or os.sep in study
 
 
+def shortened(study: str) -> str:
+  """The name of a study of this package if the argument is the path of its file, as in a checkout."""
+  file = pathlib.Path(study).expanduser().absolute()
+  own = is_path(study) and file.parent in map(pathlib.Path, experiments.__path__)
+  return file.stem if own and file.stem in questions() else study
+
+
 def load(study: str) -> tuple[types.ModuleType, list[Run]]:
-  """The module of a study and the runs that it plans.
+  """Imports a study. Returns its module and the runs that it plans.
 
   Args:
     study: a name of this package, such as 'patterns', or the path of a Python file.
@@ -76,8 +83,8 @@ def _load_file(path: str) -> types.ModuleType:
     raise UserError(f'no study file {path}; valid: a Python file, or one of {_names()}')
   if file.stem in questions():
     raise UserError(
-      f'study file {path}: {file.stem!r} is the name of a study of this package, whose results have the '
-      'same folder; valid: another file name'
+      f'study file {path}: {file.stem!r} is the name of a study of this package, whose results have '
+      'the same folder; valid: another file name'
     )
   if str(file.parent) not in sys.path:
     sys.path.append(str(file.parent))
@@ -89,7 +96,7 @@ def _load_file(path: str) -> types.ModuleType:
 
 
 def _attempt(path: str, call: Callable[[], list[Run] | None]) -> list[Run] | None:
-  """What `call` returns. Its errors become a UserError that names the line of the study's file."""
+  """Calls code of a study's file. Its errors become a UserError that names the line of the file."""
   try:
     return call()
   except UserError as error:

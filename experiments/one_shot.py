@@ -1,13 +1,15 @@
-"""What does pruning a trained model at once cost in validation loss, before and after fine-tuning?
+"""How much validation loss does one-shot pruning cost, before and after fine-tuning?
 
-Magnitude, Wanda and SparseGPT at 50 %, 70 %, 2:4 and 4:8 of the same dense models, over seeds; then a
-fifth of the training again with the masks kept, on the text alone and taught by the dense model. The
-dense model is trained on as long, with and without its own teaching, as a control.
+Magnitude pruning, Wanda and SparseGPT prune the same trained dense models to 50 %, 70 %, 2:4 and 4:8.
+Each pruned model is then fine-tuned for a fifth of the training steps with fixed masks, once on the
+text alone and once with distillation from the dense model. As a control, the dense model is fine-tuned
+in both ways as well.
 """
 
 import pathlib
 import shutil
 
+from experiments.study import reproduce
 from experiments.sweep import Run
 from sparse_lm.core.records import JsonObject
 from sparse_lm.prune import prune
@@ -24,18 +26,18 @@ SETTINGS = {
   '2:4': {'weight.sparsity': 0.5, 'weight.pattern': '2:4'},
   '4:8': {'weight.sparsity': 0.5, 'weight.pattern': '4:8'},
 }
-# A fifth of the parent's steps at half of its learning rate.
+# Fine-tuning: a fifth of the parent's steps at half of its learning rate.
 TUNING = {'train.steps': 100, 'train.eval_every': 100, 'optimizer.learning_rate': 3e-3}
 CAPTION = (
-  'One-shot pruning of trained models of 2 layers of width 64 (500 steps on bytes of the Python standard '
-  "library's source), calibrated on 128 sequences of 64 bytes of the training text, then trained on for "
-  '100 steps with the masks kept; no setting was tuned. Magnitude ranks a whole matrix, Wanda the inputs '
-  'of each output'
+  'One-shot pruning of trained models of 2 layers of width 64 (500 steps on bytes of the Python '
+  "standard library's source), calibrated on 128 sequences of 64 bytes of the training text, and "
+  'fine-tuned for 100 steps with fixed masks; no setting was tuned. Magnitude pruning ranks the '
+  'weights of a whole matrix, Wanda those of each output'
 )
 
 
 def runs() -> list[Run]:
-  """The dense models, then each method at each setting."""
+  """The dense models, then each method at each setting, over seeds."""
   rows = [('dense', '0 %', {})]
   rows += [
     (method, setting, {'weight.name': method} | fields)
@@ -50,7 +52,7 @@ def runs() -> list[Run]:
 
 
 def execute(run: Run, workdir: pathlib.Path) -> JsonObject:
-  """Trains the dense parent if it is not there yet, prunes it, and trains on in two ways."""
+  """Prunes the dense parent, which is trained first if it is missing, and fine-tunes it in two ways."""
   runtime.prepare()
   seed = run.overrides['seed']
   parent = workdir.parent.parent / 'parents' / f'seed{seed}'
@@ -59,7 +61,7 @@ def execute(run: Run, workdir: pathlib.Path) -> JsonObject:
   start, method = parent, 'none'
   if weight:
     start, method = workdir / 'pruned', 'static'
-    # What an interrupted study left here is made again, alike; `prune` writes over nothing.
+    # An interrupted study may have left a folder here, and `prune` refuses to overwrite one.
     shutil.rmtree(start, ignore_errors=True)
     result = prune(str(parent), str(start), weight)
   again = TUNING | {'seed': seed, 'init_from': str(start), 'weight.name': method}
@@ -73,14 +75,14 @@ def execute(run: Run, workdir: pathlib.Path) -> JsonObject:
 
 
 def report(lines: list[results.Line], folder: pathlib.Path) -> str:
-  """Table and figure."""
+  """Writes the table and the figure."""
   columns = [
     table.column('val_loss'),
-    table.Column('tuned_loss', 'after fine-tuning', '.4f', 'nats/token', paired=True),
-    table.Column('distilled_loss', 'after distillation', '.4f', 'nats/token', paired=True),
+    table.Column('tuned_loss', 'loss after fine-tuning', '.4f', 'nats/token', paired=True),
+    table.Column('distilled_loss', 'loss after distillation', '.4f', 'nats/token', paired=True),
     *map(table.column, ('sparsity_prunable', 'sparsity_total', 'flops_forward_ratio')),
     table.column('stored_bytes'),
-    table.Column('prune_seconds', 'pruning', '.1f', 's'),
+    table.Column('prune_seconds', 'time to prune', '.1f', 's'),
   ]
   frame = table.summarise(lines, ['method', 'setting'], columns, {'method': 'dense'})
   stages = {'val_loss': 'pruned', 'tuned_loss': 'fine-tuned', 'distilled_loss': 'distilled'}
@@ -97,4 +99,4 @@ def report(lines: list[results.Line], folder: pathlib.Path) -> str:
   ]
   loss = table.Column('loss', 'validation loss', '.4f', 'nats/token')
   plot.save(plot.dots(shown, 'stage', loss, 'method'), folder, 'one_shot')
-  return table.write(frame, folder, CAPTION, f'python -m experiments.run {folder.name}')
+  return table.write(frame, folder, CAPTION, reproduce(lines, folder))

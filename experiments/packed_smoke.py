@@ -1,4 +1,4 @@
-"""Does a packed study run end to end? Small models, two seeds, 20 steps: no result to quote.
+"""Does a packed study run end to end? Small models and 20 steps give no result to quote.
 
 `python -m experiments.run packed_smoke --pack=4` packs on a CPU too.
 """

@@ -1,13 +1,14 @@
-"""What does a packed model of 113 M parameters save in time, beside its dense twin?
+"""How much faster than their dense twins are packed models of 113 M parameters?
 
-Random weights, with the mask or the gate at its rate, which is enough for timing: bytes as tokens, 16
-layers of width 768, context 256, float32. Decoding is batch 1, prefill reads 2 sequences at once.
-Experts are timed beside a dense model of equal active parameters. Where only neurons are selected, the
-MLPs of all layers are also timed alone, one token through one after the other.
+The models have 16 layers of width 768, context 256, float32, and bytes as tokens. Weights are random,
+and masks and gates keep the fraction that the row names, which is enough for timing. Decoding uses
+batch 1, prefill batch 2. Experts are timed beside a dense model of equal active parameters. In rows
+that select neurons, the MLPs of all layers are also timed alone, for one token.
 
-Blocks that are drawn at random leave whole neurons and heads without weights, which packing removes. At
-90 % no mask of tiles of 128 can avoid that: 14 tiles cannot reach the 24 columns of tiles of a matrix of
-768 x 3072. So rows of equal sparsity asked for differ in the weights that are left, which have a column.
+Blocks that are drawn at random leave some neurons and heads without any weight, and packing removes
+these. At 90 % sparsity every mask of 128 × 128 tiles does so: a matrix of 768 x 3072 weights keeps 14
+tiles, which cannot reach all of its 24 columns of tiles. So rows of equal sparsity differ in the
+weights that remain after packing, and the table has a column for them.
 """
 
 import functools
@@ -52,8 +53,9 @@ REPEATS = {'prefill': 7, 'decode': 15}
 PREDICTOR = {'mlp.name': 'predictor_topk', 'mlp.density': 0.1}
 EXPERTS = {'mlp.name': 'moe_topk', 'mlp.experts': 16, 'mlp.k': 2, 'mlp.hidden': 768}
 HALF_DEPTH = {'depth.name': 'mixture_of_depths', 'depth.layers': '1::2'}
-ACTIVE = {'model.hidden': 2 * 768}  # as many units as two experts have
-# Overrides, patterns of the masks, density, and what it is timed beside if not its dense twin.
+ACTIVE = {'model.hidden': 2 * 768}  # as many hidden units as two experts have
+# By row: overrides, patterns of the masks, density, and the overrides of the dense model beside which the
+# row is timed (None = the dense twin).
 ROWS: dict[str, tuple[Overrides, tuple[str, ...], float, Overrides | None]] = {
   'dense': ({}, (), 1.0, None),
   'shrink: half of the neurons and heads': ({}, ('neuron', 'head'), 0.5, None),
@@ -85,7 +87,7 @@ ROWS: dict[str, tuple[Overrides, tuple[str, ...], float, Overrides | None]] = {
 
 
 def runs() -> list[Run]:
-  """A run for each row."""
+  """One run for each row."""
   return [
     Run(CONFIG, SIZE | overrides, {'model': name}, execute)
     for name, (overrides, *_) in ROWS.items()
@@ -93,7 +95,7 @@ def runs() -> list[Run]:
 
 
 def execute(run: Run, workdir: pathlib.Path) -> JsonObject:
-  """Packs a model of random weights and times it."""
+  """Packs a model with random weights and times it."""
   runtime.prepare()
   config = configs.load(run.config, run.overrides | FLOAT32)
   model = lm.from_config(config, VOCAB)
@@ -114,12 +116,12 @@ def execute(run: Run, workdir: pathlib.Path) -> JsonObject:
 
 
 def _neurons(model: lm.LM) -> list[SlotConfig]:
-  """What decides which neurons run."""
+  """The slots that decide which neurons run."""
   return [slot for slot in model.slots if slot.slot in ('activation', 'mlp')]
 
 
 def _mlps_alone(packed: PackedModel, twin: PackedModel) -> dict[str, float]:
-  """Speed of all MLPs, one token through one after the other."""
+  """The speed-up of the MLPs of all layers, for one token."""
   calls = {'packed': _mlps(packed), 'dense': _mlps(twin)}
   seconds = turns.interleaved(calls, REPEATS['decode'])
   ratio = turns.ratio(seconds['dense'], seconds['packed'])
@@ -160,7 +162,7 @@ def _random(draw: np.random.Generator, path: str, leaf: jax.ShapeDtypeStruct) ->
   if path.endswith('scale'):
     return np.ones(leaf.shape, np.float32)
   if 'router_predictor' in path:
-    # Of inputs of unit mean square logits are normal: an eighth of them exceeds 1.15.
+    # For inputs of unit mean square the logits are normal, so an eighth of them exceeds 1.15.
     width = leaf.shape[0]
     return (
       np.full(1, -1.15, 'f')
@@ -173,7 +175,7 @@ def _random(draw: np.random.Generator, path: str, leaf: jax.ShapeDtypeStruct) ->
 def _masks(
   model: lm.LM, name: str, density: float, draw: np.random.Generator
 ) -> dict[str, np.ndarray]:
-  """Random units of every kernel of the layers, so many of each matrix or group."""
+  """Masks that keep random units of every kernel in the layers, a fraction `density` of each group."""
   units = pattern(name, plan_of(model).units)
   covered = tree.map_named(
     lambda path, w: (
@@ -198,26 +200,28 @@ def _beside(model: str) -> str:
 
 
 def report(lines: list[results.Line], folder: pathlib.Path) -> str:
-  """The table and a bar chart of the decode ratios."""
+  """Writes the table, and a bar chart of the speed-ups in decoding."""
   columns = [
-    table.Column('decode_ms', 'decode', '.2f', 'ms'),
+    table.Column('decode_ms', 'decode', '.2f', 'ms/token'),
     *table.speedup('decode_speedup', 'decode'),
     *table.speedup('mlp_speedup', 'MLPs alone', 'MLPs'),
     *table.speedup('prefill_speedup', 'prefill'),
-    table.Column('kept_weights', 'weights left', '.2f', '% of the kernels', 100),
-    table.Column('weights_bytes', 'weights', ',.0f', 'MB', 1e-6),
-    table.Column('read_bytes', 'read per token', ',.0f', 'MB', 1e-6),
-    table.Column('bandwidth', 'bandwidth / measured', '.2f'),
-    table.Column('memory_bandwidth', 'measured', '.1f', 'GB/s', 1e-9),
+    table.Column('kept_weights', 'kernel weights after packing', '.2f', '%', 100),
+    table.Column('weights_bytes', 'size of the weights', ',.0f', 'MB', 1e-6),
+    table.Column('read_bytes', 'memory read', ',.0f', 'MB/token', 1e-6),
+    table.Column('bandwidth', 'bandwidth used / peak', '.2f', '×'),
+    table.Column('memory_bandwidth', 'peak bandwidth', '.1f', 'GB/s', 1e-9),
     table.Column('peak_memory', 'peak memory', ',.0f', 'MB', 1e-6),
     table.Column('params', 'parameters', ',.0f', 'M', 1e-6),
   ]
   frame = table.summarise(lines, ['model'], columns)
   caption = (
-    'Packed models beside their dense twins (experts: beside a dense model of equal active parameters), '
-    f'float32, context 256, decode batch 1, prefill batch {PREFILLED}; medians of '
-    f'{REPEATS["decode"]} and {REPEATS["prefill"]} turns. Random tiles leave neurons and heads without '
-    'any weight, the more the larger they are; packing removes those, and what is left is a column'
+    'Packed models beside their dense twins (experts beside a dense model of equal active '
+    f'parameters): float32, context 256, decoding with batch 1, prefill with batch {PREFILLED}. Times '
+    f'are medians of {REPEATS["decode"]} turns (decoding) and {REPEATS["prefill"]} turns (prefill), '
+    'with quartiles over the turns. Random tiles leave some neurons and heads without any weight, '
+    'larger tiles more of them, and packing removes these. The peak bandwidth is measured beside each '
+    'row'
   )
   ratio = table.Column('decode_speedup', 'decode: dense time / packed time')
   shown = [

@@ -1,4 +1,4 @@
-"""Which runs of a study are trained as one program (`--pack`), and their training."""
+"""Plans which runs of a study are trained as one program (`--pack`), and trains these packs."""
 
 import dataclasses
 import pathlib
@@ -13,17 +13,17 @@ from sparse_lm.runs import configs, packs, runtime
 from sparse_lm.runs.pack_loop import Outcome, train_packed
 from sparse_lm.runs.setup import Setup, setup
 
-AUTO = 0  # `--pack` without a number: as many as fit
+AUTO = 0  # `--pack` without a number: as many runs as fit the memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """Runs that are executed together.
+  """A pack of runs, or one run that is executed alone.
 
   Attributes:
-    runs: by id; those of a pack, or one.
-    setups: of the runs of a pack, by id.
-    alone_because: for a run that is not packed, the reason in words.
+    runs: the runs by id.
+    setups: the setups of a pack's runs, by id.
+    alone_because: the reason why a run is not packed, in words; '' for a pack.
   """
 
   runs: Mapping[str, Run]
@@ -32,29 +32,29 @@ class Job:
 
   @property
   def title(self) -> str:
-    """What the job is, in words."""
+    """A description of the job, in words."""
     if self.alone_because:
       return f'alone: {self.alone_because}'
     return f'a pack of {len(self.runs)} runs'
 
   def train(self, workdirs: Mapping[str, pathlib.Path]) -> list[Outcome]:
-    """Trains runs of the pack: the result.json of each, or the error of one that diverged.
+    """Trains runs of the pack. Returns the result.json of each, or its error if it diverged.
 
     Args:
-      workdirs: by id, of the runs that are to be trained.
+      workdirs: the folders of the runs to train, by id.
     """
     setups = [self.setups[run_id] for run_id in workdirs]
     return train_packed(setups, list(map(str, workdirs.values())))
 
 
 def plan(runs: Mapping[str, Run], most: int) -> list[Job]:
-  """Packs of runs, and the runs that are executed alone, in the order in which they are begun.
+  """Divides runs into packs and runs that are executed alone, in the order of execution.
 
-  The steps of all packs are compiled, which shows what memory they take.
+  The steps of all packs are compiled, because compilation tells how much memory a pack needs.
 
   Args:
-    runs: by id.
-    most: runs of a pack at most; `AUTO` = as many as fit the accelerator's memory.
+    runs: the runs by id.
+    most: the largest number of runs in a pack; `AUTO` = as many as fit the accelerator's memory.
 
   Raises:
     UserError: a config is wrong; a pack of `most` does not fit; or no two runs can be packed.
@@ -63,8 +63,8 @@ def plan(runs: Mapping[str, Run], most: int) -> list[Job]:
   setups = _setups(runs)
   if most == AUTO and jax.default_backend() == 'cpu':
     print(
-      '--pack without a number packs runs on an accelerator alone, because on a CPU packed runs take as '
-      'long as one after the other; --pack=N packs them on a CPU too',
+      'no run is packed: on a CPU, packed runs take as long as runs one after the other; --pack=N packs '
+      'them on a CPU too',
       file=sys.stderr,
     )
     return [Job({run_id: run}, alone_because='the device is a CPU') for run_id, run in runs.items()]
@@ -87,7 +87,7 @@ def plan(runs: Mapping[str, Run], most: int) -> list[Job]:
 
 
 def _setups(runs: Mapping[str, Run]) -> dict[str, Setup]:
-  """Each run that trains a model, checked. Raises UserError that names the run."""
+  """Sets up every run that trains a model. Raises UserError, naming the run, if a config is wrong."""
   found = {}
   for run_id, run in runs.items():
     if run.execute is None:
@@ -112,20 +112,20 @@ def _job(
     return Job(own, alone_because=reason)
   sizes = [len(other) for other in parts if packs.difference(run, setups[other[0]]) is None]
   if len(sizes) == 1:
-    reason = 'no other run shares its program'
+    reason = 'no other run has the same program'
   elif max(sizes) == 1:
-    reason = 'no two runs of its program fit the memory together'
+    reason = 'no two runs of this program fit the memory together'
   else:
-    reason = 'the packs of its program are full'
+    reason = 'all packs of this program are full'
   return Job(own, alone_because=reason)
 
 
 def _fitted(
   parts: Sequence[Sequence[str]], setups: Mapping[str, Setup], most: int
 ) -> list[Sequence[str]]:
-  """The parts; with `most` = `AUTO`, parts that do not fit the memory are divided further.
+  """Divides parts that do not fit the memory further, if `most` is `AUTO`.
 
-  Raises UserError where a part does not fit and `most` is a number.
+  Raises UserError if a part does not fit and `most` is a number.
   """
   made = {tuple(part): packs.Pack.of([setups[i] for i in part]) for part in parts if len(part) > 1}
   packs.compile_packs(list(made.values()))

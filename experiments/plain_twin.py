@@ -1,8 +1,8 @@
-"""The default architecture as a plain Flax user writes it: what our step's speed is measured against.
+"""The default architecture in plain Flax, a reference for the speed of the training step.
 
-Same function as `model/lm.py` with `activation.name=gelu` (a test copies the parameters over and
-compares logits), written with `nn.Dense`, `nn.RMSNorm`, `jax.nn.dot_product_attention` and the erf
-GELU, no slots, no masks, no ledger.
+It computes the same function as `model/lm.py` with `activation.name=gelu`: a test copies the parameters
+and compares logits. It is written with `nn.Dense`, `nn.RMSNorm`, `jax.nn.dot_product_attention` and the
+erf GELU, without slots, masks or a count of costs.
 """
 
 import jax
@@ -24,13 +24,13 @@ def _rotary(x: jax.Array, positions: jax.Array) -> jax.Array:
 
 
 class PlainBlock(nn.Module):
-  """One pre-norm layer."""
+  """One pre-norm layer of attention and MLP."""
 
   spec: Spec
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """`[B, L, D]` to `[B, L, D]`."""
+    """Maps activations `[B, L, D]` to `[B, L, D]`."""
     b, l, d = x.shape
     spec = self.spec
     h = nn.RMSNorm(epsilon=1e-5, name='norm_1')(x)
@@ -48,13 +48,13 @@ class PlainBlock(nn.Module):
 
 
 class PlainLM(nn.Module):
-  """The whole model."""
+  """A language model of pre-norm layers."""
 
   spec: Spec
 
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
-    """int32 `[B, L]` to logits `[B, L, V]`."""
+    """Maps int32 tokens `[B, L]` to logits `[B, L, V]`."""
     spec = self.spec
     x = nn.Embed(spec.vocab, spec.width, name='embed')(tokens)
     for layer in range(spec.layers):
@@ -64,7 +64,7 @@ class PlainLM(nn.Module):
 
 
 def create(spec: Spec, tx: optax.GradientTransformation, seed: int) -> TrainState:
-  """Flax's own train state at step 0."""
+  """Creates Flax's train state at step 0."""
   model = PlainLM(spec)
   tokens = jnp.zeros((1, spec.context), jnp.int32)
   params = model.init(jax.random.key(seed), tokens)['params']
@@ -72,7 +72,7 @@ def create(spec: Spec, tx: optax.GradientTransformation, seed: int) -> TrainStat
 
 
 def train_step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, jax.Array]:
-  """One optimizer step on `[B, L + 1]` tokens."""
+  """Runs one optimizer step on tokens `[B, L + 1]`. Returns the new state and the loss."""
 
   def loss(params: Tree) -> jax.Array:
     logits = state.apply_fn({'params': params}, tokens[:, :-1])

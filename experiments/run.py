@@ -16,8 +16,8 @@ recorded as diverged, `report` gets nan for its metrics, and the other runs go o
 again with `--only=RUN_ID`, or once its line is removed from runs.jsonl.
 
 `--pack` trains runs that differ in seed, sparsity, learning rate, weight decay or penalty as one
-program on an accelerator, as many runs as fit its memory. `--pack=N` packs at most N runs, on a CPU too.
-Every run keeps its own folder and line. `--dry_run` shows the packs.
+program on an accelerator, as many runs as fit its memory. `--pack=N` packs at most N runs, on a CPU
+too. Every run keeps its own folder and line. `--dry_run` shows the packs.
 """
 
 import argparse

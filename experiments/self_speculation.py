@@ -1,10 +1,11 @@
-"""What does self-speculative decoding save in time, and how much of it is training?
+"""How much time does self-speculative decoding save, with and without training for it?
 
-Two models of 8 layers of width 512 are trained on bytes of the standard library's source for the same
-300 steps, one of them with layer dropout and exits. Each makes the same greedy texts token by token and
-speculatively, in turns in one process: batch 1, float32, 4 drafts a round, from prompts of the validation
-text. How many drafts are accepted depends on how long the models were trained, and greedy texts of small
-models repeat themselves, which is easy to draft: short texts from several prompts keep that small.
+Two models of 8 layers of width 512 are trained for 300 steps on bytes of the standard library's source,
+one of them with layer dropout and exits. Each model generates greedy texts in two ways, token by token
+and speculatively, timed in turns in one process: batch 1, float32, 4 drafts a round, prompts from the
+validation text. The share of accepted drafts depends on how long the models were trained. Greedy texts
+of small models repeat themselves, and repetitions are easy to draft, so the texts are short and start
+from several prompts.
 """
 
 import functools
@@ -48,7 +49,7 @@ GREEDY = Sampling(temperature=0)
 
 
 def runs() -> list[Run]:
-  """Every model with every exit layer."""
+  """Both models, each with every exit layer."""
   return [
     Run(CONFIG, SIZE | fields, {'trained with': name, 'exit layer': exit_layer}, execute)
     for name, fields in TRAINED.items()
@@ -58,7 +59,7 @@ def runs() -> list[Run]:
 
 @functools.cache
 def _trained(name: str) -> tuple[Decoder, list[np.ndarray], float]:
-  """A decoder of a trained model, prompts, and the mean loss of the last steps in nats a byte."""
+  """Trains a model. Returns its decoder, prompts, and the mean loss of the last steps in nats/byte."""
   run = setup(configs.load(CONFIG, SIZE | TRAINED[name] | FLOAT32))
   state = run.program.init(run.config.seed, run.target)
   batches = run.data.train_iterator(rng.data_seed(run.config.seed))
@@ -73,7 +74,7 @@ def _trained(name: str) -> tuple[Decoder, list[np.ndarray], float]:
 
 
 def execute(run: Run, workdir: pathlib.Path) -> JsonObject:
-  """Trains the model unless this process has, and times both ways to decode."""
+  """Times both ways to decode. The model is trained once in each process."""
   runtime.prepare()
   config = configs.load(run.config, run.overrides | FLOAT32)
   decoder, prompts, loss = _trained(run.labels['trained with'])
@@ -108,24 +109,26 @@ def execute(run: Run, workdir: pathlib.Path) -> JsonObject:
 
 
 def report(lines: list[results.Line], folder: pathlib.Path) -> str:
-  """The table, and a chart of the ratios."""
+  """Writes the table, and a chart of the speed-ups."""
   columns = [
-    table.Column('ms', 'speculative', '.2f', 'ms a token'),
-    table.Column('plain_ms', 'plain', '.2f', 'ms a token'),
-    table.Column('ratio', 'plain / speculative', '.2f'),
-    table.Column('ratio_low', 'lower quartile', '.2f'),
-    table.Column('ratio_high', 'upper quartile', '.2f'),
-    table.Column('accepted', 'drafts accepted', '.1f', '%', 100),
-    table.Column('tokens_a_round', 'tokens a verification', '.2f'),
-    table.Column('close', f'near ties of {PROMPTS * TOKENS} tokens', '.0f'),
-    table.Column('texts_alike', 'texts that are equal', '.0f', '%', 100),
-    table.Column('train_loss', 'training loss', '.2f', 'nats a byte'),
+    table.Column('ms', 'speculative decoding', '.2f', 'ms/token'),
+    table.Column('plain_ms', 'plain decoding', '.2f', 'ms/token'),
+    table.Column('ratio', 'speed-up', '.2f', '×'),
+    table.Column('ratio_low', 'lower quartile', '.2f', '×'),
+    table.Column('ratio_high', 'upper quartile', '.2f', '×'),
+    table.Column('accepted', 'accepted drafts', '.1f', '%', 100),
+    table.Column('tokens_a_round', 'tokens per verification', '.2f'),
+    table.Column('close', f'near ties among {PROMPTS * TOKENS} tokens', '.0f'),
+    table.Column('texts_alike', 'texts equal to plain decoding', '.0f', '%', 100),
+    table.Column('train_loss', 'training loss', '.2f', 'nats/byte'),
   ]
   frame = table.summarise(lines, ['trained with', 'exit layer'], columns)
   caption = (
-    f'Greedy decoding, {LAYERS} layers of width 512, batch 1, float32, prompts of {PROMPT} bytes, '
-    f'{TOKENS} tokens, {DRAFT} drafts a round; medians of {REPEATS} turns. The models were trained for '
-    f'{STEPS} steps of {BATCH * CONTEXT} bytes, and acceptance moves with that'
+    f'Greedy decoding of {TOKENS} tokens after prompts of {PROMPT} bytes, {DRAFT} drafts a round: '
+    f'{LAYERS} layers of width 512, batch 1, float32; medians of {REPEATS} turns. The speed-up is the '
+    'time of plain decoding / the time of speculative decoding, with quartiles over the turns. The '
+    f'models were trained for {STEPS} steps of {BATCH * CONTEXT} bytes; longer training changes the '
+    'share of accepted drafts'
   )
   ratio = table.Column('ratio', 'time of plain decoding / time of self-speculation')
   figure = plot.bars(lines, 'exit layer', ratio, 'ratio_low', 'ratio_high', 'trained with')

@@ -48,6 +48,7 @@ class Study:
 
     Raises UserError if there is no such study, if its file fails, or if it plans one run twice.
     """
+    study = loading.shortened(study)
     module, planned = loading.load(study)
     path = study if loading.is_path(study) else ''
     name = pathlib.Path(study).stem if path else study

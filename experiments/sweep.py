@@ -1,9 +1,9 @@
-"""The runs of a study, as data: sweeps are lists of override dicts, and a run is a config with one.
+"""The runs of a study as data. A run is a config file with overrides; a sweep is a list of overrides.
 
   methods = chain(fixed({'weight.name': 'rigl'}), fixed({'weight.name': 'set'}))
   product(methods, grid('weight.sparsity', (0.8, 0.9)), grid('seed', range(3)))
 
-is the overrides of twelve runs, the seed varying fastest.
+gives the overrides of twelve runs, in which the seed varies fastest.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ from sparse_lm.core.records import Json, JsonObject
 Overrides = dict[str, FieldValue]
 Sweep = list[Overrides]
 
-# On every device, for studies whose captions say float32.
+# For studies whose captions say float32, whatever the device.
 FLOAT32 = {'model.precision': 'float32'}
-# Magnitudes applied straight-through, at the final sparsity from the first step.
+# STE: magnitude masks with a straight-through gradient, at the final sparsity from the first step.
 STE = {
   'weight.name': 'magnitude',
   'weight.apply': 'straight_through',
@@ -35,28 +35,28 @@ STE = {
 
 
 def fixed(overrides: Mapping[str, FieldValue] | None = None, /, **fields: FieldValue) -> Sweep:
-  """One set of overrides: `fixed({'weight.name': 'rigl'}, seed=1)`."""
+  """A sweep with one set of overrides, such as `fixed({'weight.name': 'rigl'}, seed=1)`."""
   return [_merge((overrides or {}, fields))]
 
 
 def grid(field: str, values: Iterable[FieldValue | np.generic]) -> Sweep:
-  """One set of overrides for each value."""
-  # NumPy's scalars print and hash unlike the numbers that they are.
+  """A sweep with one set of overrides for each value of a field."""
+  # NumPy scalars are converted, because they print and hash differently from Python numbers.
   return [{field: v.item() if isinstance(v, np.generic) else v} for v in values]
 
 
 def product(*sweeps: Sweep) -> Sweep:
-  """Each with each, the last sweep varying fastest. Raises ValueError for a field set twice."""
+  """All combinations; the last sweep varies fastest. Raises ValueError for a field that is set twice."""
   return [_merge(parts) for parts in itertools.product(*sweeps)]
 
 
 def chain(*sweeps: Sweep) -> Sweep:
-  """One after the other."""
+  """The overrides of all sweeps, one sweep after the other."""
   return [dict(overrides) for sweep in sweeps for overrides in sweep]
 
 
 def together(*sweeps: Sweep) -> Sweep:
-  """The first with the first, the second with the second, and so on.
+  """Joins the first overrides of all sweeps, then the second ones, and so on, as `zip` does.
 
   Raises:
     ValueError: the sweeps differ in length, or a field is set twice.
@@ -75,16 +75,15 @@ def _merge(parts: Iterable[Mapping[str, FieldValue]]) -> Overrides:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One run of a study, which trains a model unless the study says what else is done.
+  """One run of a study. It trains a model unless it has a function `execute`.
 
   Attributes:
-    config: path of its config file, such as 'configs/tiny.py'.
-    overrides: values by dotted field, such as {'weight.sparsity': 0.9, 'seed': 1}.
-    labels: what tables and figures group by: strings, numbers, booleans or None, by name. The seed
-      is no label (ValueError): means are taken over it.
-    execute: what is done instead of training the config. It is handed the run and a folder of its own,
-      and returns the `metrics` and, as far as there are any, the `config`, `env` and `data` of the run's
-      line.
+    config: path of the config file, such as 'configs/tiny.py'.
+    overrides: values by dotted field, such as `{'weight.sparsity': 0.9, 'seed': 1}`.
+    labels: strings, numbers, booleans or None by name, by which tables and figures group the runs. The
+      seed must not be a label (ValueError), because means are taken over seeds.
+    execute: a function that is called instead of training. It takes the run and the run's folder, and
+      returns a dict with `metrics` and, if there are any, `config`, `env` and `data` for the run's line.
   """
 
   config: str
@@ -94,10 +93,12 @@ class Run:
 
   def __post_init__(self) -> None:
     if 'seed' in self.labels:
-      raise ValueError('the seed of a run is an override, not a label: means are taken over it')
+      raise ValueError(
+        'the seed of a run is an override, not a label, because means are taken over seeds'
+      )
 
   def id(self, study: str) -> str:
-    """A readable name and a hash of what is run; the same in every process.
+    """A readable name and a hash of the run, equal in every process.
 
     Two runs share an id only if study, config file, overrides and labels are the same.
     """
@@ -111,12 +112,12 @@ class Run:
 
   @property
   def arguments(self) -> str:
-    """Config and overrides as they are typed, quoted for a shell."""
+    """Config and overrides as command-line arguments, quoted for a shell."""
     overrides = [f'--config.{field}={value}' for field, value in self.overrides.items()]
     return shlex.join([f'--config={self.config}', *overrides])
 
   def command(self, workdir: str | pathlib.Path) -> str:
-    """The shell command that trains it in `workdir`."""
+    """The shell command that trains the run in `workdir`."""
     return f'python -m sparse_lm.train {self.arguments} {shlex.join([f"--workdir={workdir}"])}'
 
 

@@ -1,15 +1,15 @@
 """The dense model and its training step in PyTorch, the reference for the speed of the JAX step.
 
-`python -m experiments.torch_twin --width=768 ...` is a process of its own, so that the two frameworks
-do not share one allocator. It compiles the step (`torch.compile` and bfloat16 autocast on a GPU; plain
-float32 in two threads on a CPU) and prints a JSON object with `params` and `torch` (the version). Then it
-runs as many steps as each line of its input says, without waiting for the device between them, and prints
-a JSON object with their `seconds` and its `peak_memory` in bytes so far.
+`python -m experiments.torch_twin --width=768 ...` runs in a process of its own, so that the two
+frameworks do not share an allocator. It compiles the step (`torch.compile` and bfloat16 autocast on a
+GPU; eager float32 in two threads on a CPU) and prints a JSON object with `params` and `torch` (the
+version). Each line of its input is a number of steps. It runs these steps without waiting for the
+device in between, and prints a JSON object with their `seconds` and its `peak_memory` in bytes so far.
 
-The model is the one that config.model.norm=layernorm and config.model.positions=learned describe:
-pre-norm layers, fused query, key and value projections, SDPA, squared ReLU, an untied head, no biases.
-AdamW is fused and decays matrices alone; the gradient is clipped by its global norm. Constants are those
-of `configs/base.py`.
+The model is that of config.model.norm=layernorm and config.model.positions=learned: pre-norm layers,
+fused query, key and value projections, SDPA, squared ReLU, an untied head, no biases. AdamW is fused
+and decays matrices only; the gradient is clipped by its global norm. The constants are those of
+`configs/base.py`.
 """
 
 import argparse
@@ -40,7 +40,7 @@ class Sizes:
 
 
 class Block(nn.Module):
-  """One pre-norm layer."""
+  """One pre-norm layer of attention and MLP."""
 
   def __init__(self, sizes: Sizes) -> None:
     super().__init__()
@@ -55,7 +55,7 @@ class Block(nn.Module):
     self.up, self.down = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, width, bias=False)
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
-    """`[B, L, D]` to `[B, L, D]`."""
+    """Maps activations `[B, L, D]` to `[B, L, D]`."""
     b, l, d = x.shape
     parts = self.qkv(self.norm_1(x)).split(d, 2)
     q, k, v = (part.view(b, l, self.heads, -1).transpose(1, 2) for part in parts)
@@ -65,7 +65,7 @@ class Block(nn.Module):
 
 
 class TorchLM(nn.Module):
-  """The whole model and its loss."""
+  """A language model of pre-norm layers, and its loss."""
 
   def __init__(self, sizes: Sizes) -> None:
     super().__init__()
@@ -78,7 +78,7 @@ class TorchLM(nn.Module):
     nn.init.normal_(self.position.weight, std=0.02)
 
   def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The mean cross-entropy in nats of int64 `[B, L]` targets."""
+    """The mean cross-entropy in nats per token, for int64 tokens and targets `[B, L]`."""
     x = self.embed(tokens) + self.position.weight
     for block in self.blocks:
       x = block(x)
@@ -113,7 +113,7 @@ class Trainer:
     return loss.detach()
 
   def window(self, steps: int) -> float:
-    """Runs so many steps, with the device idle before and after them, and returns the seconds."""
+    """Runs `steps` steps and returns the seconds; the device is idle before and after them."""
     self.wait()
     begin = time.perf_counter()
     for _ in range(steps):
@@ -122,18 +122,18 @@ class Trainer:
     return time.perf_counter() - begin
 
   def wait(self) -> None:
-    """Waits until the device has finished."""
+    """Waits until the device is idle."""
     if self.gpu:
       torch.cuda.synchronize()
 
   @property
   def peak_memory(self) -> int | None:
-    """Bytes that tensors have taken at once so far; `None` on a CPU."""
+    """The peak memory of tensors so far, in bytes; `None` on a CPU."""
     return torch.cuda.max_memory_allocated() if self.gpu else None
 
 
 def main() -> None:
-  """Serves windows of steps until its input ends."""
+  """Runs a window of steps for each line of the input, until the input ends."""
   parser = argparse.ArgumentParser()
   for field in dataclasses.fields(Sizes):
     parser.add_argument(f'--{field.name}', type=int, default=field.default)

@@ -1,9 +1,9 @@
-"""What does a training step cost, beside a plain Flax twin, the machine's peak and dense training?
+"""How long does a training step take, beside a plain Flax model and beside the dense step?
 
-Every row is timed in turns with its reference in one process (4 layers, width 256, context 128,
-batch 32): ratios are medians over the turns, with quartiles. A method's step is the average over an
-update period, updates included. Steps run masked: what sparsity saves once packed is not shown here.
-Routers of fixed capacity run less already in training; learned gates compute everything there.
+Every row is timed in turns with its reference in one process (4 layers, width 256, context 128, batch
+32). Ratios are medians over the turns, with quartiles. The step of a weight method is the average over
+an update period and includes the updates of the masks. Training applies masks, so sparse weights save
+no time here. Routers of fixed capacity compute less in training too; learned gates compute everything.
 """
 
 import functools
@@ -31,7 +31,7 @@ VOCAB = 256
 REPEATS = 12
 TWIN, DENSE = 'plain Flax twin', 'default model'
 SPARSITY = 0.9
-# Of equal active FLOPs where not said otherwise: experts as large as the MLP that they replace.
+# The experts of this row are as large as the MLP that they replace, so its active FLOPs are equal.
 GATED = {
   'statistical_topk, 12.5 %': {'activation.name': 'statistical_topk'},
   'topk, 12.5 %': {'activation.name': 'topk'},
@@ -49,7 +49,7 @@ GELU = {'activation.name': 'gelu'}
 
 
 def runs() -> list[Run]:
-  """The dense rows against the twin, then weight methods, routers and gates against the default."""
+  """Dense models beside the plain Flax model, then all methods beside the default dense model."""
   dense = [
     Run(CONFIG, GELU, {'step': 'default model with erf GELU', 'reference': TWIN}, execute),
     Run(CONFIG, {}, {'step': DENSE, 'reference': TWIN}, execute),
@@ -78,7 +78,7 @@ class _Stepper:
 
 
 def execute(run: Run, workdir: pathlib.Path) -> JsonObject:
-  """Times one row against its reference."""
+  """Times the step of one row in turns with its reference."""
   runtime.prepare()
   config = configs.load(run.config, run.overrides | FLOAT32)
   program, target = build(config, VOCAB)
@@ -112,7 +112,7 @@ def execute(run: Run, workdir: pathlib.Path) -> JsonObject:
 
 
 def updates_per_step(method: WeightMethod, steps: int) -> float:
-  """Share of the steps that update the connections, in the middle of the run."""
+  """The share of steps that update masks, in the middle of the run."""
   middle = range(steps // 2 - 50, steps // 2 + 50)
   return sum(method.due(step) for step in middle) / len(middle)
 
@@ -126,22 +126,22 @@ def _reference(name: str, program: Program, tokens: np.ndarray) -> _Stepper:
 
 
 def report(lines: list[results.Line], folder: pathlib.Path) -> str:
-  """The table and a bar chart of the ratios."""
+  """Writes the table, and a bar chart of the ratios."""
   columns = [
     table.Column('step_ms', 'step', '.0f', 'ms'),
     table.Column('reference_ms', 'reference', '.0f', 'ms'),
-    table.Column('ratio', 'step / reference', '.3f'),
-    table.Column('ratio_low', 'lower quartile', '.3f'),
-    table.Column('ratio_high', 'upper quartile', '.3f'),
-    table.Column('fraction_of_peak', 'dense FLOPs / matmul peak', '.2f'),
+    table.Column('ratio', 'step / reference', '.3f', '×'),
+    table.Column('ratio_low', 'lower quartile', '.3f', '×'),
+    table.Column('ratio_high', 'upper quartile', '.3f', '×'),
+    table.Column('fraction_of_peak', 'dense FLOP/s / matmul peak', '.2f', '×'),
     table.Column('peak_gflops', 'matmul peak', '.0f', 'GFLOP/s'),
-    table.Column('peak_memory', 'peak memory', ',.0f', 'MB', 1e-6),
-    table.Column('reference_memory', "reference's", ',.0f', 'MB', 1e-6),
+    table.Column('peak_memory', 'peak memory of the step', ',.0f', 'MB', 1e-6),
+    table.Column('reference_memory', 'peak memory of the reference', ',.0f', 'MB', 1e-6),
   ]
   frame = table.summarise(lines, ['step', 'reference'], columns)
   caption = (
-    f'Training step, float32, 4 layers, width 256, context 128, batch 32, methods at {SPARSITY:.0%} '
-    f'sparsity; medians of {REPEATS} turns'
+    'Training step, float32, 4 layers, width 256, context 128, batch 32, weight methods at '
+    f'{SPARSITY:.0%} sparsity; medians of {REPEATS} turns, with quartiles of the ratio over the turns'
   )
   ratio = table.Column('ratio', 'step time / reference')
   figure = plot.bars(lines, 'step', ratio, 'ratio_low', 'ratio_high', 'reference')

@@ -1,4 +1,4 @@
-"""The PyTorch twin of the dense step, `experiments.torch_twin`, in a process of its own."""
+"""Runs the PyTorch twin of the dense step, `experiments.torch_twin`, in a process of its own."""
 
 import contextlib
 import importlib.util
@@ -12,17 +12,16 @@ from collections.abc import Iterator, Mapping
 from sparse_lm.core.records import JsonObject
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# The process that starts another may hold most of a GPU's memory, so the other takes what it needs and no
-# more.
+# The parent process may hold most of a GPU's memory, so a child process allocates only what it needs.
 BESIDE = {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
 
 
 class NoTwin(Exception):
-  """Why the PyTorch twin cannot be measured."""
+  """The PyTorch twin cannot be measured; the message says why."""
 
 
 class Twin:
-  """The twin's process. A call runs a window of its training steps and waits for them."""
+  """The process of the twin. A call runs a window of training steps and waits for its end."""
 
   def __init__(self, sizes: Mapping[str, int], steps: int, errors: pathlib.Path) -> None:
     self.steps, self.errors, self.peak_memory = steps, errors, None
@@ -38,7 +37,7 @@ class Twin:
       )
 
   def read(self) -> JsonObject:
-    """The next line that it prints. Raises NoTwin where the process has ended."""
+    """Reads the next line that the process prints. Raises NoTwin if the process has ended."""
     line = self.process.stdout.readline()
     if not line:
       said_last = self.errors.read_text().strip().splitlines()[-1:]
@@ -46,7 +45,7 @@ class Twin:
     return json.loads(line)
 
   def __call__(self) -> float:
-    """Runs a window of steps, and returns the seconds that it took."""
+    """Runs a window of steps and returns its seconds."""
     self.process.stdin.write(f'{self.steps}\n')
     self.process.stdin.flush()
     found = self.read()
@@ -56,7 +55,7 @@ class Twin:
 
 @contextlib.contextmanager
 def running(sizes: Mapping[str, int], steps: int) -> Iterator[Twin]:
-  """Runs the twin, which compiles while the caller goes on. Raises NoTwin without PyTorch."""
+  """Starts the twin, which compiles in the background. Raises NoTwin if PyTorch is not installed."""
   if importlib.util.find_spec('torch') is None:
     raise NoTwin('PyTorch is not installed')
   with tempfile.TemporaryDirectory() as folder:

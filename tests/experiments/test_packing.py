@@ -64,7 +64,7 @@ def test_a_study_trains_its_packs_and_what_runs_alone(study, command):
   assert titles == [
     '# 0 of 5 runs are finished; missing:',
     '# a pack of 3 runs',
-    '# alone: no other run shares its program',
+    '# alone: no other run has the same program',
     '# alone: it trains no model',
   ]
   shown = command('--pack=4')
@@ -110,12 +110,12 @@ def test_a_pack_that_does_not_fit_names_the_number_that_does(study, command, mon
   monkeypatch.setattr(packing.jax, 'default_backend', lambda: 'gpu')
   jobs = packing.plan(fake.runs, packing.AUTO)
   assert [job.title for job in jobs] == [
-    'alone: the packs of its program are full',
+    'alone: all packs of this program are full',
     'a pack of 2 runs',
   ]
   monkeypatch.setattr(packing.packs, 'fitting', lambda pack: 1)
   titles = {job.title for job in packing.plan(fake.runs, packing.AUTO)}
-  assert titles == {'alone: no two runs of its program fit the memory together'}
+  assert titles == {'alone: no two runs of this program fit the memory together'}
 
 
 def test_an_error_in_one_folder_of_a_pack_names_its_run(study, command):

@@ -142,7 +142,7 @@ def test_times_of_runs_from_busy_and_idle_hours_compare_by_their_ratios():
     return {'labels': {'study': study}, 'metrics': metrics}
 
   idle, busy, again = line('a', 2.0, 1.0), line('a', 6.0, 3.0), line('a', 2.0, 4.0)
-  lines = accuracy_vs_time.on_one_clock([idle, busy, again, line('b', 5.0, 5.0)])
+  lines = accuracy_vs_time.with_time([idle, busy, again, line('b', 5.0, 5.0)])
   assert [line['metrics']['time_ms'] for line in lines] == [1.0, 1.0, 4.0, 5.0]
 
 
