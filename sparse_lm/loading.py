@@ -30,7 +30,7 @@ from sparse_lm.core.ranges import Range
 from sparse_lm.core.tree import Tree
 from sparse_lm.data.corpus import SPLITS
 from sparse_lm.data.tokenizers import Tokenizer
-from sparse_lm.evals import Values
+from sparse_lm.evals import Evaluation, Values
 from sparse_lm.evals.loss import Loss
 from sparse_lm.inference.decode import Decoder
 from sparse_lm.inference.sample import TEMPERATURE, TOP_P, Sampling
@@ -256,11 +256,14 @@ class Run:
   def _decoder(self) -> Decoder:
     return Decoder(self.model, self.variables)
 
-  def evaluate(self, *tasks: str, split: str = 'validation', batch: int | None = None) -> Values:
+  def evaluate(
+    self, *tasks: str | Evaluation, split: str = 'validation', batch: int | None = None
+  ) -> Values:
     """Returns metrics by name, measured on the text that the model was trained on.
 
     Args:
-      *tasks: names of evaluations (the files of `sparse_lm/evals/`), by default the loss alone.
+      *tasks: names of evaluations (the files of `sparse_lm/evals/`), or evaluations with options of their
+        own, such as `Energy(repeats=5)`; by default the loss.
       split: 'train', 'validation' or 'test'.
       batch: sequences that are evaluated together, by default `config.data.batch`.
 
@@ -268,9 +271,9 @@ class Run:
     evaluation refuses the model or the text.
     """
     for task in tasks:
-      if task not in evals.names():
+      if not isinstance(task, Evaluation) and task not in evals.names():
         raise unknown('evaluation', task, evals.names())
-    chosen = [evals.evaluation(task)() for task in tasks] or [Loss()]
+    chosen = [t if isinstance(t, Evaluation) else evals.evaluation(t)() for t in tasks] or [Loss()]
     if split not in SPLITS:
       raise unknown('split', split, SPLITS)
     if batch is not None:

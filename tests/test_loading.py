@@ -1,5 +1,6 @@
 """The public face `sparse_lm.load`, of a workdir and of the packed folder that was made from it."""
 
+import dataclasses
 import pathlib
 import re
 import subprocess
@@ -14,6 +15,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 import sparse_lm
 from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
+from sparse_lm.evals import Evaluation
 from sparse_lm.model import lm
 from sparse_lm.pack import pack
 from sparse_lm.plan import sites
@@ -47,6 +49,16 @@ def run(request, folders):
 def reference(folders):
   """The run as training's own code loads it."""
   return trained.load(str(folders[0]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Context(Evaluation):
+  """An evaluation of a user, with an option."""
+
+  times: int = 1
+
+  def run(self, model, data):
+    return {'contexts': self.times * data.context}
 
 
 def refused(call, *said):
@@ -212,6 +224,8 @@ def test_evaluation_gives_the_numbers_of_the_training_run(run, folders):
   values = run.evaluate()
   assert values['val_loss'] == pytest.approx(metrics['val_loss'], rel=1e-5)
   assert run.evaluate('loss', split='test', batch=2).keys() >= {'test_loss', 'test_bits_per_byte'}
+  context = run.config.data.context
+  assert run.evaluate(Context(3), 'loss') == values | {'contexts': 3 * context}
   refused(lambda: run.evaluate('los'), "unknown evaluation 'los': did you mean 'loss'")
   refused(lambda: run.evaluate(['loss']), 'unknown evaluation')
   refused(lambda: run.evaluate(split='valid'), "unknown split 'valid': did you mean 'validation'")
