@@ -90,9 +90,7 @@ def test_decoding_packed_and_not_gives_the_logits_of_whole_sequences(model, vari
   ('block_*/mlp/hiden', ["config.site.where 'block_*/mlp/hiden'", "did you mean 'block_*/mlp/hidden'"]),
   ('block_*/valid', ["config.site.where 'block_*/valid'", 'block_*/mlp/hidden']),
 ])  # fmt: skip
-def test_a_site_that_the_model_has_not_is_one_line_that_says_which_there_are(
-  where, words, tiny_config
-):
+def test_an_unknown_site_is_refused_in_one_line_that_lists_the_sites(where, words, tiny_config):
   model = lm.from_config(tiny_config(site__name='abs_topk', site__where=(where,)), VOCAB)
   with pytest.raises(UserError) as refused:
     plan_of(model)

@@ -219,7 +219,7 @@ SPARSE = {
 
 
 @pytest.mark.parametrize('name', SPARSE)
-def test_rows_of_the_down_projection_that_meet_zeros_may_be_skipped(name):
+def test_rows_of_the_down_projection_with_zero_inputs_can_be_skipped(name):
   variables, x = weights(6, bias=-1.0, dead=()), inputs(7)
   h = preactivations(variables, x)
   h = {
@@ -294,7 +294,7 @@ def test_a_selection_costs_what_it_bounds_not_the_zeros_of_the_activation():
 
 
 @pytest.mark.parametrize('name', ['relu', 'relu2'])
-def test_rectifiers_zeros_are_observed_and_claimed_nowhere(name):
+def test_zeros_of_rectifiers_are_logged_and_not_charged_less(name):
   _, sown = dense(maker(name))(weights(9), inputs(10), 'eval')
   assert 0 < float(sown['stats']['active']) < 0.5 and 'gates' not in sown
   model = lm.from_config(config_of(activation={'name': name}), VOCAB)

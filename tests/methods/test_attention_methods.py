@@ -141,7 +141,7 @@ def test_of_equal_scores_the_earlier_keys_are_read(seed, sizes):
 
 
 @pytest.mark.parametrize(('name', 'field'), [('sliding_window', 'window'), ('topk_keys', 'k')])
-def test_what_covers_every_key_recovers_full_attention(name, field):
+def test_settings_that_cover_every_key_equal_full_attention(name, field):
   arrays = arrays_of(0, 2)
   reach = {'window': arrays[4].max() + 1, 'k': KEYS}[field]
   full, _ = applied(method('full'))({}, *arrays)
@@ -182,7 +182,7 @@ def test_gradients_equal_finite_differences_and_skip_keys_that_are_not_read(name
 
 
 @pytest.mark.parametrize(('name', 'field'), [('sliding_window', 'window'), ('topk_keys', 'k')])
-def test_a_query_that_no_key_is_left_for_reads_its_own_and_has_finite_gradients(name, field):
+def test_a_query_without_other_keys_reads_its_own_and_has_finite_gradients(name, field):
   arrays = arrays_of(1, 4)
   *_, v, positions, key_positions, valid = arrays
   valid[0] = False

@@ -75,7 +75,7 @@ def test_queries_read_their_own_block_and_the_best_of_those_before_it(seed, size
   assert_allclose(y, masked_attention(arrays, mask), atol=1e-5)
 
 
-def test_the_cases_above_hold_equal_blocks_and_heads_that_choose_apart():
+def test_the_cases_cover_equal_blocks_and_heads_that_choose_differently():
   ties = [block_mask(arrays_of(seed, 1, whole=True), 2, 2)[1] == 0 for seed in range(20)]
   masks = [block_mask(arrays_of(seed, 1), 2, 2)[0] for seed in range(20)]
   assert any(ties) and any((mask != mask[:, :1]).any() for mask in masks)

@@ -50,7 +50,7 @@ def router_logits(params, x):
 @given(SEEDS)
 @settings(deadline=None, max_examples=10)
 @BY_ESTIMATOR
-def test_tokens_enter_where_their_gate_is_open_and_are_no_key_elsewhere(estimator, seed):
+def test_tokens_enter_if_their_gate_is_open_and_otherwise_no_query_reads_them(estimator, seed):
   module = layer('token_gate', estimator=estimator)
   params, (x, positions, valid) = numbers(module, seed)
   logits = router_logits(params, x)
@@ -71,7 +71,7 @@ def test_tokens_enter_where_their_gate_is_open_and_are_no_key_elsewhere(estimato
 
 
 @MODES
-def test_in_the_real_block_what_a_skipping_token_holds_reaches_no_other(mode):
+def test_in_the_real_block_a_skipping_token_changes_no_other_token(mode):
   module = layer('token_gate', real=True)
   params, (x, positions, valid) = numbers(module, 4)
   params['depth']['router']['bias'][:] = 0
@@ -135,9 +135,7 @@ def test_every_token_enters_every_layer(mode):
 @MODES
 @BY_ESTIMATOR
 @pytest.mark.parametrize('name', ['token_gate', 'layer_gate'])
-def test_gates_that_are_open_change_nothing_and_closed_ones_leave_the_identity(
-  name, estimator, mode
-):
+def test_open_gates_change_nothing_and_closed_gates_give_the_identity(name, estimator, mode):
   for opened in (True, False):
     module, params, inputs = forced(name, estimator, opened)
     y, sown = applied(module, mode)(params, *inputs, DRAWS)

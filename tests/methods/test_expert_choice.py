@@ -141,7 +141,7 @@ def test_of_equal_tokens_an_expert_takes_the_earlier(executor, seed):
   close(applied(mlp, 'train')(variables, x)[0], weighted(variables['params'], x, taken))
 
 
-def test_with_a_router_that_knows_nothing_every_expert_takes_the_first_tokens():
+def test_with_equal_scores_every_expert_takes_the_first_tokens():
   variables, x = numbers(module(), 0)
   variables['params']['router']['kernel'] *= 0
   y = np.asarray(applied(module(), 'train')(variables, x)[0]).reshape(TOKENS, WIDTH)
@@ -166,7 +166,7 @@ def test_thresholds_move_to_the_lowest_probability_taken(seed):
 @given(SEEDS)
 @settings(deadline=None, max_examples=15)
 @pytest.mark.parametrize('executor', ['sort', 'einsum'])
-def test_evaluation_takes_what_exceeds_the_thresholds(executor, seed):
+def test_evaluation_takes_tokens_above_the_thresholds(executor, seed):
   mlp = module(executor=executor)
   variables, x = numbers(mlp, seed)
   probability, threshold = probabilities(variables['params'], x), variables['router']['threshold']
@@ -243,7 +243,7 @@ def test_gradients_of_both_executors_equal_finite_differences_of_the_loop():
 
 
 @pytest.mark.parametrize('visits', [0.5, 1.0])
-def test_thresholds_come_to_let_the_configured_visits_through(visits):
+def test_thresholds_converge_to_the_configured_visits(visits):
   mlp = module(visits=visits)
   variables, _ = numbers(mlp, 8)
   variables['router']['threshold'] = np.full(EXPERTS, 0.25, np.float32)  # as a run starts

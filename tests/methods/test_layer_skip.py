@@ -161,7 +161,7 @@ def test_a_run_that_goes_on_from_a_state_draws_and_rolls_as_one_that_did_not_sto
   assert float(program.step(4)(moved, tokens[3])[1]['exits_loss']) != losses[3]
 
 
-def test_exits_outside_of_the_layers_are_refused(tiny_config):
+def test_exits_outside_the_layers_are_refused(tiny_config):
   for exits in ('3:', '1,2', 'all'):
     with pytest.raises(UserError, match=f"config.stack.exits='{exits}'.*(of the 3 layers|slice)"):
       lm.from_config(

@@ -135,7 +135,7 @@ def sown_equals(got, want):
 @given(SEEDS, st.sampled_from([0.5, 3.0]))
 @settings(deadline=None, max_examples=25)
 @pytest.mark.parametrize(('mlp', 'seats'), [(TOP1, 3), (TOP2, 6)], ids=['k=1', 'k=2'])
-def test_training_equals_a_loop_with_seats_by_position_then_sequence(mlp, seats, seed, sharp):
+def test_training_equals_a_loop_with_slots_by_position_then_sequence(mlp, seats, seed, sharp):
   variables, x = numbers(mlp, seed)
   params = variables['params']
   params['router']['kernel'] *= sharp

@@ -125,7 +125,7 @@ def sown_with(sown, counts):
 
 
 @pytest.mark.parametrize('shared', [0, 1])
-def test_a_layer_that_closes_gives_its_shared_part_alone_and_says_so(shared):
+def test_a_closed_layer_returns_only_its_shared_part_and_reports_it(shared):
   module = RELU.clone(shared=shared)
   variables, x = numbers(module, 4)
   variables['params']['router']['kernel'] = np.full((WIDTH, EXPERTS), -1, np.float32)
@@ -156,6 +156,6 @@ def test_reported_flops_are_the_measured_fraction_of_the_routed_part(tiny_config
   assert ledger['block_0/mlp/shared/up/linear'].gates == ()
 
 
-def test_more_to_visit_than_there_are_is_refused_in_one_line():
+def test_k_above_the_number_of_experts_is_refused_in_one_line():
   with pytest.raises(UserError, match=r'^config\.mlp\.k=7 .*valid: 1 to the number of experts, 6$'):
     mixture('moe_relu', k=7).check()

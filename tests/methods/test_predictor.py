@@ -141,7 +141,7 @@ def test_equal_scores_go_to_the_units_of_lower_index_where_the_choice_is_exact(s
 
 
 @SELECTORS
-def test_units_that_are_not_chosen_need_neither_up_nor_down(selector):
+def test_units_that_are_not_selected_need_neither_projection(selector):
   params, x = numbers(3)
   run = applied(module('gelu', density=0.25, selector=selector))
   y, _ = run(params, x)

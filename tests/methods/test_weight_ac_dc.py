@@ -178,7 +178,7 @@ def test_a_dense_phase_trains_as_the_dense_model_does_to_the_bit(trained, tiny_c
           assert_array_equal(ours[path], value, err_msg=path)
 
 
-def test_reopened_weights_and_what_is_kept_of_them_start_at_zero_and_move(trained):
+def test_weights_of_a_dense_phase_start_at_zero_with_zero_moments_and_train(trained):
   _, states, _ = trained
   masks = tree.named(states[7].sparse.masks)
   for held in mirrors(states[8]):

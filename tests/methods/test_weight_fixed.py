@@ -29,7 +29,7 @@ def test_random_starts_hold_their_density_from_step_0(name):
 
 
 @pytest.mark.parametrize('name', ['static', 'set', 'rigl'])
-def test_the_optimizer_wakes_no_dead_weight(name):
+def test_the_optimizer_changes_no_dropped_weight(name):
   method, _, trainable, sparse = started(name)
   moved = {'params': jax.tree.map(lambda w: w + 1, trainable['params']), 'learned': {}}
   params = method.constrain(moved, sparse)['params']
@@ -54,7 +54,7 @@ def test_static_masks_never_change():
   assert not any(method.due(step) for step in range(200))
 
 
-def test_no_sparsity_leaves_everything_as_it_is():
+def test_the_dense_method_changes_nothing():
   method, params, trainable, sparse = started('none')
   assert trainable['params'] is params and jax.tree.leaves(sparse) == []
   seen, density = method.effective(trainable, sparse, 'train', 0, None)

@@ -103,7 +103,7 @@ def test_a_stretched_ramp_never_lets_a_mask_grow(stopped, pattern):
   assert longer.mask.sum() == whole.mask.sum()
 
 
-def test_an_update_keeps_the_largest_magnitudes_of_the_living():
+def test_an_update_keeps_the_largest_magnitudes_of_the_kept_weights():
   method = MAGNITUDE(total_steps=4, start=0.0, end=0.5, period=1)
   run = Run(method, final=0.25)
   for step in range(3):
@@ -115,7 +115,7 @@ def test_an_update_keeps_the_largest_magnitudes_of_the_living():
     run.trainable, run.sparse = change.trainable, change.sparse
 
 
-def test_zeros_of_the_living_outrank_the_dropped():
+def test_kept_zeros_rank_before_dropped_weights():
   # Row 0 is dropped, row 2 is alive and zero: a plain sort of magnitudes would pick row 0 first.
   method = MAGNITUDE(total_steps=10, start=0.0, end=1.0, period=1)
   w = jnp.array([[0.0, 0.0], [1.0, 2.0], [0.0, 0.0], [3.0, 4.0]])
@@ -138,7 +138,7 @@ def test_training_starts_dense_and_leaves_without_target_stay_so():
   st.integers(10, 60), st.floats(0, 1), st.floats(0, 1), st.integers(1, 25), st.floats(0.05, 0.95)
 )
 @settings(deadline=None, max_examples=40)
-def test_density_is_what_is_held_entering_each_step(total, a, b, period, final):
+def test_density_is_that_of_the_masks_at_the_start_of_each_step(total, a, b, period, final):
   method = MAGNITUDE(total_steps=total, start=min(a, b), end=max(a, b), period=period)
   first, last = (min(round(share * total), total - 1) for share in (min(a, b), max(a, b)))
   assume(first < last)  # pruning in one step has a test of its own

@@ -107,7 +107,7 @@ def test_every_step_is_that_of_numpy(program, states):
       assert_array_equal(got == 0, want == 0)
 
 
-def test_floors_hold_and_what_was_zeroed_comes_back_with_its_moments(states):
+def test_floors_hold_and_zeroed_weights_come_back_with_their_moments(states):
   came_back = 0
   for before, after in itertools.pairwise(states):
     old, new = tree.named(before.sparse.masks), tree.named(after.sparse.masks)
@@ -172,7 +172,7 @@ def test_a_stopped_run_ends_as_an_undisturbed_one_and_decodes_packed_as_it_was_t
   ({'weight__start': 0.6}, ['config.weight.end=0.5', '0.6 or more']),
   ({'weight__pattern': 'neuron'}, ["config.weight.pattern='neuron'", 'cannot grow from zero']),
 ])  # fmt: skip
-def test_what_cannot_be_is_one_line_that_says_what_is_valid(fields, words, tiny_config):
+def test_bad_fields_are_refused_in_one_line_that_says_what_is_valid(fields, words, tiny_config):
   with pytest.raises(UserError) as refused:
     build(tiny_config('configs/weight_sparse.py', **{**MATRICES, **fields}), VOCAB)
   message = str(refused.value)

@@ -37,7 +37,7 @@ def test_a_ramp_is_followed_in_every_step():
     assert method.density(0.2, step) == pytest.approx(share, abs=1e-6)
 
 
-def test_dropped_weights_live_on():
+def test_dropped_weights_keep_their_values():
   method, trainable, sparse = started()
   kept = method.constrain(trainable, sparse)['params']['w']
   np.testing.assert_array_equal(kept, trainable['params']['w'])

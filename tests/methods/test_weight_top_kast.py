@@ -161,7 +161,7 @@ def trained(tiny_config):
   return run, states_of(run, run.program.init(0, run.target), tokens), tokens
 
 
-def test_nothing_moves_outside_the_backward_set(trained):
+def test_no_weight_outside_the_backward_set_changes(trained):
   _, states, _ = trained
   left = 0
   for before, after in itertools.pairwise(states):
@@ -176,7 +176,7 @@ def test_nothing_moves_outside_the_backward_set(trained):
   assert left > 0, 'no weight with moments left the backward set'
 
 
-def test_the_sets_of_a_run_change_at_updates_alone_and_by_magnitude(trained):
+def test_the_sets_of_a_run_change_only_at_updates_and_by_magnitude(trained):
   _, states, _ = trained
   entered = 0
   for step, (before, after) in enumerate(itertools.pairwise(states)):

@@ -107,7 +107,7 @@ def test_a_floor_above_the_count_is_one_line_that_says_what_is_valid(case):
   assert '\n' not in message and all(word in message for word in words), message
 
 
-def test_a_floor_that_takes_every_weight_is_accepted():
+def test_a_floor_that_keeps_every_weight_is_accepted():
   shapes = {path: SHAPES[path] for path in AXES}
   found = pattern('floor:4', DECLARED).round_to_units(shapes, {'up': 0.5, 'down': 1.0})
   assert found == {'up': 0.5, 'down': 1.0}

@@ -41,7 +41,7 @@ def test_a_raw_ranking_with_a_floor_keeps_the_best_of_every_matrix_first(seed, s
   assert_array_equal(np.concatenate([got[path].ravel() for path in LEAVES]), best(ranked, count))
 
 
-def test_a_floor_brings_nothing_back_that_was_dropped():
+def test_a_floor_regrows_no_dropped_weight():
   units = pattern('global:raw:0.5')
   like = {'a': np.zeros((2, 2), 'f'), 'b': np.zeros((2, 2), 'f')}
   scores = {'all': jnp.asarray([1, -np.inf, -np.inf, -np.inf, 5, 6, 7, 8], jnp.float32)}
@@ -49,7 +49,7 @@ def test_a_floor_brings_nothing_back_that_was_dropped():
   assert_array_equal(got, [True, False, False, False, False, True, True, True])
 
 
-def test_a_floor_that_needs_more_than_the_sparsity_leaves_is_one_line():
+def test_a_floor_above_the_kept_weights_is_refused_in_one_line():
   shapes = {'a': (10, 10), 'b': (2, 10, 10)}
   assert pattern('global:0.2').round_to_units(shapes, dict.fromkeys(shapes, 0.2))
   with pytest.raises(

@@ -76,7 +76,7 @@ def test_kept_counts_large_leaves_to_the_weight(size):
     assert int(kept_count(size, np.float32(count / size))) == count
 
 
-def test_the_patterns_tested_here_are_all_there_are():
+def test_every_pattern_is_tested_here():
   def kind(name):
     return re.sub(r'\d+', '#', name)
 
@@ -275,7 +275,7 @@ MISFITS = {
 
 
 @pytest.mark.parametrize('case', MISFITS)
-def test_shapes_that_units_do_not_fit_are_one_line_that_says_what_is_valid(case):
+def test_shapes_that_do_not_fit_the_units_are_refused_in_one_line(case):
   name, shapes, words = MISFITS[case]
   with pytest.raises(UserError, match=r'^config\.weight\.pattern') as refused:
     pattern(name, DECLARED).check(shapes)
@@ -298,7 +298,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize('case', REFUSED)
-def test_what_units_cannot_express_is_one_line_that_says_what_is_valid(case):
+def test_a_sparsity_that_units_cannot_express_is_refused_in_one_line(case):
   name, shapes, density, words = REFUSED[case]
   units = pattern(name, DECLARED)
   units.check(shapes)
@@ -313,7 +313,7 @@ def test_what_units_cannot_express_is_one_line_that_says_what_is_valid(case):
   ('column', {'w': (90, 4)}, 0.25), ('head', PAIR, 1 / 3), ('layer', PAIR, 0.5),
   ('neuron', PAIR, 0.5), ('global', {'a': (3, 3), 'b': (5, 5)}, 0.41), ('unstructured', PAIR, 0.5),
 ])  # fmt: skip
-def test_what_units_can_express_is_accepted(name, shapes, density):
+def test_a_sparsity_that_units_can_express_is_accepted(name, shapes, density):
   units = pattern(name, DECLARED)
   units.check(shapes)
   found = units.round_to_units(shapes, dict.fromkeys(shapes, density))
@@ -356,7 +356,7 @@ def test_large_units_are_rounded_to_whole_counts_within_the_tolerance(name, shap
       rounded()
 
 
-def test_members_of_a_group_share_the_mean_of_what_was_asked_for():
+def test_members_of_a_group_get_the_mean_of_their_target_densities():
   group = Group('neuron', 'mlp', 100, (Member('up', -1), Member('down', -2), Member('gone', -1)))
   shapes = {'up': (8, 100), 'down': (100, 4)}
   found = pattern('neuron', (group,)).round_to_units(shapes, {'up': 0.5, 'down': 0.26})
@@ -387,7 +387,7 @@ def test_an_unknown_pattern_is_one_line_with_the_nearest_name(name, words):
 
 
 @pytest.mark.parametrize('name', ['neuron', 'head', 'layer'])
-def test_a_kind_that_the_model_does_not_declare_is_refused(name):
+def test_units_that_the_model_does_not_declare_are_refused(name):
   others = tuple(group for group in DECLARED if group.kind != name)
   with pytest.raises(
     UserError, match=rf"config\.weight\.pattern='{name}'.*has no units of this kind"

@@ -28,7 +28,7 @@ def test_a_signal_is_its_definition(name):
     assert found.batches >= 1
 
 
-def test_signals_are_told_apart_by_where_they_come_from():
+def test_training_signals_and_calibration_signals_are_told_apart():
   needs = ('xtx', 'grads', 'x_sq')
   assert list(signals.from_training(needs)) == ['grads']
   assert list(signals.from_calibration(needs)) == ['xtx', 'x_sq']

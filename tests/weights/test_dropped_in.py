@@ -169,7 +169,7 @@ def test_a_signal_over_several_steps_is_their_mean_when_masks_are_updated(tiny_c
   assert all(np.mean(m) == 0.5 for m in jax.tree.leaves(states[-1].sparse.masks))
 
 
-def test_what_is_collected_between_updates_survives_a_checkpoint(tiny_config, tmp_path):
+def test_sums_of_signals_are_restored_from_a_checkpoint(tiny_config, tmp_path):
   fields = {'weight__start': 0.1, 'weight__end': 0.5, 'weight__period': 5}
   config = tiny_config(**PLAIN, weight__name='fisher', weight__sparsity=0.5, **fields)
   run, states, _ = trained(config)
@@ -239,7 +239,7 @@ class Half(TrainingSignal):
 '''
 
 
-def test_a_signal_that_does_not_say_how_it_is_computed_is_one_line(tmp_path, dropped_in):
+def test_a_signal_without_its_function_is_refused_in_one_line(tmp_path, dropped_in):
   with (
     dropped_in('sparse_lm.signals', tmp_path, {'half': HALF}),
     pytest.raises(UserError, match=r'Half does not define of_gradient'),

@@ -162,7 +162,7 @@ def test_refitting_on_the_same_support_is_never_worse(seed, density, block):
   assert best <= got + 1e-9
 
 
-def test_making_up_for_what_is_dropped_beats_dropping_alone_where_inputs_are_alike():
+def test_corrections_reduce_the_error_if_inputs_are_correlated():
   costs = []
   for seed in range(20):
     weights, _ = numbers(seed)
@@ -225,7 +225,7 @@ def test_weights_keep_their_dtype_and_float32_is_enough():
     assert_allclose(np.asarray(new, np.float64), exact, atol=near * np.abs(exact).max())
 
 
-def test_what_a_budget_leaves_dense_is_not_pruned_by_groups_either():
+def test_a_density_of_one_prunes_nothing_with_groups():
   weights, gram = numbers(3)
   new, kept = pruned(weights, gram, 1.0, NOfM(2, 4))
   assert kept.all()

@@ -72,7 +72,7 @@ def test_masks_are_random_over_rows_and_columns():
     assert counts.var() == pytest.approx(size * 0.3 * 0.7, rel=0.4)
 
 
-def test_another_leaf_moves_no_mask():
+def test_an_additional_leaf_changes_no_mask():
   first = {'b': {'w': jnp.ones((9, 9))}}
   more = {'a': {'w': jnp.ones((9, 9))}, 'b': {'w': jnp.ones((9, 9))}, 'c': jnp.ones((3, 4))}
   alone, joined = start('none', 0.4, first)[2], start('none', 0.4, more)[2]
@@ -81,7 +81,7 @@ def test_another_leaf_moves_no_mask():
   assert (joined['a']['w'] != joined['b']['w']).any()
 
 
-def test_masks_follow_the_key_alone():
+def test_masks_depend_only_on_the_key():
   same, other = start('unit', 0.4)[2], start('layer', 0.4, seed=1)[2]
   np.testing.assert_array_equal(same['w'], start('layer', 0.4)[2]['w'])
   assert (same['w'] != other['w']).any()
@@ -102,7 +102,7 @@ def test_a_constant_fan_in_is_rescaled_by_one_factor(name):
   np.testing.assert_allclose(sparse['w'], dense['w'] * masks['w'] * 2**0.5, rtol=1e-6)
 
 
-def test_an_output_that_is_gone_stays_finite_and_the_others_keep_their_fan_in():
+def test_an_output_without_weights_stays_finite_and_the_others_keep_their_fan_in():
   dense, sparse, masks = start('unit', 0.25, units=pattern('column'))
   assert sorted(set(masks['w'].sum(axis=0).tolist())) == [0, FAN_IN]
   np.testing.assert_array_equal(sparse['w'], dense['w'] * masks['w'])

@@ -93,7 +93,7 @@ def test_a_dropped_connection_may_be_grown_again():
   assert rewired(mask, weights, growth, 0.5, noise)[0].tolist() == mask.tolist()
 
 
-def test_growth_never_picks_what_is_kept_even_where_all_gradients_are_zero():
+def test_growth_never_selects_kept_weights_even_if_all_gradients_are_zero():
   mask, weights, _, noise = random_case(0, (6, 9), 0.5)
   new = np.asarray(JITTED(mask, weights, np.zeros((6, 9), np.float32), np.float32(0.5), noise)[0])
   assert new.sum() == mask.sum()
@@ -117,7 +117,7 @@ def in_groups(choose):
   )
 
 
-def test_n_of_m_masks_grow_where_their_groups_have_lost_something():
+def test_n_of_m_masks_grow_in_groups_that_have_lost_a_weight():
   draw = np.random.default_rng(5)
   weights = (draw.permutation(96).reshape(12, 8) + 1).astype(np.float32)
   mask = in_groups(lambda w: np.argsort(np.argsort(-w)) < 2)(weights)
@@ -170,7 +170,7 @@ def test_neurons_rewire_as_a_whole_by_the_means_over_their_weights(cls):
 
 
 @pytest.mark.parametrize('cls', [RIGL, SET])
-def test_units_that_would_be_zero_in_all_of_their_matrices_are_refused(cls):
+def test_units_that_span_several_matrices_are_refused(cls):
   # Of `down(relu2(up(x)))` the gradient of a neuron whose weights are all zero is zero.
   draw = np.random.default_rng(0)
   up, down = draw.normal(size=(5, 3)), draw.normal(size=(3, 4))
@@ -236,7 +236,7 @@ def test_set_grows_at_random():
 
 
 @pytest.mark.parametrize('cls', [RIGL, SET])
-def test_set_grows_what_it_dropped_from_zero_and_rigl_lets_it_keep_its_value(cls):
+def test_weights_that_are_dropped_and_grown_start_at_zero_in_set_and_keep_their_value_in_rigl(cls):
   mask, weights, _, _ = random_case(7, (20, 30), 0.7)
   trainable, sparse = one_leaf(mask, weights)
   # For RigL: gradients that are largest where the weights are smallest.

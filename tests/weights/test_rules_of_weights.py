@@ -30,12 +30,12 @@ def test_the_first_rule_that_matches_owns_a_parameter():
   assert swapped == {'first': set(PATHS[:2]), 'mlp': {'block_1/mlp/up'}}
 
 
-def test_rules_that_share_nothing_and_leave_nothing_need_no_note():
+def test_there_is_no_note_if_each_parameter_matches_exactly_one_rule():
   _, notes = owners({'attention': ('attention',), 'mlp': ('mlp',)}, PATHS)
   assert notes == ()
 
 
-def test_a_note_counts_the_paths_that_it_does_not_name():
+def test_a_note_lists_three_paths_and_counts_the_others():
   paths = [f'block_{i}/mlp/up' for i in range(9)]
   _, notes = owners({'most': ('block_[0-7]',), 'all': ('mlp',)}, paths)
   assert 'block_0/mlp/up, block_1/mlp/up, block_2/mlp/up and 5 more' in notes[0]
@@ -47,7 +47,7 @@ def test_a_note_counts_the_paths_that_it_does_not_name():
   ({'a': ('attention',), 'b': ('mlp',), 'c': ('block_1',)}, ['rules.c.match', 'earlier rules (a, b)']),
   ({'a': ('(',)}, ['config.weight.rules.a.match', 'a regular expression']),
 ])  # fmt: skip
-def test_a_rule_that_owns_nothing_is_one_line_with_the_paths_there_are(rules, words):
+def test_a_rule_without_parameters_is_refused_in_one_line_that_lists_all_paths(rules, words):
   with pytest.raises(UserError) as refused:
     owners(rules, PATHS)
   line = str(refused.value)
@@ -177,7 +177,7 @@ def test_each_rule_does_what_its_method_does_alone_on_what_the_rule_owns(pair):
   assert masks['scale'] is None
 
 
-def test_only_the_leaves_of_a_rule_that_replaces_the_step_rest():
+def test_only_leaves_of_rules_that_replace_the_step_skip_it():
   both = rules_of(PAIRS[FIRST])
   trainable, _ = both.init(KEY, draw(0), target_of(both.parts, OWNED))
 
@@ -209,7 +209,7 @@ def test_each_rule_freezes_weights_of_its_own():
   assert parts.backward_densities(both, target, 5)['query'] == 0.25
 
 
-def test_penalty_rates_and_costs_are_each_rules_own():
+def test_penalties_rates_and_costs_are_those_of_each_rules_method():
   methods = PAIRS['L0, set per output']
   both = rules_of(methods)
   density = {

@@ -70,7 +70,7 @@ AT_ONCE = {'schedule': 'at_once', 'start': 0.0}
 
 
 @pytest.mark.parametrize('apply', ['straight_through', 'soft'])
-def test_dropped_weights_are_zero_in_the_model_and_get_the_gradient_of_what_it_sees(apply):
+def test_dropped_weights_are_zero_in_the_model_and_get_its_gradient(apply):
   method = MAGNITUDE(total_steps=100, apply=apply, **AT_ONCE)
   trainable, sparse = method.init(KEY, PARAMS, TARGET)
   assert sparse.masks == {'w': None, 'b': None} and trainable['learned'] == {}
@@ -131,7 +131,7 @@ def test_a_soft_mask_shrinks_each_unit_by_the_largest_dropped_one_that_it_compet
 
 
 @pytest.mark.parametrize('apply', ['masked', 'straight_through', 'soft'])
-def test_learned_scores_get_the_gradient_of_what_the_model_sees_times_the_weight(apply):
+def test_learned_scores_get_the_gradient_of_the_masked_weight_times_the_weight(apply):
   method = Learned(total_steps=100, apply=apply, **AT_ONCE)
   trainable, sparse = method.init(KEY, PARAMS, TARGET)
   scores = np.asarray(trainable['learned']['w'])
@@ -182,7 +182,7 @@ def test_scores_may_be_negative():
   )
 
 
-def test_an_update_scores_the_leaves_alone_that_have_all_signals():
+def test_an_update_scores_only_leaves_that_have_all_signals():
   method = Saliency(total_steps=10, **AT_ONCE)
   params = {'a': PARAMS['w'], 'c': PARAMS['w'] * 2, 'b': PARAMS['b']}
   target = {'a': TARGET['w'], 'c': TARGET['w'], 'b': None}
@@ -208,13 +208,13 @@ def test_a_bad_choice_is_one_line(fields, words):
   assert '\n' not in str(refused.value) and all(word in str(refused.value) for word in words)
 
 
-def test_scores_of_signals_are_applied_by_stored_masks_alone():
+def test_scores_of_signals_need_stored_masks():
   Saliency(total_steps=10).check()
   with pytest.raises(UserError, match=r"config\.weight\.apply='soft'.*valid: masked, .*grads"):
     Saliency(total_steps=10, apply='soft').check()
 
 
-def test_one_shot_pruning_asks_for_stored_masks():
+def test_one_shot_pruning_needs_stored_masks():
   assert MAGNITUDE(total_steps=1).one_shot and Saliency(total_steps=1).one_shot
   MAGNITUDE(total_steps=1).check_one_shot()
   with pytest.raises(UserError, match=r"config\.weight\.apply='straight_through'.*valid: masked"):
