@@ -10,7 +10,7 @@ from sparse_lm.core.estimator import ESTIMATORS, Decision
 from sparse_lm.core.ranges import ranged
 from sparse_lm.layers.draws import fixed_key
 from sparse_lm.layers.method import LayerMethod, Traits
-from sparse_lm.layers.sow import sow
+from sparse_lm.layers.sow import sow, sow_open
 from sparse_lm.layers.spec import Spec
 from sparse_lm.plan.cost import Gating
 
@@ -69,7 +69,7 @@ class LearnedGate(LayerMethod):
     if not estimator.learned:  # the config sets the rate, not the router
       logits_BxLxU = jnp.full_like(logits_BxLxU, self.first_logit)
     decision = estimator.decide(logits_BxLxU, key, sample)
-    sow(self, 'gates', 'active', jnp.mean(decision.cost, axis=-1))
+    sow_open(self, jnp.mean(decision.cost, axis=-1))
     if decision.log_prob is not None:
       sow(self, 'policy', 'log_prob', jnp.sum(decision.log_prob, axis=-1))
       sow(self, 'policy', 'entropy', jnp.sum(decision.entropy, axis=-1))

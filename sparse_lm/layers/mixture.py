@@ -15,7 +15,7 @@ from sparse_lm.layers.experts import Experts
 from sparse_lm.layers.feed_forward import FeedForward
 from sparse_lm.layers.method import LayerMethod
 from sparse_lm.layers.routing import Routing
-from sparse_lm.layers.sow import sow
+from sparse_lm.layers.sow import sow_open
 from sparse_lm.layers.spec import Spec
 from sparse_lm.plan import record
 
@@ -70,7 +70,7 @@ class MixtureOfExperts(LayerMethod):
     routing.observe(self, routed, plan)
     visits_T = jnp.sum(plan.served_TxJ, axis=-1, dtype=jnp.float32)
     active = (visits_T / routed.visits).reshape(first, second)
-    sow(self, 'gates', 'active', active.T if self.by_position else active)
+    sow_open(self, active.T if self.by_position else active)
     y_TxD = self._run(x_TxD, routed, plan, mode, few=mode == 'decode' and l == 1)
     y = y_TxD.reshape(first, second, d)
     return y.swapaxes(0, 1) if self.by_position else y

@@ -85,10 +85,15 @@ def observe_hidden_units(
   return record.gated(activation.path, activation.traits.gating)
 
 
+def sow_open(gate: nn.Module, open_BxL: jax.Array) -> None:
+  """Sows the fraction of the gate's units that are open for each token; costs are charged by it."""
+  sow(gate, 'gates', 'active', open_BxL.astype(jnp.float32))
+
+
 def sow_selected(activation: nn.Module, mask_BxLxF: jax.Array, mode: str) -> None:
   """Sows the fraction of units that the activation selects for each token; not in training."""
   if mode != 'train':
-    sow(activation, 'gates', 'active', jnp.mean(mask_BxLxF, axis=-1, dtype=jnp.float32))
+    sow_open(activation, jnp.mean(mask_BxLxF, axis=-1, dtype=jnp.float32))
 
 
 def _union(fires_BxLxF: jax.Array, chunk: int) -> jax.Array:

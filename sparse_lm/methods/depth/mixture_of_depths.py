@@ -13,7 +13,7 @@ from sparse_lm.layers.gate import normalised
 from sparse_lm.layers.method import LayerMethod, Traits
 from sparse_lm.layers.routed import gather_run_scatter, run_routed
 from sparse_lm.layers.router import Router
-from sparse_lm.layers.sow import sow
+from sparse_lm.layers.sow import sow, sow_open
 from sparse_lm.layers.spec import Spec
 from sparse_lm.layers.tokens import Tokens
 from sparse_lm.plan import record
@@ -70,7 +70,7 @@ class MixtureOfDepths(LayerMethod):
     if mode == 'train':
       return self._train(block, tokens, weight_BxLx1, likely_BxL)
     entering = tokens.only(likely_BxL > 0)
-    sow(self, 'gates', 'active', entering.valid.astype(jnp.float32))
+    sow_open(self, entering.valid)
     with record.gated(self.path, self.traits.gating):
       added = run_routed(block, entering, mode)
     added = added * weight_BxLx1.astype(added.dtype)

@@ -12,7 +12,7 @@ from sparse_lm.kernels.topk import gaussian_threshold, topk_rows
 from sparse_lm.layers.active import up_and_down
 from sparse_lm.layers.linear import Linear
 from sparse_lm.layers.method import LayerMethod, Traits
-from sparse_lm.layers.sow import observe_hidden_units, sow
+from sparse_lm.layers.sow import observe_hidden_units, sow_selected
 from sparse_lm.layers.spec import Spec
 from sparse_lm.plan import record
 from sparse_lm.plan.cost import Gating
@@ -68,8 +68,7 @@ class PredictorTopK(LayerMethod):
     record.units(self.path, 'neuron', spec.hidden, axes, dynamic=self.density < 1)
     score_BxLxF = Linear(spec, spec.hidden, name='predictor')(x_BxLxD[..., :r])
     gate_BxLxF, chosen_BxLxF = self._select(activation, score_BxLxF, mode)
-    if mode != 'train':
-      sow(self, 'gates', 'active', jnp.mean(chosen_BxLxF, axis=-1, dtype=jnp.float32))
+    sow_selected(self, chosen_BxLxF, mode)
     up = Linear(spec, spec.hidden, name='up')
     down = Linear(spec, spec.width, role='out', name='down')
     read_BxLxD = x_BxLxD[..., r:]
