@@ -15,7 +15,7 @@ from sparse_lm.weights.method import Array, WeightMethod
 
 
 class Gradients(NamedTuple):
-  """What the signals of a step are computed from.
+  """The parameters and gradients from which the signals of a step are computed.
 
   Attributes:
     params: the parameters that the model used.

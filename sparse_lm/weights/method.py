@@ -103,7 +103,7 @@ def exchange_masks(
 
 @dataclasses.dataclass(frozen=True)
 class WeightMethod:
-  """The protocol of weight methods; its defaults are those of a mask that never changes.
+  """The protocol of weight methods; by default masks never change.
 
   `trainable` is `{'params': the model's parameters, 'learned': the method's own parameters}`. Methods
   marked "on the host" are called with Python numbers between steps. All others are pure functions inside
@@ -112,7 +112,7 @@ class WeightMethod:
   Attributes:
     total_steps: optimizer steps of the whole run.
     groups: units that span several matrices, as the model declares them.
-    traits: what the method declares about itself.
+    traits: the declarations of the method.
   """
 
   total_steps: int
@@ -153,7 +153,7 @@ class WeightMethod:
 
   @property
   def learned_rates(self) -> dict[str, float]:
-    """Learning rates of the method's own parameters, divided by that of the weights.
+    """Learning rates of the method's own parameters, as multiples of the weights' rate.
 
     A key is the beginning of a path below `trainable['learned']`, and the first key that matches holds. A
     parameter that no key matches has the rate of the weights. The method's parameters have no weight
@@ -176,7 +176,7 @@ class WeightMethod:
   ) -> tuple[Tree, Tree]:
     """Returns the parameters that the model uses, and the density of each prunable leaf.
 
-    Densities are float32 scalars, `None` = dense; those of learned masks are differentiable.
+    Densities are float32 scalars, `None` = dense. Densities of learned masks are differentiable.
     """
     return apply_masks(trainable['params'], sparse.masks), densities(sparse.masks)
 

@@ -216,7 +216,7 @@ class Rules(WeightMethod):
   def _state(
     self, rule: Rule, trainable: Tree, params: Tree, sparse: Sparse
   ) -> tuple[Tree, Sparse]:
-    """Returns the trainable tree and the state of the rule's method alone."""
+    """Returns the trainable tree and the state of one rule's method."""
     own = {'params': params, 'learned': trainable['learned'][rule.name]}
     return own, self._own_sparse(rule, sparse)
 

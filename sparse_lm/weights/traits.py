@@ -1,17 +1,17 @@
-"""What a weight method declares about itself."""
+"""The declarations of a weight method."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Traits:
-  """What a weight method declares, in its class attribute `traits`.
+  """The declarations of a weight method, in its class attribute `traits`.
 
   An unknown keyword raises an error, so no misspelt trait is ignored.
 
   Attributes:
     paper: authors, year and title of the paper, or 'none'.
-    saves: what is not stored or not computed because of the method.
+    saves: the storage and computation that the method saves.
     needs: names of the signals that `update` reads; see `sparse_lm/signals/`.
     masked: whether the method ever drops a weight.
     exact_density: whether the number of kept weights is exactly the one that the target asks for.

@@ -19,7 +19,7 @@ class UnitScores(PatternMethod):
 
   Attributes:
     price: penalty for keeping all prunable weights, in nats per token; not used with a budget.
-    learned_rate: learning rate of the scores, divided by that of the weights.
+    learned_rate: learning rate of the scores, as a multiple of the weights' rate.
   """
 
   price: float = ranged(0.0, '[0, inf)', traced=True)

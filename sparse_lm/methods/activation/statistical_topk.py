@@ -14,7 +14,7 @@ from sparse_lm.plan.cost import Gating
 
 
 class StatisticalTopK(LayerMethod):
-  """Subtracts a threshold from each token's hidden units and sets what is negative to zero.
+  """Subtracts a threshold from each token's hidden units and sets negative results to zero.
 
   It computes `inner(relu(h - threshold))`. A Gaussian variable with the mean and standard deviation of
   the token's units exceeds the threshold with probability `density`. If the units are not Gaussian,

@@ -38,7 +38,7 @@ class MoBA(MaskedAttention):
     """The traits of the method."""
     return Traits(
       paper='Lu et al. 2025 (MoBA: Mixture of Block Attention for Long-Context LLMs)',
-      saves='scores and values of the other blocks; decoding reads the chosen blocks alone',
+      saves='scores and values of the other blocks; decoding reads only the chosen blocks',
       twin='full',
     )
 

@@ -24,8 +24,8 @@ class MixtureOfDepths(LayerMethod):
   """The tokens with the largest router weights enter the layer and get `x + r * block(x)`, r the weight.
 
   In training, the `capacity` of each sequence's tokens with the largest weights enter, and the layer runs
-  on these gathered tokens alone. That choice depends on later tokens. So a small predictor learns from
-  the token by itself whether it is chosen, and evaluation and decoding follow the predictor.
+  on these gathered tokens only. This choice depends on later tokens. So a small predictor learns from
+  each single token whether it is chosen, and evaluation and decoding follow the predictor.
 
   Differs from the paper: the predictor is linear in the token and in the router's weight. Router and
   predictor read the token scaled to a mean square of one; otherwise the predictor's gradient outgrows the

@@ -16,7 +16,7 @@ from sparse_lm.plan import record
 class TokenGate(LearnedGate, kw_only=True):
   """A gate decides for each token whether it enters the layer; keys of a token that skips are not read.
 
-  Differs from the papers: a decision depends on the token alone, so the model stays causal.
+  Differs from the papers: a decision depends only on the token, so the model stays causal.
   """
 
   slot: ClassVar[str] = 'depth'

@@ -18,13 +18,14 @@ from sparse_lm.layers.tokens import Tokens
 class LayerSkip(LayerMethod):
   """Drops layers at random in training, and also trains the head on the output of earlier layers.
 
-  Layer l of L is dropped at step t of T for a sequence with probability `dropout * S(t) * (exp(l ln 2 /
-  (L - 1)) - 1)`. Dropped layers are computed and charged, because each sequence of a batch drops other
-  layers. The head also predicts from the residual stream after some earlier layers, the exits. The loss
-  is the weighted mean of all losses: that of an exit has the weight `scale`, and that of the last layer
-  the weight 1. With each step every exit moves to the next layer, and from the last layer to the first.
-  An exit at the last layer has the weight 0, because the last layer always predicts. Training is charged
-  one pass of the head for each exit.
+  At step t of T, layer l of L is dropped for a sequence with the probability
+  `dropout * S(t) * (exp(l ln 2 / (L - 1)) - 1)`.
+  Dropped layers are computed and charged, because each sequence of a batch drops other layers. The head
+  also predicts from the residual stream after some earlier layers, the exits. The loss is the weighted
+  mean of all losses: an exit's loss has the weight `scale`, and the last layer's loss has the weight 1.
+  With each step every exit moves to the next layer, and from the last layer to the first. An exit at the
+  last layer has the weight 0, because the last layer always predicts. Training is charged one pass of
+  the head for each exit.
 
   Evaluation runs the plain stack. The method improves what the first layers predict by themselves, which
   self-speculative decoding uses for its drafts. The weights of the losses follow the port in torchtune.

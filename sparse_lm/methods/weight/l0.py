@@ -30,19 +30,20 @@ class L0(UnitScores):
   """Multiplies each unit of the pattern by a hard concrete gate whose logit is learned with the weights.
 
   Training draws the gates at random. Evaluation opens the gates of the largest logits, as many as
-  training expects to be open, and gives them fixed values. The penalty is that of the gates that
-  evaluation opens; its gradient is that of the probability that a gate is open. The final sparsity is
-  learned: it follows from `price`, or from `config.budget.target`, which fixes the forward FLOPs.
+  training expects to be open, and gives them fixed values. The penalty counts the gates that evaluation
+  opens, with the gradient of the probability that a gate is open. The final sparsity is learned: it
+  follows from `price`, or from `config.budget.target`, which fixes the forward FLOPs.
 
-  Differs from the paper: evaluation opens the expected number of gates, with the values `sigmoid(0.8
-  logit / temperature)`, as CoFi does (Xia et al. 2022). The paper opens gates above a threshold, and
-  similar logits would cross it all at once. With the patterns N:M and per_output the masks are those of
-  'unstructured', because a fixed number of open gates in each group could not follow a budget.
+  Differs from the paper: evaluation opens the expected number of gates, with values of
+  `sigmoid(0.8 logit / temperature)`, as CoFi does (Xia et al. 2022). The paper opens gates above a
+  threshold, and similar logits would cross it all at once. With the patterns N:M and per_output the
+  masks are those of 'unstructured', because a fixed number of open gates in each group could not follow
+  a budget.
 
   Attributes:
     open: probability that a gate is open at step 0.
     price: penalty for keeping all prunable weights, in nats per token; not used with a budget.
-    learned_rate: learning rate of the logits, divided by that of the weights.
+    learned_rate: learning rate of the logits, as a multiple of the weights' rate.
   """
 
   open: float = ranged(0.9, '(0, 1)')

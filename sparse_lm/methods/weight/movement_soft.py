@@ -20,21 +20,22 @@ from sparse_lm.weights.unit_scores import UnitScores
 class MovementSoft(UnitScores):
   """Keeps the units of the pattern whose learned score S has `sigmoid(S)` above a threshold.
 
-  The gradient of a score is that of the masked weights times the weights, summed over the unit, as if
-  there were no threshold. Dropped weights get no gradient, but may come back; only weight decay and
-  momentum change them. All scores start at zero, where every unit is kept. The final sparsity is learned:
-  it follows from `price`, or from `config.budget.target`, which fixes the forward FLOPs. The paper
-  fine-tunes trained models: set `config.init_from`.
+  The gradient of a score is the product of the masked weights' gradient and the weights, summed over the
+  unit, as if there were no threshold. Dropped weights get no gradient, but may come back; only weight
+  decay and momentum change them. All scores start at zero, where every unit is kept. The final sparsity
+  is learned: it follows from `price`, or from `config.budget.target`, which fixes the forward FLOPs. The
+  paper fine-tunes trained models: set `config.init_from`.
 
   All scores share one threshold. So with the patterns N:M, per_output and floor any number of a group's
-  weights may be kept, and the masks are those of 'unstructured'.
+  weights may be kept, as with the pattern 'unstructured'.
 
   Attributes:
     threshold: threshold of `sigmoid(S)`, below its initial value of 0.5.
     price: penalty in nats per token, times the mean of `sigmoid(S)` over all prunable weights; not used
     with
       a budget.
-    learned_rate: learning rate of the scores, divided by that of the weights; the default is the paper's.
+    learned_rate: learning rate of the scores, as a multiple of the weights' rate; the default is the
+    paper's.
   """
 
   threshold: float = ranged(0.1, '(0, 0.5)')
@@ -51,7 +52,7 @@ class MovementSoft(UnitScores):
   ) -> tuple[Tree, Tree]:
     """Returns the masked weights, and the fraction of each matrix that is kept.
 
-    The gradient of the fraction is that of the mean of `sigmoid(S)`.
+    The fraction has the gradient of the mean of `sigmoid(S)`.
     """
     params, scores = trainable['params'], trainable['learned']
     prunable, keeps = restrict_to(params, sparse.target), self._keeps(scores)

@@ -13,8 +13,8 @@ from sparse_lm.weights.traits import Traits
 class RigL(Rewiring):
   """Drops the weights of smallest magnitude and grows as many of largest gradient; the share decays.
 
-  The gradient is that of the loss at the masked weights, computed for all weights and averaged over the
-  step's microbatches. As in the paper, a mask update replaces the optimizer step (the optimizer's step
+  The gradient of the loss at the masked weights is computed for all weights and averaged over the step's
+  microbatches. As in the paper, a mask update replaces the optimizer step (the optimizer's step
   count, which sets the learning rate, does not advance); a weight that is dropped and grown in the same
   update keeps its value; and other grown weights start at zero, with zeroed moments.
   """

@@ -12,7 +12,7 @@ from sparse_lm.weights.traits import Traits
 
 @dataclasses.dataclass(frozen=True)
 class SET(Rewiring):
-  """Drops a fixed share of the weights, those of smallest magnitude, and grows as many at random.
+  """Drops a fixed share of the weights, the smallest ones, and grows as many at random.
 
   All grown weights start at zero, with zeroed moments, also if the same update dropped them.
 
