@@ -41,16 +41,14 @@ def prune(
 
   Args:
     program: the program, whose weight method prunes trained models.
-    params: parameters of the trained model.
-    model_state: the model's other collections.
+    params, model_state: parameters and other collections of the trained model.
     target: final densities; `None` for dense leaves.
     tokens_NxL: int32 calibration sequences; not read if the method needs no signals.
     batch: number of sequences that run together. Only the signals of one layer are in memory at a time.
     seed: seed of the run.
 
   Raises:
-    UserError: a kernel with a target gets no signal (raised before pruning), or all calibration tokens
-      skip a layer.
+    UserError: a kernel gets no signal (raised before pruning), or all calibration tokens skip a layer.
   """
   method = program.method
   own = {name: parts.own(method, name, target) for name in method.parts}

@@ -255,8 +255,7 @@ class Program:
       state: the state.
       tokens_BxL1: int32 tokens `[B, L + 1]`.
       teacher: as in `Batch`.
-      updates: parts of the weight method (`weights/parts.py`) that update their masks, after or instead
-        of the optimizer's update.
+      updates: parts of the weight method that update their masks, after or instead of an optimizer step.
       collects: parts that add the step's gradient to signals over several steps.
     """
     method, step = self.method, state.step
