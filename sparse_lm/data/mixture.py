@@ -1,8 +1,8 @@
-"""Several corpora in one, each with a weight: `stdlib=0.5, files:texts/*.txt=0.3, tfds:~/wiki=0.2`.
+"""Mixtures of weighted corpora, such as `stdlib=0.5, files:texts/*.txt=0.3, tfds:~/wiki=0.2`.
 
-Weights are shares of the training windows. Which component a window comes from follows from the
-window's number alone, evenly spread: the shares are exact, not a matter of luck, and a training run
-continues anywhere without a history. Held-out text is all of every component's.
+Weights are fractions of the training windows. The number of a window alone decides its component, and
+each component's windows are evenly spread. So the fractions are exact, and training can resume at any
+window. The validation and test splits contain all held-out text of every component.
 """
 
 import math
@@ -13,16 +13,22 @@ import numpy as np
 from sparse_lm.core.errors import UserError, unknown
 from sparse_lm.data.corpus import SPLITS, Corpus, join
 
-CYCLE = 10_000  # windows, after which the components' order repeats: weights have four decimals
+CYCLE = 10_000  # number of windows after which the order repeats, so weights have four decimals
 
 
 def load(spec: str, readers: Mapping[str, Callable[[str], Corpus]]) -> Corpus:
-  """The components that `spec` (config.data.path) names, joined in its order.
+  """Loads and joins the components of a mixture, in order.
 
-  `readers` gives the corpus of a path by kind of source. The card has `components`: by entry without
-  its weight (`files:texts/*.txt`), the component's own card and its `weight`, normalised.
+  Args:
+    spec: value of `config.data.path`.
+    readers: for each kind of source, a function that reads the corpus of a path.
 
-  Raises `UserError`, naming the entry, as `parse` does and for what a component's source raises.
+  Returns:
+    The joined corpus. Its card has `components`: the card of each component with its normalised `weight`,
+    by the entry without the weight (`files:texts/*.txt`).
+
+  Raises:
+    UserError: an entry is not valid, or its source raised an error. The message names the entry.
   """
   weights = parse(spec, readers)
   corpora = {}
@@ -41,10 +47,13 @@ def load(spec: str, readers: Mapping[str, Callable[[str], Corpus]]) -> Corpus:
 
 
 def parse(spec: str, kinds: Mapping[str, object]) -> dict[str, float]:
-  """`'stdlib=3, files:a/*.txt=1'` as `{'stdlib': 0.75, 'files:a/*.txt': 0.25}`.
+  """Parses `'stdlib=3, files:a/*.txt=1'` to `{'stdlib': 0.75, 'files:a/*.txt': 0.25}`.
 
-  A path may contain `=` but no comma. Raises `UserError`, naming the entry, for one without a
-  weight, a weight that is not above 0 or too small a share, an unknown kind and one named twice.
+  A path may contain `=`, but no comma.
+
+  Raises:
+    UserError: an entry has no weight, a weight that is not above 0 or too small, an unknown kind, or
+      appears twice. The message names the entry.
   """
   weights: dict[str, float] = {}
   for entry in spec.split(','):
@@ -52,7 +61,9 @@ def parse(spec: str, kinds: Mapping[str, object]) -> dict[str, float]:
     what = f'config.data.path entry {entry.strip()!r}'
     kind, colon, _ = name.partition(':')
     if not equals:
-      raise UserError(f"{what} has no weight; valid: such as 'stdlib=0.5, files:texts/*.txt=0.5'")
+      raise UserError(
+        f"{what} has no weight; valid: for example 'stdlib=0.5, files:texts/*.txt=0.5'"
+      )
     if kind not in kinds:
       raise unknown(f'source in {what}:', kind, kinds)
     if kind == 'stdlib' and colon:
@@ -81,14 +92,14 @@ def _weight(text: str, what: str) -> float:
 
 
 def schedule(weights: Sequence[float]) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-  """Whose turn it is: `[N]` window numbers to `[N]` components and `[N]` numbers within them.
+  """Returns a function from window numbers `[N]` to components `[N]` and numbers within them `[N]`.
 
-  Of any stretch of n windows, component k gets `n * weights[k]` up to rounding of a window or two.
+  Of any n consecutive windows, component k gets `n * weights[k]`, up to one or two windows.
   """
   quota_K = np.floor(np.asarray(weights) * CYCLE).astype(int)
   missing = CYCLE - quota_K.sum()
   quota_K[np.argsort(quota_K - np.asarray(weights) * CYCLE, kind='stable')[:missing]] += 1
-  # Each component's turns stand evenly in the cycle; sorting by place interleaves them.
+  # The windows of each component are evenly spaced in the cycle; sorting interleaves the components.
   place_C = np.concatenate([(np.arange(quota) + 0.5) / quota for quota in quota_K])
   order_C = np.argsort(place_C, kind='stable')
   component_C = np.repeat(np.arange(len(quota_K)), quota_K)[order_C]

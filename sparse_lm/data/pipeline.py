@@ -1,7 +1,7 @@
-"""Token arrays to batches: an endless shuffled stream for training, one exact pass for evaluation.
+"""Batches of tokens: an endless shuffled stream for training, and one exact pass for evaluation.
 
-Training goes through grain, whose iterator state is one counter, so a checkpoint resumes exactly.
-Shapes: B batch, L context.
+Training uses grain, whose iterator state is a single counter, so training resumes exactly from a
+checkpoint. Shapes: B batch, L context.
 """
 
 import dataclasses
@@ -24,15 +24,16 @@ from sparse_lm.data.corpus import SEPARATOR
 def train_iterator(
   tokens: np.ndarray, *, context: int, batch: int, seed: int
 ) -> grain.DatasetIterator:
-  """An endless grain iterator over int32 `[batch, context + 1]` windows of 1-D `tokens`.
+  """Returns an endless grain iterator over int32 `[batch, context + 1]` windows of 1-D `tokens`.
 
-  Window i begins at `i * context` plus an offset drawn afresh from `[0, context)`. An epoch thus
-  takes one window from every stretch of `context` tokens, in a new order and cut elsewhere than the
-  epoch before. (Neighbours may overlap or leave a gap; over epochs this evens out.) A start too
-  near the end wraps round to the beginning. Everything follows from `seed` (>= 0), and the order of
-  windows does not depend on `batch`.
+  In each epoch, window i starts at `i * context` plus a random offset from `[0, context)`, and the
+  order of the windows is shuffled. So an epoch takes one window from each stretch of `context` tokens.
+  (Neighbouring windows may overlap or leave a gap; this averages out over epochs.) A start too close to
+  the end wraps around. Everything is determined by `seed` (>= 0), and the order of windows does not
+  depend on `batch`.
 
-  Raises `UserError` where `tokens` is shorter than one window.
+  Raises:
+    UserError: `tokens` is shorter than one window.
   """
   return mixed_iterator({'': (tokens, 1.0)}, context=context, batch=batch, seed=seed)
 
@@ -45,13 +46,20 @@ def mixed_iterator(
   seed: int,
   on_device: bool = False,
 ) -> grain.DatasetIterator:
-  """As `train_iterator`, over `components`: by name, 1-D tokens and their share of the windows.
+  """Like `train_iterator`, over a mixture; `mixture.schedule` decides the component of each window.
 
-  With `on_device` batches are arrays on JAX's default device: the reading thread moves the next few
-  batches there while a step runs. The saved position counts the batches that the iterator has returned.
+  Each component has its own epochs.
 
-  Every component has epochs of its own; `mixture.schedule` says which is next. Raises `UserError`
-  where one is shorter than a window.
+  Args:
+    components: for each component by name, its 1-D tokens and its fraction of the windows.
+    context: L.
+    batch: B.
+    seed: seed of the order.
+    on_device: whether batches are arrays on JAX's default device. The reading thread then copies the next
+      batches there while a step runs. The saved position counts only batches that were returned.
+
+  Raises:
+    UserError: a component is shorter than one window.
   """
   for name, (tokens, _) in components.items():
     _check_window(tokens, context, batch, name)
@@ -73,13 +81,13 @@ def mixed_iterator(
 
 
 def _read(element: Callable[[int], np.ndarray]) -> grain.DatasetIterator:
-  """An endless iterator over `element(0)`, `element(1)`, ..., each of which is a whole batch.
+  """Returns an endless iterator over the batches `element(0)`, `element(1)`, ...
 
-  Cutting and stacking one window after the other would be slower, and so would grain's own shuffle where
-  there are few elements.
+  Whole batches are faster than single windows, and this is faster than grain's own shuffle for few
+  elements.
   """
   batches = grain.MapDataset.range(sys.maxsize).map(element)
-  # One thread hides the work behind the step; more would only contend for the interpreter lock.
+  # One thread works while a step runs; more threads would only wait for the interpreter lock.
   read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
   return iter(batches.to_iter_dataset(read))
 
@@ -91,13 +99,16 @@ def _sizes(components: Mapping[str, tuple[np.ndarray, float]]) -> list[tuple[int
 def _order(
   components: Sequence[tuple[int, float]], context: int, batch: int, seed: int
 ) -> Callable[[int, int], tuple[np.ndarray, np.ndarray]]:
-  """Makes the function that says which windows the batches hold.
+  """Returns a function that computes the windows of batches.
 
-  It maps `(first, count)`, the number of the first batch and how many follow each other, to the component
-  of each window and the window's start in that component, both `[count * batch]`.
+  The function maps `(first, count)`, the number of the first batch and the number of batches, to each
+  window's component and its start in the component, both `[count * batch]`.
 
   Args:
-    components: of each component, its number of tokens and its share of the windows.
+    components: number of tokens and fraction of the windows of each component.
+    context: L.
+    batch: B.
+    seed: seed of the order.
   """
   turns = mixture.schedule([share for _, share in components])
   starts = [_endless(size, context, seed, number) for number, (size, _) in enumerate(components)]
@@ -114,10 +125,13 @@ def _order(
 
 
 def _endless(size: int, context: int, seed: int, number: int) -> Callable[[np.ndarray], np.ndarray]:
-  """Makes the function from `[N]` ascending places in the endless order of windows to their `[N]` starts.
+  """Returns a function from ascending window numbers `[N]` of a component to the windows' starts `[N]`.
 
   Args:
-    size: the number of tokens that the windows are cut from.
+    size: number of tokens of the component.
+    context: L.
+    seed: seed of the order.
+    number: number of the component.
   """
   stretches = _stretches(size, context)
 
@@ -136,19 +150,20 @@ def _endless(size: int, context: int, seed: int, number: int) -> Callable[[np.nd
 
 
 def _stretches(tokens: int, context: int) -> int:
-  """Windows of an epoch over so many tokens."""
+  """Returns the number of windows in an epoch."""
   return -(-(tokens - context) // context)
 
 
 def eval_batches(
   tokens: np.ndarray, *, context: int, batch: int, split: str = 'validation'
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """One pass over 1-D `tokens` in which each of the N - 1 predictions has weight 1 exactly once.
+  """Yields one pass over 1-D `tokens`, in which each of the N - 1 predictions has weight 1 exactly once.
 
-  Yields `(tokens_BxL+1 int32, weight_BxL float32)`. Windows follow each other with a stride of
-  `context`; what pads the last window and the last batch has id 0 and weight 0.
+  Yields `(tokens_BxL1, weight_BxL)`, int32 and float32. Windows have a stride of `context`. Padding of
+  the last window and the last batch has id 0 and weight 0.
 
-  Raises `UserError`, at the call, where the split has no prediction: `split` is its name.
+  Raises:
+    UserError: the tokens have no prediction (raised at the call); `split` is the name in the message.
   """
   _check_prediction(tokens, split)
   return _eval_batches(tokens, context, batch)
@@ -169,13 +184,17 @@ def _eval_batches(
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-  """A corpus in tokens. `tokens`: {split: 1-D uint8 or uint16}.
+  """A tokenized corpus.
 
-  `card` is the corpus' card with `tokenizer` (its name), `tokenizer_sha256`, `vocab_size`, and per
-  split `tokens` and `bytes_per_token` (none for an empty split):
-  nats per token / ln 2 / bytes_per_token = bits per byte.
-
-  `spans`: of a mixture, by component, where in a split's tokens it lies, for splits that it has.
+  Attributes:
+    tokens: 1-D uint8 or uint16 tokens by split.
+    tokenizer: the tokenizer.
+    card: the corpus' card plus `tokenizer` (its name), `tokenizer_sha256`, `vocab_size`, and by split
+      `tokens` and `bytes_per_token` (missing for an empty split). Bits per byte are
+      nats per token / ln 2 / bytes_per_token.
+    context: tokens per window, L.
+    batch: windows per batch, B.
+    spans: for a mixture, the slice of each component in each split's tokens, by component and split.
   """
 
   tokens: dict[str, np.ndarray]
@@ -190,16 +209,15 @@ class Data:
     return f'Data({self.card["source"]}, tokens of {self.card["tokenizer"]}: {sizes})'
 
   def train_iterator(self, seed: int, on_device: bool = False) -> grain.DatasetIterator:
-    """`mixed_iterator` over the components of the training split; without any, `train_iterator`."""
+    """Returns an iterator over training batches (`mixed_iterator`)."""
     sizes = {'context': self.context, 'batch': self.batch}
     return mixed_iterator(self._shares(), **sizes, seed=seed, on_device=on_device)
 
   def starts(self, seed: int) -> Callable[[int, int], np.ndarray]:
-    """Makes the function that maps batches of `train_iterator(seed)` to the starts of their windows.
+    """Returns a function that computes the starts of the windows of `train_iterator(seed)`.
 
-    It maps `(first, count)`, the number of the first batch and how many follow each other, to starts in
-    `tokens['train']`, int32 `[count, batch]`. `windows.gather` cuts windows from their starts on the
-    device.
+    The function maps `(first, count)`, the number of the first batch and the number of batches, to starts
+    in `tokens['train']`, int32 `[count, batch]`. From these, `windows.gather` cuts windows on the device.
     """
     spans = [span['train'] for span in self.spans.values()] or [slice(0, None)]
     begin_C = np.array([span.start for span in spans])
@@ -212,25 +230,27 @@ class Data:
     return starts
 
   def train_iterator_at(self, seed: int, index: int) -> grain.DatasetIterator:
-    """`train_iterator(seed)` after `index` batches have been read."""
+    """Returns `train_iterator(seed)` at the position after `index` batches."""
     iterator = self.train_iterator(seed)
     iterator.set_state(iterator.get_state() | {'next_index': index})
     return iterator
 
   @property
   def whole_batches(self) -> int:
-    """Batches that training reads before it comes to any stretch of text again."""
+    """Number of batches that training reads before any text is repeated."""
     shares = self._shares().values()
     total = sum(share for _, share in shares)
     windows = min(_stretches(len(tokens), self.context) * total / share for tokens, share in shares)
     return int(windows) // self.batch
 
   def components(self, split: str = 'validation') -> dict[str, np.ndarray]:
-    """By name, or under '' where there is but one corpus, the 1-D tokens that make up `split`.
+    """Returns the 1-D tokens of each component of a split by name; the name is '' without a mixture.
 
-    They begin and end with the zero byte between a component and its neighbour, so that every token
-    of the split but the first is predicted in exactly one of them. Raises `UserError` for an unknown
-    split.
+    Components begin and end with the zero byte that separates them from their neighbours, so every token
+    of the split except the first is predicted in exactly one component.
+
+    Raises:
+      UserError: the split is unknown.
     """
     if split not in self.tokens:
       raise unknown('split', split, self.tokens)
@@ -243,9 +263,10 @@ class Data:
   def eval_batches(
     self, split: str = 'validation', component: str | None = None
   ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """One pass over a component, or over one after the other: see the function `eval_batches`.
+    """Yields one pass over a component, or over all of them in order (see the function `eval_batches`).
 
-    Raises `UserError` for an unknown split or one without a prediction.
+    Raises:
+      UserError: the split is unknown or has no prediction.
     """
     sizes = {'context': self.context, 'batch': self.batch}
     passes = [
@@ -254,9 +275,9 @@ class Data:
     return itertools.chain.from_iterable(passes)
 
   def evaluation(self, split: str = 'validation', component: str | None = None) -> JsonObject:
-    """What a mean loss over `eval_batches(split, component)` is a number of, as JSON values.
+    """Describes a mean loss over `eval_batches(split, component)`, as JSON values.
 
-    After every `stride` tokens, predictions begin again without a past.
+    After every `stride` tokens, predictions start again without context.
     """
     card = self.card['components'][component] if component else self.card
     return {
@@ -274,7 +295,7 @@ class Data:
     return list(found.values()) if component is None else [found[component]]
 
   def _shares(self) -> dict[str, tuple[np.ndarray, float]]:
-    """The training tokens and weight of each component."""
+    """Returns the training tokens and the weight of each component."""
     tokens = self.tokens['train']
     return {
       name: (tokens[span['train']], self.card['components'][name]['weight'])
@@ -283,12 +304,15 @@ class Data:
 
 
 def load(config: ConfigDict, tokenizer: tokenizers.Tokenizer | None = None) -> Data:
-  """What `config.{source, path, split, tokenizer, vocab_size, context, batch}` describe.
+  """Loads and tokenizes the data of a config.
 
-  A `tokenizer` that is given takes the place of the one that the corpus would make.
+  Args:
+    config: `config.data`.
+    tokenizer: a tokenizer to use instead of the one in the config.
 
-  Raises `UserError` for a bad source, path, split or tokenizer, and where training or validation
-  would find too little text: before any long work, not at the first evaluation.
+  Raises:
+    UserError: the source, path, split or tokenizer is not valid, or there is too little text for training
+      or validation.
   """
   corpus = sources.load(config)
   if tokenizer is None:
@@ -316,7 +340,7 @@ def load(config: ConfigDict, tokenizer: tokenizers.Tokenizer | None = None) -> D
 def _spans(
   cards: dict[str, JsonObject], tokens: dict[str, np.ndarray], tokenizer: tokenizers.Tokenizer
 ) -> dict[str, dict[str, slice]]:
-  """Where each component lies in each split, found by counting its documents' zero bytes."""
+  """Returns the slice of each component in each split, found by counting zero bytes between documents."""
   found: dict[str, dict[str, slice]] = {name: {} for name in cards}
   for split, ids in tokens.items():
     documents = {name: card['documents'][split] for name, card in cards.items()}
@@ -333,11 +357,11 @@ def _spans(
 def _check_window(tokens: np.ndarray, context: int, batch: int, component: str) -> None:
   for name, value in (('context', context), ('batch', batch)):
     if value < 1:
-      raise UserError(f'config.data.{name} {value}: valid: 1 or more')
+      raise UserError(f'config.data.{name}={value} is not valid; valid: 1 or more')
   if len(tokens) < context + 1:
     where = f' in {component}' if component else ''
     raise UserError(
-      f'config.data.context {context} needs {context + 1} training tokens, there are {len(tokens)}'
+      f'config.data.context={context} needs {context + 1} training tokens, but there are {len(tokens)}'
       f'{where}; valid: config.data.context up to {max(len(tokens) - 1, 0)}, or more text'
     )
 
@@ -345,6 +369,6 @@ def _check_window(tokens: np.ndarray, context: int, batch: int, component: str) 
 def _check_prediction(tokens: np.ndarray, split: str) -> None:
   if len(tokens) < 2:
     raise UserError(
-      f'the {split} split has {len(tokens)} tokens, which leaves nothing to predict; '
-      'valid: a larger share for it in config.data.split, or more text'
+      f'the {split} split has {len(tokens)} tokens, too few for a prediction; '
+      'valid: a larger fraction for it in config.data.split, or more text'
     )

@@ -1,14 +1,14 @@
-"""`python -m sparse_lm.data.prepare --out=DIR --kind=text|wikitext PATH ...`: text into a TFDS directory.
+"""Converts local text to a TFDS directory, without TensorFlow.
 
-Writes `DIR/<kind>/1.0.0` as array_record without TensorFlow, under a temporary name until all of it
-is there. Train on it with `--config.data.source=tfds`.
+`python -m sparse_lm.data.prepare --out=DIR --kind=text|wikitext PATH ...` writes `DIR/<kind>/1.0.0` in
+the format array_record, under a temporary name until it is complete. Train on it with
+`--config.data.source=tfds`. Nothing is downloaded.
 
-text: one example is a file's part of a split, so the corpus is the same, byte for byte, as that of
-`--config.data.source=files` on the same files: each is cut at its fractions.
-
-wikitext: one example is an article. Nothing is downloaded: PATH is a folder with the files, or the
-files (`wiki.train.tokens`, `wiki.valid.raw`, `test.txt`, ...), or else `--train=FILE` and so on name
-them one by one.
+text      Each file is divided among the splits, and each part is one example. The corpus is byte for byte
+          that of `--config.data.source=files` for the same files.
+wikitext  Each article is one example. PATH is a folder with the files, or the files themselves
+          (`wiki.train.tokens`, `wiki.valid.raw`, `test.txt`, ...). Files with other names can be given by
+          `--train=FILE`, `--validation=FILE` and `--test=FILE`.
 """
 
 import contextlib
@@ -31,13 +31,13 @@ _WIKITEXT = {
   split: (f'wiki.{name}.tokens', f'wiki.{name}.raw', f'{name}.txt')
   for split, name in zip(SPLITS, ('train', 'valid', 'test'))
 }
-# ` = Title = ` between blank lines. Formulas make such lines too, and those have text around them.
-# Lines end in \n or \r\n, and both stay as they are.
+# A title, ` = Title = `, between blank lines. (Formulas look the same, but have text around them.) Line
+# ends, \n or \r\n, are kept.
 _ARTICLE = re.compile(r'^(?= ?\r?\n = [^=\r\n]+ = \r?\n ?\r?\n)', re.MULTILINE)
 
 
 class _Documents(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """A feature `text`, and the documents in their order."""
+  """A TFDS builder with one feature, `text`, that writes documents in order."""
 
   VERSION = tfds.core.Version('1.0.0')
 
@@ -47,7 +47,7 @@ class _Documents(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   def _info(self) -> tfds.core.DatasetInfo:
     features = tfds.features.FeaturesDict({'text': tfds.features.Text()})
-    # Text goes on from one document to the next: TFDS would shuffle them.
+    # Documents must stay in order, but TFDS would shuffle them.
     return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
   def _split_generators(self, dl_manager: object) -> dict[str, Iterator]:
@@ -58,9 +58,13 @@ class _Documents(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def prepare(out: str, name: str, documents: dict[str, list[bytes]]) -> pathlib.Path:
-  """Writes each split's UTF-8 documents as one example each; a split without any is left out.
+  """Writes each UTF-8 document as one example; splits without documents are omitted.
 
-  Returns `out/name/1.0.0`, absolute. Raises `UserError` where that exists or can't be written.
+  Returns:
+    The absolute path of `out/name/1.0.0`.
+
+  Raises:
+    UserError: this folder exists or cannot be written.
   """
   try:
     root = pathlib.Path(out).expanduser().absolute()
@@ -68,30 +72,31 @@ def prepare(out: str, name: str, documents: dict[str, list[bytes]]) -> pathlib.P
     raise UserError(f'--out={out}: {error}; valid: a folder to write to') from None
   try:
     with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):
-      # Nothing is downloaded, whatever TFDS says about it on stdout; its bars go to stderr.
+      # TFDS prints about downloads on stdout although it downloads nothing; progress bars use stderr.
       builder = _Documents(name, documents, root)
       if builder.data_path.exists():
-        raise UserError(f'{builder.data_path} is there already; valid: another --out, or remove it')
+        raise UserError(f'{builder.data_path} already exists; valid: another --out, or remove it')
       builder.download_and_prepare(download_dir=downloads)
-  # TFDS reports a full disk by a RuntimeError of several lines.
+  # TFDS reports a full disk as a RuntimeError with several lines.
   except (OSError, RuntimeError) as error:
     reason = str(error).strip().partition('\n')[0]
     raise UserError(
-      f'--out={out} cannot be written: {reason}; valid: a folder of yours, with room'
+      f'--out={out} cannot be written: {reason}; valid: a writable folder with free space'
     ) from error
   return pathlib.Path(builder.data_path)
 
 
 def text(patterns: list[str]) -> dict[str, list[bytes]]:
-  """Per split, the parts of the files that `patterns` match. Raises `UserError` as `files` does."""
+  """Returns, by split, the parts of the files that match. Raises what `sources.files` raises."""
   paths = sorted({path for pattern in patterns for path in sources.matching(pattern, 'PATH')})
   return sources.cut(paths, sources.FRACTIONS, 'PATH')
 
 
 def wikitext(files: dict[str, str]) -> dict[str, list[bytes]]:
-  """Per split, the articles of its file; a missing test split is empty.
+  """Returns the articles of each split's file; a missing test split is empty.
 
-  Raises `UserError` where train or validation is missing and for a file without an article.
+  Raises:
+    UserError: there is no train or validation file, or a file has no article.
   """
   for split in SPLITS[:2]:
     if split not in files:
@@ -102,9 +107,10 @@ def wikitext(files: dict[str, str]) -> dict[str, list[bytes]]:
 
 
 def wikitext_files(paths: list[str]) -> dict[str, str]:
-  """Which file is which split, by name, among files and those in folders.
+  """Finds the file of each split, by name, among files and folders.
 
-  Raises `UserError` for a file of another name and for two of one split.
+  Raises:
+    UserError: a file has another name, or a split has two files.
   """
   split_of = {name: split for split, names in _WIKITEXT.items() for name in names}
   found: dict[str, str] = {}
@@ -112,8 +118,8 @@ def wikitext_files(paths: list[str]) -> dict[str, str]:
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     if not path.is_dir() and path.name not in split_of:
       raise UserError(
-        f'PATH {str(path)!r} is neither a folder nor named as WikiText; valid: {", ".join(split_of)}, '
-        'or --train=FILE, --validation=FILE, --test=FILE'
+        f'PATH {str(path)!r} is neither a folder nor a file with a name of WikiText; valid: '
+        f'{", ".join(split_of)}, or --train=FILE, --validation=FILE, --test=FILE'
       )
     for file in files:
       split = split_of.get(file.name)
@@ -140,20 +146,26 @@ def _articles(path: str, split: str) -> list[bytes]:
 def _parser() -> Parser:
   parser = Parser('python -m sparse_lm.data.prepare')
   parser.add_argument(
-    '--out', type=local_path, required=True, help='the data goes to OUT/KIND/1.0.0'
+    '--out', type=local_path, required=True, help='the data is written to OUT/KIND/1.0.0'
   )
   parser.add_argument('--kind', required=True, choices=KINDS)
   for split in SPLITS:
-    parser.add_argument(f'--{split}', type=local_path, metavar='FILE', help='of wikitext')
+    parser.add_argument(
+      f'--{split}', type=local_path, metavar='FILE', help=f'{split} file of wikitext'
+    )
   parser.add_argument(
-    'paths', type=local_path, nargs='*', metavar='PATH', help='files, globs; wikitext: a folder'
+    'paths',
+    type=local_path,
+    nargs='*',
+    metavar='PATH',
+    help='text: files or globs; wikitext: a folder or files',
   )
   return parser
 
 
 @one_line
 def main() -> None:
-  """Prepares local text and prints where it is and how to train on it."""
+  """Prepares local text, and prints its path and how to train on it."""
   given = _parser().parse_args()
   named = {split: file for split in SPLITS if (file := getattr(given, split))}
   if given.kind == 'text':

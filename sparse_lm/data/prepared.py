@@ -1,4 +1,4 @@
-"""Corpora that TFDS prepared as array_record, read without TensorFlow."""
+"""Reads corpora that TFDS prepared as array_record, without TensorFlow."""
 
 import json
 import os
@@ -16,24 +16,26 @@ if TYPE_CHECKING:
   import tensorflow_datasets as tfds
 
 _INFO, _FEATURES = 'dataset_info.json', 'features.json'
-# The keys of features.json under which TFDS finds the class of a feature: today's two spellings, and
-# that of earlier versions. It imports the module that such a class is in.
+# The keys of features.json that name the class of a feature, in current and earlier versions of TFDS.
+# TFDS imports the module of the named class.
 _CLASS_KEYS = ('pythonClassName', 'python_class_name', 'type')
-_CHUNK = 1024  # examples read at once
+_CHUNK = 1024  # number of examples read at once
 
 
 def read(path: str) -> Corpus:
-  """The text of a TFDS directory: one document an example, in the order of its files.
+  """Reads the text of a TFDS directory: one document per example, in the order of its files.
+
+  Splits are found by their names, and a missing test split is empty. The text is the feature `text`, or
+  the only string feature. Empty examples are skipped.
 
   Args:
-    path: the directory of a version (`.../1.0.0`), or a parent that holds exactly one; `~` is
-      expanded. Splits go by their names, and a missing test split is empty. The text is the feature
-      `text`, or else the only feature that is a string; empty examples are left out.
+    path: the directory of a version (`.../1.0.0`), or a parent that contains exactly one; `~` is
+      expanded.
 
   Raises:
-    UserError: nothing or more than one version is prepared there, a feature is of a class that TFDS
-      does not bring along, it is not array_record or damaged, which feature is the text can't be
-      told, a training or validation split is missing or empty, or an example is not text.
+    UserError: the path contains no version or several; a feature has a class that is not part of TFDS;
+      the format is not array_record; a file is damaged; the text feature is ambiguous; the training or
+      validation split is missing or empty; or an example is not text.
   """
   folder = _folder(path)
   what = f'config.data.path {str(folder)!r}'
@@ -66,14 +68,16 @@ def _folder(path: str) -> pathlib.Path:
       "config.data.source 'tfds' needs config.data.path: a directory that TFDS prepared, such as "
       '~/tensorflow_datasets/wikitext/1.0.0'
     )
-  root = pathlib.Path(os.path.expanduser(path))  # an unknown user's `~` stays, and is not found
+  root = pathlib.Path(
+    os.path.expanduser(path)
+  )  # `~` of an unknown user stays and will not be found
   if (root / _INFO).is_file():
     return root
   found = sorted(
     file.parent
     for depth in ('*', '*/*', '*/*/*')  # name/config/version
     for file in root.glob(f'{depth}/{_INFO}')
-    if not file.parent.name.startswith('incomplete.')  # TFDS is, or was, writing it
+    if not file.parent.name.startswith('incomplete.')  # TFDS has not finished writing it
   )
   if not found:
     raise UserError(
@@ -89,8 +93,8 @@ def _folder(path: str) -> pathlib.Path:
 
 
 def _open(folder: pathlib.Path, what: str) -> 'tfds.core.DatasetBuilder':
-  """The builder of a directory, none of whose files can name code to run."""
-  import tensorflow_datasets as tfds  # takes a second, which runs on other sources don't owe
+  """Opens a directory, after a check that its files name no foreign code to import."""
+  import tensorflow_datasets as tfds  # takes a second, so other sources do not import it
 
   own = {
     f'{cls.__module__}.{cls.__name__}'
@@ -107,19 +111,19 @@ def _open(folder: pathlib.Path, what: str) -> 'tfds.core.DatasetBuilder':
     builder = tfds.builder_from_directory(folder)
   except UserError:
     raise
-  except Exception as error:  # files that are no JSON, of another shape, too deep, ...
+  except Exception as error:  # for example, JSON that is malformed or nested too deeply
     raise _damaged(what, error) from error
   formats = {file_format.value for file_format in builder.info.available_file_formats()}
   if 'array_record' not in formats:
     raise UserError(
-      f'{what} has the file format {", ".join(sorted(formats)) or "of nothing"}; valid: array_record, '
-      "the one to be read without TensorFlow (prepare it with file_format='array_record')"
+      f'{what} has the file format {", ".join(sorted(formats)) or "none"}; valid: array_record, which '
+      "can be read without TensorFlow (prepare it with file_format='array_record')"
     )
   return builder
 
 
 def _classes(value: Json) -> set[str]:
-  """The names of classes anywhere in a features.json, also in JSON that stands in a string there."""
+  """Returns the names of all classes in a features.json, also those in JSON inside its strings."""
   if isinstance(value, str):
     try:
       value = json.loads(value)
@@ -159,14 +163,14 @@ def _documents(
 
   found: list[bytes] = []
   try:
-    # Other features stay as they are stored: they may be pictures or sound.
+    # Other features, such as images or sound, are not decoded.
     others = {n: tfds.decode.SkipDecoding() for n in builder.info.features if n != feature}
     source = builder.as_data_source(split, decoders=others or None)
     chunks = range(0, len(source), _CHUNK)
     for begin in tqdm(chunks, f'reading {split}', delay=2, leave=False, disable=None):
       examples = source.__getitems__(range(begin, min(begin + _CHUNK, len(source))))
       found += [example[feature] for example in examples]
-  except Exception as error:  # a missing, short or altered file, by many types
+  except Exception as error:  # missing, truncated or changed files raise many types
     raise _damaged(f'{what}, split {split},', error) from error
   for number, text in enumerate(found):
     if fault := why_not_text(text):

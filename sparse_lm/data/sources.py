@@ -1,4 +1,4 @@
-"""Where the text comes from: the embedded default corpus or the reader's own local data.
+"""Sources of text: the Python standard library (the default) or local data.
 
 Nothing is ever downloaded.
 """
@@ -19,20 +19,23 @@ from sparse_lm.data.corpus import SPLITS, Corpus, join, why_not_text
 
 FRACTIONS = (0.9, 0.05, 0.05)  # train, validation, test
 
-_HELD_OUT_BYTES = 100_000  # of the standard library, for validation and again for test
-_LARGEST_HELD_OUT_FILE = 50_000  # one file must not be most of a held-out split
-# Test suites, what is installed beside the library, and files that differ from machine to machine.
-# `encodings` is some hundred near copies of one table: held out, they would measure memory.
+_HELD_OUT_BYTES = 100_000  # size of each held-out split of the standard library
+_LARGEST_HELD_OUT_FILE = 50_000  # so that no single file dominates a held-out split
+# Omits test suites, installed packages, and files that differ between machines. `encodings` has about a
+# hundred near copies of one table, which would measure memorization in a held-out split.
 _LEFT_OUT = {'test', 'tests', 'idle_test', 'encodings', '__pycache__'}
 _LEFT_OUT |= {'site-packages', 'dist-packages'}
 _LEFT_OUT_PREFIXES = ('test_', '_sysconfigdata', 'sitecustomize', 'usercustomize')
 
 
 def load(config: ConfigDict) -> Corpus:
-  """The corpus that `config.source`, `config.path` and `config.split` name.
+  """Loads the corpus that `config.source`, `config.path` and `config.split` describe.
 
-  Raises `UserError` for an unknown source and as the source does (`files`, `prepared.read`,
-  `mixture.load`).
+  Args:
+    config: `config.data`.
+
+  Raises:
+    UserError: the source is unknown, or reading it failed (`files`, `prepared.read`, `mixture.load`).
   """
   readers = {
     'stdlib': lambda path: stdlib(),
@@ -47,17 +50,17 @@ def load(config: ConfigDict) -> Corpus:
 
 
 def stdlib() -> Corpus:
-  """The source text of the running Python's standard library: about 11 MB on every machine.
+  """Reads the source code of this Python's standard library, about 11 MB on every machine.
 
-  Whole files are held out. The hash of a file's relative path decides, so the split depends neither
-  on where Python lives nor on the order in which the file system lists it; it does depend on the
-  Python version, which the card records.
+  Whole files are held out, chosen by a hash of their relative paths. So the split does not depend on
+  Python's location or the order of the file system. It does depend on the Python version, which is
+  recorded in the card.
   """
   documents = _python_files(pathlib.Path(sysconfig.get_path('stdlib')))
   if not documents:
     raise UserError(
-      "config.data.source 'stdlib': this Python has no .py files of its own; "
-      "valid: config.data.source='files' with config.data.path naming local text"
+      "config.data.source='stdlib': this Python has no .py files of its standard library; "
+      "valid: config.data.source='files' with local text in config.data.path"
     )
   members: dict[str, list[bytes]] = {name: [] for name in SPLITS}
   held_out = dict.fromkeys(('validation', 'test'), 0)
@@ -74,15 +77,15 @@ def stdlib() -> Corpus:
 
 
 def files(path_glob: str, split: tuple[float, float, float] = FRACTIONS) -> Corpus:
-  """Local UTF-8 text files (`~` and `**` are expanded), each cut by position at the same fractions.
+  """Reads local UTF-8 text files (`~` and `**` are expanded); each file is cut at the same fractions.
 
-  Raises `UserError` where `split` is not three fractions of a whole, where nothing matches, and as
-  `cut` does.
+  Raises:
+    UserError: `split` is not three fractions that sum to 1, no file matches, or `cut` raised an error.
   """
   _check_fractions(split)
   if not path_glob:
     raise UserError(
-      "config.data.source 'files' needs config.data.path: a text file or a glob such as ~/text/*"
+      "config.data.source='files' needs config.data.path; valid: a text file or a glob such as ~/text/*"
     )
   paths = matching(path_glob)
   origin = {'source': 'files', 'path': path_glob, 'split': list(split), 'files': len(paths)}
@@ -90,8 +93,13 @@ def files(path_glob: str, split: tuple[float, float, float] = FRACTIONS) -> Corp
 
 
 def matching(path_glob: str, field: str = 'config.data.path') -> list[str]:
-  """The files that a glob matches, sorted. Folders and files that exist are taken by their name, even
-  if it holds brackets or a star. Raises `UserError`, naming `field`, where no file matches."""
+  """Returns the files that a glob matches, sorted.
+
+  Existing folders and files are taken literally, even if their names contain brackets or a star.
+
+  Raises:
+    UserError: no file matches; the message names `field`.
+  """
   pattern = pathlib.Path(os.path.expanduser(path_glob))
   there = next(part for part in (pattern, *pattern.parents) if os.path.lexists(part))
   rest = [str(pattern.relative_to(there))] if pattern != there else []
@@ -105,18 +113,19 @@ def matching(path_glob: str, field: str = 'config.data.path') -> list[str]:
 def cut(
   paths: list[str], split: tuple[float, float, float], field: str = 'config.data.path'
 ) -> dict[str, list[bytes]]:
-  """Per split, what each file has there: the documents of a corpus.
+  """Divides each file among the splits; returns the parts by split.
 
-  The cuts count characters, as nanoGPT and TFDS cut tiny shakespeare, and every file is in every
-  split, so a mixture is validated in its own proportions.
+  Positions are counted in characters, as nanoGPT and TFDS do for tiny Shakespeare. Every file is in every
+  split, so the splits have the same proportions of files.
 
-  Raises `UserError`, naming `field`, where a file is empty or not UTF-8 text, and where a split with
-  a fraction above 0 would stay empty.
+  Raises:
+    UserError: a file is empty or not UTF-8 text, or a split with a fraction above 0 would be empty. The
+      message names `field`.
   """
   members: dict[str, list[bytes]] = {name: [] for name in SPLITS}
   for path in paths:
     text = read_text(path, field)
-    # 0.7 + 0.1 is a hair below 0.8: the small term keeps exact cuts from losing a character.
+    # 0.7 + 0.1 is slightly below 0.8; the small term prevents that such a cut loses a character.
     first = int(len(text) * split[0] + 1e-6)
     second = int(len(text) * (split[0] + split[1]) + 1e-6)
     for name, part in zip(SPLITS, (text[:first], text[first:second], text[second:])):
@@ -132,12 +141,12 @@ def cut(
 
 
 def read_text(path: str, field: str) -> str:
-  """A file's text. Raises `UserError`, naming `field`, where it can't be read, is empty or not UTF-8."""
+  """Reads a text file; a `UserError` names `field` if it is unreadable, empty or not UTF-8."""
   try:
     data = pathlib.Path(path).read_bytes()
   except OSError as error:
     raise UserError(
-      f'{field}: {path!r} cannot be read ({error.strerror}); valid: files that can'
+      f'{field}: {path!r} cannot be read ({error.strerror}); valid: readable files'
     ) from None
   if fault := why_not_text(data) or ('' if data else 'is empty'):
     raise UserError(f'{field}: {path!r} {fault}; valid: non-empty UTF-8 text files')
@@ -145,14 +154,14 @@ def read_text(path: str, field: str) -> str:
 
 
 def _python_files(root: pathlib.Path) -> dict[str, bytes]:
-  """{path relative to `root`, with forward slashes: text} of the non-empty UTF-8 .py files."""
+  """Returns the non-empty UTF-8 .py files, by path relative to `root` with forward slashes."""
 
   def kept(name: str) -> bool:
     return name not in _LEFT_OUT and not name.startswith(_LEFT_OUT_PREFIXES)
 
   documents = {}
   for folder, subfolders, names in os.walk(root):
-    subfolders[:] = filter(kept, subfolders)  # in place, so that the walk does not enter the rest
+    subfolders[:] = filter(kept, subfolders)  # in place, so that the walk skips the others
     for name in filter(kept, names):
       path = pathlib.Path(folder, name)
       if path.suffix == '.py' and not path.is_symlink():
@@ -169,6 +178,6 @@ def _check_fractions(split: tuple[float, ...]) -> None:
     and split[1] > 0
   ):
     raise UserError(
-      f'config.data.split {split!r}: valid: three fractions (train, validation, test) that sum to 1, '
-      'the first two above 0, such as (0.9, 0.05, 0.05)'
+      f'config.data.split={split!r} is not valid; valid: three fractions (train, validation, test) that '
+      'sum to 1, the first two above 0, such as (0.9, 0.05, 0.05)'
     )

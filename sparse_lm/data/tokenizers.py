@@ -1,8 +1,8 @@
-"""Text to token ids and back: bytes (the default), nanoGPT's characters, byte-level BPE.
+"""Tokenizers: bytes (the default), characters as in nanoGPT, and byte-level BPE.
 
-All map text (a string or its UTF-8 bytes) to a 1-D array of the smallest unsigned integer type that
-holds the vocabulary, so a corpus in memory stays as small as its text. The zero byte between documents
-is always a token of its own, the same one, so that joined texts have the joined tokens.
+All encode text (a string or UTF-8 bytes) to a 1-D array of the smallest unsigned integer type that holds
+the vocabulary, so tokens take no more memory than the text. The zero byte between documents is always the
+same single token, so the tokens of joined texts are the joined tokens.
 """
 
 import dataclasses
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
   import tokenizers
 
 NAMES = ('bytes', 'bpe', 'chars')
-_CODE_POINTS = 0x110000  # of Unicode
+_CODE_POINTS = 0x110000  # number of code points in Unicode
 _UNSEEN = 0xFFFF
 _LARGEST_VOCABULARY = 0xFFFF  # an id must fit in uint16 and differ from _UNSEEN
-# Where GPT-2's pattern ends a word whatever else stands around: before white space, and where letters
-# or digits meet punctuation. Only characters that every version of Unicode puts in the same class count.
+# Positions where GPT-2's pattern always ends a word: before white space, and between letters or digits
+# and punctuation. Only characters whose class is the same in all Unicode versions are considered.
 _END_OF_WORD = re.compile(r'(?<=\S)(?=[ \t\n\r])|(?<=[A-Za-z0-9])(?=[!-/:-@\[-`{-~])')
-_PIECE = 4096  # characters, up to the next end of a word
-_PIECES = 128  # encoded at once: half a megabyte, which bounds the memory
+_PIECE = 4096  # length of a piece in characters, extended to the next end of a word
+_PIECES = 128  # pieces that are encoded at once (half a megabyte), to limit memory
 
 
 class _Json:
-  """What every tokenizer has by virtue of `to_json`."""
+  """Base class of tokenizers with `to_json`."""
 
   @functools.cached_property
   def digest(self) -> str:
-    """Of the canonical JSON: equal digests mean equal token ids."""
+    """Digest of the canonical JSON; equal digests mean equal token ids."""
     return records.digest(self.to_json())
 
   def __repr__(self) -> str:
@@ -49,19 +49,20 @@ class _Json:
 
 @dataclasses.dataclass(frozen=True)
 class Bytes(_Json):
-  """Token id = byte value."""
+  """The token id of a byte is its value."""
 
   vocab_size: ClassVar[int] = 256
 
   def encode(self, text: str | bytes) -> np.ndarray:
-    """`[bytes of text]` uint8, a read-only view of `text` if that is bytes.
+    """Returns uint8 tokens, one per byte; a read-only view of `text` if it is bytes.
 
-    Raises `UserError` where `text` is a string that UTF-8 cannot express.
+    Raises:
+      UserError: `text` is a string that UTF-8 cannot encode.
     """
     return np.frombuffer(_bytes(text), np.uint8)
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    """The text of 1-D `ids`; what is not UTF-8 becomes U+FFFD. Raises `ValueError` above 255."""
+    """Returns the text of 1-D `ids`; invalid UTF-8 becomes U+FFFD, and ids above 255 a ValueError."""
     return bytes(np.asarray(ids).tolist()).decode(errors='replace')
 
   def to_json(self) -> dict[str, str]:
@@ -70,10 +71,10 @@ class Bytes(_Json):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Chars(_Json):
-  """Token id = place of the character in `chars`, which is sorted and free of repeats.
+  """The token id of a character is its index in `chars`, which is sorted and has no repeats.
 
-  The zero byte between documents is a character like the others.
-  Raises `UserError` for an empty vocabulary or one of more than 65535 characters.
+  The zero byte between documents is a character, too. The constructor raises a `UserError` if there are
+  no characters or more than 65535.
   """
 
   chars: str
@@ -81,7 +82,7 @@ class Chars(_Json):
   def __post_init__(self) -> None:
     if not 0 < len(self.chars) <= _LARGEST_VOCABULARY:
       raise UserError(
-        f"config.data.tokenizer 'chars' found {len(self.chars)} different characters; "
+        f"config.data.tokenizer='chars' found {len(self.chars)} different characters; "
         f"valid: 1 to {_LARGEST_VOCABULARY}, or config.data.tokenizer='bytes'"
       )
 
@@ -90,22 +91,23 @@ class Chars(_Json):
     return len(self.chars)
 
   def encode(self, text: str | bytes) -> np.ndarray:
-    """`[characters of text]` uint8, or uint16 where the vocabulary exceeds 256.
+    """Returns tokens, one per character; uint8, or uint16 for more than 256 characters.
 
-    Raises `UserError` where `text` is not UTF-8 or has a character outside the vocabulary.
+    Raises:
+      UserError: `text` is not UTF-8 or has a character outside the vocabulary.
     """
     codes = _code_points(_utf8(text))
     ids = self._id_of_code[codes]
     if (ids == _UNSEEN).any():
       first = chr(codes[np.argmax(ids == _UNSEEN)])
       raise UserError(
-        f"config.data.tokenizer 'chars' has no token for {first!r} (U+{ord(first):04X}); "
+        f"config.data.tokenizer='chars' has no token for {first!r} (U+{ord(first):04X}); "
         f"valid: the {self.vocab_size} characters of its corpus, or config.data.tokenizer='bytes'"
       )
     return ids.astype(np.uint8 if self.vocab_size <= 256 else np.uint16)
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    """The text of 1-D `ids`. Raises `IndexError` for an id outside the vocabulary."""
+    """Returns the text of 1-D `ids`. Raises an IndexError for an id outside the vocabulary."""
     return ''.join(self.chars[i] for i in np.asarray(ids).tolist())
 
   def to_json(self) -> dict[str, str]:
@@ -113,7 +115,7 @@ class Chars(_Json):
 
   @functools.cached_property
   def _id_of_code(self) -> np.ndarray:
-    """`[_CODE_POINTS]` uint16: one gather encodes megabytes."""
+    """Token of each code point, uint16 `[_CODE_POINTS]`; encoding is a single gather."""
     table = np.full(_CODE_POINTS, _UNSEEN, np.uint16)
     table[_code_points(self.chars)] = np.arange(len(self.chars))
     return table
@@ -121,19 +123,23 @@ class Chars(_Json):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Bpe(_Json):
-  """Byte-level byte-pair encoding within GPT-2's words, run by Hugging Face `tokenizers`.
+  """Byte-level byte-pair encoding within GPT-2's words, by Hugging Face `tokenizers`.
 
-  `merges`: as in GPT-2's merges.txt, a pair of tokens a line, first merged first. The vocabulary is
-  the 256 bytes, in the order of the characters that stand for them, and what the pairs make.
+  The vocabulary consists of the 256 bytes, in the order of the characters that represent them, followed
+  by the merged pairs.
+
+  Attributes:
+    merges: one pair of tokens per line, in the order of merging, as in GPT-2's merges.txt.
   """
 
   merges: str
 
   @classmethod
   def train(cls, text: bytes, vocab_size: int) -> 'Bpe':
-    """Learns the merges from UTF-8 `text`; the vocabulary stays smaller where no pair is left.
+    """Learns the merges from UTF-8 `text`. The vocabulary is smaller if there are too few pairs.
 
-    Raises `UserError` for a size outside [257, 65535] and where `tokenizers` is not installed.
+    Raises:
+      UserError: the size is outside [257, 65535], or `tokenizers` is not installed.
     """
     require(
       257 <= vocab_size <= _LARGEST_VOCABULARY,
@@ -154,7 +160,7 @@ class Bpe(_Json):
     return 256 + len({pair.replace(' ', '') for pair in self.merges.splitlines()})
 
   def encode(self, text: str | bytes) -> np.ndarray:
-    """`[tokens of text]` uint16. Raises `UserError` where `text` is not UTF-8."""
+    """Returns uint16 tokens. Raises a `UserError` if `text` is not UTF-8."""
     text = _utf8(text)
     pieces, found = _pieces(text), [np.empty(0, np.uint16)]
     options = {'delay': 2, 'leave': False, 'unit_scale': True, 'disable': None}
@@ -167,8 +173,11 @@ class Bpe(_Json):
     return np.concatenate(found)
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    """The text of 1-D `ids`; what is not UTF-8 becomes U+FFFD. Raises `IndexError` for an id outside
-    the vocabulary."""
+    """Returns the text of 1-D `ids`; invalid UTF-8 becomes U+FFFD.
+
+    Raises:
+      IndexError: an id is outside the vocabulary.
+    """
     ids = np.asarray(ids, int)
     if ((ids < 0) | (ids >= self.vocab_size)).any():
       raise IndexError(f'ids {ids.min()} to {ids.max()}, vocabulary {self.vocab_size}')
@@ -189,12 +198,13 @@ Tokenizer = Bytes | Chars | Bpe
 
 
 def build(name: str, corpus: Corpus, vocab_size: int) -> Tokenizer:
-  """The tokenizer `name` for `corpus`.
+  """Returns the tokenizer `name` for `corpus`.
 
-  'chars' has the characters of every split (nanoGPT's choice: no unknown token); 'bpe' learns from
-  the training split, up to `vocab_size` tokens, which only it reads.
+  'chars' contains the characters of all splits, as in nanoGPT, so there is no unknown token. 'bpe' is
+  learned from the training split and has up to `vocab_size` tokens.
 
-  Raises `UserError` for an unknown name and as `Chars` and `Bpe.train` do.
+  Raises:
+    UserError: the name is unknown, or `Chars` or `Bpe.train` raised an error.
   """
   if name == 'bytes':
     return Bytes()
@@ -206,10 +216,10 @@ def build(name: str, corpus: Corpus, vocab_size: int) -> Tokenizer:
 
 
 def from_json(saved: records.Json) -> Tokenizer:
-  """The inverse of `to_json`.
+  """Restores a tokenizer from the result of `to_json`.
 
-  Raises `UserError` for an unknown name, and where the fields are not those of a tokenizer that `build`
-  made.
+  Raises:
+    UserError: the name is unknown, or the fields are not those of a tokenizer that `build` returned.
   """
   try:
     records.check(saved, _Named)
@@ -241,13 +251,13 @@ class _SavedBpe(_Named):
 
 def _sorted_characters(chars: str) -> str:
   if list(chars) != sorted(set(chars)):
-    raise ValueError('its chars are not sorted, or some are there twice')
-  chars.encode()  # a lone surrogate, which no text has, is a UnicodeEncodeError: a ValueError
+    raise ValueError('its chars are not sorted, or some are repeated')
+  chars.encode()  # raises UnicodeEncodeError, a ValueError, for a lone surrogate
   return chars
 
 
 def _possible_merges(merges: str) -> str:
-  """Raises `ValueError` unless every pair is of bytes and of tokens that earlier pairs made."""
+  """Returns `merges`; raises a `ValueError` unless every pair consists of bytes and earlier pairs."""
   lines = merges.splitlines()
   if len(lines) > _LARGEST_VOCABULARY:
     raise ValueError(f'it has {len(lines)} merges, more than {_LARGEST_VOCABULARY}')
@@ -265,14 +275,14 @@ def _library() -> types.ModuleType:
     import tokenizers
   except ImportError:
     raise UserError(
-      "config.data.tokenizer 'bpe' needs a package: pip install 'tokenizers>=0.22'; "
+      "config.data.tokenizer='bpe' needs a package: pip install 'tokenizers>=0.22'; "
       "valid without it: 'bytes', 'chars'"
     ) from None
   return tokenizers
 
 
 def _alphabet() -> list[str]:
-  """The printable characters by which GPT-2 writes the 256 bytes."""
+  """Returns the printable characters that represent the 256 bytes in GPT-2."""
   return sorted(_library().pre_tokenizers.ByteLevel.alphabet())
 
 
@@ -285,10 +295,9 @@ def _byte_level(model: 'tokenizers.models.Model') -> 'tokenizers.Tokenizer':
 
 
 def _pieces(text: str) -> Iterator[str]:
-  """`text` in parts that have the same tokens as the whole, for threads to share.
+  """Yields pieces of `text` whose tokens together are those of the whole text, for several threads.
 
-  Zero bytes are parts of their own. The others have about `_PIECE` characters, or as many as there are
-  without an end of a word.
+  Zero bytes are separate pieces. Other pieces have about `_PIECE` characters, or more if no word ends.
   """
   for number, document in enumerate(text.split('\0')):
     if number:
@@ -310,8 +319,8 @@ def _bytes(text: str | bytes) -> bytes:
     return text.encode()
   except UnicodeEncodeError as error:
     raise UserError(
-      f'a tokenizer encodes text that UTF-8 can express, which character {error.start} '
-      f'({text[error.start]!r}) is not; valid: text without lone surrogates'
+      f'character {error.start} ({text[error.start]!r}) of the text cannot be encoded in UTF-8; valid: '
+      'text without lone surrogates'
     ) from None
 
 
@@ -320,11 +329,11 @@ def _utf8(text: str | bytes) -> str:
     return _bytes(text).decode()
   except UnicodeDecodeError as error:
     raise UserError(
-      f'config.data.tokenizer needs UTF-8 text, which byte {error.start} is not; '
+      f'config.data.tokenizer needs UTF-8 text, but byte {error.start} is not UTF-8; '
       "valid: UTF-8, or config.data.tokenizer='bytes'"
     ) from error
 
 
 def _code_points(text: str) -> np.ndarray:
-  """`[len(text)]` uint32."""
+  """Returns the code points of `text`, uint32."""
   return np.frombuffer(text.encode('utf-32-le'), np.uint32)

@@ -1,17 +1,16 @@
-"""Windows of tokens that are cut on the device, so that only their starts are sent to it."""
+"""Cuts windows of tokens on the device, so that only their starts are copied to it."""
 
 import jax
 import jax.numpy as jnp
 
 
 def gather(tokens_N: jax.Array, starts_B: jax.Array, length: int) -> jax.Array:
-  """The windows of `length` tokens that begin at `starts_B`, int32 `[B, length]`; pure.
+  """Returns the windows of `length` tokens that begin at `starts_B`, int32 `[B, length]`.
 
   Args:
-    tokens_N: of any integer type; of `Data.tokens`, uint8 or uint16.
-    starts_B: integers from 0 to N - length, see `Data.starts`; a start beyond is moved to the
-      last window.
-    length: the tokens of a window; in training, the context plus one.
+    tokens_N: tokens of any integer dtype.
+    starts_B: integers from 0 to N - length (`Data.starts`); larger starts give the last window.
+    length: number of tokens per window; in training, the context plus one.
   """
 
   def cut(start: jax.Array) -> jax.Array:

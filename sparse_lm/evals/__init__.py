@@ -1,7 +1,6 @@
-"""Evaluations: one file each, found by name.
+"""Evaluations: each file defines one subclass of `Evaluation`, which is found by the file's name.
 
-A file defines one subclass of `Evaluation`. Its fields are its options, and `run` turns a model and data
-into numbers by name.
+The fields of the class are its options, and `run` returns metrics of a model on data.
 """
 
 import abc
@@ -18,7 +17,7 @@ from sparse_lm.data.pipeline import Data
 from sparse_lm.inference.pack import PackedModel
 from sparse_lm.model.lm import LM
 
-Values = dict[str, float | int | None]  # what cannot be measured here is `None`
+Values = dict[str, float | int | None]  # metrics by name; `None` if it cannot be measured here
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -26,9 +25,10 @@ class EvalModel:
   """A model to evaluate.
 
   Attributes:
+    model: the model.
     variables: all collections that the model reads, packed or not.
-    packed: the same model as it was packed, `None` where it is not.
-    twin: what a packed model is timed beside, `None` where it is not.
+    packed: the packed model; `None` if the model is not packed.
+    twin: the dense twin that a packed model is compared with; `None` if it is not packed.
   """
 
   model: LM
@@ -38,22 +38,22 @@ class EvalModel:
 
   @classmethod
   def of_packed(cls, packed: PackedModel, twin: PackedModel) -> 'EvalModel':
-    """A packed model, and what it is timed beside."""
+    """Returns a packed model and its dense twin as an `EvalModel`."""
     return cls(packed.model, packed.variables, packed, twin)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class EvalData:
-  """A split of a corpus, in tokens.
+  """A tokenized split of a corpus.
 
   Attributes:
-    tokens: 1-D, of the whole split.
-    context: tokens of a sequence.
-    batch: sequences that are evaluated together.
-    split: its name.
-    bytes_per_token: mean over the split, `None` where the tokens stand for no text.
-    components: of a mixture, the 1-D tokens of each component by name.
-    progress: whether `passes` shows a bar, where stderr is a terminal.
+    tokens: the 1-D tokens of the whole split.
+    context: tokens per sequence.
+    batch: number of sequences that are evaluated together.
+    split: name of the split.
+    bytes_per_token: mean over the split; `None` if the tokens are not text.
+    components: for a mixture, the 1-D tokens of each component by name.
+    progress: whether `passes` shows a progress bar if stderr is a terminal.
   """
 
   tokens: np.ndarray
@@ -66,15 +66,15 @@ class EvalData:
 
   @classmethod
   def of_split(cls, data: Data, split: str = 'validation') -> 'EvalData':
-    """A split of a run's data. Raises UserError for an unknown split."""
+    """Returns a split of a run's data. Raises a UserError if the split is unknown."""
     components = {name: tokens for name, tokens in data.components(split).items() if name}
     ratio = data.card['bytes_per_token'].get(split)
     return cls(data.tokens[split], data.context, data.batch, split, ratio, components)
 
   def passes(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Every prediction of the split once: a component's name ('' without any), tokens and weights.
+    """Yields every prediction of the split once: the component's name ('' without one), tokens, weights.
 
-    See `data.pipeline.eval_batches` for the two arrays, and for what is raised.
+    `data.pipeline.eval_batches` documents the two arrays and the errors.
     """
     parts = self.components or {'': self.tokens}
     step = self.context * self.batch
@@ -83,7 +83,7 @@ class EvalData:
       desc=self.split,
       unit='batch',
       leave=False,
-      disable=None if self.progress else True,  # None: only where stderr is no terminal
+      disable=None if self.progress else True,  # None disables it unless stderr is a terminal
     ) as bar:
       for name, tokens in parts.items():
         batches = pipeline.eval_batches(
@@ -99,17 +99,18 @@ class Evaluation(abc.ABC):
 
   @abc.abstractmethod
   def run(self, model: EvalModel, data: EvalData) -> Values:
-    """Numbers by name.
+    """Returns metrics by name.
 
-    Raises UserError where the model or the data do not allow the evaluation.
+    Raises:
+      UserError: the evaluation does not work with this model or these data.
     """
 
 
 def names() -> list[str]:
-  """The names of all evaluations."""
+  """Returns the names of all evaluations."""
   return discovery.names(__name__)
 
 
 def evaluation(name: str) -> type[Evaluation]:
-  """The class in `evals/<name>.py`. Raises UserError where there is none."""
+  """Returns the class in `evals/<name>.py`. Raises a UserError if there is none."""
   return discovery.load(__name__, name, 'evaluation')

@@ -1,4 +1,4 @@
-"""Energy of decoding."""
+"""Energy per decoded token."""
 
 import dataclasses
 
@@ -12,16 +12,16 @@ from sparse_lm.measure import energy
 
 @dataclasses.dataclass(frozen=True)
 class Energy(Evaluation):
-  """Gives `joules_per_token`, of the whole device while it decodes real text; `None` without a meter.
+  """Measures `joules_per_token` of the whole device while it decodes real text; `None` without a meter.
 
   Attributes:
-    repeats: turns of a few tokens each, after a first one that compiles.
+    repeats: number of measured turns of a few tokens each, after one turn for compilation.
   """
 
   repeats: int = 15
 
   def run(self, model: EvalModel, data: EvalData) -> Values:
-    """See the class. Raises UserError for too little text, or a model that cannot decode."""
+    """Returns `joules_per_token`. Raises UserError if the text is too short or decoding impossible."""
     work = workload(data.tokens, data.context, data.batch)
     call = DecodeCall(Decoder(model.model, model.variables), work)
     jax.block_until_ready(call())

@@ -1,4 +1,4 @@
-"""Cross-entropy on a split, and what gates and hidden units did on it."""
+"""Cross-entropy on a split, and statistics of gates and hidden units."""
 
 import collections
 import dataclasses
@@ -22,20 +22,20 @@ from sparse_lm.model import plans
 from sparse_lm.model.lm import LM
 from sparse_lm.train.objective import observed
 
-SHORT = {'validation': 'val'}  # what tables call a split
+SHORT = {'validation': 'val'}  # names of splits in tables
 
 
 @dataclasses.dataclass(frozen=True)
 class Loss(Evaluation):
-  """The mean loss over each prediction of a split.
+  """Computes the mean loss over all predictions of a split.
 
-  With 'val' standing for the split, it gives `val_loss` in nats per token; `val_bits_per_byte`, where
-  bytes are known; `val_loss/<name>` of each component of a mixture; and `val/<name>` of what modules
-  observed, averaged over the full batches.
+  For the validation split, the metrics are `val_loss` in nats per token; `val_bits_per_byte`, if the
+  number of bytes is known; `val_loss/<name>` for each component of a mixture; and `val/<name>` for
+  statistics that modules sowed, averaged over full batches.
   """
 
   def run(self, model: EvalModel, data: EvalData) -> Values:
-    """See the class. Raises UserError where the split has no prediction."""
+    """Returns the metrics of the class. Raises a UserError if the split has no prediction."""
     sums, step = _Sums(data), eval_step(model.model)
     for name, tokens_BxL1, weight_BxL in data.passes():
       summed, seen = jax.device_get(step(model.variables, tokens_BxL1, weight_BxL))
@@ -44,10 +44,12 @@ class Loss(Evaluation):
 
 
 def run_packed(model: LM, variables: Tree, data: EvalData) -> list[Values]:
-  """`Loss.run` for N models at once: each batch is read once for all of them.
+  """Does the same as `Loss.run` for N models at once, which share each batch.
 
   Args:
-    variables: all collections, with a leading axis of N models.
+    model: the model.
+    variables: all collections, with a leading axis of N.
+    data: the data.
   """
   step = packed_eval_step(model)
   found = [
@@ -74,14 +76,14 @@ class _Sums:
   def add(
     self, name: str, weight_BxL: np.ndarray, summed: np.ndarray, seen: dict[str, np.ndarray]
   ) -> None:
-    """Adds a batch of the component `name` and what `eval_step` found on it."""
+    """Adds the outputs of `eval_step` for a batch of the component `name`."""
     self._nats[name] += float(summed)
     self._tokens[name] += float(weight_BxL.sum())
-    # Padding is no text: gates that saw any count only where there is nothing else.
+    # Statistics of batches with padding are used only if there are no full batches.
     (self._full if weight_BxL.all() else self._partly).append(scalars(seen))
 
   def values(self) -> Values:
-    """The numbers that `Loss` gives for all batches so far."""
+    """Returns the metrics of `Loss` for all batches so far."""
     nats, tokens, data = self._nats, self._tokens, self._data
     split = SHORT.get(data.split, data.split)
     loss = nats.total() / tokens.total()
@@ -96,7 +98,7 @@ class _Sums:
 
 
 def separated(values: Values, split: str = 'validation') -> tuple[Values, dict[str, float]]:
-  """The numbers that tables hold, and what modules observed on a split, by their names for it."""
+  """Separates metrics for tables from statistics of modules, whose prefix is removed."""
   prefix = f'{SHORT.get(split, split)}/'
   seen = {name.removeprefix(prefix): x for name, x in values.items() if name.startswith(prefix)}
   return {name: x for name, x in values.items() if not name.startswith(prefix)}, seen
@@ -104,22 +106,23 @@ def separated(values: Values, split: str = 'validation') -> tuple[Values, dict[s
 
 @functools.lru_cache(maxsize=16)
 def eval_step(model: LM) -> Wrapped:
-  """Compiled `(variables, tokens_BxL+1, weight_BxL) -> (summed nats, observations)`, float32."""
+  """Returns the compiled `(variables, tokens_BxL1, weight_BxL) -> (summed nats, statistics)`, float32."""
   return jax.jit(_of_batch(model))
 
 
 @functools.cache  # as `train.packed.packed`
 def packed_eval_step(model: LM) -> AotFunction:
-  """`eval_step` over the leading axis of the variables; all models read the same batch."""
+  """Returns `eval_step`, vmapped over the variables; all models read the same batch."""
   return AotFunction(jax.vmap(_of_batch(model), in_axes=(0, None, None)))
 
 
 def packed_call(model: LM, variables: Tree, batch: int) -> Call:
-  """The evaluation step of `run_packed`, with the shapes of its arguments, so that it can be compiled.
+  """Returns the evaluation step of `run_packed` with the shapes of its arguments, for compilation.
 
   Args:
+    model: the model.
     variables: arrays or shape structs, with a leading axis of models.
-    batch: sequences in a batch.
+    batch: number of sequences in a batch.
   """
   context = model.spec.context
   tokens_BxL1 = jax.ShapeDtypeStruct((batch, context + 1), np.int32)
@@ -130,7 +133,7 @@ def packed_call(model: LM, variables: Tree, batch: int) -> Call:
 def _of_batch(
   model: LM,
 ) -> Callable[[Tree, jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
-  """The function that `eval_step` compiles."""
+  """Returns the function that `eval_step` compiles."""
 
   def run(
     variables: Tree, tokens_BxL1: jax.Array, weight_BxL: jax.Array

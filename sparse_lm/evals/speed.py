@@ -1,4 +1,4 @@
-"""How fast a packed model prefills and decodes beside its dense twin, in turns in one process."""
+"""Prefill and decoding speed of packed models and their dense twins, timed in turns in one process."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -14,39 +14,45 @@ from sparse_lm.inference.reading import read_bytes
 from sparse_lm.inference.workload import DECODED, DecodeCall, PrefillCall, Workload, workload
 from sparse_lm.measure import machine, turns
 
-ROLES = ('', 'dense_')  # before the names of numbers: of the packed model, and of its twin
+ROLES = ('', 'dense_')  # prefixes of metrics of the packed model and of its dense twin
 
 
 @dataclasses.dataclass(frozen=True)
 class Speed(Evaluation):
-  """Times a packed model and its twin on real text, because it decides which gates open.
+  """Times a packed model and its dense twin on real text, which decides which gates open.
 
   Attributes:
-    repeats: turns.
-    what: 'decode', 'prefill', or both.
+    repeats: number of measured turns.
+    what: what to time: 'decode', 'prefill' or both.
   """
 
   repeats: int = 15
   what: tuple[str, ...] = ('decode', 'prefill')
 
   def run(self, model: EvalModel, data: EvalData) -> Values:
-    """The numbers of one model; see `compare`."""
+    """Returns the metrics of one model (see `compare`)."""
     return self.compare({'': model}, data)['']
 
   def compare(self, models: Mapping[str, EvalModel], data: EvalData) -> dict[str, Values]:
-    """Numbers of each packed model and its twin, all timed in turns.
+    """Times all packed models and their twins in turns; returns the metrics of each model by name.
 
-    Returns:
-      By name `decode_ms` (of a token of every sequence), `prefill_tokens_per_second`, `peak_memory`
-      (bytes), `weights_bytes`, `kept_weights` (share of the kernels' weights that packing left: units
-      that masks disconnect are removed), `read_bytes` (of weights that a token reads, gates as measured
-      on the text; of batch 1 only), `cache_bytes` (of keys, values and what else is kept of its sequence
-      that a token reads), `bandwidth` (of the weights, over the machine's measured one), the same
-      with `dense_` before it, and `decode_speedup`, `prefill_speedup` with `_low` and `_high`, their
-      quartiles over the turns.
+    decode_ms                  Milliseconds per step, which decodes one token of every sequence.
+    prefill_tokens_per_second  Tokens per second of prefill.
+    peak_memory                Peak memory of decoding, in bytes.
+    weights_bytes              Bytes of the stored weights.
+    kept_weights               Fraction of the kernels' weights that are kept. Packing also removes units
+                               that masks disconnect.
+    read_bytes                 Bytes of weights that a token reads, with gates as measured on the text.
+    Only
+                               for batch 1.
+    cache_bytes                Bytes that a token reads from the cache.
+    bandwidth                  Bandwidth of reading weights, as a fraction of the machine's measured one.
+
+    The twin has the same metrics with the prefix `dense_`. `decode_speedup` and `prefill_speedup` are
+    medians over turns; `_low` and `_high` are their quartiles.
 
     Raises:
-      UserError: too little text, a context that is too short, or a model that is not packed.
+      UserError: there is too little text, the context is too short, or a model is not packed.
     """
     work = workload(data.tokens, data.context, data.batch)
     pairs = {name: _pair(model) for name, model in models.items()}
@@ -83,7 +89,7 @@ class Speed(Evaluation):
 def _pair(model: EvalModel) -> tuple[PackedModel, PackedModel]:
   if model.packed is None or model.twin is None:
     raise UserError(
-      'speed is measured of a packed model beside its twin; valid: one that is packed'
+      'the evaluation speed compares a packed model with its dense twin; valid: a packed model'
     )
   return model.packed, model.twin
 
@@ -95,8 +101,8 @@ def _sizes(packed: PackedModel) -> Values:
 def _decoding(
   packed: PackedModel, call: DecodeCall, work: Workload, step: float, bandwidth: float
 ) -> Values:
-  """Numbers of decoding: `step` is in seconds a token, `bandwidth` in bytes a second."""
-  # Side by side, sequences share what they read.
+  """Returns metrics of decoding, given seconds per step and the machine's bytes per second."""
+  # Sequences of a batch share the weights that they read.
   found = read_bytes(packed, work.tokens_BxL)
   read = found.weights if work.batch == 1 else None
   return {

@@ -1,8 +1,8 @@
-"""What packed formats cost: measured on a device, read from its file.
+"""Costs of packed formats, which are measured per kind of device and read from a file.
 
-`measured/<kind of device>.json` (see `measure.device.kind`) was written there by `python -m
-sparse_lm.format_costs`. Where there is no such file, that of `FALLBACK` is read: a model packed by the
-costs of another device may run slower than it could, and computes the same.
+`python -m sparse_lm.format_costs` writes `measured/<kind of device>.json` (see `measure.device.kind`).
+If there is no file for a device, that of `FALLBACK` is used. A model that was packed with the costs of
+another device computes the same, but may be slower than possible.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ FALLBACK = 'cpu-avx-512'
 
 @dataclasses.dataclass(frozen=True)
 class FormatCost:
-  """The time of a product with one token, in the time that a byte of a dense kernel takes.
+  """The cost of a product with one token, in units of the time per byte of a dense kernel.
 
-  A format that was not measured counts as a dense one of as many bytes.
+  The defaults, for formats that were not measured, are those of a dense kernel.
 
   Attributes:
-    slowdown: time of a stored byte that is read.
-    fixed: time beside that of the bytes.
+    slowdown: time per byte that is read.
+    fixed: time per product, independent of its size.
   """
 
   slowdown: float = 1.0
@@ -41,15 +41,15 @@ class FormatCosts:
   """The costs of formats on a device.
 
   Attributes:
-    source: the kind of device that they were measured on.
-    by_name: of the formats that were measured.
+    source: kind of the device on which they were measured.
+    by_name: the costs by the name of the format.
   """
 
   source: str
   by_name: Mapping[str, FormatCost]
 
   def predicted(self, stored: Format, read: float = 1.0) -> float:
-    """Time of a token that reads this share of a kernel, in the time of a dense kernel's byte."""
+    """Returns the predicted time of a token that reads the fraction `read` of a kernel (`FormatCost`)."""
     cost = self.by_name.get(formats.name_of(stored), FormatCost())
     return stored.nbytes * cost.slowdown * read + cost.fixed
 
@@ -60,7 +60,7 @@ class _Cost(TypedDict):
 
 
 class _File(TypedDict):
-  """The contents of a file: where it was measured, in words and versions, and the costs."""
+  """The contents of a file: how and where it was measured, and the costs."""
 
   measured: dict[str, str | int]
   formats: dict[str, _Cost]
@@ -68,13 +68,13 @@ class _File(TypedDict):
 
 @functools.cache
 def current() -> FormatCosts:
-  """The costs on this process' device. Raises ValueError for a malformed file."""
+  """Returns the costs on this device. Raises a ValueError if the file is malformed."""
   kind = device.kind()
   return read(kind if (FOLDER / f'{kind}.json').exists() else FALLBACK)
 
 
 def read(kind: str) -> FormatCosts:
-  """The costs that were measured on a kind of device. Raises ValueError for a malformed file."""
+  """Reads the costs of a kind of device. Raises a ValueError if the file is malformed."""
   values: _File = records.parse((FOLDER / f'{kind}.json').read_bytes(), _File)
   found = {name: FormatCost(**cost) for name, cost in values['formats'].items()}
   return FormatCosts(kind, found)
@@ -83,7 +83,7 @@ def read(kind: str) -> FormatCosts:
 def write(
   path: pathlib.Path, measured: Mapping[str, str | int], by_name: Mapping[str, FormatCost]
 ) -> None:
-  """Writes what `read` reads, rounded to what repeats when it is measured again."""
+  """Writes a file for `read`, rounded to the digits that are reproducible."""
   rounded = {
     name: {'slowdown': float(f'{cost.slowdown:.2g}'), 'fixed': float(f'{cost.fixed:.2g}')}
     for name, cost in sorted(by_name.items())

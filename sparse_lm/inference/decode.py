@@ -1,4 +1,4 @@
-"""Prefill and decode as two compiled functions over a cache that is allocated once."""
+"""Prefill and decoding: two compiled functions with a cache that is allocated once."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -23,13 +23,13 @@ def _draw(sampling: Sampling, logits_BxV: Array, key: Array, place: int) -> Arra
 
 
 class Decoder:
-  """A model that decodes sequences side by side.
+  """Decodes a batch of sequences.
 
-  Raises UserError where a method of the model cannot decode.
+  The constructor raises a UserError if a method of the model cannot decode.
 
   Attributes:
-    model: in decode mode.
-    variables: all collections but the cache.
+    model: the model.
+    variables: all collections except the cache.
   """
 
   def __init__(self, model: LM, variables: Tree) -> None:
@@ -37,15 +37,20 @@ class Decoder:
     self.model, self.variables = model, variables
 
   def cache(self, batch: int, together: int = 1) -> Tree:
-    """An empty cache for so many sequences, each of which goes on with `together` tokens at most."""
+    """Returns an empty cache.
+
+    Args:
+      batch: number of sequences.
+      together: the most tokens that continue a sequence in one call.
+    """
     shapes = lm.cache_shapes(self.model, self.variables, batch, together)
     return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
 
   @functools.cached_property
   def prefill(self) -> Wrapped:
-    """`(variables, cache, tokens_BxL, length_B) -> (logits_BxV of each last token, cache)`.
+    """`(variables, cache, tokens_BxL, length_B) -> (logits_BxV of the last tokens, cache)`.
 
-    Sequences of unequal length are padded on the right; what is beyond `length` is not read.
+    Sequences are padded on the right; tokens beyond `length_B` are ignored.
     """
 
     def run(variables: Tree, cache: Tree, tokens_BxL: Array, length_B: Array) -> tuple[Array, Tree]:
@@ -60,7 +65,7 @@ class Decoder:
 
   @functools.cached_property
   def decode(self) -> Wrapped:
-    """`(variables, cache, token_B, position_B) -> (logits_BxV, cache)`: a token of each sequence."""
+    """`(variables, cache, token_B, position_B) -> (logits_BxV, cache)`, one token per sequence."""
 
     def run(variables: Tree, cache: Tree, token_B: Array, position_B: Array) -> tuple[Array, Tree]:
       given = {'tokens_BxL': token_B[:, None], 'positions_BxL': position_B[:, None]}
@@ -70,7 +75,7 @@ class Decoder:
     return jax.jit(run, donate_argnums=1)
 
   def apply(self, variables: Tree, cache: Tree, **given: Array | int | bool) -> tuple[Array, Tree]:
-    """What the model returns in mode 'decode' when it is called with these, and the cache after it."""
+    """Calls the model in mode 'decode'; returns its output and the new cache."""
     before = {**variables, 'cache': cache}
     out, changed = self.model.apply(before, mode='decode', mutable=['cache'], **given)
     return out, changed['cache']
@@ -78,15 +83,16 @@ class Decoder:
   def begin(
     self, prompts: Sequence[np.ndarray], together: int = 1
   ) -> tuple[Array, Tree, np.ndarray]:
-    """Logits after each prompt, the cache, and the prompts' lengths.
+    """Reads prompts; returns the logits after each prompt, the cache, and the prompts' lengths.
 
-    Prompts are padded to a power of two, so that few lengths are compiled.
+    Prompts are padded to a power of two, so that few lengths must be compiled.
 
     Args:
-      together: tokens of a sequence that are to go on in one call, at most.
+      prompts: int tokens of each prompt.
+      together: the most tokens that will continue a sequence in one call.
 
     Raises:
-      UserError: a prompt without a token, or one that leaves no room in the context.
+      UserError: a prompt is empty or fills the context.
     """
     self.check_prompts(prompts)
     length_B = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -99,30 +105,31 @@ class Decoder:
     return logits, cache, length_B
 
   def check_prompts(self, prompts: Sequence[np.ndarray]) -> None:
-    """Raises UserError for a prompt without a token, or one that leaves no room in the context."""
+    """Raises a UserError if a prompt is empty or fills the context."""
     context = self.model.spec.context
     for length in map(len, prompts):
       if not 1 <= length < context:
         raise UserError(
-          f'--prompt of {length} tokens; valid: 1 to {context - 1} (config.data.context={context}, and '
-          'at least one token is to follow)'
+          f'--prompt has {length} tokens; valid: 1 to {context - 1} (config.data.context={context}, with '
+          'room for at least one new token)'
         )
 
   def check_room(self, prompts: Sequence[np.ndarray], tokens: int) -> None:
-    """Raises UserError where the context has no room for so many tokens behind the longest prompt."""
+    """Raises a UserError if the context has no room for `tokens` new tokens after the longest prompt."""
     room = self.model.spec.context - max(len(prompt) for prompt in prompts)
     if not 1 <= tokens <= max(room, 1):
       raise UserError(
-        f'--tokens={tokens} behind a prompt of {self.model.spec.context - room}; valid: 1 to {room} '
-        f'(config.data.context={self.model.spec.context})'
+        f'--tokens={tokens} after a prompt of {self.model.spec.context - room} tokens; valid: 1 to '
+        f'{room} (config.data.context={self.model.spec.context})'
       )
 
   def generate(
     self, prompts: Sequence[np.ndarray], tokens: int, sampling: Sampling, seed: int = 0
   ) -> Iterator[np.ndarray]:
-    """The next tokens of all sequences, int32 `[B]`, `tokens` times.
+    """Yields the next token of each sequence, int32 `[B]`, `tokens` times.
 
-    Raises UserError for prompts that leave no room for so many, and what `begin` raises.
+    Raises:
+      UserError: the context has no room for so many tokens, or a prompt is not valid.
     """
     sampling.check(self.model.spec.vocab)
     self.check_room(prompts, tokens)

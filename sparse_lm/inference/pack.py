@@ -1,4 +1,4 @@
-"""Turning a model into one that executes only what is left of it."""
+"""Packs a sparse model, so that inference reads and multiplies only its kept weights."""
 
 import dataclasses
 import math
@@ -25,11 +25,11 @@ class Matrix:
   """One packed kernel.
 
   Attributes:
-    path: of the parameter.
-    runs: what multiplies.
-    stored: what is written to the disk.
-    dense_bytes: of the kernel before anything was removed.
-    why: what other formats had against it, where it runs dense.
+    path: path of the parameter.
+    runs: the kernel in the format that multiplies.
+    stored: the kernel in the format for the disk.
+    dense_bytes: bytes of the kernel before packing.
+    why: if the kernel runs dense although it is sparse, why other formats were not chosen.
   """
 
   path: str
@@ -45,12 +45,12 @@ class Matrix:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-  """What is left of a kernel, to be packed.
+  """A kernel to pack, after the removal of units.
 
   Attributes:
     weights: `[..., in, out]`.
     mask: bool, of the same shape.
-    dense_bytes: before anything was removed.
+    dense_bytes: bytes of the kernel before the removal.
   """
 
   weights: np.ndarray
@@ -59,7 +59,7 @@ class Kernel:
 
   @classmethod
   def fused(cls, kernels: Sequence['Kernel']) -> 'Kernel':
-    """One kernel with the outputs of several of the same inputs."""
+    """Concatenates the outputs of several kernels with the same inputs."""
     weights = np.concatenate([kernel.weights for kernel in kernels], axis=-1)
     mask = np.concatenate([kernel.mask for kernel in kernels], axis=-1)
     return cls(weights, mask, sum(kernel.dense_bytes for kernel in kernels))
@@ -67,13 +67,13 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class PackedModel:
-  """A model's variables, its kernels packed.
+  """A model with packed kernels.
 
   Attributes:
-    model: the same modules.
-    variables: `params` of what is not packed, `packed`, and the model's other collections.
-    matrices: by path.
-    removed: what was removed as a whole, a line each.
+    model: the model.
+    variables: `packed`, `params` for parameters that are not packed, and the model's other collections.
+    matrices: the packed kernels by path.
+    removed: one line of text for each group that lost units.
   """
 
   model: LM
@@ -86,13 +86,14 @@ class PackedModel:
 
 
 def pack(model: LM, params: Tree, masks: Tree, state: Tree) -> PackedModel:
-  """Removes what is dropped as a whole and packs every kernel in the format that is to be fastest.
+  """Removes units that are dropped as a whole, and packs every kernel in the format predicted fastest.
 
-  Kernels and their biases are stored in `spec.precision`, the dtype that the model computes in.
+  Kernels and biases are stored in `spec.precision`, the dtype of the model's computation.
 
   Args:
-    params: with zeros where a weight was dropped.
-    masks: like `params`, `None` = dense.
+    model: the model.
+    params: its parameters, with zeros for dropped weights.
+    masks: a tree like `params`; `None` for dense parameters.
     state: the model's other collections.
   """
   original = {path: np.asarray(leaf) for path, leaf in tree.named(params).items()}
@@ -119,17 +120,17 @@ def pack(model: LM, params: Tree, masks: Tree, state: Tree) -> PackedModel:
 
 
 def _is_kernel(path: str, shape: tuple[int, ...]) -> bool:
-  """Whether a packable parameter is a matrix, or a stack of them, and no bias (experts have a stack)."""
+  """Returns whether a packable parameter is a matrix or stacked matrices, and not (stacked) biases."""
   return len(shape) >= 2 and not Place.parse(path).is_bias
 
 
 def _chosen(
   groups: Iterable[Group], kernels: dict[str, Kernel], fractions: dict[str, float]
 ) -> dict[str, Matrix]:
-  """A matrix for each kernel.
+  """Chooses the format of each kernel.
 
-  Where a method selects hidden units, one token reads their share of the outputs only if the inputs
-  behind them run in a format that reads those selected: these are chosen first.
+  If a method selects hidden units, down-projections are chosen first: the up-projection can compute only
+  the selected outputs if the down-projection's format can read only the selected inputs.
   """
   chosen: dict[str, Matrix] = {}
   for group in groups:
@@ -148,9 +149,9 @@ def _chosen(
 def _fused(
   path: str, parts: list[str], kernels: dict[str, Kernel], matrices: dict[str, Matrix]
 ) -> dict[str, Matrix]:
-  """With one matrix in the place of several, where that is to take no longer.
+  """Replaces several matrices by one fused matrix if it is predicted to be no slower.
 
-  On disk it can be somewhat larger, where the parts' masks fit other formats than the whole one.
+  The fused matrix may be somewhat larger on disk, if the parts' masks suit better formats.
   """
   if not all(part in kernels for part in parts):
     return matrices
@@ -164,7 +165,7 @@ def _fused(
 
 
 def dense_twin(model: LM, seed: int = 0) -> PackedModel:
-  """The model without any sparsity, with random weights: what a packed model is timed beside."""
+  """Returns the packed dense twin with random weights, with which a packed model's speed is compared."""
   model = lm.dense_twin(model)
   draw = np.random.default_rng(seed)
   shapes = plan_of(model).params
@@ -177,7 +178,7 @@ def dense_twin(model: LM, seed: int = 0) -> PackedModel:
 def assemble(
   model: LM, left: Shrunk, matrices: dict[str, Matrix], small: dict[str, np.ndarray], state: Tree
 ) -> PackedModel:
-  """The variables of a packed model from its parts."""
+  """Assembles a packed model from its parts."""
   stored: dict[str, Tree] = {path: matrix.runs for path, matrix in matrices.items()} | small
   stored |= {f'{path}/kept': kept for path, kept in left.kept.items()}
   stored |= {Part.REMOVED.of(layer): np.zeros((), np.int32) for layer in left.removed_layers}
@@ -186,7 +187,7 @@ def assemble(
 
 
 def nested(flat: Mapping[str, Tree]) -> Tree:
-  """`{'a/b': x}` as `{'a': {'b': x}}`."""
+  """Converts paths to nested dicts: `{'a/b': x}` becomes `{'a': {'b': x}}`."""
   out: Tree = {}
   for path, value in flat.items():
     *parents, last = Place.parse(path).names
@@ -198,9 +199,12 @@ def nested(flat: Mapping[str, Tree]) -> Tree:
 
 
 def choose(path: str, kernel: Kernel, read: dict[int, float]) -> Matrix:
-  """The format of least predicted time, and of what is equal to it the smallest on disk.
+  """Chooses the formats of a kernel: the fastest one to run, by prediction, and the smallest on disk.
 
-  `read` is the share of an axis that a method selects, by axis.
+  Args:
+    path: path of the parameter.
+    kernel: the kernel.
+    read: fraction of the inputs (-2) or outputs (-1) that a method selects, by axis.
   """
   refusals, runs, stored = [], [], []
   for name in formats.names():
@@ -215,7 +219,7 @@ def choose(path: str, kernel: Kernel, read: dict[int, float]) -> Matrix:
     predicted = costs.current().predicted(candidate, read.get(cls.selects, 1.0))
     (runs if cls.runs else stored).append((predicted, candidate))
     if cls.runs and not cls.plain:
-      refusals.append(f'{name}: {predicted / 1e6:.2f} MB worth of time')
+      refusals.append(f'{name}: as slow as {predicted / 1e6:.2f} MB of dense weights')
   best = min(runs, key=lambda pair: pair[0])[1]
   smallest = min([best, *(c for _, c in reversed(stored))], key=lambda c: c.nbytes)
   why = '; '.join(refusals) if best.plain and not kernel.mask.all() else ''
@@ -223,7 +227,7 @@ def choose(path: str, kernel: Kernel, read: dict[int, float]) -> Matrix:
 
 
 def _closed(model: LM, params: Tree, state: Tree) -> list[int]:
-  """Layers that a gate has closed for every input."""
+  """Returns the layers whose gate is closed for every input."""
   depth = next(slot for slot in model.slots if slot.slot == 'depth')
   layers = range(model.spec.layers)
   settled = [i for i in layers if depth.at(i, len(layers)).traits(model.spec).fixed]
@@ -235,9 +239,9 @@ def _closed(model: LM, params: Tree, state: Tree) -> list[int]:
 
 
 def kept_weights(packed_model: PackedModel) -> float:
-  """Share of the weights of all packed kernels that are left, those of removed units counting as dropped.
+  """Returns the fraction of the weights of all packable kernels that packing kept.
 
-  Masks that disconnect units leave fewer weights than they keep: packing removes those units.
+  It can be lower than the masks' density, because packing removes units that masks disconnect.
   """
   plan = plan_of(packed_model.model)
   shapes = {path: plan.shapes[path].shape for path in plan.packable}
@@ -247,6 +251,6 @@ def kept_weights(packed_model: PackedModel) -> float:
 
 
 def weights(tree_: Tree) -> int:
-  """Bytes of all arrays in a tree, formats included."""
+  """Returns the bytes of all arrays in a tree, packed kernels included."""
   leaves = jax.tree.leaves(tree_, is_leaf=is_packed)
   return sum(leaf.nbytes for leaf in leaves)

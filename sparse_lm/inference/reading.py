@@ -1,4 +1,4 @@
-"""How many bytes a packed model reads for each token: of its weights, and of what its layers keep."""
+"""Bytes that decoding one token reads: of a packed model's weights, and of its cache."""
 
 import dataclasses
 import math
@@ -21,12 +21,12 @@ from sparse_lm.plan.plan import ModelPlan
 
 
 class ReadBytes(NamedTuple):
-  """Bytes that a token reads.
+  """Bytes that decoding one token reads.
 
   Attributes:
-    weights: of a batch of one: sequences side by side share what they read.
-    cache: keys, values and what else layers keep of the token's own sequence. A program reads as much of
-      a cache with room for the context however few tokens are in it.
+    weights: bytes of weights, for a batch of one sequence; sequences of a batch share these reads.
+    cache: bytes of keys, values and other cached arrays of the token's sequence. A program reads the
+      whole cache, even if it holds few tokens.
   """
 
   weights: int
@@ -34,11 +34,11 @@ class ReadBytes(NamedTuple):
 
 
 def read_bytes(packed: PackedModel, tokens_BxL: np.ndarray) -> ReadBytes:
-  """What decoding a token reads, gates as they are on the text.
+  """Returns the bytes that decoding one token reads, with the gates' mean activity on a text.
 
   Args:
-    packed: the model.
-    tokens_BxL: int32, the text.
+    packed: the packed model.
+    tokens_BxL: int32 tokens of the text.
   """
   model, plan = packed.model, plan_of(packed.model)
   run = jax.jit(lambda v, t: model.apply(v, t, mode='eval', mutable=['gates'])[1])
@@ -73,10 +73,10 @@ def _weights(
 
 
 def _gathers(gate: Gate, packed: PackedModel, plan: ModelPlan) -> bool:
-  """Whether all matrices behind the units that a gate selects are read for the selected units alone.
+  """Returns whether all down-projections after a gate's units read only the selected units.
 
-  The gate selects units where it is the module that has them, or that module's activation. Of any other
-  gate, this is true: there is no such matrix.
+  The gate selects units if it is the module that declares them or that module's activation. For other
+  gates there is no such matrix, and the result is true.
   """
   selected = [
     group

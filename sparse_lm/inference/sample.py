@@ -1,4 +1,4 @@
-"""Drawing the next token."""
+"""Sampling of the next token."""
 
 import dataclasses
 
@@ -13,13 +13,13 @@ TOP_P = Range(float, '(0, 1]')
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How a token is drawn from logits.
+  """Options for sampling a token from logits.
 
   Attributes:
-    temperature: logits are divided by it; 0 = the largest, the lower id of equal ones.
-    top_k: only that many of the largest logits may be drawn; 0 = all.
-    top_p: only the fewest likeliest tokens whose probabilities add up to this (nucleus sampling,
-      Holtzman et al. 2020); 1 = all. The likeliest one always may.
+    temperature: divisor of the logits; 0 chooses the largest logit, and the lower id among equal ones.
+    top_k: only the `top_k` largest logits can be drawn; 0 means all.
+    top_p: only the smallest set of most likely tokens whose probabilities sum to at least `top_p` can be
+      drawn (nucleus sampling, Holtzman et al. 2020); 1 means all. The most likely token is always in it.
   """
 
   temperature: float = 1.0
@@ -27,20 +27,20 @@ class Sampling:
   top_p: float = 1.0
 
   def check(self, vocab: int) -> None:
-    """Raises UserError for an option out of its range."""
+    """Raises a UserError if an option is out of its range."""
     TEMPERATURE.require('--temperature', self.temperature)
     TOP_P.require('--top_p', self.top_p)
     Range(int, f'[0, {vocab}]').require('--top_k', self.top_k)
 
   def draw(self, logits_BxV: jax.Array, key: jax.Array) -> jax.Array:
-    """int32 `[B]` for float32 logits."""
+    """Draws one token per sequence, int32 `[B]`, from float32 logits."""
     if self.temperature == 0:
       return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
     allowed_BxV = self.filtered(logits_BxV / self.temperature)
     return jax.random.categorical(key, allowed_BxV).astype(jnp.int32)
 
   def filtered(self, logits_BxV: jax.Array) -> jax.Array:
-    """Logits with -inf where `top_k`, and then `top_p` of what is left, forbid a token."""
+    """Sets the logits of tokens outside `top_k`, then of those outside `top_p`, to -inf."""
     order_BxV = jnp.argsort(-logits_BxV, axis=-1, stable=True)
     rank_BxV = jnp.argsort(order_BxV, axis=-1)
     kept_BxV = rank_BxV < (self.top_k or logits_BxV.shape[-1])

@@ -1,7 +1,7 @@
-"""Removing what masks have dropped as a whole: neurons, heads, experts and layers.
+"""Removes neurons, heads, experts and layers that masks have dropped as a whole.
 
-Works on arrays by path. A unit is removed where no row of it leaves its module: then nothing depends
-on it, whatever else of it is left.
+Works on arrays by path. A unit is removed if all of its output weights (its rows of the down-projection
+or output projection) are dropped, because nothing then depends on it, whatever other weights it has.
 """
 
 import dataclasses
@@ -17,14 +17,14 @@ Arrays = dict[str, np.ndarray]
 
 @dataclasses.dataclass
 class Shrunk:
-  """What is left.
+  """A model without the removed units.
 
   Attributes:
-    params: by path.
-    masks: bool, by path; a parameter without one is kept in full.
-    kept: of experts that lost some, by the path of their module: int32, which are left.
-    removed_layers: numbers of the layers that add nothing.
-    removed: lines for people, one for each group that lost units.
+    params: parameters by path.
+    masks: bool masks by path; parameters without a mask are dense.
+    kept: int32 indices of the kept experts, by the path of their module, if experts were removed.
+    removed_layers: numbers of the removed layers.
+    removed: one line of text for each group that lost units.
   """
 
   params: Arrays
@@ -35,7 +35,7 @@ class Shrunk:
 
 
 def shrink(params: Arrays, masks: Arrays, groups: Iterable[Group], closed: Iterable[int]) -> Shrunk:
-  """Removes dead units; layers in `closed` run for no input."""
+  """Removes dead units, and the layers in `closed`, which never run."""
   out = Shrunk(dict(params), dict(masks), {}, (), [])
   layers = {group.kind: group.units for group in groups}.get('layer', 0)
   dead = [i for i in range(layers) if i in closed or _adds_nothing(out, groups, i)]
@@ -52,7 +52,7 @@ def shrink(params: Arrays, masks: Arrays, groups: Iterable[Group], closed: Itera
 
 
 def _leaving(group: Group) -> list[Member]:
-  """The members through which units leave their module."""
+  """Returns the members with the output weights of the units."""
   return [member for member in group.members if member.axis == -2]
 
 
@@ -60,14 +60,14 @@ def _adds_nothing(out: Shrunk, groups: Iterable[Group], layer: int) -> bool:
   members = [m for g in groups if Place.parse(g.path).layer == layer for m in _leaving(g)]
   biases = [out.params.get(_bias(m.path)) for m in members]
   return (
-    len(members) >= 2  # of attention and of the MLP
+    len(members) >= 2  # one of attention and one of the MLP
     and all(m.path in out.masks and not out.masks[m.path].any() for m in members)
     and not any(bias is not None and bias.any() for bias in biases)
   )
 
 
 def _bias(path: str) -> str:
-  """The path of a kernel's bias."""
+  """Returns the path of a kernel's bias."""
   return str(Place.parse(path).bias)
 
 
@@ -87,7 +87,7 @@ def _shrink_group(out: Shrunk, group: Group) -> None:
   units = np.sort(np.argsort(~alive, axis=-1, kind='stable')[..., :most], axis=-1)
   for member in group.members:
     for path, axis in ((member.path, member.axis), (_bias(member.path), -1)):
-      if path == member.path or member.axis == -1:  # the bias of what enters belongs to its unit
+      if path == member.path or member.axis == -1:  # input biases belong to the units, too
         for arrays in (out.params, out.masks):
           if path in arrays:
             arrays[path] = _take(arrays[path], units, alive.shape[-1], axis)
@@ -95,7 +95,7 @@ def _shrink_group(out: Shrunk, group: Group) -> None:
 
 
 def _drop_experts(out: Shrunk, group: Group, alive: np.ndarray) -> np.ndarray:
-  """Removes experts none of whose units is left; returns which units the others have."""
+  """Removes experts without live units; returns the live units of the other experts."""
   biases = [out.params.get(_bias(m.path)) for m in _leaving(group)]
   empty = ~alive.any(axis=1)
   for bias in biases:
@@ -113,12 +113,12 @@ def _drop_experts(out: Shrunk, group: Group, alive: np.ndarray) -> np.ndarray:
 
 
 def _take(array: np.ndarray, units: np.ndarray, total: int, axis: int) -> np.ndarray:
-  """The slices of those units along an axis that is made of `total` of them."""
+  """Returns the slices of some units along an axis that consists of `total` units."""
   size = array.shape[axis] // total
   index = (units[..., None] * size + np.arange(size)).reshape(*units.shape[:-1], -1)
   if index.ndim == 1:
     return np.take(array, index, axis)
-  # Of each expert its own.
+  # Each expert keeps its own units.
   shape = [1] * array.ndim
   shape[0], shape[axis] = index.shape
   return np.take_along_axis(array, index.reshape(shape), axis)

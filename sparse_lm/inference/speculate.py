@@ -1,9 +1,8 @@
-"""Self-speculative decoding (LayerSkip, Elhoushi et al. 2024, section 3.3): the first layers of a model
-draft tokens, and the others verify them all at once.
+"""Self-speculative decoding (LayerSkip, Elhoushi et al. 2024, section 3.3).
 
-There is no second model: the head reads the residual stream after the exit layer. The first layers' keys
-and values of the drafts are in the cache when they are verified, and the other layers go on from the
-drafts' residual streams.
+The first layers of a model draft several tokens, and the other layers verify them all at once. There is
+no second model: for drafts, the head reads the residual stream after the exit layer. The verification
+reuses the first layers' cached keys and values and continues from the drafts' residual streams.
 """
 
 import dataclasses
@@ -22,19 +21,21 @@ from sparse_lm.layers.cache import truncated
 from sparse_lm.model import lm
 
 Array = jax.Array
-CLOSE = 1e-5  # logits nearer than this may change places when many tokens are computed at once
+CLOSE = (
+  1e-5  # logits that differ by less may swap their order when several tokens are computed at once
+)
 
 
 @dataclasses.dataclass
 class Counts:
-  """What happened while a text was made.
+  """Statistics of self-speculative decoding.
 
   Attributes:
-    drafted: tokens that were drafted.
-    accepted: drafted tokens that the whole model would have made too.
-    rounds: verifications.
-    close: tokens behind the first one that were made where the two best logits differed by less than
-      `CLOSE`. There the text may differ from that of plain decoding, and go on differently.
+    drafted: number of drafted tokens.
+    accepted: number of drafted tokens that the whole model agreed with.
+    rounds: number of verifications.
+    close: number of tokens, without the first, whose two best logits differed by less than `CLOSE`. At
+      such a token, the text may start to differ from that of plain decoding.
   """
 
   drafted: int = 0
@@ -46,29 +47,29 @@ class Counts:
     share = self.accepted / max(self.drafted, 1)
     made = (self.accepted + self.rounds) / max(self.rounds, 1)
     return (
-      f'{share:.1%} of {self.drafted} drafts accepted, {made:.2f} tokens a verification, {self.close} '
-      f'places where the two best logits differ by less than {CLOSE:g}'
+      f'{share:.1%} of {self.drafted} drafts accepted, {made:.2f} tokens per verification, {self.close} '
+      f'tokens whose two best logits differ by less than {CLOSE:g}'
     )
 
 
 class SelfSpeculation:
-  """Greedy decoding of one sequence in rounds of drafts and a verification.
+  """Greedy decoding of one sequence, in rounds of several drafts and one verification.
 
-  Raises UserError where the model cannot run in parts, or for a draft length or an exit layer out of its
-  range.
+  The constructor raises a UserError if the layers of the model cannot run in two parts, or if the draft
+  length or the exit layer is out of range.
 
   Attributes:
-    decoder: of the model, for the prompt, and for tokens behind which no round has room.
-    draft: tokens that are drafted before they are verified.
-    exit_layer: layers that draft them; 0 = half of them.
-    counts: of all texts made so far.
+    decoder: decoder of the model, for the prompt and for the last tokens of the context.
+    draft: number of tokens per round that are drafted.
+    exit_layer: number of layers that draft; 0 means half of all layers.
+    counts: statistics of all generated texts.
   """
 
   def __init__(self, decoder: Decoder, draft: int = 4, exit_layer: int = 0) -> None:
     spec = decoder.model.spec
     lm.check_splits(decoder.model)
     exit_layer = exit_layer or spec.layers // 2
-    valid = f'1 to {spec.layers - 1}' if spec.layers > 1 else 'none, of a model of one layer'
+    valid = f'1 to {spec.layers - 1}' if spec.layers > 1 else 'none, for a model with one layer'
     require(
       1 <= exit_layer < spec.layers, '--exit_layer', exit_layer, f'{valid} (config.model.layers)'
     )
@@ -76,7 +77,7 @@ class SelfSpeculation:
       1 <= draft < spec.context,
       '--speculate',
       draft,
-      f'1 to {spec.context - 1}, so that drafts and what follows fit config.data.context',
+      f'1 to {spec.context - 1}, so that the drafts and one more token fit config.data.context',
     )
     self.decoder, self.draft, self.exit_layer = decoder, draft, exit_layer
     self.counts = Counts()
@@ -85,9 +86,9 @@ class SelfSpeculation:
   def round(self) -> Callable[..., tuple[Array, Array, Array, Tree]]:
     """`(variables, cache, token_B, position_B) -> (tokens_BxL, accepted_B, margins_BxL, cache)`.
 
-    From the newest token, which no layer has seen yet, `draft` tokens are drafted. The whole model's
-    tokens are the first `accepted + 1` ones of each row; margins are those between the two best logits
-    that chose them.
+    `draft` tokens are drafted after the newest token `token_B`, which no layer has read yet. The first
+    `accepted + 1` tokens of each row are the whole model's. Margins are the differences of the two best
+    logits.
     """
     return jax.jit(self._round, donate_argnums=1)
 
@@ -130,9 +131,10 @@ class SelfSpeculation:
     return tokens_BxL, accepted_B, margin_BxL, cache
 
   def generate(self, prompt: np.ndarray, tokens: int) -> Iterator[int]:
-    """The next tokens of a sequence, one at a time.
+    """Yields the next tokens of a sequence.
 
-    Raises UserError for a prompt behind which there is no room for so many, or for a round of drafts.
+    Raises:
+      UserError: the context has no room for so many tokens, or for one round of drafts.
     """
     decoder, counts = self.decoder, self.counts
     decoder.check_prompts([prompt])
@@ -143,7 +145,7 @@ class SelfSpeculation:
       self.draft < room,
       '--speculate',
       self.draft,
-      f'{f"1 to {room - 1}" if room > 1 else "0"} behind a prompt of {len(prompt)} '
+      f'{f"1 to {room - 1}" if room > 1 else "0"} after a prompt of {len(prompt)} tokens '
       f'(config.data.context={context})',
     )
     logits, cache, position_B = decoder.begin([prompt], self.draft + 1)
@@ -169,12 +171,12 @@ class SelfSpeculation:
 
 
 def _best(logits: Array) -> tuple[Array, Array]:
-  """The likeliest token, int32, the lower id of equal ones, and how far the next one's logit is below."""
+  """Returns the most likely token, int32, and the difference of the two best logits."""
   best, index = top(logits, 2)
   return index[..., 0], best[..., 0] - best[..., 1]
 
 
 def check_greedy(temperature: float, prompts: Sequence[object]) -> None:
-  """Raises UserError for draws, which are not verified, or several sequences, which accept unequally."""
+  """Raises a UserError for sampling or for several prompts, which self-speculation does not support."""
   require(temperature == 0, '--temperature with --speculate', temperature, '0 (greedy)')
   require(len(prompts) == 1, 'number of --prompt with --speculate', len(prompts), '1')

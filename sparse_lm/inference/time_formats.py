@@ -1,8 +1,8 @@
-"""Measuring what packed formats cost on this device.
+"""Measures the costs of packed formats on this device.
 
-Products of one token with packed kernels are timed in turns with the same products with dense ones, by
-size and density, in the dtype that models compute in on this device. The cost of a format is a line
-fitted to its times: a time for each byte that is read, and a time for each product.
+Products of one token with packed and dense kernels are timed in turns, for several sizes and densities,
+in the dtype of models on this device. A line is fitted to the times of each format: a time per byte
+that is read, plus a time per product.
 """
 
 import dataclasses
@@ -20,21 +20,21 @@ from sparse_lm.inference.costs import FormatCost
 from sparse_lm.layers.spec import AUTO, precision_here
 from sparse_lm.measure import turns
 
-CACHES = 64_000_000  # bytes that are read before each turn: kernels of a model come from memory
+CACHES = 64_000_000  # bytes that are read before each turn, so that kernels are not in a cache
 
 
 @dataclasses.dataclass(frozen=True)
 class Cases:
-  """The cases that are timed on a kind of device.
+  """The cases to time on a kind of device.
 
   Attributes:
     shapes: shapes of the kernels, `(inputs, outputs)`.
-    densities: densities of the kernels in formats that do not store every weight.
-    kernels: the fewest kernels of a call, so that the call itself takes a small part of the time.
-    bytes: the fewest bytes of a call's dense kernels, unless that takes more than `most` kernels.
-    most: the most kernels of a call.
-    masks: how many of a call's kernels have masks of their own.
-    calls: how often the device repeats the products in a turn; the host waits once.
+    densities: densities of the kernels, for formats that do not store every weight.
+    kernels: least number of kernels per call, so that the overhead of a call is small.
+    bytes: least number of bytes of a call's dense kernels, unless it needs more than `most` kernels.
+    most: largest number of kernels per call.
+    masks: number of different masks among the kernels of a call.
+    calls: number of times that the device repeats the products per turn; the host waits once.
     flood: whether caches are filled with other data before each turn.
   """
 
@@ -48,14 +48,14 @@ class Cases:
   flood: bool = True
 
   def count(self, shape: tuple[int, int], dtype: np.dtype) -> int:
-    """How many kernels of this shape a call multiplies with."""
+    """Returns the number of kernels of this shape per call."""
     enough = -(-self.bytes // (math.prod(shape) * dtype.itemsize))
     return min(max(self.kernels, enough), self.most)
 
 
 ON_CPU = Cases(((128, 512), (256, 1024), (384, 3072), (768, 768), (768, 3072)))
-# A product takes less time than the host needs to launch it, so the device repeats the products by
-# itself, over more kernels than its caches hold.
+# A product takes less time than its launch by the host. So the device repeats the products by itself,
+# with more kernels than its caches can hold.
 ON_GPU = Cases(
   ((480, 4096), (2048, 8192)),
   densities=(0.1,),
@@ -72,9 +72,9 @@ class Times:
   """The times of one case.
 
   Attributes:
-    read: bytes that a product reads, of a kernel in its format.
+    read: bytes that a product reads from a kernel in its format.
     dense: bytes of a dense kernel of the same shape.
-    seconds: of a product, turn by turn.
+    seconds: seconds per product in each turn.
   """
 
   read: float
@@ -83,12 +83,12 @@ class Times:
 
 
 class _Products(turns.Prepared):
-  """Products of one token with kernels, of which no cache of the processor has any before a turn."""
+  """Products of one token with kernels that are in no cache of the processor."""
 
   def __init__(
     self, kernels: Sequence[Format], cases: Cases, read: np.ndarray | None = None
   ) -> None:
-    """`read`: the inputs that are not zero, for a format that reads those alone."""
+    """Prepares kernels; `read` has the indices of nonzero inputs, for formats that read only these."""
     self.kernels = jax.device_put(list(kernels))
     self.x = jnp.ones((1, kernels[0].shape[0]), dtype())
     self.index = None if read is None else jnp.asarray(read)
@@ -97,11 +97,11 @@ class _Products(turns.Prepared):
     self.multiply, self.sum = jax.jit(_multiply, static_argnums=3), jax.jit(jnp.sum)
 
   def prepare(self) -> jax.Array:
-    """Fills the caches with something else."""
+    """Fills the caches with other data."""
     return self.sum(self.flood)
 
   def __call__(self) -> jax.Array:
-    """The sum of the products."""
+    """Returns the sum of the products."""
     return self.multiply(self.kernels, self.x, self.index, self.calls)
 
 
@@ -115,7 +115,7 @@ def _multiply(
 
 
 def _one_by_one(kernels: list[Format], x: jax.Array, index: jax.Array | None) -> jax.Array:
-  """The sum of the products; each product waits for the one before it, as in a model."""
+  """Returns the sum of the products; each product depends on the one before, as in a model."""
   total = jnp.zeros(kernels[0].shape[1], x.dtype)
   for kernel in kernels:
     y = kernel.matmul(x)[0] if index is None else kernel.of_inputs(x[0, index], index)
@@ -127,22 +127,22 @@ def _one_by_one(kernels: list[Format], x: jax.Array, index: jax.Array | None) ->
 def _after(
   last: jax.Array, x: jax.Array, index: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
-  """The inputs, made to depend on the last result: a zero is added that the compiler cannot know."""
+  """Makes the inputs depend on the last result, by adding a zero that the compiler cannot foresee."""
   nothing = jnp.isnan(last[0])
   return x + nothing, None if index is None else index + nothing
 
 
 def dtype() -> np.dtype:
-  """The dtype that models compute in on this device."""
+  """Returns the default dtype of models on this device."""
   return jnp.dtype(precision_here(AUTO))
 
 
 def measure(repeats: int = 15, cases: Cases | None = None) -> dict[str, FormatCost]:
-  """The costs of all formats that multiply kernels which are no stacks.
+  """Measures the costs of all formats that multiply single (not stacked) kernels.
 
   Args:
-    repeats: turns of each case.
-    cases: by default those of this kind of device.
+    repeats: number of turns per case.
+    cases: the cases to time; by default those of this kind of device.
   """
   cases = cases or (ON_CPU if jax.default_backend() == 'cpu' else ON_GPU)
   reference = _reference(cases.shapes)
@@ -158,7 +158,7 @@ def measure(repeats: int = 15, cases: Cases | None = None) -> dict[str, FormatCo
 
 
 def _reference(shapes: Sequence[tuple[int, int]]) -> type[Format]:
-  """The format that stores every weight of any kernel."""
+  """Returns the format that stores every weight of any kernel."""
   plain = [cls for cls in map(formats.load, formats.names()) if cls.plain and cls.runs]
   return next(cls for cls in plain if not any(cls.refuses(np.ones(s, bool)) for s in shapes))
 
@@ -166,7 +166,7 @@ def _reference(shapes: Sequence[tuple[int, int]]) -> type[Format]:
 def _times(
   cls: type[Format], reference: type[Format], repeats: int, cases: Cases
 ) -> tuple[list[Times], list[Times]]:
-  """The times of a format in all cases that it takes, and of the dense format beside each of them."""
+  """Times a format in all cases that it supports; returns its times and the dense format's times."""
   draw, own, beside = np.random.default_rng(0), [], []
   for shape in cases.shapes:
     count = cases.count(shape, dtype())
@@ -174,7 +174,7 @@ def _times(
       masks = [cls.example(draw, shape, density) for _ in range(min(cases.masks, count))]
       if any(map(cls.refuses, masks)):
         continue
-      few = draw.standard_normal(2**16, np.float32).astype(dtype())  # which weights is all the same
+      few = draw.standard_normal(2**16, np.float32).astype(dtype())  # the values do not matter
       kernels = [np.resize(few, shape) for _ in masks]
       packed = [cls.pack(kernel, mask) for kernel, mask in zip(kernels, masks)]
       whole = [reference.pack(kernel, np.ones(shape, bool)) for kernel in kernels]
@@ -197,22 +197,22 @@ def line_of(
   beside: Sequence[Times] | None = None,
   dense: FormatCost | None = None,
 ) -> FormatCost:
-  """The line nearest to times, by their relative distance from it.
+  """Fits a line to times, by least squares of relative errors.
 
   Args:
-    times: of a format, or of the dense one.
-    beside: of the dense format in the same turns, for all formats but itself.
-    dense: the dense format's own line.
+    times: times of a format.
+    beside: times of the dense format in the same turns; `None` for the dense format itself.
+    dense: line of the dense format; `None` for the dense format itself.
 
   Returns:
-    `slowdown` and `fixed` in the time of a dense byte; neither is negative. Of a format in one case alone
-    both are the dense format's, times a factor.
+    `slowdown` and `fixed`, not negative, in units of the time per dense byte. For a single case, both are
+    those of the dense format, times a common factor.
   """
   read = np.array([case.read for case in times])
   if beside is None:
     took = np.array([np.median(case.seconds) for case in times])
   else:
-    # A ratio turn by turn does not change where the machine is slower for a while.
+    # Ratios per turn do not change if the machine is slower for a while.
     ratios = [np.median(own.seconds / other.seconds) for own, other in zip(times, beside)]
     took = np.array(ratios) * np.array([case.dense + dense.fixed for case in times])
   if len(times) == 1 and dense is not None:

@@ -1,4 +1,4 @@
-"""What is timed of a model that decodes: a prompt, read at once, and tokens that follow one by one."""
+"""The timed workload of decoding: a prompt that is read at once, followed by single tokens."""
 
 from typing import NamedTuple
 
@@ -11,15 +11,15 @@ from sparse_lm.core.tree import Tree
 from sparse_lm.inference.decode import Decoder
 from sparse_lm.measure import machine, turns
 
-DECODED = 16  # tokens of a turn
+DECODED = 16  # number of tokens that a turn decodes
 
 
 class Workload(NamedTuple):
-  """What is prefilled and decoded.
+  """The tokens to prefill and decode.
 
   Attributes:
-    tokens_BxL: int32.
-    prompt: tokens of each sequence that are prefilled, before `DECODED` more are decoded.
+    tokens_BxL: int32 tokens.
+    prompt: number of tokens per sequence to prefill; `DECODED` more tokens are decoded.
   """
 
   tokens_BxL: np.ndarray
@@ -27,23 +27,23 @@ class Workload(NamedTuple):
 
   @property
   def batch(self) -> int:
-    """Sequences side by side."""
+    """Number of sequences."""
     return len(self.tokens_BxL)
 
 
 def workload(tokens: np.ndarray, context: int, batch: int) -> Workload:
-  """Sequences of a text as long as a context. Raises UserError where the text is too short."""
+  """Cuts a text into `batch` sequences of `context` tokens. Raises a UserError if it is too short."""
   if context <= DECODED or len(tokens) < batch * context:
     raise UserError(
-      f'--batch={batch} sequences of config.data.context={context}: a context of more than {DECODED} and '
-      f'{batch * context} tokens of text are needed, of which there are {len(tokens)}'
+      f'--batch={batch} with config.data.context={context} is not valid for a text of {len(tokens)} '
+      f'tokens; valid: a context above {DECODED}, and no more tokens in the batch than in the text'
     )
   rows = np.asarray(tokens[: batch * context], np.int32).reshape(batch, context)
   return Workload(rows, context - DECODED)
 
 
 class DecodeCall(turns.Prepared):
-  """Decodes the tokens after the prompt, each time from the cache that the prompt left."""
+  """Decodes the tokens after the prompt, each time from the cache after the prompt."""
 
   def __init__(self, decoder: Decoder, work: Workload) -> None:
     self.decoder, self.work = decoder, work
@@ -55,12 +55,12 @@ class DecodeCall(turns.Prepared):
     self.prepare()
 
   def prepare(self) -> Tree:
-    """Copies the cache after the prompt: decoding donates it."""
+    """Copies the cache after the prompt, because decoding donates it."""
     self.cache = jax.tree.map(jnp.copy, self.begun)
     return self.cache
 
   def __call__(self) -> jax.Array:
-    """Logits after the last token, `[B, V]`."""
+    """Returns the logits after the last token, `[B, V]`."""
     for place in range(self.work.prompt, self.work.prompt + DECODED):
       position_B = np.full(self.work.batch, place, np.int32)
       token_B = self.work.tokens_BxL[:, place]
@@ -71,14 +71,14 @@ class DecodeCall(turns.Prepared):
 
   @property
   def peak_memory(self) -> int | None:
-    """Bytes that a step allocates at once, by XLA's account."""
+    """Peak memory of a decoding step in bytes, according to XLA."""
     token_B = self.work.tokens_BxL[:, 0]
     lowered = self.decoder.decode.lower(self.decoder.variables, self.cache, token_B, token_B)
     return machine.peak_memory(lowered.compile())
 
 
 class PrefillCall(turns.Prepared):
-  """Reads whole sequences into an empty cache."""
+  """Prefills an empty cache with whole sequences."""
 
   def __init__(self, decoder: Decoder, work: Workload) -> None:
     self.decoder, self.work = decoder, work
@@ -87,12 +87,12 @@ class PrefillCall(turns.Prepared):
     self.prepare()
 
   def prepare(self) -> Tree:
-    """Copies the empty cache: prefilling donates it."""
+    """Copies the empty cache, because prefilling donates it."""
     self.cache = jax.tree.map(jnp.copy, self.empty)
     return self.cache
 
   def __call__(self) -> tuple[jax.Array, Tree]:
-    """Logits after the last token of each sequence, `[B, V]`, and the cache."""
+    """Returns the logits after the last token of each sequence, `[B, V]`, and the cache."""
     return self.decoder.prefill(
       self.decoder.variables, self.cache, self.work.tokens_BxL, self.length_B
     )

@@ -135,7 +135,7 @@ def test_eval_predicts_every_token_exactly_once(size, context, batch):
 
 def test_short_corpora_are_refused_at_the_call():
   with pytest.raises(
-    UserError, match=r'config\.data\.context 7 needs 8 training tokens, there are 5;.* 4'
+    UserError, match=r'config\.data\.context=7 needs 8 training tokens, but there are 5;.* 4'
   ):
     stream(tokens=5)
   with pytest.raises(UserError, match=r'data\.batch 0'):

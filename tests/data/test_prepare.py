@@ -100,9 +100,7 @@ def test_what_is_there_is_kept(main, tmp_path):
   before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
   code, out, err = main(*given)
   assert code == 2 and not out
-  assert (
-    err == f'error: {tmp_path}/text/1.0.0 is there already; valid: another --out, or remove it\n'
-  )
+  assert err == f'error: {tmp_path}/text/1.0.0 already exists; valid: another --out, or remove it\n'
   assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == before
 
 

@@ -214,9 +214,9 @@ def test_draws_repeat_with_their_seed_and_differ_from_token_to_token(case):
 @pytest.mark.parametrize(
   ('lengths', 'tokens', 'named'),
   [
-    ((CONTEXT,), 1, f'--prompt of {CONTEXT} tokens; valid: 1 to {CONTEXT - 1}'),
-    ((0,), 1, '--prompt of 0 tokens'),
-    ((3, 10), 7, f'--tokens=7 behind a prompt of 10; valid: 1 to {CONTEXT - 10}'),
+    ((CONTEXT,), 1, f'--prompt has {CONTEXT} tokens; valid: 1 to {CONTEXT - 1}'),
+    ((0,), 1, '--prompt has 0 tokens'),
+    ((3, 10), 7, f'--tokens=7 after a prompt of 10 tokens; valid: 1 to {CONTEXT - 10}'),
     ((3,), 0, '--tokens=0'),
   ],
 )

@@ -151,15 +151,15 @@ def test_what_cannot_speculate_is_named(decoder_of, method, tiny_config):
     with pytest.raises(UserError, match=said):
       SelfSpeculation(decoder, draft, exit_layer)
   with pytest.raises(
-    UserError, match='--speculate=27 is not valid; valid: 1 to 26 behind a prompt of 5'
+    UserError, match='--speculate=27 is not valid; valid: 1 to 26 after a prompt of 5'
   ):
     next(SelfSpeculation(decoder, CONTEXT - 5).generate(prompt, 3))
   single = lm.from_config(tiny_config(), VOCAB)
   with pytest.raises(
-    UserError, match='--exit_layer=0 is not valid; valid: none, of a model of one layer'
+    UserError, match='--exit_layer=0 is not valid; valid: none, for a model with one layer'
   ):
     SelfSpeculation(Decoder(single, {}))
-  with pytest.raises(UserError, match='--speculate=1 is not valid; valid: 0 behind a prompt of 31'):
+  with pytest.raises(UserError, match='--speculate=1 is not valid; valid: 0 after a prompt of 31'):
     next(SelfSpeculation(decoder, 1).generate(np.ones(CONTEXT - 1, np.int32), 1))
   bigrams = lm.from_config(tiny_config(model__layers=2, model__bigram=True), VOCAB)
   with pytest.raises(UserError, match=r'config\.model\.bigram=True is not valid; valid: False'):
@@ -181,12 +181,12 @@ def test_the_command_speculates_and_says_how_it_went(tiny_config, tmp_path, call
   assert code == 0
   code, text, errors = call(generate, [*given, '--speculate=3', '--exit_layer=1'])
   assert (code, text) == (0, plain)
-  assert 'drafts accepted' in errors and 'tokens a verification' in errors
+  assert 'drafts accepted' in errors and 'tokens per verification' in errors
   for more, said in (
     (['--temperature=1'], '--temperature with --speculate=1.0 is not valid; valid: 0 (greedy)'),
     (['--prompt=a'], 'number of --prompt with --speculate=2 is not valid; valid: 1'),
     (['--exit_layer=2'], '--exit_layer=2 is not valid; valid: 1 to 1'),
-    (['--speculate=31'], 'valid: 1 to 28 behind a prompt of 3'),
+    (['--speculate=31'], 'valid: 1 to 28 after a prompt of 3'),
   ):
     code, text, errors = call(generate, [*given, '--speculate=3', *more])
     assert code == 2 and text == '' and said in errors and errors.count('\n') == 1

@@ -257,7 +257,7 @@ def test_the_pack_command_says_what_became_of_each_matrix(packed, tmp_path, monk
   command(pack_command, [f'--workdir={workdir}', f'--out={out}'], monkeypatch)
   shown = capsys.readouterr().out
   (row,) = [line for line in shown.splitlines() if 'block_0/mlp/up/kernel' in line]
-  assert 'bitmask' in row and 'block: no tile of 128, 64, 32, 16 divides' in row
+  assert 'bitmask' in row and 'block: no tile size (128, 64, 32, 16) divides' in row
   assert 'largest error' in shown
   assert f'packed from {workdir}: the newest checkpoint, step' in shown
 
@@ -308,7 +308,7 @@ def test_the_generate_command_streams_what_it_makes(packed, monkeypatch, capsys)
     ('--prompt=' + 'the ' * 9, 'tokens; valid: 1 to 15'),
     ('--workdir=nowhere', 'holds no run'),
     ('--tokens=-1', "argument --tokens: '-1' is not valid"),
-    ('--tokens=99', '--tokens=99 behind a prompt of 3'),
+    ('--tokens=99', '--tokens=99 after a prompt of 3'),
   ],
 )
 def test_bad_input_is_one_line_and_code_2(argument, named, packed, monkeypatch, capsys):

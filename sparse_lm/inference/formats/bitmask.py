@@ -1,4 +1,4 @@
-"""Kept weights and a bit for every weight: for the disk."""
+"""Kept weights plus one mask bit per weight; for the disk."""
 
 from typing import ClassVar
 
@@ -9,12 +9,12 @@ from sparse_lm.core.format import Array, Format
 
 
 class Bitmask(Format):
-  """Unstructured masks save bytes and no time: they run dense.
+  """The kept weights and a bit mask. Unstructured masks save bytes but no time: such kernels run dense.
 
   Attributes:
     values: the kept weights, in the kernel's order.
-    bits: uint8, the mask, eight weights to the byte.
-    dimensions: of the kernel.
+    bits: uint8, the mask, with eight weights per byte.
+    dimensions: shape of the kernel.
   """
 
   values: Array
@@ -25,21 +25,21 @@ class Bitmask(Format):
 
   @classmethod
   def misfit(cls, mask: np.ndarray) -> str:
-    """Masks that keep everything."""
+    """Refuses masks that keep every weight."""
     return 'nothing is dropped' if mask.all() else ''
 
   @classmethod
   def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'Bitmask':
-    """Zeros among the kept weights are kept."""
+    """Packs the weights that the mask keeps, zeros among them included."""
     return cls(kernel[mask], np.packbits(mask), tuple(mask.shape))
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """The shape of what `kernel()` returns."""
+    """Shape of `kernel()`."""
     return self.dimensions
 
   def kernel(self) -> Array:
-    """The weights in their places."""
+    """Returns the dense kernel."""
     size = int(np.prod(self.dimensions))
     mask = np.unpackbits(np.asarray(self.bits), count=size).astype(bool).reshape(self.dimensions)
     full = np.zeros(self.dimensions, self.values.dtype)

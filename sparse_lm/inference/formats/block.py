@@ -1,4 +1,4 @@
-"""Square tiles, of which only those with any weight are stored."""
+"""Square tiles; only tiles with at least one kept weight are stored."""
 
 import math
 
@@ -14,17 +14,17 @@ SIZES = (128, 64, 32, 16)
 
 
 class Block(Format):
-  """Tiles `[N, b out, b in]` in order of their outputs: gather their inputs, multiply, add up.
+  """Tiles of b x b weights, in the order of their outputs.
 
-  On a GPU the tiles are written into a whole kernel first, which is then multiplied as a dense one,
-  wherever the tiles' inputs and outputs are more numbers than that kernel has: with many rows, gathering
-  the inputs of each tile and adding up its outputs moves more memory than writing the kernel does.
+  A product gathers each tile's inputs, multiplies, and sums the results. On a GPU with many rows,
+  gathering inputs and summing outputs moves more memory than the kernel has. Then the tiles are first
+  written to a dense kernel, which is multiplied instead.
 
   Attributes:
-    tiles: N tiles of b x b weights.
-    source: int32 `[N]`, which b inputs a tile reads.
-    parts: int32 `[out / b, most]`, the tiles of each b outputs; N = none.
-    groups: in / b.
+    tiles: the tiles, `[N, b out, b in]`.
+    source: int32 `[N]`, the group of b inputs that each tile reads.
+    parts: int32 `[out / b, P]`, the up to P tiles of each group of b outputs; N means no tile.
+    groups: number of groups of inputs, in / b.
   """
 
   tiles: Array
@@ -34,17 +34,17 @@ class Block(Format):
 
   @classmethod
   def misfit(cls, mask: np.ndarray) -> str:
-    """Kernels that no size of tile divides, or none of whose tiles is empty."""
+    """Refuses kernels that no tile size divides, or that have no empty tile."""
     sizes = _dividing(mask)
     if not sizes:
-      return f'no tile of {", ".join(map(str, SIZES))} divides {mask.shape}'
+      return f'no tile size ({", ".join(map(str, SIZES))}) divides {mask.shape}'
     if all(_occupied(mask, size).all() for size in sizes):
-      return f'every tile of {sizes[-1]} has weights'
+      return f'every tile of {sizes[-1]} x {sizes[-1]} has kept weights'
     return ''
 
   @classmethod
   def example(cls, draw: np.random.Generator, shape: tuple[int, int], density: float) -> np.ndarray:
-    """Random tiles of half the largest size that fits."""
+    """Keeps random tiles of the largest size below 128 that divides the shape."""
     size = next((size for size in SIZES[1:] if not any(axis % size for axis in shape)), SIZES[-1])
     tiles = shape[0] // size, shape[1] // size
     kept = draw.permutation(math.prod(tiles)).reshape(tiles) < max(
@@ -54,7 +54,7 @@ class Block(Format):
 
   @classmethod
   def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'Block':
-    """In tiles of the size that stores least."""
+    """Packs tiles of the size that needs the fewest bytes."""
     sizes = {size: _occupied(mask, size).sum() * size**2 for size in _dividing(mask)}
     size = min(sizes, key=sizes.get)
     occupied_OxI = _occupied(mask, size).T
@@ -67,7 +67,7 @@ class Block(Format):
     return cls(tiles, source.astype(np.int32), parts, occupied_OxI.shape[1])
 
   def kernel(self) -> Array:
-    """Tile by tile."""
+    """Returns the dense kernel."""
     count, size = self.tiles.shape[:2]
     full = np.zeros((len(self.parts), size, self.groups, size), self.tiles.dtype)
     for out, parts in enumerate(np.asarray(self.parts)):
@@ -77,11 +77,11 @@ class Block(Format):
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """The shape of what `kernel()` returns."""
+    """Shape of `kernel()`."""
     return (self.groups * self.tiles.shape[1], len(self.parts) * self.tiles.shape[1])
 
   def matmul(self, x: Array) -> Array:
-    """`x @ kernel`: one small product for each tile, or one product with the whole kernel."""
+    """Returns `x @ kernel`, by one small product per tile or one product with the dense kernel."""
     moved = 2 * math.prod(self.tiles.shape[:2]) * (x.size // x.shape[-1])
     if device.compute_capability() is not None and moved > math.prod(self.shape):
       return matmul(x, self._whole())
@@ -93,7 +93,7 @@ class Block(Format):
     return y_OxTxb.swapaxes(0, 1).reshape(*x.shape[:-1], -1)
 
   def _whole(self) -> Array:
-    """The kernel `[in, out]` as an array of the device."""
+    """Returns the dense kernel `[in, out]`, computed on the device."""
     size, outputs = self.tiles.shape[1], len(self.parts)
     output_N = jnp.zeros(len(self.tiles), jnp.int32)
     output_N = output_N.at[self.parts].set(jnp.arange(outputs)[:, None], mode='drop')
@@ -107,6 +107,6 @@ def _dividing(mask: np.ndarray) -> list[int]:
 
 
 def _occupied(mask: np.ndarray, size: int) -> np.ndarray:
-  """Which tiles have any weight, `[in / size, out / size]`."""
+  """Returns which tiles have kept weights, `[in / size, out / size]`."""
   i, o = mask.shape
   return mask.reshape(i // size, size, o // size, size).any(axis=(1, 3))

@@ -1,4 +1,4 @@
-"""All weights, output by output."""
+"""Dense kernels, stored output by output."""
 
 from typing import ClassVar
 
@@ -12,9 +12,10 @@ LANES = 32
 
 
 class DenseOutIn(Format):
-  """The transposed kernel `[out, in]`: a product with one token reads each output's weights in turn.
+  """The transposed kernel `[out, in]`.
 
-  On a CPU that reaches nine tenths of the memory's bandwidth, where `[in, out]` reaches eight.
+  A product with one token reads one output's weights after the other. On a CPU, this reaches 90 % of
+  the memory bandwidth; `[in, out]` reaches 80 %.
   """
 
   outputs: Array
@@ -23,29 +24,29 @@ class DenseOutIn(Format):
 
   @classmethod
   def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'DenseOutIn':
-    """Zeros are stored like other weights."""
+    """Stores every weight, with zeros for dropped weights."""
     return cls(np.ascontiguousarray((kernel * mask).T))
 
   def kernel(self) -> Array:
-    """A transposed view."""
+    """Returns the kernel as a transposed view."""
     return self.outputs.T
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """The shape of what `kernel()` returns."""
+    """Shape of `kernel()`."""
     return self.outputs.shape[::-1]
 
   def matmul(self, x: Array) -> Array:
-    """Multiplies with the whole kernel, output by output for a single token."""
+    """Multiplies `x` with the whole kernel, output by output for a single token."""
     if x.size == x.shape[-1]:
       return (self.outputs @ x.reshape(-1)).reshape(*x.shape[:-1], -1)
     flat = x.reshape(-1, x.shape[-1]) @ self.outputs.T
     return flat.reshape(*x.shape[:-1], -1)
 
   def of_outputs(self, x_I: Array, index_K: Array) -> Array:
-    """Reads `K` rows.
+    """Returns some outputs of one token, for which it reads K rows.
 
-    On a CPU it multiplies as it reads, in lanes, and gathers nothing first.
+    On a CPU, it multiplies while it reads, in lanes, without gathering the rows first.
     """
     gathered = lambda x, index: rows(self.outputs, index) @ x  # noqa: E731
     if len(x_I) % LANES:

@@ -1,4 +1,4 @@
-"""All weights, input by input, for inputs of which few are not zero."""
+"""Dense kernels, stored input by input, for inputs with few nonzeros."""
 
 from typing import ClassVar
 
@@ -11,17 +11,17 @@ ROWS = 16
 
 
 class Gather(InputMajor):
-  """The kernel `[in, out]` as it is: one token reads the rows of its active inputs and no other.
+  """The dense kernel `[in, out]`, of which one token reads only the rows of its nonzero inputs.
 
-  For the down-projection behind a method that selects hidden units (exact top-k, predictors).
+  It suits down-projections after a method that selects hidden units (exact top-k, predictors).
   """
 
   selects: ClassVar[int | None] = -2
 
   def of_inputs(self, x_K: Array, index_K: Array) -> Array:
-    """Reads `K` rows.
+    """Returns the outputs of one token, for which it reads K rows.
 
-    On a CPU in a loop over some rows at a time, which takes half the time of gathering them first.
+    On a CPU, it loops over a few rows at a time, which takes half the time of gathering them first.
     """
     gathered = lambda x, index: x @ rows(self.inputs, index)  # noqa: E731
     pair = jnp.asarray(x_K), jnp.asarray(index_K)
@@ -37,6 +37,8 @@ class Gather(InputMajor):
         sum_O = sum_O + x_K[k].astype(jnp.float32) * row[0]
       return sum_O
 
-    start = jnp.zeros(self.inputs.shape[1], jnp.float32)  # as a product of bfloat16 adds up
+    start = jnp.zeros(
+      self.inputs.shape[1], jnp.float32
+    )  # products of bfloat16 are summed in float32
     total = jax.lax.fori_loop(0, len(x_K) // ROWS, add, start)
     return total.astype(jnp.result_type(x_K, self.inputs))

@@ -1,4 +1,4 @@
-"""N of each M inputs, with their places in the group: for the disk."""
+"""N of each M inputs, with their indices in the group; for the disk."""
 
 from typing import ClassVar
 
@@ -11,13 +11,13 @@ GROUPS = (4, 8, 16, 32)
 
 
 class NOfM(Format):
-  """As hardware with sparse tensor cores stores it; here it runs dense.
+  """The layout of hardware with sparse tensor cores. Here, such kernels run dense.
 
   Attributes:
-    values: `[in / M * N, out]`, of each group in order.
-    places: uint8, the places within the groups, `log2(M)` bits each.
-    m: size of a group.
-    inputs: of the kernel.
+    values: `[in / M * N, out]`, the kept weights of each group in order.
+    places: uint8, the index of each kept weight in its group, with `log2(M)` bits each.
+    m: size of a group, M.
+    inputs: number of inputs of the kernel.
   """
 
   values: Array
@@ -28,12 +28,12 @@ class NOfM(Format):
 
   @classmethod
   def misfit(cls, mask: np.ndarray) -> str:
-    """Masks with unequal groups."""
-    return '' if _group(mask) else 'groups of inputs differ in size'
+    """Refuses masks whose groups keep different numbers of weights."""
+    return '' if _group(mask) else 'groups of inputs keep different numbers of weights'
 
   @classmethod
   def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'NOfM':
-    """In the smallest groups that are equal."""
+    """Packs the smallest groups that all keep the same number of weights."""
     m = _group(mask)
     grouped = mask.reshape(-1, m, mask.shape[1])
     n = int(grouped[0, :, 0].sum())
@@ -44,11 +44,11 @@ class NOfM(Format):
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """The shape of what `kernel()` returns."""
+    """Shape of `kernel()`."""
     return (self.inputs, self.values.shape[1])
 
   def kernel(self) -> Array:
-    """The weights in their places."""
+    """Returns the dense kernel."""
     rows, out = self.values.shape
     each = rows * self.m // self.inputs  # N
     bits = np.unpackbits(np.asarray(self.places), count=rows * out * _bits(self.m))
@@ -64,7 +64,7 @@ def _bits(m: int) -> int:
 
 
 def _group(mask: np.ndarray) -> int:
-  """The smallest M whose groups all keep the same number, fewer than M; 0 if there is none."""
+  """Returns the smallest M whose groups all keep the same number N < M of weights; 0 if there is none."""
   for m in GROUPS:
     if len(mask) % m == 0:
       counts = mask.reshape(-1, m, mask.shape[1]).sum(axis=1)

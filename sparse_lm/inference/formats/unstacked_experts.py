@@ -1,4 +1,4 @@
-"""All weights of stacked experts, each expert's apart."""
+"""Dense kernels of experts, one array per expert."""
 
 from typing import ClassVar
 
@@ -9,10 +9,10 @@ from sparse_lm.core.format import Array, Format
 
 
 class UnstackedExperts(Format):
-  """The transposed kernels `[out, in]` of experts, as many arrays.
+  """The transposed kernels `[out, in]` of experts, as separate arrays.
 
-  An array is read where it lies. Out of a stack XLA:CPU first copies the matrix that it multiplies with,
-  even by a static index within a branch.
+  A separate array is read in place. From stacked kernels, XLA:CPU would first copy the expert's matrix,
+  even for a static index in a branch.
   """
 
   outputs: tuple[Array, ...]
@@ -21,24 +21,24 @@ class UnstackedExperts(Format):
 
   @classmethod
   def misfit(cls, mask: np.ndarray) -> str:
-    """Kernels that are no stack."""
+    """Refuses kernels that are not stacked."""
     return '' if mask.ndim == 3 else 'not a stack of kernels'
 
   @classmethod
   def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'UnstackedExperts':
-    """Zeros are stored like other weights."""
+    """Stores every weight, with zeros for dropped weights."""
     return cls(tuple(np.ascontiguousarray(one.T) for one in kernel * mask))
 
   def kernel(self) -> Array:
-    """A stack of copies."""
+    """Returns the stacked kernels, as a copy."""
     return jnp.stack([one.T for one in self.outputs])
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """The shape of what `kernel()` returns."""
+    """Shape of `kernel()`."""
     return (len(self.outputs), *self.outputs[0].shape[::-1])
 
   def of_expert(self, x: Array, expert: int) -> Array:
-    """Reads that expert's array alone."""
+    """Multiplies rows with the kernel of one expert, and reads only its array."""
     kernel = self.outputs[expert]
     return (kernel @ x[0])[None] if len(x) == 1 else x @ kernel.T
