@@ -50,7 +50,7 @@ def solve(
 
 
 def _erdos_renyi(shapes: dict[str, tuple[int, ...]], density: float) -> dict[str, float]:
-  """Returns Erdős–Rényi densities of which none exceeds 1.
+  """Returns Erdős–Rényi densities that do not exceed 1.
 
   Parameters whose density would exceed 1 stay dense, and the others share the remaining weights. This is
   repeated until no density exceeds 1.

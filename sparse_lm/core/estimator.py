@@ -2,8 +2,8 @@
 
 An estimator turns a gate's logits into a `Decision`. It may sample in training; in evaluation it is
 deterministic. The cost of a decision is always the cost of the deterministic decision, so a budget that
-is met in training is also met in evaluation. The gradient of the cost is that of the probability that the
-gate opens.
+is met in training is also met in evaluation. The gradient of the cost is the gradient of the probability
+that the gate opens.
 """
 
 import dataclasses

@@ -58,9 +58,9 @@ class Blocks:
     read: bool `[B, G, H / G, L, N]`, whether a query reads each block. G may be 1 if all heads read the
       same blocks, and H / G may be 1 if the heads that share a key head do.
     size: number of keys in a block.
-    most: blocks that `read` holds for a query at most, its own among them; `None` = all. No kernel needs
-      to know: costs are counted by it, see `Mask.count`.
-    of_keys: int32 `[B, S]`, the block that each key is in; `None` = one at position p is in `p // size`.
+    max_blocks: the most blocks that a query reads, its own included; `None` means all. Used only to count
+      costs (`Mask.count`).
+    of_keys: int32 `[B, S]`, the block of each key; `None` means that position p is in block `p // size`.
   """
 
   read: Array

@@ -28,7 +28,7 @@ class SlotPlan(NamedTuple):
     slot_TxJ: int32, the slot of each choice; S for a dropped choice.
     pair_S: int32, the pair `token * J + choice` in each slot; T * J for an empty slot.
     expert_N: int32, the expert of each block of S / N slots, ascending; E for unused blocks at the end.
-      `None` means E blocks, of which block i belongs to expert i.
+      `None` means E blocks, and block i belongs to expert i.
     load_E: int32, number of pairs that chose each expert, dropped pairs included.
   """
 

@@ -1,1 +1,1 @@
-"""Clocks and meters: device and machine, timing in turns, energy, and what layers report."""
+"""Clocks and meters: device and machine, timing in turns, energy, and statistics of layers."""

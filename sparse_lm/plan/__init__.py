@@ -1,1 +1,1 @@
-"""What a model consists of, read in one trace: matmuls, gates, units, and FLOPs."""
+"""The plan of a model, from one trace: matmuls, gates, units, and FLOPs."""

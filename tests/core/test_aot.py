@@ -25,6 +25,6 @@ def test_what_was_compiled_before_is_called_and_not_traced_again():
   assert traces == [(3,), (2,)]
 
 
-def test_a_trace_says_what_is_returned():
+def test_outputs_are_the_shapes_of_the_results():
   shape = jax.ShapeDtypeStruct((3, 2), jnp.float32)
   assert AotFunction(lambda x: x.sum(axis=1)).outputs(shape).shape == (3,)

@@ -106,7 +106,7 @@ def test_a_map_takes_the_first_match_and_the_rest_the_target():
   (0.5, 'attn=0.5', ["'attn=0.5'", 'matches no prunable', 'mlp/up']),
   (0.5, 'mlp=0.5,', ['config.weight.distribution']),
 ])  # fmt: skip
-def test_a_bad_budget_is_one_line_that_says_what_is_valid(sparsity, name, words):
+def test_a_bad_distribution_is_one_line_that_says_what_is_valid(sparsity, name, words):
   with pytest.raises(UserError) as error:
     distribution.solve({'mlp/up': (4, 8)}, sparsity, name)
   assert '\n' not in str(error.value)

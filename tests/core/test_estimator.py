@@ -179,7 +179,7 @@ def test_evaluation_is_deterministic_and_costs_what_it_runs(name, logits):
 @pytest.mark.parametrize('name', LEARNED)
 @given(LOGITS)
 @settings(deadline=None, max_examples=40)
-def test_the_price_in_training_is_that_of_evaluation(name, logits):
+def test_the_cost_in_training_is_the_cost_in_evaluation(name, logits):
   logits = np.array(logits, np.float32)
   assume(np.abs(11 * np.exp(logits.astype(np.float64)) - 1).min() > 1e-3)
   opened = in_evaluation(name, logits)[0] > 0
@@ -191,7 +191,7 @@ def test_the_price_in_training_is_that_of_evaluation(name, logits):
 @pytest.mark.parametrize('name', ['soft', 'straight_through'])
 @given(LOGITS)
 @settings(deadline=None, max_examples=20)
-def test_training_without_draws_weighs_by_the_logit_alone(name, logits):
+def test_without_sampling_a_gate_depends_only_on_its_logit(name, logits):
   logits = np.array(logits, np.float32)
   got = decided(name, True)(logits, KEY)
   fires = logits > 0
@@ -233,7 +233,7 @@ def test_sampled_hard_concrete_gates_follow_their_distribution(logit):
 
 @pytest.mark.parametrize('probability', [0.05, 0.3, 0.5, 0.9])
 @pytest.mark.parametrize('name', ['gumbel_sigmoid', 'hard_concrete', 'reinforce'])
-def test_the_logit_of_a_probability_opens_so_many_drawn_gates(name, probability):
+def test_sampled_gates_open_with_the_probability_of_their_logit(name, probability):
   at = ESTIMATORS[name].logit(probability)
   assert as_frequent(at_one_logit(name, at).open, probability)
 

@@ -10,7 +10,7 @@ names = st.lists(st.text('abk_0', min_size=1), max_size=4).map(tuple)
 
 
 @given(names)
-def test_a_place_is_its_path(parts):
+def test_a_place_converts_to_its_path_and_back(parts):
   place = Place(parts)
   assert Place.parse(str(place)) == place and str(place) == '/'.join(parts)
   assert Place(()) / '/'.join(parts) == place
@@ -32,13 +32,13 @@ OUTSIDE = (
 
 
 @pytest.mark.parametrize('path', OUTSIDE)
-def test_what_is_in_no_layer(path):
+def test_places_outside_the_layers_have_no_layer(path):
   place = Place.parse(path)
   assert place.layer is None and place.part is None and place.in_any_layer == place
 
 
 @given(names, names)
-def test_what_is_within_a_module_starts_with_its_names(outer, inner):
+def test_a_place_within_a_module_starts_with_its_path(outer, inner):
   assert Place(outer + inner).within(Place(outer))
   assert Place(outer).within(Place(outer + inner)) == (not inner)
   assert not Place.parse('block_10/mlp').within(Place.parse('block_1'))

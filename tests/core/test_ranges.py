@@ -44,7 +44,7 @@ def numeric(values):
   }
 
 
-def test_every_shared_number_has_a_range_that_its_default_lies_in():
+def test_every_number_of_the_base_config_has_a_range_with_its_default():
   values = configs.flat(base.get_config())
   assert numeric(values) == set(ranges.BASE_FIELDS)
   for field, range_ in ranges.BASE_FIELDS.items():
@@ -52,7 +52,7 @@ def test_every_shared_number_has_a_range_that_its_default_lies_in():
 
 
 @pytest.mark.parametrize(('slot', 'name'), METHODS)
-def test_every_number_of_a_method_has_a_range_that_its_default_lies_in(slot, name):
+def test_every_number_of_a_method_has_a_range_with_its_default(slot, name):
   own, defaults = ranges.of_fields(slots.method(slot, name)), slots.defaults(slot, name)
   assert numeric(defaults) == set(own)
   for field, range_ in own.items():
@@ -111,7 +111,7 @@ def put(config, field, value):
 
 
 @pytest.mark.parametrize(('given', 'field', 'range_'), CASES.values(), ids=CASES)
-def test_values_outside_are_refused_and_those_at_the_ends_accepted(given, field, range_):
+def test_values_outside_a_range_are_refused_and_its_ends_accepted(given, field, range_):
   def whole(value):
     return (0.9, value) if field == 'data.split' else value
 
@@ -132,7 +132,7 @@ def test_values_outside_are_refused_and_those_at_the_ends_accepted(given, field,
 
 
 @pytest.mark.parametrize('value', ['1', None, True, 1j, [1.0, None]])
-def test_what_is_no_number_lies_in_no_range(value):
+def test_values_that_are_not_numbers_are_outside_every_range(value):
   assert not Range(float, '[0, inf)').holds(value) and not Range(int, '[0, 2^31)').holds(value)
 
 
@@ -146,7 +146,7 @@ def test_an_interval_holds_what_its_notation_says(low, high, ends, value):
   assert holds == (compare[ends[0]](low, value) and compare[ends[1]](value, high))
 
 
-def test_an_interval_may_have_zero_beside_it_and_must_be_one():
+def test_an_interval_may_include_a_separate_zero_and_malformed_ones_are_refused():
   range_ = Range(float, '0 or [0.0001, inf)')
   assert [range_.holds(v) for v in (0, 0.0, 1e-5, 1e-4, 3, -1, math.inf)] == [1, 1, 0, 1, 1, 0, 0]
   for wrong in ('', '0, 1', '[0; 1]', '[a, 1]', '[0, 1'):

@@ -28,7 +28,7 @@ JSON = st.recursive(
 
 
 @given(st.dictionaries(st.text(), JSON).filter(lambda values: records.SEAL not in values))
-def test_what_is_sealed_is_read_back(tmp_path_factory, values):
+def test_sealed_values_are_read_back(tmp_path_factory, values):
   file = tmp_path_factory.getbasetemp() / 'sealed.json'
   file.write_text(records.sealed(values))
   assert records.read(file, dict[str, object]) == values
@@ -84,7 +84,7 @@ def refusal(text, file, form=Form):
     (records.sealed(GOOD).replace('3', '4', 1), 'changed since it was written'),
   ],
 )
-def test_what_is_no_sealed_json_is_one_line(text, said, tmp_path):
+def test_a_file_that_is_not_sealed_json_gives_a_one_line_error(text, said, tmp_path):
   assert said in refusal(text, tmp_path / 'x.json')
 
 
@@ -103,7 +103,7 @@ def test_what_is_no_sealed_json_is_one_line(text, said, tmp_path):
     ({'note': None}, 'note is None and not a string'),
   ],
 )
-def test_another_form_is_named(change, said, tmp_path):
+def test_a_value_that_does_not_match_the_schema_is_named(change, said, tmp_path):
   assert said in refusal(records.sealed(GOOD | change), tmp_path / 'x.json')
 
 
@@ -119,7 +119,7 @@ def test_other_keys_and_numbers_that_are_not_finite_are_kept(tmp_path):
   assert records.read(file, Form)['scores'] == [float('inf')]
 
 
-def test_what_is_no_file_is_one_line(tmp_path, monkeypatch):
+def test_a_missing_file_gives_a_one_line_error(tmp_path, monkeypatch):
   for path, said in ((tmp_path / 'none', 'No such file'), (tmp_path, 'it is not a file')):
     with pytest.raises(UserError, match=said):
       records.read(path, Form)
@@ -129,7 +129,7 @@ def test_what_is_no_file_is_one_line(tmp_path, monkeypatch):
     records.read(tmp_path / 'large', Form)
 
 
-def test_damaged_lines_are_told_from_intact_ones(tmp_path):
+def test_damaged_lines_are_reported_with_their_reason(tmp_path):
   file = tmp_path / 'x.jsonl'
   file.write_bytes(b'{"a": 1}\n\n[1]\n{"a": "x"}\n\xff\xfe\n{"a": 2}\n{"a": ')
   found = list(records.read_lines(file, dict[str, int]))

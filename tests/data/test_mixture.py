@@ -18,7 +18,7 @@ def normalised(weights):
 
 
 @given(WEIGHTS, st.integers(0, 10**9), st.integers(0, 5000))
-def test_any_stretch_of_windows_has_the_shares(weights, begin, length):
+def test_any_consecutive_windows_have_the_fractions(weights, begin, length):
   shares = normalised(weights)
   component, _ = mixture.schedule(shares)(np.arange(begin, begin + length))
   counts = np.bincount(component, minlength=len(shares))

@@ -96,7 +96,7 @@ def test_resume_through_orbax(tmp_path):
 
 
 @pytest.mark.parametrize('taken', [0, 1, 13])
-def test_a_position_is_behind_the_batches_that_the_device_was_handed(taken):
+def test_a_position_counts_the_batches_that_were_returned(taken):
   tokens = {'': (np.arange(500), 1.0)}
 
   def on_device():

@@ -93,7 +93,7 @@ def test_articles_of_wikitext_2(shared_data):
     assert b''.join(articles) == path.read_bytes()
 
 
-def test_what_is_there_is_kept(main, tmp_path):
+def test_an_existing_folder_is_kept(main, tmp_path):
   (tmp_path / 'a.txt').write_text('a b ' * 100)
   given = ('--out', tmp_path, '--kind=text', tmp_path / 'a.txt')
   assert main(*given)[0] == 0
@@ -104,7 +104,7 @@ def test_what_is_there_is_kept(main, tmp_path):
   assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == before
 
 
-def test_interrupted_it_leaves_nothing_that_could_be_read(tmp_path, monkeypatch):
+def test_an_interrupted_preparation_leaves_no_readable_folder(tmp_path, monkeypatch):
   def stop(self, split):
     yield 0, {'text': b'a'}
     raise KeyboardInterrupt

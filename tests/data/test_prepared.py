@@ -108,7 +108,7 @@ def test_a_parent_with_one_version_will_do(written, tmp_path, monkeypatch):
   assert 'holds 2 datasets (other/config/2.0.0, text/1.0.0)' in refused(tmp_path)
 
 
-def test_what_is_not_such_a_directory(tmp_path):
+def test_a_path_that_is_not_a_prepared_directory_is_refused(tmp_path):
   assert "'tfds' needs config.data.path" in refused('')
   for path in (tmp_path, tmp_path / 'none', __file__):
     message = refused(path)

@@ -72,7 +72,7 @@ def test_json_round_trip(text):
     assert len(tokenizer.digest) == 64
 
 
-def test_digest_tells_vocabularies_apart():
+def test_digests_of_different_vocabularies_differ():
   three = [tokenizers.Bytes(), tokenizers.Chars('ab'), tokenizers.Chars('ac')]
   assert len({tokenizer.digest for tokenizer in three}) == 3
   canonical = b'{"chars":"ab","name":"chars"}'
@@ -173,7 +173,7 @@ def test_a_string_and_its_bytes_have_the_same_tokens(bpe, text):
     assert_array_equal(tokenizer.encode(text), tokenizer.encode(text.encode()))
 
 
-def test_what_is_no_text_is_named(bpe):
+def test_input_that_is_not_text_is_named(bpe):
   for tokenizer in (tokenizers.Bytes(), tokenizers.Chars('ab'), bpe):
     with pytest.raises(UserError, match=r'string or UTF-8 bytes, not list'):
       tokenizer.encode([1, 2])
@@ -229,7 +229,7 @@ def test_bpe_learns_from_the_training_split_what_is_frequent(bpe):
 
 
 @pytest.mark.parametrize('size', [0, 256, 65536])
-def test_bpe_refuses_a_vocabulary_that_is_none(size):
+def test_bpe_refuses_an_invalid_vocabulary(size):
   with pytest.raises(UserError, match=rf'config\.data\.vocab_size={size} .*257 .* to 65535'):
     tokenizers.build('bpe', corpus(PROSE), size)
 

@@ -25,7 +25,7 @@ def model(tiny_config):
 
 
 @pytest.mark.parametrize(('joules', 'want'), [(96.0, 96 / (3 * 2 * DECODED)), (None, None)])
-def test_what_the_meter_read_is_spread_over_the_tokens(joules, want, model, monkeypatch):
+def test_joules_are_divided_by_the_decoded_tokens(joules, want, model, monkeypatch):
   meters = []
 
   @contextlib.contextmanager

@@ -56,7 +56,7 @@ def test_a_mixture_has_a_loss_for_each_component_and_one_for_all(model):
   assert values.keys() == numbers.keys() | {f'test/{name}' for name in observed}
 
 
-def test_one_corpus_has_one_loss_and_tokens_of_no_text_no_bits(model):
+def test_one_corpus_has_one_loss_and_tokens_without_text_have_no_bits(model):
   tokens = np.random.default_rng(2).integers(0, VOCAB, 40).astype(np.int32)
   numbers, _ = separated(Loss().run(model, EvalData(tokens, 16)))
   assert numbers == {'val_loss': pytest.approx(nats(model, tokens).mean(), rel=1e-5)}

@@ -56,7 +56,7 @@ def test_a_packed_model_is_timed_beside_its_twin(tokens, tiny_config):
   assert '... its dense twin' in shown and f'{row["decode_speedup"]:.2f} (' in shown
 
 
-def test_weights_left_are_those_of_units_that_are_still_connected(tiny_config):
+def test_kept_weights_are_those_of_connected_units(tiny_config):
   model = lm.from_config(tiny_config(), VOCAB)
   draw = np.random.default_rng(0)
   params = {p: draw.normal(size=a.shape).astype('f') for p, a in plan_of(model).shapes.items()}
@@ -86,7 +86,7 @@ def test_a_text_or_context_that_is_too_short_is_named(context, batch, tokens):
     Speed().run(EvalModel(None, {}), EvalData(tokens.ravel(), context, batch))
 
 
-def test_what_is_not_packed_has_no_speed_beside_a_twin(tokens):
+def test_a_model_that_is_not_packed_has_no_speed(tokens):
   with pytest.raises(UserError, match='one that is packed'):
     Speed().run(EvalModel(None, {}), EvalData(tokens.ravel(), 32))
 

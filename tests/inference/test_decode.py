@@ -220,7 +220,7 @@ def test_draws_repeat_with_their_seed_and_differ_from_token_to_token(case):
     ((3,), 0, '--tokens=0'),
   ],
 )
-def test_what_does_not_fit_is_named(lengths, tokens, named, case):
+def test_prompts_and_tokens_that_do_not_fit_are_named(lengths, tokens, named, case):
   decoder, _ = case('plain')
   prompts = [np.ones(n, np.int32) for n in lengths]
   with pytest.raises(UserError, match=named):

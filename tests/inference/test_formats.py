@@ -49,7 +49,7 @@ cases = given(
 @pytest.mark.parametrize('name', formats.names())
 @settings(max_examples=12, deadline=None)
 @cases
-def test_what_is_stored_is_the_masked_kernel(name, seed, shape, kind):
+def test_a_format_stores_the_masked_kernel(name, seed, shape, kind):
   draw = np.random.default_rng(seed)
   mask, cls = mask_of(kind, shape, draw), formats.load(name)
   if cls.refuses(mask):
@@ -137,7 +137,7 @@ def test_small_matrices_run_dense_where_large_ones_run_packed(shape, names, monk
   assert [formats.name_of(matrix.runs) for matrix in chosen] == names
 
 
-def test_which_masks_a_format_takes():
+def test_formats_accept_the_masks_that_suit_them():
   draw = np.random.default_rng(0)
   taken = {
     name: {k for k in KINDS if not formats.load(name).refuses(mask_of(k, (64, 48), draw))}

@@ -178,7 +178,7 @@ def test_each_matrix_runs_in_the_format_made_for_it(name, case):
     assert matrix.stored.nbytes <= matrix.runs.nbytes <= matrix.dense_bytes * 1.1
 
 
-def test_what_is_stored_is_in_the_smallest_format(case):
+def test_matrices_are_stored_in_the_smallest_format(case):
   stored = {
     name: {formats.name_of(m.stored) for p, m in case(name)[3].matrices.items() if 'block' in p}
     for name in ('weights', '2:4', 'tiles', 'dense')
@@ -187,7 +187,7 @@ def test_what_is_stored_is_in_the_smallest_format(case):
   assert 'block' in stored['tiles'] and stored['dense'] == {'dense_out_in', 'dense_in_out'}
 
 
-def test_outputs_are_selected_only_where_the_inputs_behind_them_are(case):
+def test_outputs_are_selected_only_if_the_next_inputs_are(case):
   def chosen(name):
     mlp = 'block_0/mlp/{}/kernel'.format
     return [formats.name_of(case(name)[3].matrices[mlp(part)].runs) for part in ('up', 'down')]
@@ -203,7 +203,7 @@ def sizes(packed, path):
   return packed.matrices[path].runs.kernel().shape
 
 
-def test_units_are_removed_where_nothing_depends_on_how_many_there_are(case):
+def test_units_are_removed_if_nothing_depends_on_their_number(case):
   assert sizes(case('neurons')[3], 'block_0/mlp/up/kernel') == (32, 32)
   assert sizes(case('neurons')[3], 'block_1/mlp/down/kernel') == (32, 32)
   assert sizes(case('gated neurons')[3], 'block_1/mlp/gate_up/kernel') == (32, 2 * 32)
@@ -221,7 +221,7 @@ def test_units_are_removed_where_nothing_depends_on_how_many_there_are(case):
   assert (experts, width, hidden) == ((kept > 0).sum(), 32, kept.max()) and hidden < 64
 
 
-def test_kernels_of_the_same_inputs_are_one_where_that_takes_no_longer(case):
+def test_kernels_with_the_same_inputs_are_fused_if_that_is_not_slower(case):
   for name in ('dense', 'tiles', 'weights'):
     _, variables, _, packed = case(name)
     held = variables['params']['block_0']['attention']
@@ -247,7 +247,7 @@ def test_kernels_that_read_other_inputs_stay_apart(shared, case):
   assert_allclose(evaluated(model, 'eval')(packed.variables, TOKENS), want, rtol=1e-4, atol=1e-4)
 
 
-def test_a_layer_that_adds_nothing_is_gone(case):
+def test_a_layer_without_output_weights_is_removed(case):
   _, _, masks, packed = case('layers')
   gone = [i for i in (0, 1) if not np.asarray(masks[f'block_{i}']['mlp']['up']['kernel']).any()]
   assert len(gone) == 1 and packed.removed == [f'layers {gone[0]}: removed']
@@ -268,7 +268,7 @@ def test_a_layer_gate_that_is_closed_removes_its_layer(logit, case):
   assert_allclose(evaluated(model, 'eval')(packed.variables, TOKENS), want, rtol=1e-4, atol=1e-4)
 
 
-def test_an_expert_without_weights_is_gone(case):
+def test_an_expert_without_weights_is_removed(case):
   for name in ('neurons of experts', 'experts by choice'):
     model, variables, _, _ = case(name)
     params = jax.tree.map(np.copy, variables['params'])

@@ -65,7 +65,9 @@ def best_logits(decoder, text, prompt):
 )
 @settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 2**31), length=st.integers(1, 8), data=st.data())
-def test_text_is_that_of_plain_decoding(name, draft, exit_layer, seed, length, data, decoder_of):
+def test_speculative_text_equals_plain_decoding(
+  name, draft, exit_layer, seed, length, data, decoder_of
+):
   decoder = decoder_of(name)
   prompt = np.random.default_rng(seed).integers(0, VOCAB, length).astype(np.int32)
   tokens = data.draw(st.integers(1, CONTEXT - length))
@@ -98,7 +100,7 @@ def test_drafts_are_accepted_where_the_other_layers_add_nothing(decoder_of):
   assert 'drafts accepted' in str(counts)
 
 
-def test_places_where_two_logits_are_near_are_counted(decoder_of):
+def test_tokens_with_close_logits_are_counted(decoder_of):
   decoder = decoder_of('plain')
   params = jax.tree.map(np.array, decoder.variables['params'])
   kernel = params['embed']['head']['kernel']
@@ -140,7 +142,7 @@ CARRIES = '''
 '''
 
 
-def test_what_cannot_speculate_is_named(decoder_of, method, tiny_config):
+def test_models_and_options_that_cannot_speculate_are_named(decoder_of, method, tiny_config):
   decoder, prompt = decoder_of('plain'), np.ones(5, np.int32)
   for draft, exit_layer, said in (
     (0, 0, '--speculate=0 is not valid; valid: 1 to 31'),
@@ -173,7 +175,7 @@ def test_what_cannot_speculate_is_named(decoder_of, method, tiny_config):
 
 
 @pytest.mark.slow
-def test_the_command_speculates_and_says_how_it_went(tiny_config, tmp_path, call):
+def test_the_command_speculates_and_prints_statistics(tiny_config, tmp_path, call):
   config = tiny_config(stack__name='layer_skip', model__layers=2, train__steps=4, data__context=32)
   train(config, str(tmp_path / 'run'), progress=False)
   given = [f'--workdir={tmp_path / "run"}', '--prompt=the', '--temperature=0', '--tokens=20']

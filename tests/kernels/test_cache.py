@@ -26,5 +26,5 @@ def test_tokens_are_read_where_they_were_written(layout, tokens):
   assert np.count_nonzero(want) > B * tokens * G * K
 
 
-def test_there_is_one_slot_more_than_tokens_and_whole_vectors_of_them():
+def test_a_cache_has_a_spare_slot_and_a_multiple_of_the_lanes():
   assert [slots_for(size) for size in (1, LANES - 1, LANES, 100)] == [16, 16, 32, 112]

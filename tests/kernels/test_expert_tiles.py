@@ -74,7 +74,7 @@ def test_products_of_bfloat16_are_summed_in_float32():
   )
 
 
-def test_sizes_that_tiles_do_not_divide_or_that_int32_does_not_count_are_left_to_others():
+def test_sizes_that_tiles_do_not_divide_or_int32_cannot_index_are_not_supported():
   assert expert_tiles.fits(128, (8, 768, 3072), 136)
   assert not expert_tiles.fits(128, (8, 768, 3070), 136)
   assert not expert_tiles.fits(8, (8, 768, 3072), 136)

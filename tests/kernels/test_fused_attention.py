@@ -164,7 +164,7 @@ def test_what_a_device_can_run(on_nvidia):
   assert device.name().endswith('(compute capability 10.3)')
 
 
-def test_only_a_gpus_compiler_is_told_something(on_nvidia):
+def test_only_a_gpu_has_compiler_options(on_nvidia):
   assert device.compiler_options() is None
   on_nvidia(9, 0)
   # An option that XLA did not know would be refused here, too.

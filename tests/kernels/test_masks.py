@@ -164,7 +164,7 @@ def test_the_keys_that_are_computed_are_those_of_the_traced_program(queries, mos
   assert executed.count(jaxpr.jaxpr).flops == flops
 
 
-def test_what_is_done_to_the_weights_is_done_to_those_of_every_query():
+def test_on_weights_is_applied_to_the_weights_of_every_query():
   q, positions, keys, *_ = drawn(1)
   for queries in (1, L):
     given_queries = q[:, :queries], positions[:, :queries]
@@ -173,7 +173,7 @@ def test_what_is_done_to_the_weights_is_done_to_those_of_every_query():
     assert_allclose(doubled, 2 * plain, rtol=1e-6)
 
 
-def test_sequences_are_not_called_whole_where_they_can_be_seen_not_to_be():
+def test_visibly_incomplete_sequences_cannot_be_declared_whole():
   *_, keys, _, _ = drawn(0)
   places = {'positions': np.stack([np.arange(S)] * B), 'valid': np.ones((B, S), bool)}
   assert keys.replace(**places, whole=True).whole

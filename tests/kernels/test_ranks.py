@@ -21,7 +21,7 @@ WAYS = {
 @pytest.mark.parametrize('name', WAYS)
 @given(st.integers(0, 2**31), st.sampled_from([(1, 1), (300, 3), (256, 5), (128, 40)]))
 @settings(deadline=None, max_examples=15)
-def test_an_entry_is_ranked_by_those_of_its_group_before_it(name, seed, case):
+def test_a_rank_is_the_number_of_earlier_entries_in_the_group(name, seed, case):
   entries, groups = case
   draw = np.random.default_rng(seed)
   group = draw.integers(0, draw.integers(1, groups + 1) + 1, entries).astype('i')

@@ -21,7 +21,7 @@ def test_rows_are_taken_and_their_gradients_go_back_where_they_came_from():
   assert_allclose(pullback(toward)[0], want, rtol=1e-6)
 
 
-def test_rows_of_each_sequence_go_there_and_back():
+def test_rows_of_each_sequence_are_taken_and_put_back():
   draw, sequences, rows = np.random.default_rng(1), 3, 6
   x = draw.normal(size=(sequences, rows, 2)).astype('f')
   index = np.stack([draw.permutation(rows)[:4] for _ in range(sequences)]).astype('i')

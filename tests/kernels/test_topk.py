@@ -116,7 +116,7 @@ def test_the_best_of_each_row_in_order():
   share=st.floats(0, 1),
   first=st.integers(0, 70),
 )
-def test_compact_lists_what_a_mask_holds(seed, size, share, first):
+def test_true_indices_lists_the_true_entries_of_a_mask(seed, size, share, first):
   mask = np.random.default_rng(seed).random(size) < share
   found = np.asarray(true_indices(mask, size, first))
   held = np.flatnonzero(mask)[first:]

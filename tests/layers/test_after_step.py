@@ -41,7 +41,7 @@ class Several(nn.Module):
     return *read, Counter(3.0, True, name='c')(x), twice(x), twice(100 * x)
 
 
-def test_rules_read_what_is_added_up_and_forward_passes_read_what_was_before():
+def test_rules_get_sums_over_microbatches_and_forward_passes_read_old_values():
   x = jnp.array([1, 4, 2])
   start = jax.tree.map(lambda _: jnp.float32(1), Several().init(jax.random.key(0), x)['router'])
   read, sown = Several().apply({'router': start}, x, mutable=[UPDATES])

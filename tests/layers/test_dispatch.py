@@ -73,7 +73,7 @@ def pair_in_slot(got, choices):
 
 @given(routings(LIMITED + DROPLESS))
 @settings(deadline=None, max_examples=120)
-def test_pairs_are_seated_in_order_of_token_then_choice(routing):
+def test_pairs_get_slots_in_order_of_token_then_choice(routing):
   case, expert = routing
   got = planned(case)(expert)
   seated, dropped = queues(case, expert)

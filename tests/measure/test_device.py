@@ -29,7 +29,7 @@ ARM = 'processor : 0\nBogoMIPS : 50.00\nFeatures : fp asimd sha2\n'
     (INTEL, 'Intel(R) Xeon(R) (family 25, model 1)', 'AVX-512'),
   ],
 )
-def test_the_first_core_tells_the_generation_and_the_widest_vectors(cpuinfo, cpu, instructions):
+def test_the_first_core_gives_the_generation_and_the_widest_vectors(cpuinfo, cpu, instructions):
   assert processor(cpuinfo) == {'cpu': cpu, 'instruction_set': instructions}
 
 

@@ -27,12 +27,12 @@ OBSERVED = {
 }
 
 
-def test_activity_is_what_gates_let_through_by_their_path():
+def test_activity_is_the_open_fraction_of_gates_by_path():
   assert observe.activity(OBSERVED) == {'depth_0': 0.25, 'block_1/mlp': 0.5}
   assert observe.activity({'block_0/gates/active': 0.5, 'a/gates/b': 1.0}) == {}
 
 
-def test_a_summary_is_the_mean_over_layers_of_each_number_that_is_no_gate():
+def test_a_summary_has_means_over_layers_without_gates():
   # A vector's items are no numbers of a layer, and gates have a table of their own.
   assert observe.summary(OBSERVED) == {'active': 0.25, 'dead': 0.0625}
   assert observe.summary({}) == {}
@@ -110,7 +110,7 @@ def test_a_layers_gate_needs_no_router():
     ('layer_gate', {'depth__open': 0.3}, 1.0, 0, True),
   ],
 )
-def test_without_a_measurement_a_gate_lets_through_what_is_planned(
+def test_a_gate_that_was_not_measured_is_charged_as_planned(
   depth, fields, planned, routers, controlled
 ):
   ledger = ledger_of(depth, **fields)
@@ -219,7 +219,7 @@ def test_a_report_counts_gates_as_observed_and_training_as_planned():
 
 
 @pytest.mark.parametrize('estimator', ESTIMATORS)
-def test_training_costs_all_that_gates_close_whatever_their_estimator(estimator):
+def test_training_is_charged_for_closed_gates_with_any_estimator(estimator):
   fields = {'depth__estimator': estimator, 'depth__open': 0.3}
   program, target = build(small('token_gate', **fields), VOCAB)
   forward = HEAD + LAYERS * (ROUTER + BLOCK)

@@ -3,7 +3,7 @@
 from sparse_lm.measure import turns
 
 
-def test_what_a_turn_prepares_is_there_before_its_clock_starts():
+def test_a_turn_is_prepared_before_its_clock_starts():
   seen = []
 
   class Array:

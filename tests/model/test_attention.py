@@ -170,7 +170,7 @@ def test_default_positions_count_from_zero_and_all_tokens_are_valid():
   np.testing.assert_array_equal(run(model, params, tokens), defaults)
 
 
-def test_tokens_that_others_are_left_out_of_are_no_whole_sequences():
+def test_sequences_with_tokens_left_out_are_not_whole():
   shape = (2, LENGTH)
   places = np.broadcast_to(np.arange(LENGTH), shape)
   tokens = Tokens(jnp.zeros((*shape, WIDTH)), places, np.ones(shape, bool), whole=True)
@@ -204,7 +204,7 @@ def test_leaving_tokens_out_equals_marking_them_invalid():
   np.testing.assert_allclose(short, marked, atol=1e-5)
 
 
-def test_sequences_of_a_batch_do_not_meet():
+def test_sequences_of_a_batch_do_not_influence_each_other():
   model = model_of()
   params, tokens = random_params(model), tokens_of()
   both = run(model, params, tokens)

@@ -226,7 +226,7 @@ def test_plans_and_sites_name_every_layer(tiny_config):
     (('block_?/mlp/hidden',), False),
   ],
 )
-def test_patterns_tell_layers_apart_by_what_stands_before_the_slash(patterns, alike):
+def test_patterns_distinguish_layers_by_the_part_before_the_slash(patterns, alike):
   assert sites.alike(patterns) is alike
 
 
@@ -258,7 +258,7 @@ def test_a_site_method_of_one_layer_keeps_layers_single(tiny_config):
     ),
   ],
 )
-def test_what_cannot_be_scanned_is_refused_where_a_scan_is_asked_for(fields, reason, tiny_config):
+def test_a_required_scan_of_layers_that_differ_is_refused(fields, reason, tiny_config):
   with pytest.raises(UserError, match=f"scan_layers='always', but .*{reason}.*; valid: 'auto'"):
     given = {'model__layers': 3, 'model__scan_layers': 'always'} | fields
     lm.from_config(tiny_config(**given), VOCAB)

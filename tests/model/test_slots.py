@@ -61,7 +61,7 @@ def test_layers_are_a_python_slice(text, chosen):
 
 
 @pytest.mark.parametrize('text', ['', '3', 'a:b', '1:2:3:4', '::0', '1.5:', '1,3'])
-def test_what_is_no_slice_is_refused(text):
+def test_a_text_that_is_not_a_slice_is_refused(text):
   with pytest.raises(UserError, match=r'^config\.mlp\.layers='):
     loaded('mlp', layers=text).at(0, 5)
 
@@ -121,7 +121,7 @@ def test_the_first_rule_that_holds_a_layer_counts_and_the_fallback_holds_the_res
   assert loaded('attention', name='head_gate', layers='1:').notes(6) == []
 
 
-def test_a_rule_begins_with_what_the_slot_says():
+def test_a_rule_starts_with_the_fields_of_its_slot():
   config = configs.load(
     'configs/base.py',
     {'mlp.name': 'moe_topk', 'mlp.k': 2, 'mlp.order': "('a', 'b')", 'mlp.rules.a.layers': ':1'}
@@ -166,7 +166,7 @@ def test_rules_of_a_config_file_stand_behind_those_of_the_command_line(tmp_path)
   assert saved == config and SlotConfig.from_config('mlp', saved.mlp) == slot
 
 
-def test_a_method_that_wraps_is_handed_a_maker_of_its_inner_one():
+def test_a_wrapping_method_gets_a_constructor_of_its_inner_method():
   gate = loaded('attention', name='head_gate', inner__name='sliding_window', inner__window=3)
   gate = gate.at(0, 1).make({'spec': 'a spec', 'name': 'attention'})
   inner = gate.inner()
@@ -174,7 +174,7 @@ def test_a_method_that_wraps_is_handed_a_maker_of_its_inner_one():
   assert (inner.window, inner.spec, inner.name) == (3, 'a spec', 'inner')
 
 
-def test_an_inner_method_of_one_that_wraps_none_is_refused():
+def test_an_inner_config_of_a_method_that_wraps_none_is_refused():
   with pytest.raises(UserError, match=r"^config\.attention\.inner\.name='full'.*head_gate"):
     loaded('attention', name='sliding_window', inner__name='full')
 
@@ -196,7 +196,7 @@ def test_the_dense_twin_runs_a_dense_inner_method_and_else_the_declared_one():
   assert [dense.at(layer, 2).name for layer in (0, 1)] == ['dense', 'gated']
 
 
-def test_a_method_says_what_it_declares_of_the_past():
+def test_traits_declare_in_which_modes_a_method_is_causal():
   assert loaded('mlp', name='expert_choice').at(0, 1).traits(SPEC).non_causal == ('train',)
   assert loaded('mlp').at(0, 1).traits(SPEC).non_causal == ()
 

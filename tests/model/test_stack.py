@@ -115,7 +115,7 @@ def test_a_stack_may_run_its_layers_again(method, tiny_config):
     assert matmul.flops == factor * single[path].flops, path
 
 
-def test_a_stack_carries_which_tokens_have_left(method, tiny_config):
+def test_a_stack_can_carry_which_tokens_have_exited(method, tiny_config):
   method('stack', 'early_exit', HEADER + EXIT)
   model, variables, tokens = model_of(tiny_config, stack__name='early_exit', stack__bound=4.7)
   x = variables['params']['embed']['tokens'][tokens]

@@ -184,7 +184,7 @@ def test_a_method_without_the_base_class_is_refused(add, tiny_config):
   assert 'halves_alone.Halves is not a LayerMethod' in found
 
 
-def test_every_method_says_what_it_is(tiny_config):
+def test_every_method_has_traits(tiny_config):
   model = lm.from_config(tiny_config(), VOCAB)
   for slot in lm.LAYER_SLOTS:
     for name in slots.names(slot):

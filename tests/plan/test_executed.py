@@ -273,7 +273,7 @@ def test_a_function_that_jax_has_cached_is_charged_again():
   assert ledgers[0] == ledgers[1] == {'inner/linear': cost.Matmul('linear', 2 * ONCE)}
 
 
-def test_differences_name_every_reason_and_what_has_none():
+def test_differences_are_listed_by_reason_including_none():
   def run(x):
     with record.gated(('gate',), cost.Gating(planned=0.25)):
       y = record.matmul(x @ x, ('a',), 'linear', ONCE, kernel='kernel')

@@ -216,7 +216,7 @@ def test_sites_that_nobody_acts_on_leave_the_program_as_it_is(
   assert program() == with_sites
 
 
-def test_a_site_that_there_is_not_is_refused_with_the_nearest(model, params):
+def test_an_unknown_site_is_refused_with_the_nearest_name(model, params):
   for acts in ({'read': ['block_0/mlp/hiden']}, {'replace': {'block_0/mlp/hiden': lambda x: x}}):
     with pytest.raises(UserError, match=r"unknown site 'block_0/mlp/hiden': did you mean") as e:
       run(model, params, **acts)
@@ -256,7 +256,7 @@ class Cell(nn.Module):
 
 
 @pytest.mark.parametrize('handed_out', [True, False])
-def test_sites_in_a_loop_are_read_pass_by_pass_where_it_hands_them_out(handed_out):
+def test_sites_in_a_loop_are_read_per_iteration_if_the_loop_returns_them(handed_out):
   axes = {'sites': 0} if handed_out else {}
   scan = nn.scan(Cell, variable_axes=axes, split_rngs={}, length=3)
   once = functools.partial(sites.run, scan(name='cells'), {}, jnp.ones(2), None)

@@ -133,7 +133,7 @@ def test_masks_are_one_ranking_of_the_mean_gradient_times_the_weight_with_a_floo
   assert np.abs(other - mean).max() > 0.1 * mean.max()
 
 
-def test_nothing_but_masks_and_what_they_drop_has_changed(pruned):
+def test_only_masks_and_dropped_weights_have_changed(pruned):
   run, before, after, _ = pruned
   assert int(after.step) == 0 and np.array_equal(
     jax.random.key_data(after.key), jax.random.key_data(before.key)

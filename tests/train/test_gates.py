@@ -90,7 +90,7 @@ def test_without_a_budget_gates_stay_open(tiny_config):
 
 
 @pytest.mark.parametrize('estimator', ['straight_through', 'reinforce'])
-def test_a_price_of_nothing_keeps_gates_open_and_a_large_one_closes_all(estimator, tiny_config):
+def test_a_zero_price_keeps_gates_open_and_a_large_one_closes_them(estimator, tiny_config):
   slow = {'optimizer__learning_rate': 0.01, 'optimizer__schedule': 'constant'}
   config = tiny_config(**LEARNING | CONSTANT | slow, depth__estimator=estimator)
   free, _, _ = trained(config, price=0.0)
@@ -176,7 +176,7 @@ def test_a_sampled_gates_gradient_is_the_self_critical_policy_gradient(policy):
   assert_allclose(metrics['flops_fraction'], fraction(best.mean(), vocab), rtol=1e-5)
 
 
-def test_draws_equal_to_the_greedy_actions_leave_the_entropy_bonus_alone(policy):
+def test_sampled_actions_equal_to_greedy_ones_leave_only_the_entropy_bonus(policy):
   run, state, tokens, gradient = policy
   logit = 6.0
   router = {'kernel': jnp.zeros((16, 1)), 'bias': jnp.array([logit])}
@@ -194,7 +194,7 @@ def test_draws_equal_to_the_greedy_actions_leave_the_entropy_bonus_alone(policy)
   assert min(found.values()) > 0
 
 
-def test_random_gates_are_out_of_control_and_run_at_their_rate(tiny_config):
+def test_random_gates_are_not_controlled_and_run_at_their_rate(tiny_config):
   run = setup(tiny_config(depth__name='token_gate', depth__estimator='random', depth__open=0.3))
   gates = {gate for matmul in run.program.costs.ledger.values() for gate in matmul.gates}
   (gate,) = (gate for gate in gates if gate.path == 'depth_0')

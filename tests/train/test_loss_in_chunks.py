@@ -92,7 +92,7 @@ def test_a_step_in_chunks_is_the_step_and_never_holds_the_logits_of_a_batch(
   jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-5, atol=1e-6), chunked, whole)
 
 
-def test_text_exits_and_teacher_share_the_loss(tiny_config):
+def test_the_loss_combines_text_exits_and_teacher(tiny_config):
   program, _ = build(tiny_config(**TAUGHT), VOCAB)
   own, early, teacher = np.random.default_rng(1).normal(size=(3, BATCH, LENGTH, VOCAB)).astype('f')
   loss, losses, metrics = program.objective.learned(own, [(early, 0.5)], Batch(TOKENS, teacher))

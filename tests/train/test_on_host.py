@@ -15,7 +15,7 @@ from sparse_lm.runs.build import build
 from sparse_lm.train.on_host import OnHost
 
 
-def test_the_host_computes_and_the_device_gets_what_it_made(monkeypatch):
+def test_the_host_computes_the_state_and_the_device_gets_it(monkeypatch):
   (host, *_), seen, put = jax.local_devices(backend='cpu'), [], []
 
   def function(x, y):
@@ -79,9 +79,7 @@ def test_steps_are_compiled_beside_the_initial_state():
 
 
 @pytest.mark.parametrize('method', ['none', 'static'])
-def test_what_runs_on_a_gpu_starts_from_the_weights_and_masks_of_a_cpu(
-  method, tiny_config, on_nvidia
-):
+def test_gpu_runs_start_from_the_weights_and_masks_of_cpu_runs(method, tiny_config, on_nvidia):
   def state():
     sparsity = 0.5 if method == 'static' else 0.0
     config = tiny_config(weight__name=method, weight__sparsity=sparsity, model__precision='auto')

@@ -157,7 +157,7 @@ def test_rewards_of_the_greedy_actions_as_baseline_lower_the_variance(name, seed
   assert variance(gradient(rewards[greedy])) < 0.8 * variance(gradient())
 
 
-def test_a_reward_from_before_an_action_is_no_credit_of_it():
+def test_an_action_gets_no_credit_for_earlier_rewards():
   case = CASES['a gate a token']
   logits = np.linspace(-1, 1, 8).astype(np.float32)
   action, p = np.arange(8) % 3 == 0, expit(np.linspace(-1, 1, 8))

@@ -54,7 +54,7 @@ def test_a_run_is_pruned_by_rules_and_loads(parent, tmp_path):
     'weight.rules.mlp.pattern': 'unstructured'},
    ['no calibration signal for embed/']),
 ])  # fmt: skip
-def test_what_cannot_be_pruned_is_one_line_and_leaves_no_folder(fields, words, parent, tmp_path):
+def test_refused_pruning_is_one_line_and_leaves_no_folder(fields, words, parent, tmp_path):
   with pytest.raises(UserError) as refused:
     prune(parent, str(tmp_path / 'out'), fields, segments=4)
   line = str(refused.value)

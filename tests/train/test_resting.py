@@ -39,7 +39,7 @@ def optimizer(name):
 
 
 @pytest.mark.parametrize('name', optim.TESTED)
-def test_what_rests_keeps_its_moments_and_all_else_takes_the_step(name):
+def test_resting_weights_keep_their_moments_and_others_are_updated(name):
   tx = optimizer(name).transform()
   state = tx.init(PARAMS)
   for gradient in GRADIENTS[:2]:
@@ -69,7 +69,7 @@ def test_what_rests_keeps_its_moments_and_all_else_takes_the_step(name):
       np.testing.assert_allclose(now, whole_step, rtol=1e-5, atol=1e-8)
 
 
-def test_a_step_that_nothing_sits_out_is_the_optimizers():
+def test_a_step_in_which_nothing_rests_is_the_optimizers():
   tx = optimizer('adamw').transform()
   nothing = dict.fromkeys(SHAPES, False)
   found = optim.step_but_where(tx, GRADIENTS[0], tx.init(PARAMS), PARAMS, nothing)

@@ -172,7 +172,7 @@ def test_an_update_is_that_of_the_method_alone_on_its_own_leaves(
     assert_array_equal(params[path], tree.named(after.trainable['params'])[path])
 
 
-def test_costs_are_those_of_a_hand_count_and_of_what_ran(trained):
+def test_costs_equal_a_hand_count_and_the_executed_flops(trained):
   run, states, logged, _ = trained
   report = cost_report.report(run.program, run.target)
   attention, mlp, vocab = 4 * WIDTH**2, 2 * WIDTH * HIDDEN, run.data.tokenizer.vocab_size
@@ -219,7 +219,7 @@ def test_one_rule_for_everything_trains_as_the_method_does_to_the_bit(name, tiny
   assert losses[:8] == losses[8:]
 
 
-def test_executables_are_shared_by_what_is_due(trained, tiny_config):
+def test_steps_with_the_same_updates_share_an_executable(trained, tiny_config):
   run, *_ = trained
   other, _ = build(
     tiny_config(**(BOTH | {'weight__rules__attention__sparsity': 0.5}), optimizer__ema=0.9, seed=3),
@@ -245,7 +245,7 @@ def test_save_and_restore_round_trip(trained, tmp_path):
   jax.tree.map(assert_array_equal, restored, want)
 
 
-def test_a_run_says_what_each_rule_drops_and_what_they_leave_to_each_other(
+def test_a_run_reports_what_each_rule_drops_and_how_rules_overlap(
   tiny_config, tmp_path, monkeypatch
 ):
   given = rules(mlp=MLP, rest={'name': 'static', 'sparsity': 0.25, 'match': ('query', 'mlp')})

@@ -216,7 +216,7 @@ def test_evaluation_is_the_mean_over_every_prediction(rigl):
     ({'depth.name': 'token_gate', 'depth.estimator': 'reinforce'}, 4.0),
   ],
 )
-def test_a_step_executes_so_many_forward_passes(fields, passes, tiny_config):
+def test_a_step_executes_the_forward_passes_that_are_charged(fields, passes, tiny_config):
   program, target = build(tiny_config(**fields), 11)
   state = jax.eval_shape(lambda: program.init(0, target))
   tokens = jax.ShapeDtypeStruct((4, 17), jnp.int32)
