@@ -4,11 +4,11 @@
 the format array_record, under a temporary name until it is complete. Train on it with
 `--config.data.source=tfds`. Nothing is downloaded.
 
-text      Each file is divided among the splits, and each part is one example. The corpus is byte for byte
-          that of `--config.data.source=files` for the same files.
-wikitext  Each article is one example. PATH is a folder with the files, or the files themselves
-          (`wiki.train.tokens`, `wiki.valid.raw`, `test.txt`, ...). Files with other names can be given by
-          `--train=FILE`, `--validation=FILE` and `--test=FILE`.
+- `text`: each file is divided among the splits, and each part is one example. The corpus is byte for byte
+  the same as with `--config.data.source=files` for these files.
+- `wikitext`: each article is one example. PATH is a folder with the files, or the files themselves
+  (`wiki.train.tokens`, `wiki.valid.raw`, `test.txt`, ...). Files with other names can be given by
+  `--train=FILE`, `--validation=FILE` and `--test=FILE`.
 """
 
 import contextlib

@@ -36,17 +36,16 @@ class Speed(Evaluation):
   def compare(self, models: Mapping[str, EvalModel], data: EvalData) -> dict[str, Values]:
     """Times all packed models and their twins in turns; returns the metrics of each model by name.
 
-    decode_ms                  Milliseconds per step, which decodes one token of every sequence.
-    prefill_tokens_per_second  Tokens per second of prefill.
-    peak_memory                Peak memory of decoding, in bytes.
-    weights_bytes              Bytes of the stored weights.
-    kept_weights               Fraction of the kernels' weights that are kept. Packing also removes units
-                               that masks disconnect.
-    read_bytes                 Bytes of weights that a token reads, with gates as measured on the text.
-    Only
-                               for batch 1.
-    cache_bytes                Bytes that a token reads from the cache.
-    bandwidth                  Bandwidth of reading weights, as a fraction of the machine's measured one.
+    - `decode_ms`: milliseconds per step, which decodes one token of every sequence.
+    - `prefill_tokens_per_second`: tokens per second of prefill.
+    - `peak_memory`: peak memory of decoding, in bytes.
+    - `weights_bytes`: bytes of the stored weights.
+    - `kept_weights`: fraction of the kernels' weights that are kept. Packing also removes units that
+      masks disconnect.
+    - `read_bytes`: bytes of weights that a token reads, with gates as measured on the text; only for
+      batch 1.
+    - `cache_bytes`: bytes that a token reads from the cache.
+    - `bandwidth`: bandwidth of reading weights, as a fraction of the machine's measured bandwidth.
 
     The twin has the same metrics with the prefix `dense_`. `decode_speedup` and `prefill_speedup` are
     medians over turns; `_low` and `_high` are their quartiles.

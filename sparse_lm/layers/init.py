@@ -1,10 +1,9 @@
 """Named initialisations; the initial distribution depends on the matrix's role.
 
-fan_in  Normal with standard deviation 1/sqrt(in), times 1/sqrt(2 * layers) for matrices whose output is
-        added to the residual stream. The head starts at zero, so the first loss is ln(vocab).
-gpt2    Normal with standard deviation 0.02, and 0.02/sqrt(2 * layers) for matrices whose output is
-added to
-        the residual stream (Radford et al. 2019; nanoGPT).
+- `fan_in`: normal with standard deviation `1/sqrt(in)`, times `1/sqrt(2 * layers)` for matrices whose
+  output is added to the residual stream. The head starts at zero, so the first loss is ln(vocab).
+- `gpt2`: normal with standard deviation 0.02, and `0.02/sqrt(2 * layers)` for matrices whose output is
+  added to the residual stream (Radford et al. 2019; nanoGPT).
 """
 
 from collections.abc import Callable

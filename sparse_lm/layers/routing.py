@@ -31,12 +31,12 @@ class Routing:
 def observe(module: nn.Module, routing: Routing, plan: SlotPlan) -> None:
   """Sows statistics of a routing in the `stats` collection of the module.
 
-  load           Fraction of all choices that each expert gets, `[E]`.
-  max_violation  Largest load divided by the mean load, minus 1; 0 if no token chose an expert.
-  closed         1 if no token chose an expert, else 0.
-  entropy        Mean entropy of the tokens' probabilities, in nats.
-  drop_rate      Fraction of choices that were dropped.
-  dead_experts   Fraction of experts that no token chose.
+  - `load`: fraction of all choices that each expert gets, `[E]`.
+  - `max_violation`: largest load divided by the mean load, minus 1; 0 if no token chose an expert.
+  - `closed`: 1 if no token chose an expert, else 0.
+  - `entropy`: mean entropy of the tokens' probabilities, in nats.
+  - `drop_rate`: fraction of choices that were dropped.
+  - `dead_experts`: fraction of experts that no token chose.
   """
   asked = jnp.sum(plan.load_E)
   share_E = plan.load_E / jnp.maximum(asked, 1)

@@ -59,10 +59,10 @@ def observe_hidden_units(
 ) -> contextlib.AbstractContextManager[None]:
   """Sows statistics of an MLP's hidden units in evaluation; returns a context for their reader.
 
-  active             Fraction of units that are not zero.
-  dead               Fraction of units that are zero for every token of the batch.
-  union_8, union_32  Fraction of units that are nonzero for at least one of 8 or 32 consecutive tokens. A
-                     decoder of several tokens must load their weights.
+  - `active`: fraction of units that are not zero.
+  - `dead`: fraction of units that are zero for every token of the batch.
+  - `union_8`, `union_32`: fraction of units that are nonzero for at least one of 8 or 32 consecutive
+    tokens. A decoder of several tokens must load their weights.
 
   These statistics change no cost, because nothing guarantees how many units are zero. But if the
   activation's traits have a gating, matmuls inside the context are charged at the fraction of units

@@ -6,12 +6,14 @@ default is a config key, and the default of a number is given with its range (`r
 without a default are set by the model.
 
 The config of a layer slot has these keys:
-  name, layers   The method, and the layers that run it as a Python slice such as `'1::2'`.
-  inner          The inner method, if the method wraps another one (as gates and top-k do).
-  fallback       The method of all other layers.
-  order, rules   Several methods instead of one. `order=('early', 'late')` names the groups `rules.early`
-                 and `rules.late`, each with its own name, layers and inner. A layer runs the first rule
-                 whose slice contains it.
+
+- `name`, `layers`: the method, and the layers that run it as a Python slice such as `'1::2'`.
+- `inner`: the inner method, if the method wraps another one (as gates and top-k do).
+- `fallback`: the method of all other layers.
+- `order`, `rules`: several methods instead of one. `order=('early', 'late')` names the groups
+  `rules.early` and `rules.late`, each with its own name, layers and inner. A layer runs the first rule
+  whose slice contains it.
+
 The dense twin, with which costs are compared, follows from the methods' traits. The slot `stack` holds
 the method that runs the layers, and the slot `site` holds the method that changes activations at sites.
 Each has one method for the whole model.

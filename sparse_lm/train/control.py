@@ -32,11 +32,11 @@ class Control(struct.PyTreeNode):
 class Budget:
   """The fields of `config.budget`.
 
-  quadratic  Adds weight * (fraction - target)^2 to the loss. The fraction comes close to the target but
-             does not reach it exactly.
-  dual       Also adds price * (fraction - target), with price += rate * (measured - target) after each
-             step. This is the augmented Lagrangian, as in CoFi (Xia et al. 2022). A negative price opens
-             gates that have closed too far. Without the quadratic term, the fraction would oscillate.
+  - `quadratic` adds `weight * (fraction - target)^2` to the loss. The fraction comes close to the
+    target but does not reach it exactly.
+  - `dual` also adds `price * (fraction - target)`, with `price += rate * (measured - target)` after
+    each step. This is the augmented Lagrangian, as in CoFi (Xia et al. 2022). A negative price opens
+    gates that have closed too far. Without the quadratic term, the fraction would oscillate.
 
   Attributes:
     target: forward FLOPs as a fraction of the dense twin's; 1 means no controller.

@@ -37,8 +37,6 @@ def prune(
 ) -> tuple[Tree, Sparse]:
   """Prunes a trained model to its target with a one-shot method; returns the trainable tree and masks.
 
-  Parts of the method that need no signal from calibration text are applied first, to all layers at once.
-
   Args:
     program: the program, whose weight method prunes trained models.
     params, model_state: parameters and other collections of the trained model.
@@ -62,7 +60,7 @@ def prune(
     for name, part in method.parts.items()
   }
   needs = {name: tuple(from_calibration(part.traits.needs)) for name, part in method.parts.items()}
-  layerwise = tuple(name for name in needs if needs[name])
+  layerwise = tuple(name for name in needs if needs[name])  # other parts prune all layers at once
   if at_once := tuple(name for name in needs if not needs[name]):
     change = update(at_once, trainable, sparse, {name: gradients[name] for name in at_once})
     trainable, sparse = change.trainable, change.sparse
