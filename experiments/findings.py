@@ -6,7 +6,7 @@ import functools
 from experiments.study import Study
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.records import Json, JsonObject
-from sparse_lm.report import results, statistics
+from sparse_lm.report import formats, results, statistics, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,26 @@ class Findings:
   def machine(self) -> str:
     """The machine, or machines, on which the runs were made."""
     return '; and on '.join(results.machines(self.lines))
+
+  def compared(self, metric: str, margin: float = 0.0, **baseline: Json) -> str:
+    """A Markdown table of a metric's paired differences from the rows with the labels `baseline`.
+
+    Args:
+      metric: one whose column has a difference, such as 'val_loss'.
+      margin: of the equivalence test, in the metric's unit; 0 = no test.
+      baseline: labels of the row, or of one row for each value of the other labels.
+    """
+    rows = results.label_names(self.lines)
+    column = dataclasses.replace(table.column(metric), paired=True, margin=margin)
+    names = ','.join(f'{name}={formats.label_text(value)}' for name, value in baseline.items())
+    test = f' --margin={metric}={margin:g}' if margin else ''
+    command = (
+      f'python -m sparse_lm.report results/{self.study.name}/runs.jsonl --rows={",".join(rows)} '
+      f'--columns={metric} --baseline={names}{test}'
+    )
+    frame = table.summarise(self.lines, rows, [column], baseline)
+    caption = f'{column.title or metric} compared with {names}'
+    return formats.markdown(frame, caption, command).strip()
 
   def mean(self, metric: str, **labels: Json) -> float:
     """The mean of a metric over the seeds of a row."""

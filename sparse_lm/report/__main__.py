@@ -1,6 +1,7 @@
-"""`python -m sparse_lm.report results/x/runs.jsonl --rows=method --columns=val_loss`.
+"""Prints a table of finished runs, of studies or of single workdirs, and draws a figure.
 
-Workdirs of single runs stand beside studies: `python -m sparse_lm.report results/a results/b`.
+python -m sparse_lm.report results/x/runs.jsonl --rows=method --columns=val_loss
+python -m sparse_lm.report results/a results/b
 """
 
 import argparse
@@ -21,7 +22,7 @@ from sparse_lm.report import formats, plot, results, runs, table
 
 @one_line
 def main() -> None:
-  """Prints a table of finished runs and draws a figure where one is asked for."""
+  """Prints the table and draws the figure if `--figure` is given."""
   arguments = _arguments()
   lines = runs.read(arguments.paths, _asked(arguments))
   baseline = _baseline(lines, arguments.baseline)
@@ -51,17 +52,19 @@ def _arguments() -> argparse.Namespace:
     default='',
     help='labels or config fields that make a row, such as weight.sparsity; default: all labels',
   )
-  parser.add_argument('--columns', default='', help='metrics; default: the best known')
+  parser.add_argument('--columns', default='', help='metrics; default: those of `sparse_lm.train`')
   parser.add_argument(
-    '--baseline', default='', help='label=value[,...] of the rows to compare with'
+    '--baseline', default='', help='label=value[,...] of the rows that the others are compared with'
   )
   parser.add_argument(
     '--margin',
     default='',
-    help='metric=value[,...]: tests whether rows differ from the baseline by less than this value',
+    help='metric=value[,...]: test whether rows differ from the baseline by less than the value',
   )
   parser.add_argument('--format', choices=('markdown', 'csv', 'latex'), default='markdown')
-  parser.add_argument('--figure', type=local_path, help='a .png; a .pdf is written beside it')
+  parser.add_argument(
+    '--figure', type=local_path, help='a .png or .pdf; the other is written beside it'
+  )
   parser.add_argument('--x', help='of the figure: a label or metric')
   parser.add_argument('--y', help='of the figure: a metric')
   parser.add_argument('--series', help='of the figure: the label with a curve for each value')
@@ -72,7 +75,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _asked(arguments: argparse.Namespace) -> list[str]:
-  """The labels that rows and baseline are made of."""
+  """Returns the labels that --rows and --baseline name."""
   baseline = [item.partition('=')[0] for item in _names(arguments.baseline) if '=' in item]
   return [*_names(arguments.rows), *baseline]
 
@@ -93,7 +96,7 @@ def _draw(
 ) -> None:
   path = pathlib.Path(arguments.figure)
   if path.suffix not in ('.png', '.pdf'):
-    raise UserError(f'--figure={path} ends in neither .png nor .pdf, which are what is written')
+    raise UserError(f'--figure={path} is not valid; valid: a path that ends in .png or .pdf')
   figure = plot.curves(lines, arguments.x, arguments.y, arguments.series, baseline)
   for written in plot.save(figure, path.parent, path.stem):
     print(f'wrote {written}', file=sys.stderr)
@@ -104,12 +107,12 @@ def _names(text: str) -> list[str]:
 
 
 def _baseline(lines: list[results.Line], text: str) -> JsonObject | None:
-  """`method=dense,sparsity=0` with the values as the lines have them."""
+  """Parses `method=dense,sparsity=0` into labels with the values that the lines have."""
   labels: JsonObject = {}
   for item in _names(text):
     name, equals, value = item.partition('=')
     if not equals:
-      raise UserError(f'--baseline={text} does not read label=value[,label=value ...]')
+      raise UserError(f'--baseline={text} is not valid; valid: label=value[,label=value ...]')
     if name not in results.label_names(lines):
       raise unknown('label', name, results.label_names(lines))
     found = (line['labels'].get(name) for line in lines)
@@ -121,12 +124,12 @@ def _baseline(lines: list[results.Line], text: str) -> JsonObject | None:
 
 
 def _margins(text: str, columns: Sequence[str], baseline: JsonObject | None) -> dict[str, float]:
-  """`val_loss=0.02` as the margins of equivalence tests by metric."""
+  """Parses `val_loss=0.02` into margins by metric."""
   margins = {}
   for item in _names(text):
     name, equals, value = item.partition('=')
     if not equals:
-      raise UserError(f'--margin={text} does not read metric=value[,metric=value ...]')
+      raise UserError(f'--margin={text} is not valid; valid: metric=value[,metric=value ...]')
     if name not in columns:
       raise unknown('metric of the table', name, columns)
     if table.column(name).is_time:
@@ -142,7 +145,7 @@ def _margins(text: str, columns: Sequence[str], baseline: JsonObject | None) -> 
 
 
 def _with_margin(column: table.Column, margin: float) -> table.Column:
-  """The column with an equivalence test where the margin is not zero."""
+  """Returns the column, with an equivalence test if the margin is not zero."""
   return dataclasses.replace(column, paired=True, margin=margin) if margin else column
 
 

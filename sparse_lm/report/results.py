@@ -1,9 +1,9 @@
-"""A study's `runs.jsonl`: one JSON line per finished run, written, read and grouped.
+"""The results of a study: `runs.jsonl` holds one JSON line for each finished run.
 
-A line holds at least `run` (its id), `labels` (what the run is, without its seed), `seed` and
-`metrics` (numbers by name, each in its own unit). Lines that this module wrote also hold a digest, so
-that a changed one is noticed; lines from elsewhere need none. The line of a run that diverged has no
-metrics, but `failed: diverged` and the error's `message`.
+A line has at least `run` (the id of the run), `labels` (what distinguishes the run besides its seed),
+`seed` and `metrics` (numbers by name, each in its own unit). Lines that this module writes also have a
+digest, which reveals later changes; lines that other programs write need no digest. The line of a run
+that diverged has no metrics, but `failed: diverged` and the `message` of the error.
 """
 
 import json
@@ -24,7 +24,7 @@ Key = tuple[Hashable, ...]
 
 
 class _Schema(TypedDict):
-  """What every line holds; one of an experiment also the name of its study."""
+  """The fields of a line. A line that a study wrote also has the last three."""
 
   run: str
   labels: dict[str, object]
@@ -36,12 +36,12 @@ class _Schema(TypedDict):
 
 
 def read(paths: Iterable[str | pathlib.Path]) -> list[Line]:
-  """The lines of all files in order; a later line of the same run replaces the earlier one.
+  """Returns the lines of all files in order; a later line of a run replaces an earlier one.
 
-  Half a line, left by a process that was killed while writing, is left out and named on stderr.
+  An incomplete line, from a process that was killed while it wrote, is skipped with a note on stderr.
 
   Raises:
-    UserError: a file is missing, holds no line, or holds JSON that is not a run's or was changed.
+    UserError: a file is missing or empty, or a line is not that of a run or was changed.
   """
   found: dict[tuple[str | None, str], Line] = {}
   for path in map(pathlib.Path, paths):
@@ -53,14 +53,14 @@ def read(paths: Iterable[str | pathlib.Path]) -> list[Line]:
 
 
 def read_file(path: pathlib.Path) -> list[Line]:
-  """The lines of one file, perhaps none; a run that was repeated has several."""
+  """Returns the lines of one file, which may be empty. A repeated run has several lines."""
   if not path.is_file():
     raise UserError(f'no results file {path}; valid: the runs.jsonl of a study that ran')
   lines = []
   for number, _, line, fault in records.read_lines(path, object):
     if fault:
-      # Also in the middle: the next process to append starts a new line behind the half one.
-      print(f'{path}:{number}: half a line, left out ({fault})', file=sys.stderr)
+      # It may stand in the middle of the file: the next process appends a new line after it.
+      print(f'{path}:{number}: incomplete line, skipped ({fault})', file=sys.stderr)
       continue
     try:
       records.check(line, _Schema)
@@ -72,10 +72,10 @@ def read_file(path: pathlib.Path) -> list[Line]:
 
 
 def append(path: pathlib.Path, line: Line) -> None:
-  """Adds a line while no other process does, all of it or nothing.
+  """Appends a line under a lock. If that fails, the file is as before.
 
   Raises:
-    UserError: it cannot be written, as on a full disk.
+    UserError: the line cannot be written, as on a full disk.
   """
   content = json.dumps(records.seal(line)).encode() + b'\n'
   with writing(path):
@@ -83,10 +83,10 @@ def append(path: pathlib.Path, line: Line) -> None:
     with path.open('ab+', buffering=0) as file, lock.waited_for(file.fileno()):
       size = os.fstat(file.fileno()).st_size
       if size and os.pread(file.fileno(), 1, size - 1) != b'\n':
-        content = b'\n' + content  # behind half a line, of a process that was killed
+        content = b'\n' + content  # after the incomplete line of a process that was killed
       try:
         written = file.write(content)
-        if written < len(content):  # the disk was full within the line: says so itself
+        if written < len(content):  # the disk is full: the second write raises the error
           file.write(content[written:])
         os.fsync(file.fileno())
       except OSError:
@@ -95,39 +95,39 @@ def append(path: pathlib.Path, line: Line) -> None:
 
 
 def diverged(message: str) -> JsonObject:
-  """What the line of a run that diverged holds besides what names the run."""
+  """Returns the outcome of a run that diverged, as its line has it."""
   return {'failed': 'diverged', 'message': message, 'metrics': {}}
 
 
 def has_diverged(line: Line) -> bool:
-  """Whether a line is of a run that diverged."""
+  """True if the run of this line diverged."""
   return line.get('failed') == 'diverged'
 
 
 def with_diverged(lines: Sequence[Line]) -> list[Line]:
-  """The lines, with nan for every metric of a run that diverged: no mean may be taken without it."""
+  """Returns the lines with nan for all metrics of diverged runs, so that means over them are nan."""
   lost = dict.fromkeys(metric_names(lines), math.nan)
   return [line | {'metrics': lost} if has_diverged(line) else line for line in lines]
 
 
 def label_names(lines: Iterable[Line]) -> list[str]:
-  """Every label in order of first appearance."""
+  """Returns the names of all labels in order of first appearance."""
   return list(dict.fromkeys(name for line in lines for name in line['labels']))
 
 
 def metric_names(lines: Iterable[Line]) -> list[str]:
-  """Every metric in order of first appearance."""
+  """Returns the names of all metrics in order of first appearance."""
   return list(dict.fromkeys(name for line in lines for name in line['metrics']))
 
 
 def machines(lines: Iterable[Line]) -> list[str]:
-  """What the lines' runs were made on, each machine once: device or processor, cores and jax."""
+  """Returns descriptions of the machines that made the runs: device or processor, cores, jax."""
   found = dict.fromkeys(machine(line['env']) for line in lines if line.get('env'))
   return list(found)
 
 
 def machine(env: Mapping[str, Json]) -> str:
-  """A run's `env` in a few words."""
+  """Describes the machine of a run, given the `env` of its line."""
   if env.get('device', 'cpu') != 'cpu':
     return f'{env["device"]}, jax {env.get("jax")}'
   instructions = env.get('instruction_set', 'instruction set not recorded')
@@ -135,13 +135,13 @@ def machine(env: Mapping[str, Json]) -> str:
 
 
 def group(lines: Sequence[Line], names: Sequence[str]) -> dict[Key, list[Line]]:
-  """The lines by their values of the labels `names`, in order of first appearance.
+  """Groups the lines by their values of the labels `names`, in order of first appearance.
 
-  A label that a line does not have counts as `None`. What remains within a group are seeds.
+  A missing label counts as `None`. The runs of a group differ only in their seeds.
 
   Raises:
-    UserError: no line has a label of that name, or a group holds runs that differ in another label
-      or share a seed, so that a mean over it would not be one over seeds.
+    UserError: no line has such a label, or two runs of a group differ in another label or share a
+      seed. A mean over the group would not be a mean over seeds.
   """
   known = label_names(lines)
   for name in names:
@@ -156,7 +156,7 @@ def group(lines: Sequence[Line], names: Sequence[str]) -> dict[Key, list[Line]]:
 
 
 def _hashable(value: Json) -> Hashable:
-  """A label's value as part of a key: JSON's lists as tuples, its objects as tuples of pairs."""
+  """Converts the value of a label to a hashable one: lists to tuples, objects to tuples of pairs."""
   if isinstance(value, dict):
     return tuple((key, _hashable(item)) for key, item in sorted(value.items()))
   return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
@@ -177,14 +177,14 @@ def _check_one_row(row: Mapping[str, Hashable], members: Sequence[Line]) -> None
 
 
 def matches(line: Line, labels: Mapping[str, Json]) -> bool:
-  """Whether a line has all of `labels`."""
+  """True if the line has all of `labels` with these values."""
   return all(line['labels'].get(name) == value for name, value in labels.items())
 
 
 def by_seed(lines: Iterable[Line], metric: str) -> dict[int, float]:
-  """A metric by seed, of the lines that have it.
+  """Returns a metric by seed, for the lines that have it.
 
-  What is not finite stays: a run that diverged must not vanish from a mean.
+  nan and infinity are kept, so that a diverged run makes the mean nan instead of vanishing from it.
 
   Raises:
     UserError: a value is not a number.
@@ -201,7 +201,7 @@ def by_seed(lines: Iterable[Line], metric: str) -> dict[int, float]:
 
 
 def check_metric(lines: Iterable[Line], metric: str) -> None:
-  """Raises UserError, with the nearest name, for a metric that no line has."""
+  """Raises UserError, which suggests the nearest name, if no line has the metric."""
   known = metric_names(lines)
   if metric not in known:
     raise unknown('metric', metric, known)

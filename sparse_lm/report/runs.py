@@ -1,7 +1,7 @@
-"""Finished runs as lines (see `lines`): of studies, and single ones from their workdirs.
+"""Reads finished runs as lines (see `results`), both of studies and of single workdirs.
 
-A study says in its labels what each run is. A run trained by hand has its config for that: the fields
-in which the given runs differ, and those that a table asks for, become labels.
+The labels of a study distinguish its runs. Single runs have no labels: the config fields in which they
+differ, and the fields that a table asks for, become their labels.
 """
 
 import pathlib
@@ -13,19 +13,19 @@ from sparse_lm.core.records import JsonObject
 from sparse_lm.report import results
 from sparse_lm.runs import configs
 
-# Fields that don't tell runs apart: means are taken over seeds, and the others only say what is logged.
+# Fields that do not become labels: tables average over seeds, and the others concern logging.
 LOGGING = ('seed', 'train.log_every', 'train.eval_every', 'train.checkpoint_every')
 
 
 def read(paths: Iterable[str | pathlib.Path], asked: Sequence[str] = ()) -> list[results.Line]:
-  """The lines of all paths in order.
+  """Returns the lines of all paths in order.
 
   Args:
-    paths: of a study's runs.jsonl, a run's workdir, or its result.json.
-    asked: labels and config fields, such as 'weight.sparsity', that every line is to have as labels.
+    paths: each a runs.jsonl of a study, the workdir of a run, or a result.json.
+    asked: labels and config fields, such as 'weight.sparsity', that become labels of every line.
 
   Raises:
-    UserError: a path holds no finished run, or nothing is called as one of `asked`.
+    UserError: a path holds no finished run, or no label or field has a name in `asked`.
   """
   found, single = [], []
   for path in map(pathlib.Path, paths):
@@ -50,7 +50,7 @@ class _Config(TypedDict):
 
 
 class _Result(TypedDict):
-  """What a table needs of a result.json."""
+  """The fields of a result.json that tables use."""
 
   config: _Config
   env: dict[str, object]
@@ -58,7 +58,7 @@ class _Result(TypedDict):
 
 
 def _line(path: pathlib.Path) -> results.Line:
-  """The line of a workdir or of a result.json, without labels."""
+  """Returns the line of a workdir or a result.json, without labels."""
   from sparse_lm.runs.workdir import read_json
 
   file = path / 'result.json' if path.is_dir() else path
@@ -71,14 +71,14 @@ def _line(path: pathlib.Path) -> results.Line:
 
 
 def _fields(lines: Iterable[results.Line]) -> list[str]:
-  """Every config field of any line, in order of first appearance."""
+  """Returns the config fields of all lines in order of first appearance."""
   return list(
     dict.fromkeys(name for line in lines for name in configs.flat(line.get('config') or {}))
   )
 
 
 def _differing(lines: Sequence[results.Line]) -> list[str]:
-  """The fields that two configs have with different values; one that a method lacks is no difference."""
+  """Returns the config fields whose values differ; a field that a config lacks does not count."""
   found = [configs.flat(line.get('config') or {}) for line in lines]
   differing = []
   for name in _fields(lines):
@@ -89,6 +89,6 @@ def _differing(lines: Sequence[results.Line]) -> list[str]:
 
 
 def _values(line: results.Line, names: Iterable[str]) -> JsonObject:
-  """The config's values of the fields `names`, as far as it has them."""
+  """Returns the values of the fields `names` that the config of the line has."""
   fields = configs.flat(line.get('config') or {})
   return {name: fields[name] for name in names if name in fields}

@@ -3,8 +3,8 @@
 A difference comes with its 95 % confidence interval, with a mark where it is significant after
 correction for the number of rows, and, given a margin, with an equivalence test (see `statistics`).
 
-There is no column of speed-ups over the baseline. Times are shown as measured: that a masked run
-would be faster once packed is not for a table to say.
+Times are shown as measured, without a difference or a ratio to the baseline: a run with masks says
+nothing about the speed of the packed model.
 """
 
 import dataclasses
@@ -27,17 +27,17 @@ class Column:
   """One metric of a table.
 
   Attributes:
-    metric: its name in the lines.
-    title: heading; '' = the metric's name.
-    format: of a number, such as '.3f' or ',.0f'.
-    unit: after `scale` has been applied, for the heading.
-    scale: what a metric is multiplied by before it is printed; numbers in CSV and in frames stay in
-      the metric's own unit.
-    paired: whether a second column gives the difference from the baseline, seed by seed. Refused
-      for times (ValueError): a difference of times is a claim of speed.
-    margin: of the equivalence test, in the metric's own unit; a third column says whether the difference
-      from the baseline is shown to be smaller, and how many seeds it would take. 0 = no such column.
-    note: a sentence below a table with this column: the convention by which its numbers are counted.
+    metric: name of the metric in the lines.
+    title: heading; '' = the name of the metric.
+    format: format of a number, such as '.3f' or ',.0f'.
+    unit: unit of the printed number, for the heading.
+    scale: factor from the metric's own unit to the printed one. CSV files and frames keep the metric's
+      own unit.
+    paired: adds a column with the difference from the baseline, paired by seed. ValueError for times: a
+      difference of times would be a claim about speed.
+    margin: margin of the equivalence test, in the metric's own unit. Adds a column that says whether the
+      difference from the baseline is smaller, and otherwise how many seeds the test needs. 0 = no test.
+    note: a sentence below the table, such as the convention by which FLOPs are counted.
   """
 
   metric: str
@@ -57,12 +57,12 @@ class Column:
 
   @property
   def is_time(self) -> bool:
-    """Whether it was measured with a clock."""
+    """True if the metric is a measured time or a rate."""
     return self.unit in TIMES
 
   @property
   def heading(self) -> str:
-    """Title and unit."""
+    """The title with the unit in parentheses."""
     return (self.title or self.metric) + (f' ({self.unit})' if self.unit else '')
 
   def number(self, value: float, sign: str = '') -> str:
@@ -153,7 +153,7 @@ COLUMNS = (
 
 
 def column(metric: str) -> Column:
-  """The known column of a metric, or a plain one."""
+  """Returns the column of a known metric, or a column with default formatting."""
   return next((known for known in COLUMNS if known.metric == metric), Column(metric))
 
 
@@ -163,26 +163,27 @@ def summarise(
   columns: Sequence[Column],
   baseline: Mapping[str, Json] | None = None,
 ) -> pd.DataFrame:
-  """One row for each group of labels, in order of first appearance.
+  """Returns a table with one row for each combination of labels, in order of first appearance.
 
   Args:
-    lines: of a study, in the order that its rows are to have.
-    rows: labels whose values make a row; together they tell all runs but seeds apart.
-    columns: metrics in order.
-    baseline: labels of the row(s) that paired columns are compared with. Of several, a row is
-      compared with the one that shares its values of the other labels (its own corpus, say).
+    lines: the runs of a study, in the order of the rows.
+    rows: labels that make up a row. Runs that agree in them may differ only in their seed.
+    columns: columns in order.
+    baseline: labels of the rows that paired columns are compared with. If several rows have them, a
+      row is compared with the baseline that agrees in the other labels, such as the same corpus.
 
   Returns:
-    Columns `rows`, `seeds` (their number), `diverged` (how many of them, in a table where any did),
-    and for each metric, in its own unit, `<metric>_mean`, `_std` (sample; nan for one seed) and `_n`.
+    Columns `rows`, `seeds` (their number), `diverged` (number of diverged seeds, if there are any), and
+    for each metric, in its own unit, `<metric>_mean`, `_std` (sample; nan for one seed) and `_n`.
     Where paired also, over the seeds that row and baseline share, `<metric>_delta_mean`, `_delta_std`,
     `_delta_n`, `_delta_low` and `_delta_high` (95 % interval), `_delta_p` (paired t test) and
     `_delta_p_holm` (corrected for the number of rows); with a margin `<metric>_equivalence_p` and
-    `_equivalence_seeds`. How to print it is in its `attrs`.
+    `_equivalence_seeds`. The frame's `attrs` say how to print it.
 
   Raises:
-    UserError: an unknown label or metric, a baseline that no run matches, or a row that mixes runs.
-    ValueError: two columns have one heading.
+    UserError: a label or a metric is unknown, no run matches the baseline, or the runs of a row differ
+      in more than their seed.
+    ValueError: two columns have the same heading.
   """
   for c in columns:
     results.check_metric(lines, c.metric)
@@ -205,7 +206,7 @@ def summarise(
   diverged = [sum(map(results.has_diverged, members)) for members in groups.values()]
   if any(diverged):
     frame.insert(len(rows) + 1, 'diverged', diverged)
-  # As objects, or a label that some runs lack would turn the others' integers into floats.
+  # dtype object: pandas would convert the integers of a label that some runs lack to floats.
   frame = frame.assign(
     **{name: pd.Series([r[name] for r in records], dtype=object) for name in rows}
   )
@@ -220,7 +221,7 @@ def summarise(
 
 
 def _base_of(key: results.Key, bases: Mapping[results.Key, list]) -> list[results.Line]:
-  """The baseline's lines for a row; none for a row that is a baseline, or has none."""
+  """Returns the baseline's lines for a row; none for a baseline and for a row without one."""
   if key in bases:
     return []
   varying = [i for i, values in enumerate(zip(*bases)) if len(set(values)) > 1]
@@ -230,7 +231,7 @@ def _base_of(key: results.Key, bases: Mapping[results.Key, list]) -> list[result
 def _numbers(
   columns: Sequence[Column], members: Sequence[results.Line], base: Sequence[results.Line] | None
 ) -> dict[str, float]:
-  """The numbers of a row; `base`: the lines that it is compared with, `None` = there is no baseline."""
+  """Returns the numbers of a row, compared with the lines `base` unless it is `None`."""
   record = {}
   for c in columns:
     values = list(results.by_seed(members, c.metric).values())
@@ -244,7 +245,7 @@ def _numbers(
 def _comparison(
   c: Column, members: Sequence[results.Line], base: Sequence[results.Line]
 ) -> dict[str, float]:
-  """The paired difference of a row from its baseline and what its tests say."""
+  """Returns the paired difference of a row from its baseline, with interval and p-values."""
   own, other = (results.by_seed(lines, c.metric) for lines in (members, base))
   found = statistics.Difference.paired(own, other)
   low, high = found.interval()
@@ -270,9 +271,9 @@ def write(frame: pd.DataFrame, folder: str | pathlib.Path, caption: str, command
 
   Args:
     frame: from `summarise`.
-    folder: made where it is missing; its name becomes the LaTeX label.
+    folder: created if it is missing; its name becomes the LaTeX label.
     caption: one line, without a full stop.
-    command: what reproduces the table.
+    command: the command that reproduces the table.
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
@@ -287,7 +288,7 @@ def write(frame: pd.DataFrame, folder: str | pathlib.Path, caption: str, command
 
 
 def replace(file: pathlib.Path, content: str) -> None:
-  """Writes a whole file. Shards may write at the same time, and a reader never sees half a file."""
+  """Writes a file atomically, since several processes may write the table of a study."""
   temporary = file.with_name(f'{file.name}.{os.getpid()}.tmp')
   temporary.write_text(content, encoding='utf-8')
   os.replace(temporary, file)
