@@ -92,6 +92,20 @@ def test_prose_quotes_the_lines_and_figures_lie_beside_it(project):
   assert (project / 'docs' / 'results' / 'sparsity_vs_accuracy.png').stat().st_size > 1000
 
 
+def test_a_page_compares_with_any_row(project):
+  row = "{{ study('smoke').compared('val_loss', margin=0.5, method='static') }}"
+  shown = write(project, row)
+  (dense,) = [line for line in shown.splitlines() if line.startswith('| dense')]
+  assert [cell.strip() for cell in dense.strip('|').split('|')] == [
+    'dense', '0', '1', '2.0000', '-3.0000', 'not shown: 1 seed',
+  ]  # fmt: skip
+  command = (
+    'python -m sparse_lm.report results/smoke/runs.jsonl --rows=method,sparsity --columns=val_loss '
+    '--baseline=method=static --margin=val_loss=0.5'
+  )
+  assert f'`{command}`' in shown
+
+
 @pytest.mark.parametrize(
   ('template', 'message'),
   [
