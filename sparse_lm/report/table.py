@@ -181,8 +181,7 @@ def summarise(
     `_equivalence_seeds`. The frame's `attrs` say how to print it.
 
   Raises:
-    UserError: a label or a metric is unknown, no run matches the baseline, or the runs of a row differ
-      in more than their seed.
+    UserError: a label or metric is unknown, no run matches the baseline, or runs of a row differ.
     ValueError: two columns have the same heading.
   """
   for c in columns:
