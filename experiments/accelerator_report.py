@@ -93,7 +93,7 @@ def goals_table(machines: Mapping[str, Rows], study: str) -> str:
   wanted: dict[str, dict[str, str]] = {}
   for machine, rows in machines.items():
     for goal in accelerator_goals.goals(study, _device(rows)):
-      text = f'{goal.what} at most {goal.text(goal.most)}'
+      text = f'{goal.what}, at most {goal.text(goal.most)}'
       wanted.setdefault(text, {})[machine] = reached(goal, rows)
   if not wanted:
     return ''

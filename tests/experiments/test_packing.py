@@ -86,7 +86,7 @@ def test_a_run_that_diverges_has_its_line_and_the_others_theirs(study, command):
   assert 'config.optimizer.learning_rate than 1e+30' in lines[2]['message']
 
 
-def test_a_run_in_other_hands_is_left_out_of_its_pack(study, command):
+def test_a_run_that_another_process_trains_is_left_out_of_its_pack(study, command):
   fake = study(*THREE)
   held = list(fake.runs)[1]
   fake.workdir(held).mkdir(parents=True)
@@ -128,7 +128,7 @@ def test_an_error_in_one_folder_of_a_pack_names_its_run(study, command):
   assert f'error: a pack of 3 runs: run {bad}: ' in shown.err
 
 
-def test_what_cannot_be_packed_is_one_line(study, command):
+def test_runs_that_cannot_be_packed_are_refused_in_one_line(study, command):
   study({'seed': 0}, {'model.width': 32})
   shown = command('--pack=2')
   assert shown.code == 2 and shown.err.count('\n') == 1
