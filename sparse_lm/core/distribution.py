@@ -81,7 +81,8 @@ def _mapped(
       share = math.nan
     if not 0 <= share < 1:
       raise UserError(
-        f'config.weight.distribution entry {entry.strip()!r}: the sparsity must be a number in [0, 1)'
+        f'config.weight.distribution entry {entry.strip()!r}: the sparsity is not valid; valid: a number '
+        'in [0, 1)'
       )
     found = [
       path for path in shapes if tree.matches((expression,), path, 'config.weight.distribution')

@@ -170,7 +170,9 @@ def main() -> None:
   named = {split: file for split in SPLITS if (file := getattr(given, split))}
   if given.kind == 'text':
     if named or not given.paths:
-      raise UserError('--kind=text takes one or more PATH and no --train, --validation or --test')
+      raise UserError(
+        '--kind=text needs files; valid: one or more PATH, without --train, --validation and --test'
+      )
     documents = text(given.paths)
   else:
     documents = wikitext(wikitext_files(given.paths) | named)

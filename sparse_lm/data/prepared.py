@@ -65,7 +65,7 @@ def read(path: str) -> Corpus:
 def _folder(path: str) -> pathlib.Path:
   if not path:
     raise UserError(
-      "config.data.source 'tfds' needs config.data.path: a directory that TFDS prepared, such as "
+      "config.data.source='tfds' needs config.data.path; valid: a directory that TFDS prepared, such as "
       '~/tensorflow_datasets/wikitext/1.0.0'
     )
   root = pathlib.Path(

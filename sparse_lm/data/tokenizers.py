@@ -314,7 +314,9 @@ def _bytes(text: str | bytes) -> bytes:
   if isinstance(text, bytes):
     return text
   if not isinstance(text, str):
-    raise UserError(f'a tokenizer encodes a string or UTF-8 bytes, not {type(text).__name__}')
+    raise UserError(
+      f'a tokenizer cannot encode {type(text).__name__}; valid: a string or UTF-8 bytes'
+    )
   try:
     return text.encode()
   except UnicodeEncodeError as error:

@@ -91,14 +91,14 @@ def test_what_applies_is_printed_as_a_table(call, run, meter, packed):
     assert not left_out
     assert values['speed', 'read_bytes'] == '-'  # two sequences share what they read
   else:
-    assert left_out == {'speed'} and 'valid: one that is packed' in err
+    assert left_out == {'speed'} and 'valid: a packed model' in err
 
 
 BAD = {
   'task': (['--task=los'], "unknown evaluation 'los': did you mean 'loss'"),
   'no task': (['--task='], "unknown evaluation ''"),
   'split': (['--split=valid'], "unknown --split 'valid': did you mean 'validation'"),
-  'not packed': (['--task=loss,speed'], 'valid: one that is packed'),
+  'not packed': (['--task=loss,speed'], 'valid: a packed model'),
   'too little text': (['--task=energy', '--batch=1000'], '--batch=1000'),
   'workdir': (['--workdir=no/such/folder'], 'no/such/folder'),
   'batch': (['--batch=0'], '--batch'),

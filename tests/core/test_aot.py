@@ -1,4 +1,4 @@
-"""Functions that are compiled before they are called."""
+"""Functions that are compiled ahead of time."""
 
 import jax
 import jax.numpy as jnp

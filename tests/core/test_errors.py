@@ -1,4 +1,4 @@
-"""Entry points end in one line and an exit code, whatever the operating system refuses."""
+"""Commands end with one line and an exit code, also if the operating system refuses something."""
 
 import errno
 import importlib

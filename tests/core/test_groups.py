@@ -1,4 +1,4 @@
-"""Units that span matrices: pooled, spread and selected against loops over their weights."""
+"""Units that span matrices: pooling, expansion and selection, against loops over weights."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Files of JSON: what was written is read back, and whatever else is there is one line."""
+"""JSON files with a schema: values are read back, and every fault is a one-line error."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The version: one number, and files of another one are refused by its name."""
+"""There is one version number, and files of another format are refused with it."""
 
 import pathlib
 import tomllib

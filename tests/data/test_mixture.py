@@ -194,5 +194,5 @@ def test_errors_name_the_component(config, tmp_path):
     sources.load(config)
   config.path = f'files:{tmp_path}/a.txt=1, files:{tmp_path}/c.txt=1'
   config.context = 120
-  with pytest.raises(UserError, match=r'context 120 needs 121 .* 105 in files:.*c\.txt'):
+  with pytest.raises(UserError, match=r'context=120 needs 121 .* 105 in files:.*c\.txt'):
     pipeline.load(config)

@@ -138,7 +138,7 @@ def test_short_corpora_are_refused_at_the_call():
     UserError, match=r'config\.data\.context=7 needs 8 training tokens, but there are 5;.* 4'
   ):
     stream(tokens=5)
-  with pytest.raises(UserError, match=r'data\.batch 0'):
+  with pytest.raises(UserError, match=r'data\.batch=0'):
     stream(batch=0)
   for size in (0, 1):
     with pytest.raises(UserError, match=rf'the test split has {size} tokens.*config\.data\.split'):
@@ -195,7 +195,7 @@ def test_load_without_a_test_split(tmp_path):
 
 
 def test_load_refuses_too_little_text_before_training(tmp_path):
-  with pytest.raises(UserError, match=r'config\.data\.context 4 needs 5'):
+  with pytest.raises(UserError, match=r'config\.data\.context=4 needs 5'):
     pipeline.load(config(tmp_path, 'abcdefgh'))
   with pytest.raises(UserError, match='the validation split has 1 tokens'):
     pipeline.load(config(tmp_path, 'abcdefghij', split=(0.8, 0.1, 0.1)))

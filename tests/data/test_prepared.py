@@ -1,4 +1,4 @@
-"""Directories in the format of TFDS: what is written is read back, and what is wrong is named."""
+"""TFDS directories: text is read back, and every fault is a one-line error."""
 
 import contextlib
 import json
@@ -109,7 +109,7 @@ def test_a_parent_with_one_version_will_do(written, tmp_path, monkeypatch):
 
 
 def test_a_path_that_is_not_a_prepared_directory_is_refused(tmp_path):
-  assert "'tfds' needs config.data.path" in refused('')
+  assert "source='tfds' needs config.data.path" in refused('')
   for path in (tmp_path, tmp_path / 'none', __file__):
     message = refused(path)
     assert str(path) in message and 'is not a directory that TFDS prepared' in message

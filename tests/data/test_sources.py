@@ -90,7 +90,7 @@ def test_stdlib_split_ignores_location_and_listing_order(tmp_path, monkeypatch):
 
 def test_stdlib_without_source_files(tmp_path, monkeypatch):
   monkeypatch.setattr(sources.sysconfig, 'get_path', lambda _: str(tmp_path))
-  with pytest.raises(UserError, match=r"config\.data\.source='files' with config\.data\.path"):
+  with pytest.raises(UserError, match=r"config\.data\.source='files' with .*config\.data\.path"):
     sources.stdlib()
 
 
@@ -133,7 +133,7 @@ def test_files_expands_the_home_folder(tmp_path, monkeypatch):
 )
 def test_bad_split(tmp_path, split):
   (tmp_path / 'a').write_text('x' * 100)
-  with pytest.raises(UserError, match=r'config\.data\.split .*three fractions') as error:
+  with pytest.raises(UserError, match=r'config\.data\.split=.*three fractions') as error:
     sources.files(str(tmp_path / 'a'), split)
   assert str(split) in str(error.value) and '\n' not in str(error.value)
 

@@ -1,4 +1,4 @@
-"""Windows that are cut on the device from their starts are those that the host cuts."""
+"""Windows that are cut on the device equal those that the host cuts."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Joules of decoding, over the tokens that were decoded."""
+"""Joules per decoded token."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""The loss on a split: of a mixture by component, and by the name of the split."""
+"""The loss on a split, with the components of a mixture."""
 
 import math
 

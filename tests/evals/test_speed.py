@@ -1,4 +1,4 @@
-"""What the speed tables count and time."""
+"""The metrics and timings of the evaluation of speed."""
 
 import jax
 import numpy as np
@@ -80,14 +80,12 @@ def test_kept_weights_are_those_of_connected_units(tiny_config):
 
 @pytest.mark.parametrize(('context', 'batch'), [(16, 1), (32, 3)])
 def test_a_text_or_context_that_is_too_short_is_named(context, batch, tokens):
-  with pytest.raises(
-    UserError, match=f'--batch={batch} sequences of config.data.context={context}'
-  ):
+  with pytest.raises(UserError, match=f'--batch={batch} with config.data.context={context}'):
     Speed().run(EvalModel(None, {}), EvalData(tokens.ravel(), context, batch))
 
 
 def test_a_model_that_is_not_packed_has_no_speed(tokens):
-  with pytest.raises(UserError, match='one that is packed'):
+  with pytest.raises(UserError, match='valid: a packed model'):
     Speed().run(EvalModel(None, {}), EvalData(tokens.ravel(), 32))
 
 

@@ -1,4 +1,4 @@
-"""What packed formats cost: read from the file of a device, and measured as a line through times."""
+"""Costs of packed formats: read from a device's file, and fitted to times."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Decoding token by token gives what one pass over the whole sequence gives, for every method."""
+"""Decoding token by token equals one pass over the whole sequence, for every method."""
 
 import functools
 import itertools

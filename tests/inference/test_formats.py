@@ -1,4 +1,4 @@
-"""Every format found in the folder multiplies as the masked kernel does."""
+"""Every packed format multiplies like the masked kernel."""
 
 import jax
 import jax.numpy as jnp

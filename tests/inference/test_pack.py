@@ -1,4 +1,4 @@
-"""A packed model computes what its masked or gated twin computes, and holds no more than what is left."""
+"""A packed model computes the same as its masked or gated twin, with fewer weights."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Bytes of weights that a token reads, beside counts by hand."""
+"""Bytes that decoding a token reads, against counts by hand."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Which tokens may be drawn, and how often."""
+"""Sampling: which tokens can be drawn, and how often."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Self-speculative decoding makes the text of plain decoding, whatever the drafts are."""
+"""Self-speculative decoding generates the text of plain decoding, whatever the drafts are."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""What a cache holds, against an array that is indexed in NumPy."""
+"""Writing to and reading from caches, against NumPy indexing."""
 
 import numpy as np
 import pytest

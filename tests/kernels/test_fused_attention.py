@@ -1,4 +1,4 @@
-"""cuDNN's fused attention: what it is asked to do, when, and the einsums' softmax in bfloat16."""
+"""cuDNN's fused attention: when it runs and with which arguments; the einsums' softmax in bfloat16."""
 
 import functools
 

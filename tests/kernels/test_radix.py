@@ -1,4 +1,4 @@
-"""Selection as other devices than a CPU run it: called directly, and lowered for a GPU."""
+"""Selection on devices other than a CPU: called directly, and lowered for a GPU."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""State that changes once for each optimizer step, against sums in NumPy."""
+"""Variables that change once per optimizer step, against sums in NumPy."""
 
 import dataclasses
 

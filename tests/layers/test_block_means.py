@@ -1,4 +1,4 @@
-"""Means of blocks of keys that a cache keeps, beside those of the keys that it was given."""
+"""Cached means of blocks of keys, against means of the keys themselves."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Seats, rows and gradients against plain loops over (token, choice) pairs."""
+"""Slots, rows and gradients of experts, against loops over (token, choice) pairs."""
 
 import functools
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""A run says on which processor it was made, and what is measured of a device is named by its kind."""
+"""Names of processors and devices."""
 
 import pytest
 

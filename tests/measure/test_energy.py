@@ -1,4 +1,4 @@
-"""Energy is read where a meter is, and nowhere else."""
+"""Energy is read if there is a meter."""
 
 from sparse_lm.measure import energy
 

@@ -1,4 +1,4 @@
-"""What gates and connections did, and what that costs, against counts by hand."""
+"""Statistics of gates and masks, and the costs that follow, against counts by hand."""
 
 import jax
 import jax.numpy as jnp

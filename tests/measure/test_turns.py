@@ -1,4 +1,4 @@
-"""What a turn times, and what it does not."""
+"""What a turn times and what it does not."""
 
 from sparse_lm.measure import turns
 

@@ -1,4 +1,4 @@
-"""Whether other sequences of a batch, or later tokens, change logits: as declared, and no otherwise."""
+"""Other sequences of a batch, and later tokens, change logits only in the declared modes."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What spans layers: a stack method runs them, and may carry anything from one to the next."""
+"""Stack methods run the layers and may pass anything from one layer to the next."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""No kernel multiplies for free, and no gate closes at a price that it does not say."""
+"""Every kernel and every gate is charged."""
 
 import textwrap
 

@@ -1,4 +1,4 @@
-"""The bytes that decoding is planned to read of a cache, beside a count over the traced program."""
+"""The planned bytes that decoding reads from caches, against a count over the traced program."""
 
 import math
 

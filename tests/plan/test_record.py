@@ -1,4 +1,4 @@
-"""What modules declare is collected in a recording alone."""
+"""Declarations of modules are collected only in a recording."""
 
 import jax.numpy as jnp
 import pytest

@@ -1,4 +1,4 @@
-"""Activation sites: read and replaced, beside a model that NumPy computes."""
+"""Activation sites are read and replaced, against a model in NumPy."""
 
 import functools
 

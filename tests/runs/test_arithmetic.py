@@ -128,7 +128,7 @@ REFUSED = {
   'old device': ({'precision': 'float32'}, (7, 5), 'and this is the device'),
   'precision': ({'precision': 'float32'}, (9, 0), 'config.model.precision is float32'),
   'dropout': ({'dropout': 0.1}, (9, 0), 'config.model.dropout'),
-  'width of heads': ({'width': 24, 'heads': 2}, (9, 0), 'and these are 12'),
+  'width of heads': ({'width': 24, 'heads': 2}, (9, 0), 'but these have width 12'),
   'selection': ({'attention__name': 'topk_keys'}, (9, 0), 'by their scores'),
   'blocks': ({'attention__name': 'moba'}, (9, 0), 'another mask'),
   'tokens left out': (

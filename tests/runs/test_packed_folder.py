@@ -356,7 +356,7 @@ def test_models_that_read_other_tokens_or_contexts_are_not_timed_in_turns(
   packed, tiny_config, tmp_path
 ):
   folder = packed('neurons')[1]
-  with pytest.raises(UserError, match='a context of more than 16'):
+  with pytest.raises(UserError, match='a context above 16'):
     speed_command.speed([folder])
   train(tiny_config(data__context=24, train__steps=1), str(tmp_path / 'other'), progress=False)
   with pytest.raises(UserError, match='another tokenizer or context'):

@@ -1,4 +1,4 @@
-"""Masks that are chosen before the first step: what they are, and that nothing else has moved."""
+"""Masks that are chosen before the first step, without any other change of the state."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""One-shot methods are calibrated on the tokens that enter a layer, and on no other."""
+"""One-shot methods are calibrated only on the tokens that enter a layer."""
 
 import functools
 

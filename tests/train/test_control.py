@@ -1,4 +1,4 @@
-"""The budget controller by hand, and on gates whose worth is known in closed form."""
+"""The budget controller by hand, and on gates with a known optimum."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Learning from a teacher: the divergence, its weight in the gradient, and what the teacher is asked."""
+"""Distillation: the divergence, its weight in the gradient, and the teacher's inputs."""
 
 import dataclasses
 import json

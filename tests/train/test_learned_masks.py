@@ -1,4 +1,4 @@
-"""Learned masks through training steps: their rate, their price, the budget that holds them."""
+"""Learned masks in training steps: learning rate, penalty and budget."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Training and evaluation with the loss in chunks of tokens: what it computes, costs, and never holds."""
+"""Training and evaluation with a chunked loss: values, costs and memory."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""The initial state is computed on the host, and is the same there as on a CPU, for every device."""
+"""The initial state is computed on the host and is the same for every device."""
 
 import json
 import os

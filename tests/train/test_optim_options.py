@@ -1,4 +1,4 @@
-"""What is done to gradients, rates and decay besides the optimizer, against NumPy."""
+"""Options for gradients, rates and decay, against NumPy."""
 
 import jax
 import numpy as np
@@ -81,6 +81,6 @@ def test_a_clip_beside_normalization_is_one_line_that_says_what_is_valid(tiny_co
   with pytest.raises(UserError) as refused:
     build(tiny_config(optimizer__normalize=True, optimizer__clip=1.0), 20)
   assert str(refused.value) == (
-    'config.optimizer.clip=1.0 is not valid; valid: 0 with config.optimizer.normalize, which leaves '
-    'nothing of a norm'
+    'config.optimizer.clip=1.0 is not valid; valid: 0, because config.optimizer.normalize already fixes '
+    'the norm of the gradient'
   )

@@ -1,4 +1,4 @@
-"""Pruning a trained model by several methods, each with its rule."""
+"""Pruning a trained model with several rules, each with its own method."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""An optimizer step that some parameters sit out, under every optimizer that takes masks."""
+"""Optimizer steps in which some parameters rest, for every optimizer that supports masks."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""One optimizer step against what is written out by hand."""
+"""One optimizer step, against the same computation written by hand."""
 
 import jax
 import jax.numpy as jnp

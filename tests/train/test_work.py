@@ -1,4 +1,4 @@
-"""What training costs: what the steps ran, not what the config would have cost."""
+"""Training FLOPs are those of the steps that ran."""
 
 import json
 import math
