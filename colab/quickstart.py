@@ -15,11 +15,11 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sparse-lm/sparse_lm/blob/main/colab/quickstart.ipynb)
 #
-# Trains a small dense transformer on the source text of Python's standard library, and sparse ones
-# beside it, then prints a table and draws the connections that one of them kept.
+# This notebook trains a small dense transformer and three sparse ones on the source code of Python's
+# standard library. It compares them in a table and a figure, and then looks into one of them.
 
 # %%
-# Installs what is missing; every package that is already here stays as it is.
+# Installs the missing packages. Packages that are already installed keep their versions.
 import importlib.util
 
 if importlib.util.find_spec('sparse_lm') is None:
@@ -33,9 +33,9 @@ import tempfile
 
 import numpy as np
 
-from sparse_lm.runs import configs, runtime
-from sparse_lm.runs.trained import load
+import sparse_lm
 from sparse_lm.report import plot, table
+from sparse_lm.runs import configs, runtime
 from sparse_lm.runs.loop import train
 
 # %matplotlib inline
@@ -43,15 +43,16 @@ runtime.prepare()
 results = tempfile.mkdtemp()
 
 # %% [markdown]
-# A config is a file; overrides name its fields. Here every model trains for 100 steps.
+# A config is a Python file, and overrides change its fields by name. Here every model trains for 100
+# steps.
 
 # %%
 METHODS = {
-  'none': {'weight.name': 'none'},
+  'dense': {'weight.name': 'none'},
   'static': {'weight.name': 'static', 'weight.sparsity': 0.9},
-  'rigl': {'weight.name': 'rigl', 'weight.sparsity': 0.9, 'weight.period': 10},
-  # The largest magnitudes in every step, while dropped weights go on learning.
-  'ste': {
+  'RigL': {'weight.name': 'rigl', 'weight.sparsity': 0.9, 'weight.period': 10},
+  # STE keeps the weights of largest magnitude in every step, while the other weights go on learning.
+  'STE': {
     'weight.name': 'magnitude',
     'weight.apply': 'straight_through',
     'weight.schedule': 'at_once',
@@ -61,16 +62,17 @@ METHODS = {
 }
 lines = []
 for name, fields in METHODS.items():
-  model = configs.load('configs/ablation.py', {'train.steps': 100, **fields})
-  result = train(model, f'{results}/{name}', progress=False)
-  labels = {'method': name, 'sparsity': model.weight.sparsity}
-  lines.append({'run': name, 'labels': labels, 'seed': model.seed, **result})
-  print(f'{name}: {result["metrics"]["val_loss"]:.3f} nats per byte')
+  config = configs.load('configs/ablation.py', {'train.steps': 100, **fields})
+  result = train(config, f'{results}/{name}', progress=False)
+  labels = {'method': name, 'sparsity': config.weight.sparsity}
+  lines.append({'run': name, 'labels': labels, 'seed': config.seed, **result})
+  print(f'{name}: validation loss {result["metrics"]["val_loss"]:.3f} nats per byte')
 
 # %% [markdown]
-# Accuracy, theoretical compute, stored bytes and measured time, side by side. These runs multiply by
-# masks: their time is shown as measured and is no claim of speed. One seed and 100 steps decide
-# nothing; `make ablation` trains the same models for longer, over seeds.
+# The table shows validation loss, theoretical compute, stored bytes and measured time side by side.
+# Training multiplies the weights by masks, so a sparse run is not faster than a dense one: only packed
+# models are compared by their speed. One seed and 100 steps prove nothing; `make ablation` trains longer
+# and over several seeds.
 
 # %%
 columns = [
@@ -85,31 +87,37 @@ columns = [
     'train_step_ms',
   )
 ]
-frame = table.summarise(lines, ['method', 'sparsity'], columns, {'method': 'none'})
+frame = table.summarise(lines, ['method', 'sparsity'], columns, {'method': 'dense'})
 frame[['method', 'val_loss_mean', 'val_loss_delta_mean', 'stored_bytes_mean', 'train_step_ms_mean']]
 
 # %%
 plot.curves(lines, 'stored_bytes', 'val_loss', 'method')
 
 # %% [markdown]
-# A trained run is a plain Python object: parameters with exact zeros, masks, logits, costs.
+# `sparse_lm.load` returns a run as one Python object. It has the logits, sampled text, masks, costs, the
+# training log and more; the notebook `analyse_a_run` shows all of it.
 
 # %%
-trained = load(f'{results}/rigl')
-mask = np.asarray(trained.masks['block_0']['mlp']['up']['kernel'])
-print(f'{mask.mean():.1%} of the connections are left')
+run = sparse_lm.load(f'{results}/RigL')
 text = 'def __init__(self'
-tokens = trained.tokenizer.encode(text.encode())[None].astype(np.int32)
-likely = np.argsort(np.asarray(trained.logits(tokens))[0, -1])[::-1][:5]
-print(f'after {text!r}:', [trained.tokenizer.decode([token]) for token in likely])
+likely = np.argsort(run.logits(text)[0, -1])[::-1][:5]
+print(f'likeliest bytes after {text!r}:', [run.tokenizer.decode([token]) for token in likely])
+print(run.generate(text, max_new_tokens=40, temperature=0.7))
+
+# %%
+run.plot()
+
+# %% [markdown]
+# The mask of the first layer's up-projection: a black cell is a connection that RigL kept.
 
 # %%
 from matplotlib.figure import Figure
 
+mask = run.masks['block_0/mlp/up/kernel']
 figure = Figure(figsize=(7, 2.2), layout='constrained')
 axes = figure.add_subplot()
 axes.imshow(mask, cmap='Greys', interpolation='nearest', aspect='auto')
 axes.set(
-  xlabel='hidden unit', ylabel='input', title="Connections of the first layer's up-projection"
+  xlabel='hidden unit', ylabel='input', title=f'{mask.mean():.1%} of the connections are kept'
 )
 figure

@@ -15,11 +15,12 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sparse-lm/sparse_lm/blob/main/colab/write_your_own_method.ipynb)
 #
-# A method is one file. Here: tokens that skip the MLP of a layer, by a gate that any estimator can
-# train and the budget controller can hold. Then it is checked, trained and looked at.
+# A method is one file. In this notebook a learned gate decides for each token whether it skips the MLP of
+# a layer. Any gradient estimator can train the gate, and the budget controller can hold its compute. We
+# write the method, check its cost and its causality, train it, and look at its decisions.
 
 # %%
-# Installs what is missing; every package that is already here stays as it is.
+# Installs the missing packages. Packages that are already installed keep their versions.
 import importlib.util
 
 if importlib.util.find_spec('sparse_lm') is None:
@@ -38,10 +39,8 @@ from matplotlib.figure import Figure
 
 import sparse_lm.methods.mlp
 from sparse_lm.cost import summary
-from sparse_lm.runs import configs, runtime
-from sparse_lm.runs.trained import load
 from sparse_lm.report import plot, table
-from sparse_lm.runs import cost_report
+from sparse_lm.runs import configs, cost_report, runtime
 from sparse_lm.runs.loop import train
 from sparse_lm.runs.setup import setup
 
@@ -52,16 +51,17 @@ folder = pathlib.Path(tempfile.mkdtemp())
 # %% [markdown]
 # ## The method
 #
-# A layer method is a Linen module. Fields with a default are config keys (`estimator` and `open` come
-# with `LearnedGate`); fields without one are supplied. `inner` makes the MLP that runs inside. What
-# runs inside `record.gated(self.path, self.traits.gating)` costs as much as the gate is open.
+# A layer method is a Flax Linen module. Its fields with a default value become config keys (`estimator`
+# and `open` come from `LearnedGate`). The model supplies the fields without a default: `inner`, for
+# example, makes the MLP that the gate wraps. Matmuls inside `record.gated(self.path, self.traits.gating)`
+# are charged at the fraction of tokens for which the gate is open.
 #
-# In a clone of the repository the file's place is `sparse_lm/methods/mlp/skip.py`; while you try it
-# out, a folder of your own will do.
+# In a clone of the repository the file belongs at `sparse_lm/methods/mlp/skip.py`. To try a method out,
+# append a folder of your own to the package's search path, as the last line does.
 
 # %%
 source = '''
-"""Tokens that skip the MLP."""
+"""A gate that lets tokens skip the MLP."""
 
 from collections.abc import Callable
 from typing import ClassVar
@@ -74,7 +74,7 @@ from sparse_lm.plan import record
 
 
 class SkipMLP(LearnedGate, kw_only=True):
-  """A gate for every token around any MLP, `config.mlp.inner`."""
+  """A gate around the MLP `config.mlp.inner` that decides for each token."""
 
   inner: Callable[[], nn.Module]
   slot: ClassVar[str] = 'mlp'
@@ -85,7 +85,7 @@ class SkipMLP(LearnedGate, kw_only=True):
       paper='none',
       saves='the MLP of tokens that skip it',
       twin='dense',
-      skips=False,  # decoding computes closed MLPs too
+      skips=False,  # decoding runs the MLP for every token
     )
 
   @nn.compact
@@ -100,9 +100,10 @@ class SkipMLP(LearnedGate, kw_only=True):
 sparse_lm.methods.mlp.__path__.append(str(folder))
 
 # %% [markdown]
-# ## Its cost, before any training
+# ## Predict its cost
 #
-# The ledger knows what the gate can skip, so a target below what it cannot is refused at once.
+# The cost is known before training. The ledger knows which matmuls the gate can skip, so a budget below
+# the cost of all other matmuls is refused at once.
 
 # %%
 STEPS = 100
@@ -121,10 +122,10 @@ except UserError as error:
   print(error)
 
 # %% [markdown]
-# ## Does it keep to the past?
+# ## Check that it is causal
 #
-# Substituting later tokens must change no earlier logit. The contract test does this for every method
-# that it finds in the folders; here it is by hand.
+# A change of later tokens must not change earlier logits. The contract test checks this for every method
+# in the package; here we check it by hand.
 
 # %%
 model, tokens = run.program.model, np.arange(64, dtype=np.int32)[None] % 256
@@ -134,11 +135,14 @@ apply = jax.jit(lambda tokens: model.apply({'params': variables['params']}, toke
 changed = tokens.copy()
 changed[:, 32:] += 1
 difference = np.abs(apply(changed) - apply(tokens)).max(axis=(0, 2))
-print('earlier logits moved by', difference[:32].max(), 'and later ones by', difference[32:].max())
+print('largest change of earlier logits:', difference[:32].max())
+print('smallest change of later logits:', difference[32:].min())
 assert difference[:32].max() < 1e-5 < difference[32:].min()
 
 # %% [markdown]
-# ## Train it, beside random gates at equal rate and the dense model
+# ## Train it
+#
+# Two estimators are compared with random gates that are open equally often, and with the dense model.
 
 # %%
 ROWS = {
@@ -160,26 +164,23 @@ frame[['gates', 'val_loss_mean', 'val_loss_delta_mean', 'flops_forward_ratio_mea
 plot.curves(lines, 'flops_forward_ratio', 'val_loss', 'gates')
 
 # %% [markdown]
-# One seed and 100 steps decide nothing. `python -m experiments.run dynamic_compute` compares gates of
-# this kind over seeds, with dense models of equal FLOPs beside them.
+# One seed and 100 steps prove nothing. `python -m experiments.run dynamic_compute` compares gates of this
+# kind over several seeds, with dense models of equal FLOPs beside them.
 #
-# ## What did the gates let through?
+# ## Look at its decisions
 #
-# Each row is a layer, each column a byte of the text; dark where the byte entered the MLP.
+# Each row is a layer and each column a byte of the text. A dark cell is a byte that enters the MLP. The
+# gate is open where the output of its router is positive.
 
 # %%
-trained = load(str(folder / 'straight_through'))
+run = sparse_lm.load(folder / 'straight_through')
 text = 'def __init__(self, name, value=None):\n    self.name = name\n    return'[:64]
-tokens = trained.tokenizer.encode(text.encode())[None].astype(np.int32)
-_, seen = trained.program.model.apply(
-  {'params': trained.params}, tokens, mutable=['intermediates'], capture_intermediates=True
-)
-layers = [seen['intermediates'][f'block_{layer}']['mlp']['router'] for layer in range(2)]
-opened = np.stack([np.asarray(layer['__call__'][0])[0, :, 0] > 0 for layer in layers])
+outputs = run.activations(text, sites='block_*/mlp/router/output')
+opened = np.stack([output[0, :, 0] > 0 for output in outputs.values()])
 
 figure = Figure(figsize=(9, 1.6), layout='constrained')
 axes = figure.add_subplot()
 axes.imshow(opened, cmap='Greys', interpolation='nearest', aspect='auto', vmin=-0.3, vmax=1.3)
 axes.set_xticks(range(len(text)), [c if c.strip() else '·' for c in text], fontsize=7)
-axes.set_yticks(range(2), ['layer 0', 'layer 1'])
+axes.set_yticks(range(len(opened)), [f'layer {layer}' for layer in range(len(opened))])
 figure

@@ -1,8 +1,8 @@
-"""The arithmetic of a run on this device: its precision, and the kernel of its attention.
+"""Choosing the precision and the attention kernel of a run on this device.
 
-Both are decided once, when a run is set up, and recorded, because 'auto' means different things on
-different devices: config.json holds the precision itself in place of 'auto', and `env.attention` in
-result.json names the kernels that attention ran.
+Both are chosen once, when a run is set up, and recorded, because 'auto' means different things on
+different devices. config.json holds the chosen precision in place of 'auto', and `env.attention` in
+result.json names the attention kernels that ran.
 """
 
 import functools
@@ -19,9 +19,9 @@ from sparse_lm.model.plans import plan_of
 
 
 def resolved(config: ConfigDict) -> ConfigDict:
-  """The config with the precision that 'auto' stands for on this device; any other precision stays.
+  """Returns the config with precision 'auto' replaced by this device's precision.
 
-  Raises UserError for bfloat16 on a GPU that cannot run it well.
+  Raises UserError for bfloat16 on a GPU without bfloat16 units.
   """
   precision = config.model.precision
   if precision == 'bfloat16' and device.is_old_gpu():
@@ -35,16 +35,16 @@ def resolved(config: ConfigDict) -> ConfigDict:
 
 
 def notes(asked: ConfigDict, reasons: tuple[str, ...]) -> list[str]:
-  """A line for each 'auto' of a config that does not stand for the fast choice on this accelerator.
+  """Returns a sentence for each field of 'auto' that falls back to a slower choice on this accelerator.
 
   Args:
     asked: the config before `resolved`.
-    reasons: the reasons that `attention_kernels` returns.
+    reasons: why attention is not fused, from `attention_kernels`.
   """
   if asked.model.precision == AUTO and (device.is_old_gpu() or device.is_other_gpu()):
     why = 'has neither bfloat16 units nor fused attention'
     if device.is_other_gpu():
-      why = 'is no NVIDIA GPU: whether bfloat16 is faster there is not known, and attention is not fused'
+      why = 'is not an NVIDIA GPU: attention is not fused there, and bfloat16 was never timed there'
     return [f'config.model.precision={AUTO!r} is float32 on {device.name()}, which {why}']
   if reasons and asked.model.attention_kernel == AUTO:
     return [f'config.model.attention_kernel={AUTO!r} is {attention.EINSUM} here: {_first(reasons)}']
@@ -52,13 +52,12 @@ def notes(asked: ConfigDict, reasons: tuple[str, ...]) -> list[str]:
 
 
 def attention_kernels(model: LM) -> tuple[tuple[str, ...], tuple[str, ...]]:
-  """The kernels that attention runs in a training step on this device, and why not all of them are fused.
+  """Returns the attention kernels of a training step on this device, and why some are not fused.
 
   Returns:
-    The names of the kernels, and the reasons, of which there are none on a device without fused
-    attention.
+    The names of the kernels, and the reasons. There are no reasons on a device without fused attention.
 
-  Raises UserError where `config.model.attention_kernel` asks for the fused one and it cannot run.
+  Raises UserError if `config.model.attention_kernel` asks for the fused kernel and it cannot run.
   """
   asked, fused = model.spec.attention_kernel, device.has_fused_attention()
   if asked != attention.CUDNN and (asked == attention.EINSUM or not fused):
@@ -84,7 +83,7 @@ def attention_kernels(model: LM) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 @functools.lru_cache(maxsize=32)
 def _calls_of_training(model: LM) -> tuple[str, ...]:
-  """What `kernels.attention.why_unfused` says of each call of attention in a training step."""
+  """Returns the result of `kernels.attention.why_unfused` for each call of attention in a training step."""
   tokens = jax.ShapeDtypeStruct((1, model.spec.context), jnp.int32)
   key = jax.random.key(0)
   run = functools.partial(
@@ -96,6 +95,6 @@ def _calls_of_training(model: LM) -> tuple[str, ...]:
 
 
 def _first(reasons: tuple[str, ...]) -> str:
-  """The first of several reasons, with the number of the others."""
+  """Returns the first reason, and how many more there are."""
   more = f' (and {len(reasons) - 1} more)' if len(reasons) > 1 else ''
   return f'{reasons[0]}{more}'

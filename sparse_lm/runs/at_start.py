@@ -1,4 +1,4 @@
-"""What happens before the first optimizer step of a run whose masks are chosen then."""
+"""Choosing masks before the first optimizer step, for methods that prune at initialization."""
 
 import jax
 
@@ -10,12 +10,12 @@ from sparse_lm.weights import parts
 
 
 def prune_at_start(run: Setup, state: TrainState) -> TrainState:
-  """`state`, which is of step 0 and is donated, with the masks that methods choose before that step.
+  """Returns the state at step 0 with the masks that its methods choose before training.
 
-  Their signals are of the batches with which training begins; the iterator is one of its own, so that
-  training reads them again. Nothing else changes: no moments, no running thresholds or biases.
+  The methods read signals from the first training batches. Training reads these batches again, because
+  it has its own iterator. Everything else in the state stays as it is. The argument `state` is donated.
 
-  Raises UserError where a parameter that is to be pruned has no signal at all.
+  Raises UserError if every signal of a parameter that is to be pruned is zero.
   """
   program = run.program
   wanted = parts.at_start(program.method)
@@ -32,9 +32,9 @@ def prune_at_start(run: Setup, state: TrainState) -> TrainState:
   target = jax.device_get(tree.named(run.target))
   if missed := [path for path, flag in jax.device_get(silent).items() if flag and target[path] < 1]:
     raise UserError(
-      f'every signal of {missed[0]} ({len(missed)} such parameters) is zero before step 0, so that its '
-      f'weights cannot be ranked; valid: config.model.init=gpt2 (where it is fan_in the head starts at '
-      'zero, and with it all gradients below), config.init_from, or those parameters in '
+      f'every signal of {missed[0]} ({len(missed)} such parameters) is zero before step 0, so its '
+      'weights cannot be ranked; valid: config.model.init=gpt2 (with fan_in the head starts at zero, and '
+      'so do the gradients of all layers below), config.init_from, or these parameters in '
       'config.weight.dense'
     )
   return state

@@ -1,4 +1,4 @@
-"""The checkpoint of lowest validation loss at the final density, kept in `best/` beside the newest."""
+"""Keeping the checkpoint of lowest validation loss at the final density, in the folder `best/`."""
 
 import dataclasses
 import math
@@ -13,21 +13,21 @@ from sparse_lm.train.work import Work
 
 
 def step_in(workdir: pathlib.Path) -> int | None:
-  """The step of a workdir's best state, `None` where it keeps none."""
+  """Returns the step of a workdir's best checkpoint, `None` if there is none."""
   steps = [int(path.name) for path in (workdir / BEST).glob('*') if path.name.isdigit()]
   return max(steps, default=None)
 
 
 class Best:
-  """Parameters without an optimizer, to evaluate and to export: a run never continues from them.
+  """The best checkpoint of a run, without the optimizer: it is for evaluation and export.
 
-  A run that is interrupted continues from its newest checkpoint and evaluates again what came after
-  that. So the best state as of that checkpoint is removed only once there is a newer checkpoint;
-  each state that is kept is better than those before it, and the newest is the best.
+  An interrupted run continues from its newest checkpoint and repeats the later evaluations. The best
+  state as of that checkpoint must therefore stay until there is a newer checkpoint. So the folder can
+  hold several states. Each is better than the one before it, and the newest is the best.
 
   Attributes:
-    loss: lowest validation loss so far, in nats per token; infinity before the first evaluation.
-    step: at which it was reached.
+    loss: the lowest validation loss so far, in nats per token; infinity before the first evaluation.
+    step: the step of that evaluation.
   """
 
   def __init__(self, workdir: pathlib.Path) -> None:
@@ -35,13 +35,13 @@ class Best:
     self.loss, self.step = math.inf, 0
 
   def forget_after(self, step: int) -> None:
-    """Removes states that are newer than `step`, from where the run continues."""
+    """Removes the states after `step`, the step from which the run continues."""
     self._checkpoints.delete([kept for kept in self._checkpoints.steps() if kept > step])
     if numbers := self._checkpoints.newest_numbers():
       self.loss, self.step = numbers['val_loss'], numbers['step']
 
   def offer(self, program: Program, state: TrainState, loss: float, work: Work) -> bool:
-    """Keeps `state` if its validation loss is the lowest so far, and says whether it is."""
+    """Saves `state` if its validation loss is the lowest so far. Returns whether it is."""
     if not loss < self.loss:
       return False
     states.check_masks(program.method, state)
@@ -51,9 +51,9 @@ class Best:
     return True
 
   def settle(self) -> None:
-    """Leaves the best state alone, now that the run has a checkpoint as new as it."""
+    """Removes all states but the best, once the run has a checkpoint that is as new."""
     self._checkpoints.delete(self._checkpoints.steps()[:-1])
 
   def close(self) -> None:
-    """Waits for the files."""
+    """Waits until all files are written."""
     self._checkpoints.close()

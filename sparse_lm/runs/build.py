@@ -1,4 +1,4 @@
-"""From a config to the program that it describes, with every check that needs no data."""
+"""Building the training program of a config, with all checks that need no data."""
 
 from ml_collections import ConfigDict
 
@@ -20,9 +20,13 @@ from sparse_lm.weights import parts
 
 
 def build(config: ConfigDict, vocab: int) -> tuple[Program, Tree]:
-  """The program and target densities for a vocabulary of that size, without reading the corpus' text.
+  """Builds the program and the final density of each prunable parameter, without reading the text.
 
-  Raises UserError where the config describes none.
+  Args:
+    config: a complete config.
+    vocab: size of the vocabulary.
+
+  Raises UserError if the config is not valid.
   """
   configs.check(config)
   model = lm.from_config(config, vocab)
@@ -37,9 +41,9 @@ def build(config: ConfigDict, vocab: int) -> tuple[Program, Tree]:
 
 
 def check_costs(config: ConfigDict) -> None:
-  """Refuses a model, or a dense twin, with parameters that no cost is noted for: see `plan.read`.
+  """Raises UserError if a matrix of the model or of its dense twin has no cost in the ledger.
 
-  Which those are does not depend on the vocabulary, so this runs before any data is read.
+  The check does not depend on the vocabulary, so it runs before any data is read.
   """
   model = lm.from_config(config, vocab=1)
   for one in (model, lm.dense_twin(model)):
@@ -47,7 +51,7 @@ def check_costs(config: ConfigDict) -> None:
 
 
 def _controlled(spec: Spec) -> list[str]:
-  """The settings of the methods that the budget controller can move, at their defaults."""
+  """Returns the config settings of all methods whose compute the budget controller can change."""
   found = []
   for slot in slots.LAYER_SLOTS:
     for name in slots.names(slot):
@@ -62,18 +66,18 @@ def _controlled(spec: Spec) -> list[str]:
 
 
 def _check_floor(objective: Objective, target: Tree) -> None:
-  """Raises UserError for a budget that the gates cannot reach, naming what they don't gate."""
+  """Raises UserError for a budget below the cost of what no gate can skip."""
   ledger, dense = objective.costs.ledger, objective.costs.dense
   density = {path: float(final) for path, final in tree.named(target).items()}
   for path in density:
     if parts.learns_density(objective.method, path):
-      density[path] = 0.0  # as far as the controller can bring it down
+      density[path] = 0.0  # the lowest density that the controller can reach
   field = f'config.budget.target={objective.budget.target}'
   gates = any(gate.controlled for m in ledger.values() for gate in m.gates)
   if not gates and not objective.method.traits.controlled:
     raise UserError(
-      f'{field} needs what the controller can move (fixed capacities and random gates have rates of '
-      f'their own); valid: a learned gate or mask: {", ".join(_controlled(objective.model.spec))}'
+      f'{field} needs a learned gate or mask, whose compute the controller can change (fixed capacities '
+      f'and random gates have fixed rates); valid: {", ".join(_controlled(objective.model.spec))}'
     )
   floor = cost.flops_range(ledger, density)[0] / dense
   if objective.budget.target < floor:
@@ -85,5 +89,6 @@ def _check_floor(objective: Objective, target: Tree) -> None:
     largest = sorted(ungated, key=ungated.get, reverse=True)[:3]
     shares = ', '.join(f'{path} {ungated[path] / dense:.3f}' for path in largest)
     raise UserError(
-      f'{field} is below {floor:.3f}, what no gate can skip ({shares}, ...); valid: from there to 1'
+      f'{field} is below {floor:.3f}, the share of the compute that no gate can skip ({shares}, ...); '
+      f'valid: {floor:.3f} to 1'
     )

@@ -1,5 +1,8 @@
-"""Checkpoints, item by item: parameters, sparse state, optimizer, the rest of the state, the position in
-the data, and the history of the run."""
+"""Checkpoints of a run.
+
+A checkpoint has separate items for parameters, sparse state, model state, optimizer, the position in the
+data, and the run's history, so that evaluation can read some of them alone.
+"""
 
 import itertools
 import pathlib
@@ -25,17 +28,17 @@ from sparse_lm.train.states import TrainState
 from sparse_lm.train.work import Work
 
 SCHEMA = 4
-EVALUATED = ('params', 'sparse', 'model')  # what evaluation and export read
+EVALUATED = ('params', 'sparse', 'model')  # the items that evaluation and export read
 ITEMS = (*EVALUATED, 'optimizer')
 
 
 class _Meta(TypedDict):
-  """What an item `meta` holds.
+  """The contents of the item `meta`.
 
   Attributes:
-    leaves: by item, the digest of each of its leaves by path.
-    digests: of `numbers`, and of the position in the data where that was saved.
-    run: `Checkpoints._run` when it was saved.
+    leaves: for each item, the digest of every leaf by its path.
+    digests: digests of `numbers` and, if it was saved, of the position in the data.
+    run: digests of the files that identify the run, from `Checkpoints._run`.
   """
 
   schema: int
@@ -60,19 +63,27 @@ def _items(state: TrainState) -> dict[str, Tree]:
 
 
 def _leaves(item: Tree) -> dict[str, Leaf]:
-  """Arrays by path; `None`s and empty nodes are the template's business. Orbax refuses an empty
-  item, hence the schema number in each."""
+  """Returns the arrays of an item by path. `None`s and empty nodes are restored from the template.
+
+  Orbax refuses an empty item, so each item also holds the schema number.
+  """
   return {'schema': np.asarray(SCHEMA, np.int32), **tree.named(item)}
 
 
 def _free(path: pathlib.Path) -> pathlib.Path:
-  """`path`, or `path.1`, `path.2`, ... where that exists."""
+  """Returns the first of `path`, `path.1`, `path.2`, ... that does not exist."""
   names = (path.with_name(f'{path.name}.{i}') if i else path for i in itertools.count())
   return next(name for name in names if not name.exists())
 
 
 class Checkpoints:
-  """The checkpoints in a folder of a workdir; the newest `keep` are kept, or all."""
+  """The checkpoints in a folder of a workdir.
+
+  Args:
+    workdir: the run's folder.
+    folder: name of the folder of checkpoints.
+    keep: how many of the newest checkpoints are kept, `None` = all.
+  """
 
   def __init__(
     self, workdir: pathlib.Path, folder: str = CHECKPOINTS, keep: int | None = 3
@@ -83,7 +94,7 @@ class Checkpoints:
     self._manager = self._open()
 
   def steps(self) -> list[int]:
-    """Steps that have a checkpoint, oldest first."""
+    """Returns the steps that have a checkpoint, in ascending order."""
     return sorted(self._manager.all_steps())
 
   def save(
@@ -96,17 +107,18 @@ class Checkpoints:
   ) -> None:
     """Writes a checkpoint under `state.step`.
 
-    The first one of a folder is read again before it counts: whether the storage can deal with the
-    file system and the folder's name is known only then.
+    The first checkpoint of a folder is read back at once. This is how the run finds out whether the
+    storage library works on this file system and with the folder's name.
 
     Args:
-      state: of which `items` are written.
+      state: the training state.
       data: a grain iterator whose position is written too.
-      history: is written too.
-      numbers: JSON values to keep beside it, if there is no history; see `newest_numbers`.
+      history: the run's history, which is written too.
+      items: the items of `state` to write.
+      numbers: JSON values to write if there is no history; see `newest_numbers`.
 
     Raises:
-      UserError: it cannot be written, or what was written cannot be read.
+      UserError: the checkpoint cannot be written, or not be read back.
     """
     step, steps = int(state.step), self.steps()
     if step in steps:
@@ -130,7 +142,7 @@ class Checkpoints:
         if not steps:
           doing = 'read after it was written'
           self._read(step, self._meta(step), arrays, whole=True)
-    # Storage reports a full disk, say, by many types.
+    # The storage library raises many types of exceptions, also for a full disk.
     except Exception as error:
       self.set_aside_after(step - 1)
       raise UserError(
@@ -145,22 +157,23 @@ class Checkpoints:
     items: Sequence[str] = ITEMS,
     history: History | None = None,
   ) -> TrainState | None:
-    """The newest intact checkpoint in the shape of `template`, `None` where there is none at all.
+    """Restores the newest intact checkpoint. Returns `None` if there is no checkpoint.
 
     Args:
-      template: arrays or shape structs; `items` that are not named stay as they are there.
-      data: a grain iterator whose position is set too.
-      history: is set too; its masks are a template as well.
+      template: a state of arrays or shape structs.
+      data: a grain iterator whose position is restored too.
+      items: the items to read; the others are taken from `template`.
+      history: the run's history, which is restored too; its masks are a template.
 
     Raises:
-      UserError: there are checkpoints and all are corrupt.
+      UserError: there are checkpoints, and all of them are corrupt.
     """
     steps, faults = self.steps(), []
     for step in reversed(steps):
       try:
         with storage.quiet():
           state = self._restore(step, template, data, items, history)
-      # Storage reports damage by many types; whatever the cause, an older one may be whole.
+      # The storage library raises many types of exceptions. An older checkpoint may be intact.
       except Exception as error:
         faults.append(f'checkpoint {step} ({storage.first_line(error)})')
         continue
@@ -175,19 +188,19 @@ class Checkpoints:
     return None
 
   def restore_leaves(self, step: int, item: str, template: Tree) -> Tree:
-    """Some leaves of one item, checked; the others are not read.
+    """Reads and checks some leaves of one item.
 
     Args:
-      step: that has a checkpoint.
+      step: a step that has a checkpoint.
       item: one of `ITEMS`.
-      template: arrays or shape structs at their places in the item, such as `{'trainable': {'params':
-        {'block_0': ...}}}` in 'params'.
+      template: arrays or shape structs for the wanted leaves, nested as in the item: `{'trainable':
+        {'params': {'block_0': ...}}}` in the item 'params', for example.
 
     Returns:
       A tree like `template`.
 
     Raises:
-      UserError: the checkpoint has no such leaf, or one of these leaves is damaged.
+      UserError: the checkpoint does not have one of the leaves, or one of them is damaged.
     """
     wanted = tree.named(template)
     try:
@@ -206,8 +219,10 @@ class Checkpoints:
     return tree.map_named(lambda path, _: found[path], template)
 
   def newest_numbers(self) -> records.JsonObject | None:
-    """The numbers that the newest checkpoint was saved with; `None` where there is none, or, said
-    aloud, where it is damaged."""
+    """Returns the numbers of the newest checkpoint, `None` if there is no checkpoint.
+
+    If the checkpoint is damaged, a line on stderr says so, and the result is `None`.
+    """
     if not self.steps():
       return None
     step = self.steps()[-1]
@@ -221,7 +236,7 @@ class Checkpoints:
       return None
 
   def work(self, step: int) -> Work:
-    """What training had spent at an intact checkpoint."""
+    """Returns the FLOPs that training had spent at an intact checkpoint."""
     return Work(**self._meta(step)['numbers']['work'])
 
   def delete(self, steps: Sequence[int]) -> None:
@@ -230,8 +245,11 @@ class Checkpoints:
       self._manager.delete(step)
 
   def set_aside_after(self, step: int) -> None:
-    """Moves checkpoints newer than `step`, the newest intact one, to `corrupt-<step>`: training on
-    from an older one will write theirs anew."""
+    """Renames the checkpoints after `step` to `corrupt-<step>`, because training writes them again.
+
+    Args:
+      step: the step of the newest intact checkpoint.
+    """
     newer = [other for other in self.steps() if other > step]
     if newer:
       self._manager.close()
@@ -240,12 +258,12 @@ class Checkpoints:
       self._manager = self._open()
 
   def close(self) -> None:
-    """Waits for the files."""
+    """Waits until all files are written."""
     self._manager.close()
     self._plain.close()
 
   def _run(self) -> dict[str, str]:
-    """By file, the digest of what says which run the weights are of, but for fields that may change."""
+    """Returns digests of config.json and tokenizer.json, without the fields that may change."""
     paths = [self.path.parent / name for name in (CONFIG, 'tokenizer.json')]
     return {path.name: records.digest(fixed(read_json(path))) for path in paths if path.exists()}
 
@@ -257,7 +275,7 @@ class Checkpoints:
       return ocp.CheckpointManager(self._plain.path, options=options)
     except OSError:
       raise
-    except Exception as error:  # as in `restore`: it reads what each checkpoint says of itself
+    except Exception as error:  # as in `restore`: opening reads the metadata of each checkpoint
       raise UserError(
         f'{self.path} cannot be opened ({storage.first_line(error)}); valid: a copy of it that is whole'
       ) from error
@@ -268,10 +286,10 @@ class Checkpoints:
       raise ValueError(format_mismatch('it', meta.get('schema'), SCHEMA, meta.get(WRITTEN_BY)))
     records.check(meta, _Meta)
     if meta['step'] != step:
-      raise ValueError(f'it is of step {meta["step"]}')
+      raise ValueError(f'its metadata is of step {meta["step"]}')
     for name, digest in self._run().items():
       if digest != meta['run'].get(name):
-        raise ValueError(f'it was saved beside another {name}')
+        raise ValueError(f'it was saved with another {name}')
     if digests.of_json(meta['numbers']) != meta['digests']['numbers']:
       raise ValueError('its numbers do not match their digest')
     return meta
@@ -283,13 +301,15 @@ class Checkpoints:
     wanted: Mapping[str, Mapping[str, Leaf | jax.ShapeDtypeStruct]],
     whole: bool,
   ) -> dict[str, dict[str, jax.Array]]:
-    """Leaves of some items of a checkpoint, checked against their digests.
+    """Reads leaves of a checkpoint and compares them with their digests.
 
     Args:
-      wanted: by item, arrays or shape structs by the path of the leaf.
-      whole: whether these are to be all leaves of those items.
+      step: a step that has a checkpoint.
+      meta: the contents of its item `meta`.
+      wanted: for each item, arrays or shape structs by the path of the leaf.
+      whole: if True, an item may have no other leaves than the wanted ones.
 
-    Raises an exception of any type where what is read is damaged.
+    Raises an exception of any type if the checkpoint is damaged.
     """
     for name, leaves in wanted.items():
       saved = meta['leaves'].get(name, {})
@@ -297,7 +317,7 @@ class Checkpoints:
         (saved.keys() ^ leaves.keys()) if whole else (leaves.keys() - saved.keys())
       ):
         raise ValueError(
-          f'leaf {other[0]} of item {name!r} is in the run or in meta, and not in both'
+          f'leaf {other[0]} of item {name!r} is either missing in the checkpoint or unknown to the run'
         )
     reading = {
       name: storage.reading({path: storage.struct(leaf) for path, leaf in leaves.items()})

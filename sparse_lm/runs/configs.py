@@ -1,8 +1,8 @@
-"""Config files, method defaults and command-line overrides, in that order of precedence.
+"""Loading configs: a config file, defaults of its methods, and overrides from the command line.
 
-A config is a Python file with `get_config()` that returns an `ml_collections.ConfigDict`. Which keys
-a slot has depends on the method that it names, so names are overridden first, the method's defaults
-are merged next and the other overrides come last; `config_flags` cannot do this in one pass.
+A config is a Python file whose `get_config()` returns an `ml_collections.ConfigDict`. The fields of a
+slot depend on its method. So the names of methods are overridden first, then the defaults of these
+methods are merged, and then all other overrides are applied. `config_flags` cannot do this in one pass.
 """
 
 import ast
@@ -25,32 +25,32 @@ from sparse_lm.model import slots
 from sparse_lm.runs.run_folder import folder_of, read_config
 
 BASE = pathlib.Path(__file__).parents[2] / 'configs' / 'base.py'
-# The fields of `config.data` that say what is read and how it becomes tokens.
+# The fields of `config.data` that choose the text and its tokenizer.
 TEXT = ('source', 'path', 'split', 'tokenizer', 'vocab_size')
-# Fields of former versions, and the fields that have replaced them.
+# Fields of former versions, and the fields that replaced them.
 REPLACED = {
   'model.dtype': 'config.model.precision',
   'model.param_dtype': 'config.model.precision; weights are float32 with every precision',
 }
 
-# Values by dotted name, such as {'weight.sparsity': 0.9}; strings are read as the field's type.
+# Values by dotted name, such as {'weight.sparsity': 0.9}. Strings are converted to the field's type.
 Overrides = Mapping[str, FieldValue]
 # The fields of a group by name, and the groups within it.
 Group = dict[str, 'FieldValue | Group | None']
 
 
 def load(path: str, overrides: Overrides | None = None) -> ConfigDict:
-  """The locked config of a file; one with `init_from` takes that run's `data`, see `_inherit_data`.
+  """Loads a config file as a locked config. With `init_from` it inherits that run's data.
 
   Args:
-    path: of the Python file. A relative path that the working folder lacks is sought beside the package:
-      'configs/rigl.py' is found from every folder.
-    overrides: values by dotted name (`{'weight.sparsity': 0.9}`); strings are parsed to the type of
-      the value that they replace.
+    path: the Python file. A relative path that does not exist in the working folder is looked up in the
+      folder that contains the package, so 'configs/rigl.py' is found from everywhere.
+    overrides: values by dotted name, such as `{'weight.sparsity': 0.9}`. Strings are converted to the
+      type of the value that they replace.
 
   Raises:
-    UserError: the file, a field or a method does not exist, the file fails, or a value has another
-      type or lies outside its range.
+    UserError: the file, a field or a method does not exist, the file fails, or a value has the wrong type
+      or lies outside its range.
   """
   config, overrides = _read(path), dict(overrides or {})
   _inherit_data(config, overrides)
@@ -58,9 +58,10 @@ def load(path: str, overrides: Overrides | None = None) -> ConfigDict:
 
 
 def derive(config: ConfigDict, overrides: Overrides, allowed: tuple[str, ...]) -> ConfigDict:
-  """A complete config with overrides; where they name another method its own fields are dropped.
+  """Returns a complete config with overrides. If an override names another method, the fields of the old
+  method are dropped.
 
-  Raises UserError for an override outside the groups `allowed`, and what `load` raises.
+  Raises UserError for an override outside the groups `allowed`, and as `load` does.
   """
   for field in overrides:
     if field.partition('.')[0] not in allowed:
@@ -75,15 +76,14 @@ def derive(config: ConfigDict, overrides: Overrides, allowed: tuple[str, ...]) -
 
 
 def _inherit_data(config: ConfigDict, overrides: Overrides) -> None:
-  """Has a run that starts from another one read that one's text, in the same tokens.
+  """Copies `config.data` from the run of `init_from`, so that both read the same tokens.
 
-  Of the parent's `data` group all fields are taken but those that an override sets, and those of `TEXT`
-  to which the file gives another value than `configs/base.py`. Where the parent has no config (yet),
-  nothing changes: setting the run up says what is missing.
+  Fields that an override sets stay as they are, and so do fields of `TEXT` that the config file changes
+  from `configs/base.py`. If that run has no config, its setup reports what is missing.
   """
   parent = overrides.get('init_from', config.get('init_from', ''))
   if not (parent and isinstance(parent, str) and isinstance(config.get('data'), ConfigDict)):
-    return  # what is wrong here, `_overridden` says
+    return  # `_overridden` reports what is wrong
   default = _read(str(BASE)).data
   for field, value in _saved_data(parent).items():
     told = field in TEXT and config.data.get(field) != default[field]
@@ -100,9 +100,9 @@ def _saved_data(workdir: str) -> JsonObject:
 
 
 def _overridden(config: ConfigDict, overrides: Overrides, path: str) -> ConfigDict:
-  """Gives each group its method's fields and applies overrides.
+  """Merges the defaults of all methods and applies overrides.
 
-  Those of rules come last, because a rule begins with what its slot's own fields say.
+  Rules come last, because a rule starts from the values of its slot.
   """
   of_rules = {field: value for field, value in overrides.items() if '.rules.' in field}
   of_slots = {field: value for field, value in overrides.items() if field not in of_rules}
@@ -125,7 +125,7 @@ def _apply(
 ) -> None:
   """Merges the defaults of these groups' methods and applies overrides.
 
-  Names of methods come first, because they decide which other fields there are.
+  The names of methods come first, because the other fields depend on them.
   """
   names = {f'{group}.name': (group, node) for _, group, node in methods}
   for field, (group, node) in names.items():
@@ -136,7 +136,7 @@ def _apply(
 
 
 def _rules_of_file(config: ConfigDict) -> dict[str, ConfigDict]:
-  """What a config file says of each slot's rules, which are set aside until the slots are complete."""
+  """Removes the rules of all slots from the config and returns them. They are merged after the slots."""
   given = {}
   for slot in slots.SLOTS:
     if 'order' in slots.SLOT_KEYS[slot] and isinstance(config.get(slot), ConfigDict):
@@ -146,9 +146,9 @@ def _rules_of_file(config: ConfigDict) -> dict[str, ConfigDict]:
 
 
 def _add_rules(slot: str, node: ConfigDict, given: ConfigDict, overrides: Overrides) -> None:
-  """Makes the groups that `order` names, each with the slot's own values and then those of the file.
+  """Adds the rules that `order` names. Each starts from the slot's values and then takes the file's.
 
-  Raises UserError for an order that names a rule twice, or a rule that it does not name.
+  Raises UserError if `order` names a rule twice, or if the file has a rule that `order` does not name.
   """
   field = f'config.{slot}.order'
   names = [name for name in node.order if isinstance(name, str) and name.isidentifier()]
@@ -169,33 +169,33 @@ def _add_rules(slot: str, node: ConfigDict, given: ConfigDict, overrides: Overri
 def _begun(
   node: ConfigDict, own: ConfigDict, group: str, overrides: Overrides
 ) -> dict[str, FieldValue]:
-  """The method of a rule and its fields: the slot's own where the rule has the same method."""
+  """Returns the method of a rule and its fields. The slot's fields are defaults for the same method."""
   name = overrides.get(f'{group}.name', own.get('name', node.name))
   fields = slots.fields(node) if name == node.name else {}
   return {**fields, **{key: own[key] for key in own if key != 'inner'}, 'name': name}
 
 
 def _check_inner(config: ConfigDict, overrides: Overrides) -> None:
-  """Raises UserError for an override of what runs inside a method that runs nothing inside."""
+  """Raises UserError for an override of `inner` in a method that wraps no other method."""
   for slot, group, node in _methods(config):
     asked = next((field for field in overrides if field.startswith(f'{group}.inner.')), None)
     if asked and not slots.wraps(slot, node.name):
       wrapping = [name for name in slots.names(slot) if slots.wraps(slot, name)]
       raise UserError(
-        f'config.{asked}={overrides[asked]!r}: config.{group}.name={node.name!r} runs no method inside; '
+        f'config.{asked}={overrides[asked]!r}: config.{group}.name={node.name!r} wraps no other method; '
         f'valid: a method that does ({", ".join(wrapping) or "there is none in this slot"})'
       )
 
 
 def check(config: ConfigDict) -> None:
-  """Raises UserError, naming the field, for a number that is missing or outside its field's range, for a
-  field that another one has replaced, and for one that no group of `configs/base.py` has."""
+  """Raises UserError for a number that is missing or outside its range, for a field of a former version,
+  and for a field that `configs/base.py` does not have."""
   values = flat(config)
   _refuse_replaced(values)
   known = _base_fields()
   for field in values:
     group = field.partition('.')[0]
-    if group not in slots.SLOTS and field not in known:  # methods add fields to slots
+    if group not in slots.SLOTS and field not in known:  # only slots have fields of methods
       raise unknown('field', f'config.{field}', [f'config.{name}' for name in known])
   for field, range_ in ranges_of(config).items():
     if field not in values:
@@ -205,7 +205,7 @@ def check(config: ConfigDict) -> None:
 
 @functools.cache
 def _base_fields() -> tuple[str, ...]:
-  """The fields of `configs/base.py`, by dotted name."""
+  """Returns the dotted names of the fields of `configs/base.py`."""
   return tuple(flat(_read(str(BASE))))
 
 
@@ -215,19 +215,19 @@ def _refuse_replaced(fields: Iterable[str]) -> None:
 
 
 def ranges_of(config: ConfigDict) -> dict[str, ranges.Range]:
-  """The range of every numeric field of the config, by dotted name."""
+  """Returns the range of every numeric field of the config, by dotted name."""
   found = dict(ranges.BASE_FIELDS)
   for slot, group, node in _methods(config):
     own = ranges.of_fields(slots.method(slot, node.name, f'config.{group}.name'))
     found |= {f'{group}.{key}': range_ for key, range_ in own.items()}
-    if _is_rule(group):  # a rule's own sparsity, say, is what the slot's is
+    if _is_rule(group):  # the sparsity of a rule has the range of the slot's sparsity, for example
       shared = {key: ranges.BASE_FIELDS.get(f'{slot}.{key}') for key in slots.RULE_KEYS[slot]}
       found |= {f'{group}.{key}': range_ for key, range_ in shared.items() if range_}
   return found
 
 
 def _methods(config: ConfigDict) -> Iterator[tuple[str, str, ConfigDict]]:
-  """Slot, dotted name and contents of every group that names a method."""
+  """Yields the slot, dotted name and contents of every group that names a method."""
   for slot in slots.SLOTS:
     for key in slots.SLOT_KEYS[slot]:
       if not isinstance(config.get(slot), ConfigDict) or key not in config[slot]:
@@ -237,18 +237,18 @@ def _methods(config: ConfigDict) -> Iterator[tuple[str, str, ConfigDict]]:
 
 
 def _is_rule(group: str) -> bool:
-  """Whether a group is one of `config.<slot>.rules`, and not what runs inside of one."""
+  """True if a group is one of `config.<slot>.rules`. The `inner` group of a rule is not."""
   return group.split('.')[-2:-1] == ['rules']
 
 
 def _missing(field: str) -> UserError:
   return UserError(
-    f'the config has no config.{field}; valid: what configs.base.get_config() returns, changed'
+    f'the config has no config.{field}; valid: a config that starts from configs.base.get_config()'
   )
 
 
 def to_json(config: ConfigDict) -> JsonObject:
-  """Plain JSON values (tuples become lists)."""
+  """Converts a config to plain JSON values. Tuples become lists."""
   return json.loads(config.to_json())
 
 
@@ -264,10 +264,10 @@ def from_json(values: JsonObject) -> ConfigDict:
 
 
 def of_run(values: JsonObject, path: pathlib.Path) -> ConfigDict:
-  """The config of a run from the values of its config.json at `path`.
+  """Returns the config of a run from the values of its config.json at `path`.
 
-  Raises UserError, naming the file, where it lacks a field of this version, or a field has another type
-  or range: another version wrote it.
+  Raises UserError if the file lacks a field of this version, or if a value has the wrong type or lies
+  outside its range, because another version wrote the file.
   """
   config = from_json(values)
   try:
@@ -286,7 +286,7 @@ def of_run(values: JsonObject, path: pathlib.Path) -> ConfigDict:
 
 
 def _shared_defaults() -> dict[str, FieldValue]:
-  """The defaults of the fields that every config has, whatever methods it names."""
+  """Returns the defaults of the fields that every config has, independent of its methods."""
 
   def shared(field: str) -> bool:
     slot, last = field.partition('.')[0], field.rpartition('.')[2]
@@ -306,7 +306,7 @@ def _check_types(config: ConfigDict, defaults: dict[str, FieldValue]) -> None:
 
 
 def flat(values: JsonObject | ConfigDict, prefix: str = '') -> dict[str, Json | FieldValue]:
-  """`{'weight': {'name': 'set'}}` as `{'weight.name': 'set'}`."""
+  """Flattens `{'weight': {'name': 'set'}}` to `{'weight.name': 'set'}`."""
   out = {}
   for key, value in values.items():
     nested = isinstance(value, dict | ConfigDict)
@@ -336,14 +336,14 @@ def _read(path: str) -> ConfigDict:
     raise UserError(f'config file {path} {located(error, str(file))}') from error
   if not isinstance(config, ConfigDict):
     raise UserError(
-      f'config file {path}: get_config() returns a value of type {type(config).__name__}; valid: the '
-      'ConfigDict of configs.base.get_config(), changed'
+      f'config file {path}: get_config() returns a value of type {type(config).__name__}; valid: a '
+      'ConfigDict that starts from configs.base.get_config()'
     )
   return config
 
 
 def _merge_defaults(config: ConfigDict, group: str, name: str, path: str) -> None:
-  """Joins the fields of method `name` to `config`, the group 'mlp' or 'mlp.fallback', say."""
+  """Adds the fields of the method `name` to `config`, a group such as 'mlp' or 'mlp.fallback'."""
   slot = group.partition('.')[0]
   defaults = slots.defaults(slot, name, f'config.{group}.name')
   config.name = name
@@ -372,7 +372,7 @@ def _override(config: ConfigDict, field: str, value: object) -> None:
 
 
 def _convert(field: str, value: object, default: FieldValue) -> FieldValue:
-  """`value` in the type of `default`: an int passes for a float, a list for a tuple."""
+  """Converts `value` to the type of `default`. An int is a valid float, and a list a valid tuple."""
   if isinstance(value, str) and not isinstance(default, str):
     text = {'true': 'True', 'false': 'False'}.get(value.lower(), value)
     try:
@@ -380,7 +380,7 @@ def _convert(field: str, value: object, default: FieldValue) -> FieldValue:
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
       raise _wrong_type(field, value, default) from None
   if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-    with contextlib.suppress(OverflowError):  # an int that no float holds stays one, and is refused
+    with contextlib.suppress(OverflowError):  # an int beyond the largest float is refused below
       value = float(value)
   if isinstance(default, tuple) and isinstance(value, list | tuple):
     value = tuple(_convert(field, item, default[0]) if default else item for item in value)

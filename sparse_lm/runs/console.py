@@ -1,4 +1,4 @@
-"""What a run shows on stderr while it trains."""
+"""The progress bar and messages of a training run, on stderr."""
 
 import sys
 
@@ -13,12 +13,12 @@ from sparse_lm.weights import parts
 
 
 def opening(run: Setup, name: str, first: int) -> str:
-  """One line on what is about to train: parameters, sparsity, device, precision, tokens and steps.
+  """Returns a line that describes the run: parameters, sparsity, device, precision, tokens and steps.
 
   Args:
-    run: a checked config.
-    name: of the run.
-    first: steps that are done already.
+    run: the run.
+    name: the run's name.
+    first: steps that are already done.
   """
   shapes = plan_of(run.program.model).shapes
   data, train = run.config.data, run.config.train
@@ -37,12 +37,12 @@ def opening(run: Setup, name: str, first: int) -> str:
 
 
 def notes(run: Setup) -> tuple[str, ...]:
-  """Lines on choices that a user of the run may not expect."""
+  """Returns sentences about choices that a user may not expect."""
   return (*run.notes, *run.program.method.notes, *lm.notes(run.program.model))
 
 
 def _dropped(run: Setup) -> str:
-  """The share of the prunable weights that is to be dropped: of all, or of those that each rule owns."""
+  """Returns the share of the prunable weights that will be dropped, in words, for each rule."""
   method, shapes = run.program.method, plan_of(run.program.model).shapes
   found = []
   for part in method.parts:
@@ -56,10 +56,10 @@ def _dropped(run: Setup) -> str:
 
 
 class Console:
-  """A progress bar, and lines that stay. A stderr that is no terminal gets the lines alone.
+  """A progress bar with messages above it. If stderr is not a terminal, there is no bar.
 
   Attributes:
-    shown: whether to show anything but warnings.
+    shown: if False, only warnings are shown.
   """
 
   def __init__(self, shown: bool, name: str, first: int, steps: int) -> None:
@@ -67,7 +67,7 @@ class Console:
     self._bar = tqdm(
       total=steps,
       initial=first,
-      disable=None if shown else True,  # None: only where stderr is no terminal
+      disable=None if shown else True,  # None disables the bar if stderr is not a terminal
       unit='step',
       desc=name[-40:],
       dynamic_ncols=True,
@@ -82,20 +82,20 @@ class Console:
     self._bar.close()
 
   def step(self, count: int = 1) -> None:
-    """Advances the bar by `count` dispatched steps."""
+    """Advances the bar by `count` steps."""
     self._bar.update(count)
 
   def status(self, text: str) -> None:
-    """Shows at the bar what is going on."""
+    """Shows a short text at the end of the bar."""
     self._bar.set_postfix_str(text)
 
   def say(self, line: str, always: bool = False) -> None:
-    """Prints a line above the bar; `always`: even where nothing else is shown."""
+    """Prints a line above the bar. With `always` it is printed even if `shown` is False."""
     if self.shown or always:
       tqdm.write(line, file=sys.stderr)
 
   def warn_once(self, kind: str, line: str | None) -> None:
-    """Prints a warning, even without a bar, unless `line` is `None` or its kind was printed before."""
+    """Prints a warning unless `line` is `None` or a warning of this kind was already printed."""
     if line is not None and kind not in self._warned:
       self._warned.add(kind)
       self.say(f'warning: {line}', always=True)

@@ -1,4 +1,4 @@
-"""What a run costs in theory, before or after it has run."""
+"""The theoretical costs of a run: parameters, bytes and FLOPs, before or after training."""
 
 import math
 
@@ -23,34 +23,42 @@ def report(
   observed: dict[str, float] | None = None,
   work: Work | None = None,
 ) -> dict[str, float]:
-  """Sizes and FLOPs of the final model and of its training, beside its dense twin's.
+  """Returns sizes and FLOPs of the final model and of its training, beside those of the dense twin.
 
   Args:
-    program: of the run.
-    target: final densities, `None` = dense.
-    masks: of the trained model; without them each leaf is taken to meet its target.
-    observed: of the trained model in evaluation; without it each gate is taken to be as far open as its
-      config plans (wholly, where it learns that).
-    work: what training spent, over the tokens of the run's own steps; without it what the config
-      predicts, for a run that starts from no other and learns from none.
+    program: the run's program.
+    target: final densities of the prunable parameters, `None` = dense.
+    masks: masks of the trained model. Without them each parameter is assumed to meet its target.
+    observed: measurements of the gates on evaluation text. Without them each gate is assumed to be open
+      as often as its config plans, and always open if its rate is learned.
+    work: FLOPs that training spent, per token of the run's own steps. Without it the config's
+      prediction is reported, which is right for a run without a parent and without a teacher.
 
   Returns:
-    `params`, `prunable_params`, `nonzero_params`, `active_params` (those that a token is multiplied
-    with), `sparsity_prunable`, `sparsity_total`, `stored_bytes` (kept weights and a mask bit for each
-    weight of a masked leaf), `dense_params` and `dense_bytes` of the dense twin, and in FLOPs per token,
-    each with its `_ratio` over the dense twin's, `flops_forward` and `flops_forward_causal` of the final
-    model, `flops_training`, the mean over the run's own training steps, and `flops_training_total`,
-    that of the runs whose weights it started from added (also over the run's own steps).
+    Numbers by name. Sizes:
 
-    Attention is charged over all pairs of the context, by which a window counts as the share that it
-    reads of the causal pairs, times all pairs; only in `flops_forward_causal`, of model and twin, is it
-    charged for the causal pairs alone, which are about half, and a window for the keys that it reads.
+    - `params`, `prunable_params`, `nonzero_params`: parameters.
+    - `active_params`: parameters that one token is multiplied with.
+    - `sparsity_prunable`, `sparsity_total`: fraction of zeros among the prunable and among all
+      parameters.
+    - `stored_bytes`: bytes of the kept weights, and a mask bit for each weight of a masked parameter.
+    - `dense_params`, `dense_bytes`: parameters and bytes of the dense twin.
 
-    A training step is charged three times its forward pass at the densities of that step, and what ran
-    besides: a dense gradient of the weights, the second forward pass of a sampled policy, what
-    `config.model.remat` recomputes, the teacher's forward pass. Weights that a mask drops are not
-    charged. What gates close is, whatever kind of gate: training computes it and multiplies by zero.
-    Only routers of fixed capacity leave tokens out.
+    FLOPs per token, each also as a `_ratio` to the dense twin:
+
+    - `flops_forward`: forward pass of the final model, attention charged over all pairs of the context.
+      A window is charged the fraction of the causal pairs that it reads, times all pairs.
+    - `flops_forward_causal`: the same with attention charged over the causal pairs alone, about half of
+      all pairs. A window is charged the keys that it reads.
+    - `flops_training`: mean over the run's own training steps.
+    - `flops_training_total`: `flops_training` plus the training of the runs whose weights it started
+      from, also per token of the run's own steps.
+
+    A training step is charged three forward passes at the densities of that step. Added to it are a
+    dense gradient of the weights, the second forward pass of a sampled policy, what
+    `config.model.remat` recomputes, and the teacher's forward pass. Weights that a mask drops are not
+    charged. Units that a gate closes are charged, because training computes them and multiplies by
+    zero. Only routers of fixed capacity leave tokens out.
   """
   params = plan_of(program.model).params
   final = {path: float(density) for path, density in tree.named(target).items()}
@@ -80,7 +88,7 @@ def report(
 def _flops(
   program: Program, density: dict[str, float], active: dict[str, float], work: Work
 ) -> dict[str, float]:
-  """The part of `report` that is in FLOPs per token, and its ratios over the dense twin's."""
+  """Returns the FLOPs per token of `report`, with their ratios to the dense twin."""
   ledger, dense = program.costs.ledger, program.costs.dense
   forward = cost.forward_flops(ledger, density, active)
   causal = cost.forward_flops(cost.causal_pairs(ledger), density, active)
@@ -98,12 +106,13 @@ def _flops(
 
 
 def predicted(program: Program, target: dict[str, float]) -> float:
-  """Mean FLOPs per token of the training steps that a config describes, without a teacher's.
+  """Predicts the mean FLOPs per token of a training step, without a teacher.
 
-  The batches that are read before step 0 are added to those of the steps.
+  The FLOPs of batches that are read before step 0 are spread over the steps.
 
   Args:
-    target: final densities by the path of the leaf.
+    program: the run's program.
+    target: final densities by the path of the parameter.
   """
   steps = program.optimizer.steps
   passes: dict[tuple[float, ...], float] = {}
@@ -117,5 +126,5 @@ def predicted(program: Program, target: dict[str, float]) -> float:
 
 
 def tokens(config: ConfigDict, steps: int) -> int:
-  """Tokens of so many training steps, one step at least."""
+  """Returns the number of tokens in so many training steps, at least one step."""
   return max(steps, 1) * config.data.batch * config.data.context

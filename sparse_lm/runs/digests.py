@@ -1,4 +1,4 @@
-"""Digests of what checkpoints hold: storage notices a torn file by itself, but not every flipped bit."""
+"""Digests of the arrays in checkpoints, because the storage library does not detect every flipped bit."""
 
 import json
 import zlib
@@ -13,27 +13,27 @@ Leaf = jax.Array | np.ndarray
 
 
 def of_leaf(path: str, leaf: Leaf) -> int:
-  """CRC of a leaf's path and bytes."""
+  """Returns the CRC of a leaf's path and bytes."""
   return zlib.crc32(np.ascontiguousarray(leaf).tobytes(), zlib.crc32(path.encode()))
 
 
 def of_leaves(leaves: Mapping[str, Leaf]) -> dict[str, int]:
-  """The CRC of every leaf, by its path."""
+  """Returns the CRC of every leaf by its path."""
   return {path: of_leaf(path, leaf) for path, leaf in leaves.items()}
 
 
 def of_json(values: Json) -> int:
-  """CRC of JSON values."""
+  """Returns the CRC of JSON values."""
   return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
 def check(item: str, leaves: Mapping[str, Leaf], digests: Mapping[str, int]) -> None:
-  """Raises ValueError, naming the leaves of a checkpoint's item that are not what was written.
+  """Raises ValueError, with the names of the leaves, if leaves do not match their digests.
 
   Args:
-    item: its name, for the message.
-    leaves: some of its leaves, as they were read.
-    digests: of all of its leaves, as they were written.
+    item: name of the checkpoint's item, for the message.
+    leaves: some of its leaves.
+    digests: digests of all of its leaves.
   """
   wrong = [path for path, leaf in leaves.items() if digests.get(path) != of_leaf(path, leaf)]
   if wrong:

@@ -1,4 +1,4 @@
-"""Where a run was made: versions, git revision, device and processor."""
+"""Recording the environment of a run: versions, git revision, device and processor."""
 
 import importlib.metadata
 import os
@@ -15,10 +15,10 @@ PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'nump
 
 
 def environment() -> dict[str, str | int | None]:
-  """Versions, git revision, device and processor, as JSON values.
+  """Returns versions, git revision, device and processor as JSON values.
 
-  Sums are added up in another order on processors with other vector instructions, so the same run has
-  other last digits there: lines that are compared say on which processor they were made.
+  Processors with other vector instructions add up sums in another order, so the same run has other last
+  digits there. Results are therefore recorded with their processor.
   """
   return {
     'sparse_lm': VERSION,

@@ -1,4 +1,4 @@
-"""Evaluation of a run, and its result: what was measured, on what, and what it costs."""
+"""Evaluating a run, and the contents of its result.json."""
 
 from sparse_lm.core.aot import Call
 from sparse_lm.core.records import JsonObject
@@ -16,23 +16,25 @@ from sparse_lm.train.work import Work
 
 
 def evaluate(run: Setup, params: Tree, model_state: Tree, split: str = 'validation') -> Values:
-  """The values of `evals.loss.Loss` on a split of the run's data."""
+  """Returns the values of `evals.loss.Loss` on a split of the run's data."""
   model = EvalModel(run.program.model, {'params': params, **model_state})
   return Loss().run(model, EvalData.of_split(run.data, split))
 
 
 def evaluate_packed(run: Setup, params: Tree, model_state: Tree) -> list[Values]:
-  """`evaluate` on the validation split for several runs, which are the leading axis of both trees.
+  """Evaluates several runs on the validation split at once.
 
   Args:
-    run: one of the runs; all of them share its model and data.
+    run: one of the runs. All of them share its model and data.
+    params: parameters with a leading axis of runs.
+    model_state: the model's other collections, with a leading axis of runs.
   """
   variables = {'params': params, **model_state}
   return run_packed(run.program.model, variables, EvalData.of_split(run.data))
 
 
 def evaluation_of_packed(run: Setup, params: Tree, model_state: Tree) -> Call:
-  """The step of `evaluate_packed` for trees of these shapes, so that it can be compiled in advance."""
+  """Returns the call that `evaluate_packed` makes for each batch, to compile it in advance."""
   return packed_call(run.program.model, {'params': params, **model_state}, run.data.batch)
 
 
@@ -43,11 +45,13 @@ def result_of(
   measured: Values,
   work: Work,
 ) -> JsonObject:
-  """The contents of result.json.
+  """Returns the contents of result.json.
 
   Args:
-    masks: of the model as evaluated.
-    measured: numbers of the run, with those that `evaluate` gave for the validation split.
+    run: the run.
+    state: its last state.
+    masks: masks of the evaluated model.
+    measured: measurements of the run, including those of `evaluate` on the validation split.
     work: FLOPs that training has spent.
   """
   numbers, observed = separated(measured)
@@ -70,7 +74,7 @@ def result_of(
 
 
 def _cards(data: Data) -> dict[str, JsonObject]:
-  """By name of an evaluated number, what it is a number of."""
+  """Returns for each evaluated metric the data, split, context and unit that it was measured with."""
   whole = data.evaluation()
   return {
     'val_loss': whole,

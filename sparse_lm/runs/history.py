@@ -1,4 +1,4 @@
-"""What a run must remember besides its state so that, once interrupted, its log goes on unchanged."""
+"""The part of a checkpoint besides the training state: what the log needs to continue unchanged."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Locks on files, which the operating system releases when the process that holds one dies."""
+"""File locks. The operating system releases a lock when its process ends."""
 
 import contextlib
 import errno
@@ -16,24 +16,23 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class Held(UserError):
-  """Another process holds the lock; the message names it."""
+  """Another process holds the lock. The message names the process."""
 
 
 @contextlib.contextmanager
 def held(path: pathlib.Path, what: str) -> Iterator[None]:
-  """Holds the lock file `path` for the block.
+  """Holds the lock file `path` while the block runs.
 
-  The file stays: if it were removed, two processes could each lock a file of that name. What it says
-  of its holder counts only while it is locked.
-
-  Where the file system has no locks, a line on stderr says so and the block runs without one.
+  The file is never removed: otherwise two processes could each lock a file of that name. It names its
+  holder, which is meaningful only while the file is locked. If the file system has no locks, a line on
+  stderr says so, and the block runs without a lock.
 
   Args:
-    path: of the lock file, in a folder that exists.
-    what: is in use while the lock is held, for the message.
+    path: the lock file, in a folder that exists.
+    what: the thing that the lock protects, for the message.
 
   Raises:
-    Held: another process, or another block of this one, holds it.
+    Held: another process, or another block of this process, holds the lock.
   """
   with writing(path):
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -53,8 +52,10 @@ def held(path: pathlib.Path, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def waited_for(descriptor: int) -> Iterator[None]:
-  """Holds the lock of an open file for the block, which begins once no other process holds it. Where
-  the file system has no locks, the block runs without one."""
+  """Waits for the lock of an open file and holds it while the block runs.
+
+  If the file system has no locks, the block runs without a lock.
+  """
   with contextlib.suppress(OSError):
     fcntl.flock(descriptor, fcntl.LOCK_EX)
   try:
@@ -65,7 +66,7 @@ def waited_for(descriptor: int) -> Iterator[None]:
 
 
 def _lock(descriptor: int, path: pathlib.Path, what: str) -> bool:
-  """Whether the file is locked now; `False` where its file system has no locks."""
+  """Locks the file. Returns False if its file system has no locks."""
   try:
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:

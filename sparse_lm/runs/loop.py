@@ -26,18 +26,21 @@ from sparse_lm.weights import parts
 
 
 def train(config: ConfigDict, workdir: str, progress: bool = True) -> JsonObject:
-  """Trains what `config` describes, or continues it, and returns the contents of result.json.
+  """Trains a run, or continues it from its newest checkpoint.
 
   Args:
-    config: from `core.config.load`.
-    workdir: folder of the run; one that holds a finished run is not trained again.
-    progress: whether to show on stderr what is going on.
+    config: the run's config, from `runs.configs.load`.
+    workdir: the run's folder. A finished run is not trained again.
+    progress: whether to show progress on stderr.
+
+  Returns:
+    The contents of result.json.
 
   Raises:
-    UserError: bad input, before anything is written; a workdir that another process trains in; a
-      disk that is full.
-    Diverged: a loss that is no longer finite, with the last good checkpoint named.
-    SystemExit: SIGTERM or Ctrl-C, after the state has been saved.
+    UserError: invalid input (before anything is written), a workdir in which another process trains, or a
+      full disk.
+    Diverged: a loss that is no longer finite. The message names the last good checkpoint.
+    SystemExit: SIGTERM or Ctrl-C, after the state was saved.
   """
   run = setup(config)
   folder = Workdir(workdir, run.config, run.data)
@@ -45,17 +48,17 @@ def train(config: ConfigDict, workdir: str, progress: bool = True) -> JsonObject
     return finished
   start = None
   if parts.at_start(run.program.method) and not folder.has_checkpoints():
-    # Before anything is written, because it may find that there is nothing to choose masks by.
+    # This can fail, so it runs before anything is written.
     start = prune_at_start(run, run.start())
   with opened(run, folder) as record:
     return _Loop(record, progress).run(start)
 
 
 class Stop:
-  """Notes SIGTERM and Ctrl-C while a run trains, so that the run can be saved before it ends.
+  """Records SIGTERM and Ctrl-C while a run trains, so that the run can be saved before it ends.
 
   Attributes:
-    signum: the number of the signal that was received, or `None`.
+    signum: the number of the received signal, or `None`.
   """
 
   def __init__(self) -> None:
@@ -77,13 +80,13 @@ class Stop:
 
 
 def leave(console: Console, signum: int, step: int) -> NoReturn:
-  """Ends the process after a signal, with the state of `step` saved."""
+  """Ends the process after a signal. The state of `step` has been saved."""
   console.say(f'stopped at step {step}, saved; the same command continues', always=True)
   raise SystemExit(128 + signum)
 
 
 class _Loop:
-  """One run from where it stands to its last step."""
+  """Trains one run until its last step."""
 
   def __init__(self, record: Record, progress: bool) -> None:
     self.record, self.progress = record, progress
@@ -92,11 +95,11 @@ class _Loop:
     self.pending: list[tuple[int, dict[str, jax.Array]]] = []
 
   def run(self, start: TrainState | None) -> JsonObject:
-    """Trains, logs, evaluates and saves.
+    """Trains, logs, evaluates and saves. Returns the contents of result.json.
 
     Args:
-      start: of step 0, with masks that were chosen before it; `None` where none are, or a checkpoint is
-        there.
+      start: the state at step 0 with the masks that were chosen before it. `None` if no masks were
+        chosen, or if there is a checkpoint.
     """
     state, batches = self._start(start)
     first, every, name = int(state.step), self.config.train, self.record.folder.path.name
@@ -121,7 +124,7 @@ class _Loop:
       return self.record.finish(state, self.record.evaluated or self._measure(state))
 
   def _start(self, start: TrainState | None) -> tuple[TrainState, grain.DatasetIterator]:
-    """The state and the data where the newest checkpoint left them, or at step 0."""
+    """Returns the state and the data iterator as of the newest checkpoint, or at step 0."""
     state = self.setup.start() if start is None else start
     batches = self.setup.data.train_iterator(rng.data_seed(self.config.seed), on_device=True)
     _, masks = self.program.finalize(state)
@@ -134,7 +137,7 @@ class _Loop:
     return state, batches
 
   def _step(self, state: TrainState, tokens_BxL1: jax.Array, done: int) -> TrainState:
-    """Dispatches the step after which `done` are done."""
+    """Dispatches a step. After it, `done` steps are done."""
     teacher = self.setup.teacher
     taught = None if teacher is None else teacher.readout(tokens_BxL1[:, :-1])
     state, metrics = self.program.step(done - 1)(state, tokens_BxL1, taught)
@@ -145,7 +148,7 @@ class _Loop:
 
   @contextlib.contextmanager
   def _paused(self) -> Iterator[None]:
-    """Waits for the steps so far. Their time holds neither that of the block nor of their metrics."""
+    """Waits for all dispatched steps and stops their timer while the block runs."""
     jax.device_get(self.pending[-1:])
     self.timer.stop()
     self._fetch()
@@ -153,13 +156,13 @@ class _Loop:
     self.timer.start()
 
   def _fetch(self) -> None:
-    """Brings the steps since the last call to the host and refuses what is not finite."""
+    """Copies the metrics of new steps to the host, and checks that they are finite."""
     for step, metrics in self.pending:
       self.record.add(step, observe.scalars(jax.device_get(metrics)))
     self.pending = []
 
   def _log(self, step: int) -> None:
-    """Logs the newest step, with the mean loss and the speed since the last line."""
+    """Logs the metrics of the newest step, and the mean loss and the speed since the last line."""
     with self._paused():
       seconds = self.timer.take()
       tokens, measured, status = self.config.data.batch * self.config.data.context, {}, ''
@@ -170,8 +173,7 @@ class _Loop:
       self.console.status(f'loss {loss:.3f}{status}')
 
   def _evaluate(self, state: TrainState, step: int) -> None:
-    """Logs the validation loss and what the connections did since the last evaluation, and keeps the
-    best state."""
+    """Logs the validation loss and the changes of the masks, and saves the state if it is the best."""
     with self._paused():
       self.console.status('evaluating')
       record, found = self.record, self._measure(state)
@@ -185,6 +187,6 @@ class _Loop:
     return Evaluated(evaluate(self.setup, params, state.model_state), masks)
 
   def _save(self, state: TrainState, batches: grain.DatasetIterator) -> None:
-    """Saves a checkpoint, after all its losses were fetched and found finite."""
+    """Saves a checkpoint, after a check that all losses up to it are finite."""
     with self._paused():
       self.record.save(state, batches)

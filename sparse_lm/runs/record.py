@@ -1,7 +1,7 @@
-"""What one run writes into its folder: log, history, best state, checkpoints and result.
+"""Writing a run's log, history, best state, checkpoints and result into its folder.
 
-Training is elsewhere: `runs/loop.py` trains one run and keeps its record, and `runs/pack_loop.py` trains
-several runs at once and keeps the record of each.
+`runs/loop.py` trains one run and keeps its record. `runs/pack_loop.py` trains several runs at once and
+keeps the record of each.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from sparse_lm.weights import parts
 
 @dataclasses.dataclass(frozen=True)
 class Evaluated:
-  """An evaluation: its values by name, and the masks of what was evaluated."""
+  """The metrics of an evaluation by name, and the masks of the evaluated model."""
 
   values: Values
   masks: Tree
@@ -77,10 +77,10 @@ class Record:
     return restored
 
   def compare_plans(self, first: int) -> str | None:
-    """A warning that schedules change, if the steps so far were planned for another `train.steps`.
+    """Returns a warning if the steps so far were planned for another `config.train.steps`.
 
     Args:
-      first: steps that are done already.
+      first: steps that are already done.
     """
     before, now = self.history.planned_steps, self.setup.config.train.steps
     if before == now:
@@ -114,10 +114,12 @@ class Record:
     return loss
 
   def log_evaluation(self, step: int, found: Evaluated, moved: Mapping[str, float]) -> None:
-    """Logs an evaluation. Raises Diverged where its loss is not finite.
+    """Logs an evaluation. Raises Diverged if its loss is not finite.
 
     Args:
-      moved: `observe.connections` since the last evaluation.
+      step: steps that are done.
+      found: the evaluation.
+      moved: changes of the masks since the last evaluation, from `observe.connections`.
     """
     self.evaluated = found
     self.check_finite('validation loss', found.values['val_loss'], step)
@@ -125,7 +127,7 @@ class Record:
     self.history.masks = found.masks
 
   def at_final_density(self, step: int) -> bool:
-    """Whether the model has its final sparsity; a model that is still denser is no best state."""
+    """True if the model has its final sparsity. A denser model is never kept as the best state."""
     target = {path: float(final) for path, final in tree.named(self.setup.target).items()}
     planned = parts.densities(self.setup.program.method, target, step)
     return all(planned[path] <= final + 1e-6 for path, final in target.items())
@@ -167,7 +169,7 @@ class Record:
 
 @contextlib.contextmanager
 def opened(run: Setup, folder: Workdir) -> Iterator[Record]:
-  """The record of a run in its folder, which is locked for the block."""
+  """Opens the record of a run. Its folder is locked while the block runs."""
   with contextlib.ExitStack() as stack:
     stack.callback(folder.close)
     folder.open()

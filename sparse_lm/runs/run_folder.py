@@ -1,4 +1,4 @@
-"""Where a run's files lie in its folder, and the format of its config.json."""
+"""Names of the files in a run's folder, and the format of its config.json."""
 
 import os
 import pathlib
@@ -10,16 +10,15 @@ from sparse_lm.core.version import VERSION, WRITTEN_BY, format_mismatch
 
 CONFIG, LOG = 'config.json', 'metrics.jsonl'
 CHECKPOINTS, BEST = 'checkpoints', 'best'
-# The layout of a config's keys. It changes where a key is renamed, moved or dropped: a config of an older
-# layout cannot be told from one with other settings.
+# The version of the config's keys. It is raised when a key is renamed, moved or dropped.
 FORMAT = 3
 
 
 def folder_of(workdir: str) -> tuple[pathlib.Path, str]:
-  """The folder of a run, and the name in it of the checkpoints that `workdir` means.
+  """Returns the folder of a run, and the name of its folder of checkpoints.
 
-  `<folder>/best` means the checkpoint of lowest validation loss at the final density, any other path the
-  newest one.
+  `<folder>/best` stands for the checkpoint of lowest validation loss at the final density. Any other path
+  stands for the newest checkpoint.
   """
   folder = pathlib.Path(os.path.expanduser(workdir))
   if folder.name == BEST and not (folder / CONFIG).exists():
@@ -28,14 +27,14 @@ def folder_of(workdir: str) -> tuple[pathlib.Path, str]:
 
 
 def with_format(config: JsonObject) -> JsonObject:
-  """The contents of a config.json for the JSON values of a config."""
+  """Returns the contents of config.json for the JSON values of a config."""
   return {'format': FORMAT, WRITTEN_BY: VERSION, **config}
 
 
 def read_config(folder: pathlib.Path) -> JsonObject:
-  """The JSON values of the config in a run's folder.
+  """Returns the JSON values of the config in a run's folder.
 
-  Raises UserError where the file is missing or damaged, or of another format than this version writes.
+  Raises UserError if the file is missing or damaged, or has another format than this version writes.
   """
   values = records.read(folder / CONFIG, records.OBJECT)
   found, written_by = values.pop('format', 1), values.pop(WRITTEN_BY, None)

@@ -1,4 +1,4 @@
-"""What an entry point sets before the first array: the allocator and the compilation cache."""
+"""Settings of the process: the memory allocator and the cache of compiled programs."""
 
 import contextlib
 import ctypes
@@ -13,20 +13,21 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 
 
 def memory() -> int:
-  """Bytes of memory that arrays may take: the accelerator's, or on a CPU the machine's."""
+  """Returns the bytes of memory for arrays: those of the accelerator, or of the machine on a CPU."""
   stats = jax.local_devices()[0].memory_stats() or {}
   return stats.get('bytes_limit') or os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
 
 def prepare() -> None:
-  """Keeps compiled programs on disk and, where JAX computes on the CPU, freed memory in the process.
+  """Sets up the memory allocator and the cache of compiled programs. Call it before the first array.
 
-  XLA:CPU frees its scratch after each step, and faulting the pages in again costs 5 to 50 % of a
-  step, so glibc is told to keep them. On a host with an accelerator the steps allocate nothing in
-  glibc, and the compiler's many threads would contend for the one arena. Compiled programs are cached
-  under the user's cache folder, so that another process of a study starts in seconds. On an accelerator
-  every program is cached, however small, because even one that only moves an array takes longer to
-  compile than to read from the cache. XLA's autotuning results are cached with the programs.
+  On a CPU, XLA frees its scratch memory after each step. Faulting the pages in again costs 5 to 50 % of
+  a step, so glibc is told to keep them. On an accelerator host, steps allocate nothing in glibc, and
+  the many threads of the compiler would contend for its single arena, so nothing is changed.
+
+  Compiled programs are cached in the user's cache folder, so that further processes start in seconds. On
+  an accelerator every program is cached, because even a small one takes longer to compile than to read.
+  XLA's autotuning results are cached with the programs.
   """
   on_cpu = _computes_on_cpu()
   if on_cpu:
@@ -41,10 +42,10 @@ def prepare() -> None:
 
 
 def _computes_on_cpu() -> bool:
-  """Whether the CPU is JAX's default backend.
+  """True if the CPU is JAX's default backend.
 
-  The number of arenas has to be set before the CPU backend starts its threads, so the backends are
-  asked only where a setting does not name one and a plugin for another device is installed.
+  The number of arenas must be set before the CPU backend starts its threads. So JAX is asked only if no
+  setting names a platform and a plugin for another device is installed.
   """
   if platforms := jax.config.jax_platforms:
     return platforms.partition(',')[0] == 'cpu'

@@ -1,4 +1,4 @@
-"""From a config to everything that a run needs, with every check made before any long work."""
+"""Setting up a run: its data, program and related runs, with all checks before any long work."""
 
 import dataclasses
 import functools
@@ -28,16 +28,17 @@ from sparse_lm.train.work import Meter, Work
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-  """A checked config.
+  """A checked config, with everything that its training needs.
 
   Attributes:
-    data: tokens and pipelines.
-    program: the model, method and optimizer, with their compiled steps.
-    target: final density of each prunable leaf, `None` = dense.
+    config: the config, with 'auto' replaced by the precision of this device.
+    data: the tokenized text and its pipelines.
+    program: the model, weight method and optimizer, with their compiled steps.
+    target: final density of each prunable parameter, `None` = dense.
     parent: the run that this one starts from, or `None`.
-    teacher: the run that it learns from besides the text, or `None`.
-    kernels: the names of the kernels that attention runs, see `arithmetic.attention_kernels`.
-    notes: lines for the console on fields of 'auto' that fall back to a slower choice on this device.
+    teacher: the run that this one is distilled from, or `None`.
+    kernels: names of the attention kernels, see `arithmetic.attention_kernels`.
+    notes: sentences about fields of 'auto' that fall back to a slower choice on this device.
   """
 
   config: ConfigDict
@@ -50,7 +51,7 @@ class Setup:
   notes: tuple[str, ...] = ()
 
   def meter(self) -> Meter:
-    """Counts the FLOPs of the run's steps."""
+    """Returns a counter of the FLOPs of the run's steps."""
     data = self.config.data
     teacher = self.teacher.forward_flops(data.context) if self.teacher else 0.0
     target = {path: float(density) for path, density in tree.named(self.final).items()}
@@ -58,18 +59,18 @@ class Setup:
 
   @property
   def final(self) -> Tree:
-    """Densities that the run ends with: `target`, or those of the parent's masks where it keeps them."""
+    """The final densities: those of the parent's masks if the run keeps them, otherwise `target`."""
     if self.parent and self.parent.is_sparse and self.program.method.traits.takes_masks:
       return self.parent.target
     return self.target
 
   @property
   def inherited(self) -> Work:
-    """What training had spent before step 0."""
+    """The FLOPs that the runs before this one have spent."""
     return Work(ancestors=self.parent.work.total if self.parent else 0.0)
 
   def start(self) -> TrainState:
-    """The state at step 0."""
+    """Returns the state at step 0."""
     data = self.config.data
     if self.teacher is None and self.parent is None:
       batch = data.batch, data.context + 1
@@ -85,9 +86,10 @@ class Setup:
 
 
 def setup(config: ConfigDict) -> Setup:
-  """Checks a config and builds what it describes on this device. Raises UserError in one line.
+  """Checks a config and builds its program on this device. Raises UserError if the config is not valid.
 
-  In the config of the result 'auto' is replaced by the precision of this device (`runs/arithmetic.py`).
+  In the config of the result, 'auto' is replaced by the precision of this device; see
+  `runs/arithmetic.py`.
   """
   asked, config = config, arithmetic.resolved(config)
   _check_accumulation(config)
@@ -106,7 +108,7 @@ def setup(config: ConfigDict) -> Setup:
 
 
 def _check_signals(weight: ConfigDict, program: Program, data: Data) -> None:
-  """Raises UserError for signals of calibration text, or of more batches than there are."""
+  """Raises UserError for methods that need calibration text, or more batches than the text has."""
   for part, (group, fields) in groups_of_parts(weight).items():
     if signals := from_calibration(program.method.parts[part].traits.needs):
       raise UserError(
@@ -122,7 +124,7 @@ def _check_signals(weight: ConfigDict, program: Program, data: Data) -> None:
 
 
 def loaded(config: ConfigDict, program: Program, data: Data) -> dict[str, Trained]:
-  """The runs that a config names, by the attribute of `Setup`."""
+  """Loads the parent and the teacher of a run, by their attribute of `Setup`."""
   found = {}
   for role, field, path in (
     ('parent', 'config.init_from', config.init_from),
@@ -161,17 +163,17 @@ def _check_masks(parent: Trained, program: Program, target: Tree, config: Config
   if lost:
     raise UserError(
       f'config.weight.dense={tuple(config.weight.dense)} names {lost[0]}, which config.init_from='
-      f'{parent.workdir!r} has pruned; valid: what that run has, {tuple(parent.config.weight.dense)}'
+      f'{parent.workdir!r} has pruned; valid: the value of that run, {tuple(parent.config.weight.dense)}'
     )
 
 
 def _check_memory(program: Program, data: Data, target: Tree) -> None:
-  """Raises UserError for a model or batch that no step could hold, from shapes alone."""
+  """Raises UserError if a step does not fit in memory, judging by shapes alone."""
   state = jax.eval_shape(program.init, 0, target).replace(key=None)
   state_bytes = tree.nbytes(state)
   tokens = data.batch // program.accumulation * data.context
   spec, room = program.model.spec, runtime.memory()
-  # The input of each layer is kept for the backward pass with every `config.model.remat`.
+  # Every `config.model.remat` keeps the input of each layer for the backward pass.
   hidden = tokens * spec.width * (spec.layers + 1) * spec.compute.itemsize
   if state_bytes + hidden > room:
     raise UserError(
@@ -183,10 +185,10 @@ def _check_memory(program: Program, data: Data, target: Tree) -> None:
 
 
 def data_of(config: ConfigDict) -> Data:
-  """The corpus in tokens; cached, because the runs of a study share it.
+  """Returns the tokenized text. It is cached, because the runs of a study share it.
 
-  A run that starts from another one has the tokenizer of that one, unless it names one of its own: one
-  that is learned anew from another text would give other tokens.
+  A run that starts from another run takes that run's tokenizer if the config names the same kind. A
+  tokenizer that is trained again on other text would give other tokens.
   """
   tokenizer = inherited_tokenizer(config) if config.init_from else None
   return _load_data(json.dumps(configs.to_json(config.data)), tokenizer)

@@ -1,4 +1,4 @@
-"""Orbax, as this project uses it: quiet, in folders of any name, some leaves of an item at a time."""
+"""Helpers for Orbax: short errors, folders of any name, and reading some leaves of an item."""
 
 import contextlib
 import glob
@@ -14,30 +14,30 @@ import orbax.checkpoint as ocp
 from sparse_lm.runs.digests import Leaf
 
 LOGS = ('absl', 'asyncio')  # where Orbax and its event loop write tracebacks
-# What the exceptions of arrays say that arrive after another one has failed.
+# Messages of further exceptions that arrive after the first failure.
 LATE = ('Event loop is closed', 'Encountered error while reading array index')
 
 
 def first_line(error: Exception) -> str:
-  """The beginning of what an exception says; storage's go on for pages."""
+  """Returns the beginning of an exception's message. Orbax's messages are pages long."""
   lines = str(error).strip().splitlines()
   return lines[0][:160] if lines else repr(error)
 
 
 def named_leaves(error: Exception, paths: Iterable[str]) -> list[str]:
-  """The leaves that an exception of the storage names, however deep in its text."""
+  """Returns the leaves that the text of an Orbax exception names."""
   text = str(error)
   return [path for path in paths if f'"{path}/' in text or f"'{path}/" in text]
 
 
 def struct(leaf: Leaf | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-  """What to restore, on this process' first device wherever it was saved."""
+  """Returns the shape struct to restore a leaf with, on this process' first device."""
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
 
 
 def reading(leaves: Mapping[str, jax.ShapeDtypeStruct]) -> ocp.args.PyTreeRestore:
-  """Restores these leaves of an item; its others are not read."""
+  """Returns Orbax' arguments to restore these leaves of an item and no others."""
   arguments = ocp.checkpoint_utils.construct_restore_args(dict(leaves))
   return ocp.args.PyTreeRestore(dict(leaves), restore_args=arguments, partial_restore=True)
 
@@ -45,8 +45,8 @@ def reading(leaves: Mapping[str, jax.ShapeDtypeStruct]) -> ocp.args.PyTreeRestor
 class PlainPath:
   """A path that Orbax can use for a folder of any name.
 
-  Orbax finds files by a glob of their whole path, and TensorStore takes a backslash for a slash. Where
-  they would look elsewhere, the path is a link to the folder, which `close` removes.
+  Orbax finds files by a glob of their whole path, and TensorStore treats a backslash as a slash. For
+  folders whose names these would misread, the path is a link to the folder, which `close` removes.
   """
 
   def __init__(self, folder: pathlib.Path) -> None:
@@ -66,11 +66,11 @@ class PlainPath:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-  """Leaves it to the exception to say what went wrong in the block.
+  """Suppresses the tracebacks that Orbax and TensorStore print while the block runs.
 
-  Orbax logs the traceback of each of its threads, and closes its event loop at the first failure, on
-  which TensorStore's threads print a traceback for every array that they still deliver to it, or that
-  cannot be read either. All may come after the block has failed, so they stay silenced then.
+  The exception of the block says what went wrong. But Orbax also logs a traceback for each of its threads
+  and closes its event loop at the first failure. TensorStore's threads then print a traceback for every
+  further array. These can arrive after the block has failed, so they stay suppressed after a failure.
   """
   hook, logs = sys.unraisablehook, [logging.getLogger(name) for name in LOGS]
 

@@ -1,4 +1,4 @@
-"""The time of a training step, without compilation, evaluation and saving."""
+"""Measuring the time of a training step, without compilation, evaluation and saving."""
 
 import time
 

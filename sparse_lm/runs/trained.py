@@ -30,16 +30,20 @@ from sparse_lm.weights.method import densities
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Trained:
-  """The model of a workdir's newest intact checkpoint, or of its best one.
+  """The model of a workdir's newest intact checkpoint, or of its best checkpoint.
 
   Attributes:
-    source: which checkpoint it is, in words.
-    target: final densities of the prunable leaves, `None` = dense.
-    params: with exact zeros where a weight was dropped.
-    masks: like `params`, bool, `None` = dense.
+    workdir: the path that was loaded, a run's folder or its `best/`.
+    source: the folder and the checkpoint, in words.
+    config: the run's config.
+    program: the run's program.
+    tokenizer: the run's tokenizer.
+    target: final densities of the prunable parameters, `None` = dense.
+    params: parameters, with exact zeros for dropped weights.
+    masks: bool masks, a tree like `params`, `None` = dense.
     model_state: the model's other collections.
-    step: optimizer steps completed.
-    work: FLOPs of training that led to it.
+    step: optimizer steps that the checkpoint had completed.
+    work: FLOPs that training had spent.
   """
 
   workdir: str
@@ -76,78 +80,80 @@ class Trained:
     return f'Trained({self.workdir!r}, step {self.step}, {count:,} parameters, {self.tokenizer})'
 
   def logits(self, tokens_BxL: np.ndarray) -> jax.Array:
-    """float32 `[B, L, V]` for int32 `[B, L]`.
+    """Returns logits, float32 `[B, L, V]`, for token ids, int32 `[B, L]`.
 
-    Raises UserError for an array of another shape or type, and for more than `config.data.context` tokens
-    or ids outside the vocabulary.
+    Raises UserError for an array of another shape or type, for more than `config.data.context` tokens,
+    and for ids outside the vocabulary.
     """
     check_tokens(tokens_BxL, self.program.model.spec)
     return self._apply(self._variables, tokens_BxL)
 
   def readout(self, tokens_BxL: np.ndarray | jax.Array) -> Readout | jax.Array:
-    """What the logits are computed from, for a loss in chunks of tokens; logits where there is no such.
+    """Returns the inputs of the loss: a `Readout`, or logits if the head has no such form.
 
-    The tokens are those of a batch of training. They are not checked as `logits` does, which would wait
-    for the device that they lie on.
+    The tokens are not checked, because reading them would wait for the device.
+
+    Args:
+      tokens_BxL: token ids of a training batch.
     """
     return self._readout(self._variables, tokens_BxL)
 
   def costs(self) -> dict[str, float]:
-    """Sizes and FLOPs beside the dense twin's, gates as planned; see `runs/cost_report.py`.
+    """Returns sizes and FLOPs beside those of the dense twin; see `runs/cost_report.py`.
 
-    The fraction of gates that the validation text opens stands in the workdir's result.json.
+    Gates are charged as the config plans them. The workdir's result.json holds the costs at the fraction
+    of open gates that was measured on the validation text.
     """
     work = self.work.over(cost_report.tokens(self.config, self.step))
     return cost_report.report(self.program, self.target, self.masks, work=work)
 
   def forward_flops(self, length: int) -> float:
-    """FLOPs per token of a forward pass over `length` tokens that computes what gates close too."""
+    """Returns the FLOPs per token of a forward pass over `length` tokens, with all gates open."""
     kept = tree.named(jax.device_get(densities(self.masks)))
     ledger = cost.ungated(plans.ledger(self.program.model, length))
     return cost.forward_flops(ledger, {path: float(d) for path, d in kept.items()})
 
   @property
   def is_sparse(self) -> bool:
-    """Whether any weight was dropped."""
+    """True if any weight was dropped."""
     masks = tree.named(jax.device_get(self.masks))
     return not all(np.all(mask) for mask in masks.values())
 
 
 def check_tokens(tokens: np.ndarray | jax.Array, spec: Spec) -> None:
-  """Raises UserError unless these are `[B, L]` ids of the vocabulary, L no longer than the context."""
+  """Raises UserError unless `tokens` are ids `[B, L]` of the vocabulary with 1 <= L <= context."""
   shape = np.shape(tokens)
   dtype = tokens.dtype if isinstance(tokens, np.ndarray | jax.Array) else None
   if len(shape) != 2 or dtype is None or not np.issubdtype(dtype, np.integer):
     raise UserError(
-      f'tokens of shape {shape} and type {dtype or type(tokens).__name__}; valid: an integer array '
+      f'tokens have shape {shape} and type {dtype or type(tokens).__name__}; valid: an integer array '
       '[sequences, tokens], such as tokenizer.encode(text)[None]'
     )
   if not 1 <= shape[1] <= spec.context:
-    raise UserError(
-      f'tokens of shape {shape}: {shape[1]} in a sequence; valid: 1 to {spec.context}, the context'
-    )
+    raise UserError(f'a sequence has {shape[1]} tokens; valid: 1 to {spec.context}, the context')
   if shape[0] and not 0 <= np.min(tokens) <= np.max(tokens) < spec.vocab:
     raise UserError(
-      f'tokens from {np.min(tokens)} to {np.max(tokens)}; valid: 0 to {spec.vocab - 1}, the vocabulary'
+      f'token ids range from {np.min(tokens)} to {np.max(tokens)}; valid: 0 to {spec.vocab - 1}, the '
+      'vocabulary'
     )
 
 
 def load(workdir: str) -> Trained:
-  """Loads a workdir, without its optimizer.
+  """Loads the model of a workdir, without the state of its optimizer.
 
   Args:
-    workdir: of the run, for its newest intact checkpoint; `<workdir>/best` for the one of lowest
-      validation loss.
+    workdir: a run's folder (its newest intact checkpoint), or `<workdir>/best` (the checkpoint of lowest
+      validation loss).
 
   Raises:
-    UserError: the folder holds no run, or no intact checkpoint, or its config or tokenizer is not the one
-      that was saved with the weights, or it holds a packed model.
+    UserError: the folder holds no run, a packed model, or no intact checkpoint, or its config or
+      tokenizer was changed since the weights were saved.
   """
   folder, kind = folder_of(workdir)
   if (folder / 'packed.json').exists():
     raise UserError(
-      f'workdir {workdir} holds a packed model; valid: a run, or sparse_lm.runs.runnable.load, '
-      'which takes both'
+      f'workdir {workdir} holds a packed model; valid: the workdir of a run, or sparse_lm.load, which '
+      'takes both'
     )
   if not (folder / CONFIG).exists():
     raise UserError(f'workdir {workdir} holds no run (no {CONFIG})')
@@ -190,9 +196,9 @@ def _source(folder: pathlib.Path, kind: str, step: int) -> str:
 
 
 def inherited_tokenizer(config: ConfigDict) -> tokenizers.Tokenizer | None:
-  """The tokenizer of the run that `config` starts from, where both name the same kind and size.
+  """Returns the tokenizer of the run that `config` starts from, if both name the same kind and size.
 
-  `None` where they do not, or where the folder holds no run: setting the run up says so.
+  Returns `None` if they do not, or if the folder holds no run, which the setup of the run reports.
   """
   try:
     folder, _ = folder_of(config.init_from)
@@ -207,8 +213,14 @@ def inherited_tokenizer(config: ConfigDict) -> tokenizers.Tokenizer | None:
 def check_fits(
   trained: Trained, field: str, program: Program, tokenizer: tokenizers.Tokenizer
 ) -> None:
-  """Raises UserError, naming the config's `field`, where its model has another shape or
-  tokenizer than the run's."""
+  """Raises UserError if a trained run does not fit a program: another tokenizer or other shapes.
+
+  Args:
+    trained: the run that the config names.
+    field: the config's field that names it, for the message.
+    program: the program of the new run.
+    tokenizer: the tokenizer of the new run.
+  """
   if trained.tokenizer.digest != tokenizer.digest:
     raise UserError(
       f'{field}={trained.workdir!r} was trained on other tokens; valid: a run with this tokenizer'

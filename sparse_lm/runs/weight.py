@@ -1,4 +1,4 @@
-"""From `config.weight` to the weight method and the final density of every prunable parameter."""
+"""Building the weight method of a config, and the final density of every prunable parameter."""
 
 import jax
 from ml_collections import ConfigDict
@@ -14,24 +14,24 @@ from sparse_lm.weights.rules import Rule, Rules
 
 
 def groups_of_parts(weight: ConfigDict) -> dict[str, tuple[str, ConfigDict]]:
-  """By part of the weight method (see `weights/parts.py`), the group of its fields and their values."""
+  """Returns for each part of the weight method (see `weights/parts.py`) its config group and fields."""
   if not weight.order:
     return {'': ('config.weight', weight)}
   return {name: (f'config.weight.rules.{name}', weight.rules[name]) for name in weight.order}
 
 
 def weight_method(weight: ConfigDict, plan: ModelPlan, steps: int) -> tuple[WeightMethod, Tree]:
-  """The method, or the methods of all rules, and the final densities that they are to reach.
+  """Builds the weight method, or the methods of all rules, and their final densities.
 
   Args:
     weight: `config.weight`.
-    plan: of the model.
+    plan: the model's plan.
     steps: optimizer steps of the whole run.
 
   Returns:
     The method, and a tree like the parameters with float32 densities, `None` = dense.
 
-  Raises UserError where the config describes no method.
+  Raises UserError if the fields of the config are not valid.
   """
   if not weight.order:
     method = _method(weight, plan, steps)
@@ -55,7 +55,7 @@ def weight_method(weight: ConfigDict, plan: ModelPlan, steps: int) -> tuple[Weig
 
 
 def _method(node: ConfigDict, plan: ModelPlan, steps: int) -> WeightMethod:
-  """The method that `config.weight`, or one of its rules, names."""
+  """Builds the method that `config.weight`, or one of its rules, names."""
   method = slots.method('weight', node.name)(
     total_steps=steps, groups=plan.units, **slots.fields(node)
   )
@@ -67,13 +67,13 @@ def _check_covered(node: ConfigDict, own: Tree, method: WeightMethod) -> None:
   leaves = tree.named(own)
   if not any(method.units.covers(path, leaf.shape) for path, leaf in leaves.items()):
     raise UserError(
-      f'config.weight.match={node.match} owns no parameter that the units of config.weight.name='
-      f'{node.name!r} are made of, only {", ".join(leaves)}'
+      f'config.weight.match={node.match} matches {", ".join(leaves)}, and none of them has units that '
+      f'config.weight.name={node.name!r} could prune'
     )
 
 
 def _target(node: ConfigDict, dense: tuple[str, ...], params: Tree, method: WeightMethod) -> Tree:
-  """The final densities of what is prunable in `params`."""
+  """Returns the final densities of the prunable parameters."""
   target = distribution.targets(params, node.sparsity, node.distribution, dense, method.units)
   if method.traits.controlled and any(float(d) < 1 for d in tree.named(target).values()):
     raise UserError(

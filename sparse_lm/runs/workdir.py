@@ -1,7 +1,7 @@
-"""The folder of a run.
+"""The folder of a run (its workdir).
 
-config.json, env.json, data.json, tokenizer.json, metrics.jsonl, TensorBoard events, checkpoints and,
-once it has finished, result.json.
+It holds config.json, env.json, data.json, tokenizer.json, metrics.jsonl, TensorBoard events, checkpoints,
+and result.json once the run has finished.
 """
 
 import contextlib
@@ -29,18 +29,18 @@ from sparse_lm.runs import configs, lock
 from sparse_lm.runs.environment import environment
 from sparse_lm.runs.run_folder import CHECKPOINTS, CONFIG, LOG, read_config, with_format
 
-# What may differ when a run is continued: its length, and what it writes on the way.
+# Fields that may change when a run is continued: the number of steps and the intervals.
 FREE = ('train.steps', 'train.log_every', 'train.eval_every', 'train.checkpoint_every')
 
 
 class _Metrics(TypedDict):
-  """Numbers by name; what was not measured is `None`."""
+  """Metrics by name. A metric that was not measured is `None`."""
 
   steps: int
 
 
 class Result(TypedDict):
-  """What result.json holds."""
+  """The contents of result.json."""
 
   config: dict[str, object]
   env: dict[str, object]
@@ -51,7 +51,7 @@ class Result(TypedDict):
 
 
 def write_json(path: pathlib.Path, values: JsonObject) -> None:
-  """Replaces `path` as a whole, sealed by a digest of its content: a reader never sees half of it."""
+  """Replaces the file `path` at once, with a digest of its content. Readers never see half of it."""
   _replace(path, records.sealed(values).encode())
 
 
@@ -63,14 +63,14 @@ def _replace(path: pathlib.Path, text: bytes) -> None:
 
 
 def read_json(path: pathlib.Path, schema: records.Schema = records.OBJECT) -> Json:
-  """What `write_json` wrote, checked against `schema`; `core.records.read` documents the `UserError`."""
+  """Reads a file of `write_json` and checks it against `schema`; see `core.records.read`."""
   return records.read(path, schema)
 
 
 def read_log(path: pathlib.Path) -> list[tuple[bytes, dict[str, float]]]:
-  """Text and numbers of the intact lines of a metrics.jsonl, each with its `step`.
+  """Returns the text and the metrics of the intact lines of a metrics.jsonl.
 
-  One line on stderr says which are damaged and left out.
+  Damaged lines are left out, and one line on stderr names them.
   """
   intact, faults = [], []
   for number, text, values, fault in records.read_lines(path, dict[str, float | None]):
@@ -86,7 +86,7 @@ def read_log(path: pathlib.Path) -> list[tuple[bytes, dict[str, float]]]:
 
 
 def check_text(folder: pathlib.Path, data: Data, field: str) -> None:
-  """Raises UserError, naming `field`, where a workdir's run was on other text or tokens."""
+  """Raises UserError, with the name `field`, if a workdir's run was trained on other text or tokens."""
   card = read_json(folder / 'data.json', Card)
   if card['sha256'] != data.card['sha256']:
     raise UserError(
@@ -101,29 +101,33 @@ def check_text(folder: pathlib.Path, data: Data, field: str) -> None:
 
 
 def fixed(config: JsonObject) -> JsonObject:
-  """The fields of a config.json, by dotted name, that are the same for the whole life of a run."""
+  """Returns the fields of a config.json, by dotted name, that must not change when a run continues."""
   free = (*FREE, WRITTEN_BY)  # another version may continue a run
   return {field: value for field, value in configs.flat(config).items() if field not in free}
 
 
 def check_new(path: str, field: str) -> None:
-  """Raises UserError, naming `field`, where `path` is there already and no empty folder, or where no
-  folder can be made or written at it."""
+  """Raises UserError, with the name `field`, unless a new folder can be made at `path`.
+
+  An empty folder is valid too.
+  """
   require(path != '', field, path, 'a new folder')
   folder = pathlib.Path(os.path.expanduser(path)).absolute()
   if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-    raise UserError(f'{field}={path} is there already; valid: a new folder')
+    raise UserError(f'{field}={path} already exists; valid: a new folder')
   there = next(part for part in (folder, *folder.parents) if part.exists())
   if not there.is_dir() or not os.access(there, os.W_OK):
     raise UserError(
-      f'{field}={path}: {there} is no folder to write to; valid: a new folder elsewhere'
+      f'{field}={path}: {there} is not a writable folder; valid: a new folder elsewhere'
     )
 
 
 @contextlib.contextmanager
 def whole_folder(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
-  """A folder to write in, which becomes the new folder `path` at the end of the block: `path` is there
-  with everything in it, or not at all. What a process that was killed has left is removed."""
+  """Yields a temporary folder that becomes the new folder `path` when the block ends.
+
+  So `path` appears with all its files, or not at all. Files of a killed process are removed.
+  """
   path = pathlib.Path(os.path.expanduser(path)).absolute()
   scratch = path.parent / f'.incomplete-{path.name}'
   with writing(path):
@@ -140,11 +144,12 @@ def whole_folder(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 class Workdir:
-  """A run's folder, opened for the run that it belongs to.
+  """The folder of a run.
 
-  Raises UserError where the folder holds a run with another config or another corpus, or has done
-  more steps than the config asks for. Nothing is written before `open`; from then to `close` no other
-  process can open the folder.
+  Nothing is written before `open`. From `open` to `close` no other process can open the folder.
+
+  Raises UserError if the folder holds a run with another config or on other text, or if its run has done
+  more steps than the config asks for.
   """
 
   def __init__(self, path: str, config: ConfigDict, data: Data) -> None:
@@ -160,12 +165,14 @@ class Workdir:
     self._first = 1  # step that this process logs
 
   def has_checkpoints(self) -> bool:
-    """Whether a run has saved here, whatever became of its files."""
+    """True if the folder has checkpoints, intact or not."""
     return any((self.path / CHECKPOINTS).glob('[0-9]*'))
 
   def open(self) -> None:
-    """Makes the folder, locks it and writes what describes the run. Raises UserError where another
-    process has locked it."""
+    """Makes the folder, locks it and writes config.json, env.json, data.json and tokenizer.json.
+
+    Raises UserError if another process has locked the folder.
+    """
     with writing(self.path):
       self.path.mkdir(parents=True, exist_ok=True)
     self._lock.enter_context(lock.held(self.path / 'lock', f'workdir {self.path}'))
@@ -176,9 +183,9 @@ class Workdir:
     write_json(self.path / 'tokenizer.json', self.data.tokenizer.to_json())
 
   def result(self, steps: int) -> JsonObject | None:
-    """`result.json` of the run if it has finished `steps` steps.
+    """Returns the contents of result.json if the run has finished `steps` steps, otherwise `None`.
 
-    Raises UserError where it is damaged or of another run.
+    Raises UserError if the file is damaged or belongs to another run.
     """
     file = self.path / 'result.json'
     result = read_json(file, Result) if file.exists() else None
@@ -195,9 +202,9 @@ class Workdir:
     write_json(self.path / 'result.json', values)
 
   def resume_metrics(self, step: int) -> None:
-    """Drops what continuing from `step` logs again: the lines and the events of later steps.
+    """Removes the log of the steps after `step`, because training logs them again.
 
-    Damaged lines are dropped too, such as the half line of a process that was killed.
+    Damaged lines are removed too, such as the half line of a killed process.
     """
     self._first = step + 1
     if (self.path / LOG).exists():
@@ -205,7 +212,7 @@ class Workdir:
       _replace(self.path / LOG, b''.join(kept))
 
   def log(self, step: int, values: dict[str, float]) -> None:
-    """Appends a line to metrics.jsonl and the same numbers to the TensorBoard events."""
+    """Appends metrics to metrics.jsonl and to the TensorBoard events."""
     with writing(self.path / LOG), (self.path / LOG).open('a') as file:
       file.write(json.dumps({'step': step, **values}) + '\n')
     with writing(self.path / 'events'):
@@ -214,31 +221,34 @@ class Workdir:
         self._open_events().write_event(Event(wall_time=time.time(), step=step, summary=scalar))
 
   def logged(self, name: str) -> list[float]:
-    """All values of one number in metrics.jsonl, oldest first."""
+    """Returns all logged values of a metric, in the order of the steps."""
     return [line[name] for _, line in self._lines() if name in line]
 
   def close(self) -> None:
-    """Lets other processes open the folder."""
+    """Closes the log and unlocks the folder."""
     self._lock.close()
     if self._events is not None:
       with writing(self.path / 'events'):
         self._events.close()
 
   def _open_events(self) -> EventsWriter:
-    """Writes in this thread: `SummaryWriter` has one of its own, and nobody catches its errors."""
+    """Returns a writer that writes in this thread.
+
+    `SummaryWriter` would write in a thread of its own, whose errors nobody catches.
+    """
     if self._events is None:
       folder = self.path.absolute() / 'events'
       folder.mkdir(exist_ok=True)
-      # The file is named by the second: without the suffix, a run that is continued within one would
-      # replace its own file.
+      # The file is named by the second. Without the suffix, a run that continues within the same second
+      # would replace its own file.
       self._events = EventsWriter(str(folder / 'events'), f'.{self._first:012}')
-      # TensorBoard hides the events from this step on that earlier files hold.
+      # TensorBoard hides the events of earlier files from this step on.
       begin = SessionLog(status=SessionLog.START)
       self._events.write_event(Event(wall_time=time.time(), step=self._first, session_log=begin))
     return self._events
 
   def _lines(self) -> list[tuple[bytes, dict[str, float]]]:
-    """`read_log` of the run, perhaps none."""
+    """Returns the lines of the log, an empty list if there is no log."""
     file = self.path / LOG
     return read_log(file) if file.exists() else []
 
@@ -247,7 +257,7 @@ class Workdir:
       return
     old = configs.flat(read_config(self.path))
     new = configs.flat(configs.to_json(self.config))
-    # Names first: another method explains why its fields differ too.
+    # Names of methods come first, because they explain why other fields differ too.
     for field in sorted({*old, *new} - set(FREE), key=lambda f: (not f.endswith('name'), f)):
       if old.get(field) != new.get(field):
         raise UserError(

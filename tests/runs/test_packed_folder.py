@@ -213,7 +213,7 @@ def test_files_of_another_run_do_not_fit(packed, tmp_path):
 
 
 def test_what_loads_runs_points_to_what_loads_packed_folders(packed):
-  with pytest.raises(UserError, match=r'holds a packed model; valid: .*runnable\.load'):
+  with pytest.raises(UserError, match=r'holds a packed model; valid: .*sparse_lm\.load'):
     load(packed('n of m')[1])
 
 

@@ -136,7 +136,7 @@ def test_files_of_another_run_are_refused(run, tmp_path):
 
   for name, change in (('config.json', other_config), ('tokenizer.json', other_tokenizer)):
     copy = changed_copy(run[1], tmp_path / name, name, change)
-    with pytest.raises(UserError, match=rf'it was saved beside another {name}'):
+    with pytest.raises(UserError, match=rf'it was saved with another {name}'):
       load(str(copy))
 
 
@@ -241,8 +241,8 @@ def test_a_result_is_returned_only_if_it_is_the_runs(run, tmp_path):
     (np.zeros((1, 2, 3), np.int32), r'shape \(1, 2, 3\)'),
     (np.zeros((1, 4)), 'type float64'),
     ([[1, 2]], 'type list'),
-    (np.zeros((1, 17), np.int32), r'17 in a sequence; valid: 1 to 16'),
-    (np.zeros((1, 0), np.int32), r'0 in a sequence'),
+    (np.zeros((1, 17), np.int32), r'a sequence has 17 tokens; valid: 1 to 16'),
+    (np.zeros((1, 0), np.int32), r'a sequence has 0 tokens'),
     (np.full((1, 4), 999), r'from 999 to 999; valid: 0 to'),
     (np.full((1, 4), -1), r'from -1 to -1'),
   ],

@@ -332,7 +332,7 @@ def test_a_folder_without_a_run_is_refused(main, tmp_path):
 def test_a_folder_that_cannot_be_made_is_named_before_anything_is_pruned(main, tmp_path):
   (tmp_path / 'file').write_text('')
   code, _, err = main(tmp_path / 'none', tmp_path / 'file' / 'out', **WANDA)
-  assert code == 2 and err.count('\n') == 1 and f'{tmp_path}/file is no folder to write to' in err
+  assert code == 2 and err.count('\n') == 1 and f'{tmp_path}/file is not a writable folder' in err
 
 
 def test_a_changed_text_is_noticed_before_anything_is_pruned(main, parent, text_file, tmp_path):
