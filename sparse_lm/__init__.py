@@ -31,7 +31,7 @@ def _quiet_interrupt(kind: type, error: BaseException, trace: object) -> None:
     sys.__excepthook__(kind, error, trace)
 
 
-# Python sets this name while `python -m sparse_lm.train` still imports, which takes seconds: Ctrl-C is
-# to print no traceback there either.
+# `sys.argv` is ['-m', ...] while `python -m sparse_lm.train` imports its modules, which takes seconds.
+# Ctrl-C must print no traceback then either.
 if sys.argv[:1] == ['-m']:
   sys.excepthook = _quiet_interrupt

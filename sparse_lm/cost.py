@@ -1,4 +1,4 @@
-"""`python -m sparse_lm.cost --config=configs/x.py [--config.a.b=c ...]`: the ledger, without training."""
+"""`python -m sparse_lm.cost --config=FILE`: predicts FLOPs, bytes and parameters without training."""
 
 import math
 
@@ -18,7 +18,7 @@ from sparse_lm.weights import parts
 
 
 def matmuls(program: Program, target: Tree) -> str:
-  """A Markdown table of every matmul: forward FLOPs per token, what its kernel and gates leave."""
+  """Returns a Markdown table of all matmuls with their forward FLOPs, dense and with sparsity."""
   densities = {path: float(density) for path, density in tree.named(target).items()}
   rows = [
     (
@@ -30,45 +30,56 @@ def matmuls(program: Program, target: Tree) -> str:
     )
     for path, m in program.costs.ledger.items()
   ]
-  header = ('matmul', 'FLOPs per token', 'density', 'gates', 'left')
+  header = ('matmul', 'dense FLOPs/token', 'kernel density', 'open gates', 'FLOPs/token')
   return tabulate(rows, header, tablefmt='github', floatfmt=('', ',.0f', '.4f', '.4f', ',.0f'))
 
 
 def summary(report: dict[str, float]) -> str:
-  """A Markdown table of the totals, the dense twin beside them."""
+  """Returns a Markdown table of the totals beside those of the dense twin."""
   dense_flops = report['flops_forward'] / report['flops_forward_ratio']
   rows = [
     ('parameters', f'{report["nonzero_params"]:,}', f'{report["dense_params"]:,}'),
-    ('active parameters a token', f'{report["active_params"]:,}', '-'),
-    ('sparsity over prunable weights', f'{report["sparsity_prunable"]:.2%}', '0 %'),
-    ('sparsity over all weights', f'{report["sparsity_total"]:.2%}', '0 %'),
+    ('active parameters per token', f'{report["active_params"]:,}', '-'),
+    ('sparsity of prunable weights', f'{report["sparsity_prunable"]:.2%}', '0 %'),
+    ('sparsity of all weights', f'{report["sparsity_total"]:.2%}', '0 %'),
     (
       'stored bytes, mask bits included',
       f'{report["stored_bytes"]:,}',
       f'{report["dense_bytes"]:,}',
     ),
     ('forward FLOPs per token', f'{report["flops_forward"]:,.0f}', f'{dense_flops:,.0f}'),
-    ('... over the dense twin', f'{report["flops_forward_ratio"]:.4f}', '1'),
+    ('forward FLOPs / dense twin', f'{report["flops_forward_ratio"]:.4f}', '1'),
     (
-      '... attention over causal pairs alone',
+      'forward FLOPs per token, causal pairs only',
       f'{report["flops_forward_causal"]:,.0f}',
       f'{report["flops_forward_causal"] / report["flops_forward_causal_ratio"]:,.0f}',
     ),
-    ('... over the dense twin', f'{report["flops_forward_causal_ratio"]:.4f}', '1'),
-    ('training FLOPs per token', f'{report["flops_training"]:,.0f}', f'{3 * dense_flops:,.0f}'),
-    ('... over the dense twin', f'{report["flops_training_ratio"]:.4f}', '1'),
     (
-      'training FLOPs per token, runs before included',
+      'forward FLOPs / dense twin, causal pairs only',
+      f'{report["flops_forward_causal_ratio"]:.4f}',
+      '1',
+    ),
+    ('training FLOPs per token', f'{report["flops_training"]:,.0f}', f'{3 * dense_flops:,.0f}'),
+    ('training FLOPs / dense twin', f'{report["flops_training_ratio"]:.4f}', '1'),
+    (
+      'training FLOPs per token, parent runs included',
       f'{report["flops_training_total"]:,.0f}',
       f'{3 * dense_flops:,.0f}',
     ),
-    ('... over the dense twin', f'{report["flops_training_total_ratio"]:.4f}', '1'),
+    (
+      'training FLOPs / dense twin, parent runs included',
+      f'{report["flops_training_total_ratio"]:.4f}',
+      '1',
+    ),
   ]
   return tabulate(rows, ('', 'this config', 'dense twin'), tablefmt='github', disable_numparse=True)
 
 
 def predict(config: ConfigDict) -> tuple[Program, Tree, dict[str, float]]:
-  """The program, its target densities, and what the run will cost; names of runs in it are loaded."""
+  """Returns the program of a config, its final densities, and its predicted costs.
+
+  A parent run or a teacher that the config names is loaded.
+  """
   data = data_of(config)
   program, target = build(config, data.tokenizer.vocab_size)
   run = Setup(config, data, program, target, **loaded(config, program, data))
@@ -81,7 +92,10 @@ def predict(config: ConfigDict) -> tuple[Program, Tree, dict[str, float]]:
 
 @one_line
 def main() -> None:
-  """Prints what a config costs in theory, gates at what it plans (1 where that is learned)."""
+  """Prints the predicted costs of a config.
+
+  Gates are charged as the config plans them. A gate whose rate is learned is charged as always open.
+  """
   parser = Parser('python -m sparse_lm.cost')
   _, config = from_command_line(parser)
   program, target, report = predict(config)

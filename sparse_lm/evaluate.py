@@ -1,4 +1,4 @@
-"""`python -m sparse_lm.evaluate --workdir=FOLDER [--task=NAME,...]`: numbers of a model in a folder."""
+"""`python -m sparse_lm.evaluate --workdir=FOLDER`: runs evaluations of a trained or packed model."""
 
 import json
 import sys
@@ -21,18 +21,19 @@ def evaluate(
   """Runs evaluations, each with its default options, on the text that the model was trained on.
 
   Args:
-    workdir: of a run, or a packed folder.
-    tasks: names of evaluations; by default all, and one that refuses the model or the text is left out.
+    workdir: a workdir or a packed folder.
+    tasks: names of evaluations. By default all that accept the model and the text.
     split: 'train', 'validation' or 'test'.
     batch: sequences that are evaluated together, by default `config.data.batch`.
 
   Returns:
-    `source` (which checkpoint it is, in words), `split`, in `values` by name of each evaluation its
-    numbers (see its class in `evals/`), and in `left_out` by name what one said that was left out.
+    A dict with `source` (the folder and the checkpoint, in words), `split`, `values` (for each evaluation
+    its metrics, which its class in `evals/` describes), and `left_out` (for each evaluation that was left
+    out the reason).
 
   Raises:
-    UserError: an unknown evaluation or split, a folder without a model, another text, or what an
-      evaluation refuses: one of `tasks`, or every one.
+    UserError: an unknown evaluation or split, a folder without a model, or text that has changed since
+      training; also if an evaluation of `tasks`, or every evaluation, refuses the model or the text.
   """
   found = {name: evals.evaluation(name)() for name in tasks or evals.names()}
   if split not in SPLITS:
@@ -52,9 +53,9 @@ def evaluate(
 
 
 def table(values: dict[str, Values]) -> str:
-  """A Markdown table with a row for each number."""
+  """Returns a Markdown table with a row for each metric."""
   rows = [(task, name, _text(x)) for task, found in values.items() for name, x in found.items()]
-  return tabulate(rows, ('task', 'number', 'value'), tablefmt='github', disable_numparse=True)
+  return tabulate(rows, ('task', 'metric', 'value'), tablefmt='github', disable_numparse=True)
 
 
 def _text(value: float | int | None) -> str:
@@ -65,14 +66,14 @@ def _text(value: float | int | None) -> str:
 
 @one_line
 def main() -> None:
-  """Prints the numbers, and which checkpoint they are of."""
+  """Prints the metrics and the checkpoint that was evaluated."""
   parser = Parser('python -m sparse_lm.evaluate')
-  parser.add_argument('--workdir', type=local_path, required=True, help='of a run, or packed')
+  parser.add_argument('--workdir', type=local_path, required=True, help='workdir or packed folder')
   tasks = ','.join(evals.names())
-  parser.add_argument('--task', help=f'some of {tasks}; by default all that apply')
+  parser.add_argument('--task', help=f'some of {tasks}; default: all that apply')
   parser.add_argument('--split', default='validation', help=', '.join(SPLITS))
   batch = Range(int, '[1, 2^24]')
-  parser.add_argument('--batch', type=batch, help='sequences side by side; default: as trained')
+  parser.add_argument('--batch', type=batch, help='batch size; default: that of training')
   parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
   given = parser.parse_args()
   asked = () if given.task is None else tuple(name.strip() for name in given.task.split(','))

@@ -1,4 +1,4 @@
-"""`python -m sparse_lm.format_costs`: measures what packed formats cost on this device."""
+"""`python -m sparse_lm.format_costs`: measures the speed of the packed formats on this device."""
 
 import pathlib
 
@@ -15,10 +15,12 @@ from sparse_lm.runs import runtime
 
 @one_line
 def main() -> None:
-  """Measures, writes the file and prints what it holds."""
+  """Measures the costs of all formats, writes them to a file and prints them."""
   parser = Parser('python -m sparse_lm.format_costs')
-  parser.add_argument('--out', type=local_path, help='a JSON file; by default that of this device')
-  parser.add_argument('--repeats', type=Range(int, '[1, 2^31)'), default=15, help='turns of a case')
+  parser.add_argument('--out', type=local_path, help='JSON file; default: the file of this device')
+  parser.add_argument(
+    '--repeats', type=Range(int, '[1, 2^31)'), default=15, help='repeats of each timing'
+  )
   arguments = parser.parse_args()
   runtime.prepare()
   path = arguments.out or str(costs.FOLDER / f'{device.kind()}.json')
@@ -30,9 +32,9 @@ def main() -> None:
   with writing(path):
     costs.write(pathlib.Path(path), here, found)
   rows = [(name, cost.slowdown, cost.fixed / 1e3) for name, cost in found.items()]
-  header = ('format', 'time of a byte', 'of a product (dense kB)')
+  header = ('format', 'time per byte (× dense)', 'fixed time per product (dense kB)')
   print(tabulate(rows, header, tablefmt='github', floatfmt='.2f'))
-  print(f'\nin the time of a dense byte; written to {path}')
+  print(f'\nThe unit of time is that of reading a dense byte or kilobyte. Written to {path}')
 
 
 if __name__ == '__main__':

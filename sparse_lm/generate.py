@@ -1,4 +1,4 @@
-"""`python -m sparse_lm.generate --workdir=FOLDER --prompt=TEXT [...]`: text, as it is made."""
+"""`python -m sparse_lm.generate --workdir=FOLDER --prompt=TEXT`: samples text from a model."""
 
 import argparse
 import sys
@@ -29,19 +29,19 @@ def generate(
   seed: int = 0,
   speculation: SelfSpeculation | None = None,
 ) -> Iterator[list[str]]:
-  """The continuation of every prompt so far, after each token.
+  """Yields the continuations of all prompts so far, after each new token.
 
   Args:
-    run: from `inference.runnable.load`.
-    prompts: texts, not of equal length.
-    tokens: to be made of each; 0 = as many as the context has room for.
-    sampling: how they are drawn.
-    stop: a text that ends a continuation, before it; '' = none.
-    seed: of the draws.
-    speculation: makes a single, greedy continuation, see there; `None` = token by token.
+    run: a model, from `runs.runnable.load`.
+    prompts: texts, which may differ in length.
+    tokens: new tokens for each prompt; 0 = as many as the context has room for.
+    sampling: how tokens are drawn.
+    stop: text that ends a continuation. It is not part of the continuation. '' = none.
+    seed: seed of the draws.
+    speculation: self-speculative decoding of a single prompt, greedy only; `None` = token by token.
 
   Raises:
-    UserError: a prompt that does not fit the context or the tokenizer, or a bad option.
+    UserError: a prompt that does not fit the context or the tokenizer, or an option outside its range.
   """
   encoded = [np.asarray(run.tokenizer.encode(_utf8(prompt))) for prompt in prompts]
   tokens = tokens or max(run.model.spec.context - max(map(len, encoded)), 1)
@@ -72,29 +72,37 @@ def _utf8(prompt: str) -> bytes:
 
 def _arguments() -> argparse.Namespace:
   parser = Parser('python -m sparse_lm.generate')
+  parser.add_argument('--workdir', type=local_path, required=True, help='workdir or packed folder')
   parser.add_argument(
-    '--workdir', type=local_path, required=True, help='a trained run or a packed model'
+    '--prompt', required=True, action='append', help='repeat this option for a batch'
   )
-  parser.add_argument('--prompt', required=True, action='append', help='repeat it for a batch')
   parser.add_argument(
-    '--tokens', type=Range(int, '[0, 2^31)'), default=0, help='0 = what the context has room for'
+    '--tokens', type=Range(int, '[0, 2^31)'), default=0, help='new tokens; 0 = fill the context'
   )
   parser.add_argument('--temperature', type=TEMPERATURE, default=1.0, help='0 = greedy')
-  parser.add_argument('--top_k', type=Range(int, '[0, 2^31)'), default=0, help='0 = all')
-  parser.add_argument('--top_p', type=TOP_P, default=1.0, help='1 = all')
-  parser.add_argument('--stop', default='', help='text that ends it')
+  parser.add_argument(
+    '--top_k', type=Range(int, '[0, 2^31)'), default=0, help='draw from the k largest; 0 = all'
+  )
+  parser.add_argument('--top_p', type=TOP_P, default=1.0, help='nucleus sampling; 1 = off')
+  parser.add_argument('--stop', default='', help='text that ends the continuation')
   parser.add_argument('--seed', type=Range(int, '[0, 2^31)'), default=0)
   parser.add_argument(
-    '--speculate', type=Range(int, '[0, 2^31)'), default=0, help='drafts of a round; 0 = none'
+    '--speculate', type=Range(int, '[0, 2^31)'), default=0, help='drafted tokens per round; 0 = off'
   )
   parser.add_argument(
-    '--exit_layer', type=Range(int, '[0, 2^31)'), default=0, help='layers that draft; 0 = half'
+    '--exit_layer',
+    type=Range(int, '[0, 2^31)'),
+    default=0,
+    help='layers of the draft model; 0 = half',
   )
   return parser.parse_args()
 
 
 def _stream(texts: Iterator[list[str]], stop: str) -> list[str]:
-  """Writes a single continuation as it comes; what may yet become a character or `stop` waits."""
+  """Prints a single continuation while it is generated, and returns the final texts.
+
+  Bytes that are not yet a whole character, or that may be the beginning of `stop`, are printed later.
+  """
   shown, last = 0, ['']
   for last in texts:
     whole = last[0].rstrip('\ufffd')
@@ -110,7 +118,7 @@ def _stream(texts: Iterator[list[str]], stop: str) -> list[str]:
 
 @one_line
 def main() -> None:
-  """Streams one continuation, or prints several; the speed goes to stderr."""
+  """Streams one continuation, or prints several. The time and energy go to stderr."""
   arguments = _arguments()
   runtime.prepare()
   run = load(arguments.workdir)
@@ -127,7 +135,7 @@ def main() -> None:
     options = arguments.prompt, arguments.tokens, sampling, arguments.stop, arguments.seed
     texts = generate(run, *options, speculation)
     for text in texts:
-      if not count and len(text) == 1:  # once all that may be refused is checked
+      if not count and len(text) == 1:  # all input has been checked by now
         print(arguments.prompt[0], end='', flush=True)
       count += 1
       yield text
@@ -140,7 +148,7 @@ def main() -> None:
   seconds = time.perf_counter() - begin
   joules = energy.per_token(measured.joules, count * len(texts))
   print(
-    f'{count} tokens of each in {seconds:.1f} s, compilation included; energy: {joules}; '
+    f'{count} tokens per prompt in {seconds:.1f} s, compilation included; energy: {joules}; '
     f'{run.source}',
     file=sys.stderr,
   )

@@ -1,6 +1,6 @@
-"""`python -m sparse_lm.list_methods`: every method, from what it declares in its traits.
+"""`python -m sparse_lm.list_methods`: prints a table of all methods, from their traits.
 
-What a method declares about causality is what the tests hold it to.
+Tests check the declared causality of each method.
 """
 
 from sparse_lm.commands.parser import Parser, one_line
@@ -12,8 +12,12 @@ HEADER = ('method', 'slot', 'paper', 'saves', 'causal in')
 
 
 def rows(root: str = '') -> list[tuple[str, ...]]:
-  """Returns a row for each method, in the order of `HEADER`; its name links to its file below `root`."""
-  # Methods declare what holds with their default fields, in the default model.
+  """Returns a row for each method, in the order of `HEADER`.
+
+  Args:
+    root: what precedes the paths of the methods' files in links.
+  """
+  # The traits are those of a method with its default fields in the default model.
   default = configs.load(str(configs.BASE))
   spec = Spec.from_config(default.model, vocab=256, context=default.data.context)
   found = []
@@ -25,7 +29,10 @@ def rows(root: str = '') -> list[tuple[str, ...]]:
 
 
 def _declared(slot: str, name: str, spec: Spec) -> tuple[str, str, str]:
-  """Paper, savings, and the modes in which the method is causal and whether sequences compete in them."""
+  """Returns the paper, the savings and the causal modes of a method.
+
+  A mode is marked if sequences of a batch compete in it.
+  """
   if slot == 'weight':
     traits = slots.method(slot, name).traits
     return traits.paper, traits.saves, ', '.join(lm.MODES)
@@ -46,7 +53,7 @@ def table(root: str = '') -> str:
 
 @one_line
 def main() -> None:
-  """Prints the table."""
+  """Prints the table of methods."""
   Parser('python -m sparse_lm.list_methods').parse_args()
   print(table())
 

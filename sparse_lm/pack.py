@@ -1,4 +1,4 @@
-"""`python -m sparse_lm.pack --workdir=RUN --out=FOLDER`: a model that executes what is left of it."""
+"""`python -m sparse_lm.pack --workdir=RUN --out=FOLDER`: packs a trained model for inference."""
 
 import jax
 import numpy as np
@@ -20,19 +20,20 @@ GREEDY = 200  # tokens of greedy text
 
 
 def pack(workdir: str, out: str) -> JsonObject:
-  """Packs a trained run and writes it.
+  """Packs a trained run, compares the packed model with the run, and writes it.
 
   Args:
-    workdir: of the run.
+    workdir: the run's workdir, or its `best/`.
     out: a new folder, see `runs/packed_folder.py`.
 
   Returns:
-    `source` (which checkpoint, in words), `largest_error` (of a logit over the largest logit),
-    `same_text` (see `same_text`), `dense_bytes`, `running_bytes`, `stored_bytes` (of all arrays), and a
-    row for each matrix in `matrices`.
+    A dict with `source` (the folder and the checkpoint, in words), `largest_error` (of a logit, divided
+    by the largest logit), `same_text` (see `same_text`), `dense_bytes`, `running_bytes` and
+    `stored_bytes` (of all arrays), `removed` (a sentence for each removed unit), and `matrices` (a row
+    for each matrix).
 
   Raises:
-    UserError: no checkpoint, a folder that exists, or a packed model that computes something else.
+    UserError: there is no checkpoint, `out` exists, or the packed model's outputs differ from the run's.
   """
   check_new(out, '--out')
   trained = load(workdir)
@@ -40,8 +41,8 @@ def pack(workdir: str, out: str) -> JsonObject:
   error = largest_error(trained, packed)
   if trained.program.model.spec.precision == 'float32' and not error <= TOLERANCE:
     raise UserError(
-      f'--workdir={workdir}: packed, its logits are off by {error:.1e} of the largest; valid: '
-      f'{TOLERANCE:.0e} at most (a gate whose logits are all but equal can do that)'
+      f'--workdir={workdir}: logits of the packed model are off by {error:.1e} of the largest logit; '
+      f'valid: {TOLERANCE:.0e} at most (a gate with nearly equal logits can cause this)'
     )
   facts = {
     'source': trained.source,
@@ -60,7 +61,10 @@ def pack(workdir: str, out: str) -> JsonObject:
 
 
 def largest_error(trained: Trained, packed: PackedModel) -> float:
-  """Largest difference of a logit from the masked twin's, over the largest logit, on random tokens."""
+  """Returns the largest difference of a logit from the run's, divided by the largest logit.
+
+  It is measured on random tokens.
+  """
   spec = packed.model.spec
   shape = (CHECKED, spec.context)
   tokens = np.random.default_rng(0).integers(0, spec.vocab, shape).astype(np.int32)
@@ -71,14 +75,15 @@ def largest_error(trained: Trained, packed: PackedModel) -> float:
 
 
 def same_text(trained: Trained, packed: PackedModel) -> dict[str, int | float | None]:
-  """How far greedy text of the packed model is that of the masked twin, token by token.
+  """Compares greedy text of the packed model with that of the run, token by token.
 
   Returns:
-    `tokens` that are the same, and `margin`: of the twin's two best logits over the largest logit where
-    the texts part, `None` where they do not. Empty where a method cannot decode, or no token follows.
+    A dict with `tokens`, the number of equal tokens, and `margin`. The margin is the difference of the
+    two largest logits where the texts part, divided by the largest logit, and `None` if they never
+    part. The dict is empty if a method cannot decode, or if the context has room for one token only.
 
   Raises:
-    UserError: they part where the margin is more than rounding, in float32.
+    UserError: in float32, the texts part where the margin is larger than rounding errors.
   """
   model = packed.model
   variables = {'params': trained.params, **trained.model_state}
@@ -98,8 +103,9 @@ def same_text(trained: Trained, packed: PackedModel) -> dict[str, int | float | 
       margin = float((best - second) / max(np.abs(twin).max(), np.finfo(np.float32).tiny))
       if trained.program.model.spec.precision == 'float32' and margin > TOLERANCE:
         raise UserError(
-          f'--workdir={trained.workdir}: packed, its greedy text differs from token {made} on, where the '
-          f'two best logits are {margin:.1e} of the largest apart; valid: {TOLERANCE:.0e} at most'
+          f'--workdir={trained.workdir}: greedy text of the packed model differs from token {made} on, '
+          f'where the two largest logits differ by {margin:.1e} of the largest; valid: '
+          f'{TOLERANCE:.0e} at most'
         )
       return {'tokens': made, 'margin': margin}
     place_B = np.full(1, made + 1, np.int32)
@@ -109,11 +115,11 @@ def same_text(trained: Trained, packed: PackedModel) -> dict[str, int | float | 
 
 @one_line
 def main() -> None:
-  """Packs a run, and says what became of each matrix."""
+  """Packs a run, and prints the format of each matrix."""
   parser = Parser('python -m sparse_lm.pack')
-  parser.add_argument('--workdir', type=local_path, required=True, help='of the trained run')
+  parser.add_argument('--workdir', type=local_path, required=True, help='workdir of the run')
   parser.add_argument(
-    '--out', type=local_path, required=True, help='new folder of the packed model'
+    '--out', type=local_path, required=True, help='new folder for the packed model'
   )
   arguments = parser.parse_args()
   runtime.prepare()
@@ -124,19 +130,19 @@ def main() -> None:
   print(f'packed from {found["source"]}')
   dense, running, stored = (found[f'{name}_bytes'] / 1e6 for name in ('dense', 'running', 'stored'))
   print(
-    f'{arguments.out}: {running:.2f} MB to run and {stored:.2f} MB stored of {dense:.2f} MB; largest '
-    f'error {found["largest_error"]:.1e} of the largest logit; {_text(found["same_text"])}'
+    f'{arguments.out}: {running:.2f} MB in memory and {stored:.2f} MB on disk, of {dense:.2f} MB dense; '
+    f'logits differ by at most {found["largest_error"]:.1e} of the largest; {_text(found["same_text"])}'
   )
 
 
 def _text(same: dict[str, int | float | None]) -> str:
   if not same:
-    return 'no greedy text to compare'
+    return 'greedy text was not compared'
   if same['margin'] is None:
-    return f'the same greedy text over {same["tokens"]} tokens'
+    return f'{same["tokens"]} tokens of greedy text are equal'
   return (
-    f'the same greedy text over {same["tokens"]} tokens, until its two best logits are '
-    f'{same["margin"]:.1e} of the largest apart'
+    f'{same["tokens"]} tokens of greedy text are equal, until the two largest logits differ by only '
+    f'{same["margin"]:.1e} of the largest'
   )
 
 

@@ -1,4 +1,4 @@
-"""`python -m sparse_lm.prune --workdir=PARENT --out=CHILD --config.weight.name=wanda [...]`."""
+"""`python -m sparse_lm.prune --workdir=PARENT --out=CHILD`: prunes a trained run in one shot."""
 
 import contextlib
 import time
@@ -28,19 +28,21 @@ from sparse_lm.weights.method import WeightMethod
 
 
 def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
-  """Prunes a trained run at once and writes the result as a workdir, ready to load or to start from.
+  """Prunes a trained run in one shot and writes the result as a new workdir.
+
+  The workdir can be loaded like that of any run, and other runs can start from it.
 
   Args:
     parent: workdir of the trained run.
-    out: a new workdir; it is there as a whole or not at all.
-    overrides: of `config.weight`.
-    segments: calibration sequences of `config.data.context` tokens from the training text.
+    out: the new workdir.
+    overrides: values of `config.weight` by dotted name.
+    segments: number of calibration sequences of `config.data.context` tokens, from the training text.
 
   Returns:
     The contents of result.json.
 
   Raises:
-    UserError: bad input, before anything is written.
+    UserError: invalid input, before anything is written.
   """
   check_new(out, '--out')
   trained = load(parent)
@@ -88,7 +90,7 @@ def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
 
 
 def _check_method(method: WeightMethod, weight: ConfigDict) -> None:
-  """Raises UserError for a method that does not prune trained models, or not with these fields."""
+  """Raises UserError if a method cannot prune trained models with these fields."""
   for part, (group, fields) in groups_of_parts(weight).items():
     if not method.parts[part].one_shot:
       classes = {other: slots.method('weight', other) for other in slots.names('weight')}
@@ -100,14 +102,14 @@ def _check_method(method: WeightMethod, weight: ConfigDict) -> None:
 
 
 def _write(out: str, run: Setup, state: TrainState, history: History, result: dict) -> None:
-  """Makes the workdir of the pruned run."""
+  """Writes the workdir of the pruned run."""
   with (
     whole_folder(out) as path,
     contextlib.closing(Workdir(str(path), run.config, run.data)) as folder,
   ):
     folder.open()
     with contextlib.closing(Checkpoints(folder.path)) as checkpoints:
-      # What trains on from here starts the text anew: pruning read other parts of it.
+      # Training that continues from here starts at the beginning of the text's order.
       batches = run.data.train_iterator(rng.data_seed(run.config.seed))
       checkpoints.save(state, batches, history)
     folder.write_result(result)
@@ -115,10 +117,12 @@ def _write(out: str, run: Setup, state: TrainState, history: History, result: di
 
 @one_line
 def main() -> None:
-  """Prunes a trained run and prints the validation loss of what is left."""
+  """Prunes a trained run and prints its validation loss after pruning."""
   parser = Parser('python -m sparse_lm.prune')
-  parser.add_argument('--workdir', type=local_path, required=True, help='of the trained run')
-  parser.add_argument('--out', type=local_path, required=True, help='new workdir of the pruned one')
+  parser.add_argument('--workdir', type=local_path, required=True, help='workdir of the run')
+  parser.add_argument(
+    '--out', type=local_path, required=True, help='new workdir for the pruned run'
+  )
   parser.add_argument(
     '--segments', type=Range(int, '[1, 2^31)'), default=128, help='calibration sequences'
   )

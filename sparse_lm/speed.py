@@ -1,4 +1,4 @@
-"""`python -m sparse_lm.speed --workdir=FOLDER [--workdir=...]`: what sparsity saves once packed."""
+"""`python -m sparse_lm.speed --workdir=FOLDER`: times packed models beside their dense twins."""
 
 from typing import NamedTuple
 
@@ -18,12 +18,12 @@ from sparse_lm.runs import packed_folder, runtime, trained
 from sparse_lm.runs.environment import environment
 from sparse_lm.runs.setup import data_of
 
-# The numbers of a model, and its source.
+# The measurements of a model, and its source.
 Row = dict[str, float | int | str | None]
 
 
 class Candidate(NamedTuple):
-  """A packed model to time, and what it comes from."""
+  """A packed model to time, with the config and the tokenizer of its run."""
 
   packed: PackedModel
   config: ConfigDict
@@ -32,9 +32,9 @@ class Candidate(NamedTuple):
 
 
 def candidate_of(path: str) -> Candidate:
-  """A packed folder's model, or a trained run's, packed in memory.
+  """Loads a packed folder, or loads a workdir and packs its model in memory.
 
-  Raises UserError where the folder holds neither.
+  Raises UserError if the folder holds no model.
   """
   if packed_folder.is_saved(path):
     found = packed_folder.load(path)
@@ -45,13 +45,19 @@ def candidate_of(path: str) -> Candidate:
 
 
 def speed(paths: list[str], batch: int = 1, repeats: int = 15) -> dict[str, Row]:
-  """Times each model beside its dense twin, all in turns, on the first one's validation text.
+  """Times models and their dense twins in turns, on the validation text of the first model.
+
+  Args:
+    paths: workdirs or packed folders.
+    batch: sequences that are decoded together.
+    repeats: number of turns.
 
   Returns:
-    By path, numbers (see `evals.speed.Speed`) and `source`, which checkpoint it is in words.
+    For each path its measurements (see `evals.speed.Speed`) and its `source` (the folder and the
+    checkpoint, in words).
 
   Raises:
-    UserError: a folder without a model, models of different tokenizer or context, or too little text.
+    UserError: a folder without a model, models of different tokenizers or contexts, or too little text.
   """
   found = {path: candidate_of(path) for path in paths}
   config, tokenizer = found[paths[0]].config, found[paths[0]].tokenizer
@@ -80,20 +86,20 @@ def speed(paths: list[str], batch: int = 1, repeats: int = 15) -> dict[str, Row]
 ROWS = (
   ('decode (ms/token)', 'decode_ms', '.3f', 1),
   ('prefill (tokens/s)', 'prefill_tokens_per_second', ',.0f', 1),
-  ('weights left', 'kept_weights', '.2%', 1),
+  ('weights kept', 'kept_weights', '.2%', 1),
   ('weights (MB)', 'weights_bytes', '.2f', 1e-6),
   ('read per token (MB)', 'read_bytes', '.2f', 1e-6),
   ('cache read per token (MB)', 'cache_bytes', '.2f', 1e-6),
-  ('of the bandwidth', 'bandwidth', '.0%', 1),
+  ('share of the bandwidth', 'bandwidth', '.0%', 1),
   ('peak memory (MB)', 'peak_memory', '.1f', 1e-6),
 )
 
 
 def table(found: dict[str, Row]) -> str:
-  """A Markdown table: a packed model's row above its dense twin's."""
+  """Returns a Markdown table. The row of each packed model is followed by that of its dense twin."""
   rows = []
   for path, row in found.items():
-    for role, name in (('', path), ('dense_', '... its dense twin')):
+    for role, name in (('', path), ('dense_', 'its dense twin')):
       cells = [
         '-' if row[role + key] is None else format(row[role + key] * scale, form)
         for _, key, form, scale in ROWS
@@ -111,15 +117,13 @@ def _ratio(row: Row, what: str) -> str:
 
 @one_line
 def main() -> None:
-  """Prints the table, and what it was measured on."""
+  """Prints the table, and the device that it was measured on."""
   parser = Parser('python -m sparse_lm.speed')
   parser.add_argument(
-    '--workdir', type=local_path, required=True, action='append', help='of a run, or packed'
+    '--workdir', type=local_path, required=True, action='append', help='workdir or packed folder'
   )
-  parser.add_argument(
-    '--batch', type=Range(int, '[1, 2^24]'), default=1, help='sequences side by side'
-  )
-  parser.add_argument('--repeats', type=Range(int, '[1, 2^31)'), default=15, help='turns')
+  parser.add_argument('--batch', type=Range(int, '[1, 2^24]'), default=1, help='batch size')
+  parser.add_argument('--repeats', type=Range(int, '[1, 2^31)'), default=15, help='repeats')
   arguments = parser.parse_args()
   runtime.prepare()
   found = speed(arguments.workdir, arguments.batch, arguments.repeats)
@@ -128,8 +132,8 @@ def main() -> None:
     print(row['source'])
   peak = next(iter(found.values()))['memory_bandwidth'] / 1e9
   print(
-    f'\nBatch {arguments.batch}; {machine(environment())}; memory reads at {peak:.1f} GB/s; medians '
-    f'of {arguments.repeats} turns, quartiles in brackets. A twin has random weights.'
+    f'\nBatch {arguments.batch}; {machine(environment())}; memory reads at {peak:.1f} GB/s. Times are '
+    f'medians of {arguments.repeats} turns, with quartiles in brackets. Dense twins have random weights.'
   )
 
 

@@ -1,4 +1,4 @@
-"""Configs from the command line: `--config=FILE` and `--config.field=value`."""
+"""Reading a config from the command line: `--config=FILE` and `--config.field=value`."""
 
 import argparse
 import sys
@@ -11,13 +11,17 @@ from sparse_lm.runs.configs import BASE, flat, load, ranges_of
 
 
 def from_command_line(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, ConfigDict]:
-  """Parses `--config=FILE`, `--config.field=value` and what else `parser` knows.
+  """Parses `--config=FILE`, `--config.field=value` and the other arguments of `parser`.
 
-  `--help` lists the config's fields too. Raises UserError for any other argument, and what `load`
-  raises.
+  `--help` also lists the fields of the config.
+
+  Returns:
+    The arguments of `parser`, and the config.
+
+  Raises UserError for unknown arguments, and as `configs.load` does.
   """
   parser.add_argument(
-    '--config', type=local_path, required=True, help='a config file, such as configs/tiny.py'
+    '--config', type=local_path, required=True, help='config file, such as configs/tiny.py'
   )
   add_fields_to_help(parser)
   arguments, rest = parser.parse_known_args()
@@ -25,14 +29,19 @@ def from_command_line(parser: argparse.ArgumentParser) -> tuple[argparse.Namespa
 
 
 def add_fields_to_help(parser: argparse.ArgumentParser, groups: tuple[str, ...] = ()) -> None:
-  """Lets `--help` list the fields that may be overridden: those of `groups`, by default all."""
+  """Makes `--help` list the fields of the config that can be overridden.
+
+  Args:
+    parser: the command's parser.
+    groups: the groups to list, by default all.
+  """
   if not {'-h', '--help'}.isdisjoint(sys.argv):
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _fields(sys.argv[1:], groups)
 
 
 def _fields(arguments: list[str], groups: tuple[str, ...]) -> str:
-  """The fields of the config that the command line names, else of `configs/base.py`."""
+  """Returns a list of the fields of the config on the command line, by default `configs/base.py`."""
   parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
   parser.add_argument('--config', default=str(BASE))
   known, rest = parser.parse_known_args(arguments)
@@ -47,19 +56,19 @@ def _fields(arguments: list[str], groups: tuple[str, ...]) -> str:
   width = max((len(setting) for setting, valid in rows if valid), default=0)
   return '\n'.join(
     [
-      f'fields of {known.config}, each with its value and, of a number, what is valid. A method brings '
-      'fields\nof its own: name one (--config.weight.name=NAME --help) to see them.',
+      f'fields of {known.config} with their values, and the valid range of numbers. Each method has '
+      'its\nown fields; to list them, name the method: --config.weight.name=NAME --help',
       *(f'{setting:{width}}  {valid}'.rstrip() for setting, valid in rows),
     ]
   )
 
 
 def overrides_from_args(arguments: list[str]) -> dict[str, str]:
-  """`['--config.a.b=c', ...]` as `{'a.b': 'c'}`. Raises UserError for anything else."""
+  """Converts `['--config.a.b=c', ...]` to `{'a.b': 'c'}`. Raises UserError for other arguments."""
   overrides = {}
   for argument in arguments:
     field, equals, value = argument.removeprefix('--config.').partition('=')
     if not argument.startswith('--config.') or not equals:
-      raise UserError(f'unknown argument {argument!r}: overrides read --config.field=value')
+      raise UserError(f'unknown argument {argument!r}; valid: --config.FIELD=VALUE, or see --help')
     overrides[field] = value
   return overrides

@@ -1,4 +1,4 @@
-"""Every failure that a user can mend is one clear line and an exit code, whichever command failed."""
+"""Parsing arguments, and turning errors into one line on stderr and an exit code."""
 
 import argparse
 import contextlib
@@ -16,7 +16,7 @@ LONGEST_LINE = 300  # characters
 
 
 class Parser(argparse.ArgumentParser):
-  """Arguments whose faults are a `UserError`: one line, with the nearest name."""
+  """An argument parser that raises `UserError` and suggests the nearest name."""
 
   def __init__(self, prog: str) -> None:
     super().__init__(prog=prog, allow_abbrev=False)
@@ -29,24 +29,29 @@ class Parser(argparse.ArgumentParser):
     return known
 
   def error(self, message: str) -> NoReturn:
-    """What argparse found."""
+    """Raises UserError with argparse's message."""
     raise UserError(message)
 
 
 def local_path(text: str) -> str:
-  """The type of a `Parser`'s argument that names a file or a folder: shells leave the `~` of
-  `--workdir=~/x` as it is, so it is expanded here. An empty path is refused."""
+  """Converts an argument to a path: the `type` of arguments that name a file or a folder.
+
+  It expands `~`, because shells do not expand it in `--workdir=~/x`, and refuses an empty path.
+  """
   if not text:
     raise argparse.ArgumentTypeError("'' is not valid; valid: a file or a folder")
   return os.path.expanduser(text)
 
 
 def one_line(main: Callable[[], None]) -> Callable[[], None]:
-  """Wraps an entry point, so that it ends in at most one line on stderr instead of a traceback.
+  """Wraps an entry point so that errors end in one line on stderr instead of a traceback.
 
-  Exit code 2: a `UserError`, an `OSError` (a full disk, a read-only folder, a name that is too long)
-  or text that the encoding of the output does not have. 130 (128 + SIGINT): Ctrl-C. 141 (128 +
-  SIGPIPE), and no line: nobody reads the output any more, as behind `| head -1`.
+  Exit codes:
+
+  - 2: a `UserError`, an `OSError` (such as a full disk or a read-only folder), or output that the
+    terminal's encoding cannot represent.
+  - 130 (128 + SIGINT): Ctrl-C.
+  - 141 (128 + SIGPIPE): the reader of the output is gone, as with `| head -1`. No line is printed.
   """
 
   @functools.wraps(main)
@@ -61,7 +66,7 @@ def one_line(main: Callable[[], None]) -> Callable[[], None]:
     except BrokenPipeError:
       _exit('', 128 + signal.SIGPIPE)
     except KeyboardInterrupt:
-      _exit('stopped; the same command continues, or starts over', 128 + signal.SIGINT)
+      _exit('stopped; the same command continues or starts again', 128 + signal.SIGINT)
     except UserError as error:
       _exit(f'error: {error}', 2)
     except OSError as error:
@@ -70,7 +75,7 @@ def one_line(main: Callable[[], None]) -> Callable[[], None]:
     except UnicodeEncodeError as error:
       lacking = error.object[error.start : error.end]
       _exit(
-        f'error: the output has the encoding {error.encoding}, which cannot hold {lacking!r}; valid: '
+        f'error: the encoding {error.encoding} of the output cannot represent {lacking!r}; valid: '
         'set PYTHONIOENCODING=utf-8',
         2,
       )
@@ -80,8 +85,10 @@ def one_line(main: Callable[[], None]) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def _no_lost_interrupt() -> Iterator[None]:
-  """Repeats a Ctrl-C that came within a callback (JAX has one for the garbage collector), where Python
-  can only print `KeyboardInterrupt` and forget it."""
+  """Repeats a Ctrl-C that arrives during a callback, such as JAX's for the garbage collector.
+
+  Python only prints a `KeyboardInterrupt` that is raised there, and the program would go on.
+  """
   hook = sys.unraisablehook
 
   def repeat(raised: 'sys.UnraisableHookArgs') -> None:
@@ -99,8 +106,10 @@ def _no_lost_interrupt() -> Iterator[None]:
 
 
 def shortened(message: str) -> str:
-  """`message` as one line of at most `LONGEST_LINE` characters. The middle is left out: it begins
-  with the field and ends with what would be valid."""
+  """Shortens a message to one line of at most `LONGEST_LINE` characters.
+
+  Only the middle is cut, because a message begins with the field and ends with the valid values.
+  """
   line = ' '.join(message.splitlines())
   if len(line) <= LONGEST_LINE:
     return line
@@ -112,7 +121,7 @@ def _exit(message: str, code: int) -> NoReturn:
   with contextlib.suppress(OSError):
     if message:
       print(shortened(message), file=sys.stderr, flush=True)
-  # Python flushes both once more as it ends, and would complain about what cannot be written.
+  # Python flushes both streams again when it exits, and would print an error if that fails.
   for stream in filter(None, (sys.stdout, sys.stderr)):
     try:
       stream.flush()

@@ -1,4 +1,30 @@
-"""The theoretical costs of a run: parameters, bytes and FLOPs, before or after training."""
+"""The theoretical costs of a run: parameters, bytes and FLOPs, before or after training.
+
+Sizes:
+
+- `params`, `prunable_params`, `nonzero_params`: parameters.
+- `active_params`: parameters that one token is multiplied with.
+- `sparsity_prunable`, `sparsity_total`: fraction of zeros among the prunable and among all
+  parameters.
+- `stored_bytes`: bytes of the kept weights, and a mask bit for each weight of a masked parameter.
+- `dense_params`, `dense_bytes`: parameters and bytes of the dense twin.
+
+FLOPs per token, each also as a `_ratio` to the dense twin:
+
+- `flops_forward`: forward pass of the final model, attention charged over all pairs of the context.
+  A window is charged the fraction of the causal pairs that it reads, times all pairs.
+- `flops_forward_causal`: the same with attention charged over the causal pairs alone, about half of
+  all pairs. A window is charged the keys that it reads.
+- `flops_training`: mean over the run's own training steps.
+- `flops_training_total`: `flops_training` plus the training of the runs whose weights it started
+  from, also per token of the run's own steps.
+
+A training step is charged three forward passes at the densities of that step. Added to it are a
+dense gradient of the weights, the second forward pass of a sampled policy, what
+`config.model.remat` recomputes, and the teacher's forward pass. Weights that a mask drops are not
+charged. Units that a gate closes are charged, because training computes them and multiplies by
+zero. Only routers of fixed capacity leave tokens out.
+"""
 
 import math
 
@@ -35,30 +61,7 @@ def report(
       prediction is reported, which is right for a run without a parent and without a teacher.
 
   Returns:
-    Numbers by name. Sizes:
-
-    - `params`, `prunable_params`, `nonzero_params`: parameters.
-    - `active_params`: parameters that one token is multiplied with.
-    - `sparsity_prunable`, `sparsity_total`: fraction of zeros among the prunable and among all
-      parameters.
-    - `stored_bytes`: bytes of the kept weights, and a mask bit for each weight of a masked parameter.
-    - `dense_params`, `dense_bytes`: parameters and bytes of the dense twin.
-
-    FLOPs per token, each also as a `_ratio` to the dense twin:
-
-    - `flops_forward`: forward pass of the final model, attention charged over all pairs of the context.
-      A window is charged the fraction of the causal pairs that it reads, times all pairs.
-    - `flops_forward_causal`: the same with attention charged over the causal pairs alone, about half of
-      all pairs. A window is charged the keys that it reads.
-    - `flops_training`: mean over the run's own training steps.
-    - `flops_training_total`: `flops_training` plus the training of the runs whose weights it started
-      from, also per token of the run's own steps.
-
-    A training step is charged three forward passes at the densities of that step. Added to it are a
-    dense gradient of the weights, the second forward pass of a sampled policy, what
-    `config.model.remat` recomputes, and the teacher's forward pass. Weights that a mask drops are not
-    charged. Units that a gate closes are charged, because training computes them and multiplies by
-    zero. Only routers of fixed capacity leave tokens out.
+    Numbers by name; the module's docstring describes them.
   """
   params = plan_of(program.model).params
   final = {path: float(density) for path, density in tree.named(target).items()}

@@ -1,4 +1,4 @@
-"""`python -m sparse_lm.train --config=configs/x.py --workdir=... [--config.a.b=c ...]`."""
+"""`python -m sparse_lm.train --config=FILE --workdir=FOLDER`: trains a run, or continues it."""
 
 from sparse_lm.commands.config_arguments import from_command_line
 from sparse_lm.commands.parser import Parser, local_path, one_line

@@ -230,7 +230,7 @@ def test_cost_prints_without_training(call, small, tmp_path, monkeypatch):
   rows = {
     row.split('|')[1].strip(): row.split('|')[2].strip() for row in out.splitlines() if '|' in row
   }
-  assert rows['sparsity over prunable weights'] == '75.00%'
+  assert rows['sparsity of prunable weights'] == '75.00%'
   # 4 attention matrices of 16 × 16 and 2 of 16 × 32, at 2 FLOPs a weight.
   assert float(rows['block_0/mlp/up/linear'].replace(',', '')) == 2 * 16 * 32
   assert float(rows['block_0/attention/query/linear'].replace(',', '')) == 2 * 16 * 16

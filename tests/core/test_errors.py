@@ -54,7 +54,7 @@ def raising(error):
     (OSError(errno.EROFS, 'Read-only file system', '/w'), 2, 'error: /w: Read-only file system\n'),
     (OSError('without a number'), 2, 'without a number\n'),
     (OSError(errno.ENAMETOOLONG, 'File name too long', 'n' * 300), 2, 'File name too long\n'),
-    (KeyboardInterrupt(), 130, 'stopped; the same command continues, or starts over\n'),
+    (KeyboardInterrupt(), 130, 'stopped; the same command continues or starts again\n'),
     (BrokenPipeError(errno.EPIPE, 'Broken pipe'), 141, ''),
     (UnicodeEncodeError('ascii', 'a Δ', 2, 3, 'no'), 2, 'PYTHONIOENCODING=utf-8\n'),
   ],

@@ -258,7 +258,7 @@ def test_the_pack_command_says_what_became_of_each_matrix(packed, tmp_path, monk
   shown = capsys.readouterr().out
   (row,) = [line for line in shown.splitlines() if 'block_0/mlp/up/kernel' in line]
   assert 'bitmask' in row and 'block: no tile size (128, 64, 32, 16) divides' in row
-  assert 'largest error' in shown
+  assert 'logits differ by at most' in shown
   assert f'packed from {workdir}: the newest checkpoint, step' in shown
 
 
@@ -293,7 +293,7 @@ def test_the_generate_command_streams_what_it_makes(packed, monkeypatch, capsys)
   shown = capsys.readouterr()
   assert (
     shown.out == f'the cat{text}\n'
-    and '5 tokens of each in' in shown.err
+    and '5 tokens per prompt in' in shown.err
     and 'energy: ' in shown.err
     and f'{run.path}: packed from ' in shown.err
   )
@@ -331,7 +331,9 @@ def test_greedy_texts_part_only_where_the_best_logits_are_all_but_equal(packed):
   ).astype('f')
   masks = jax.tree.map(lambda _: None, params)
   differing = pack.pack(run.program.model, other, masks, {})
-  with pytest.raises(UserError, match=r'greedy text differs from token [0-9]+ on'):
+  with pytest.raises(
+    UserError, match=r'greedy text of the packed model differs from token [0-9]+ on'
+  ):
     pack_command.same_text(run, differing)
   params['embed']['head']['kernel'][:] = 0
   equal = dataclasses.replace(run, params=params)
