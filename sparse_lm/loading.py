@@ -1,6 +1,6 @@
 """The public Python interface: `run = sparse_lm.load(path)`.
 
-A `Run` is the model of a workdir or of a packed folder, with everything that an analysis needs:
+A `Run` is the model of a workdir or of a packed folder, with everything that an analysis needs::
 
     run = sparse_lm.load('results/rigl')
     run.logits('def __init__(')                              # [1, tokens, vocabulary]

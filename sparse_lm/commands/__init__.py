@@ -1,1 +1,1 @@
-"""What commands share: the command-line parser, and one-line errors."""
+"""The parts that all commands share: parsing of arguments, and errors of one line."""

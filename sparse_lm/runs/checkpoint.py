@@ -211,8 +211,8 @@ class Checkpoints:
         found = {} if missing else self._read(step, meta, {item: wanted}, whole=False)[item]
     except Exception as error:  # as in `restore`
       raise UserError(
-        f'checkpoint {step} in {self.path} is damaged ({storage.first_line(error)}); valid: a copy of it '
-        'that is whole, or another checkpoint'
+        f'checkpoint {step} in {self.path} is damaged ({storage.first_line(error)}); valid: an intact '
+        'copy of it, or another checkpoint'
       ) from error
     if missing:
       raise unknown(f'leaf of {item} in checkpoint {step} of {self.path}', missing[0], saved)
@@ -277,7 +277,7 @@ class Checkpoints:
       raise
     except Exception as error:  # as in `restore`: opening reads the metadata of each checkpoint
       raise UserError(
-        f'{self.path} cannot be opened ({storage.first_line(error)}); valid: a copy of it that is whole'
+        f'{self.path} cannot be opened ({storage.first_line(error)}); valid: an intact copy of it'
       ) from error
 
   def _meta(self, step: int) -> _Meta:

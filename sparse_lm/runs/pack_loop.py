@@ -77,7 +77,7 @@ def train_packed(
 
 @contextlib.contextmanager
 def _named(workdir: str | pathlib.Path) -> Iterator[None]:
-  """An error of the block names the run of the pack that it is about, as its folder is called."""
+  """Adds the name of a run's folder to errors that the block raises."""
   try:
     yield
   except lock.Held:
@@ -87,7 +87,7 @@ def _named(workdir: str | pathlib.Path) -> Iterator[None]:
 
 
 def _resumed(pack: Pack, records: Sequence[Record]) -> list[TrainState]:
-  """The state of each run, from its newest checkpoint, or at step 0 if it has none."""
+  """Returns the state of each run, from its newest checkpoint, or at step 0 if it has none."""
   fresh = pack.start()
   _, masks = jax.device_get(pack.program.finalize(packed.stack(fresh), pack.numbers))
   found = []
@@ -100,7 +100,7 @@ def _resumed(pack: Pack, records: Sequence[Record]) -> list[TrainState]:
 
 
 def _by_step(states: Sequence[TrainState]) -> list[tuple[list[int], list[TrainState]]]:
-  """Groups runs that have done equally many steps: their indices and states."""
+  """Groups runs that have done equally many steps. Returns the indices and states of each group."""
   groups: dict[int, list[int]] = {}
   for number, state in enumerate(states):
     groups.setdefault(int(state.step), []).append(number)
@@ -239,7 +239,7 @@ class _PackLoop:
     self.console.say(f'step {step:,}: {_span("validation loss", losses)} of {len(losses)} runs')
 
   def _measure(self, states: TrainState) -> tuple[list[Evaluated], Tree]:
-    """The evaluation of each run, and the masks of all."""
+    """Returns the evaluation of each run, and the masks of all runs."""
     params, masks = self.pack.program.finalize(states, self.numbers)
     values = evaluate_packed(self.run_of_all, params, states.model_state)
     host = jax.device_get(masks)
@@ -256,7 +256,7 @@ class _PackLoop:
       record.save(tree.at_index(host, number), batches)
 
   def _offer(self, number: int) -> None:
-    """Writes the best state of a run since it was last saved."""
+    """Writes a run's best state, if there is a better one than the last that was written."""
     if number in self.kept:
       record = self.records[number]
       record.best.offer(record.setup.program, *self.kept.pop(number))
@@ -274,7 +274,7 @@ class _PackLoop:
     return [outcomes[number] for number in range(len(self.records))]
 
   def _alive(self) -> list[tuple[int, Record]]:
-    """The runs that have not diverged."""
+    """Returns the indices and records of the runs that have not diverged."""
     return [(i, record) for i, record in enumerate(self.records) if i not in self.lost]
 
   @contextlib.contextmanager
@@ -315,7 +315,7 @@ class _Timer:
 
 
 def _span(what: str, losses: Sequence[float]) -> str:
-  """The lowest and the highest of the runs' losses, in words."""
+  """Returns the range of the runs' losses, in words."""
   if not losses:
     return f'no {what}'
   return f'{what} {min(losses):.4f} to {max(losses):.4f}'

@@ -50,7 +50,8 @@ READ = (ARRAYS, CONFIG, 'tokenizer.json')
 
 
 class _Entry(TypedDict):
-  """A matrix: names of its formats, and the fields of the stored one that are no arrays."""
+  """A matrix of the manifest: names of its formats, and those fields of the stored format that are not
+  arrays."""
 
   runs: str
   stored: str
@@ -277,7 +278,7 @@ def _arrays(packed: PackedModel) -> tuple[dict[str, jax.Array], JsonObject]:
 
 
 def _kernel_shapes(model: lm.LM) -> dict[str, tuple[int, ...]]:
-  """By path, the shape of every kernel before anything was removed, of joined ones too."""
+  """Returns the shape of every kernel before units were removed, also of fused kernels, by path."""
   shapes = {path: leaf.shape for path, leaf in plan_of(model).shapes.items()}
   for path, parts in plan_of(model).fused.items():
     one, *each = (str(Place.parse(layer) / KERNEL) for layer in (path, *parts))
@@ -290,7 +291,7 @@ def _kernel_shapes(model: lm.LM) -> dict[str, tuple[int, ...]]:
 def _matrix(
   path: str, entry: _Entry, arrays: dict[str, jax.Array], largest: tuple[int, ...]
 ) -> Matrix:
-  """Raises ValueError, before anything is allocated, where the matrix is larger than the model's."""
+  """Builds a matrix from its arrays. Raises ValueError if it is larger than the model's kernel."""
   cls, running = formats.load(entry['stored']), formats.load(entry['runs'])
   prefix = f'packed/{path}:'
   fields = _fields({k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)})
@@ -306,7 +307,7 @@ def _matrix(
 
 
 def _fields(arrays: dict[str, jax.Array]) -> dict[str, jax.Array | tuple[jax.Array, ...]]:
-  """Those of a format: `field`, or `field/0`, `field/1`, ... of a tuple."""
+  """Returns the fields of a format from arrays named `field`, or `field/0`, `field/1`, ... for tuples."""
   fields: dict[str, jax.Array | tuple[jax.Array, ...]] = {}
   for name in sorted(arrays, key=lambda name: (len(name), name)):
     field, in_tuple, _ = name.partition('/')
@@ -320,7 +321,7 @@ def _digest(path: pathlib.Path) -> str:
 
 
 def describe(packed: PackedModel) -> list[dict[str, str | float]]:
-  """A row for each matrix, for people."""
+  """Returns a row for each matrix, for a printed table."""
   return [
     {
       'matrix': path,

@@ -1,4 +1,4 @@
-"""Which runs can be one program (see `train/packed.py`), and how many of them fit a device's memory."""
+"""Choosing the runs that train as one program (see `train/packed.py`) and fit in memory together."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ INTERVALS = ('train.steps', 'train.log_every', 'train.eval_every')
 
 
 def alone_because(run: Setup) -> str | None:
-  """Why a run cannot be one of a pack, in words; `None` where it can."""
+  """Returns the reason why a run cannot be packed, or `None` if it can."""
   if run.parent is not None:
     return 'it starts from another run (config.init_from)'
   if run.teacher is not None:
@@ -44,12 +44,11 @@ def alone_because(run: Setup) -> str | None:
 
 
 def key(run: Setup) -> Hashable:
-  """A key that is equal for runs that can be packed.
+  """Returns a key that is equal for runs that can be packed.
 
-  Such runs have equal programs except for `numbers.numbers`. They prune the same leaves, read the same
-  data, and log and evaluate at the same steps. Their masks are updated in the same steps, which the
-  program decides. Traced, and so free to differ, are seeds, and with them the order of the data, final
-  densities, and the numbers of `numbers.numbers`.
+  Such runs have equal programs except for `numbers.numbers`. They prune the same parameters, read the
+  same data, and update masks, log and evaluate at the same steps. They may differ in the values that
+  are traced: the seed (and so the order of the data), the final densities, and `numbers.numbers`.
   """
   fields = configs.flat(run.config)
   return (
@@ -62,7 +61,7 @@ def key(run: Setup) -> Hashable:
 
 
 def difference(one: Setup, other: Setup) -> str | None:
-  """What keeps two runs from being packed, in words; `None` where nothing does."""
+  """Returns the reason why two runs cannot be packed, or `None` if they can."""
   for run in (one, other):
     if reason := alone_because(run):
       return reason
@@ -85,7 +84,7 @@ def _may_differ(name: str, traced: set[str]) -> bool:
 
 
 def common(run: Setup) -> Program:
-  """The program that a run shares with all that it can be packed with."""
+  """Returns the program that all runs of a pack share."""
   return shared(numbers.common(run.program))
 
 
@@ -103,7 +102,7 @@ class Pack:
 
   @classmethod
   def of(cls, runs: Sequence[Setup]) -> 'Pack':
-    """Makes a pack of runs. Raises UserError that says what differs where they cannot be packed."""
+    """Makes a pack of runs. Raises UserError with the difference if they cannot be packed."""
     for run in runs:
       if reason := difference(runs[0], run):
         raise UserError(
@@ -139,7 +138,7 @@ class Pack:
     }
 
   def calls(self, first: int = 0) -> list[Call]:
-    """The functions that a pack calls after `first` steps, to compile: its steps and its evaluation."""
+    """Returns the functions that a pack needs after `first` steps, with their arguments, to compile."""
     finalize = Call(self.program.finalize, (self._states, self._feed.numbers))
     params, _ = finalize.function.outputs(*finalize.arguments)
     evaluation = evaluation_of_packed(self.runs[0], params, self._states.model_state)
@@ -196,7 +195,7 @@ class Pack:
 
 
 def fitting(pack: Pack) -> int:
-  """How many of the runs fit the device's memory together; the number of all runs if the pack fits."""
+  """Returns how many runs of the pack fit in the device's memory together."""
   room, count, fixed = runtime.memory(), len(pack.runs), pack.bytes_shared()
   for measure in (pack.bytes_at_least, pack.bytes):
     if (need := measure()) > room:
@@ -206,14 +205,16 @@ def fitting(pack: Pack) -> int:
 
 
 def compile_packs(packs: Sequence[Pack]) -> None:
-  """Compiles at once all functions of the packs that may fit, so that no pack waits for it later."""
+  """Compiles the functions of all packs that may fit in memory, in parallel and in advance."""
   room = runtime.memory()
   compile_together(call for pack in packs if pack.bytes_at_least() <= room for call in pack.calls())
 
 
 def split(runs: Sequence[Setup], most: int) -> list[Sequence[int]]:
-  """Indices of runs in packs of at most `most`, of sizes as equal as can be; runs that are left over,
-  or cannot be packed, are packs of one."""
+  """Returns the indices of the runs of each pack. Packs have at most `most` runs and similar sizes.
+
+  Runs that cannot be packed are packs of one.
+  """
   groups: dict[Hashable, list[int]] = {}
   for number, run in enumerate(runs):
     own = ('alone', number) if alone_because(run) else key(run)
@@ -222,7 +223,7 @@ def split(runs: Sequence[Setup], most: int) -> list[Sequence[int]]:
 
 
 def parts_of(group: Sequence[T], most: int) -> list[Sequence[T]]:
-  """A group in parts of at most `most`, of sizes as equal as can be."""
+  """Splits a group into parts of at most `most` elements and similar sizes."""
   count = math.ceil(len(group) / most)
   bounds = [len(group) * number // count for number in range(count + 1)]
   return [group[begin:end] for begin, end in itertools.pairwise(bounds)]
