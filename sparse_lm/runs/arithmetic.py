@@ -83,7 +83,7 @@ def attention_kernels(model: LM) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 @functools.lru_cache(maxsize=32)
 def _calls_of_training(model: LM) -> tuple[str, ...]:
-  """Returns the result of `kernels.attention.why_unfused` for each call of attention in a training step."""
+  """Returns what `kernels.attention.why_unfused` says of each attention call of a training step."""
   tokens = jax.ShapeDtypeStruct((1, model.spec.context), jnp.int32)
   key = jax.random.key(0)
   run = functools.partial(
