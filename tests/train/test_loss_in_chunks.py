@@ -163,7 +163,7 @@ def test_a_method_acts_on_what_the_head_reads_and_on_logits(point, tied, tiny_co
     own.apply({'params': params}, TOKENS[:, :-1], readout=readout) for readout in (True, False)
   )
   assert isinstance(predicted, Readout) == (point == 'input')
-  assert_allclose(kernel.whole(predicted), logits, rtol=1e-5, atol=1e-6)
+  assert_allclose(kernel.all_logits(predicted), logits, rtol=1e-5, atol=1e-6)
   if point == 'input':
     assert 0 < np.mean(predicted.hidden_BxLxD != 0) < 0.5
   else:

@@ -202,7 +202,7 @@ def test_more_segments_than_the_text_has_or_none_are_refused(segments):
   with pytest.raises(UserError) as refused:
     one_shot.calibration(np.zeros(1003, np.uint8), segments, 10, seed=0)
   line = str(refused.value)
-  assert f'--segments={segments} ' in line and 'valid: 1 to 100' in line and '\n' not in line
+  assert f'--segments={segments}: ' in line and 'valid: 1 to 100' in line and '\n' not in line
 
 
 @pytest.mark.parametrize(
