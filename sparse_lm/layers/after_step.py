@@ -59,7 +59,7 @@ def updated(model_state: Tree, updates: Tree) -> Tree:
 
   Args:
     model_state: variables by collection and module.
-    updates: the sowed `StepUpdate`s by module, summed over the microbatches.
+    updates: the sowed `StepUpdate` values by module, summed over the microbatches.
   """
   leaves = jax.tree_util.tree_leaves_with_path(updates, is_leaf=lambda x: isinstance(x, StepUpdate))
   pools: dict[Callable[[jax.Array, Tree], jax.Array], Tree] = {}

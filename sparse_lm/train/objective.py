@@ -74,7 +74,7 @@ class Aux(NamedTuple):
 
   Attributes:
     model_state: the model's collections after the forward pass.
-    updates: `StepUpdate`s that modules sowed (`layers/after_step.py`).
+    updates: the `StepUpdate` values that modules sowed (`layers/after_step.py`).
     metrics: metrics by name.
   """
 
