@@ -1,14 +1,13 @@
 """The folder of a packed model.
 
-config.json, tokenizer.json  copies of those of the packed run.
-metrics.jsonl                a copy of the run's log, if the run has one.
-packed.json                  the versions of the layout and the package, the digests of the other files,
-                             the run's training cost, and the formats of each matrix: the one that is
-                             stored and the one that runs.
-packed.safetensors           the packed arrays: `<path>:<field>` for the fields of a format
-                             (`<field>/0`, `<field>/1`, ... for a tuple), `<path>` for other arrays.
-model.safetensors            every parameter under its path, with zeros for dropped weights. Other
-                             libraries can read it.
+- `config.json`, `tokenizer.json`: copies of those of the packed run.
+- `metrics.jsonl`: a copy of the run's log, if the run has one.
+- `packed.json`: the versions of the layout and the package, the digests of the other files, the run's
+  training cost, and the formats of each matrix: the one that is stored and the one that runs.
+- `packed.safetensors`: the packed arrays: `<path>:<field>` for the fields of a format (`<field>/0`,
+  `<field>/1`, ... for a tuple), `<path>` for other arrays.
+- `model.safetensors`: every parameter under its path, with zeros for dropped weights. Other libraries
+  can read it.
 """
 
 import dataclasses

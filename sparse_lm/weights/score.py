@@ -52,15 +52,15 @@ class ScoredMethod(PatternMethod):
     period: steps between two updates of stored masks along the ramp. Masks that are not stored are chosen
       in every step.
     apply: what happens to a dropped weight.
-      'masked': it is zero for good. Masks are stored, and each mask is a subset of the one before it.
-      Masks
-        from learned scores are not stored; a dropped weight then keeps its value and gets no gradient.
-      'straight_through': it keeps its value, and the model uses zero instead. It gets the gradient of the
-        loss at this zero (Bengio et al. 2013). The mask is chosen in every step.
-      'soft': like 'straight_through', and each kept weight is multiplied by 1 - t / s, where s is its
-      score
-        and t the largest dropped score. So a weight is near zero when it is dropped. For magnitudes this
-        is the soft threshold `sign(w) max(|w| - t, 0)`.
+
+      - 'masked': it is zero for good. Masks are stored, and each mask is a subset of the one before
+        it. Masks from learned scores are not stored; a dropped weight then keeps its value and gets no
+        gradient.
+      - 'straight_through': it keeps its value, and the model uses zero instead. It gets the gradient
+        of the loss at this zero (Bengio et al. 2013). The mask is chosen in every step.
+      - 'soft': like 'straight_through', and each kept weight is multiplied by 1 - t / s, where s is
+        its score and t the largest dropped score. So a weight is near zero when it is dropped. For
+        magnitudes this is the soft threshold `sign(w) max(|w| - t, 0)`.
   """
 
   schedule: str = 'cubic'
