@@ -19,10 +19,10 @@ jax.monitoring.register_event_duration_secs_listener(_count)
 
 
 class StepTimer:
-  """Measures spans of steps without waiting for the device after each of them.
+  """Measures spans of steps without waiting for the device after each step.
 
-  Steps run asynchronously: a span's time is that of its steps only where the device has finished its
-  work at both ends. The caller sees to that before `start` and `stop`.
+  Steps run asynchronously, so a span contains only the time of its steps if the device is idle at both
+  ends. The caller must wait for the device before `start` and `stop`.
   """
 
   def __init__(self) -> None:
@@ -30,14 +30,14 @@ class StepTimer:
     self.start()
 
   def start(self) -> None:
-    """Begins a span. The device is idle."""
+    """Begins a span. The device must be idle."""
     self._begun, self._running, self._compiled = time.perf_counter(), 0, _compilations
 
   def step(self, outputs: Tree) -> None:
     """Counts the step that was just dispatched.
 
-    Where it had to be compiled, this call waits for its `outputs`, and the span begins anew: the steps
-    before it that were still running cannot be told from the compilation.
+    If the step had to be compiled, this call waits for its `outputs` and begins a new span. The time of
+    the earlier steps of the span is lost, because they may have run during the compilation.
     """
     if _compilations != self._compiled:
       jax.block_until_ready(outputs)
@@ -46,14 +46,14 @@ class StepTimer:
       self._running += 1
 
   def stop(self) -> None:
-    """Ends the span. The device has finished its steps."""
+    """Ends the span. The device must have finished its steps."""
     if self._running:
       self._seconds += time.perf_counter() - self._begun
       self._steps += self._running
     self._running = 0
 
   def take(self) -> float | None:
-    """Seconds per step in the spans since the last call; `None` where all steps had to be compiled."""
+    """Returns the seconds per step since the last call, `None` if all steps had to be compiled."""
     seconds = self._seconds / self._steps if self._steps else None
     self._seconds, self._steps = 0.0, 0
     return seconds

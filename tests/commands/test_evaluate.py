@@ -75,7 +75,7 @@ def test_the_loss_is_that_of_numpy_and_of_the_training_run(call, run, packed, sp
 
 
 @pytest.mark.parametrize('packed', [False, True])
-def test_what_applies_is_printed_as_a_table(call, run, meter, packed):
+def test_evaluations_that_accept_the_model_are_printed(call, run, meter, packed):
   """By default; of a model that is not packed, no speed beside its twin is measured."""
   code, out, err = call(evaluate_command, [f'--workdir={run[1 + packed]}', '--batch=2'])
   assert code == 0

@@ -75,7 +75,7 @@ def test_a_gpu_of_another_maker_says_so_in_one_line(tiny_config, monkeypatch):
   )
 
 
-def test_a_run_shows_what_it_fell_back_to(tiny_config, on_nvidia, named, tmp_path, capfd):
+def test_a_run_reports_slower_fallbacks(tiny_config, on_nvidia, named, tmp_path, capfd):
   on_nvidia(7, 5)
   named(T4)
   train(tiny_config(model__precision='auto', **SIZES), str(tmp_path / 'run'))
@@ -182,7 +182,7 @@ def half(tiny_config, tmp_path_factory):
   return folder, result
 
 
-def test_what_was_decided_is_recorded(half, tiny_config, tmp_path):
+def test_the_chosen_precision_and_kernel_are_recorded(half, tiny_config, tmp_path):
   folder, result = half
   assert result['config']['model']['precision'] == 'bfloat16'
   assert result['env']['attention'] == 'einsum'
@@ -227,7 +227,7 @@ def test_a_run_is_pruned_in_its_own_precision(half, on_nvidia, tmp_path):
   assert read_config(tmp_path / 'out')['model']['precision'] == 'bfloat16'
 
 
-def test_a_workdir_of_a_fused_kernel_is_read_where_there_is_none(tiny_config, half):
+def test_a_run_of_a_fused_kernel_loads_on_a_device_without_one(tiny_config, half):
   folder, _ = half
   config = tiny_config(model__precision='bfloat16', model__attention_kernel='cudnn')
   with pytest.raises(UserError, match='cannot run here'):
@@ -240,5 +240,5 @@ def test_a_workdir_of_a_fused_kernel_is_read_where_there_is_none(tiny_config, ha
   )
 
 
-def test_of_several_reasons_a_line_holds_the_first():
+def test_a_message_holds_the_first_of_several_reasons():
   assert arithmetic._first(('a',)) == 'a' and arithmetic._first(('a', 'b')) == 'a (and 1 more)'

@@ -190,7 +190,7 @@ def test_missing_item_falls_back(item, workdir, restored, intact, capfd):
   assert 'using checkpoint 4' in capfd.readouterr().err
 
 
-def test_two_damaged_fall_back_to_the_third(workdir, restored, capfd):
+def test_two_damaged_checkpoints_fall_back_to_the_third(workdir, restored, capfd):
   for step in (4, 6):
     for path in (workdir / 'checkpoints' / str(step) / 'params').rglob('*'):
       if path.is_file():
@@ -200,7 +200,9 @@ def test_two_damaged_fall_back_to_the_third(workdir, restored, capfd):
   assert 'checkpoint 4' in said and 'checkpoint 6' in said and 'using checkpoint 2' in said
 
 
-def test_training_on_sets_the_damaged_one_aside(config, whole, workdir, restored, intact):
+def test_continued_training_sets_damaged_checkpoints_aside(
+  config, whole, workdir, restored, intact
+):
   newest = workdir / 'checkpoints' / '6'
   for path in (newest / 'params').rglob('*'):
     if path.is_file() and path.stat().st_size > BIG:
@@ -214,7 +216,7 @@ def test_training_on_sets_the_damaged_one_aside(config, whole, workdir, restored
   same(restored(workdir), intact[6])
 
 
-def test_all_damaged_is_refused_and_touches_nothing(config, workdir, restored):
+def test_a_workdir_of_damaged_checkpoints_is_refused_and_unchanged(config, workdir, restored):
   for path in (workdir / 'checkpoints').rglob('*'):
     if path.is_file() and path.stat().st_size > BIG:
       flip(path)
@@ -234,7 +236,7 @@ def test_all_damaged_is_refused_and_touches_nothing(config, workdir, restored):
   }
 
 
-def test_no_checkpoint_at_all_is_none(config, tmp_path):
+def test_restore_returns_none_without_a_checkpoint(config, tmp_path):
   run = setup(config)
   checkpoints = Checkpoints(tmp_path)
   assert checkpoints.restore(run.program.init(0, run.target)) is None
@@ -280,7 +282,7 @@ def opened(workdir):
 BLOCK = 'trainable/params/block_0/'
 
 
-def test_a_block_is_restored_without_the_rest(opened, intact, monkeypatch):
+def test_one_block_is_restored_alone(opened, intact, monkeypatch):
   params = intact[6][0].trainable['params']
   template = {'trainable': {'params': {'block_0': jax.eval_shape(lambda: params['block_0'])}}}
   asked = []

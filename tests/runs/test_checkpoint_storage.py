@@ -64,7 +64,7 @@ def test_a_folder_of_any_name_holds_checkpoints(name, config, tmp_path, monkeypa
   assert sorted(path.name for path in tmp_path.iterdir()) == sorted(['wa', 'w', 'ab', 'a', name])
 
 
-def test_what_cannot_be_read_again_does_not_count(config, tmp_path, monkeypatch):
+def test_a_first_checkpoint_that_cannot_be_read_back_is_refused(config, tmp_path, monkeypatch):
   run = setup(config)
   state = run.program.init(0, run.target)
   checkpoints = Checkpoints(tmp_path)

@@ -169,11 +169,11 @@ def test_a_config_file_that_is_no_text_is_one_line(tmp_path):
 
 @pytest.mark.parametrize('text', ['(' * 9000, '{[]: 1}', '-', "b'x'", '0x' + 'f' * 5000, '9' * 400])
 @pytest.mark.parametrize('field', ['train.steps', 'weight.sparsity', 'data.split', 'weight.dense'])
-def test_text_that_is_no_such_value_is_refused(write, field, text):
+def test_text_that_cannot_be_converted_is_refused(write, field, text):
   assert f'config.{field}=' in message(write(), {field: text})
 
 
-def test_an_abbreviated_field_names_the_whole(write):
+def test_an_abbreviated_field_suggests_the_full_name(write):
   for short, whole in (('lr', 'learning_rate'), ('wd', 'weight_decay')):
     found = message(write(), {f'optimizer.{short}': '1'})
     assert f"did you mean 'config.optimizer.{whole}'" in found

@@ -34,7 +34,7 @@ def static(tiny_config):
   )
 
 
-def test_a_file_gets_the_opening_line_and_the_losses_without_a_bar(static, tmp_path, shown):
+def test_stderr_in_a_file_gets_lines_and_no_bar(static, tmp_path, shown):
   lines = shown(io.StringIO(), static, tmp_path / 'run').splitlines()
   assert len(lines) == 4 and not any('\r' in line for line in lines)
   # Of one block: 4 attention matrices of 16 x 16 and 2 of the MLP of 16 x 32.
@@ -47,7 +47,7 @@ def test_a_file_gets_the_opening_line_and_the_losses_without_a_bar(static, tmp_p
   assert [match[1] for match in found] == ['5', '10', '12']
 
 
-def test_a_terminal_sees_a_bar_and_the_last_evaluation_as_work(static, tmp_path, shown):
+def test_a_terminal_gets_a_bar(static, tmp_path, shown):
   text = shown(Terminal(), static, tmp_path / 'run')
   assert '12/12' in text and 'loss ' in text
   last = text[text.rindex('loss', 0, text.rindex('step 12: validation loss')) :]
@@ -55,7 +55,7 @@ def test_a_terminal_sees_a_bar_and_the_last_evaluation_as_work(static, tmp_path,
   assert 'step 12: validation loss' in last
 
 
-def test_nothing_is_shown_where_nothing_is_asked_for(static, tmp_path, shown):
+def test_nothing_is_shown_without_progress(static, tmp_path, shown):
   assert shown(io.StringIO(), static, tmp_path / 'run', progress=False) == ''
 
 

@@ -72,7 +72,7 @@ def equal(a, b):
   jax.tree.map(assert_array_equal, a, b)
 
 
-def test_it_starts_at_the_parents_weights_and_masks(sparse, tuned):
+def test_a_run_starts_from_its_parents_weights_and_masks(sparse, tuned):
   parent, state = load(sparse), setup(tuned[0]).start()
   assert int(state.step) == 0 and parent.is_sparse
   equal(state.trainable['params'], parent.params)

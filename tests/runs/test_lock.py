@@ -22,7 +22,7 @@ with lock.held(pathlib.Path(sys.argv[1]), 'x'):
 """
 
 
-def test_another_process_is_named_until_it_dies(tmp_path):
+def test_the_message_names_the_process_that_holds_the_lock(tmp_path):
   path = tmp_path / 'lock'
   other = subprocess.Popen([sys.executable, '-c', HOLDER, str(path)], stdout=subprocess.PIPE)
   try:

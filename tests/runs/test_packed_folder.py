@@ -64,7 +64,7 @@ def copy(folder, tmp_path):
 
 
 @EACH
-def test_it_is_read_back_as_it_was_and_equals_the_run(name, packed):
+def test_a_packed_folder_loads_as_it_was_saved(name, packed):
   workdir, folder, found = packed(name)
   assert found['largest_error'] < 1e-5
   tokens = 200 if name == 'tiles' else 15  # the context, less one to begin with
@@ -80,7 +80,7 @@ def test_it_is_read_back_as_it_was_and_equals_the_run(name, packed):
 
 
 @pytest.mark.slow
-def test_what_is_stored_as_many_arrays_is_read_back_in_their_order(packed):
+def test_tuples_of_arrays_keep_their_order(packed):
   _, folder, _ = packed('experts')
   matrices = saved.load(folder).packed.matrices
   stored = {formats.name_of(matrix.stored) for p, matrix in matrices.items() if 'experts' in p}
@@ -135,7 +135,7 @@ def other_version(folder):
     (lambda folder: (folder / 'packed.json').unlink(), 'holds no run'),
   ],
 )
-def test_a_folder_that_does_not_fit_is_refused(harm, named, packed, tmp_path):
+def test_a_damaged_folder_is_refused(harm, named, packed, tmp_path):
   copied = copy(packed('n of m')[1], tmp_path)
   harm(copied)
   (copied / 'config.json').unlink() if named == 'holds no run' else None
@@ -212,7 +212,7 @@ def test_files_of_another_run_do_not_fit(packed, tmp_path):
     saved.load(str(folder))
 
 
-def test_what_loads_runs_points_to_what_loads_packed_folders(packed):
+def test_loading_a_packed_folder_as_a_run_names_the_right_function(packed):
   with pytest.raises(UserError, match=r'holds a packed model; valid: .*sparse_lm\.load'):
     load(packed('n of m')[1])
 
@@ -226,7 +226,7 @@ def test_loaded_models_are_shown_in_one_short_line(packed):
   assert repr(one) == "Matrix('block_0/mlp/up/kernel', runs dense_in_out, stored n_of_m)"
 
 
-def test_what_computes_something_else_is_not_written(packed, tmp_path, monkeypatch):
+def test_a_packed_model_with_other_logits_is_not_written(packed, tmp_path, monkeypatch):
   workdir, _, _ = packed('n of m')
   monkeypatch.setattr(pack_command, 'largest_error', lambda trained, packed: 0.5)
   with pytest.raises(UserError, match=r'off by 5\.0e-01'):
@@ -234,7 +234,7 @@ def test_what_computes_something_else_is_not_written(packed, tmp_path, monkeypat
   assert not list(tmp_path.iterdir())
 
 
-def test_the_error_is_that_of_the_logits(packed):
+def test_largest_error_compares_logits(packed):
   run = load(packed('n of m')[0])
   other = pack.dense_twin(run.program.model)
   assert pack_command.largest_error(run, other) > 0.1
@@ -251,7 +251,7 @@ def command(module, arguments, monkeypatch):
   module.main()
 
 
-def test_the_pack_command_says_what_became_of_each_matrix(packed, tmp_path, monkeypatch, capsys):
+def test_the_pack_command_prints_the_format_of_each_matrix(packed, tmp_path, monkeypatch, capsys):
   workdir, _, _ = packed('weights')
   out = str(tmp_path / 'out')
   command(pack_command, [f'--workdir={workdir}', f'--out={out}'], monkeypatch)
@@ -321,7 +321,7 @@ def test_bad_input_is_one_line_and_code_2(argument, named, packed, monkeypatch, 
   assert stopped.value.code == 2 and named in shown and shown.count('\n') == 1 and not out
 
 
-def test_greedy_texts_part_only_where_the_best_logits_are_all_but_equal(packed):
+def test_greedy_texts_may_differ_only_where_the_largest_logits_are_nearly_equal(packed):
   run = load(packed('weights')[0])
   params = jax.tree.map(np.array, run.params)
   other = jax.tree.map(np.array, run.params)

@@ -145,9 +145,7 @@ class Late(Stop):
     pass
 
 
-def test_a_signal_that_comes_behind_the_saving_waits_for_the_next(
-  three, tmp_path, monkeypatch, capsys
-):
+def test_a_signal_during_a_save_waits_for_the_next_step(three, tmp_path, monkeypatch, capsys):
   for module in (loop, pack_loop):
     monkeypatch.setattr(module, 'Stop', Late)
   monkeypatch.setattr(lm, 'notes', lambda model: ['Rules leave a layer.'])
@@ -167,7 +165,7 @@ def kill():
   raise Killed
 
 
-def test_runs_that_differ_in_what_is_traced_are_the_runs_alone(three, alone, tmp_path):
+def test_packed_runs_equal_the_same_runs_alone(three, alone, tmp_path):
   places = [tmp_path / str(number) for number in range(len(three))]
   results = pack_up(three, places)
   for config, packed, place, result in zip(three, places, alone, results):
@@ -210,9 +208,7 @@ def test_every_weight_method_packs(name, tiny_config, tmp_path):
   seed=st.integers(0, 2**31 - 2),
   cut=st.integers(1, 11),
 )
-def test_runs_of_any_seed_that_stop_anywhere_are_the_runs_alone(
-  name, seed, cut, tiny_config, tmp_path_factory
-):
+def test_stopped_packs_equal_runs_alone(name, seed, cut, tiny_config, tmp_path_factory):
   configs = [tiny_config(f'configs/{name}.py', **LOGS, seed=seed + i) for i in range(2)]
   folder = tmp_path_factory.mktemp('any')
   places = [folder / '0', folder / '1']
@@ -255,7 +251,7 @@ def test_runs_that_stopped_at_different_steps_are_continued_packed(
 
 
 @pytest.mark.slow
-def test_a_pack_that_is_killed_starts_where_its_checkpoints_are(three, alone, tmp_path):
+def test_a_killed_pack_continues_from_its_checkpoints(three, alone, tmp_path):
   places = [tmp_path / str(number) for number in range(len(three))]
   with before_step(7, kill), pytest.raises(Killed):
     pack_up(three, places)

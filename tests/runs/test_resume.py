@@ -217,7 +217,7 @@ def test_masks_moved_on_both_sides_of_the_cut(rigl, whole):
   assert due == [3, 6, 9, 12]
 
 
-def test_damaged_lines_of_the_log_are_dropped_and_said(rigl, whole, tmp_path, train_until, capfd):
+def test_damaged_lines_of_the_log_are_dropped_and_named(rigl, whole, tmp_path, train_until, capfd):
   train_until(rigl, tmp_path, 7)
   log = tmp_path / 'metrics.jsonl'
   bad = [b'{"step": 3, "l\xff": 1}', b'{"stfp": 3, "loss": 1.0}', b'[1, 2]', b'{"step": 2.5}']

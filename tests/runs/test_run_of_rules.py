@@ -58,7 +58,7 @@ def state_of(config, workdir):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_stopped_between_updates_of_both_rules_is_the_whole_run(
+def test_a_run_stopped_between_the_updates_of_two_rules_continues_exactly(
   config, finished, tmp_path, train_until
 ):
   method = finished.program.method
@@ -100,7 +100,7 @@ def test_packing_stores_each_rules_weights_in_its_own_format(finished, packed):
   assert len([path for path in packed.matrices if '/mlp/' in path]) == 2
 
 
-def test_decoding_what_is_packed_equals_one_pass_under_the_masks(finished, packed):
+def test_decoding_the_packed_model_equals_one_masked_pass(finished, packed):
   tokens = tokens_of(finished)
   want = np.asarray(finished.logits(tokens))
   decoder = Decoder(packed.model, packed.variables)

@@ -55,7 +55,7 @@ def state(run):
   return restored
 
 
-def test_logits_are_the_training_programs(run, trained, state):
+def test_logits_equal_those_of_the_training_program(run, trained, state):
   config, _, result = run
   prepared = setup(config)
   params, masks = prepared.program.finalize(state)
@@ -91,7 +91,7 @@ def test_costs_equal_the_result(run, trained):
   assert costs['params'] == sum(w.size for w in jax.tree.leaves(trained.params))
 
 
-def test_tokenizer_is_the_runs(trained, text_file):
+def test_the_tokenizer_is_that_of_the_run(trained, text_file):
   text = text_file.read_text()[:200]
   assert trained.tokenizer.decode(trained.tokenizer.encode(text.encode())) == text
   assert trained.logits(np.zeros((1, 4), np.int32)).shape == (1, 4, len(set(text_file.read_text())))
@@ -179,14 +179,14 @@ def test_another_version_that_writes_this_format_continues_a_run(run, tmp_path):
     Workdir(str(copy), config, setup(config).data)
 
 
-def test_a_longer_run_is_the_same_run(run, trained, tmp_path):
+def test_a_run_with_more_steps_still_loads(run, trained, tmp_path):
   copy = changed_copy(run[1], tmp_path, 'config.json', lambda v: v['train'].update(steps=9))
   assert load(str(copy)).step == trained.step
 
 
 @pytest.mark.parametrize('name', ['config.json', 'tokenizer.json', 'data.json', 'result.json'])
 @pytest.mark.parametrize('text', [b'[1, 2]', b'{}', b'{"a": ', b'[' * 10_000, b'\xff', b''])
-def test_a_file_of_another_shape_is_one_line(name, text, run, tmp_path):
+def test_a_file_with_other_contents_is_refused_in_one_line(name, text, run, tmp_path):
   copy = pathlib.Path(shutil.copytree(run[1], tmp_path / 'copy'))
   (copy / name).write_bytes(text)
   with pytest.raises(UserError) as refused:
@@ -215,7 +215,7 @@ def test_a_tokenizer_that_training_never_saves_is_one_line(saved, said):
   assert said in str(refused.value) and '\n' not in str(refused.value)
 
 
-def test_a_result_is_returned_only_if_it_is_the_runs(run, tmp_path):
+def test_the_result_of_another_run_is_refused(run, tmp_path):
   def other_run(values):
     values['config']['seed'] += 1
 

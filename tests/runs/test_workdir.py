@@ -44,7 +44,7 @@ def test_a_full_disk_names_the_folder(tmp_path):
       raise OSError(errno.ENOSPC, 'No space left on device')
 
 
-def test_a_new_folder_is_not_there_or_empty(tmp_path):
+def test_a_new_folder_must_not_exist_or_be_empty(tmp_path):
   (tmp_path / 'empty').mkdir()
   (tmp_path / 'file').touch()
   check_new(str(tmp_path / 'empty'), '--out')
