@@ -8,7 +8,7 @@ from sparse_lm.commands.parser import Parser, local_path, one_line
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.records import JsonObject
 from sparse_lm.inference.decode import Decoder
-from sparse_lm.inference.pack import PackedModel, weights
+from sparse_lm.inference.pack import PackedModel, total_bytes
 from sparse_lm.inference.pack import pack as pack_model
 from sparse_lm.runs import packed_folder, runtime
 from sparse_lm.runs.trained import Trained, load
@@ -48,8 +48,8 @@ def pack(workdir: str, out: str) -> JsonObject:
     'source': trained.source,
     'largest_error': error,
     'same_text': same_text(trained, packed),
-    'dense_bytes': weights({'params': trained.params, **trained.model_state}),
-    'running_bytes': weights(packed.variables),
+    'dense_bytes': total_bytes({'params': trained.params, **trained.model_state}),
+    'running_bytes': total_bytes(packed.variables),
   }
   packed_folder.save(packed, trained, out, facts)
   kept = sum(m.stored.nbytes - m.runs.nbytes for m in packed.matrices.values())

@@ -21,7 +21,7 @@ DISTRIBUTIONS = ('uniform', 'er', 'erk')
 MAX_ROUNDING_ERROR = 0.1
 
 
-def solve(
+def unrounded_densities(
   shapes: dict[str, tuple[int, ...]], sparsity: float, distribution: str
 ) -> dict[str, float]:
   """Returns the density of each parameter, before it is rounded to whole units.
@@ -100,13 +100,13 @@ def _mapped(
 def _of_whole_units(
   shapes: dict[str, tuple[int, ...]], sparsity: float, distribution: str, units: Pattern
 ) -> dict[str, float]:
-  """Returns the densities of `solve`, rounded to whole units.
+  """Returns the densities of `unrounded_densities`, rounded to whole units.
 
   Raises:
     UserError: rounding changes a density by more than a tenth of it. This is checked for all parameters
       together, and in a map for the parameters of each entry.
   """
-  asked = solve(shapes, sparsity, distribution)
+  asked = unrounded_densities(shapes, sparsity, distribution)
   found = units.round_to_units(shapes, asked)
   parts: dict[float | None, list[str]] = {}
   for path in shapes:
@@ -131,7 +131,7 @@ def _nearest(
     if '=' in distribution:
       asked = dict.fromkeys(shapes, density)
     else:
-      asked = solve(shapes, 1 - density, distribution)
+      asked = unrounded_densities(shapes, 1 - density, distribution)
     got = _total(shapes, units.round_to_units(shapes, asked))
     if abs(got - density) <= MAX_ROUNDING_ERROR * density:
       return 1 - density

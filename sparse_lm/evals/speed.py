@@ -9,7 +9,7 @@ from sparse_lm.core.errors import UserError
 from sparse_lm.core.tree import Tree
 from sparse_lm.evals import EvalData, EvalModel, Evaluation, Values
 from sparse_lm.inference.decode import Decoder
-from sparse_lm.inference.pack import PackedModel, kept_weights, weights
+from sparse_lm.inference.pack import PackedModel, kept_weights, total_bytes
 from sparse_lm.inference.reading import read_bytes
 from sparse_lm.inference.workload import DECODED, DecodeCall, PrefillCall, Workload, workload
 from sparse_lm.measure import machine, turns
@@ -94,7 +94,7 @@ def _pair(model: EvalModel) -> tuple[PackedModel, PackedModel]:
 
 
 def _sizes(packed: PackedModel) -> Values:
-  return {'weights_bytes': weights(packed.variables), 'kept_weights': kept_weights(packed)}
+  return {'weights_bytes': total_bytes(packed.variables), 'kept_weights': kept_weights(packed)}
 
 
 def _decoding(

@@ -250,7 +250,7 @@ def kept_weights(packed_model: PackedModel) -> float:
   return left / whole
 
 
-def weights(tree_: Tree) -> int:
+def total_bytes(tree_: Tree) -> int:
   """Returns the bytes of all arrays in a tree, packed kernels included."""
   leaves = jax.tree.leaves(tree_, is_leaf=is_packed)
   return sum(leaf.nbytes for leaf in leaves)

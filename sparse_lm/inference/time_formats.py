@@ -146,14 +146,14 @@ def measure(repeats: int = 15, cases: Cases | None = None) -> dict[str, FormatCo
   """
   cases = cases or (ON_CPU if jax.default_backend() == 'cpu' else ON_GPU)
   reference = _reference(cases.shapes)
-  dense = line_of(_times(reference, reference, repeats, cases)[0])
+  dense = fit_line(_times(reference, reference, repeats, cases)[0])
   found = {}
   for name in formats.names():
     cls = formats.load(name)
     if cls.runs and not cls.stacks:
       own, beside = _times(cls, reference, repeats, cases)
       if own:
-        found[name] = line_of(own, beside, dense)
+        found[name] = fit_line(own, beside, dense)
   return found
 
 
@@ -192,7 +192,7 @@ def _times(
   return own, beside
 
 
-def line_of(
+def fit_line(
   times: Sequence[Times],
   beside: Sequence[Times] | None = None,
   dense: FormatCost | None = None,

@@ -15,7 +15,7 @@ from sparse_lm.kernels.attention import KeyValues, softmax
 Array = jax.Array
 
 
-def places(positions_BxL: Array, keys: KeyValues) -> Array:
+def key_ranks(positions_BxL: Array, keys: KeyValues) -> Array:
   """Returns the rank of the last key at or before each position, int32 `[B, L]`; -1 if there is none.
 
   The rank of a key is the number of valid keys before it.

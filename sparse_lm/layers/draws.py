@@ -61,7 +61,7 @@ _pass: contextvars.ContextVar[Pass | None] = contextvars.ContextVar('pass', defa
 
 
 @contextlib.contextmanager
-def standing_for(own: Pass) -> Iterator[None]:
+def representing_layers(own: Pass) -> Iterator[None]:
   """In this context, modules draw the random numbers of the layers that they represent in `own`."""
   token = _pass.set(own)
   try:

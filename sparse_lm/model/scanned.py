@@ -117,7 +117,7 @@ def run(parent: nn.Module, module: nn.Module, passes: Passes, recomputes: bool) 
     def one(x_BxLxD: jax.Array, own: tuple[jax.Array, Tree]) -> tuple[jax.Array, Tree]:
       index, variables = own
       keys = {name: jax.random.fold_in(rng.as_jax_rng(), index) for name, rng in rngs.items()}
-      with draws.standing_for(draws.Pass(stands_for, index, rngs, parent.path)):
+      with draws.representing_layers(draws.Pass(stands_for, index, rngs, parent.path)):
         at = tokens.replace(x=x_BxLxD)
         return module.apply(variables, at, mode, rngs=keys, mutable=mutable)
 

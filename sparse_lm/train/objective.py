@@ -246,7 +246,7 @@ class Objective:
       price = self.budget.price(state.control, fraction)
       # The gradient of a mean over tokens, times their number, is the cost of opening per token.
       shares = jax.tree.map(lambda share: price * share * share.size, shares)
-    policies = [policy.sown(found.variables) for found in (sampled, greedy)]
+    policies = [policy.actions(found.variables) for found in (sampled, greedy)]
     rewards = [
       policy.reward(found.losses_BxL, policies_of, shares)
       for found, policies_of in zip((sampled, greedy), policies)

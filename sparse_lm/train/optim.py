@@ -214,7 +214,7 @@ def zero_moments(tx: optax.GradientTransformation, opt_state: Tree, changed: Tre
   return optax.tree_map_params(tx, zero, opt_state, changed, is_leaf=lambda x: x is None)
 
 
-def step_but_where(
+def update_unless_resting(
   tx: optax.GradientTransformationExtraArgs,
   gradients: Tree,
   opt_state: Tree,

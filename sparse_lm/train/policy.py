@@ -26,7 +26,7 @@ class Policy(NamedTuple):
   open: Array
 
 
-def sown(variables: Tree) -> dict[str, Policy]:
+def actions(variables: Tree) -> dict[str, Policy]:
   """Returns the actions of every sampled gate, from the collection `policy`, by the gate's path."""
   named = tree.named(variables['policy'])
   paths = {str(Place.parse(path).module) for path in named}

@@ -29,7 +29,7 @@ from sparse_lm.train.objective import Batch, EffectiveParams, Metrics, Objective
 from sparse_lm.train.on_host import OnHost, host_device
 from sparse_lm.train.optim import (
   Optimizer,
-  step_but_where,
+  update_unless_resting,
   zero_moments,
 )
 from sparse_lm.train.pass_costs import PassCosts
@@ -275,7 +275,7 @@ class Program:
     if not all(jax.tree.leaves(resting)):
       resting = resting | {'params': _resting_or_frozen(resting['params'], frozen)}
       factor = method.rate_factor(sparse.target, step)
-      change, opt_state = step_but_where(
+      change, opt_state = update_unless_resting(
         self.tx, trainable_grads, opt_state, trainable, resting, factor
       )
       trainable = method.constrain(optax.apply_updates(trainable, change), sparse)

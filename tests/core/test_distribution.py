@@ -51,7 +51,7 @@ def er_by_bisection(shapes, density):
 @given(shapes=SHAPES, sparsity=SPARSITY)
 @settings(deadline=None, max_examples=100)
 def test_erdos_renyi_equals_bisection_with_clipping(name, shapes, sparsity):
-  solved = distribution.solve(shapes, sparsity, name)
+  solved = distribution.unrounded_densities(shapes, sparsity, name)
   expected = er_by_bisection(shapes, 1 - sparsity)
   np.testing.assert_allclose([solved[path] for path in shapes], expected, rtol=1e-9)
 
@@ -74,12 +74,15 @@ def test_totals_are_met_within_one_weight_a_matrix(name, shapes, sparsity):
 
 @pytest.mark.parametrize('name', ['uniform', 'er', 'erk'])
 def test_no_sparsity_is_density_one_everywhere(name):
-  solved = distribution.solve({'a': (10, 20), 'b': (300, 5), 'c': (7, 7)}, 0.0, name)
+  solved = distribution.unrounded_densities({'a': (10, 20), 'b': (300, 5), 'c': (7, 7)}, 0.0, name)
   assert list(solved.values()) == pytest.approx([1, 1, 1])
 
 
 def test_uniform_gives_every_leaf_the_target():
-  assert distribution.solve({'a': (3, 4), 'b': (500, 2)}, 0.75, 'uniform') == {'a': 0.25, 'b': 0.25}
+  assert distribution.unrounded_densities({'a': (3, 4), 'b': (500, 2)}, 0.75, 'uniform') == {
+    'a': 0.25,
+    'b': 0.25,
+  }
 
 
 def test_erk_density_of_a_transformer():
@@ -88,13 +91,13 @@ def test_erk_density_of_a_transformer():
   for layer in range(6):
     shapes |= {f'{layer}/{name}': (384, 384) for name in ('query', 'key', 'value', 'out')}
     shapes |= {f'{layer}/up': (384, 1536), f'{layer}/down': (1536, 384)}
-  solved = distribution.solve(shapes, 0.9, 'erk')
+  solved = distribution.unrounded_densities(shapes, 0.9, 'erk')
   assert round(solved['0/query'], 3) == 0.133 and round(solved['5/down'], 3) == 0.083
 
 
 def test_a_map_takes_the_first_match_and_the_rest_the_target():
   shapes = {'attention/query': (4, 4), 'attention/out': (4, 4), 'mlp/up': (4, 8), 'gate': (2, 2)}
-  solved = distribution.solve(shapes, 0.5, 'query=0.25, attention=0.75,^gate$=0')
+  solved = distribution.unrounded_densities(shapes, 0.5, 'query=0.25, attention=0.75,^gate$=0')
   expected = {'attention/query': 0.75, 'attention/out': 0.25, 'mlp/up': 0.5, 'gate': 1.0}
   assert solved == pytest.approx(expected)
 
@@ -108,7 +111,7 @@ def test_a_map_takes_the_first_match_and_the_rest_the_target():
 ])  # fmt: skip
 def test_a_bad_distribution_is_one_line_that_says_what_is_valid(sparsity, name, words):
   with pytest.raises(UserError) as error:
-    distribution.solve({'mlp/up': (4, 8)}, sparsity, name)
+    distribution.unrounded_densities({'mlp/up': (4, 8)}, sparsity, name)
   assert '\n' not in str(error.value)
   for word in words:
     assert word in str(error.value)

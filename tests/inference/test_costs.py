@@ -8,7 +8,7 @@ import pytest
 from sparse_lm import format_costs as command
 from sparse_lm.inference import costs, formats, time_formats
 from sparse_lm.inference.costs import FormatCost
-from sparse_lm.inference.time_formats import Times, line_of
+from sparse_lm.inference.time_formats import Times, fit_line
 from sparse_lm.measure import device
 
 KINDS = [path.stem for path in costs.FOLDER.glob('*.json')]
@@ -59,18 +59,18 @@ def test_the_line_is_found_on_a_machine_that_is_slower_now_and_then():
   slower = [1 + 3 * (draw.random(15) < 0.3) for _ in dense_sizes]
   rate = 20e9  # bytes a second
   beside = [Times(b, b, s * (b + 5e4) / rate) for b, s in zip(dense_sizes, slower)]
-  dense = line_of([Times(b, b, np.full(15, (b + 5e4) / rate)) for b in dense_sizes])
+  dense = fit_line([Times(b, b, np.full(15, (b + 5e4) / rate)) for b in dense_sizes])
   assert dense.slowdown == 1 and dense.fixed == pytest.approx(5e4)
   own = [Times(0.3 * b, b, s * (1.7 * 0.3 * b + 2e5) / rate) for b, s in zip(dense_sizes, slower)]
-  found = line_of(own, beside, dense)
+  found = fit_line(own, beside, dense)
   assert (found.slowdown, found.fixed) == (pytest.approx(1.7), pytest.approx(2e5))
   # One case gives no line of its own.
-  found = line_of(own[3:4], beside[3:4], dense)
+  found = fit_line(own[3:4], beside[3:4], dense)
   factor = (1.7 * 0.3 * 4e6 + 2e5) / (0.3 * 4e6 + 5e4)
   assert (found.slowdown, found.fixed) == (pytest.approx(factor), pytest.approx(factor * 5e4))
   # A line that would cross zero begins there.
   steep = [Times(b, b, s * max(1.5 * b - 1e5, 1e3) / rate) for b, s in zip(dense_sizes, slower)]
-  assert line_of(steep, beside, dense).fixed == 0
+  assert fit_line(steep, beside, dense).fixed == 0
 
 
 @pytest.mark.parametrize('precision', ['float32', pytest.param('bfloat16', marks=pytest.mark.slow)])

@@ -304,7 +304,7 @@ def test_the_dense_twin_is_the_model_without_sparsity(case):
   dense_bytes = sum(
     np.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(plan_of(lm.dense_twin(model)).params)
   )
-  assert pack.weights(twin.variables) == dense_bytes
+  assert pack.total_bytes(twin.variables) == dense_bytes
 
 
 def test_kernels_are_stored_in_the_dtype_that_the_model_computes_in(tiny_config):

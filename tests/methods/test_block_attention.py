@@ -132,7 +132,7 @@ def test_one_query_that_reads_chosen_blocks_of_a_cache_equals_all_of_it_under_a_
   count = np.array([S - 2, 5])  # the second sequence has fewer blocks than are asked for
   valid = np.arange(S) < count[:, None]
   keys = KeyValues(k, v, np.broadcast_to(np.arange(S), (B, S)), valid)
-  own = blocks.places(count[:, None] - 1, keys) // SIZE
+  own = blocks.key_ranks(count[:, None] - 1, keys) // SIZE
   assert_array_equal(own[:, 0], (count - 1) // SIZE)
   scores = blocks.block_scores(q, blocks.means(keys, SIZE), own)
   index = top(scores, 3)[1].reshape(B, H, 3)

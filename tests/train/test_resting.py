@@ -45,7 +45,7 @@ def test_resting_weights_keep_their_moments_and_others_are_updated(name):
   for gradient in GRADIENTS[:2]:
     _, state = tx.update(gradient, state, PARAMS)
   whole, after = tx.update(GRADIENTS[2], state, PARAMS)
-  updates, kept = jax.jit(lambda g, s, p: optim.step_but_where(tx, g, s, p, RESTING))(
+  updates, kept = jax.jit(lambda g, s, p: optim.update_unless_resting(tx, g, s, p, RESTING))(
     GRADIENTS[2], state, PARAMS
   )
   assert not np.asarray(updates['rests']).any() and np.asarray(whole['rests']).any()
@@ -72,5 +72,5 @@ def test_resting_weights_keep_their_moments_and_others_are_updated(name):
 def test_a_step_in_which_nothing_rests_is_the_optimizers():
   tx = optimizer('adamw').transform()
   nothing = dict.fromkeys(SHAPES, False)
-  found = optim.step_but_where(tx, GRADIENTS[0], tx.init(PARAMS), PARAMS, nothing)
+  found = optim.update_unless_resting(tx, GRADIENTS[0], tx.init(PARAMS), PARAMS, nothing)
   jax.tree.map(assert_array_equal, found, tx.update(GRADIENTS[0], tx.init(PARAMS), PARAMS))

@@ -63,7 +63,7 @@ class MoBA(MaskedAttention):
     if keys.means is not None and q_BxLxHxK.shape[1] == 1:
       return self._read_chosen(q_BxLxHxK, keys, top(scores_BxGxRxLxN, most)[1])
     chosen = topk_rows(scores_BxGxRxLxN, most) & (scores_BxGxRxLxN > -jax.numpy.inf)
-    of_keys = blocks.places(keys.positions, keys) // self.block
+    of_keys = blocks.key_ranks(keys.positions, keys) // self.block
     mask = Mask(blocks=Blocks(chosen, self.block, self.k, of_keys))
     return self.attend(tokens, q_BxLxHxK, keys, mode, mask)
 
@@ -71,7 +71,7 @@ class MoBA(MaskedAttention):
     """The score of each block for each query, float32 `[B, G, H / G, L, N]`."""
     kept = keys.means is not None
     means_BxNxGxK = keys.means if kept else blocks.means(keys, self.block)
-    own_BxL = blocks.places(tokens.positions, keys) // self.block
+    own_BxL = blocks.key_ranks(tokens.positions, keys) // self.block
     scores = blocks.block_scores(*map(jax.lax.stop_gradient, (q_BxLxHxK, means_BxNxGxK)), own_BxL)
     queries, held, count = q_BxLxHxK.shape[1], keys.k.shape[1], scores.shape[-1]
     past = sum(place // self.block for place in range(held - queries, held)) / queries
