@@ -30,6 +30,8 @@ extensions = [
 ]
 exclude_patterns = ['lines', 'templates', '_templates']
 templates_path = ['_templates']
+# Fields of two classes may have one name; a docstring never links to them.
+suppress_warnings = ['ref.python']
 
 myst_enable_extensions = ['deflist', 'dollarmath']
 myst_heading_anchors = 3

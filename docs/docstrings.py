@@ -10,13 +10,15 @@ import re
 ENTRY = re.compile(r'^(\s*)(\S(?:.{0,38}\S)?)\s{2,}(?=\S)')
 # A value of a field, in quotes, in the section of the attributes.
 OPTION = re.compile(r"^(\s+)('[\w:]+'(?:, '[\w:]+')*: .*)$")
+# Code that a letter follows, as in `None`s: reStructuredText needs an escaped space between the two.
+CODE = re.compile(r'(?<!`)(`[^`]+`)(?=\w)')
 # The first line of the part of a config's docstring that says how to run it.
 COMMAND = re.compile(r'^Command:  ')
 
 
 def converted(lines: list[str]) -> list[str]:
   """The lines of a docstring as reStructuredText."""
-  return _options(_aligned(lines))
+  return [CODE.sub(r'\1\\ ', line) for line in _options(_aligned(lines))]
 
 
 def literal_from_command(lines: list[str]) -> list[str]:

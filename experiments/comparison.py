@@ -1,5 +1,7 @@
 """The common study: methods at several sparsities over seeds, in one table and one figure.
 
+This is a whole study (see `run`)::
+
   STUDY = Comparison(
     config='configs/tiny.py',
     methods={'RigL': {'weight.name': 'rigl'}, 'SET': {'weight.name': 'set'}},
@@ -9,8 +11,7 @@
   )
   runs, report = STUDY.runs, STUDY.report
 
-is a whole study (see `run`). A study that shows more wraps `report`: it adds metrics with `with_metric`
-and draws figures of its own.
+A study that shows more wraps `report`: it adds metrics with `with_metric` and draws figures of its own.
 """
 
 import dataclasses

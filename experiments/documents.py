@@ -23,7 +23,7 @@ from collections.abc import Iterable
 
 import jinja2
 
-from experiments import accelerator_report
+from experiments import accelerator_report, loading
 from experiments.findings import Findings
 from experiments.study import Study
 from sparse_lm import list_methods
@@ -104,6 +104,7 @@ def documents(folder: pathlib.Path) -> dict[pathlib.Path, str]:
   # Each study is read once, however many documents quote it.
   study = functools.cache(lambda name: Findings(Study.load(name, folder)))
   environment.globals |= {'study': study, 'methods': list_methods.table, 'claim': claim}
+  environment.globals |= {'title': title, 'questions': loading.questions()}
   environment.globals |= {'machines': functools.partial(machines, folder), 'on_machine': on_machine}
   environment.filters |= {'bullets': bullets, 'paragraph': paragraph}
   found = {}
@@ -114,6 +115,12 @@ def documents(folder: pathlib.Path) -> dict[pathlib.Path, str]:
       raise UserError(f'docs/templates/{name}: {error}') from error
     found[ROOT / name if name == 'README.md' else ROOT / 'docs' / name] = text
   return found
+
+
+def title(page: str) -> str:
+  """The heading of a page of results, read from its template."""
+  heading, _, _ = (TEMPLATES / 'results' / f'{page}.md').read_text(encoding='utf-8').partition('\n')
+  return heading.removeprefix('# ')
 
 
 def claim(statement: str, holds: bool) -> str:

@@ -51,6 +51,13 @@ def test_values_of_a_field_are_a_bulleted_list(docstrings):
   assert shown.count('<li>') == 2 and 'it is zero, and stays zero.' in shown
 
 
+def test_a_letter_may_follow_code(docstrings):
+  shown = html(
+    ['.. default-role:: code', '', *docstrings.converted(['without `None`s, `a`, ``b``'])]
+  )
+  assert '>None</code>s, ' in shown and '>a</code>, ' in shown
+
+
 @pytest.mark.parametrize('text', ['One  space too many.', 'Plain.\n\nSecond paragraph.'])
 def test_other_text_stays_as_it_is(text, docstrings):
   assert docstrings.converted(text.splitlines()) == text.splitlines()

@@ -1,6 +1,7 @@
 """Documents are made from lines, and what lines refute is not printed."""
 
 import json
+import re
 
 import pytest
 
@@ -29,6 +30,15 @@ def test_the_committed_documents_are_those_of_the_committed_lines(tmp_path, monk
   assert documents.ROOT / 'README.md' in written
   stale = [str(path) for path, text in written.items() if path.read_text(encoding='utf-8') != text]
   assert stale == [], 'run: python -m experiments.documents'
+
+
+def test_the_index_of_results_shows_every_page():
+  pages = {path.stem for path in (documents.ROOT / 'docs' / 'results').glob('*.md')} - {'index'}
+  index = (documents.ROOT / 'docs' / 'results' / 'index.md').read_text(encoding='utf-8')
+  assert pages == set(re.findall(r'^## \[.+\]\((\w+)\.md\)$', index, re.MULTILINE))
+  _, _, toctree = index.partition('{toctree}')
+  assert pages <= set(toctree.split())
+  assert documents.title('one_shot') == 'One-shot pruning'
 
 
 def lines_of(runs, loss):
