@@ -47,7 +47,7 @@ lint: .venv/dev
 # The site, from an empty folder; a warning is an error.
 docs: .venv/dev
 	rm -rf build/docs docs/reference/generated
-	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs build/docs
+	$(BIN)/python -m sphinx --builder html --jobs auto --fail-on-warning --quiet docs build/docs
 
 notebooks: .venv/dev
 	$(BIN)/python tests/colab/execute.py
