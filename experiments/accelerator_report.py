@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from tabulate import tabulate
@@ -13,11 +14,14 @@ from tabulate import tabulate
 from experiments import accelerator_goals
 from experiments.accelerator_goals import Goal
 from sparse_lm.core.records import Json
-from sparse_lm.report import plot, results
-from sparse_lm.report.formats import ABSENT
+from sparse_lm.report import plot, results, style
+from sparse_lm.report.names import ABSENT
 from sparse_lm.report.table import replace
 
 Rows = dict[str, results.Line]
+GOAL = {
+  'color': 'black', 'marker': '|', 'markersize': 9, 'markeredgewidth': 1.8, 'linestyle': 'none',
+}  # fmt: skip
 
 
 class Cell(NamedTuple):
@@ -160,13 +164,14 @@ def notes(rows: Rows) -> list[str]:
 def ratios(machines: Mapping[str, Rows], study: str) -> Figure:
   """Draws step times over those of their references with quartiles, a line at 1, and the goals."""
   names = list(dict.fromkeys(name for rows in machines.values() for name in _ratios(rows)))
-  with matplotlib.rc_context(plot.STYLE):
-    figure = Figure(figsize=(6.4, 1.4 + 0.34 * len(names)), layout='constrained')
+  handles: list[Artist] = []
+  with matplotlib.rc_context(style.RC):
+    figure = style.figure(0.6 + 0.26 * len(names))
     axes = figure.add_subplot()
-    axes.axvline(1.0, color='#555555', linestyle='--', linewidth=1.2, zorder=1)
     for index, (machine, rows) in enumerate(machines.items()):
       apart = 0.5 * (index + 0.5 - len(machines) / 2) / len(machines)
       found = _ratios(rows)
+      look = style.SERIES[index]
       axes.errorbar(
         [m['ratio'] for m in found.values()],
         [names.index(name) + apart for name in found],
@@ -174,26 +179,24 @@ def ratios(machines: Mapping[str, Rows], study: str) -> Figure:
           [m['ratio'] - m['ratio_low'] for m in found.values()],
           [m['ratio_high'] - m['ratio'] for m in found.values()],
         ],
-        color=plot.COLOURS[index % len(plot.COLOURS)],
-        marker=plot.MARKERS[index % len(plot.MARKERS)],
         label=machine,
-        linestyle='none',
-        capsize=2.5,
+        **style.marked(look, joined=False),
       )
+      handles.append(style.handle(machine, look, joined=False))
       marked = {
         g.row: g.most for g in accelerator_goals.goals(study, _device(rows)) if g.metric == 'ratio'
       }
       places = [(most, names.index(row)) for row, most in marked.items() if row in names]
       if places:
-        axes.plot(*zip(*places), '|', color='black', markersize=13, markeredgewidth=2)
-    axes.set_yticks(range(len(names)), [textwrap.fill(name, 32) for name in names])
+        axes.plot(*zip(*places), **GOAL)
+    axes.set_yticks(range(len(names)), [textwrap.fill(name, 26) for name in names])
     axes.invert_yaxis()
-    axes.set(xlabel='step time / that of the dense step\n(of the dense step: of the PyTorch twin)')
-    goal = Line2D(
-      [], [], color='black', marker='|', markersize=13, markeredgewidth=2, linestyle='none'
-    )
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend([*handles, goal], [*labels, 'goal, at most'], loc='outside lower center')
+    axes.set(xlabel='step time / dense step time (×)\n(dense step: / PyTorch twin)')
+    handles += [
+      style.ratio_of_1(axes, vertical=True),
+      Line2D([], [], label='goal: at most', **GOAL),
+    ]
+    style.legend(figure, [*handles, style.error_bar('median and quartiles')])
   return figure
 
 

@@ -103,8 +103,9 @@ def report(lines: list[results.Line], folder: pathlib.Path) -> str:
     'turns (prefill), with quartiles over the turns. The decode time of a row is the median time of '
     "its study's dense model divided by the speed-up of the row"
   )
-  figure = plot.fronts(lines, [flops, time], table.column('val_loss'), 'method')
-  plot.save(figure, folder, 'accuracy_vs_time')
+  for cost, name in ((flops, 'accuracy_vs_flops'), (time, 'accuracy_vs_time')):
+    figure = plot.curves(lines, cost, table.column('val_loss'), 'method', front=True)
+    plot.save(figure, folder, name)
   return table.write(frame, folder, caption, 'python -m experiments.run accuracy_vs_time')
 
 

@@ -21,7 +21,7 @@ from sparse_lm.measure import turns
 from sparse_lm.model import lm, plans
 from sparse_lm.model.plans import plan_of
 from sparse_lm.plan import cost
-from sparse_lm.report import plot, results, table
+from sparse_lm.report import categories, plot, results, table
 from sparse_lm.runs import configs, runtime
 from sparse_lm.runs.environment import environment
 
@@ -95,7 +95,8 @@ def report(lines: list[results.Line], folder: pathlib.Path) -> str:
     f'float32, batch 1; medians of {REPEATS} turns in one process. The speed-up is the time of full '
     'attention / the time of MoBA, with quartiles over the turns'
   )
-  ratio = table.Column('speedup', 'decode: time of full attention / time of blocks')
-  figure = plot.bars(lines, 'context', ratio, 'speedup_low', 'speedup_high', 'blocks')
+  context = table.Column('context', 'context length', unit='tokens')
+  ratio = table.Column('speedup', 'decode: time of full attention / time of blocks', unit='×')
+  figure = categories.bars(lines, context, ratio, 'speedup_low', 'speedup_high', 'blocks')
   plot.save(figure, folder, 'block_attention')
   return table.write(frame, folder, caption, 'python -m experiments.run block_attention')

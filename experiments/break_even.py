@@ -29,6 +29,7 @@ SHAPES = ((128, 512), (768, 768), (768, 3072))
 BATCHES = (1, 8, 64)
 DENSITIES = (0.75, 0.5, 0.25, 0.1, 0.05)
 FORMATS = ('block:32', 'block:64', 'block:128', 'channels', 'gather')
+RATIOS = (0.5, 1, 2, 4, 8)  # marked in the figure
 MATRICES, REPEATS = 8, 15
 
 
@@ -132,9 +133,15 @@ def report(lines: list[results.Line], folder: pathlib.Path) -> str:
     line for line in lines if line['labels']['batch'] == 1 and line['labels']['matrix'] == matrix
   ]
   x = table.Column('density', 'density', '.2f')
-  y = table.Column('speedup', f'dense / packed time, {matrix}', '.2f')
+  y = table.Column('speedup', 'dense time / packed time', '.2f', '×')
   if shown:
-    plot.save(plot.curves(shown, x, y, 'format'), folder, 'break_even')
+    figure = plot.curves(shown, x, y, 'format')
+    (axes,) = figure.axes
+    axes.set(xscale='log', yscale='log', title=f'matrices of {matrix}, batch 1')
+    axes.set_xticks(DENSITIES, map(str, DENSITIES))
+    axes.set_yticks(RATIOS, map(str, RATIOS))
+    axes.minorticks_off()
+    plot.save(figure, folder, 'break_even')
   return table.write(frame, folder, caption, 'python -m experiments.run break_even')
 
 

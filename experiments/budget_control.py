@@ -10,7 +10,7 @@ from experiments.comparison import with_metric
 from experiments.study import reproduce
 from experiments.sweep import Run
 from sparse_lm.core.estimator import ESTIMATORS
-from sparse_lm.report import plot, results, table
+from sparse_lm.report import categories, plot, results, table
 from sparse_lm.train.control import CONTROLLERS
 
 CONFIG = 'configs/token_gate.py'
@@ -52,6 +52,8 @@ def report(lines: list[results.Line], folder: pathlib.Path) -> str:
     table.column('val_loss'),
   ]
   frame = table.summarise(lines, ['estimator', 'controller'], columns)
-  figure = plot.curves(lines, fraction, table.column('val_loss'), 'estimator')
+  shown = [fraction, table.column('val_loss')]
+  targets = {fraction.metric: TARGET}
+  figure = categories.dots(lines, 'estimator', shown, 'controller', targets=targets)
   plot.save(figure, folder, 'budget_control')
   return table.write(frame, folder, CAPTION, reproduce(lines, folder))

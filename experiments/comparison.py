@@ -88,7 +88,8 @@ class Comparison:
     baseline = {'method': next(iter(self.dense))}
     columns = [table.column(c) if isinstance(c, str) else c for c in self.columns]
     frame = table.summarise(lines, ['method', 'sparsity'], columns, baseline)
-    figure = plot.curves(lines, 'sparsity', 'val_loss', 'method', {'sparsity': 0.0})
+    sparsity = table.Column('sparsity', 'sparsity', '.0f', '%', 100)
+    figure = plot.curves(lines, sparsity, 'val_loss', 'method', {'sparsity': 0.0})
     plot.save(figure, folder, folder.name)
     return table.write(frame, folder, self.caption, reproduce(lines, folder))
 

@@ -37,6 +37,8 @@ from sparse_lm.report import results
 MACHINES = ('accelerator', 'accelerator_all', 'accelerator_quick')
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LINES, TEMPLATES = ROOT / 'docs' / 'lines', ROOT / 'docs' / 'templates'
+# Logs of single runs that a figure is drawn from: `dynamic_compute/runs/<run id>/metrics.jsonl`.
+LOGS = '*/runs/*/metrics.jsonl'
 # What follows from a run's command, and folders of the machine that ran it, are not kept.
 DROPPED = ('config', 'data', 'evaluation', 'causal', 'parent', 'pruned_from')
 
@@ -57,6 +59,9 @@ def take(name: str, folder: str) -> None:
   else:
     by_file[name] = Findings(study).lines
   LINES.mkdir(parents=True, exist_ok=True)
+  for log in LINES.glob(LOGS):
+    if (newer := pathlib.Path(folder) / log.relative_to(LINES)).exists():
+      shutil.copy(newer, log)
   for stem, lines in by_file.items():
     kept = [_portable(line, folder) for line in lines]
     text = ''.join(json.dumps(records.seal(line)) + '\n' for line in kept)
@@ -96,6 +101,11 @@ def documents(folder: pathlib.Path) -> dict[pathlib.Path, str]:
     target = folder / file.stem / 'runs.jsonl'
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(file, target)
+  for log in LINES.glob(LOGS):
+    target = folder / log.relative_to(LINES)
+    if not target.exists():  # else the folder of results holds it
+      target.parent.mkdir(parents=True)
+      shutil.copy(log, target)
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(TEMPLATES),
     undefined=jinja2.StrictUndefined,

@@ -107,7 +107,14 @@ def report(lines: list[results.Line], folder: pathlib.Path) -> str:
     *map(table.column, ('stored_bytes', 'train_step_ms')),
   ]
   frame = table.summarise(lines, ['method', 'setting', 'training'], columns, {'method': 'dense'})
-  figure = plot.curves(lines, flops, table.column('val_loss'), 'method')
+  figure = plot.curves(
+    lines,
+    flops,
+    table.column('val_loss'),
+    'method',
+    baseline={'method': 'dense'},
+    reference=['dense, narrower'],
+  )
   plot.save(figure, folder, 'dynamic_compute')
   _router_health(lines, folder)
   return table.write(frame, folder, CAPTION, reproduce(lines, folder))

@@ -7,6 +7,7 @@ from experiments.study import Study
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.records import Json, JsonObject
 from sparse_lm.report import formats, results, statistics, table
+from sparse_lm.report.names import label_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Findings:
     """
     rows = results.label_names(self.lines)
     column = dataclasses.replace(table.column(metric), paired=True, margin=margin)
-    names = ','.join(f'{name}={formats.label_text(value)}' for name, value in baseline.items())
+    names = ','.join(f'{name}={label_text(value)}' for name, value in baseline.items())
     test = f' --margin={metric}={margin:g}' if margin else ''
     command = (
       f'python -m sparse_lm.report results/{self.study.name}/runs.jsonl --rows={",".join(rows)} '

@@ -13,7 +13,7 @@ from experiments.study import reproduce
 from experiments.sweep import Run
 from sparse_lm.core.records import JsonObject
 from sparse_lm.prune import prune
-from sparse_lm.report import plot, results, table
+from sparse_lm.report import categories, plot, results, table
 from sparse_lm.runs import configs, runtime
 from sparse_lm.runs.loop import train
 
@@ -89,14 +89,13 @@ def report(lines: list[results.Line], folder: pathlib.Path) -> str:
   shown = [
     line
     | {
-      'labels': {'method': labels['method'], 'stage': f'{labels["setting"]}, {stage}'},
+      'labels': line['labels'] | {'stage': stage},
       'metrics': {'loss': line['metrics'][metric]},
     }
     for metric, stage in stages.items()
     for line in lines
-    for labels in [line['labels']]
-    if labels['method'] != 'dense'
   ]
   loss = table.Column('loss', 'validation loss', '.4f', 'nats/token')
-  plot.save(plot.dots(shown, 'stage', loss, 'method'), folder, 'one_shot')
+  figure = categories.dots(shown, 'setting', loss, 'method', {'method': 'dense'}, panel='stage')
+  plot.save(figure, folder, 'one_shot')
   return table.write(frame, folder, CAPTION, reproduce(lines, folder))

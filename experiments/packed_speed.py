@@ -34,7 +34,7 @@ from sparse_lm.model import lm
 from sparse_lm.model.plans import plan_of
 from sparse_lm.model.slots import SlotConfig
 from sparse_lm.patterns import pattern
-from sparse_lm.report import plot, results, table
+from sparse_lm.report import categories, plot, results, table
 from sparse_lm.runs import configs, runtime
 from sparse_lm.runs.environment import environment
 from sparse_lm.weights.method import apply_masks
@@ -223,11 +223,13 @@ def report(lines: list[results.Line], folder: pathlib.Path) -> str:
     'larger tiles more of them, and packing removes these. The peak bandwidth is measured beside each '
     'row'
   )
-  ratio = table.Column('decode_speedup', 'decode: dense time / packed time')
+  ratio = table.Column('decode_speedup', 'decode: dense time / packed time', unit='×')
   shown = [
-    line | {'labels': line['labels'] | {'beside': _beside(line['labels']['model'])}}
+    line | {'labels': line['labels'] | {'compared with': _beside(line['labels']['model'])}}
     for line in lines
   ]
-  figure = plot.bars(shown, 'model', ratio, 'decode_speedup_low', 'decode_speedup_high', 'beside')
+  figure = categories.bars(
+    shown, 'model', ratio, 'decode_speedup_low', 'decode_speedup_high', 'compared with'
+  )
   plot.save(figure, folder, 'packed_speed')
   return table.write(frame, folder, caption, 'python -m experiments.run packed_speed')

@@ -8,7 +8,7 @@ import pathlib
 
 from experiments.study import reproduce
 from experiments.sweep import STE, Run
-from sparse_lm.report import plot, results, table
+from sparse_lm.report import categories, plot, results, table
 
 CONFIG = 'configs/ablation.py'
 MODEL = {'model.heads': 4, 'model.kv_heads': 4}
@@ -69,10 +69,11 @@ def report(lines: list[results.Line], folder: pathlib.Path) -> str:
   frame = table.summarise(lines, ['method', 'scope', 'pattern'], columns, {'method': 'dense'})
   shown = [
     line
-    | {'labels': {'method': labels['method'], 'units': f'{labels["scope"]}, {labels["pattern"]}'}}
+    | {'labels': line['labels'] if line['labels']['method'] != 'dense' else {'method': 'dense'}}
     for line in lines
-    for labels in [line['labels']]
   ]
-  figure = plot.dots(shown, 'units', 'val_loss', 'method', {'method': 'dense'})
+  figure = categories.dots(
+    shown, 'pattern', 'val_loss', 'method', {'method': 'dense'}, panel='scope'
+  )
   plot.save(figure, folder, 'patterns')
   return table.write(frame, folder, CAPTION, reproduce(lines, folder))

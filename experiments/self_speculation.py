@@ -21,7 +21,7 @@ from sparse_lm.inference.decode import Decoder
 from sparse_lm.inference.sample import Sampling
 from sparse_lm.inference.speculate import Counts, SelfSpeculation
 from sparse_lm.measure import turns
-from sparse_lm.report import plot, results, table
+from sparse_lm.report import categories, plot, results, table
 from sparse_lm.runs import configs, runtime
 from sparse_lm.runs.environment import environment
 from sparse_lm.runs.setup import setup
@@ -130,7 +130,7 @@ def report(lines: list[results.Line], folder: pathlib.Path) -> str:
     f'models were trained for {STEPS} steps of {BATCH * CONTEXT} bytes; longer training changes the '
     'share of accepted drafts'
   )
-  ratio = table.Column('ratio', 'time of plain decoding / time of self-speculation')
-  figure = plot.bars(lines, 'exit layer', ratio, 'ratio_low', 'ratio_high', 'trained with')
+  ratio = table.Column('ratio', 'time of plain decoding / time of self-speculation', unit='×')
+  figure = categories.bars(lines, 'exit layer', ratio, 'ratio_low', 'ratio_high', 'trained with')
   plot.save(figure, folder, 'self_speculation')
   return table.write(frame, folder, caption, 'python -m experiments.run self_speculation')

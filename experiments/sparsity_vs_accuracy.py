@@ -64,6 +64,7 @@ def report(lines: list[results.Line], folder: pathlib.Path) -> str:
     )
   ]
   frame = table.summarise(lines, ['method', 'sparsity'], columns, {'method': 'dense'})
-  figure = plot.curves(lines, 'sparsity', table.column('val_loss'), 'method', {'sparsity': 0.0})
+  sparsity = table.Column('sparsity', 'sparsity', '.0f', '%', 100)
+  figure = plot.curves(lines, sparsity, table.column('val_loss'), 'method', {'sparsity': 0.0})
   plot.save(figure, folder, 'sparsity_vs_accuracy')
   return table.write(frame, folder, CAPTION, f'python -m experiments.run {folder.name}')

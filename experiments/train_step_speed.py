@@ -19,7 +19,7 @@ from sparse_lm.core import tree
 from sparse_lm.core.records import JsonObject
 from sparse_lm.core.tree import Tree
 from sparse_lm.measure import machine, turns
-from sparse_lm.report import plot, results, table
+from sparse_lm.report import categories, plot, results, table
 from sparse_lm.runs import configs, runtime
 from sparse_lm.runs.build import build
 from sparse_lm.runs.environment import environment
@@ -143,7 +143,7 @@ def report(lines: list[results.Line], folder: pathlib.Path) -> str:
     'Training step, float32, 4 layers, width 256, context 128, batch 32, weight methods at '
     f'{SPARSITY:.0%} sparsity; medians of {REPEATS} turns, with quartiles of the ratio over the turns'
   )
-  ratio = table.Column('ratio', 'step time / reference')
-  figure = plot.bars(lines, 'step', ratio, 'ratio_low', 'ratio_high', 'reference')
+  ratio = table.Column('ratio', 'step time / time of the reference', unit='×')
+  figure = categories.bars(lines, 'step', ratio, 'ratio_low', 'ratio_high', 'reference')
   plot.save(figure, folder, 'train_step_speed')
   return table.write(frame, folder, caption, 'python -m experiments.run train_step_speed')

@@ -45,6 +45,7 @@ PARAMETER = 'the name of a parameter or a module, or a role of one'
 LABEL = 'what a table or figure calls the dense twin'
 SIGNAL = 'a signal that the method needs, and reads by its name'
 KEY = "a key of a method's config"
+DISPLAY = 'a part of the name that tables and figures show'
 METRIC = 'a number that a training step gives, by its name in logs'
 ABSENT = 'nothing, to a reader or to Matplotlib'
 REMAT = 'what the backward pass of a layer computes again'
@@ -61,6 +62,7 @@ MEANS_SOMETHING_ELSE = {
   'sparse_lm/layers/spec.py': {'full': REMAT, 'none': REMAT},
   'sparse_lm/methods/mlp/gated.py': {'neuron': UNIT},
   'sparse_lm/methods/mlp/predictor_topk.py': {'neuron': UNIT},
+  'sparse_lm/methods/weight/movement_soft.py': {'movement': DISPLAY},
   'sparse_lm/methods/weight/rigl.py': {'grads': SIGNAL},
   'sparse_lm/methods/weight/snip.py': {'grads': SIGNAL},
   'sparse_lm/methods/weight/sparsegpt.py': {'xtx': SIGNAL},
@@ -68,7 +70,9 @@ MEANS_SOMETHING_ELSE = {
   'sparse_lm/model/slots.py': {'dense': KEY},
   'sparse_lm/pack.py': {'dense': LABEL},
   'sparse_lm/plan/plan.py': {'layer': UNIT},
-  'sparse_lm/report/plot.py': {'dense': LABEL, 'none': ABSENT},
+  'sparse_lm/report/categories.py': {'dense': LABEL},
+  'sparse_lm/report/plot.py': {'none': ABSENT},
+  'sparse_lm/report/style.py': {'none': ABSENT},
   'sparse_lm/report/training_log.py': {'loss': METRIC},
   'sparse_lm/runs/console.py': {'dense': LABEL},
   'sparse_lm/runs/record.py': {'loss': METRIC},

@@ -17,7 +17,7 @@ from sparse_lm.commands.parser import Parser, local_path, one_line
 from sparse_lm.core.errors import UserError, unknown
 from sparse_lm.core.ranges import Range
 from sparse_lm.core.records import JsonObject
-from sparse_lm.report import formats, plot, results, runs, table
+from sparse_lm.report import formats, latex, names, plot, results, runs, table
 
 
 @one_line
@@ -87,7 +87,7 @@ def _formatted(frame: pd.DataFrame, kind: str, lines: list[results.Line]) -> str
   caption = ', '.join(studies)
   command = shlex.join(['python', '-m', 'sparse_lm.report', *sys.argv[1:]])
   if kind == 'latex':
-    return formats.latex(frame, caption, command, '-'.join(studies)).rstrip()
+    return latex.latex(frame, caption, command, '-'.join(studies)).rstrip()
   return formats.markdown(frame, caption, command).rstrip()
 
 
@@ -116,7 +116,7 @@ def _baseline(lines: list[results.Line], text: str) -> JsonObject | None:
     if name not in results.label_names(lines):
       raise unknown('label', name, results.label_names(lines))
     found = (line['labels'].get(name) for line in lines)
-    values = {formats.label_text(value): value for value in found}
+    values = {names.label_text(value): value for value in found}
     if value not in values:
       raise unknown(f'value of label {name!r}:', value, values)
     labels[name] = values[value]

@@ -1,27 +1,23 @@
-"""A summary (see `table.summarise`) as Markdown, CSV and LaTeX (booktabs).
+"""A summary (see `table.summarise`) as printed cells, Markdown and CSV. LaTeX is in `latex`.
 
 What a summary's numbers are and how they print stands in its `attrs`: the labels that make a row,
 the columns, the baseline's labels, the seeds and the machines.
 """
 
-import functools
-import re
-import unicodedata
 from collections.abc import Callable, Sequence
 
 import pandas as pd
 from tabulate import tabulate
 
-from sparse_lm.core.records import Json
 from sparse_lm.report import statistics
+from sparse_lm.report.names import ABSENT, display
 
-ABSENT = '—'
 DIVERGED = 'diverged'  # instead of a mean that would leave a seed out
 
 
 def text(frame: pd.DataFrame) -> pd.DataFrame:
   """A summary as it is printed: strings under headings."""
-  printed = {name: [label_text(value) for value in frame[name]] for name in frame.attrs['rows']}
+  printed = {name: [display(value) for value in frame[name]] for name in frame.attrs['rows']}
   printed['seeds'] = [str(n) for n in frame['seeds']]
   if 'diverged' in frame:
     pairs = zip(frame['seeds'], frame['diverged'])
@@ -48,15 +44,6 @@ def _cells(
   return [DIVERGED if lost else text(*values) if n else ABSENT for n, lost, *values in numbers]
 
 
-def label_text(value: Json) -> str:
-  """A label's value as tables and legends show it."""
-  if value is None:
-    return ABSENT
-  if isinstance(value, list | tuple):
-    return ', '.join(map(label_text, value))
-  return f'{value:g}' if isinstance(value, float) else str(value)
-
-
 def notes(frame: pd.DataFrame) -> str:
   """What a reader must know of the numbers: seeds, spread, what differences are from,
   conventions of counting, machines."""
@@ -74,7 +61,7 @@ def notes(frame: pd.DataFrame) -> str:
 
 def _methods_of_comparison(frame: pd.DataFrame) -> list[str]:
   """Sentences that say how differences, intervals and tests were computed."""
-  labels = ', '.join(f'{k} {label_text(v)}' for k, v in frame.attrs['baseline'].items())
+  labels = ', '.join(f'{k} {display(v)}' for k, v in frame.attrs['baseline'].items())
   parts = [
     f'Δ: mean difference from {labels}, paired seed by seed, with its '
     f"{statistics.CONFIDENCE:.0%} confidence interval by Student's t distribution."
@@ -111,78 +98,5 @@ def csv(frame: pd.DataFrame) -> str:
   return frame.to_csv(index=False, lineterminator='\n')
 
 
-def latex(frame: pd.DataFrame, caption: str, command: str, label: str) -> str:
-  r"""A `table` float for a document that uses booktabs; `\label{tab:<label>}`."""
-  printed = text(frame).map(_tex).rename(columns=_tex)
-  width = len(frame.attrs['rows'])
-  verbatim = _tex(command).replace("'", r'\textquotesingle{}')  # as a shell reads it
-  return printed.style.hide(axis='index').to_latex(
-    hrules=True,
-    column_format='l' * width + 'r' * (printed.shape[1] - width),
-    caption=f'{_tex(caption)}. {_tex(notes(frame))} Reproduce: \\texttt{{{verbatim}}}',
-    label='tab:' + re.sub(r'[^A-Za-z0-9_.:-]+', '-', label),
-    position='t',
-    position_float='centering',
-  )
-
-
 def _pipes(value: str) -> str:
   return ' '.join(value.split()).replace('|', r'\|')
-
-
-# Braces around brackets and stars, or a row that begins with one gives `\\\\` or a rule an argument.
-_TEX = (
-  {c: f'\\{c}' for c in '%_&#${}'}
-  | {c: f'{{{c}}}' for c in '[]*'}
-  | {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}'}
-  | {'<': r'\textless{}', '>': r'\textgreater{}', '|': r'\textbar{}', '"': r'\texttt{"}'}
-  | {'`': r'\textasciigrave{}', '°': r'\textdegree{}'}
-  | {'—': r'\textemdash{}', '–': r'\textendash{}', '…': r'\ldots{}', '•': r'\textbullet{}'}
-  | {'²': '$^2$', '³': '$^3$', '−': '$-$', '±': r'$\pm$', '×': r'$\times$', '·': r'$\cdot$'}
-  | {'≤': r'$\le$', '≥': r'$\ge$', '≠': r'$\ne$', '≈': r'$\approx$', '→': r'$\to$'}
-  | {'∞': r'$\infty$', '√': r'$\surd$', '∈': r'$\in$', '∂': r'$\partial$', 'µ': r'$\mu$'}
-)
-_GREEK = {
-  'α': 'alpha', 'β': 'beta', 'γ': 'gamma', 'δ': 'delta', 'ε': 'epsilon', 'ζ': 'zeta', 'η': 'eta',
-  'θ': 'theta', 'ι': 'iota', 'κ': 'kappa', 'λ': 'lambda', 'μ': 'mu', 'ν': 'nu', 'ξ': 'xi', 'π': 'pi',
-  'ρ': 'rho', 'ς': 'varsigma', 'σ': 'sigma', 'τ': 'tau', 'υ': 'upsilon', 'φ': 'phi', 'χ': 'chi',
-  'ψ': 'psi', 'ω': 'omega', 'Γ': 'Gamma', 'Δ': 'Delta', 'Θ': 'Theta', 'Λ': 'Lambda', 'Ξ': 'Xi',
-  'Π': 'Pi', 'Σ': 'Sigma', 'Υ': 'Upsilon', 'Φ': 'Phi', 'Ψ': 'Psi', 'Ω': 'Omega',
-}  # fmt: skip
-_TEX |= {letter: f'$\\{name}$' for letter, name in _GREEK.items()}
-_TEX |= {
-  'ß': r'\ss{}',
-  'æ': r'\ae{}',
-  'Æ': r'\AE{}',
-  'ø': r'\o{}',
-  'Ø': r'\O{}',
-  'ł': r'\l{}',
-  'Ł': r'\L{}',
-}
-_TEX |= dict(zip('ΑΒΕΖΗΙΚΜΝΟΡΤΧο', 'ABEZHIKMNOPTXo'))  # TeX sets these as Latin letters
-# Combining marks: grave, acute, circumflex, tilde, macron, breve, dot, diaeresis, ring, double acute,
-# caron, cedilla.
-_ACCENTS = dict(
-  zip('\u0300\u0301\u0302\u0303\u0304\u0306\u0307\u0308\u030a\u030b\u030c\u0327', '`\'^~=u."rHvc')
-)
-
-
-def _tex(value: str) -> str:
-  """Text that LaTeX prints as it stands, in ASCII; a leading minus becomes a real one.
-
-  A character that TeX's own fonts lack is named by its number, such as U+65E5.
-  """
-  shown = ''.join(map(_tex_character, ' '.join(value.split())))
-  shown = re.sub(r"([-'])(?=\1)", r'\1{}', shown)  # two would become a dash, or a closing quote
-  return re.sub(r'^-(?=[\d.])', '$-$', shown)
-
-
-def _tex_character(c: str) -> str:
-  if c in _TEX:
-    return _TEX[c]
-  if c.isascii() and c.isprintable():
-    return c
-  base, *marks = unicodedata.normalize('NFD', c)
-  if base.isascii() and base.isalpha() and all(mark in _ACCENTS for mark in marks):
-    return functools.reduce(lambda text, mark: f'\\{_ACCENTS[mark]}{{{text}}}', marks, base)
-  return rf'\texttt{{U+{ord(c):04X}}}'

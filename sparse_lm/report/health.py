@@ -1,56 +1,65 @@
-"""How routing went: the load of every expert and the entropy of the router, over training."""
+"""Router health: the load of every expert and the entropy of every router over training."""
 
 import math
 import pathlib
 import re
+from collections.abc import Mapping, Sequence
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from sparse_lm.core.errors import UserError
-from sparse_lm.report.plot import COLOURS, STYLE
+from sparse_lm.report import style
 from sparse_lm.runs.workdir import read_log
 
-# Of a layer, then an expert, as training logs them.
+# What training logs: the load of an expert of a layer.
 LOAD = re.compile(r'(?!val/)(.+)/load/(\d+)')
 Curve = tuple[list[int], list[float]]
+COLUMNS = 2
 
 
 def router_health(metrics: str | pathlib.Path) -> Figure:
-  """A panel of loads for each routed layer, and one of all layers' entropies.
+  """A panel for each routed layer with a row for each expert, and one with a row for each router.
 
-  Loads are shares of the (token, expert) pairs, with a marked line where all are equal; entropies
-  are in nats a token, the uniform router's marked.
+  Colour is the expert's share of the (token, expert) pairs, in the first panels, and the router's
+  entropy in nats/token in the last.
 
   Args:
     metrics: a run's `metrics.jsonl`.
 
   Raises:
-    UserError: the file is missing, or its model routes nothing.
+    UserError: the file is missing, or its model has no experts.
   """
   curves = read(metrics)
-  layers: dict[str, list[str]] = {}
-  for name in curves:
+  layers: dict[str, dict[str, Curve]] = {}
+  for name, curve in curves.items():
     if match := LOAD.fullmatch(name):
-      layers.setdefault(match[1], []).append(name)
+      layers.setdefault(match[1], {})[f'expert {match[2]}'] = curve
   if not layers:
     raise UserError(f'{metrics} logs no load of an expert; valid: a run with experts')
-  columns = min(len(layers) + 1, 3)
-  rows = math.ceil((len(layers) + 1) / columns)
-  with matplotlib.rc_context(STYLE):
-    figure = Figure(figsize=(3.2 * columns, 2.5 * rows), layout='constrained')
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for place, (layer, names) in zip(axes, layers.items()):
-      _draw(place, layer, {name.rpartition('/')[2]: curves[name] for name in names}, 1 / len(names))
-      place.set(ylabel='share of the pairs', ylim=(0, None))
-    entropies = {layer: curves[f'{layer}/entropy'] for layer in layers}
-    last = axes[len(layers)]
-    _draw(last, 'entropy of the router', entropies, math.log(max(map(len, layers.values()))))
-    last.set(ylabel='nats', ylim=(0, None))
-    last.legend(fontsize=7, loc='lower left')
-    for unused in axes[len(layers) + 1 :]:
-      unused.remove()
+  entropies = {layer: curves[f'{layer}/entropy'] for layer in layers}
+  most = max(max(values) for loads in layers.values() for _, values in loads.values())
+  experts = max(map(len, layers.values()))
+  rows = math.ceil(len(layers) / COLUMNS)
+  with matplotlib.rc_context(style.RC | {'axes.grid': False}):
+    per_row = 0.35 + 0.115 * experts
+    last = 0.35 + 0.115 * len(layers)
+    figure = style.figure(0.5 + per_row * rows + last)
+    grid = figure.add_gridspec(rows + 1, COLUMNS, height_ratios=[*[per_row] * rows, last])
+    panels = [figure.add_subplot(grid[divmod(i, COLUMNS)]) for i in range(len(layers))]
+    for axes, (layer, loads) in zip(panels, layers.items()):
+      load = _draw(axes, layer, loads, 0, most)
+    even = ', '.join(f'{100 / n:.3g} %' for n in sorted({len(each) for each in layers.values()}))
+    bar = figure.colorbar(load, ax=panels, aspect=35, format=PercentFormatter(1.0, 0, ' %'))
+    bar.set_label(f'share of the (token, expert) pairs\n(even load: {even})')
+    axes = figure.add_subplot(grid[rows, :])
+    entropy = _draw(axes, 'entropy of the routers', entropies, None, math.log(experts))
+    bar = figure.colorbar(entropy, ax=[axes])
+    bar.set_label(f'nats/token\n(uniform: {math.log(experts):.2f})')
+    axes.set_xlabel('step')
   return figure
 
 
@@ -69,10 +78,22 @@ def read(metrics: str | pathlib.Path) -> dict[str, Curve]:
   return curves
 
 
-def _draw(axes: Axes, title: str, curves: dict[str, Curve], even: float) -> None:
-  axes.axhline(even, color='#555555', linestyle='--', linewidth=1.2)
-  for index, (name, (steps, values)) in enumerate(curves.items()):
-    style = '-' if index < len(COLOURS) else ':'
-    axes.plot(steps, values, style, label=name, color=COLOURS[index % len(COLOURS)], linewidth=1.3)
-  axes.set_title(title, fontsize=9)
-  axes.set(xlabel='step')
+def _draw(
+  axes: Axes, title: str, curves: Mapping[str, Curve], low: float | None, high: float
+) -> matplotlib.cm.ScalarMappable:
+  """A row of colours for each curve, from top to bottom, a cell for each logged step."""
+  steps = next(iter(curves.values()))[0]
+  values = np.array([values for _, values in curves.values()])
+  # Light is little, dark is much, in grey too.
+  mesh = axes.pcolormesh(_edges(steps), range(len(curves) + 1), values, cmap='cividis_r')
+  mesh.set_clim(low, high)
+  axes.set_yticks(np.arange(len(curves)) + 0.5, list(curves))
+  axes.invert_yaxis()
+  axes.tick_params(length=0, axis='y')
+  axes.set_title(title, pad=3)
+  return mesh
+
+
+def _edges(steps: Sequence[int]) -> list[float]:
+  """Where the cells of the logged steps begin and end; each step closes its cell."""
+  return [steps[0] - (steps[1] - steps[0] if len(steps) > 1 else 1), *steps]

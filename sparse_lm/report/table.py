@@ -17,7 +17,7 @@ import pandas as pd
 
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.records import Json
-from sparse_lm.report import formats, results, statistics
+from sparse_lm.report import formats, latex, results, statistics
 
 TIMES = ('s', 'ms', 'µs', 'tokens/s')
 
@@ -189,9 +189,7 @@ def summarise(
   if len({c.heading for c in columns}) < len(columns):
     raise ValueError(f'two columns of one heading: {[c.heading for c in columns]}')
   groups = results.group(lines, rows)
-  bases = {
-    key: members for key, members in groups.items() if results.matches(members[0], baseline or {})
-  }
+  bases = {key: of for key, of in groups.items() if results.matches(of[0], baseline or {})}
   if baseline and not bases:
     raise UserError(f'no run has the labels of the baseline {dict(baseline)}')
   records = []
@@ -215,6 +213,7 @@ def summarise(
     'baseline': dict(baseline or {}),
     'seeds': sorted({line['seed'] for line in lines}),
     'machines': results.machines(lines),
+    'best': {c.metric: _best(groups, c.metric) for c in columns if c.paired},
   }
   return frame
 
@@ -257,6 +256,19 @@ def _comparison(
   return record
 
 
+def _best(groups: Mapping[results.Key, list[results.Line]], metric: str) -> list[bool]:
+  """True for each row whose mean is significantly below that of all rows but for the first label."""
+  seeds = {key: results.by_seed(members, metric) for key, members in groups.items()}
+  found = []
+  for key, own in seeds.items():
+    rivals = [other for k, other in seeds.items() if k != key and k[1:] == key[1:]]
+    differences = [statistics.Difference.paired(own, other) for other in rivals]
+    lower = all(difference.mean < 0 for difference in differences)
+    corrected = statistics.holm([difference.p for difference in differences])
+    found.append(bool(rivals) and lower and all(p < statistics.ALPHA for p in corrected))
+  return found
+
+
 def _insert_corrected(frame: pd.DataFrame, metrics: Sequence[str]) -> None:
   """Inserts, beside the p-values of each metric's differences, those after Holm's correction."""
   for metric in metrics:
@@ -279,7 +291,7 @@ def write(frame: pd.DataFrame, folder: str | pathlib.Path, caption: str, command
   contents = {
     'table.md': formats.markdown(frame, caption, command),
     'table.csv': formats.csv(frame),
-    'table.tex': formats.latex(frame, caption, command, folder.name),
+    'table.tex': latex.latex(frame, caption, command, folder.name),
   }
   for name, content in contents.items():
     replace(folder / name, content)

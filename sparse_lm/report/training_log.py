@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from sparse_lm.core.errors import unknown
-from sparse_lm.report import plot
+from sparse_lm.report import style
 from sparse_lm.report.table import Column, column
 
 # What the log holds besides the metrics of result tables.
@@ -23,6 +23,8 @@ LOSSES = ('loss', 'val_loss')
 def figure(log: pd.DataFrame, names: Sequence[str]) -> Figure:
   """Draws columns of a log over its index of steps, with a panel for each unit.
 
+  A unit of more than six columns has several panels.
+
   Args:
     log: a row for each logged step, NaN where a metric was not logged.
     names: its columns to draw.
@@ -35,20 +37,22 @@ def figure(log: pd.DataFrame, names: Sequence[str]) -> Figure:
       raise unknown('metric', name, log.columns)
     own = next((column for column in LOGGED if column.metric == name), column(name))
     panels.setdefault(own.unit or own.metric, []).append(own)
-  with matplotlib.rc_context(plot.STYLE):
-    made = Figure(figsize=(6.4, 2.6 * len(panels)), layout='constrained')
-    every = made.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, columns in zip(every, panels.values()):
-      for index, own in enumerate(columns):
+  parts = [
+    columns[i : i + len(style.SERIES)]
+    for columns in panels.values()
+    for i in range(0, len(columns), len(style.SERIES))
+  ]
+  with matplotlib.rc_context(style.RC):
+    made = style.figure(0.2 + 1.6 * len(parts))
+    every = made.subplots(len(parts), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, columns in zip(every, parts):
+      for own, look in zip(columns, style.SERIES):
         values = log[own.metric].dropna() * own.scale
-        axes.plot(
-          values.index,
-          values,
-          plot.LINES[index % len(plot.LINES)],
-          color=plot.COLOURS[index % len(plot.COLOURS)],
-          marker=plot.MARKERS[index % len(plot.MARKERS)] if len(values) <= 30 else None,
-          label=own.heading,
-        )
+        drawn = style.handle(own.heading, look)
+        drawn.set_data(values.index, values)
+        drawn.set_markevery(max(1, len(values) // 10))
+        axes.add_line(drawn)
+      axes.autoscale_view()
       axes.set(ylabel=columns[0].heading if len(columns) == 1 else columns[0].unit)
       if len(columns) > 1:
         axes.legend()

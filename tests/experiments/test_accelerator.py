@@ -199,7 +199,7 @@ def test_the_page_holds_machines_against_the_goals_side_by_side(lines, tmp_path,
   assert text.count('**') == 4 and '**2 cores of A CPU, AVX2, jax 0.10.2**' in text
   (axes,) = drawn['accelerator'].axes
   assert [tick.get_text() for tick in axes.get_yticklabels()] == ['dense', 'STE']
-  goals = [own for own in axes.lines if own.get_marker() == '|' and own.get_markersize() > 10]
+  goals = [own for own in axes.lines if own.get_marker() == '|' and own.get_markeredgewidth() > 1.5]
   assert list(goals[0].get_xydata().ravel()) == [1.15, 0.0, 1.10, 1.0]
 
 

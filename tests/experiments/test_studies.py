@@ -166,9 +166,9 @@ def test_each_study_is_compared_with_its_own_dense_model_at_the_losses_of_its_ow
       append(tmp_path / run.labels['study'] / 'runs.jsonl', origin)
   folder = tmp_path / 'accuracy_vs_time'
   shown = accuracy_vs_time.report(lines, folder).splitlines()
-  rows = [line for line in shown if 'rigl' in line or 'moe_topk' in line]
+  rows = [line for line in shown if 'RigL' in line or 'MoE' in line]
   assert len(rows) == 3 + 3 and all('+0.2500' in row for row in rows)
-  assert [('1.200' if 'moe' in row else '0.200') in row for row in rows] == [True] * 6
+  assert [('1.200' if 'MoE' in row else '0.200') in row for row in rows] == [True] * 6
   assert (folder / 'accuracy_vs_time.png').exists()
   with pytest.raises(UserError, match='no line of the run'):
     accuracy_vs_time.report([lines[0] | {'origin': 'another'}], folder)

@@ -23,26 +23,31 @@ def write(path, layers, experts, steps=(20, 40)):
   return path
 
 
-def drawn(axes):
-  """Label -> y values, but for the line that marks even routing."""
-  return {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()[1:]}
+def rows(axes):
+  """The colours' values by the name of the row."""
+  (mesh,) = axes.collections
+  names = [text.get_text() for text in axes.get_yticklabels()]
+  return dict(zip(names, mesh.get_array().reshape(len(names), -1).tolist()))
 
 
 def test_a_panel_for_each_layer_and_one_for_the_entropies(tmp_path):
   figure = health.router_health(write(tmp_path / 'metrics.jsonl', layers=2, experts=4))
-  first, second, entropies = figure.axes
-  assert drawn(first) == drawn(second) == {str(e): [(e + 1) / 20, (e + 1) / 40] for e in range(4)}
-  assert first.get_lines()[0].get_ydata()[0] == 1 / 4
-  assert drawn(entropies) == {
+  first, second, _, entropies, _ = figure.axes
+  wanted = {f'expert {e}': [(e + 1) / 20, (e + 1) / 40] for e in range(4)}
+  assert rows(first) == rows(second) == wanted
+  assert [axes.get_title() for axes in (first, second)] == ['block_0/mlp', 'block_1/mlp']
+  assert rows(entropies) == {
     'block_0/mlp': [1 / 20, 1 / 40],
     'block_1/mlp': [1 + 1 / 20, 1 + 1 / 40],
   }
-  assert entropies.get_lines()[0].get_ydata()[0] == pytest.approx(math.log(4))
+  assert entropies.collections[0].get_clim()[1] == pytest.approx(math.log(4))
 
 
-def test_panels_that_are_not_needed_are_removed(tmp_path):
-  figure = health.router_health(write(tmp_path / 'metrics.jsonl', layers=4, experts=2))
-  assert len(figure.axes) == 5
+def test_the_colours_of_all_layers_share_one_scale_whose_label_names_the_even_load(tmp_path):
+  figure = health.router_health(write(tmp_path / 'metrics.jsonl', layers=3, experts=2))
+  *layers, bar, _, _ = figure.axes
+  assert len(layers) == 3 and {axes.collections[0].get_clim() for axes in layers} == {(0, 2 / 20)}
+  assert 'even load: 50 %' in bar.get_ylabel()
 
 
 def test_a_run_without_experts_is_refused(tmp_path):

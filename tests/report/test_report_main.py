@@ -34,9 +34,9 @@ def test_markdown(monkeypatch, capsys, file):
   arguments = (file, '--rows=method', '--columns=val_loss,stored_bytes', '--baseline=method=dense')
   code, out, _ = report(monkeypatch, capsys, *arguments)
   assert code == 0
-  row = next(row for row in out.splitlines() if row.startswith('| rigl'))
+  row = next(row for row in out.splitlines() if row.startswith('| RigL'))
   cells = [cell.strip() for cell in row.strip('|').split('|')]
-  assert cells == ['rigl', '2', '1.7000 ± 0.2828', '+0.6000 [-0.6706, +1.8706]', '2.0']
+  assert cells == ['RigL', '2', '1.7000 ± 0.2828', '+0.6000 [-0.6706, +1.8706]', '2.0']
   assert '--columns=val_loss,stored_bytes --baseline=method=dense`' in out
 
 
@@ -133,7 +133,7 @@ def test_workdirs_are_told_apart_by_the_fields_that_differ(monkeypatch, capsys, 
   assert cells(out) == [
     ['weight.name', 'weight.sparsity', 'seeds', 'validation loss (nats/token)'],
     ['none', '0', '2', '1.1000 ± 0.1414'],
-    ['rigl', '0.9', '2', '1.7000 ± 0.2828'],
+    ['RigL', '0.9', '2', '1.7000 ± 0.2828'],
   ]
 
 
@@ -155,9 +155,9 @@ def test_workdirs_stand_beside_studies(monkeypatch, capsys, file, workdirs):
   code, out, err = report(monkeypatch, capsys, file, workdirs[2], '--columns=val_loss')
   assert (code, err) == (0, '')
   assert cells(out)[0][:3] == ['method', 'sparsity', 'weight.name']
-  assert cells(out)[-1] == ['—', '—', 'rigl', '1', '1.5000']
+  assert cells(out)[-1] == ['—', '—', 'RigL', '1', '1.5000']
   # One run alone, too.
-  assert cells(report(monkeypatch, capsys, workdirs[2], '--columns=val_loss')[1])[1][0] == 'rigl'
+  assert cells(report(monkeypatch, capsys, workdirs[2], '--columns=val_loss')[1])[1][0] == 'RigL'
 
 
 def test_rows_that_mix_runs_are_refused(monkeypatch, capsys, workdirs):

@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 
 from sparse_lm.core.errors import UserError
-from sparse_lm.report import formats, results, table
+from sparse_lm.report import formats, latex, results, table
 from sparse_lm.report.table import Column
 
 LOSSES = {
@@ -136,7 +136,7 @@ def test_printed_cells(frame):
   interval = (
     '+0.203 [+0.067, +0.340]*'  # t interval with two degrees of freedom: 4.303 · 0.0551 / √3
   )
-  assert list(printed.loc[1]) == ['rigl', '0.9', '3', '1.337 ± 0.127', interval, '123.5']
+  assert list(printed.loc[1]) == ['RigL', '0.9', '3', '1.337 ± 0.127', interval, '123.5']
   assert list(printed.loc[3]) == ['static', '0.5', '1', '2.500', '+1.500', '123.5']
 
 
@@ -203,16 +203,15 @@ def test_latex_is_booktabs_and_escaped(frame, tmp_path):
   table.write(frame, tmp_path / 'x_y', '50% of a_b & more', 'python -m run --a_b=~{1}')
   tex = (tmp_path / 'x_y' / 'table.tex').read_text(encoding='utf-8')
   for rule in ('toprule', 'midrule', 'bottomrule'):
-    assert tex.count(f'\\{rule}') == 1
+    assert tex.count(f'\\{rule}') == 2  # two parts
   for name in ('table', 'tabular'):
-    assert tex.count(f'\\begin{{{name}}}') == tex.count(f'\\end{{{name}}}') == 1
+    assert tex.count(f'\\begin{{{name}}}') == tex.count(f'\\end{{{name}}}') >= 2
   assert tex.isascii() and '$\\pm$' in tex and '$\\Delta$' in tex
   assert '50\\% of a\\_b \\& more' in tex
-  assert '-{}-a\\_b=\\textasciitilde{}\\{1\\}' in tex
+  assert '-{}-a\\_\\allowbreak{}b=\\allowbreak{}\\textasciitilde{}\\{1\\}' in tex
   assert '\\label{tab:x_y}' in tex
   rows = [row for row in tex.splitlines() if row.endswith(r'\\')]
-  assert len(rows) == 5
-  assert {len(re.findall(r'(?<!\\)&', row)) for row in rows} == {5}
+  assert [len(re.findall(r'(?<!\\)&', row)) for row in rows] == 5 * [3] + 5 * [3]
   bare = re.sub(r'\\[{}]', '', tex)
   assert bare.count('{') == bare.count('}')
   unescaped = re.sub(r'\\label\{[^}]*\}', '', re.sub(r'\\[%_#]', '', tex))
@@ -222,8 +221,8 @@ def test_latex_is_booktabs_and_escaped(frame, tmp_path):
 def test_latex_minus_and_markdown_pipe():
   found = [line('a', 0, {'m': 'a|b_-1'}, x=-1.5), line('b', 0, {'m': 'base'}, x=1.0)]
   frame = table.summarise(found, ['m'], [Column('x', paired=True)], {'m': 'base'})
-  tex = formats.latex(frame, '', '', '')
-  assert 'a\\textbar{}b\\_-1 & 1 & $-$1.5 & $-$2.5' in tex
+  tex = latex.latex(frame, '', '', '')
+  assert 'a\\textbar{}b\\_-1 & $-$1.5 & $-$2.5' in tex
   assert '| a\\|b_-1 |' in formats.markdown(frame, '', '')
 
 
@@ -255,11 +254,11 @@ def test_a_row_with_a_diverged_seed_says_so_instead_of_a_mean(lines):
   found = results.with_diverged([*lines, lost, alone])
   frame = table.summarise(found, ['method', 'sparsity'], COLUMNS, {'method': 'dense'})
   rows = formats.text(frame).set_index('method')
-  assert rows.loc['rigl'].tolist()[1:] == ['4, 1 diverged', 'diverged', 'diverged', 'diverged']
-  assert rows.loc['l0'].tolist()[1:] == ['1, 1 diverged', 'diverged', 'diverged', 'diverged']
+  assert rows.loc['RigL'].tolist()[1:] == ['4, 1 diverged', 'diverged', 'diverged', 'diverged']
+  assert rows.loc['L0'].tolist()[1:] == ['1, 1 diverged', 'diverged', 'diverged', 'diverged']
   # The other rows are what they are without it.
   plain = table.summarise(lines, ['method', 'sparsity'], COLUMNS, {'method': 'dense'})
-  others = formats.text(plain).set_index('method').drop(index='rigl')
-  assert rows.drop(index=['rigl', 'l0']).equals(others)
-  for written in (formats.markdown(frame, 'c', 'x'), formats.latex(frame, 'c', 'x', 'l')):
+  others = formats.text(plain).set_index('method').drop(index='RigL')
+  assert rows.drop(index=['RigL', 'L0']).equals(others)
+  for written in (formats.markdown(frame, 'c', 'x'), latex.latex(frame, 'c', 'x', 'l')):
     assert written.count('diverged') == 8

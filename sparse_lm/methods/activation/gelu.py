@@ -5,6 +5,8 @@ from flax import linen as nn
 
 from sparse_lm.layers.method import LayerMethod, Traits
 
+DISPLAY_NAME = 'GELU'
+
 
 class GELU(LayerMethod):
   """GELU: `x Phi(x)`, where Phi is the normal distribution function.

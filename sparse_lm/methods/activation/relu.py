@@ -5,6 +5,8 @@ from flax import linen as nn
 
 from sparse_lm.layers.method import LayerMethod, Traits
 
+DISPLAY_NAME = 'ReLU'
+
 
 class ReLU(LayerMethod):
   """ReLU: `max(x, 0)`."""

@@ -12,6 +12,8 @@ from sparse_lm.layers import sow
 from sparse_lm.layers.method import LayerMethod, Traits
 from sparse_lm.plan.cost import Gating
 
+DISPLAY_NAME = 'statistical top-k'
+
 
 class StatisticalTopK(LayerMethod):
   """Subtracts a threshold from each token's hidden units and sets negative results to zero.

@@ -12,6 +12,8 @@ from sparse_lm.layers import sow
 from sparse_lm.layers.method import LayerMethod, Traits
 from sparse_lm.plan.cost import Gating
 
+DISPLAY_NAME = 'top-k'
+
 
 class TopK(LayerMethod):
   """Applies another activation to the largest hidden units of each token; all other units become zero.

@@ -15,6 +15,8 @@ from sparse_lm.layers.method import Traits
 from sparse_lm.layers.tokens import Tokens
 from sparse_lm.plan import record
 
+DISPLAY_NAME = 'MoBA'
+
 
 class MoBA(MaskedAttention):
   """Softmax over `k` blocks of keys: the query's own block, and earlier blocks with the best mean key.

@@ -10,6 +10,8 @@ from sparse_lm.kernels.topk import topk_rows
 from sparse_lm.layers.attention import MaskedAttention
 from sparse_lm.layers.method import Traits
 
+DISPLAY_NAME = 'top-k keys'
+
 
 class TopKKeys(MaskedAttention):
   """Softmax over the `k` largest scores of each query and head; ties go to the earlier key.

@@ -13,6 +13,8 @@ from sparse_lm.layers.router import Router
 from sparse_lm.layers.routing import Routing
 from sparse_lm.plan.cost import Gating
 
+DISPLAY_NAME = 'expert-choice MoE'
+
 
 class ExpertChoice(MixtureOfExperts):
   """Each expert takes the tokens of the batch with the highest scores, `visits / experts` of all tokens.

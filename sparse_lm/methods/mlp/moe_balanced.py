@@ -16,6 +16,8 @@ from sparse_lm.layers.router import Router
 from sparse_lm.layers.routing import Routing
 from sparse_lm.plan.cost import Gating
 
+DISPLAY_NAME = 'balanced MoE'
+
 
 @dataclasses.dataclass(frozen=True)
 class _TowardMean:

@@ -14,6 +14,8 @@ from sparse_lm.layers.routing import Routing
 from sparse_lm.layers.sow import sow
 from sparse_lm.plan.cost import Gating
 
+DISPLAY_NAME = 'ReMoE'
+
 # Bounds of the price: a price of zero could not rise by multiplication, and infinity times zero is NaN.
 LEAST, MOST = 1e-12, 1e6
 

@@ -16,6 +16,8 @@ from sparse_lm.layers.routing import Routing
 from sparse_lm.layers.sow import sow
 from sparse_lm.plan.cost import Gating
 
+DISPLAY_NAME = 'MoE'
+
 
 class MoETopK(MixtureOfExperts):
   """Each token visits the `k` experts with the largest router probabilities.

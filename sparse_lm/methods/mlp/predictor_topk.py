@@ -17,6 +17,8 @@ from sparse_lm.layers.spec import Spec
 from sparse_lm.plan import record
 from sparse_lm.plan.cost import Gating
 
+DISPLAY_NAME = 'predictor top-k'
+
 SELECTORS = ('statistical', 'exact')
 
 

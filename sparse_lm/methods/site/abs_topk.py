@@ -8,6 +8,8 @@ from sparse_lm.kernels.topk import topk_rows
 from sparse_lm.layers.method import Traits
 from sparse_lm.layers.site import SiteMethod
 
+DISPLAY_NAME = 'top-k magnitudes'
+
 
 class AbsTopK(SiteMethod):
   """Keeps the activations of largest magnitude of each token at every site, and sets the others to zero.

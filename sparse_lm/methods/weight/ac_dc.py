@@ -23,6 +23,8 @@ from sparse_lm.weights.method import (
 )
 from sparse_lm.weights.traits import Traits
 
+DISPLAY_NAME = 'AC/DC'
+
 
 @dataclasses.dataclass(frozen=True)
 class ACDC(PatternMethod):

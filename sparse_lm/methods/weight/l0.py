@@ -22,6 +22,8 @@ from sparse_lm.weights.random_start import path_key
 from sparse_lm.weights.traits import Traits
 from sparse_lm.weights.unit_scores import UnitScores
 
+DISPLAY_NAME = 'L0'
+
 EVALUATED = 0.8  # factor of the logits in evaluation
 
 

@@ -15,6 +15,8 @@ from sparse_lm.weights.method import Array, Sparse, apply_masks, mean_density, r
 from sparse_lm.weights.traits import Traits
 from sparse_lm.weights.unit_scores import UnitScores
 
+DISPLAY_NAME = 'soft movement'
+
 
 @dataclasses.dataclass(frozen=True)
 class MovementSoft(UnitScores):

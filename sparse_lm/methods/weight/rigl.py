@@ -8,6 +8,8 @@ from sparse_lm.core.units import Array, Units
 from sparse_lm.weights.rewire import Rewiring
 from sparse_lm.weights.traits import Traits
 
+DISPLAY_NAME = 'RigL'
+
 
 @dataclasses.dataclass(frozen=True)
 class RigL(Rewiring):

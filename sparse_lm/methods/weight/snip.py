@@ -11,6 +11,8 @@ from sparse_lm.core.tree import Tree
 from sparse_lm.weights.score import ScoredMethod
 from sparse_lm.weights.traits import Traits
 
+DISPLAY_NAME = 'SNIP'
+
 
 @dataclasses.dataclass(frozen=True)
 class SNIP(ScoredMethod):

@@ -11,6 +11,8 @@ from sparse_lm.core.tree import Tree
 from sparse_lm.weights.one_shot import OneShot, prune_by_obs
 from sparse_lm.weights.traits import Traits
 
+DISPLAY_NAME = 'SparseGPT'
+
 
 @dataclasses.dataclass(frozen=True)
 class SparseGPT(OneShot):

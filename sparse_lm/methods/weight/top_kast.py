@@ -22,6 +22,8 @@ from sparse_lm.weights.method import (
 )
 from sparse_lm.weights.traits import Traits
 
+DISPLAY_NAME = 'Top-KAST'
+
 FORWARD, BACKWARD = 'forward', 'backward'  # the keys of the sets in `Sparse.extra`
 NORMS = {
   'l1': lambda w: jnp.sum(w * jnp.sign(w), dtype=jnp.float32),  # the gradient at zero is zero

@@ -10,6 +10,8 @@ from sparse_lm.core.tree import Tree
 from sparse_lm.weights.score import ScoredMethod
 from sparse_lm.weights.traits import Traits
 
+DISPLAY_NAME = 'Wanda'
+
 
 @dataclasses.dataclass(frozen=True)
 class Wanda(ScoredMethod):

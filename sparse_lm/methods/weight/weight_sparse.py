@@ -22,6 +22,8 @@ from sparse_lm.weights.method import (
 )
 from sparse_lm.weights.traits import Traits
 
+DISPLAY_NAME = 'weight-sparse'
+
 
 @dataclasses.dataclass(frozen=True)
 class WeightSparse(PatternMethod):

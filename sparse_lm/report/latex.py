@@ -1,0 +1,167 @@
+"""A summary (see `table.summarise`) as LaTeX that fits one column of a paper.
+
+The document needs booktabs and no other package. Columns that do not fit beside each other go to further
+`table` floats with the same rows.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import pandas as pd
+
+from sparse_lm.report import formats, statistics, tex
+
+COLUMN = 3.17 * 72.27  # points: the width of a column of LaTeX's article class
+SEPARATION = 2.5  # points on each side of a column of a table
+INDENT = 6  # points by which the rows of a group are indented
+LABELS = 0.5  # of the width: the most that the labels of rows take
+NARROWEST = 34  # points: headings are broken into lines of at least this width
+BOLD = 1.18  # width of bold letters over that of others
+# Widths of letters in Computer Modern of 8 points, in units of its 8.5 points; all others take 0.55.
+_EM = {
+  **dict.fromkeys("ijl.,:;'!|[] ", 0.3),
+  **dict.fromkeys('()frts-', 0.42),
+  **dict.fromkeys('mwMW%@—…', 1.0),
+  **dict.fromkeys('ABCDEFGHIJKLNOPQRSTUVXYZΔ±×+−=<>', 0.8),
+}
+
+
+class _Column(NamedTuple):
+  """A column of a LaTeX table; its cells stand for one row each."""
+
+  head: str
+  cells: list[str]
+  width: float
+
+
+def latex(frame: pd.DataFrame, caption: str, command: str, label: str) -> str:
+  r"""One or more `table` floats; the first is `\label{tab:<label>}`, the second `tab:<label>-2`.
+
+  Rows of the same first label form a group below it. Of paired metrics, the lowest mean is bold where it
+  is significantly lower than that of every row that differs in the first label alone.
+  """
+  printed = formats.text(frame)
+  names = frame.attrs['rows']
+  if 'diverged' not in frame and frame['seeds'].nunique() == 1:
+    printed = printed.drop(columns='seeds')  # the notes name them
+  grouped = len(names) > 1 and bool(frame[names[0]].duplicated().any())
+  labels = _labels(printed, names, grouped)
+  room = COLUMN - sum(column.width + 2 * SEPARATION for column in labels) - INDENT * grouped
+  best = {c.heading: frame.attrs['best'].get(c.metric) for c in frame.attrs['columns']}
+  values = [
+    _value(name, list(printed[name]), best.get(name) or [False] * len(printed), room)
+    for name in printed
+    if name not in names
+  ]
+  parts = list(_parts(values, room))
+  key = 'tab:' + re.sub(r'[^A-Za-z0-9_.:-]+', '-', label)
+  floats = []
+  for i, part in enumerate(parts):
+    which = f' (part {i + 1} of {len(parts)})' if len(parts) > 1 else ''
+    floats += [
+      '\\begin{table}[t]\n\\centering\\footnotesize',
+      f'\\setlength{{\\tabcolsep}}{{{SEPARATION}pt}}',
+      f'\\caption{{{tex.escaped(caption)}{which}.}}',
+      f'\\label{{{key}{f"-{i + 1}" if i else ""}}}',
+      _tabular(labels, part, list(printed[names[0]]) if grouped else []),
+    ]
+    if part is parts[-1]:
+      below = f'{tex.escaped(_notes(frame))} Reproduce: {tex.command(command)}'
+      floats.append(
+        f'\\par\\vspace{{2pt}}\\parbox{{\\linewidth}}{{\\scriptsize\\raggedright {below}}}'
+      )
+    floats.append('\\end{table}')
+  return '\n'.join(floats) + '\n'
+
+
+def _notes(frame: pd.DataFrame) -> str:
+  """The notes of the printed table, and what bold means where anything is bold."""
+  notes = formats.notes(frame)
+  if not any(map(any, frame.attrs['best'].values())):
+    return notes
+  return (
+    f'{notes} Bold: the mean is lower than that of every row that differs in '
+    f'{frame.attrs["rows"][0]} alone, each difference significant at {statistics.ALPHA:.0%} (two-sided '
+    "paired t tests after Holm's correction)."
+  )
+
+
+def _labels(printed: pd.DataFrame, names: Sequence[str], grouped: bool) -> list[_Column]:
+  """The columns of the rows' labels, broken into lines where they would take too much of the width."""
+  shown = names[1:] if grouped else names
+  most = COLUMN * LABELS / len(shown)
+  columns = []
+  for name in shown:
+    head = [*_lines(name, most)]
+    if grouped and not columns:
+      head = [names[0], *head]  # its values are the headings of groups
+    cells = [_lines(value, most) for value in printed[name]]
+    width = max(_width(line) for lines in [head, *cells] for line in lines)
+    columns.append(_Column(_stacked(head, 'b', 'l'), [_stacked(c, 't', 'l') for c in cells], width))
+  return columns
+
+
+def _value(name: str, values: Sequence[str], bold: Sequence[bool], room: float) -> _Column:
+  """A column of numbers; its heading is broken into lines that are as wide as the numbers."""
+  inner = room - 2 * SEPARATION
+  cells = [_lines(value, inner) for value in values]
+  widths = [max(map(_width, lines)) * (BOLD if strong else 1) for lines, strong in zip(cells, bold)]
+  head = _lines(name, min(inner, max(*widths, NARROWEST)))
+  shown = [_stacked(lines, 't', 'r') for lines in cells]
+  shown = [rf'\textbf{{{cell}}}' if strong else cell for cell, strong in zip(shown, bold)]
+  return _Column(_stacked(head, 'b', 'r'), shown, max(*widths, *map(_width, head)))
+
+
+def _parts(columns: Sequence[_Column], room: float) -> Iterator[list[_Column]]:
+  """The columns in order, as many at a time as fit beside each other."""
+  part: list[_Column] = []
+  for column in columns:
+    if part and sum(c.width + 2 * SEPARATION for c in [*part, column]) > room:
+      yield part
+      part = []
+    part.append(column)
+  yield part
+
+
+def _tabular(labels: Sequence[_Column], values: Sequence[_Column], groups: Sequence[str]) -> str:
+  """The rows between booktabs' rules; `groups`: the heading of each row's group, if there are any."""
+  columns = [*labels, *values]
+  start = rf'@{{\hspace{{{INDENT}pt}}}}' if groups else '@{}'
+  lines = [
+    rf'\begin{{tabular}}{{{start}{"l" * len(labels)}{"r" * len(values)}@{{}}}}',
+    r'\toprule',
+    ' & '.join(column.head for column in columns) + r' \\',
+    r'\midrule',
+  ]
+  for i in range(len(columns[0].cells)):
+    if groups and (i == 0 or groups[i] != groups[i - 1]):
+      lines += [r'\addlinespace[2pt]'] if i else []
+      lines.append(rf'\multicolumn{{{len(columns)}}}{{@{{}}l}}{{{tex.escaped(groups[i])}}} \\')
+    lines.append(' & '.join(column.cells[i] for column in columns) + r' \\')
+  return '\n'.join([*lines, r'\bottomrule', r'\end{tabular}'])
+
+
+def _stacked(lines: Sequence[str], position: str, side: str) -> str:
+  """Text as LaTeX, below each other where it has several lines."""
+  if len(lines) == 1:
+    return tex.escaped(lines[0])
+  body = r' \\ '.join(map(tex.escaped, lines))
+  return rf'\begin{{tabular}}[{position}]{{@{{}}{side}@{{}}}}{body}\end{{tabular}}'
+
+
+def _lines(text: str, most: float) -> list[str]:
+  """The words of a text in lines of at most that many points; a longer word is a line of its own."""
+  lines = ['']
+  for word in text.split():
+    longer = f'{lines[-1]} {word}'.strip()
+    if lines[-1] and _width(longer) > most:
+      lines.append(word)
+    else:
+      lines[-1] = longer
+  return lines
+
+
+def _width(text: str) -> float:
+  """Points that a line of text takes in LaTeX's `footnotesize`."""
+  return 8.5 * sum(_EM.get(letter, 0.55) for letter in text)
