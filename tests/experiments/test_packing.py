@@ -158,8 +158,8 @@ def test_the_sweep_plans_six_methods_at_three_sparsities_over_three_seeds():
 @pytest.mark.slow
 def test_a_packed_study_ends_in_a_table_and_a_figure(tmp_path, monkeypatch):
   runs = {run.id('smoke'): run for run in packed_smoke.runs()}
-  study = Study('smoke', packed_smoke, tmp_path, runs)
+  study = Study('smoke', packed_smoke, tmp_path / 'smoke', runs)
   study.train(runs, pack=4)
   shown = study.report()
   assert shown.count('Top-KAST') == 2 and '±' in shown
-  assert (tmp_path / 'smoke.png').exists()
+  assert (tmp_path / 'smoke' / 'smoke.png').exists()
