@@ -80,7 +80,8 @@ def _load_file(path: str) -> types.ModuleType:
   """Executes a study's file. Modules beside the file can be imported from it."""
   file = pathlib.Path(path).expanduser().absolute()
   if file.suffix != '.py' or not file.is_file():
-    raise UserError(f'no study file {path}; valid: a Python file, or one of {_names()}')
+    near = [str(pathlib.Path(path).parent / other.name) for other in file.parent.glob('*.py')]
+    raise unknown('study file', path, near or ['the path of a Python file'])
   if file.stem in questions():
     raise UserError(
       f'study file {path}: {file.stem!r} is the name of a study of this package, whose results have '
@@ -116,12 +117,8 @@ def _function(study: str, module: types.ModuleType, name: str) -> Callable:
   return found
 
 
-def _names() -> str:
-  return ', '.join(questions())
-
-
 def _short(value: object) -> str:
   if isinstance(value, list):
     other = [item for item in value if not isinstance(item, Run)]
-    return f'a list with a {type(other[0]).__name__}' if other else 'an empty list'
+    return f'a list that holds {type(other[0]).__name__}' if other else 'an empty list'
   return f'a value of type {type(value).__name__}'
