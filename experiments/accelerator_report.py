@@ -15,7 +15,7 @@ from experiments import accelerator_goals
 from experiments.accelerator_goals import Goal
 from sparse_lm.core.records import Json
 from sparse_lm.report import plot, results, style
-from sparse_lm.report.names import ABSENT
+from sparse_lm.report.names import ABSENT, display
 from sparse_lm.report.table import replace
 
 Rows = dict[str, results.Line]
@@ -189,7 +189,7 @@ def ratios(machines: Mapping[str, Rows], study: str) -> Figure:
       places = [(most, names.index(row)) for row, most in marked.items() if row in names]
       if places:
         axes.plot(*zip(*places), **GOAL)
-    axes.set_yticks(range(len(names)), [textwrap.fill(name, 26) for name in names])
+    axes.set_yticks(range(len(names)), [textwrap.fill(display(name), 26) for name in names])
     axes.invert_yaxis()
     axes.set(xlabel='step time / dense step time (×)\n(dense step: / PyTorch twin)')
     handles += [

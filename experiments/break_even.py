@@ -137,7 +137,8 @@ def report(lines: list[results.Line], folder: pathlib.Path) -> str:
   if shown:
     figure = plot.curves(shown, x, y, 'format')
     (axes,) = figure.axes
-    axes.set(xscale='log', yscale='log', title=f'matrices of {matrix}, batch 1')
+    axes.set(xscale='log', yscale='log')
+    axes.set_title(f'matrices of {matrix}, batch 1', fontsize='small')
     axes.set_xticks(DENSITIES, map(str, DENSITIES))
     axes.set_yticks(RATIOS, map(str, RATIOS))
     axes.minorticks_off()
