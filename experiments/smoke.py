@@ -2,17 +2,14 @@
 
 import dataclasses
 
-from experiments import sparsity_vs_accuracy as study
-from experiments.sweep import Run
+from experiments.sparsity_vs_accuracy import STUDY
 
 SHORT = {'train.steps': 60, 'train.eval_every': 60, 'train.log_every': 20}
-report = study.report
-
-
-def runs() -> list[Run]:
-  """The dense models and every method once."""
-  return [
-    dataclasses.replace(run, overrides=run.overrides | SHORT)
-    for run in study.runs()
-    if run.overrides['seed'] == 0 and run.labels['sparsity'] in (0.0, max(study.SPARSITIES))
-  ]
+SMOKE = dataclasses.replace(
+  STUDY,
+  seeds=STUDY.seeds[:1],
+  sparsities=(max(STUDY.sparsities),),
+  common=STUDY.common | SHORT,
+  caption='One seed, 60 steps: shows that the study runs, and no result',
+)
+runs, report = SMOKE.runs, SMOKE.report

@@ -38,7 +38,9 @@ def sizes(run):
 def test_the_small_dense_model_has_the_parameters_that_the_sparsest_keep():
   runs = sparsity_vs_accuracy.runs()
   small = next(run for run in runs if run.labels['method'] == 'small dense')
-  sparse = next(run for run in runs if run.labels['sparsity'] == 0.95)
+  sparse = next(
+    run for run in runs if run.labels['sparsity'] == max(sparsity_vs_accuracy.STUDY.sparsities)
+  )
   kept = sizes(sparse)['nonzero_params']
   assert abs(sizes(small)['params'] - kept) < 0.01 * kept
 
@@ -47,8 +49,18 @@ def test_each_method_meets_each_sparsity_on_the_same_seeds():
   seeds = {}
   for run in sparsity_vs_accuracy.runs():
     seeds.setdefault(tuple(run.labels.values()), set()).add(run.overrides['seed'])
-  assert len(seeds) == 2 + 5 * 3
-  assert set(map(frozenset, seeds.values())) == {frozenset({0, 1})}
+  assert len(seeds) == 2 + 4 * 2
+  assert set(map(frozenset, seeds.values())) == {frozenset({0, 1, 2, 3})}
+
+
+def test_the_first_table_has_the_setting_that_was_chosen():
+  chosen = configs.load(ablation_setting.CONFIG, ablation_setting.SETTINGS[ablation_setting.CHOSEN])
+  first = configs.load(sparsity_vs_accuracy.STUDY.config)
+  differing = {
+    name for name, value in configs.flat(chosen).items() if configs.flat(first)[name] != value
+  }
+  assert differing <= {'train.checkpoint_every'}
+  assert not set(ablation_setting.SEEDS) & set(sparsity_vs_accuracy.STUDY.seeds)
 
 
 def test_the_smoke_study_runs_every_method_once():
