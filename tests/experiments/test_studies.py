@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import (
+  ablation_setting,
   accuracy_vs_time,
   block_attention,
   break_even,
