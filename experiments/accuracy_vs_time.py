@@ -1,9 +1,9 @@
 """How much time do trained sparse models save after packing, and at what validation loss?
 
-Every trained model of `sparsity_vs_accuracy` and `dynamic_compute` is packed and timed in turns with
-the dense model of its study, whose weights are random. Models are read from the folders of the two
-studies; a model that is missing there is trained there. A line of this study holds times and the id of
-the run that was timed. The loss and the FLOPs are read from the line of that run.
+Every trained model of `dynamic_compute` is packed and timed in turns with the dense model of that study,
+whose weights are random. Models are read from the folder of that study; a model that is missing there is
+trained there. A line of this study holds times and the id of the run that was timed. The loss and the
+FLOPs are read from the line of that run.
 """
 
 import pathlib
@@ -11,7 +11,7 @@ import pathlib
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import dynamic_compute, sparsity_vs_accuracy
+from experiments import dynamic_compute
 from experiments.study import Study
 from experiments.sweep import Run
 from sparse_lm.core.errors import UserError
@@ -25,14 +25,14 @@ from sparse_lm.runs import configs, runtime, trained
 from sparse_lm.runs.environment import environment
 from sparse_lm.runs.setup import data_of
 
-STUDIES = {'sparsity_vs_accuracy': sparsity_vs_accuracy, 'dynamic_compute': dynamic_compute}
+STUDIES = {'dynamic_compute': dynamic_compute}
 PREFILLED = 8
 REPEATS = {'decode': 31, 'prefill': 15}
-DENSE = {'method': 'dense', 'setting': 'whole'}  # the labels of both dense models in the table
+DENSE = {'method': 'dense', 'setting': 'whole'}  # the labels of the dense model in the table
 
 
 def runs() -> list[Run]:
-  """The runs of both studies, without random gates: these draw for a whole batch and cannot decode."""
+  """The runs of the studies, without random gates: these draw for a whole batch and cannot decode."""
   return [
     Run(run.config, run.overrides, {'study': study, **_row(run)}, execute)
     for study, module in STUDIES.items()
