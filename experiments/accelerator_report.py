@@ -67,7 +67,7 @@ CELLS = (
 
 
 def by_machine(lines: Iterable[results.Line]) -> dict[str, Rows]:
-  """The newest line of each row by the machine that it was measured on."""
+  """Returns, for each machine, the newest line of each row that was measured on it."""
   found: dict[str, Rows] = {}
   for line in lines:
     found.setdefault(results.machine(line['env']), {})[line['labels']['row']] = line
@@ -82,7 +82,7 @@ def write(lines: Sequence[results.Line], folder: pathlib.Path) -> str:
 
 
 def page(lines: Iterable[results.Line], folder: pathlib.Path) -> str:
-  """The goals of all machines side by side, then one table for each; draws the figure in `folder`."""
+  """Returns a table of all machines' goals and one table per machine; writes the figure to `folder`."""
   machines = by_machine(lines)
   if any(_ratios(rows) for rows in machines.values()):
     plot.save(ratios(machines, folder.name), folder, folder.name)
@@ -93,7 +93,7 @@ def page(lines: Iterable[results.Line], folder: pathlib.Path) -> str:
 
 
 def goals_table(machines: Mapping[str, Rows], study: str) -> str:
-  """One row for each goal, with the value that each machine reached."""
+  """Returns a table with one row for each goal, and the value that each machine reached."""
   wanted: dict[str, dict[str, str]] = {}
   for machine, rows in machines.items():
     for goal in accelerator_goals.goals(study, _device(rows)):
@@ -106,7 +106,7 @@ def goals_table(machines: Mapping[str, Rows], study: str) -> str:
 
 
 def reached(goal: Goal, rows: Rows) -> str:
-  """The value that one machine reached, and whether it meets the goal: `0.98 ×, met`."""
+  """Returns the value that one machine reached and whether it meets the goal: `0.98 ×, met`."""
   value = rows[goal.row]['metrics'].get(goal.metric) if goal.row in rows else None
   if value is None:
     return 'not measured'
@@ -114,7 +114,7 @@ def reached(goal: Goal, rows: Rows) -> str:
 
 
 def peaks(rows: Rows) -> str:
-  """A sentence on the peaks of the machine."""
+  """Returns a sentence on the measured peak FLOP/s and bandwidth of the machine."""
   found = rows[accelerator_goals.PEAK]['metrics'] if accelerator_goals.PEAK in rows else {}
   if 'memory_per_s' not in found:
     return ''
@@ -126,7 +126,7 @@ def peaks(rows: Rows) -> str:
 
 
 def steps_table(rows: Rows) -> str:
-  """The time, ratio, FLOPs, memory and energy of each step on one machine."""
+  """Returns a table of the time, ratio, FLOPs, memory and energy of each step on one machine."""
   metrics = {name: line['metrics'] for name, line in rows.items()}
   steps = {
     name: found for name, found in metrics.items() if found.keys() & {'step_ms', 'decode_ms'}
@@ -139,7 +139,7 @@ def steps_table(rows: Rows) -> str:
 
 
 def notes(rows: Rows) -> list[str]:
-  """Sentences on first steps, on rows that were not measured, and on the total time."""
+  """Returns sentences on first steps, on rows that were not measured, and on the total time."""
   said = []
   start = rows.get(accelerator_goals.START, {}).get('metrics', {})
   if start.get('cold_s') is not None:
@@ -162,7 +162,7 @@ def notes(rows: Rows) -> list[str]:
 
 
 def ratios(machines: Mapping[str, Rows], study: str) -> Figure:
-  """Draws step times over those of their references with quartiles, a line at 1, and the goals."""
+  """Draws ratios of step times to those of their references, with quartiles, a line at 1, and goals."""
   names = list(dict.fromkeys(name for rows in machines.values() for name in _ratios(rows)))
   handles: list[Artist] = []
   with matplotlib.rc_context(style.RC):
@@ -201,7 +201,7 @@ def ratios(machines: Mapping[str, Rows], study: str) -> Figure:
 
 
 def _ratios(rows: Rows) -> dict[str, Mapping[str, float]]:
-  """The metrics of rows that compare a step with a reference, by row, without the packed runs."""
+  """Returns the metrics of the rows that compare a step with a reference, except the packed runs."""
   metrics = {name: line['metrics'] for name, line in rows.items()}
   return {
     name: found for name, found in metrics.items() if 'ratio' in found and 'runs' not in found

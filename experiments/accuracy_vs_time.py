@@ -32,7 +32,7 @@ DENSE = {'method': 'dense', 'setting': 'whole'}  # the labels of the dense model
 
 
 def runs() -> list[Run]:
-  """The runs of the studies, without random gates: these draw for a whole batch and cannot decode."""
+  """Returns the runs of the studies, except random gates, which cannot decode."""
   return [
     Run(run.config, run.overrides, {'study': study, **_row(run)}, execute)
     for study, module in STUDIES.items()

@@ -1,13 +1,13 @@
 """`python -m experiments.documents [NAME ...]`: writes README.md and docs/ from the lines of studies.
 
 Every table, figure and quoted number of a study comes from one set of lines, docs/lines/<study>.jsonl.
-A study that compares machines has one set for each device, docs/lines/<study>-<device>.jsonl. With
-names, the lines of those studies are first taken from the folder of results. Prose stands in
-docs/templates, one Jinja template for each document. It quotes numbers as `{{
-study('patterns').text('val_loss', scope='MLP', ...) }}` (see `findings`), and states what a sentence
-claims as `{{ claim('neurons cost nothing', ...) }}`: a claim that the lines refute stops the command.
-Text that quotes numbers stands in `{% filter bullets %}` (a list) or `{% filter paragraph %}`, which
-break its lines anew.
+A study that compares machines has one set for each device, docs/lines/<study>-<device>.jsonl. If names
+are given, the lines of these studies are first copied from the folder of results. The prose is in
+docs/templates, one Jinja template for each document. A template quotes a number as `{{
+study('patterns').text('val_loss', scope='MLP', ...) }}` (see `findings`). It checks the claim of a
+sentence with `{{ claim('neurons cost nothing', ...) }}`: the command fails if the lines refute the
+claim. Text that quotes numbers is inside `{% filter bullets %}` (a list) or `{% filter paragraph %}`;
+these filters wrap its lines again.
 """
 
 import argparse
@@ -39,7 +39,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 LINES, TEMPLATES = ROOT / 'docs' / 'lines', ROOT / 'docs' / 'templates'
 # Logs of single runs that a figure is drawn from: `dynamic_compute/runs/<run id>/metrics.jsonl`.
 LOGS = '*/runs/*/metrics.jsonl'
-# What follows from a run's command, and folders of the machine that ran it, are not kept.
+# Fields that are not copied, because a run's command determines them or they name folders of its machine.
 DROPPED = ('config', 'data', 'evaluation', 'causal', 'parent', 'pruned_from')
 
 
@@ -47,7 +47,8 @@ def take(name: str, folder: str) -> None:
   """Copies the lines of a finished study from a folder of results to docs/lines.
 
   Raises:
-    UserError: there is no such study, or runs of it are missing; of a study of machines, all of them.
+    UserError: there is no such study, or runs of it are missing. A study that compares machines may lack
+      runs, but not all of them.
   """
   study = Study.load(name, folder)
   finished = list(study.finished().values())
@@ -69,27 +70,27 @@ def take(name: str, folder: str) -> None:
 
 
 def machines(folder: pathlib.Path, name: str) -> str:
-  """The tables of a study that compares machines, with all devices side by side; draws its figure."""
+  """Returns the tables of a study that compares machines, for all devices, and draws its figure."""
   files = sorted(LINES.glob(f'{name}-*.jsonl'))
   lines = [line for file in files for line in results.read_file(file)]
   return accelerator_report.page(lines, folder / name).strip() if lines else 'Not measured yet.'
 
 
 def on_machine(name: str, machine: str) -> dict[str, results.Line]:
-  """The lines of a study of machines on one of them, by row; `machine` as in the name of the file."""
+  """Returns the lines of a study on one machine, by row; `machine` is spelt as in the file's name."""
   lines = results.read_file(LINES / f'{name}-{machine}.jsonl')
   return {line['labels']['row']: line for line in lines}
 
 
 def _portable(line: results.Line, folder: str) -> results.Line:
-  """A line without what follows from its command, which names `results` as the folder of results."""
+  """Returns a line without `DROPPED` fields; its command names `results` as the folder of results."""
   kept = {key: value for key, value in line.items() if key not in DROPPED}
   here = rf'=(?:{re.escape(str(pathlib.Path(folder)))})(?=[/ ])'
   return kept | {'command': re.sub(here, '=results', line['command'])}
 
 
 def documents(folder: pathlib.Path) -> dict[pathlib.Path, str]:
-  """The contents of every document by its path, made from docs/lines and docs/templates.
+  """Returns the contents of every document by its path, made from docs/lines and docs/templates.
 
   Args:
     folder: where studies write their tables and figures.
@@ -103,7 +104,7 @@ def documents(folder: pathlib.Path) -> dict[pathlib.Path, str]:
     shutil.copy(file, target)
   for log in LINES.glob(LOGS):
     target = folder / log.relative_to(LINES)
-    if not target.exists():  # else the folder of results holds it
+    if not target.exists():  # a newer log may come from the folder of results
       target.parent.mkdir(parents=True)
       shutil.copy(log, target)
   environment = jinja2.Environment(
@@ -128,26 +129,26 @@ def documents(folder: pathlib.Path) -> dict[pathlib.Path, str]:
 
 
 def title(page: str) -> str:
-  """The heading of a page of results, read from its template."""
+  """Returns the heading of a page of results, read from its template."""
   heading, _, _ = (TEMPLATES / 'results' / f'{page}.md').read_text(encoding='utf-8').partition('\n')
   return heading.removeprefix('# ')
 
 
 def claim(statement: str, holds: bool) -> str:
-  """Nothing, where what a sentence says holds. Raises UserError where it does not."""
+  """Returns an empty text if the statement holds. Raises UserError if it does not."""
   if not holds:
     raise UserError(f'the lines refute {statement!r}; valid: a sentence that they support')
   return ''
 
 
 def bullets(text: str) -> str:
-  """A Markdown list, its lines broken where they are full."""
+  """Wraps the lines of a Markdown list."""
   items = re.split(r'^- ', text.strip(), flags=re.MULTILINE)[1:]
   return '\n'.join(_filled(item, initial_indent='- ', subsequent_indent='  ') for item in items)
 
 
 def paragraph(text: str) -> str:
-  """One paragraph, its lines broken where they are full."""
+  """Wraps the lines of a paragraph."""
   return _filled(text)
 
 
@@ -157,20 +158,23 @@ def _filled(text: str, **indents: str) -> str:
 
 
 def _figures(folder: pathlib.Path, texts: Iterable[str]) -> dict[pathlib.Path, pathlib.Path]:
-  """The figures of studies that a document shows, each with its path in docs/results."""
+  """Returns the figures of studies that documents show, each with its path in docs/results."""
   shown = ' '.join(texts)
   drawn = (figure for figure in folder.glob('*/*.png') if figure.name in shown)
   return {figure: ROOT / 'docs' / 'results' / figure.name for figure in drawn}
 
 
 def write(names: list[str], folder: str) -> list[pathlib.Path]:
-  """Takes the lines of `names` from a folder of results, then writes all documents and figures."""
+  """Copies the lines of `names` from a folder of results, then writes all documents and figures.
+
+  Returns the paths that it wrote.
+  """
   for name in names:
     take(name, folder)
   with tempfile.TemporaryDirectory() as temporary:
     root = pathlib.Path(temporary)
     for name in names:
-      # The health of routers is drawn from a run's own log, which lies beside its lines.
+      # Figures of router health are drawn from the logs of single runs, next to the lines.
       if (runs := Study.load(name, folder).folder / 'runs').is_dir():
         (root / name).mkdir()
         (root / name / 'runs').symlink_to(runs.resolve())
@@ -187,9 +191,11 @@ def write(names: list[str], folder: str) -> list[pathlib.Path]:
 
 @one_line
 def main() -> None:
-  """Writes the documents and names them."""
+  """Writes the documents and prints their paths."""
   parser = Parser('python -m experiments.documents')
-  parser.add_argument('names', nargs='*', help='studies whose lines are taken first')
+  parser.add_argument(
+    'names', nargs='*', help='studies whose lines are first copied from --results'
+  )
   parser.add_argument(
     '--results', type=local_path, default='results', help="folder of all studies' results"
   )

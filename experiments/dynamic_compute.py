@@ -1,8 +1,8 @@
 """Do models with input-dependent compute reach a lower loss than dense models of equal FLOPs?
 
-Each slot is represented by at least one method at three budgets. Further rows combine sparse weights
-with gates under one budget, open gates at random at an equal rate, or are smaller dense models. All
-rows share seeds, and with them the initialisation and the data.
+At least one method of each slot is trained at three budgets. Control rows open gates at random at the
+same rate, or are smaller dense models. Further rows combine sparse weights with gates under one budget.
+All rows use the same seeds, so they share the initialisation and the data.
 """
 
 import functools
@@ -80,14 +80,14 @@ def _held(method: str, overrides: Overrides, target: float) -> tuple[str, str, O
 
 @functools.cache
 def _random_rate(target: float) -> float:
-  """The rate of open random token gates that costs `target` of the dense model's FLOPs."""
+  """Returns the rate at which random token gates must open to use `target` of the dense model's FLOPs."""
   program, masks = build(configs.load(CONFIG, MODEL | GATE), VOCAB)
   closed, opened = cost.flops_range(program.costs.ledger, tree.named(masks))
   return round((target * program.costs.dense - closed) / (opened - closed), 4)
 
 
 def _training(overrides: Overrides) -> str:
-  """Says what training sees besides earlier tokens of the sequence, as the methods declare."""
+  """Describes the causality of training, as the traits of the methods declare it."""
   model = lm.from_config(configs.load(CONFIG, overrides), VOCAB)
   if not lm.causal(model)['train']:
     return 'sees later tokens'
@@ -135,10 +135,10 @@ def _beside_dense(line: results.Line, lines: list[results.Line]) -> results.Line
 
 
 def _router_health(lines: list[results.Line], folder: pathlib.Path) -> None:
-  """Draws the router health of the experts at each budget, of the first seed."""
+  """Draws the router health of the mixtures of experts at each budget, for the first seed."""
   for line in lines:
     metrics = folder / 'runs' / line['run'] / 'metrics.jsonl'
-    # Lines may lie here without the folders of their runs, which hold the logs.
+    # The folder may hold lines without the folders of their runs, which hold the logs.
     routed = math.isfinite(line['metrics'].get('max_violation', math.nan))
     if routed and line['seed'] == SEEDS[0] and metrics.exists():
       setting = line['labels']['setting'].split()[0]

@@ -61,9 +61,9 @@ def pack(workdir: str, out: str) -> JsonObject:
 
 
 def largest_error(trained: Trained, packed: PackedModel) -> float:
-  """Returns the largest difference of a logit from the run's, divided by the largest logit.
+  """Returns the largest error of a logit of the packed model, divided by the run's largest logit.
 
-  It is measured on random tokens.
+  Logits are compared on random tokens. Both maxima are of absolute values.
   """
   spec = packed.model.spec
   shape = (CHECKED, spec.context)
@@ -78,12 +78,13 @@ def same_text(trained: Trained, packed: PackedModel) -> dict[str, int | float | 
   """Compares greedy text of the packed model with that of the run, token by token.
 
   Returns:
-    A dict with `tokens`, the number of equal tokens, and `margin`. The margin is the difference of the
-    two largest logits where the texts part, divided by the largest logit, and `None` if they never
-    part. The dict is empty if a method cannot decode, or if the context has room for one token only.
+    A dict with `tokens`, the number of equal tokens before the texts first differ, and `margin`. The
+    margin is the difference between the run's two largest logits at the first different token, divided
+    by its largest absolute logit. It is `None` if the texts are equal. The dict is empty if a method
+    cannot decode, or if the context has room for one token only.
 
   Raises:
-    UserError: in float32, the texts part where the margin is larger than rounding errors.
+    UserError: in float32, the texts differ although the margin is larger than rounding errors.
   """
   model = packed.model
   variables = {'params': trained.params, **trained.model_state}

@@ -1,1 +1,1 @@
-"""The parts that all commands share: parsing of arguments, and errors of one line."""
+"""The parts that all commands share: argument parsing, and error messages of one line."""

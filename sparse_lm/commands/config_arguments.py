@@ -41,7 +41,7 @@ def add_fields_to_help(parser: argparse.ArgumentParser, groups: tuple[str, ...] 
 
 
 def _fields(arguments: list[str], groups: tuple[str, ...]) -> str:
-  """Returns a list of the fields of the config on the command line, by default `configs/base.py`."""
+  """Returns the help text for the fields of the config that `arguments` name, or of the base config."""
   parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
   parser.add_argument('--config', default=str(BASE))
   known, rest = parser.parse_known_args(arguments)

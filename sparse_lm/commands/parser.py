@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def local_path(text: str) -> str:
-  """Converts an argument to a path: the `type` of arguments that name a file or a folder.
+  """Converts an argument to a path. Parsers use it as the `type` of arguments for files and folders.
 
   It expands `~`, because shells do not expand it in `--workdir=~/x`, and refuses an empty path.
   """
@@ -87,7 +87,8 @@ def one_line(main: Callable[[], None]) -> Callable[[], None]:
 def _no_lost_interrupt() -> Iterator[None]:
   """Repeats a Ctrl-C that arrives during a callback, such as JAX's for the garbage collector.
 
-  Python only prints a `KeyboardInterrupt` that is raised there, and the program would go on.
+  Python prints a `KeyboardInterrupt` that is raised in such a callback, but does not pass it on. Without
+  the repetition, the program would continue.
   """
   hook = sys.unraisablehook
 

@@ -1,4 +1,4 @@
-"""Paths of modules and parameters. No other file knows how they are named.
+"""Paths of modules and parameters. Only this file knows how paths are formed.
 
 Every leaf of a tree has a path, such as `'block_0/mlp/up/kernel'`. Code that needs the layer's number,
 the part of the layer, or the bias of a kernel parses the path into a `Place` and reads its properties.

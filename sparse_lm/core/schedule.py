@@ -52,7 +52,7 @@ def cubic_density(
 ) -> jax.Array:
   """Returns the density at a step of a cubic ramp (Zhu & Gupta 2017, equation 1).
 
-  The density is 1 until `first` and `final` from `last`. In between, the sparsity is
+  The density is 1 up to step `first`, and `final` from step `last` on. In between, the sparsity is
   `(1 - final) (1 - (1 - progress)^3)`.
   """
   progress = jnp.clip((step - first) / max(last - first, 1), 0.0, 1.0)

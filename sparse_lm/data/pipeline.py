@@ -83,8 +83,8 @@ def mixed_iterator(
 def _read(element: Callable[[int], np.ndarray]) -> grain.DatasetIterator:
   """Returns an endless iterator over the batches `element(0)`, `element(1)`, ...
 
-  Whole batches are faster than single windows, and this is faster than grain's own shuffle for few
-  elements.
+  Reading whole batches is faster than reading single windows. An order that is computed here is faster
+  than grain's own shuffle if there are few windows.
   """
   batches = grain.MapDataset.range(sys.maxsize).map(element)
   # One thread works while a step runs; more threads would only wait for the interpreter lock.

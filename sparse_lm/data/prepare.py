@@ -87,7 +87,7 @@ def prepare(out: str, name: str, documents: dict[str, list[bytes]]) -> pathlib.P
 
 
 def text(patterns: list[str]) -> dict[str, list[bytes]]:
-  """Returns, by split, the parts of the files that match. Raises what `sources.files` raises."""
+  """Cuts each matching file into splits; returns the parts by split. Raises as `sources.files` does."""
   paths = sorted({path for pattern in patterns for path in sources.matching(pattern, 'PATH')})
   return sources.cut(paths, sources.FRACTIONS, 'PATH')
 

@@ -93,7 +93,7 @@ def _folder(path: str) -> pathlib.Path:
 
 
 def _open(folder: pathlib.Path, what: str) -> 'tfds.core.DatasetBuilder':
-  """Opens a directory, after a check that its files name no foreign code to import."""
+  """Opens a dataset, after a check that its features are classes of tensorflow_datasets."""
   import tensorflow_datasets as tfds  # takes a second, so other sources do not import it
 
   own = {

@@ -35,7 +35,7 @@ def load(config: ConfigDict) -> Corpus:
     config: `config.data`.
 
   Raises:
-    UserError: the source is unknown, or reading it failed (`files`, `prepared.read`, `mixture.load`).
+    UserError: the source is unknown, or cannot be read (see `files`, `prepared.read` and `mixture.load`).
   """
   readers = {
     'stdlib': lambda path: stdlib(),

@@ -62,7 +62,7 @@ class Bytes(_Json):
     return np.frombuffer(_bytes(text), np.uint8)
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    """Returns the text of 1-D `ids`; invalid UTF-8 becomes U+FFFD, and ids above 255 a ValueError."""
+    """Returns the text of 1-D `ids`; invalid UTF-8 becomes U+FFFD. Raises ValueError for an id > 255."""
     return bytes(np.asarray(ids).tolist()).decode(errors='replace')
 
   def to_json(self) -> dict[str, str]:

@@ -21,7 +21,7 @@ class Energy(Evaluation):
   repeats: int = 15
 
   def run(self, model: EvalModel, data: EvalData) -> Values:
-    """Returns `joules_per_token`. Raises UserError if the text is too short or decoding impossible."""
+    """Returns `joules_per_token`. Raises UserError for too short a text or a model that cannot decode."""
     work = workload(data.tokens, data.context, data.batch)
     call = DecodeCall(Decoder(model.model, model.variables), work)
     jax.block_until_ready(call())

@@ -267,8 +267,9 @@ def computed_keys(queries: int, keys: int, max_keys: int | None = None) -> int:
 def mask_array(mask: Mask, positions_BxL: Array, keys: KeyValues) -> Array:
   """Returns the mask as bools that broadcast to `[B, G, H / G, L, S]`; this defines its meaning.
 
-  A query without a readable key (a token that skips the layer) reads its own key. Its output is dropped,
-  but the gradient of the gate that dropped it must not come from later tokens.
+  A token that skips the layer has no readable key, so its query reads its own key. The layer's output for
+  this token is multiplied by a gate of 0, but the gate's gradient depends on the output. The output must
+  therefore not depend on later tokens.
   """
   places_BxS, whole = keys.positions, keys.whole and positions_BxL is keys.positions
   if whole:  # one mask `[1, L, S]` serves all sequences

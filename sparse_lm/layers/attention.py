@@ -154,10 +154,10 @@ def charge_attention(
 ) -> jax.Array:
   """Returns the queries, marked with the FLOPs of both matmuls of `attention` over all pairs.
 
-  Each query is charged with every key, later keys included, because dense attention computes all scores
-  before it masks them. A method that reads fewer keys is charged with the fraction of causal pairs that
-  it reads, so the fraction is the same by both conventions: `cost.causal_pairs` converts the charge to
-  the pairs that are read. FLOPs that the kernel executes beyond the charge are marked as uncharged.
+  Dense attention computes all scores before it masks them, so each query is charged with every key, later
+  keys included. A method that reads fewer keys is charged with all pairs times the fraction of the causal
+  pairs that it reads. `cost.causal_pairs` converts this charge to the pairs that are read; the ratio to
+  dense attention is the same. FLOPs that the kernel executes beyond the charge are marked as uncharged.
 
   Args:
     q_BxLxHxK: the queries.

@@ -50,7 +50,7 @@ class Pass:
     return jax.random.key(self._number(_checksum, self.path, path))
 
   def _number(self, of: Callable[[Path], int], above: Path, path: Path) -> jax.Array:
-    """Returns `of(path)`, uint32, for the path in the layer that this iteration represents."""
+    """Returns `of(path)`, uint32, with the traced layer replaced by the layer that it represents."""
     place, below = Place(path), path[1:]
     layers = self.layers[place.layer]
     numbers = [of((*above, place.part.of(layer), *below)) for layer in layers]

@@ -8,7 +8,7 @@ import numpy as np
 
 
 def matmul(size: int = 2048, dtype: str = 'float32') -> tuple[Callable[[], jax.Array], float]:
-  """Returns a square matmul and its FLOPs, to measure the highest FLOP/s of XLA on this machine."""
+  """Returns a function that multiplies square matrices, and its FLOPs, to measure peak FLOP/s."""
   # Drawn on the host, which needs no compilation.
   a = jnp.asarray(np.random.default_rng(0).standard_normal((size, size), 'f'), dtype)
   multiply = jax.jit(jnp.matmul)
@@ -16,14 +16,14 @@ def matmul(size: int = 2048, dtype: str = 'float32') -> tuple[Callable[[], jax.A
 
 
 def read(bytes_: int = 400_000_000) -> tuple[Callable[[], jax.Array], float]:
-  """Returns a sum over a large array and the bytes that it reads, to measure read bandwidth."""
+  """Returns a function that sums a large array, and the bytes that it reads, to measure bandwidth."""
   a = jnp.ones(bytes_ // 4, jnp.float32)
   total = jax.jit(jnp.sum)
   return (lambda: total(a)), float(a.nbytes)
 
 
 def copy(bytes_: int = 2_000_000_000) -> tuple[Callable[[], jax.Array], float]:
-  """Returns a negation of a large array and the bytes that it reads and writes, to measure bandwidth."""
+  """Returns a function that negates a large array, and the bytes that it reads and writes."""
   a = jnp.ones(bytes_ // 4, jnp.float32)
   negate = jax.jit(jnp.negative)
   return (lambda: negate(a)), 2.0 * a.nbytes

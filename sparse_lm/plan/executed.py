@@ -47,7 +47,7 @@ class Executed:
   """Costs of a program.
 
   Attributes:
-    flops: FLOPs of all matmuls; or bytes, if bytes are counted.
+    flops: FLOPs of all matmuls. If `count` counts reads from caches, it is their bytes instead.
     marks: number of times that each mark of `record.MARKS` is executed.
   """
 
@@ -129,19 +129,22 @@ def _add(entries: dict[str, Noted], name: str, own: Noted, times: float) -> None
 def differences(claimed: cost.Ledger, traced: Traced) -> dict[str, float]:
   """Returns the executed minus the charged FLOPs, by reason.
 
-  The charge is that of the pairs of query and key that attention reads (`cost.causal_pairs`). The charge
-  over all pairs is larger by the FLOPs under `PAIRS`.
+  Attention is charged for the pairs of query and key that it reads (`cost.causal_pairs`). The charge over
+  all pairs is larger by the FLOPs under `PAIRS`.
 
   Args:
     claimed: the ledger of the reported costs, for the same number of tokens.
     traced: the program.
 
   Returns:
-    FLOPs by reason. `GATES`: computation behind gates beyond their planned fraction. `PAIRS`: keys
-    after their query. `KEYS`: attention with another number of keys than is charged, because the cache
-    is larger. The reasons of `record.uncharged`, as modules declare them. `NO_REASON`: all other
-    differences, including kernels that are multiplied more or less often than charged. Reasons with
-    zero FLOPs are omitted.
+    FLOPs by reason; reasons with zero FLOPs are omitted. The reasons are:
+
+    - `GATES`: the computation behind gates is executed whole, but charged at its planned fraction.
+    - `PAIRS`: attention computes scores of keys after their query.
+    - `KEYS`: attention multiplies more keys than are charged, because the cache is larger.
+    - the reasons that modules declare with `record.uncharged`.
+    - `NO_REASON`: all other differences. Kernels that are multiplied more or less often than charged
+      are among them.
   """
   found: dict[str, float] = collections.defaultdict(float, traced.uncharged)
   found[NO_REASON] = traced.flops - sum(traced.uncharged.values())

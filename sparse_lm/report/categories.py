@@ -23,12 +23,12 @@ def bars(
   high: str,
   group: str,
 ) -> Figure:
-  """A horizontal bar of a ratio for each value of `label` and `group`, with a line at 1.
+  """Returns a figure with a horizontal bar for each value of `label` and `group`, and a line at ratio 1.
 
   Args:
     label: the label with one row for each value. A `Column` gives the axis its title and unit.
-    width: the metric that a bar shows: a median.
-    low, high: metrics of the ends of its error bar: quartiles.
+    width: the metric that the bars show: the median of a ratio.
+    low, high: the metrics at the ends of the error bars: the quartiles of the ratio.
     group: the label with one colour for each value.
   """
   label = column(label) if isinstance(label, str) else label
@@ -78,21 +78,21 @@ def dots(
   panel: str = '',
   targets: Mapping[str, float] | None = None,
 ) -> Figure:
-  """Metrics for each value of a label, from top to bottom: mean over seeds with the sample deviation.
+  """Draws metrics as dots, one row for each value of a label: means over seeds ± standard deviations.
 
   Args:
-    lines: of a study; panels, categories and series come in order of first appearance.
+    lines: the lines of a study; panels, categories and series are in order of first appearance.
     category: the label with one row for each value.
-    x: a metric, or several, each in a column of panels.
+    x: a metric, or several metrics; each has its own column of panels.
     series: the label with one colour and marker for each value, at most six.
-    baseline: labels of the row(s) drawn as vertical lines instead; with `panel`, in the panel of the same
-      value, or in all panels where the row lacks that label.
+    baseline: labels of the rows that are drawn as vertical lines, not as dots. If `panel` is given, a
+      line is in the panel of its own value; a row without the label `panel` has a line in all panels.
     panel: the label with a panel for each value, one below the other.
-    targets: values by metric that a dotted line marks.
+    targets: for some metrics, the value that a dotted line marks.
 
   Raises:
-    UserError: an unknown label or metric, no run with the baseline's labels, or a point that mixes
-      runs that differ in more than their seed.
+    UserError: a label or metric is unknown, no run has the labels of the baseline, or the runs of a point
+      differ in more than their seed.
   """
   asked = [x] if isinstance(x, str | Column) else x
   xs = [column(axis) if isinstance(axis, str) else axis for axis in asked]
@@ -134,7 +134,7 @@ def _draw_dots(
   categories: Sequence[Json],
   x: Column,
 ) -> plot.Handles:
-  """A dot for each series in the row of each category; series stand a little apart."""
+  """Draws a dot for each series in the row of each category; the dots of a row are a little apart."""
   handles: plot.Handles = {}
   for index, name in enumerate(looks):
     look = style.SERIES[index]
@@ -158,7 +158,7 @@ def _draw_dots(
 def _draw_twins(
   axes: Axes, lines: Sequence[results.Line], x: Column, target: float | None
 ) -> plot.Handles:
-  """A vertical line at the mean of the dense twin, and one at the target."""
+  """Draws a vertical line at the mean of the dense twin, and one at the target."""
   handles: plot.Handles = {}
   if lines:
     mean, _ = plot.mean_std(lines, x)

@@ -1,7 +1,7 @@
 """A summary (see `table.summarise`) as printed cells, Markdown and CSV. LaTeX is in `latex`.
 
-What a summary's numbers are and how they print stands in its `attrs`: the labels that make a row,
-the columns, the baseline's labels, the seeds and the machines.
+The `attrs` of a summary say what its numbers are and how they are printed. They hold the labels that
+make a row, the columns, the baseline's labels, the seeds and the machines.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ DIVERGED = 'diverged'  # instead of a mean that would leave a seed out
 
 
 def text(frame: pd.DataFrame) -> pd.DataFrame:
-  """A summary as it is printed: strings under headings."""
+  """Returns a summary as it is printed: formatted cells under headings."""
   printed = {name: [display(value) for value in frame[name]] for name in frame.attrs['rows']}
   printed['seeds'] = [str(n) for n in frame['seeds']]
   if 'diverged' in frame:
@@ -38,15 +38,14 @@ def text(frame: pd.DataFrame) -> pd.DataFrame:
 def _cells(
   frame: pd.DataFrame, text: Callable[..., str], count: str, keys: Sequence[str]
 ) -> list[str]:
-  """A column of cells: `text` of the columns `keys`, where the column `count` is not zero."""
+  """Formats each row's values of the columns `keys` with `text`, if its `count` is not zero."""
   diverged = frame['diverged'] if 'diverged' in frame else [0] * len(frame)
   numbers = zip(frame[count], diverged, *(frame[key] for key in keys))
   return [DIVERGED if lost else text(*values) if n else ABSENT for n, lost, *values in numbers]
 
 
 def notes(frame: pd.DataFrame) -> str:
-  """What a reader must know of the numbers: seeds, spread, what differences are from,
-  conventions of counting, machines."""
+  """Returns the notes below a table: seeds, spread, baseline, counting conventions and machines."""
   seeds = ', '.join(map(str, frame.attrs['seeds']))
   parts = [f'Mean ± sample standard deviation over seeds {seeds}; no ± where there is no spread.']
   if any(name.endswith('_delta_n') for name in frame.columns):
@@ -60,7 +59,7 @@ def notes(frame: pd.DataFrame) -> str:
 
 
 def _methods_of_comparison(frame: pd.DataFrame) -> list[str]:
-  """Sentences that say how differences, intervals and tests were computed."""
+  """Returns sentences that say how differences, intervals and tests were computed."""
   labels = ', '.join(f'{k} {display(v)}' for k, v in frame.attrs['baseline'].items())
   parts = [
     f'Δ: mean difference from {labels}, paired seed by seed, with its '
@@ -82,7 +81,7 @@ def _methods_of_comparison(frame: pd.DataFrame) -> list[str]:
 
 
 def markdown(frame: pd.DataFrame, caption: str, command: str) -> str:
-  """The caption, the table and its notes, with the command that reproduces them."""
+  """Returns a Markdown table with its caption, its notes, and the command that reproduces it."""
   printed = text(frame).map(_pipes).rename(columns=_pipes)
   align = ['left'] * len(frame.attrs['rows'])
   align += ['right'] * (printed.shape[1] - len(align))
@@ -94,7 +93,7 @@ def markdown(frame: pd.DataFrame, caption: str, command: str) -> str:
 
 
 def csv(frame: pd.DataFrame) -> str:
-  """Means, standard deviations and counts in columns of their own, each in the metric's unit."""
+  """Returns CSV text: means, standard deviations and counts in separate columns, in the metric's unit."""
   return frame.to_csv(index=False, lineterminator='\n')
 
 

@@ -22,10 +22,10 @@ COLUMNS = 2
 
 
 def router_health(metrics: str | pathlib.Path) -> Figure:
-  """A panel for each routed layer with a row for each expert, and one with a row for each router.
+  """Draws a panel for each routed layer, with a row for each expert, and a last panel of all routers.
 
-  Colour is the expert's share of the (token, expert) pairs, in the first panels, and the router's
-  entropy in nats/token in the last.
+  In the panels of layers, colour is an expert's share of the (token, expert) pairs. The last panel has a
+  row for each router, and colour is the router's entropy in nats/token.
 
   Args:
     metrics: a run's `metrics.jsonl`.
@@ -64,7 +64,7 @@ def router_health(metrics: str | pathlib.Path) -> Figure:
 
 
 def read(metrics: str | pathlib.Path) -> dict[str, Curve]:
-  """Steps and values of every number that a run logged, by name."""
+  """Reads the steps and the values of every number that a run logged, by name."""
   path = pathlib.Path(metrics)
   if not path.is_file():
     raise UserError(f'no file {path}; valid: the metrics.jsonl of a run')
@@ -81,10 +81,10 @@ def read(metrics: str | pathlib.Path) -> dict[str, Curve]:
 def _draw(
   axes: Axes, title: str, curves: Mapping[str, Curve], low: float | None, high: float
 ) -> matplotlib.cm.ScalarMappable:
-  """A row of colours for each curve, from top to bottom, a cell for each logged step."""
+  """Draws a row of coloured cells for each curve, from top to bottom; each logged step is a cell."""
   steps = next(iter(curves.values()))[0]
   values = np.array([values for _, values in curves.values()])
-  # Light is little, dark is much, in grey too.
+  # Small values are light and large values dark, even in grey.
   mesh = axes.pcolormesh(_edges(steps), range(len(curves) + 1), values, cmap='cividis_r')
   mesh.set_clim(low, high)
   axes.set_yticks(np.arange(len(curves)) + 0.5, list(curves))
@@ -95,5 +95,5 @@ def _draw(
 
 
 def _edges(steps: Sequence[int]) -> list[float]:
-  """Where the cells of the logged steps begin and end; each step closes its cell."""
+  """Returns the edges of the cells of the logged steps; each cell ends at its step."""
   return [steps[0] - (steps[1] - steps[0] if len(steps) > 1 else 1), *steps]

@@ -36,10 +36,11 @@ class _Column(NamedTuple):
 
 
 def latex(frame: pd.DataFrame, caption: str, command: str, label: str) -> str:
-  r"""One or more `table` floats; the first is `\label{tab:<label>}`, the second `tab:<label>-2`.
+  r"""Returns one or more `table` floats, labelled `tab:<label>`, `tab:<label>-2`, ...
 
-  Rows of the same first label form a group below it. Of paired metrics, the lowest mean is bold where it
-  is significantly lower than that of every row that differs in the first label alone.
+  Rows with the same first label form a group under that label. For a paired metric, a row is compared
+  with all rows that differ from it only in the first label. Its mean is bold if it is significantly lower
+  than the means of all of them.
   """
   printed = formats.text(frame)
   names = frame.attrs['rows']
@@ -76,7 +77,7 @@ def latex(frame: pd.DataFrame, caption: str, command: str, label: str) -> str:
 
 
 def _notes(frame: pd.DataFrame) -> str:
-  """The notes of the printed table, and what bold means where anything is bold."""
+  """Returns the notes of the printed table; if a mean is bold, they explain bold type."""
   notes = formats.notes(frame)
   if not any(map(any, frame.attrs['best'].values())):
     return notes
@@ -88,7 +89,7 @@ def _notes(frame: pd.DataFrame) -> str:
 
 
 def _labels(printed: pd.DataFrame, names: Sequence[str], grouped: bool) -> list[_Column]:
-  """The columns of the rows' labels, broken into lines where they would take too much of the width."""
+  """Returns the columns of the labels; words wrap if the columns would take too much of the width."""
   shown = names[1:] if grouped else names
   most = COLUMN * LABELS / len(shown)
   columns = []
@@ -103,7 +104,7 @@ def _labels(printed: pd.DataFrame, names: Sequence[str], grouped: bool) -> list[
 
 
 def _value(name: str, values: Sequence[str], bold: Sequence[bool], room: float) -> _Column:
-  """A column of numbers; its heading is broken into lines that are as wide as the numbers."""
+  """Returns a column of numbers; its heading wraps to about the width of the numbers."""
   inner = room - 2 * SEPARATION
   cells = [_lines(value, inner) for value in values]
   widths = [max(map(_width, lines)) * (BOLD if strong else 1) for lines, strong in zip(cells, bold)]
@@ -114,7 +115,7 @@ def _value(name: str, values: Sequence[str], bold: Sequence[bool], room: float) 
 
 
 def _parts(columns: Sequence[_Column], room: float) -> Iterator[list[_Column]]:
-  """The columns in order, as many at a time as fit beside each other."""
+  """Yields groups of consecutive columns; each group has as many columns as fit beside each other."""
   part: list[_Column] = []
   for column in columns:
     if part and sum(c.width + 2 * SEPARATION for c in [*part, column]) > room:
@@ -125,7 +126,7 @@ def _parts(columns: Sequence[_Column], room: float) -> Iterator[list[_Column]]:
 
 
 def _tabular(labels: Sequence[_Column], values: Sequence[_Column], groups: Sequence[str]) -> str:
-  """The rows between booktabs' rules; `groups`: the heading of each row's group, if there are any."""
+  """Returns a `tabular`; `groups` has the heading of each row's group, or is empty."""
   columns = [*labels, *values]
   start = rf'@{{\hspace{{{INDENT}pt}}}}' if groups else '@{}'
   lines = [
@@ -143,7 +144,7 @@ def _tabular(labels: Sequence[_Column], values: Sequence[_Column], groups: Seque
 
 
 def _stacked(lines: Sequence[str], position: str, side: str) -> str:
-  """Text as LaTeX, below each other where it has several lines."""
+  """Returns lines of text as LaTeX; several lines are stacked in a `tabular`."""
   if len(lines) == 1:
     return tex.escaped(lines[0])
   body = r' \\ '.join(map(tex.escaped, lines))
@@ -151,7 +152,7 @@ def _stacked(lines: Sequence[str], position: str, side: str) -> str:
 
 
 def _lines(text: str, most: float) -> list[str]:
-  """The words of a text in lines of at most that many points; a longer word is a line of its own."""
+  """Wraps text into lines of at most `most` points; a longer word is a line of its own."""
   lines = ['']
   for word in text.split():
     longer = f'{lines[-1]} {word}'.strip()
@@ -163,5 +164,5 @@ def _lines(text: str, most: float) -> list[str]:
 
 
 def _width(text: str) -> float:
-  """Points that a line of text takes in LaTeX's `footnotesize`."""
+  """Returns the width of a line of text in LaTeX's `footnotesize`, in points."""
   return 8.5 * sum(_EM.get(letter, 0.55) for letter in text)

@@ -1,7 +1,7 @@
-"""Display names: what tables and figures call methods, estimators and other values of labels.
+"""Display names of methods, estimators and other values of labels in tables and figures.
 
-A method's file may declare `DISPLAY_NAME = 'RigL'`. The display name of a method without one is its own
-name with spaces for underscores.
+A method's file may declare a display name: `DISPLAY_NAME = 'RigL'`. By default, the display name is the
+method's name with spaces instead of underscores.
 """
 
 import functools
@@ -12,7 +12,7 @@ from sparse_lm.core.records import Json
 
 ABSENT = '—'
 METHODS = pathlib.Path(__file__).resolve().parents[1] / 'methods'
-# Terms that are no methods: estimators of gates, and magnitude pruning applied straight-through.
+# Display names of terms that are not methods: estimators, and magnitude pruning with straight-through.
 TERMS = {
   'gumbel_sigmoid': 'Gumbel-sigmoid',
   'hard_concrete': 'hard concrete',
@@ -25,7 +25,7 @@ _BETWEEN = re.compile(r'(, | \+ |: )')
 
 
 def label_text(value: Json) -> str:
-  """A label's value as text; the command line takes it in this form."""
+  """Returns a label's value as text, in the form that the command line accepts."""
   if value is None:
     return ABSENT
   if isinstance(value, list | tuple):
@@ -34,7 +34,7 @@ def label_text(value: Json) -> str:
 
 
 def display(value: Json) -> str:
-  """A label's value as tables and figures show it.
+  """Returns a label's value as tables and figures show it.
 
   `'hybrid: rigl + token_gate'` becomes `'hybrid: RigL + token gate'`: each part between commas, colons
   and plus signs that names a method or a term is replaced by the display name.

@@ -1,7 +1,7 @@
 """Figures over seeds: a metric against a label or another metric, one curve for each series.
 
-Figures are one column of a paper wide. They are made without pyplot, so nothing is shared between them
-and no display is needed; in a notebook `%matplotlib inline` shows one that a cell returns.
+Figures have the width of one column of a paper. They are made without pyplot, so they share no state and
+need no display. A notebook with `%matplotlib inline` shows a figure that a cell returns.
 """
 
 import itertools
@@ -49,23 +49,23 @@ def curves(
   reference: Sequence[Json] = (),
   front: bool = False,
 ) -> Figure:
-  """`y` over `x`: mean over seeds, with the sample standard deviation as error bars.
+  """Draws `y` over `x`: means over seeds, with the sample standard deviation as error bars.
 
-  Up to six series share one panel. More series get a panel each, in which the points of all other series
-  are grey. On an axis whose unit begins with × a line marks the ratio of 1.
+  Up to six series share one panel. More series get a panel each, which shows the points of all other
+  series in grey. On an axis whose unit begins with ×, a line marks the ratio 1.
 
   Args:
-    lines: of a study; series are drawn in order of first appearance.
+    lines: the lines of a study; series are drawn in order of first appearance.
     x: a label with numbers, or a metric. A `Column` gives the axis its title, unit and scale.
     y: a metric.
     series: the label with one curve for each value.
-    baseline: labels of the row(s) drawn as horizontal lines with a ± std band instead.
-    reference: values of `series` whose curves stand in every panel.
-    front: draws the Pareto front of all means (less is better on both axes), and no curves.
+    baseline: labels of the rows that are drawn as horizontal lines with a ± std band, not as curves.
+    reference: values of `series` whose curves are drawn in every panel.
+    front: whether to draw the Pareto front of all means (less is better on both axes) instead of curves.
 
   Raises:
-    UserError: an unknown label or metric, an `x` that is no number, no run with the baseline's
-      labels, or a point that mixes runs that differ in more than their seed.
+    UserError: a label or metric is unknown, a value of `x` is not a number, no run has the labels of the
+      baseline, or the runs of a point differ in more than their seed.
   """
   x, y = (column(axis) if isinstance(axis, str) else axis for axis in (x, y))
   dense, rest = split(lines, y, baseline)
@@ -87,11 +87,11 @@ def curves(
 
 
 def save(figure: Figure, folder: str | pathlib.Path, name: str) -> list[pathlib.Path]:
-  """Writes `<name>.png` (240 dpi) and `<name>.pdf` in `folder`, made where it is missing."""
+  """Writes `<name>.png` (240 dpi) and `<name>.pdf` to `folder`, which is created if it is missing."""
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   written = []
-  # Without a date the same numbers give the same file.
+  # The date is left out, so that the same numbers give the same file.
   for kind, metadata in (('png', {}), ('pdf', {'CreationDate': None})):
     temporary = folder / f'{name}.{os.getpid()}.tmp'
     with matplotlib.rc_context(style.RC):
@@ -104,7 +104,7 @@ def save(figure: Figure, folder: str | pathlib.Path, name: str) -> list[pathlib.
 def split(
   lines: Sequence[results.Line], y: Column, baseline: Mapping[str, Json] | None
 ) -> tuple[list[results.Line], list[results.Line]]:
-  """The lines of the baseline, and all others."""
+  """Splits lines into those of the baseline and all others."""
   results.check_metric(lines, y.metric)
   dense = [line for line in lines if baseline and results.matches(line, baseline)]
   if baseline and not dense:
@@ -113,19 +113,19 @@ def split(
 
 
 def _series(lines: Sequence[results.Line], x: Column, y: Column, series: str) -> Curves:
-  """The points of each series, from left to right, by its display name."""
+  """Returns the points of each series, from left to right, by the display name of the series."""
   labels = results.label_names(lines)
   by_label = x.metric in labels
   if not by_label and x.metric not in results.metric_names(lines):
     raise unknown('label or metric', x.metric, [*labels, *results.metric_names(lines)])
-  # On a metric's axis every setting is a point of its own.
+  # If `x` is a metric, each combination of labels is one point.
   names = [series, x.metric] if by_label else [series, *(n for n in labels if n != series)]
   found: Curves = {}
   for key, members in results.group(lines, names).items():
     name = display(key[0])
     position = _label_position(key[1], x, name) if by_label else mean_std(members, x)
     point = _Point(*position, *mean_std(members, y))
-    if math.isfinite(point.x) and math.isfinite(point.y):  # not of runs that diverged
+    if math.isfinite(point.x) and math.isfinite(point.y):  # runs that diverged have no point
       found.setdefault(name, []).append(point)
   return {name: sorted(points) for name, points in found.items()}
 
@@ -145,7 +145,7 @@ def mean_std(members: Sequence[results.Line], axis: Column) -> tuple[float, floa
 
 
 def _one_panel(found: Curves, joined: bool, aside: bool) -> tuple[Figure, Handles]:
-  """All series in one panel; `aside` moves them apart where they share positions on the x axis."""
+  """Draws all series in one panel; `aside` shifts them, so that points at the same `x` do not overlap."""
   figure = style.figure(2.3)
   axes = figure.add_subplot()
   handles: Handles = {}
@@ -167,7 +167,7 @@ def _one_panel(found: Curves, joined: bool, aside: bool) -> tuple[Figure, Handle
 def _panels(
   found: Curves, joined: bool, reference: Sequence[str], series: str
 ) -> tuple[Figure, Handles]:
-  """A panel for each series that is no reference, with the points of all others in grey."""
+  """Draws a panel for each series that is no reference, with the points of all others in grey."""
   own = {name: points for name, points in found.items() if name not in reference}
   columns, rows = 3, math.ceil(len(own) / 3)
   figure = style.figure(0.3 + 0.88 * rows)
@@ -207,7 +207,7 @@ def _draw_points(axes: Axes, points: Sequence[_Point], **look: object) -> Errorb
 
 
 def _draw_front(axes: Axes, found: Curves) -> Handles:
-  """Draws the points that no other beats on both axes as a step."""
+  """Draws the Pareto front, the points that no other point beats on both axes, as a step curve."""
   front: list[_Point] = []
   for point in sorted((p for points in found.values() for p in points), key=lambda p: (p.x, p.y)):
     if not front or point.y < front[-1].y:
@@ -220,7 +220,7 @@ def _draw_front(axes: Axes, found: Curves) -> Handles:
 
 
 def _draw_baselines(axes: Axes, lines: Sequence[results.Line], y: Column, series: str) -> Handles:
-  """A line for each dense twin, named like a series and by what else tells the twins apart."""
+  """Draws a line for each baseline. Its name is the series and the labels in which baselines differ."""
   if not lines:
     return {}
   labels = results.label_names(lines)
@@ -248,7 +248,7 @@ def _draw_ratio_of_1(axes: Axes, x: Column, y: Column) -> Handles:
 
 
 def spread(lines: Sequence[results.Line], y: Column) -> Handles:
-  """The entry that says what error bars and bands are; none for one seed."""
+  """Returns the legend entry that explains error bars and bands; empty for one seed."""
   rows = results.group(lines, results.label_names(lines)).values()
   seeds = sorted({len(results.by_seed(members, y.metric)) for members in rows} - {0})
   if not seeds or seeds[-1] == 1:
@@ -258,7 +258,7 @@ def spread(lines: Sequence[results.Line], y: Column) -> Handles:
 
 
 def _label(figure: Figure, x: Column, y: Column) -> None:
-  """Axis labels: of the one panel, or common to all."""
+  """Labels the axes: those of a single panel, or once for all panels."""
   if len(figure.axes) == 1:
     figure.axes[0].set(xlabel=x.heading, ylabel=y.heading)
   else:

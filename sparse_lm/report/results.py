@@ -24,7 +24,7 @@ Key = tuple[Hashable, ...]
 
 
 class _Schema(TypedDict):
-  """The fields of a line. A line that a study wrote also has the last three."""
+  """The fields of a line. Only lines that a study wrote must have `study`, `config` and `env`."""
 
   run: str
   labels: dict[str, object]
@@ -41,7 +41,7 @@ def read(paths: Iterable[str | pathlib.Path]) -> list[Line]:
   An incomplete line, from a process that was killed while it wrote, is skipped with a note on stderr.
 
   Raises:
-    UserError: a file is missing or empty, or a line is not that of a run or was changed.
+    UserError: a file is missing or empty, or a line is not the line of a run, or was changed later.
   """
   found: dict[tuple[str | None, str], Line] = {}
   for path in map(pathlib.Path, paths):
@@ -59,7 +59,7 @@ def read_file(path: pathlib.Path) -> list[Line]:
   lines = []
   for number, _, line, fault in records.read_lines(path, object):
     if fault:
-      # It may stand in the middle of the file: the next process appends a new line after it.
+      # An incomplete line may be in the middle of the file, because the next process appends after it.
       print(f'{path}:{number}: incomplete line, skipped ({fault})', file=sys.stderr)
       continue
     try:
@@ -95,7 +95,7 @@ def append(path: pathlib.Path, line: Line) -> None:
 
 
 def diverged(message: str) -> JsonObject:
-  """Returns the outcome of a run that diverged, as its line has it."""
+  """Returns the fields that the line of a diverged run has instead of metrics."""
   return {'failed': 'diverged', 'message': message, 'metrics': {}}
 
 

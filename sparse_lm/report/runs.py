@@ -78,7 +78,7 @@ def _fields(lines: Iterable[results.Line]) -> list[str]:
 
 
 def _differing(lines: Sequence[results.Line]) -> list[str]:
-  """Returns the config fields whose values differ; a field that a config lacks does not count."""
+  """Returns the config fields whose values differ among the configs that have them."""
   found = [configs.flat(line.get('config') or {}) for line in lines]
   differing = []
   for name in _fields(lines):

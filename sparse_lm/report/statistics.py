@@ -1,7 +1,7 @@
 """Statistics over seeds: spread, paired differences, correction for many rows, equivalence.
 
-Runs that share a seed share their initial weights and their batches. Their difference therefore varies
-less than either run, and every comparison here is of differences seed by seed.
+Runs with the same seed share their initial weights and their batches, so their difference varies less
+than either run. All comparisons here therefore use differences between runs of the same seed.
 """
 
 import bisect
@@ -14,12 +14,12 @@ from scipy.special import chdtri, ndtr, stdtr, stdtrit
 
 CONFIDENCE = 0.95  # of intervals
 ALPHA = 0.05  # rate of false positives of every test
-POWER = 0.8  # of the equivalence test with the number of seeds that it would need
-MOST_SEEDS = 1000  # the largest number of seeds that is searched
+POWER = 0.8  # of the equivalence test, for the number of seeds that it needs
+MOST_SEEDS = 1000  # the largest number of seeds that the search tries
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
-  """Mean and sample standard deviation (n - 1); nan where there are too few values for it."""
+  """Returns the mean and the sample standard deviation (n - 1); nan if there are too few values."""
   n = len(values)
   if n == 0:
     return math.nan, math.nan
@@ -71,15 +71,17 @@ class Difference:
   def equivalence_p(self, margin: float) -> float:
     """p-value of two one-sided paired t tests (TOST) that the mean lies within `±margin`.
 
-    The larger of the p-values of `mean > -margin` and `mean < margin`; nan for fewer than two seeds.
+    It is the larger p-value of the tests `mean > -margin` and `mean < margin`; nan for fewer than two
+    seeds.
     """
     return _upper_tail(margin - abs(self.mean), self)
 
   def seeds_for_equivalence(self, margin: float) -> float:
-    """The number of seeds with which the equivalence test succeeds with a probability of `POWER`.
+    """Returns how many seeds the equivalence test needs to succeed with a probability of `POWER`.
 
-    The observed mean and standard deviation are taken for the true ones. inf where no number of seeds
-    up to `MOST_SEEDS` suffices, as where the mean lies outside the margin; nan for fewer than two seeds.
+    It assumes that the observed mean and standard deviation are the true ones. The result is inf if no
+    number up to `MOST_SEEDS` suffices, for example because the mean lies outside the margin. It is nan if
+    there are fewer than two seeds.
     """
     if math.isnan(self.mean) or math.isnan(self.std):
       return math.nan
@@ -93,7 +95,7 @@ class Difference:
 
 
 def _upper_tail(mean: float, difference: Difference) -> float:
-  """Probability that a t statistic of `difference`'s error exceeds that of `mean`."""
+  """Returns the p-value of the t test that `mean` is above 0, given the error of `difference`."""
   if difference.n < 2 or math.isnan(mean):
     return math.nan
   if difference.error == 0:
@@ -102,18 +104,18 @@ def _upper_tail(mean: float, difference: Difference) -> float:
 
 
 def equivalence_power(mean: float, std: float, n: int, margin: float) -> float:
-  """The probability that the equivalence test at level `ALPHA` succeeds with `n` seeds.
+  """Returns the probability that the equivalence test at level `ALPHA` succeeds with `n` seeds.
 
   Args:
-    mean: true mean of the paired differences, which are normally distributed.
+    mean: true mean of the paired differences, which are assumed to be normally distributed.
     std: their true standard deviation.
     n: number of seeds, at least 2.
-    margin: of the test.
+    margin: margin of the test.
   """
   if std == 0:
     return float(abs(mean) < margin)
-  # Given the sample's standard deviation, the test succeeds where the sample's mean lies within
-  # margin - t * error. The average over the distribution of the former is taken at its quantiles.
+  # Given the sample's standard deviation, the test succeeds if the sample's mean lies within
+  # ±(margin - t * error). This probability is averaged over quantiles of the standard deviation.
   quantiles = (np.arange(2000) + 0.5) / 2000
   sample = np.sqrt(chdtri(n - 1, quantiles) / (n - 1))
   half = margin * math.sqrt(n) / std - stdtrit(n - 1, 1 - ALPHA) * sample
@@ -122,10 +124,10 @@ def equivalence_power(mean: float, std: float, n: int, margin: float) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-  """p-values after Holm's correction for their number.
+  """Returns p-values after Holm's correction for their number.
 
-  Those that stay below a level keep the probability of any false positive among them below it. nan
-  stays nan and is not counted.
+  If the results with a corrected p-value below a level are called significant, the probability of any
+  false positive is below that level. nan stays nan and is not counted.
   """
   order = sorted(
     (i for i, p in enumerate(p_values) if not math.isnan(p)), key=lambda i: p_values[i]

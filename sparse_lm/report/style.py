@@ -23,11 +23,11 @@ Line = str | tuple[int, tuple[float, ...]]
 
 
 class Series(NamedTuple):
-  """What tells one series of a panel from the others, also in grey.
+  """The look of one series of a panel, distinct from the others even when it is printed in grey.
 
   Attributes:
     line: Matplotlib's line style.
-    face: of the marker; white where the marker is an outline.
+    face: fill colour of the marker; white if the marker is an outline.
   """
 
   colour: str
@@ -79,12 +79,12 @@ MARKERS = {'markersize': 4.2, 'markeredgewidth': 0.9, 'linewidth': 1.2}
 
 
 def figure(height: float, width: float = WIDTH) -> Figure:
-  """An empty figure of one column's width; the caller draws within `rc_context(RC)`."""
+  """Returns an empty figure, by default of one column's width; callers draw within `rc_context(RC)`."""
   return Figure(figsize=(width, height), layout='constrained')
 
 
 def marked(series: Series, joined: bool = True) -> dict[str, object]:
-  """Arguments of `Axes.errorbar` for a series."""
+  """Returns the arguments of `Axes.errorbar` for a series."""
   return {
     'color': series.colour,
     'marker': series.marker,
@@ -97,37 +97,37 @@ def marked(series: Series, joined: bool = True) -> dict[str, object]:
 
 
 def handle(label: str, series: Series, joined: bool = True) -> Line2D:
-  """A legend's entry for a series, without its error bars."""
+  """Returns the legend entry of a series, without its error bars."""
   style = {name: value for name, value in marked(series, joined).items() if name not in ERROR_BARS}
   return Line2D([], [], label=label, **style)
 
 
 def patch(label: str, series: Series) -> Patch:
-  """A legend's entry for bars."""
+  """Returns the legend entry of a series of bars."""
   face = 'white' if series.hatch else series.colour
   return Patch(facecolor=face, edgecolor=series.colour, hatch=series.hatch, label=label)
 
 
 def error_bar(label: str) -> Line2D:
-  """A legend's entry that says what error bars are."""
+  """Returns the legend entry that explains error bars."""
   return Line2D(
     [], [], label=label, color=REFERENCE, linewidth=0.8, marker='|', markersize=4, gid=_ERROR_BAR
   )
 
 
 def reference(line: Line) -> dict[str, object]:
-  """Arguments of a line that series are compared with."""
+  """Returns the plot arguments of a reference line, which series are compared with."""
   return {'color': REFERENCE, 'linestyle': line, 'linewidth': 1.0, 'zorder': 1}
 
 
 def ratio_of_1(axes: Axes, vertical: bool) -> Line2D:
-  """Draws the line where a ratio is 1, and returns it for the legend."""
+  """Draws a line at the ratio 1, and returns it for the legend."""
   draw = axes.axvline if vertical else axes.axhline
   return draw(1.0, color='black', linestyle='-', linewidth=0.7, zorder=1, label='ratio of 1')
 
 
 def legend(figure: Figure, handles: Sequence[Artist], title: str = '', above: bool = False) -> None:
-  """One legend below or above all panels; the figure grows by the legend's height."""
+  """Adds a legend below or above all panels; the figure grows by the legend's height."""
   columns = next(n for n in range(len(handles), 0, -1) if n == 1 or _fits(figure, handles, n))
   rows = math.ceil(len(handles) / columns) + bool(title)
   figure.set_figheight(figure.get_figheight() + 0.08 + 0.15 * rows)
@@ -142,9 +142,9 @@ def legend(figure: Figure, handles: Sequence[Artist], title: str = '', above: bo
 
 
 def _fits(figure: Figure, handles: Sequence[Artist], columns: int) -> bool:
-  """True if the legend's entries fit the figure's width in that many columns, filled one by one."""
+  """Returns whether a legend of that many columns, filled one by one, fits the figure's width."""
   texts = [TextPath((0, 0), str(handle.get_label()), size=7) for handle in handles]
   widths = [text.get_extents().width / 72 for text in texts]
-  # The sample beside a text and the space behind it take 0.46 inches.
+  # The line sample to the left of a text, and the space after the text, take 0.46 inches.
   widest = [max(part) + 0.46 for part in np.array_split(widths, columns)]
   return sum(widest) <= figure.get_figwidth()

@@ -1,9 +1,9 @@
 """Tables over seeds: mean ± standard deviation of metrics, and paired differences from a baseline.
 
-A difference comes with its 95 % confidence interval, with a mark where it is significant after
-correction for the number of rows, and, given a margin, with an equivalence test (see `statistics`).
+Each difference has a 95 % confidence interval, and a star if it is significant after correction for the
+number of rows. If a margin is given, there is also an equivalence test (see `statistics`).
 
-Times are shown as measured, without a difference or a ratio to the baseline: a run with masks says
+Times are shown as measured, without a difference from the baseline: the time of a run with masks says
 nothing about the speed of the packed model.
 """
 
@@ -28,15 +28,16 @@ class Column:
 
   Attributes:
     metric: name of the metric in the lines.
-    title: heading; '' = the name of the metric.
+    title: heading; '' means the name of the metric.
     format: format of a number, such as '.3f' or ',.0f'.
     unit: unit of the printed number, for the heading.
     scale: factor from the metric's own unit to the printed one. CSV files and frames keep the metric's
       own unit.
-    paired: adds a column with the difference from the baseline, paired by seed. ValueError for times: a
-      difference of times would be a claim about speed.
-    margin: margin of the equivalence test, in the metric's own unit. Adds a column that says whether the
-      difference from the baseline is smaller, and otherwise how many seeds the test needs. 0 = no test.
+    paired: whether to add a column with the difference from the baseline, paired by seed. Raises a
+      ValueError for times, because a difference of times would be a claim about speed.
+    margin: margin of the equivalence test, in the metric's own unit; 0 means no test. The test adds a
+      column that says whether the difference from the baseline is smaller than the margin, and otherwise
+      how many seeds the test needs.
     note: a sentence below the table, such as the convention by which FLOPs are counted.
   """
 
@@ -66,16 +67,16 @@ class Column:
     return (self.title or self.metric) + (f' ({self.unit})' if self.unit else '')
 
   def number(self, value: float, sign: str = '') -> str:
-    """A value of the metric as printed, in the column's unit; `sign`: '+' shows a plus sign."""
+    """Formats a value of the metric in the column's unit; `sign` may be '+', to show plus signs."""
     return f'{value * self.scale:{sign}{self.format}}'
 
   def text(self, mean: float, std: float) -> str:
-    """`mean ± std` as printed; the spread only where there is one."""
+    """Formats `mean ± std`, or the mean alone if there is no spread."""
     shown = self.number(mean)
     return shown if math.isnan(std) or std == 0 else f'{shown} ± {self.number(std)}'
 
   def difference(self, mean: float, low: float, high: float, p: float) -> str:
-    """`mean [low, high]` as printed, and a star where the corrected p-value is significant."""
+    """Formats `mean [low, high]`, with a star if the corrected p-value is significant."""
     shown = self.number(mean, '+')
     if math.isnan(low) or low == high:
       return shown
@@ -83,7 +84,7 @@ class Column:
     return f'{shown} [{self.number(low, "+")}, {self.number(high, "+")}]{star}'
 
   def equivalence(self, mean: float, p: float, seeds: float) -> str:
-    """The outcome of the equivalence test as printed, with the seeds that it would need."""
+    """Formats the outcome of the equivalence test; a failed one with the number of seeds it needs."""
     if math.isnan(p):
       return 'not shown: 1 seed'
     if p < statistics.ALPHA:
@@ -104,18 +105,18 @@ def speedup(metric: str, what: str, short: str = '') -> list[Column]:
 
 
 _PAIRS = (
-  'Attention is charged over all pairs of the context, a window with the share that it reads of the '
-  'causal pairs; columns of causal pairs charge the pairs that are read and no other.'
+  'Attention is charged over all pairs of the context. Attention that reads only some of the causal '
+  'pairs is charged the same fraction of all. Columns of causal pairs charge only pairs that are read.'
 )
 _TRAINING = (
-  "Training FLOPs are those of the run's own steps, second forward passes and a teacher's included; what "
-  'gates close is computed in training and charged.'
+  "Training FLOPs are those of the run's own steps, including second forward passes and a teacher's "
+  'forward passes. Training also computes units behind closed gates, and they are charged.'
 )
 _ANCESTORS = (
   'Training FLOPs with ancestors add those of the runs whose weights a run started from; the dense twin '
-  "trains for the run's own steps alone."
+  "is charged only for the run's own steps."
 )
-# What `sparse_lm.train` measures, ready to print.
+# The metrics of `sparse_lm.train`, with their titles, formats and units.
 COLUMNS = (
   Column('val_loss', 'validation loss', '.4f', 'nats/token', paired=True),
   Column('val_bits_per_byte', 'validation', '.4f', 'bits/byte', paired=True),
@@ -169,16 +170,19 @@ def summarise(
     lines: the runs of a study, in the order of the rows.
     rows: labels that make up a row. Runs that agree in them may differ only in their seed.
     columns: columns in order.
-    baseline: labels of the rows that paired columns are compared with. If several rows have them, a
-      row is compared with the baseline that agrees in the other labels, such as the same corpus.
+    baseline: labels of the baseline, the row that the others are compared with in paired columns. If
+      several rows have these labels, each row is compared with the one that has the same other labels,
+      such as the same corpus.
 
   Returns:
-    Columns `rows`, `seeds` (their number), `diverged` (number of diverged seeds, if there are any), and
-    for each metric, in its own unit, `<metric>_mean`, `_std` (sample; nan for one seed) and `_n`.
-    Where paired also, over the seeds that row and baseline share, `<metric>_delta_mean`, `_delta_std`,
-    `_delta_n`, `_delta_low` and `_delta_high` (95 % interval), `_delta_p` (paired t test) and
-    `_delta_p_holm` (corrected for the number of rows); with a margin `<metric>_equivalence_p` and
-    `_equivalence_seeds`. The frame's `attrs` say how to print it.
+    A frame whose `attrs` say how to print it. Its columns are the labels `rows`, `seeds` (their number),
+    `diverged` (the number of diverged seeds, if there are any), and for each metric, in its own unit:
+
+    - `<metric>_mean`, `_std` (sample standard deviation; nan for one seed) and `_n`.
+    - if paired, over the seeds that the row and the baseline share: `<metric>_delta_mean`, `_delta_std`,
+      `_delta_n`, `_delta_low` and `_delta_high` (95 % interval), `_delta_p` (paired t test) and
+      `_delta_p_holm` (corrected for the number of rows).
+    - with a margin: `<metric>_equivalence_p` and `_equivalence_seeds`.
 
   Raises:
     UserError: a label or metric is unknown, no run matches the baseline, or runs of a row differ.
@@ -219,7 +223,7 @@ def summarise(
 
 
 def _base_of(key: results.Key, bases: Mapping[results.Key, list]) -> list[results.Line]:
-  """Returns the baseline's lines for a row; none for a baseline and for a row without one."""
+  """Returns the lines of a row's baseline; empty if the row is a baseline or has none."""
   if key in bases:
     return []
   varying = [i for i, values in enumerate(zip(*bases)) if len(set(values)) > 1]

@@ -1,4 +1,4 @@
-"""Text in LaTeX: every character prints as it stands, and the source is ASCII."""
+"""Escaping of text for LaTeX: every character is printed literally, and the source is ASCII."""
 
 import functools
 import re
@@ -42,10 +42,10 @@ _ACCENTS = dict(
 
 
 def escaped(value: str) -> str:
-  """Text that LaTeX prints as it stands, in ASCII.
+  """Returns ASCII source that LaTeX prints as the text `value`.
 
-  A hyphen before a number becomes a minus sign, at the start and behind a bracket. A character that
-  TeX's own fonts lack is named by its number, such as U+65E5.
+  A hyphen before a number becomes a minus sign at the start of the text and after a bracket. A character
+  that TeX's own fonts lack is printed as its number, such as U+65E5.
   """
   shown = ''.join(map(_character, ' '.join(value.split())))
   shown = re.sub(r"([-'])(?=\1)", r'\1{}', shown)  # two would become a dash, or a closing quote
@@ -53,7 +53,7 @@ def escaped(value: str) -> str:
 
 
 def command(value: str) -> str:
-  """A shell command in typewriter letters; lines may end behind its punctuation."""
+  """Returns a shell command in typewriter type; lines may break after its punctuation."""
   shown = escaped(value).replace("'", r'\textquotesingle{}')  # as a shell reads it
   breakable = re.sub(r'(?<!-)([/=,.]|\\_)', r'\1\\allowbreak{}', shown)
   return rf'\texttt{{{breakable}}}'

@@ -19,7 +19,7 @@ def step_in(workdir: pathlib.Path) -> int | None:
 
 
 class Best:
-  """The best checkpoint of a run, without the optimizer: it is for evaluation and export.
+  """The best checkpoint of a run. It is for evaluation and export, so it has no optimizer state.
 
   An interrupted run continues from its newest checkpoint and repeats the later evaluations. The best
   state as of that checkpoint must therefore stay until there is a newer checkpoint. So the folder can
@@ -51,7 +51,7 @@ class Best:
     return True
 
   def settle(self) -> None:
-    """Removes all states but the best, once the run has a checkpoint that is as new."""
+    """Removes all states but the best. The run must have a checkpoint that is at least as new."""
     self._checkpoints.delete(self._checkpoints.steps()[:-1])
 
   def close(self) -> None:

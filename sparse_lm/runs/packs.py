@@ -130,7 +130,7 @@ class Pack:
     return packed(self.runs[0].program)
 
   def compiled(self, first: int = 0) -> dict[Updates, Compiled]:
-    """The compiled steps of a pack that has done `first` steps, by their updates."""
+    """Returns the compiled steps that remain after `first` steps, by the mask updates that they do."""
     compile_together(self.calls(first))
     return {
       updates: self.program.steps(updates).compiled(self._states, self._feed)

@@ -351,7 +351,7 @@ class Program:
   def _average(
     self, ema: Tree, trainable: Tree, sparse: Sparse, toggled: Tree, frozen: Tree
   ) -> Tree:
-    """Returns the moving average after a step; that of `toggled` weights (bool) restarts at 0."""
+    """Returns the moving average after a step. It restarts at 0 where `toggled` (bool) is true."""
     if ema is None:
       return None
     mixed = optax.incremental_update(trainable, ema, 1 - self.optimizer.ema)
@@ -371,7 +371,7 @@ class Program:
 
 @contextlib.contextmanager
 def _no_garbage_collected() -> Iterator[None]:
-  """Pauses Python's garbage collector, which tracing would trigger often by its many objects."""
+  """Pauses Python's garbage collector, because tracing makes many objects and would often trigger it."""
   enabled = gc.isenabled()
   gc.disable()
   try:
@@ -382,7 +382,7 @@ def _no_garbage_collected() -> Iterator[None]:
 
 
 def _resting_or_frozen(resting: Tree, frozen: Tree) -> Tree:
-  """Returns, for each leaf, whether it rests (bool), or which of its weights are frozen."""
+  """Returns, for each leaf, True if the whole leaf rests, else the bools of its frozen weights."""
   return tree.where_sparse(
     lambda rests, weights: rests or weights, resting, frozen, dense=lambda rests: rests
   )

@@ -9,7 +9,7 @@ from sparse_lm.core.format import Array, Format
 
 
 class Bitmask(Format):
-  """The kept weights and a bit mask. Unstructured masks save bytes but no time: such kernels run dense.
+  """The kept weights and a bit mask, for storage. The model runs the dense kernel, so no time is saved.
 
   Attributes:
     values: the kept weights, in the kernel's order.
@@ -30,7 +30,7 @@ class Bitmask(Format):
 
   @classmethod
   def pack(cls, kernel: np.ndarray, mask: np.ndarray) -> 'Bitmask':
-    """Packs the weights that the mask keeps, zeros among them included."""
+    """Packs the weights that the mask keeps, including kept weights that are zero."""
     return cls(kernel[mask], np.packbits(mask), tuple(mask.shape))
 
   @property

@@ -11,7 +11,7 @@ ROWS = 16
 
 
 class Gather(InputMajor):
-  """The dense kernel `[in, out]`, of which one token reads only the rows of its nonzero inputs.
+  """The dense kernel `[in, out]`. The product for a single token reads only the rows of nonzero inputs.
 
   It suits down-projections after a method that selects hidden units (exact top-k, predictors).
   """

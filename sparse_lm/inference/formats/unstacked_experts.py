@@ -11,8 +11,8 @@ from sparse_lm.core.format import Array, Format
 class UnstackedExperts(Format):
   """The transposed kernels `[out, in]` of experts, as separate arrays.
 
-  A separate array is read in place. From stacked kernels, XLA:CPU would first copy the expert's matrix,
-  even for a static index in a branch.
+  XLA:CPU reads a separate array in place. It would first copy an expert's matrix out of stacked kernels,
+  even if the expert's index were a constant.
   """
 
   outputs: tuple[Array, ...]
