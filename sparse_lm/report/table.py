@@ -170,19 +170,16 @@ def summarise(
     lines: the runs of a study, in the order of the rows.
     rows: labels that make up a row. Runs that agree in them may differ only in their seed.
     columns: columns in order.
-    baseline: labels of the baseline, the row that the others are compared with in paired columns. If
-      several rows have these labels, each row is compared with the one that has the same other labels,
-      such as the same corpus.
+    baseline: labels of the row that paired columns compare the others with. If several rows have them,
+      each row is compared with the one whose other labels are the same, such as the corpus.
 
   Returns:
     A frame whose `attrs` say how to print it. Its columns are the labels `rows`, `seeds` (their number),
-    `diverged` (the number of diverged seeds, if there are any), and for each metric, in its own unit:
-
-    - `<metric>_mean`, `_std` (sample standard deviation; nan for one seed) and `_n`.
-    - if paired, over the seeds that the row and the baseline share: `<metric>_delta_mean`, `_delta_std`,
-      `_delta_n`, `_delta_low` and `_delta_high` (95 % interval), `_delta_p` (paired t test) and
-      `_delta_p_holm` (corrected for the number of rows).
-    - with a margin: `<metric>_equivalence_p` and `_equivalence_seeds`.
+    `diverged` (the number of diverged seeds, if there are any), and for each metric, in its own unit,
+    `<metric>_mean`, `_std` (sample; nan for one seed) and `_n`. A paired metric also has, over the seeds
+    that the row and the baseline share, `<metric>_delta_mean`, `_delta_std`, `_delta_n`, `_delta_low` and
+    `_delta_high` (95 % interval), `_delta_p` (paired t test) and `_delta_p_holm` (corrected for the
+    number of rows). With a margin, it has `<metric>_equivalence_p` and `_equivalence_seeds`.
 
   Raises:
     UserError: a label or metric is unknown, no run matches the baseline, or runs of a row differ.
