@@ -15,9 +15,10 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sparse-lm/sparse_lm/blob/main/colab/analyse_a_run.ipynb)
 #
-# This notebook trains a small sparse transformer for a few seconds and then looks into it: training log,
-# costs, masks, logits, sampled text, activations, attention maps, and interventions on activations.
-# Everything goes through `sparse_lm.load`, which takes workdirs and packed folders.
+# This notebook trains a small sparse transformer for a few seconds. It then shows the training log,
+# costs, masks, logits, sampled text, activations, attention maps, and interventions on activations. All
+# of these come from the object that `sparse_lm.load` returns for the folder of a trained or packed
+# model.
 
 # %%
 # Installs the missing packages. Packages that are already installed keep their versions.
@@ -57,8 +58,9 @@ print(f'step {run.step}: {run.evaluate()["val_loss"]:.3f} nats per byte on the v
 # %% [markdown]
 # ## Log, costs and masks
 #
-# `run.metrics` is the training log as a pandas frame, and `run.plot` draws columns of it. `run.costs()`
-# counts parameters, bytes and FLOPs beside those of the dense twin.
+# `run.metrics` is the training log as a pandas DataFrame, and `run.plot` plots columns of it.
+# `run.costs()` returns numbers of parameters, bytes and FLOPs, and their ratios to those of the dense
+# twin: the same model with the dense method in every slot.
 
 # %%
 run.plot('loss', 'val_loss')
@@ -69,7 +71,7 @@ names = ('params', 'nonzero_params', 'sparsity_prunable', 'stored_bytes', 'flops
 pd.Series({name: costs[name] for name in names})
 
 # %% [markdown]
-# `run.masks` has a bool array for each masked parameter.
+# `run.masks` is a dict from the path of each masked parameter to its mask, a bool array.
 
 # %%
 pd.DataFrame(
@@ -82,8 +84,8 @@ pd.DataFrame(
 # %% [markdown]
 # ## Logits and sampled text
 #
-# All methods take a text, a list of texts, token ids, or an array of token ids. The surprise at a token is
-# its negative log-probability.
+# `run.logits` and similar methods take a text, a list of texts, token ids, or an array of token ids. The
+# *surprise* of a token is its negative log-probability given the tokens before it, in nats.
 
 
 # %%
@@ -103,8 +105,9 @@ print(run.generate('def ', max_new_tokens=50, temperature=0.7, seed=1))
 # %% [markdown]
 # ## Activations by site
 #
-# A site is a named point of the model. `run.sites()` lists the names and the shapes for one sequence.
-# Shell patterns select several sites.
+# A *site* is a named point of the model where activations can be read. `run.sites()` lists the sites and
+# the shapes of their activations for one sequence. A shell pattern such as `block_*` selects several
+# sites.
 
 # %%
 pd.Series({name: str(shape) for name, shape in run.sites().items() if 'block_0' in name})
@@ -118,7 +121,7 @@ for name, value in hidden.items():
 # ## Attention maps
 #
 # Attention weights have the shape `[batch, key heads, query heads per key head, queries, keys]`. A fused
-# attention kernel does not write them out, so reading them runs attention as einsums.
+# attention kernel does not store these weights, so attention is computed by einsums when you read them.
 
 # %%
 maps = run.activations(text, sites='block_*/attention/attention/weights')
@@ -138,8 +141,9 @@ figure
 # ## Interventions
 #
 # An intervention is a function of the activation at a site, and its result replaces the activation. Here
-# we set the output of one attention layer or MLP to zero and measure the loss. The text depends most on
-# the layer with the longest bar. The dashed line is the loss without an intervention.
+# we set the output of one attention layer or MLP to zero, and measure the loss on the text. The longer
+# the bar, the more the prediction of the text depends on this layer. The dashed line is the loss without
+# an intervention.
 
 # %%
 layers = [
@@ -159,8 +163,8 @@ axes.set(xlabel='loss (nats per byte)', ylabel='output set to zero')
 figure
 
 # %% [markdown]
-# Any function will do. This one removes a single head: the input of the output projection has the heads
-# next to each other.
+# The function can be any function that keeps the shape. This one removes a single head. It uses that the
+# input of the output projection is the concatenation of all heads.
 
 # %%
 heads = run.config.model.heads

@@ -16,7 +16,8 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sparse-lm/sparse_lm/blob/main/colab/quickstart.ipynb)
 #
 # This notebook trains a small dense transformer and three sparse ones on the source code of Python's
-# standard library. It compares them in a table and a figure, and then looks into one of them.
+# standard library. It compares them in a table and a figure, and then shows text, log and masks of one
+# of them.
 
 # %%
 # Installs the missing packages. Packages that are already installed keep their versions.
@@ -43,8 +44,8 @@ runtime.prepare()
 results = tempfile.mkdtemp()
 
 # %% [markdown]
-# A config is a Python file, and overrides change its fields by name. Here every model trains for 100
-# steps.
+# A config is a Python file. `configs.load` reads it and changes fields by name. Here every model trains
+# for 100 steps.
 
 # %%
 METHODS = {
@@ -70,9 +71,9 @@ for name, fields in METHODS.items():
 
 # %% [markdown]
 # The table shows validation loss, theoretical compute, stored bytes and measured time side by side.
-# Training multiplies the weights by masks, so a sparse run is not faster than a dense one: only packed
-# models are compared by their speed. One seed and 100 steps prove nothing; `make ablation` trains longer
-# and over several seeds.
+# Training multiplies the weights by masks, so a sparse run is not faster than a dense one. Only packed
+# models are compared by their speed. One seed and 100 steps prove nothing; `make ablation` trains for
+# more steps and with several seeds.
 
 # %%
 columns = [
@@ -94,8 +95,8 @@ frame[['method', 'val_loss_mean', 'val_loss_delta_mean', 'stored_bytes_mean', 't
 plot.curves(lines, 'stored_bytes', 'val_loss', 'method')
 
 # %% [markdown]
-# `sparse_lm.load` returns a run as one Python object. It has the logits, sampled text, masks, costs, the
-# training log and more; the notebook `analyse_a_run` shows all of it.
+# `sparse_lm.load` returns a run as one Python object, which gives logits, sampled text, masks, costs,
+# the training log and more. The notebook `analyse_a_run` shows all of these.
 
 # %%
 run = sparse_lm.load(f'{results}/RigL')
@@ -108,7 +109,8 @@ print(run.generate(text, max_new_tokens=40, temperature=0.7))
 run.plot()
 
 # %% [markdown]
-# The mask of the first layer's up-projection: a black cell is a connection that RigL kept.
+# This is the mask of the up-projection in the first layer. A black cell is a connection that exists
+# after training with RigL.
 
 # %%
 from matplotlib.figure import Figure

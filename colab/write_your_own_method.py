@@ -15,9 +15,10 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/sparse-lm/sparse_lm/blob/main/colab/write_your_own_method.ipynb)
 #
-# A method is one file. In this notebook a learned gate decides for each token whether it skips the MLP of
-# a layer. Any gradient estimator can train the gate, and the budget controller can hold its compute. We
-# write the method, check its cost and its causality, train it, and look at its decisions.
+# A method is one file. In this notebook we write a learned gate that decides for each token whether the
+# token skips the MLP of a layer. A gate has no exact gradient, so a *gradient estimator* trains it, and
+# a *budget controller* keeps the FLOPs of the model at a target. We predict the cost of the method,
+# check that it is causal, train it, and look at its decisions.
 
 # %%
 # Installs the missing packages. Packages that are already installed keep their versions.
@@ -51,13 +52,15 @@ folder = pathlib.Path(tempfile.mkdtemp())
 # %% [markdown]
 # ## The method
 #
-# A layer method is a Flax Linen module. Its fields with a default value become config keys (`estimator`
-# and `open` come from `LearnedGate`). The model supplies the fields without a default: `inner`, for
-# example, makes the MLP that the gate wraps. Matmuls inside `record.gated(self.path, self.traits.gating)`
-# are charged at the fraction of tokens for which the gate is open.
+# The method is a Flax Linen module. Each of its fields with a default value becomes a config field
+# (`estimator` and `open` come from `LearnedGate`). The model sets the fields without a default. For
+# example, `inner` creates the MLP that the gate wraps. The FLOPs of matmuls inside
+# `record.gated(self.path, self.traits.gating)` are counted times the fraction of tokens for which the
+# gate is open.
 #
-# In a clone of the repository the file belongs at `sparse_lm/methods/mlp/skip.py`. To try a method out,
-# append a folder of your own to the package's search path, as the last line does.
+# In a clone of the repository, the file is `sparse_lm/methods/mlp/skip.py`. To try a method without a
+# clone, append a folder of your own to the search path of the package, as the last line of the cell
+# does.
 
 # %%
 source = '''
@@ -102,8 +105,8 @@ sparse_lm.methods.mlp.__path__.append(str(folder))
 # %% [markdown]
 # ## Predict its cost
 #
-# The cost is known before training. The ledger knows which matmuls the gate can skip, so a budget below
-# the cost of all other matmuls is refused at once.
+# The cost can be computed before training. The project knows which matmuls the gate can skip, so it
+# refuses a budget below the cost of all other matmuls.
 
 # %%
 STEPS = 100
@@ -124,8 +127,8 @@ except UserError as error:
 # %% [markdown]
 # ## Check that it is causal
 #
-# A change of later tokens must not change earlier logits. The contract test checks this for every method
-# in the package; here we check it by hand.
+# A method is causal if a change of later tokens does not change earlier logits. A test checks this for
+# every method in the package. Here we check it ourselves.
 
 # %%
 model, tokens = run.program.model, np.arange(64, dtype=np.int32)[None] % 256
@@ -142,7 +145,8 @@ assert difference[:32].max() < 1e-5 < difference[32:].min()
 # %% [markdown]
 # ## Train it
 #
-# Two estimators are compared with random gates that are open equally often, and with the dense model.
+# We compare gates trained by two estimators, straight-through and REINFORCE, with random gates that are
+# open equally often, and with the dense model.
 
 # %%
 ROWS = {
@@ -164,13 +168,13 @@ frame[['gates', 'val_loss_mean', 'val_loss_delta_mean', 'flops_forward_ratio_mea
 plot.curves(lines, 'flops_forward_ratio', 'val_loss', 'gates')
 
 # %% [markdown]
-# One seed and 100 steps prove nothing. `python -m experiments.run dynamic_compute` compares gates of this
-# kind over several seeds, with dense models of equal FLOPs beside them.
+# One seed and 100 steps prove nothing. `python -m experiments.run dynamic_compute` compares learned
+# gates with dense models of equal FLOPs, over several seeds.
 #
 # ## Look at its decisions
 #
-# Each row is a layer and each column a byte of the text. A dark cell is a byte that enters the MLP. The
-# gate is open where the output of its router is positive.
+# Each row is a layer, and each column is a byte of the text. A dark cell means that the byte enters the
+# MLP of the layer. The gate is open where the output of its router is positive.
 
 # %%
 run = sparse_lm.load(folder / 'straight_through')
