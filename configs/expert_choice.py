@@ -13,7 +13,7 @@ from configs import tiny
 
 
 def get_config() -> ConfigDict:
-  """One expert per token on average. Evaluation is causal, training is not."""
+  """Each token visits one expert on average. Evaluation is causal, training is not."""
   config = tiny.get_config()
   config.mlp.update({'name': 'expert_choice', 'experts': 8, 'visits': 1.0})
   return config

@@ -12,7 +12,7 @@ from configs import tiny
 
 
 def get_config() -> ConfigDict:
-  """Three matrices for 341 hidden units, where the plain MLP has two for 512."""
+  """The gated MLP has three matrices and 341 hidden units; the plain MLP has two matrices and 512."""
   config = tiny.get_config()
   config.model.hidden = 341
   config.mlp.name = 'gated'

@@ -13,7 +13,7 @@ from configs import tiny
 
 
 def get_config() -> ConfigDict:
-  """The query's own block of 4 keys and the best three earlier blocks, a quarter of the context."""
+  """A query reads its own block of 4 keys and the best three earlier ones, a quarter of the context."""
   config = tiny.get_config()
   config.attention.update({'name': 'moba', 'block': 4, 'k': 4})
   return config

@@ -13,7 +13,7 @@ from configs import tiny
 
 
 def get_config() -> ConfigDict:
-  """4 of 32 experts of 96 units and a shared one: 480 units per token, where the dense MLP has 512."""
+  """A token visits 4 of 32 experts of 96 units and a shared one: 480 units; the dense MLP has 512."""
   config = tiny.get_config()
   config.mlp.update(
     {'name': 'moe_balanced', 'experts': 8, 'k': 1, 'split': 4, 'shared': 1, 'hidden': 384}

@@ -13,7 +13,7 @@ from configs import tiny
 
 
 def get_config() -> ConfigDict:
-  """Two experts of 256 units per token on average, the compute of the dense MLP."""
+  """A token visits two experts of 256 units on average, which is the compute of the dense MLP."""
   config = tiny.get_config()
   config.mlp.update({'name': 'moe_relu', 'experts': 8, 'k': 2, 'hidden': 256})
   return config

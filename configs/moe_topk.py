@@ -13,7 +13,7 @@ from configs import tiny
 
 
 def get_config() -> ConfigDict:
-  """Experts as large as the dense MLP: equal compute, eight times the parameters."""
+  """Experts are as large as the dense MLP: equal compute, eight times the MLP parameters."""
   config = tiny.get_config()
   config.mlp.update({'name': 'moe_topk', 'experts': 8, 'k': 1})
   return config

@@ -15,7 +15,7 @@ from configs import tiny
 
 
 def get_config() -> ConfigDict:
-  """The penalty on the scores determines the sparsity, which is measured and not set."""
+  """The penalty on the scores determines the sparsity; the config does not set it."""
   config = tiny.get_config()
   config.weight.update({'name': 'movement_soft', 'price': 30.0, 'learned_rate': 100.0})
   config.optimizer.learning_rate = 1e-3

@@ -13,7 +13,7 @@ from configs import tiny
 
 
 def get_config() -> ConfigDict:
-  """The threshold is one that an eighth of the values of a Gaussian row exceeds."""
+  """An eighth of the hidden units would exceed the threshold if they were normally distributed."""
   config = tiny.get_config()
   config.activation.update({'name': 'statistical_topk', 'density': 0.125})
   return config

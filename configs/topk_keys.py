@@ -13,7 +13,7 @@ from configs import tiny
 
 
 def get_config() -> ConfigDict:
-  """Computes all scores and reads an eighth of the values."""
+  """Attention computes all scores and reads an eighth of the values."""
   config = tiny.get_config()
   config.attention.update({'name': 'topk_keys', 'k': 8})
   return config

@@ -33,7 +33,7 @@ DECODED = ('dense', 'shrink: half of the neurons and heads', 'blocks of 128, 90 
 
 
 def runs() -> list[Run]:
-  """Whole runs, then packed models, then one row for each config."""
+  """Returns whole runs, then packed models, then one row for each config."""
   study = Run(accelerator.SMALL, {}, {'row': goals.STUDY}, functools.partial(execute, _study))
   nanogpt = Run(GPU_SETTING, {}, {'row': goals.NANOGPT}, functools.partial(execute, _train))
   packed = {run.labels['model']: run for run in packed_speed.runs()}

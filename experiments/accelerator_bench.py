@@ -102,7 +102,7 @@ class Window:
 
 @dataclasses.dataclass(frozen=True)
 class Rested(turns.Prepared):
-  """A window that waits until the twin's threads sleep, which spin for 0.2 s after their work."""
+  """A window that first waits until the twin's threads sleep; they spin for 0.2 s after their work."""
 
   window: Window
 

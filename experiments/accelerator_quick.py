@@ -1,8 +1,8 @@
 """Do the rows of `accelerator` run on a CPU, at sizes that take two minutes?
 
-The dense step stands beside the PyTorch twin at 4 layers of width 256, context 128, batch 32, in
-float32 and two threads. The other rows have 2 layers of width 128 and batch 8, and each stands beside a
-dense step of that size. The packed runs are those of configs/shakespeare_char.py: 4 layers of width
+The dense step is timed beside the PyTorch twin at 4 layers of width 256, context 128, batch 32, in
+float32 and two threads. The other rows have 2 layers of width 128 and batch 8, and each is timed beside
+a dense step of that size. The packed runs are those of configs/shakespeare_char.py: 4 layers of width
 128, context 64, batch 12.
 """
 

@@ -23,7 +23,7 @@ CAPTION = (
 
 
 def runs() -> list[Run]:
-  """Every estimator that a controller can move, with every controller, over seeds."""
+  """Returns runs of every estimator that a controller can change, with every controller, over seeds."""
   return [
     Run(
       CONFIG,
@@ -43,7 +43,7 @@ def runs() -> list[Run]:
 
 
 def report(lines: list[results.Line], folder: pathlib.Path) -> str:
-  """Writes the table, and a figure of loss against the FLOPs that each estimator ended at."""
+  """Writes the table, and a figure of loss against the FLOPs that each estimator reached."""
   lines = with_metric(lines, 'off', lambda metrics: metrics['flops_forward_ratio'] - TARGET)
   fraction = table.Column('flops_forward_ratio', 'forward FLOPs', '.3f', '× the dense model')
   columns = [

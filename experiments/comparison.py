@@ -97,5 +97,5 @@ class Comparison:
 def with_metric(
   lines: Sequence[results.Line], name: str, function: Callable[[Mapping[str, Json]], float]
 ) -> list[results.Line]:
-  """The lines with one more metric, which `function` computes from the metrics of each line."""
+  """Adds a metric to each line, which `function` computes from the line's other metrics."""
   return [line | {'metrics': line['metrics'] | {name: function(line['metrics'])}} for line in lines]

@@ -10,6 +10,6 @@ report = study.report
 
 
 def runs() -> list[Run]:
-  """Every method once, at its smallest budget."""
+  """Returns one run of each method, at its smallest budget."""
   last = {run.labels['method']: run for run in study.runs() if run.overrides['seed'] == 0}
   return [dataclasses.replace(run, overrides=run.overrides | SHORT) for run in last.values()]

@@ -39,12 +39,12 @@ def _defines_runs(node: ast.stmt) -> bool:
 
 
 def is_path(study: str) -> bool:
-  """True for the path of a file. Names of this package have neither a slash nor an ending."""
+  """Returns whether `study` is a path. Names of studies have neither a slash nor a suffix."""
   return study.endswith('.py') or '/' in study or os.sep in study
 
 
 def shortened(study: str) -> str:
-  """The name of a study of this package if the argument is the path of its file, as in a checkout."""
+  """Converts the path of a study's file in this package to the study's name; returns others unchanged."""
   file = pathlib.Path(study).expanduser().absolute()
   own = is_path(study) and file.parent in map(pathlib.Path, experiments.__path__)
   return file.stem if own and file.stem in questions() else study

@@ -22,7 +22,7 @@ CAPTION = (
 
 
 def runs() -> list[Run]:
-  """Both architectures, over seeds."""
+  """Returns runs of both architectures, over seeds."""
   return [
     Run(config, {'seed': seed}, {'architecture': name})
     for name, config in ARCHITECTURES.items()

@@ -1,8 +1,8 @@
 """How does validation loss rise with weight sparsity in nanoGPT's CPU setting?
 
-57 runs of 2000 steps. On an accelerator `python -m experiments.run packed_sweep --pack` trains the runs
-of each method as one program. Place char-rnn's text (1,115,394 bytes) at data/tiny_shakespeare.txt
-first.
+The study has 57 runs of 2000 steps. On an accelerator, `python -m experiments.run packed_sweep --pack`
+trains the runs of each method as one program. Place char-rnn's text (1,115,394 bytes) at
+data/tiny_shakespeare.txt first.
 """
 
 from experiments.comparison import Comparison

@@ -74,7 +74,9 @@ def _arguments() -> argparse.Namespace:
   parser.add_argument(
     '--results', type=local_path, default='results', help="folder of all studies' results"
   )
-  parser.add_argument('--only', metavar='RUN_ID', help='run this one, even if it diverged before')
+  parser.add_argument(
+    '--only', metavar='RUN_ID', help='run only the run of this id, even if it diverged before'
+  )
   parser.add_argument('--list', action='store_true', help='list the studies of this package')
   parser.add_argument('--dry_run', action='store_true', help='list the missing runs and stop')
   parser.add_argument(

@@ -71,13 +71,13 @@ class Study:
     return shlex.quote(self.path or self.name)
 
   def finished(self) -> dict[str, results.Line]:
-    """The lines of planned runs by run id, in the study's order."""
+    """Returns the lines of the planned runs that have finished, by run id, in the study's order."""
     lines = results.read_file(self.file) if self.file.exists() else []
     by_id = {line['run']: line for line in lines}
     return {run_id: by_id[run_id] for run_id in self.runs if run_id in by_id}
 
   def shard(self, index: int = 0, num_shards: int = 1) -> dict[str, Run]:
-    """Every `num_shards`-th run, starting at `index`. Raises UserError for a bad index."""
+    """Returns every `num_shards`-th run, starting at `index`. Raises UserError for a bad index."""
     if num_shards < 1 or not 0 <= index < num_shards:
       raise UserError(
         f'no shard --index={index} of --num_shards={num_shards}; valid: 0 <= index < num_shards'
@@ -104,7 +104,7 @@ class Study:
     return {run_id: self.runs[run_id]}
 
   def missing(self, runs: dict[str, Run], again: bool = False) -> dict[str, Run]:
-    """The runs without a line; with `again` also the runs that diverged."""
+    """Returns the runs without a line; with `again`, also the runs that diverged."""
     lines = self.finished()
     return {
       run_id: run
@@ -172,7 +172,7 @@ class Study:
     return True
 
   def _head(self, run_id: str, seed: int) -> JsonObject:
-    """The part of a run's line that is known before the run."""
+    """Returns the fields of a run's line that are known before the run."""
     head: JsonObject = {
       'study': self.name,
       'run': run_id,
@@ -208,7 +208,7 @@ class Study:
     }
 
   def report(self) -> str:
-    """The report of the finished runs, and a note on missing and diverged runs."""
+    """Returns the report of the finished runs, with a note on missing and diverged runs."""
     finished = self.finished()
     lacking = len(self.runs) - len(finished)
     note = f'{lacking} of {len(self.runs)} runs are missing'
@@ -256,7 +256,9 @@ def _load(run: Run) -> ConfigDict:
 
 
 def _jobs(runs: dict[str, Run], pack: int | None) -> list[tuple[dict[str, Run], TrainPack | None]]:
-  """The groups of runs that are executed together, each with the function that trains it as a pack.
+  """Returns groups of runs, each with the function that trains the group as a pack, or `None`.
+
+  Without `pack`, each run is a group of its own.
 
   Raises UserError if a config is wrong.
   """

@@ -35,23 +35,23 @@ STE = {
 
 
 def fixed(overrides: Mapping[str, FieldValue] | None = None, /, **fields: FieldValue) -> Sweep:
-  """A sweep with one set of overrides, such as `fixed({'weight.name': 'rigl'}, seed=1)`."""
+  """Makes a sweep with one set of overrides, such as `fixed({'weight.name': 'rigl'}, seed=1)`."""
   return [_merge((overrides or {}, fields))]
 
 
 def grid(field: str, values: Iterable[FieldValue | np.generic]) -> Sweep:
-  """A sweep with one set of overrides for each value of a field."""
+  """Makes a sweep with one set of overrides for each value of a field."""
   # NumPy scalars are converted, because they print and hash differently from Python numbers.
   return [{field: v.item() if isinstance(v, np.generic) else v} for v in values]
 
 
 def product(*sweeps: Sweep) -> Sweep:
-  """All combinations; the last sweep varies fastest. Raises ValueError for a field that is set twice."""
+  """Combines sweeps; the last one varies fastest. Raises ValueError for a field that is set twice."""
   return [_merge(parts) for parts in itertools.product(*sweeps)]
 
 
 def chain(*sweeps: Sweep) -> Sweep:
-  """The overrides of all sweeps, one sweep after the other."""
+  """Joins sweeps, one after the other."""
   return [dict(overrides) for sweep in sweeps for overrides in sweep]
 
 

@@ -19,7 +19,7 @@ def main() -> None:
   parser = Parser('python -m sparse_lm.format_costs')
   parser.add_argument('--out', type=local_path, help='JSON file; default: the file of this device')
   parser.add_argument(
-    '--repeats', type=Range(int, '[1, 2^31)'), default=15, help='repeats of each timing'
+    '--repeats', type=Range(int, '[1, 2^31)'), default=15, help='number of turns per timing'
   )
   arguments = parser.parse_args()
   runtime.prepare()

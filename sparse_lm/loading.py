@@ -129,7 +129,7 @@ class Run:
 
   @property
   def params(self) -> Tree:
-    """The nested parameters, with exact zeros for dropped weights; of a packed model, before packing."""
+    """The nested parameters, with zeros for dropped weights; for a packed model, those before packing."""
     return self.loaded.origin.params
 
   @functools.cached_property
@@ -155,8 +155,9 @@ class Run:
 
     Args:
       x: texts or token ids, see the class.
-      interventions: by the name of a site, or by a shell pattern of names, a function that takes the
-        activation and returns what replaces it, of the same shape and dtype. `sites()` lists the names.
+      interventions: a dict from sites to functions. A key is the name of a site (`sites()` lists them) or
+        a shell pattern of names. The function takes the activation and returns its replacement, with the
+        same shape and dtype.
 
     Raises UserError as `tokens` does, and for an unknown site or a replacement of another shape or dtype.
     """
@@ -182,7 +183,7 @@ class Run:
     """
     read = (sites,) if isinstance(sites, str) else tuple(sites)
     if not all(isinstance(name, str) for name in read):
-      raise UserError(f'sites={sites!r} are no names; valid: names or patterns of `run.sites()`')
+      raise UserError(f'sites={sites!r} is not valid; valid: names or patterns of `run.sites()`')
     return self._forward(x, read, interventions)[1]
 
   def sites(self) -> dict[str, tuple[int, ...]]:
@@ -226,7 +227,7 @@ class Run:
       temperature: divides the logits; 0 = greedy.
       top_k: only the k largest logits may be drawn; 0 = all.
       top_p: only the fewest likeliest tokens with at least this total probability may be drawn; 1 = all.
-      seed: of the random draws.
+      seed: seed of the random draws.
 
     Raises UserError for a prompt that does not fit the context or the tokenizer, for an option outside
     its range, and for a model that cannot decode.
@@ -349,7 +350,7 @@ def _checked(interventions: Mapping[str, Intervention]) -> Mapping[str, Interven
     if all(isinstance(name, str) and callable(function) for name, function in pairs):
       return interventions
   raise UserError(
-    'interventions are no dict from names to functions; valid: a dict from the names of sites '
+    'interventions is not a dict from names to functions; valid: a dict from the names of sites '
     '(`run.sites()` lists them) to functions of the activation'
   )
 

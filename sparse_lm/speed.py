@@ -123,7 +123,7 @@ def main() -> None:
     '--workdir', type=local_path, required=True, action='append', help='workdir or packed folder'
   )
   parser.add_argument('--batch', type=Range(int, '[1, 2^24]'), default=1, help='batch size')
-  parser.add_argument('--repeats', type=Range(int, '[1, 2^31)'), default=15, help='repeats')
+  parser.add_argument('--repeats', type=Range(int, '[1, 2^31)'), default=15, help='number of turns')
   arguments = parser.parse_args()
   runtime.prepare()
   found = speed(arguments.workdir, arguments.batch, arguments.repeats)

@@ -167,9 +167,9 @@ def test_an_intervention_acts_as_the_weights_that_would_do_the_same(run, referen
 @pytest.mark.parametrize(
   ('interventions', 'said'),
   [
-    ([jnp.zeros_like], 'interventions are no dict from names to functions; valid: a dict'),
-    ({'residual_1': 0.0}, 'interventions are no dict'),
-    ({1: jnp.zeros_like}, 'interventions are no dict'),
+    ([jnp.zeros_like], 'interventions is not a dict from names to functions; valid: a dict'),
+    ({'residual_1': 0.0}, 'interventions is not a dict'),
+    ({1: jnp.zeros_like}, 'interventions is not a dict'),
     ({'block_0/mlp/hiden': jnp.zeros_like}, "did you mean 'block_*/mlp/hidden'?"),
     (
       {'residual_1': lambda x: x[..., :1]},
@@ -186,7 +186,7 @@ def test_an_unknown_site_is_named_with_the_nearest(unknown, run):
   refused(
     lambda: run.activations('the', unknown), "'block_0/mlp/hiden': did you mean 'block_*/mlp/"
   )
-  refused(lambda: run.activations('the', [3]), 'sites=[3] are no names')
+  refused(lambda: run.activations('the', [3]), 'sites=[3] is not valid')
 
 
 def test_sampling_follows_the_logits(run, reference):

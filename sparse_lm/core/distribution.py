@@ -103,8 +103,8 @@ def _of_whole_units(
   """Returns the densities of `unrounded_densities`, rounded to whole units.
 
   Raises:
-    UserError: rounding changes a density by more than a tenth of it. This is checked for all parameters
-      together, and in a map for the parameters of each entry.
+    UserError: rounding changes a density by more than a tenth of it. The density of all parameters
+      together is checked, and for a map the density of the parameters of each entry.
   """
   asked = unrounded_densities(shapes, sparsity, distribution)
   found = units.round_to_units(shapes, asked)

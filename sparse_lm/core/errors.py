@@ -37,7 +37,7 @@ def require(condition: bool, field: str, value: object, valid: str) -> None:
 
 
 def located(error: Exception, file: str) -> str:
-  """The error in one line, after the line of `file` in which it arose, for files that users write."""
+  """Formats an error that code in the user's file raised in one line, with the number of its line."""
   lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
   line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
   message = ' '.join(str(error).split())

@@ -146,9 +146,9 @@ class Estimator:
     controlled: whether a penalty on the cost changes how many gates open.
     policy: whether it learns from rewards through its log-probabilities.
     learned: whether the gate has learned logits. If not, it gets the logit of its initial rate.
-    logit: the inverse of the probability that a sampled gate is open, as a function of its logit.
-      Estimators that do not sample ('soft' and 'straight_through', and in evaluation all but 'random')
-      start from the same logit, and open where a logit is above the threshold in their `decide`.
+    logit: returns the logit with which a sampled gate is open with a given probability. Estimators that
+      do not sample ('soft' and 'straight_through', and in evaluation all but 'random') start from the
+      same logit. Their gates are open where the logit is above the threshold in `decide`.
   """
 
   decide: Callable[[Array, Array, bool], Decision]

@@ -24,7 +24,7 @@ class SpanningUnits(Pattern):
 
   @classmethod
   def parse(cls, name: str, declared: tuple[Group, ...]) -> 'SpanningUnits | None':
-    """Returns the pattern over the declared groups of this kind. Raises a UserError if there are none."""
+    """Returns the pattern over the declared groups of kind `name`. Raises UserError if there are none."""
     if name != cls.spelling:
       return None
     groups_of_kind = tuple(group for group in declared if group.kind == name)

@@ -100,7 +100,7 @@ class Pattern:
     return topk_mask(units, count)
 
   def top_of(self, name: str) -> Callable[[Array, Array], Array] | None:
-    """Returns the function that selects units of the array `name`; `None` for the plain top-k."""
+    """Returns the function that selects units of the array `name`; `None` means plain top-k."""
     return None if type(self).top is Pattern.top else self.top
 
   def largest(self, units: Units, counts: Mapping[str, Array]) -> Units:

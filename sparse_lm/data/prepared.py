@@ -123,7 +123,7 @@ def _open(folder: pathlib.Path, what: str) -> 'tfds.core.DatasetBuilder':
 
 
 def _classes(value: Json) -> set[str]:
-  """Returns the names of all classes in a features.json, also those in JSON inside its strings."""
+  """Returns the names of all classes in a features.json, including JSON that its strings contain."""
   if isinstance(value, str):
     try:
       value = json.loads(value)

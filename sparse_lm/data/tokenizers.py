@@ -123,7 +123,7 @@ class Chars(_Json):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Bpe(_Json):
-  """Byte-level byte-pair encoding within GPT-2's words, by Hugging Face `tokenizers`.
+  """Byte-level BPE with GPT-2's splitting into words, computed by Hugging Face `tokenizers`.
 
   The vocabulary consists of the 256 bytes, in the order of the characters that represent them, followed
   by the merged pairs.

@@ -72,7 +72,7 @@ class EvalData:
     return cls(data.tokens[split], data.context, data.batch, split, ratio, components)
 
   def passes(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yields every prediction of the split once: the component's name ('' without one), tokens, weights.
+    """Yields batches with every prediction once: component ('' outside mixtures), tokens, weights.
 
     `data.pipeline.eval_batches` documents the two arrays and the errors.
     """

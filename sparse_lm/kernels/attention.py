@@ -298,7 +298,7 @@ def _or_own(reads: Array, age: Array) -> Array:
 
 
 def softmax(scores: Array, reads: Array, select: Select | None = None) -> Array:
-  """Softmax over the readable keys, narrowed by `select`; computed in float32, in the scores' dtype."""
+  """Softmax over the readable keys that `select` keeps; float32, then cast to the scores' dtype."""
   reads = reads if select is None else select(scores.astype(jnp.float32), reads)
   return (_softmax if scores.dtype == jnp.float32 else _rounded_softmax)(scores, reads)
 

@@ -71,7 +71,7 @@ class Losses(NamedTuple):
 
 
 class _Known(NamedTuple):
-  """The inputs of the loss without a gradient, `[T, ...]`."""
+  """The inputs of the loss that get no gradient, `[T, ...]`."""
 
   tokens: Array | None
   targets: Array

@@ -73,7 +73,7 @@ def representing_layers(own: Pass) -> Iterator[None]:
 class RandomModule(nn.Module):
   """A module that draws the same random numbers whether its layer is scanned or not.
 
-  Other modules draw different numbers in a scan than without it, but still different ones in each layer.
+  Other modules draw other numbers if they are scanned. The numbers still differ between layers.
   """
 
   @nn.nowrap

@@ -231,7 +231,7 @@ def running(model: LM) -> list[MethodConfig]:
 
 
 def notes(model: LM) -> list[str]:
-  """Returns notes on layers that several rules or no rule of a slot name."""
+  """Returns notes on layers to which several rules of a slot apply, or none."""
   return [note for slot in model.slots for note in slot.notes(model.spec.layers)]
 
 
@@ -302,7 +302,7 @@ def batch_independent(model: LM) -> dict[str, bool]:
 
 
 def check_decodes(model: LM) -> None:
-  """Raises a UserError if a method cannot decode, because its decisions depend on other tokens."""
+  """Raises a UserError if a method cannot decode, because it decides for a whole batch at once."""
   for own in running(model):
     if not own.traits(model.spec).decodes:
       raise UserError(

@@ -67,7 +67,7 @@ class Floor(Pattern):
         fits = f'a sparsity of at most {1 - needed / size:.6g} there, or ' if needed <= size else ''
         raise UserError(
           f"config.weight.pattern 'floor:{self.least}': a sparsity of {1 - found[path]:.6g} leaves "
-          f'{kept} weights of {path}, and its {channels} channels of at least {self.least} need '
-          f'{needed} of {size}; valid: {fits}a lower floor'
+          f'{kept} of {size} weights of {path}, but its {channels} channels need at least {self.least} '
+          f'each, {needed} in total; valid: {fits}a lower floor'
         )
     return found

@@ -22,11 +22,9 @@ class Global(Pattern):
 
   Attributes:
     raw: whether scores are compared as they are. Otherwise each score is divided by the norm of all
-    scores
-      of its matrix, because matrices of large weights would keep most of their weights.
-    floor: minimum fraction of its weights that each matrix keeps, and at least one weight; 0 = a matrix
-    may
-      lose all of its weights.
+      scores of its matrix, so that matrices of large weights do not keep most of their weights.
+    floor: minimum fraction of its weights that each matrix keeps; a floor above 0 keeps at least one
+      weight. 0 means that a matrix may lose all of its weights.
   """
 
   raw: bool = False
@@ -43,8 +41,8 @@ class Global(Pattern):
     floor = float(match[2][1:]) if match and match[2] else 0.0
     if match is None or (match[2] and not floor):
       raise UserError(
-        f'config.weight.pattern {name!r}: valid: {kind} or {kind}:raw, and behind either a floor between '
-        f'0 and 1, such as {kind}:raw:0.01'
+        f'config.weight.pattern {name!r} is not valid; valid: {kind}, {kind}:raw, or either with a floor '
+        f'between 0 and 1, such as {kind}:raw:0.01'
       )
     return cls(bool(match[1]), floor)
 

@@ -188,7 +188,7 @@ def active_params(ledger: Ledger, density: dict[str, float], activity: dict[str,
 
 
 def flops_range(ledger: Ledger, density: dict[str, float]) -> tuple[float, float]:
-  """Returns the FLOPs with all gates that the controller can change closed, and with all of them open."""
+  """Returns the FLOPs with all controlled gates closed, and with all of them open."""
   moved = {gate.path for m in ledger.values() for gate in m.gates if gate.controlled}
   closed, opened = (
     forward_flops(ledger, density, dict.fromkeys(moved, fraction)) for fraction in (0.0, 1.0)

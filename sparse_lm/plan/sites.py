@@ -128,7 +128,7 @@ def _check_matched(actor: '_Matcher') -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Matcher(record.Actor):
-  """An actor on the sites that one of its patterns matches.
+  """An actor that acts on every site that matches one of its patterns.
 
   Attributes:
     patterns: names or patterns of sites, each with its replacement or `None`.
@@ -162,7 +162,7 @@ class _Reader(_Matcher):
 
 
 class _Replacer(_Matcher):
-  """Replaces activations by the first pattern that their site matches."""
+  """Replaces activations with the function of the first pattern that matches their site."""
 
   def act(
     self, module: nn.Module, name: str, path: str, value: jax.Array, branch: bool

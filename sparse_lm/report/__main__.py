@@ -63,11 +63,11 @@ def _arguments() -> argparse.Namespace:
   )
   parser.add_argument('--format', choices=('markdown', 'csv', 'latex'), default='markdown')
   parser.add_argument(
-    '--figure', type=local_path, help='a .png or .pdf; the other is written beside it'
+    '--figure', type=local_path, help='path that ends in .png or .pdf; both files are written'
   )
-  parser.add_argument('--x', help='of the figure: a label or metric')
-  parser.add_argument('--y', help='of the figure: a metric')
-  parser.add_argument('--series', help='of the figure: the label with a curve for each value')
+  parser.add_argument('--x', help='label or metric on the x axis of the figure')
+  parser.add_argument('--y', help='metric on the y axis of the figure')
+  parser.add_argument('--series', help='label with a curve for each value in the figure')
   arguments = parser.parse_args()
   if arguments.figure and not (arguments.x and arguments.y and arguments.series):
     parser.error('--figure needs --x, --y and --series')
@@ -133,7 +133,7 @@ def _margins(text: str, columns: Sequence[str], baseline: JsonObject | None) -> 
     if name not in columns:
       raise unknown('metric of the table', name, columns)
     if table.column(name).is_time:
-      raise UserError(f'--margin={item}: {name} is a time, which is not compared')
+      raise UserError(f'--margin={item}: {name} is a time, and times are not compared')
     try:
       margins[name] = float(value)
     except ValueError:

@@ -39,7 +39,7 @@ def router_health(metrics: str | pathlib.Path) -> Figure:
     if match := LOAD.fullmatch(name):
       layers.setdefault(match[1], {})[f'expert {match[2]}'] = curve
   if not layers:
-    raise UserError(f'{metrics} logs no load of an expert; valid: a run with experts')
+    raise UserError(f'{metrics} has no logged load of experts; valid: a run with experts')
   entropies = {layer: curves[f'{layer}/entropy'] for layer in layers}
   most = max(max(values) for loads in layers.values() for _, values in loads.values())
   experts = max(map(len, layers.values()))

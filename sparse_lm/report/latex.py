@@ -28,7 +28,7 @@ _EM = {
 
 
 class _Column(NamedTuple):
-  """A column of a LaTeX table; its cells stand for one row each."""
+  """A column of a LaTeX table, with one cell for each row."""
 
   head: str
   cells: list[str]

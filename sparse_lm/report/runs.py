@@ -25,7 +25,7 @@ def read(paths: Iterable[str | pathlib.Path], asked: Sequence[str] = ()) -> list
     asked: labels and config fields, such as 'weight.sparsity', that become labels of every line.
 
   Raises:
-    UserError: a path holds no finished run, or no label or field has a name in `asked`.
+    UserError: a path holds no finished run, or a name in `asked` is neither a label nor a field.
   """
   found, single = [], []
   for path in map(pathlib.Path, paths):

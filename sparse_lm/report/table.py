@@ -96,7 +96,7 @@ class Column:
 
 
 def speedup(metric: str, what: str, short: str = '') -> list[Column]:
-  """Columns of a ratio of times, `what: dense / packed`, and of its quartiles `_low` and `_high`."""
+  """Returns columns of a ratio of times, `what: dense / packed`, and of its lower and upper quartile."""
   return [
     Column(metric, f'{what}, dense / packed', '.2f'),
     Column(f'{metric}_low', f'{short or what}, lower quartile', '.2f'),
@@ -188,7 +188,7 @@ def summarise(
   for c in columns:
     results.check_metric(lines, c.metric)
   if len({c.heading for c in columns}) < len(columns):
-    raise ValueError(f'two columns of one heading: {[c.heading for c in columns]}')
+    raise ValueError(f'two columns have the same heading: {[c.heading for c in columns]}')
   groups = results.group(lines, rows)
   bases = {key: of for key, of in groups.items() if results.matches(of[0], baseline or {})}
   if baseline and not bases:
@@ -258,7 +258,7 @@ def _comparison(
 
 
 def _best(groups: Mapping[results.Key, list[results.Line]], metric: str) -> list[bool]:
-  """True for each row whose mean is significantly below that of all rows but for the first label."""
+  """Marks rows of a mean significantly below those of all rows that differ only in the first label."""
   seeds = {key: results.by_seed(members, metric) for key, members in groups.items()}
   found = []
   for key, own in seeds.items():
@@ -271,7 +271,7 @@ def _best(groups: Mapping[results.Key, list[results.Line]], metric: str) -> list
 
 
 def _insert_corrected(frame: pd.DataFrame, metrics: Sequence[str]) -> None:
-  """Inserts, beside the p-values of each metric's differences, those after Holm's correction."""
+  """Inserts a column of p-values after Holm's correction beside each column of p-values."""
   for metric in metrics:
     after = frame.columns.get_loc(f'{metric}_delta_p') + 1
     corrected = statistics.holm(list(frame[f'{metric}_delta_p']))

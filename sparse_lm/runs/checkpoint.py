@@ -147,7 +147,7 @@ class Checkpoints:
       self.set_aside_after(step - 1)
       raise UserError(
         f'checkpoint {step} in {self.path} cannot be {doing} ({storage.first_line(error)}); valid: a '
-        'folder of yours, with room, on a file system that keeps what is written'
+        'folder that you own, with free space, on a file system that keeps what is written'
       ) from error
 
   def restore(

@@ -19,11 +19,11 @@ FLOPs per token, each also as a `_ratio` to the dense twin:
 - `flops_training_total`: `flops_training` plus the training of the runs whose weights it started
   from, also per token of the run's own steps.
 
-A training step is charged three forward passes at the densities of that step. Added to it are a
-dense gradient of the weights, the second forward pass of a sampled policy, what
-`config.model.remat` recomputes, and the teacher's forward pass. Weights that a mask drops are not
-charged. Units that a gate closes are charged, because training computes them and multiplies by
-zero. Only routers of fixed capacity leave tokens out.
+A training step is charged with three forward passes at the densities of that step. Where they occur,
+the following are charged in addition: a dense gradient of the weights, the second forward pass of a
+sampled policy, recomputation by `config.model.remat`, and the teacher's forward pass. Dropped weights
+are not charged. Units behind closed gates are charged, because training computes them and multiplies
+them by zero. Tokens that a router of fixed capacity leaves out are not charged.
 """
 
 import math

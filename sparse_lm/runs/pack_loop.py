@@ -289,7 +289,7 @@ class _PackLoop:
 
 
 class _Timer:
-  """Measures the time of a step while the device is never idle, as the time between finished chunks."""
+  """Measures the time of a step as the time between finished chunks, while the device is never idle."""
 
   def __init__(self) -> None:
     self._seconds, self._steps = 0.0, 0

@@ -112,8 +112,8 @@ def _check_signals(weight: ConfigDict, program: Program, data: Data) -> None:
   for part, (group, fields) in groups_of_parts(weight).items():
     if signals := from_calibration(program.method.parts[part].traits.needs):
       raise UserError(
-        f'{group}.name={fields.name!r} prunes trained models by their {", ".join(signals)}; valid: '
-        'python -m sparse_lm.prune, or a method that trains'
+        f'{group}.name={fields.name!r} needs {", ".join(signals)}, which only '
+        'pruning of a trained model computes; valid: python -m sparse_lm.prune, or another method'
       )
     asked = program.method.parts[part].batches_at_start or 0
     if asked > data.whole_batches:

@@ -89,7 +89,7 @@ class Trained:
     return self._apply(self._variables, tokens_BxL)
 
   def readout(self, tokens_BxL: np.ndarray | jax.Array) -> Readout | jax.Array:
-    """Returns the inputs of the loss: a `Readout`, or logits if the head has no such form.
+    """Returns the inputs of the loss: a `Readout`, or logits if the head does not support one.
 
     The tokens are not checked, because reading them would wait for the device.
 

@@ -78,7 +78,7 @@ def _target(node: ConfigDict, dense: tuple[str, ...], params: Tree, method: Weig
   if method.traits.controlled and any(float(d) < 1 for d in tree.named(target).values()):
     raise UserError(
       f'config.weight.sparsity={node.sparsity} with config.weight.distribution={node.distribution!r}: '
-      f'{node.name} learns its sparsity; valid: 0 without a map, and config.budget.target or a price'
+      f'{node.name} learns its sparsity; valid: 0 and no map (set config.budget.target or a price)'
     )
   if method.traits.masked:
     return target

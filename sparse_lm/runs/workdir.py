@@ -193,7 +193,7 @@ class Workdir:
       return None
     if fixed(result['config']) != fixed(configs.to_json(self.config)):
       raise UserError(
-        f"{file} is of a run with another config; valid: the run's own, or none: it is written anew"
+        f'{file} is of a run with another config; valid: the file of this run, or remove it'
       )
     return result
 

@@ -63,7 +63,7 @@ class Batch(NamedTuple):
     return jax.tree.map(lambda a: a.reshape(number, -1, *a.shape[1:]), batch)
 
   def with_head_of(self, batch: 'Batch') -> 'Batch':
-    """Returns this microbatch with the teacher's head of the whole batch."""
+    """Returns this microbatch with the teacher's head, which microbatches share, taken from `batch`."""
     if not isinstance(batch.teacher, Readout):
       return self
     return self._replace(teacher=self.teacher._replace(head=batch.teacher.head))

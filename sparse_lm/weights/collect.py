@@ -31,8 +31,7 @@ class Collected(struct.PyTreeNode):
 
   Attributes:
     sums: sums by the name of the signal: float32 trees like the parameters, `None` for leaves that are
-    not
-      prunable.
+      not prunable.
     batches: number of steps in the sums, int32.
   """
 

@@ -32,10 +32,9 @@ class Sparse(struct.PyTreeNode):
   """The state of a weight method.
 
   Attributes:
-    masks: bool trees like the parameters, `None` = dense. A method whose dropped weights go on learning
-    may
-      store no masks.
-    target: the final density of each parameter, a float32 scalar; `None` = never pruned.
+    masks: tree of bools like the parameters; `None` means dense. If dropped weights go on learning, the
+      method may store no masks.
+    target: the final density of each parameter, a float32 scalar; `None` means never pruned.
     extra: other state of the method.
   """
 
@@ -148,16 +147,16 @@ class WeightMethod:
     return ''
 
   def resting(self, updates: tuple[str, ...], trainable: Tree) -> Tree:
-    """Marks the leaves (bool) without an optimizer step when the masks of these parts are updated."""
+    """Marks the leaves (bool) that get a mask update of these parts instead of an optimizer step."""
     return jax.tree.map(lambda _: bool(updates) and self.traits.replaces_step, trainable)
 
   @property
   def learned_rates(self) -> dict[str, float]:
     """Learning rates of the method's own parameters, as multiples of the weights' rate.
 
-    A key is the beginning of a path below `trainable['learned']`, and the first key that matches holds. A
-    parameter that no key matches has the rate of the weights. The method's parameters have no weight
-    decay.
+    Each key is the beginning of a path below `trainable['learned']`. A parameter has the rate of the
+    first key that matches its path, or the weights' rate if no key does. The method's own parameters have
+    no weight decay.
     """
     return {}
 
@@ -196,7 +195,7 @@ class WeightMethod:
     return jax.tree.map(lambda _: None, sparse.target)
 
   def rate_factor(self, target: Tree, step: Array) -> Array | None:
-    """Returns the factor of the learning rate at this step, float32; `None` = 1.
+    """Returns the factor that multiplies the learning rate at this step, float32; `None` means 1.
 
     Args:
       target: the final density of each leaf, `None` = dense.
@@ -206,17 +205,17 @@ class WeightMethod:
   def constrain(self, trainable: Tree, sparse: Sparse) -> Tree:
     """Masks the weights after an optimizer step, because moments would change dropped weights.
 
-    A method whose dropped weights go on learning, and whose `update` chooses among all weights in every
-    step, returns them unchanged. Averages are always masked.
+    A method returns the weights unchanged if dropped weights go on learning and its `update` chooses
+    among all weights in every step. Averages are always masked.
     """
     return trainable | {'params': apply_masks(trainable['params'], sparse.masks)}
 
   @property
   def batches_at_start(self) -> int | None:
-    """The number of batches that are read before step 0; then `update` runs once, with step 0.
+    """The number of batches that are read before step 0, for an update of the masks with step 0.
 
-    The signals of this update are means over these batches, at the initial weights, which do not change
-    meanwhile. 0 means an update without signals, and `None` means no update before step 0.
+    The signals of this update are means over these batches, at the initial weights. 0 means an update
+    without signals, and `None` means no update before step 0.
     """
     return None
 
@@ -249,13 +248,14 @@ class WeightMethod:
     return self.update(trainable, sparse, signals[name], step, key)
 
   def density(self, target: float, step: int) -> float:
-    """Returns the density at `step` of a leaf with this final density; costs use it (on the host)."""
+    """Returns the density at `step` of a leaf with the final density `target`. Cost reports use it."""
     return target
 
   def backward_density(self, target: float, step: int) -> float | None:
-    """Returns the fraction of a kernel's weight gradient that is computed; costs use it (on the host).
+    """Returns the fraction of a kernel's weight gradient that a step computes. Cost reports use it.
 
-    `None` means the density of the forward pass. A step whose gradient a signal reads computes all of it.
+    `None` means the density of the forward pass. If a signal reads the gradient of a step, that step
+    computes the whole gradient.
 
     Args:
       target: the kernel's final density.

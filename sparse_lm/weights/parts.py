@@ -26,7 +26,7 @@ def at_start(method: WeightMethod) -> dict[str, int]:
 
 
 def batches_at_start(method: WeightMethod) -> int:
-  """The number of batches that are read before step 0: the largest that any part needs."""
+  """Returns how many batches are read before step 0: as many as the part that needs most."""
   return max(at_start(method).values(), default=0)
 
 
@@ -72,12 +72,12 @@ def backward_densities(
 
 
 def spanning_steps(method: WeightMethod) -> tuple[str, ...]:
-  """The names of the parts with signals over several steps."""
+  """Returns the names of the parts with signals that are averaged over several steps."""
   return tuple(name for name, part in method.parts.items() if collect.spanning_steps(part))
 
 
 def collecting(method: WeightMethod, step: int) -> tuple[str, ...]:
-  """The names of the parts that add this step to their signals over several steps."""
+  """Returns the parts whose signals are averaged over several steps, this step included."""
   return tuple(name for name in spanning_steps(method) if method.parts[name].collects(step))
 
 

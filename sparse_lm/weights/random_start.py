@@ -28,8 +28,7 @@ def random_start(
     target: densities, `None` = dense.
     units: the pattern.
     rescale: 'none'; 'layer' divides a kernel by sqrt(density); 'unit' divides the weights of each output
-    by
-      the square root of that output's density (both as in RigL's initialisers; Evci et al. 2020, 2022).
+      by the square root of its density (both as in RigL's initialisers; Evci et al. 2020, 2022).
   """
   prunable = restrict_to(params, target)
   shapes = jax.eval_shape(units.pool, prunable)

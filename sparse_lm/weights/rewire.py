@@ -37,14 +37,14 @@ def drop_and_grow(
   Args:
     masks: bool `[..., in, out]`. The number of kept weights of each matrix does not change.
     weights: the weights of smallest magnitude are dropped.
-    growth: scores; the weights of largest score are grown, among all that are not kept. A weight that is
-      dropped may be grown again in the same update.
+    growth: scores. Of all weights that are not kept after the drop, those of largest score are grown, so
+      a dropped weight may be grown again in the same update.
     fractions: scalars in [0, 1], the share of each matrix's kept weights that is dropped.
     noise: uniform [0, 1) like `masks`; 1e-5 times the noise is added to magnitudes, to break ties.
     units: the pattern.
 
   Returns:
-    The new masks, and the weights of them that were not dropped, both bool like `masks`.
+    The new masks, and masks of the weights that were kept throughout, both bool like `masks`.
   """
   active = {name: _active(mask) for name, mask in masks.items()}
   survive = [
@@ -74,8 +74,7 @@ class Rewiring(PatternMethod):
 
   Attributes:
     regrown_at_zero: whether a weight that one update drops and grows again also starts at zero, with
-    zeroed
-      moments. Otherwise it keeps its value.
+      zeroed moments. Otherwise it keeps its value.
     period: steps between two updates.
     end: fraction of the run after which no update runs.
     drop_fraction: share of the kept weights that the first update drops.

@@ -62,7 +62,7 @@ class Rules(WeightMethod):
     return {rule.name: rule.method for rule in self.rules}
 
   def with_parts(self, parts: Mapping[str, WeightMethod]) -> 'Rules':
-    """The same rules, each with the method that `parts` holds under its name."""
+    """Returns the same rules with other methods; `parts` has the method of each rule by its name."""
     rules = tuple(dataclasses.replace(rule, method=parts[rule.name]) for rule in self.rules)
     return dataclasses.replace(self, rules=rules)
 
@@ -71,7 +71,7 @@ class Rules(WeightMethod):
     return {path: rule.name for rule in self.rules for path in rule.paths}
 
   def owner(self, path: str) -> str | None:
-    """The name of the rule that the parameter belongs to."""
+    """Returns the name of the rule that the parameter belongs to."""
     return self._owners.get(path)
 
   @property

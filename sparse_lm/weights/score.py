@@ -130,12 +130,12 @@ class ScoredMethod(PatternMethod):
       not from_calibration(needs) or not units.spans_layers,
       'config.weight.pattern',
       self.pattern,
-      'a pattern whose units are each of one layer',
+      'a pattern whose units each belong to one layer',
     )
 
   def check_one_shot(self) -> None:
     """Raises UserError if masks are not stored, which one-shot pruning needs."""
-    require(self._stored, 'config.weight.apply', self.apply, f'{MASKED}, where a mask is made once')
+    require(self._stored, 'config.weight.apply', self.apply, f'{MASKED}, which stores masks')
 
   def init(self, key: Array, params: Tree, target: Tree) -> tuple[Tree, Sparse]:
     """Starts with masks that keep every weight, or without masks if they are not stored."""
@@ -198,7 +198,7 @@ class ScoredMethod(PatternMethod):
     return exchange_masks(trainable, sparse, tree.merge(sparse.masks, new))
 
   def density(self, target: float, step: int) -> float:
-    """The density of the ramp at the latest update; of the ramp itself if masks are not stored."""
+    """Returns the ramp's density at the last mask update, or at `step` if masks are not stored."""
     first, last = self._span
     if self._updates:
       if step <= first:

@@ -14,7 +14,7 @@ class Traits:
     saves: the storage and computation that the method saves.
     needs: names of the signals that `update` reads; see `sparse_lm/signals/`.
     masked: whether the method ever drops a weight.
-    exact_density: whether the number of kept weights is exactly the one that the target asks for.
+    exact_density: whether the method keeps exactly as many weights as the target density says.
     replaces_step: whether a mask update replaces the optimizer step. If a model has several methods, only
       the weights of the method that updates skip the step.
     takes_masks: whether a run that starts from a sparse run (`config.init_from`) uses that run's masks.

@@ -211,7 +211,9 @@ def test_capacities_without_a_token_are_refused(capacity):
   with pytest.raises(UserError) as refused:
     lm.from_config(small(name='mixture_of_depths', capacity=capacity), VOCAB)
   assert f'config.depth.capacity={capacity}' in str(refused.value)
-  assert 'rounds to 1 of the 8 tokens' in str(refused.value) and '\n' not in str(refused.value)
+  assert 'rounds to at least 1 of the 8 tokens' in str(refused.value) and '\n' not in str(
+    refused.value
+  )
 
 
 def test_capacities_for_one_token_and_for_all_are_accepted():

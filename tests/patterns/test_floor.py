@@ -91,9 +91,9 @@ def test_drop_and_grow_keeps_the_floor_too():
 
 
 REFUSED = {
-  'outputs': ('floor:4', 'up', 0.4, ['0.604167', '19 weights of up', 'need 24 of 48', '0.5']),
-  'inputs': ('floor:2', 'down', 0.4, ['10 weights of down', 'need 12 of 24', 'at most 0.5']),
-  'more than a channel has': ('floor:9', 'up', 1.0, ['need 54 of 48; valid: a lower floor']),
+  'outputs': ('floor:4', 'up', 0.4, ['0.604167', '19 of 48 weights of up', '24 in total', '0.5']),
+  'inputs': ('floor:2', 'down', 0.4, ['10 of 24 weights of down', '12 in total', 'at most 0.5']),
+  'more than a channel has': ('floor:9', 'up', 1.0, ['54 in total; valid: a lower floor']),
 }  # fmt: skip
 
 

@@ -23,5 +23,5 @@ class GELU(LayerMethod):
     return Traits(paper='Hendrycks and Gimpel 2016', saves='nothing')
 
   def __call__(self, h: jax.Array, mode: str) -> jax.Array:
-    """`[..., F]` to `[..., F]`."""
+    """Maps `[..., F]` to `[..., F]`."""
     return nn.gelu(h, approximate=self.approximate)

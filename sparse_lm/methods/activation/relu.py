@@ -17,5 +17,5 @@ class ReLU(LayerMethod):
     return Traits(paper='Nair and Hinton 2010', saves='nothing; zeros are only logged')
 
   def __call__(self, h: jax.Array, mode: str) -> jax.Array:
-    """`[..., F]` to `[..., F]`."""
+    """Maps `[..., F]` to `[..., F]`."""
     return nn.relu(h)

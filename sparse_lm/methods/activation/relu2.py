@@ -17,5 +17,5 @@ class ReLU2(LayerMethod):
     return Traits(paper='Primer (So et al. 2021)', saves='nothing; zeros are only logged')
 
   def __call__(self, h: jax.Array, mode: str) -> jax.Array:
-    """`[..., F]` to `[..., F]`."""
+    """Maps `[..., F]` to `[..., F]`."""
     return jnp.square(jnp.maximum(h, 0))

@@ -17,5 +17,5 @@ class SiLU(LayerMethod):
     return Traits(paper='Elfwing et al. 2017', saves='nothing')
 
   def __call__(self, h: jax.Array, mode: str) -> jax.Array:
-    """`[..., F]` to `[..., F]`."""
+    """Maps `[..., F]` to `[..., F]`."""
     return nn.silu(h)

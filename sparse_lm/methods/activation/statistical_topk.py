@@ -43,7 +43,7 @@ class StatisticalTopK(LayerMethod):
 
   @nn.compact
   def __call__(self, h: jax.Array, mode: str) -> jax.Array:
-    """`[..., F]` to `[..., F]`."""
+    """Maps `[..., F]` to `[..., F]`."""
     if self.density < 1:
       h = jnp.maximum(h - gaussian_threshold(h, self.density).astype(h.dtype), 0)
       sow.sow_selected(self, h > 0, mode)

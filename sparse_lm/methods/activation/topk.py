@@ -38,7 +38,7 @@ class TopK(LayerMethod):
 
   @nn.compact
   def __call__(self, h: jax.Array, mode: str) -> jax.Array:
-    """`[..., F]` to `[..., F]`; at most `max(1, round(density * F))` units of each row are not zero."""
+    """Maps `[..., F]` to `[..., F]`; keeps at most `max(1, round(density * F))` units per row."""
     if self.density == 1:
       return self.inner()(h, mode)
     k = max(1, round(self.density * h.shape[-1]))

@@ -56,7 +56,7 @@ class MixtureOfDepths(LayerMethod):
       round(self.capacity * tokens) >= 1,
       'config.depth.capacity',
       self.capacity,
-      f'a fraction that rounds to 1 of the {tokens} tokens at least',
+      f'a fraction that rounds to at least 1 of the {tokens} tokens',
     )
 
   def _entering(self, length: int) -> int:
@@ -77,7 +77,7 @@ class MixtureOfDepths(LayerMethod):
     return tokens.x + jnp.where(entering.valid[..., None], added, 0)
 
   def _predict(self, x_BxLxD: jax.Array, weight_BxLx1: jax.Array) -> jax.Array:
-    """The logit that each token is chosen; its gradient trains only the predictor."""
+    """Returns the logit of being chosen, for each token; its gradient trains only the predictor."""
     seen = jnp.concatenate([normalised(x_BxLxD), weight_BxLx1], axis=-1)
     predictor = Router(self.spec, 1, scale=0.1, bias=0.0, name='router_predictor')
     return predictor(jax.lax.stop_gradient(seen))[..., 0]

@@ -27,5 +27,5 @@ class Dense(LayerMethod):
 
   @nn.compact
   def __call__(self, x_BxLxD: jax.Array, mode: str) -> jax.Array:
-    """`[B, L, D]` to `[B, L, D]`."""
+    """Maps `[B, L, D]` to `[B, L, D]`."""
     return feed_forward(self, self.spec, self.activation, self.spec.hidden, x_BxLxD, mode)

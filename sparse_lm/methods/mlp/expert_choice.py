@@ -68,7 +68,7 @@ class ExpertChoice(MixtureOfExperts):
     return Routing(choice_TxE, probability_TxE, probability_TxE, self.visits, capacity)
 
   def _take(self, probability_TxE: jax.Array, mode: str) -> tuple[jax.Array, int]:
-    """Which tokens each expert takes, bool `[T, E]`, and the largest number of tokens that one takes."""
+    """Returns the tokens that each expert takes, bool `[T, E]`, and the most tokens that one takes."""
     tokens = probability_TxE.shape[0]
     start = nn.initializers.constant(1 / self.experts)
     threshold = self.variable('router', 'threshold', start, None, (self.experts,), jnp.float32)

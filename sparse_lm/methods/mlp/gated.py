@@ -32,7 +32,7 @@ class Gated(LayerMethod):
 
   @nn.compact
   def __call__(self, x_BxLxD: jax.Array, mode: str) -> jax.Array:
-    """`[B, L, D]` to `[B, L, D]`."""
+    """Maps `[B, L, D]` to `[B, L, D]`."""
     activation = self.activation()
     axes = {'gate/kernel': -1, 'up/kernel': -1, 'down/kernel': -2}
     record.units(self.path, 'neuron', self.spec.hidden, axes, dynamic=selects(activation))

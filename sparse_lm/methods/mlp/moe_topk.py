@@ -101,7 +101,7 @@ class MoETopK(MixtureOfExperts):
     return {'train': self.capacity, 'eval': self.eval_capacity, 'decode': 0.0}[mode]
 
   def _capacity(self, expert_TxK: jax.Array, mode: str) -> int | None:
-    """The slots of each expert, at most the number of tokens; `None` = no limit."""
+    """Returns the slots of each expert, at most the number of tokens; `None` means no limit."""
     slots = -int(-self._factor(mode) * expert_TxK.size // self.experts)
     return min(slots, expert_TxK.shape[0]) or None
 

@@ -63,7 +63,7 @@ class PredictorTopK(LayerMethod):
 
   @nn.compact
   def __call__(self, x_BxLxD: jax.Array, mode: str) -> jax.Array:
-    """`[B, L, D]` to `[B, L, D]`."""
+    """Maps `[B, L, D]` to `[B, L, D]`."""
     spec, r = self.spec, round(self.split * x_BxLxD.shape[-1])
     activation = self.activation()
     axes = {'predictor/kernel': -1, 'up/kernel': -1, 'down/kernel': -2}
@@ -85,7 +85,7 @@ class PredictorTopK(LayerMethod):
   def _select(
     self, activation: LayerMethod, score_BxLxF: jax.Array, mode: str
   ) -> tuple[jax.Array, jax.Array]:
-    """The activations of the selected units, zero elsewhere, and a mask of the selected units."""
+    """Returns the activations of the selected units, zero elsewhere, and a mask of these units."""
     if self.density == 1:
       return activation(score_BxLxF, mode), jnp.ones(score_BxLxF.shape, bool)
     if self.selector == 'statistical':

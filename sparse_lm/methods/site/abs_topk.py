@@ -38,7 +38,7 @@ class AbsTopK(SiteMethod):
     )
 
   def act(self, value: jax.Array) -> jax.Array:
-    """`[..., units]` to the same shape; `max(1, round(density * units))` units of each row are kept."""
+    """Maps `[..., units]` to the same shape; keeps `max(1, round(density * units))` units per row."""
     if self.density == 1:
       return value
     k = max(1, round(self.density * value.shape[-1]))

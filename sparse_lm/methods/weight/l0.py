@@ -94,7 +94,7 @@ class L0(UnitScores):
     ), masks
 
   def _evaluated(self, logits: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
-    """The values of the gates in evaluation, and which gates are open (bool)."""
+    """Returns the values of the gates in evaluation, and which gates are open (bool)."""
     opened = {name: per_matrix(_likeliest, units) for name, units in logits.items()}
     gates = {
       name: opened[name] * jax.nn.sigmoid(EVALUATED * units / BETA)

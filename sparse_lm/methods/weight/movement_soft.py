@@ -34,8 +34,7 @@ class MovementSoft(UnitScores):
   Attributes:
     threshold: threshold of `sigmoid(S)`, below its initial value of 0.5.
     price: penalty in nats per token, times the mean of `sigmoid(S)` over all prunable weights; not used
-    with
-      a budget.
+      with a budget.
     learned_rate: learning rate of the scores, as a multiple of the weights' rate; the default is the
     paper's.
   """

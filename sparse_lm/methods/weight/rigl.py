@@ -33,5 +33,5 @@ class RigL(Rewiring):
     return signals['grads']
 
   def fraction(self, step: Array) -> Array:
-    """Half a cosine from `drop_fraction` at step 0 to zero at `end`."""
+    """Returns the fraction to replace: half a cosine from `drop_fraction` at step 0 to zero at `end`."""
     return schedule.cosine_fraction(step, self._last, self.drop_fraction)

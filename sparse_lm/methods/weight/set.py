@@ -33,5 +33,5 @@ class SET(Rewiring):
     return noise
 
   def fraction(self, step: Array) -> Array:
-    """The share is `drop_fraction` at every step."""
+    """Returns `drop_fraction` at every step."""
     return jnp.float32(self.drop_fraction)

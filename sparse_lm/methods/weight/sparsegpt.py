@@ -36,7 +36,7 @@ class SparseGPT(OneShot):
   )
 
   def check(self) -> None:
-    """Raises UserError if the pattern does not allow masks to be chosen input by input."""
+    """Raises UserError unless the pattern ranks single weights, all together or in N:M groups."""
     require(
       self.units.lookahead is not None,
       'config.weight.pattern',

@@ -45,8 +45,7 @@ class TopKAST(PatternMethod):
 
   Attributes:
     backward_share: share of the weights outside the forward set that the backward set adds. The density
-    of
-      the backward set is `d + backward_share (1 - d)`, before rounding to whole units.
+      of the backward set is `d + backward_share (1 - d)`, before rounding to whole units.
     penalty_weight: coefficient of `norm(F) + norm(B) / d`, summed over the matrices. F are the weights of
       the forward set, B the weights of the backward set that are not in the forward set.
     norm: 'l1', the sum of magnitudes as in the paper; or 'l2', the Euclidean norm as in
@@ -86,7 +85,7 @@ class TopKAST(PatternMethod):
     return tree.where_sparse(seen, params, forward, backward, dense=lambda w: w), densities(forward)
 
   def penalty(self, trainable: Tree, sparse: Sparse, density: Tree) -> Array:
-    """The penalty of the class docstring's `penalty_weight`, summed over sparse matrices."""
+    """Returns `penalty_weight` times the sum of norms that the class describes, over sparse matrices."""
 
     def paid(w: Array, forward: Array, backward: Array, target: Array) -> Array:
       norms = [NORMS[self.norm](jnp.where(part, w, 0)) for part in (forward, backward & ~forward)]

@@ -31,9 +31,9 @@ class WeightSparse(PatternMethod):
 
   Each step chooses a new mask from the updated weights. Gradients and moments are dense, and moments are
   never reset, so a weight that was zeroed comes back if a step makes it large enough. The density of each
-  matrix falls linearly from 1 to its target. The learning rate is multiplied by sqrt(final / current
-  density) of the sparsest matrices. With the pattern 'floor:4', as in the paper, each neuron and each
-  channel of a head keeps at least four weights.
+  matrix falls linearly from 1 to its target. The learning rate is multiplied by sqrt(final density /
+  current density), for the matrices of lowest final density. With the pattern 'floor:4', as in the
+  paper, each neuron and each channel of a head keeps at least four weights.
 
   Differs from the paper: counts are rounded to the nearest integer; the paper rounds down. Queries, keys
   and values are three matrices; the paper ranks them together as one.
@@ -70,7 +70,7 @@ class WeightSparse(PatternMethod):
     return trainable
 
   def rate_factor(self, target: Tree, step: Array) -> Array:
-    """sqrt(final / current density) of the sparsest matrices."""
+    """sqrt(final density / current density), for the matrices of lowest final density."""
     final = jnp.min(jnp.stack(jax.tree.leaves(target)))
     return jnp.sqrt(final / schedule.linear_density(step, *self._span, final))
 
@@ -92,7 +92,7 @@ class WeightSparse(PatternMethod):
     return MaskUpdate(trainable | {'params': params}, sparse.replace(masks=masks), nothing)
 
   def density(self, target: float, step: int) -> float:
-    """The density after the step before `step`."""
+    """Returns the density at `step`, which the update of the step before has chosen."""
     return float(schedule.linear_density(step - 1, *self._span, target)) if step else 1.0
 
   def backward_density(self, target: float, step: int) -> float | None:
