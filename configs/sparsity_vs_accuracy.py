@@ -1,4 +1,4 @@
-"""The model of the first table: small enough for 40 runs in minutes on two CPU cores.
+"""The model of `make ablation`: small enough for 40 runs in minutes on two CPU cores.
 
 Command:  python -m sparse_lm.train --config=configs/sparsity_vs_accuracy.py --workdir=results/first
           python -m experiments.run sparsity_vs_accuracy

@@ -1,9 +1,9 @@
-"""Which setting of the first table separates the methods: a small spread over seeds, a large gap?
+"""Which setting for `make ablation` has a small spread over seeds and a large effect of sparsity?
 
-Only a dense model and fixed random masks (static) are trained here, on seeds that
-`sparsity_vs_accuracy` does not use. Two numbers decide, and no method that the first table compares
-takes part: the largest standard deviation over seeds of any row, and the difference in validation
-loss between static masks and the dense model.
+Only dense models and fixed random masks (static) are trained here, on seeds that the study
+`sparsity_vs_accuracy` of `make ablation` does not use. No other method takes part in the choice. It is
+based on two numbers: the largest standard deviation over seeds of any row, and the difference in
+validation loss between static masks and the dense model.
 """
 
 import pathlib
@@ -18,7 +18,7 @@ from sparse_lm.runs import configs
 
 CONFIG = 'configs/ablation.py'
 CAPTION = (
-  'Dense models and static masks in candidate settings of the first table, on seeds that no table uses. '
+  'Dense models and static masks in candidate settings for `make ablation`, on seeds that no other table uses. '
   'Fields that are not listed are those of configs/ablation.py'
 )
 # The fields that settings change, and their heads in the table of settings.
