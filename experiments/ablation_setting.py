@@ -18,7 +18,7 @@ from sparse_lm.runs import configs
 
 CONFIG = 'configs/ablation.py'
 CAPTION = (
-  'Dense models and static masks in candidate settings for `make ablation`, on seeds that no other table uses. '
+  'Dense models and static masks in candidate settings for make ablation, on seeds of no other table. '
   'Fields that are not listed are those of configs/ablation.py'
 )
 # The fields that settings change, and their heads in the table of settings.
