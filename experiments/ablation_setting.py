@@ -38,7 +38,13 @@ FIELDS = {
 }
 SEEDS = (100, 101, 102)
 SPARSITIES = (0.8, 0.95)
-_WITH_90 = ('short 2000 heads high', 'decay')  # settings that were tried at 90 % too
+# Settings that were tried at other sparsities.
+TRIED = {
+  'short 2000 heads high': (0.8, 0.95, 0.9),
+  'decay': (0.8, 0.95, 0.9),
+  'one layer flat': (0.8, 0.95, 0.9),
+  'one layer 4000': (0.8, 0.9),
+}
 _NARROW = {'model.width': 32, 'model.hidden': 128}
 _SHORT = {'data.context': 32}
 _STEADY = {'optimizer.b2': 0.99, 'optimizer.warmup': 0.1}
@@ -70,8 +76,10 @@ SETTINGS: dict[str, Overrides] = {
   'decay': _setting(1e-2, 0.99, 2000) | _FLAT | _SHORT | _HEADS | {'optimizer.weight_decay': 1.0},
   'narrow short 4000': _setting(6e-3, 0.99, 4000) | _NARROW | _SHORT | _STEADY,
   'one layer 2000': _setting(1e-2, 0.99, 2000) | {'model.layers': 1} | _SHORT | _STEADY,
+  'one layer flat': _setting(1e-2, 0.99, 2000) | {'model.layers': 1} | _SHORT | _FLAT,
+  'one layer 4000': _setting(1e-2, 0.99, 4000) | {'model.layers': 1} | _SHORT | _FLAT,
 }
-CHOSEN = 'short 2000 long average'
+CHOSEN = 'one layer 4000'
 
 
 def runs() -> list[Run]:
@@ -81,7 +89,7 @@ def runs() -> list[Run]:
     models = [('dense', 0.0, fixed())]
     models += [
       ('static', sparsity, fixed({'weight.name': 'static', 'weight.sparsity': sparsity}))
-      for sparsity in (*SPARSITIES, *([0.9] if name in _WITH_90 else []))
+      for sparsity in TRIED.get(name, SPARSITIES)
     ]
     for method, sparsity, model in models:
       labels = {'setting': name, 'method': method, 'sparsity': sparsity}
