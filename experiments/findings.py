@@ -90,6 +90,11 @@ class Findings:
     rows = self.rows(metric, by, **labels)
     return max(rows, key=rows.__getitem__)
 
+  def spread(self, metric: str) -> float:
+    """The largest standard deviation over seeds of any row."""
+    rows = {str(line['labels']): line['labels'] for line in self.lines}.values()
+    return max(self._statistics(metric, labels)[1] for labels in rows)
+
   def furthest(self, metric: str, value: float, **labels: Json) -> float:
     """The largest difference over the seeds of a row between the metric and `value`."""
     return max(abs(own - value) for own in results.by_seed(self._row(labels), metric).values())

@@ -32,6 +32,7 @@ STUDY = Comparison(
     'flops_forward_ratio',
     'flops_training_ratio',
     'stored_bytes',
+    'train_step_ms',
   ),
 )
 runs, report = STUDY.runs, STUDY.report
