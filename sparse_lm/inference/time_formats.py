@@ -31,10 +31,10 @@ class Cases:
     shapes: shapes of the kernels, `(inputs, outputs)`.
     densities: densities of the kernels, for formats that do not store every weight.
     kernels: least number of kernels per call, so that the overhead of a call is small.
-    bytes: least number of bytes of a call's dense kernels, unless it needs more than `most` kernels.
+    bytes: a call has enough kernels for this many bytes of dense weights, but at most `most` kernels.
     most: largest number of kernels per call.
     masks: number of different masks among the kernels of a call.
-    calls: number of times that the device repeats the products per turn; the host waits once.
+    calls: number of times that the device repeats the products in a turn; the host waits only at the end.
     flood: whether caches are filled with other data before each turn.
   """
 

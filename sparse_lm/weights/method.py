@@ -220,7 +220,7 @@ class WeightMethod:
     return None
 
   def due(self, step: int) -> bool:
-    """True if `update` runs in this step (on the host)."""
+    """Returns whether `update` runs in this step; called on the host, before the step."""
     return False
 
   def update(
@@ -263,7 +263,7 @@ class WeightMethod:
     return 1.0 if self.collects(step) else None
 
   def collects(self, step: int) -> bool:
-    """True if a mask update, in this step or a later one, reads this step's gradient (on the host)."""
+    """Returns whether a mask update in this or a later step reads this step's gradient; on the host."""
     found = from_training(self.traits.needs).values()
     window = max((one.batches for one in found), default=0)
     return any(self.due(step + later) for later in range(window))

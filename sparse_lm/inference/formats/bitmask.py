@@ -1,4 +1,4 @@
-"""Kept weights plus one mask bit per weight; for the disk."""
+"""Kept weights plus one mask bit per weight, for storage on disk."""
 
 from typing import ClassVar
 
