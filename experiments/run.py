@@ -52,7 +52,8 @@ def main() -> None:
 def _list_missing(
   study: Study, runs: dict[str, Run], missing: dict[str, Run], pack: int | None
 ) -> None:
-  """Prints the commands of the missing runs, grouped by pack if runs are packed."""
+  """Prints the commands of the missing runs, grouped by pack; a wrong config is refused before."""
+  study.configs(missing)
   print(f'# {len(runs) - len(missing)} of {len(runs)} runs are finished; missing:')
   if pack is None:
     for run_id in missing:

@@ -7,7 +7,7 @@ import pathlib
 import shlex
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -112,6 +112,14 @@ class Study:
       if run_id not in lines or (again and results.has_diverged(lines[run_id]))
     }
 
+  def configs(self, runs: dict[str, Run]) -> dict[str, ConfigDict]:
+    """Loads the configs of runs, by id. Raises UserError, which names the run, if one is wrong."""
+    loaded = {}
+    for run_id, run in runs.items():
+      with _named(run_id):
+        loaded[run_id] = _load(run)
+    return loaded
+
   def train(self, runs: dict[str, Run], again: bool = False, pack: int | None = None) -> int:
     """Executes every missing run that no other process works on, and appends its line.
 
@@ -128,7 +136,7 @@ class Study:
         finished runs are kept).
     """
     missing, skipped = self.missing(runs, again), 0
-    seeds = {run_id: _load(run).seed for run_id, run in missing.items()}
+    seeds = {run_id: config.seed for run_id, config in self.configs(missing).items()}
     jobs = _jobs(missing, pack)
     finished = len(runs) - len(missing)
     bar = tqdm(
@@ -144,14 +152,14 @@ class Study:
         first, *others = job
         name = f'{first} and {len(others)} more' if others else first
         bar.set_description(name)
-        if bar.disable:
-          print(f'run {finished + 1}/{len(runs)}: {name}', file=sys.stderr, flush=True)
         try:
           with contextlib.ExitStack() as stack:
             taken = [run_id for run_id in job if self._take(run_id, stack)]
             skipped += len(job) - len(taken)
             # Another process may have finished some of them meanwhile.
             todo = self.missing({run_id: job[run_id] for run_id in taken}, again)
+            if todo and bar.disable:
+              print(f'run {finished + 1}/{len(runs)}: {name}', file=sys.stderr, flush=True)
             for run_id, outcome in self._outcomes(todo, train_pack).items():
               results.append(self.file, self._head(run_id, seeds[run_id]) | outcome)
         except lock.Held:
@@ -248,6 +256,15 @@ def _checked(run_id: str, result: JsonObject) -> JsonObject:
   return result
 
 
+@contextlib.contextmanager
+def _named(run_id: str) -> Iterator[None]:
+  """Names the run in a `UserError` that is raised in the block."""
+  try:
+    yield
+  except UserError as error:
+    raise UserError(f'run {run_id}: {error}') from error
+
+
 def _load(run: Run) -> ConfigDict:
   """Loads and validates the run's config. Imported here, because `--list` needs no JAX."""
   from sparse_lm.runs import configs as config
@@ -279,10 +296,8 @@ def _check(runs: dict[str, Run]) -> None:
     what = (run.config, run.overrides | {'seed': 0})
     if what not in seen:
       seen.append(what)
-      try:
+      with _named(run_id):
         setup(_load(run))
-      except UserError as error:
-        raise UserError(f'run {run_id}: {error}') from error
 
 
 def _train(run: Run, workdir: pathlib.Path) -> JsonObject:

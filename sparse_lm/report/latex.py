@@ -22,6 +22,7 @@ BOLD = 1.18  # width of bold letters over that of others
 _EM = {
   **dict.fromkeys("ijl.,:;'!|[] ", 0.3),
   **dict.fromkeys('()frts-', 0.42),
+  **dict.fromkeys('0123456789*', 0.5),
   **dict.fromkeys('mwMW%@—…', 1.0),
   **dict.fromkeys('ABCDEFGHIJKLNOPQRSTUVXYZΔ±×+−=<>', 0.8),
 }
@@ -48,7 +49,9 @@ def latex(frame: pd.DataFrame, caption: str, command: str, label: str) -> str:
     printed = printed.drop(columns='seeds')  # the notes name them
   grouped = len(names) > 1 and bool(frame[names[0]].duplicated().any())
   labels = _labels(printed, names, grouped)
-  room = COLUMN - sum(column.width + 2 * SEPARATION for column in labels) - INDENT * grouped
+  edges = 2 * SEPARATION  # which @{} leaves out
+  taken = sum(column.width + 2 * SEPARATION for column in labels) + INDENT * grouped
+  room = COLUMN + edges - taken
   best = {c.heading: frame.attrs['best'].get(c.metric) for c in frame.attrs['columns']}
   values = [
     _value(name, list(printed[name]), best.get(name) or [False] * len(printed), room)

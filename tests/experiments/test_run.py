@@ -162,6 +162,13 @@ def test_dry_run_prints_what_is_missing_and_runs_nothing(folder, command):
   assert all('--config.seed=1' in command for command in commands)
 
 
+def test_dry_run_refuses_a_wrong_config_and_names_the_run(folder, command):
+  (folder / 'fake.py').write_text(STUDY.replace("['none', 'static']", "['none', 'statik']"))
+  done = command('fake', '--dry_run')
+  assert done.code == 2 and not done.out
+  assert 'run statik-seed0-' in done.err and "unknown config.weight.name 'statik'" in done.err
+
+
 def test_a_training_study_prints_the_training_commands(folder, command, tmp_path):
   (folder / 'fake.py').write_text(STUDY.replace(', execute)', ')'))
   words = shlex.split(command('fake', '--dry_run').out.splitlines()[1])
@@ -296,6 +303,7 @@ def test_a_second_worker_takes_other_runs(folder, command, tmp_path):
     done = command('fake')
   assert done.code == 0 and executed(folder) == ['none 1', 'static 0', 'static 1']
   assert 'skipped 1 of 4 runs: other processes work on them' in done.err
+  assert 'run 2/4: none-seed1' in done.err and 'none-seed0' not in done.err
   assert '1 of 4 runs are missing' in done.out
   # A run whose training another process has begun by hand is left as well.
   held = "from sparse_lm.runs import lock\nraise lock.Held('workdir w is in use')"

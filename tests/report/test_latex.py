@@ -116,6 +116,15 @@ def test_a_wide_table_fits_a_column_in_several_floats(wide, tmp_path):
   assert wide.count('Reproduce') == parts[-1].count('Reproduce') == 1
 
 
+def test_a_loss_and_its_difference_stand_beside_each_other(tmp_path):
+  frame = table.summarise(
+    list(study(LOSSES)), ['method', 'sparsity'], [table.column('val_loss')], {'method': 'dense'}
+  )
+  shown = latex.latex(frame, 'Losses', 'python -m x', 'losses')
+  compiled(shown, tmp_path)
+  assert shown.count('\\begin{table}') == 1 and '{[}+0.' in shown
+
+
 def test_units_stand_in_the_head_and_groups_have_display_names(wide):
   head, _, body = wide.partition('\\midrule')
   assert r'validation loss \\ (nats/token)' in head and r'method \\ sparsity' in head
