@@ -14,7 +14,7 @@ import collections
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -181,7 +181,7 @@ class Run:
 
     Raises UserError as `logits` does.
     """
-    read = (sites,) if isinstance(sites, str) else tuple(sites)
+    read = tuple(sites) if isinstance(sites, Iterable) and not isinstance(sites, str) else (sites,)
     if not all(isinstance(name, str) for name in read):
       raise UserError(f'sites={sites!r} is not valid; valid: names or patterns of `run.sites()`')
     return self._forward(x, read, interventions)[1]
@@ -244,12 +244,13 @@ class Run:
       )
     room = context - len(ids_L)
     count = room if max_new_tokens is None else max_new_tokens
+    count, temperature, top_k, top_p, seed = map(_plain, (count, temperature, top_k, top_p, seed))
     Range(int, f'[1, {room}]').require('max_new_tokens', count)
     TEMPERATURE.require('temperature', temperature)
     Range(int, f'[0, {vocab}]').require('top_k', top_k)
     TOP_P.require('top_p', top_p)
     Range(int, '[0, 2^31)').require('seed', seed)
-    sampling = Sampling(temperature, top_k, top_p)
+    sampling = Sampling(float(temperature), top_k, top_p)
     made = self._decoder.generate([ids_L], count, sampling, seed)
     return self.tokenizer.decode([int(token_B[0]) for token_B in made])
 
@@ -277,6 +278,7 @@ class Run:
     chosen = [t if isinstance(t, Evaluation) else evals.evaluation(t)() for t in tasks] or [Loss()]
     if split not in SPLITS:
       raise unknown('split', split, SPLITS)
+    batch = _plain(batch)
     if batch is not None:
       Range(int, '[1, 2^24]').require('batch', batch)
     model, data = self.loaded.eval_model(), self.loaded.eval_data(split, batch)
@@ -301,9 +303,11 @@ class Run:
       raise UserError(
         f'{self.path} has no {LOG}; valid: a run that was trained (one-shot pruning logs no steps)'
       )
-    lines = pd.DataFrame([values for _, values in read_log(file)])
+    lines = [values for _, values in read_log(file)]
+    if not lines:
+      raise UserError(f'{self.path}: {LOG} has no intact line; valid: the log of a run')
     # A step's metrics and those of the evaluation after it are two lines of the file.
-    return lines.groupby('step').last()
+    return pd.DataFrame(lines).groupby('step').last()
 
   def plot(self, *names: str) -> Figure:
     """Draws logged metrics over the steps; those of one unit share a panel.
@@ -314,6 +318,11 @@ class Run:
     Raises UserError for an unknown name, and if the folder has no log.
     """
     return training_log.figure(self.metrics, names or training_log.LOSSES)
+
+
+def _plain(value: object) -> object:
+  """Returns a NumPy number as the Python number that it is, and anything else as it is."""
+  return value.item() if isinstance(value, np.generic) else value
 
 
 def _as_array(x: Input, tokenizer: Tokenizer) -> np.ndarray:

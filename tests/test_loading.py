@@ -109,6 +109,7 @@ def test_logits_are_those_of_the_run_whatever_form_the_input_has(run, reference)
     (['a', 1], 'type object'),
     ([1, None], 'type object'),
     (np.zeros((1, 2, 3), int), 'shape (1, 2, 3)'),
+    (np.zeros((0, 2), int), 'shape (0, 2); valid: at least one sequence'),
     ([10**30], 'type object'),
     ([-1], 'token ids range from -1 to -1; valid: 0 to'),
     ('É', "no token for 'É'"),
@@ -175,6 +176,10 @@ def test_an_intervention_acts_as_the_weights_that_would_do_the_same(run, referen
       {'residual_1': lambda x: x[..., :1]},
       'residual_1: the replacement is float32[1, 7, 1]; valid: float32',
     ),
+    ({'residual_1': lambda x: None}, 'the replacement is no array but NoneType; valid: float32[1'),
+    ({'residual_1': lambda x: {}}, 'the replacement is no array but dict; valid: float32[1'),
+    ({'residual_1': lambda x: 'off'}, 'the replacement is no array but str; valid: float32[1'),
+    ({'residual_1': lambda x: [[1], [1, 2]]}, 'the replacement is no array but list; valid'),
   ],
 )
 def test_interventions_of_another_kind_are_one_line(interventions, said, run):
@@ -187,6 +192,7 @@ def test_an_unknown_site_is_named_with_the_nearest(unknown, run):
     lambda: run.activations('the', unknown), "'block_0/mlp/hiden': did you mean 'block_*/mlp/"
   )
   refused(lambda: run.activations('the', [3]), 'sites=[3] is not valid')
+  refused(lambda: run.activations('the', None), 'sites=None is not valid')
 
 
 def test_sampling_follows_the_logits(run, reference):
@@ -198,6 +204,12 @@ def test_sampling_follows_the_logits(run, reference):
   assert run.generate('the cat', max_new_tokens=5, temperature=0) == text[7:]
   assert run.generate('the cat', max_new_tokens=5, top_k=1, seed=9) == text[7:]
   assert run.generate('the cat', max_new_tokens=5, top_p=1e-6) == text[7:]
+  assert run.generate('the', 2, temperature=2**70, top_k=1) == run.generate('the', 2, top_k=1)
+  number = np.int64
+  options = {'max_new_tokens': number(3), 'seed': number(1), 'top_k': number(3)}
+  assert run.generate('the', **options, temperature=np.float32(0.5)) == run.generate(
+    'the', 3, seed=1, top_k=3, temperature=0.5
+  )
   warm = [run.generate('the', temperature=5.0, seed=seed) for seed in (0, 0, 1)]
   assert warm[0] == warm[1] != warm[2] and len(warm[0]) == CONTEXT - 3
 
@@ -261,17 +273,25 @@ def test_the_log_is_a_frame_and_a_figure(run):
   assert 'validation loss' in above.get_ylabel() and below.get_ylabel() == 'gradient norm'
   assert below.get_xlabel() == 'optimizer step'
   refused(lambda: run.plot('los'), "unknown metric 'los': did you mean 'loss'")
+  refused(lambda: run.plot(['loss']), "unknown metric ['loss']: did you mean 'loss'")
 
 
-def test_a_run_without_a_log_says_so(folders, tmp_path):
+@pytest.mark.parametrize(
+  ('content', 'said'),
+  [
+    (None, 'has no metrics.jsonl; valid: a run that was trained'),
+    ('', 'metrics.jsonl has no intact line; valid: the log of a run'),
+  ],
+)
+def test_a_run_without_a_log_says_so(content, said, folders, tmp_path):
   copy = tmp_path / 'packed'
   copy.mkdir()
   for file in folders[1].iterdir():
     if file.name != 'metrics.jsonl':
       (copy / file.name).write_bytes(file.read_bytes())
-  refused(
-    lambda: sparse_lm.load(copy).plot(), 'has no metrics.jsonl; valid: a run that was trained'
-  )
+  if content is not None:
+    (copy / 'metrics.jsonl').write_text(content)
+  refused(lambda: sparse_lm.load(copy).plot(), said)
 
 
 def test_weights_of_a_packed_folder_are_compared_with_its_digests(folders, tmp_path):
@@ -297,7 +317,10 @@ def test_best_and_home_are_paths_too(folders, monkeypatch):
 
 
 def test_a_path_without_a_model_is_refused(tmp_path):
-  refused(lambda: sparse_lm.load(tmp_path / 'no'), 'holds no run')
+  refused(
+    lambda: sparse_lm.load(tmp_path / 'no'), 'no holds no run (there is no such folder); valid: a'
+  )
+  refused(lambda: sparse_lm.load(tmp_path), 'holds no run (no config.json); valid: a folder that')
   refused(lambda: sparse_lm.load(3), 'path of type int; valid: the path of a workdir')
 
 

@@ -170,12 +170,17 @@ class _Replacer(_Matcher):
     self.passed[path] = None
     for pattern, function in self.patterns.items():
       if _matches(pattern, path):
-        return _checked(path, value, jnp.asarray(function(value)))
+        return _checked(path, value, function(value))
     return value
 
 
-def _checked(path: str, old: jax.Array, new: jax.Array) -> jax.Array:
-  kinds = [f'{a.dtype}{list(a.shape)}' for a in (new, old)]
-  if kinds[0] != kinds[1]:
-    raise UserError(f'{path}: the replacement is {kinds[0]}; valid: {kinds[1]}')
-  return new
+def _checked(path: str, old: jax.Array, new: object) -> jax.Array:
+  valid = f'{old.dtype}{list(old.shape)}'
+  try:
+    array = jnp.asarray(new)
+  except (TypeError, ValueError, OverflowError) as error:
+    kind = type(new).__name__
+    raise UserError(f'{path}: the replacement is no array but {kind}; valid: {valid}') from error
+  if (kind := f'{array.dtype}{list(array.shape)}') != valid:
+    raise UserError(f'{path}: the replacement is {kind}; valid: {valid}')
+  return array

@@ -33,7 +33,7 @@ def figure(log: pd.DataFrame, names: Sequence[str]) -> Figure:
   """
   panels: dict[str, list[Column]] = {}
   for name in names:
-    if name not in log.columns:
+    if not isinstance(name, str) or name not in log.columns:
       raise unknown('metric', name, log.columns)
     own = next((column for column in LOGGED if column.metric == name), column(name))
     panels.setdefault(own.unit or own.metric, []).append(own)

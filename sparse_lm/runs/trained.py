@@ -131,7 +131,9 @@ def check_tokens(tokens: np.ndarray | jax.Array, spec: Spec) -> None:
     )
   if not 1 <= shape[1] <= spec.context:
     raise UserError(f'a sequence has {shape[1]} tokens; valid: 1 to {spec.context}, the context')
-  if shape[0] and not 0 <= np.min(tokens) <= np.max(tokens) < spec.vocab:
+  if not shape[0]:
+    raise UserError(f'tokens have shape {shape}; valid: at least one sequence')
+  if not 0 <= np.min(tokens) <= np.max(tokens) < spec.vocab:
     raise UserError(
       f'token ids range from {np.min(tokens)} to {np.max(tokens)}; valid: 0 to {spec.vocab - 1}, the '
       'vocabulary'
@@ -156,13 +158,15 @@ def load(workdir: str) -> Trained:
       'takes both'
     )
   if not (folder / CONFIG).exists():
-    raise UserError(f'workdir {workdir} holds no run (no {CONFIG})')
+    missing = f'no {CONFIG}' if folder.is_dir() else 'there is no such folder'
+    valid = 'a folder that train, prune or pack wrote'
+    raise UserError(f'workdir {workdir or "."} holds no run ({missing}); valid: {valid}')
   config = configs.of_run(read_config(folder), folder / CONFIG)
   tokenizer = tokenizers.from_json(read_json(folder / 'tokenizer.json'))
   program, target = build(config, tokenizer.vocab_size)
   template = jax.eval_shape(program.init, config.seed, target)
   if not (folder / kind).is_dir():
-    raise UserError(f'workdir {workdir} has no checkpoint yet')
+    raise _no_checkpoint(workdir)
   checkpoints = Checkpoints(folder, kind)
   try:
     state = checkpoints.restore(template, items=EVALUATED)
@@ -170,7 +174,7 @@ def load(workdir: str) -> Trained:
   finally:
     checkpoints.close()
   if state is None:
-    raise UserError(f'workdir {workdir} has no checkpoint yet')
+    raise _no_checkpoint(workdir)
   params, masks = program.finalize(state.replace(opt_state=None))
   return Trained(
     workdir,
@@ -185,6 +189,11 @@ def load(workdir: str) -> Trained:
     int(state.step),
     work,
   )
+
+
+def _no_checkpoint(workdir: str) -> UserError:
+  valid = 'a run that has saved one, or all files of a packed folder'
+  return UserError(f'workdir {workdir} has no checkpoint yet; valid: {valid}')
 
 
 def _source(folder: pathlib.Path, kind: str, step: int) -> str:
