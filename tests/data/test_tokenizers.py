@@ -175,7 +175,7 @@ def test_a_string_and_its_bytes_have_the_same_tokens(bpe, text):
 
 def test_input_that_is_not_text_is_named(bpe):
   for tokenizer in (tokenizers.Bytes(), tokenizers.Chars('ab'), bpe):
-    with pytest.raises(UserError, match=r'string or UTF-8 bytes, not list'):
+    with pytest.raises(UserError, match=r'cannot encode list; valid: a string or UTF-8 bytes'):
       tokenizer.encode([1, 2])
     with pytest.raises(UserError, match=r"character 1 \('\\ud800'\)"):
       tokenizer.encode('a\ud800')

@@ -138,7 +138,7 @@ def test_masks_that_are_open_close_where_a_shorter_run_ends_in_what_was_a_dense_
   ({'start': 0.9}, ['config.weight.end=0.85', 'config.weight.start=0.9 or more']),
   ({'phase': 0.0}, ['config.weight.phase=0.0', '[0.001, 1]']),
   ({'last_dense': 1.5}, ['config.weight.last_dense=1.5', '[0, 1]']),
-  ({'pattern': 'neuron'}, ["config.weight.pattern='neuron'", 'each of one matrix']),
+  ({'pattern': 'neuron'}, ["config.weight.pattern='neuron'", 'units lie in one matrix']),
 ])  # fmt: skip
 def test_bad_fields_are_refused_in_one_line(fields, words, tiny_config):
   with pytest.raises(UserError) as refused:

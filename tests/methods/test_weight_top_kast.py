@@ -142,7 +142,7 @@ def test_a_matrix_that_is_dense_or_zero_pays_no_penalty(density, scale, norm):
   ('fields', 'words'),
   [
     ({'norm': 'l3'}, ["config.weight.norm 'l3'", 'valid: l1, l2']),
-    ({'pattern': 'neuron'}, ["config.weight.pattern='neuron'", 'each of one matrix']),
+    ({'pattern': 'neuron'}, ["config.weight.pattern='neuron'", 'units lie in one matrix']),
   ],
 )
 def test_bad_fields_are_refused_in_one_line(fields, words, tiny_config):

@@ -53,7 +53,7 @@ def test_the_colours_of_all_layers_share_one_scale_whose_label_names_the_even_lo
 def test_a_run_without_experts_is_refused(tmp_path):
   path = tmp_path / 'metrics.jsonl'
   path.write_text(json.dumps({'step': 1, 'loss': 2.0}) + '\n')
-  with pytest.raises(UserError, match='no load'):
+  with pytest.raises(UserError, match='no logged load of experts'):
     health.router_health(path)
   with pytest.raises(UserError, match='no file'):
     health.router_health(tmp_path / 'other.jsonl')

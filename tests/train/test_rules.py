@@ -286,7 +286,7 @@ BAD = {
   ),
   'units that the rule has none of': (
     rules(attention=MLP | {'pattern': 'neuron'}),
-    ['config.weight.rules.attention.match', 'only block_0/attention/key/kernel'],
+    ['config.weight.rules.attention.match', 'block_0/attention/key/kernel', 'none of them'],
   ),
   'units that cannot grow': (
     rules(attention=ATTENTION | {'pattern': 'head'}),
