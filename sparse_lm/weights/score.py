@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_lm.core import schedule, tree
-from sparse_lm.core.errors import require, unknown
+from sparse_lm.core.errors import UserError, require, unknown
 from sparse_lm.core.estimator import straight_through, with_gradient_of, with_gradient_to_score
 from sparse_lm.core.ranges import ranged
 from sparse_lm.core.tree import Tree
@@ -182,7 +182,7 @@ class ScoredMethod(PatternMethod):
       lambda paths, found: paths & tree.named(found).keys(), signals.values(), everywhere
     )
     masks, target = tree.only(present, sparse.masks), tree.only(present, sparse.target)
-    scores = self.scores(
+    scores = self._checked_scores(
       trainable | {'params': tree.only(present, trainable['params'])},
       {name: tree.only(present, found) for name, found in signals.items()},
     )
@@ -240,10 +240,24 @@ class ScoredMethod(PatternMethod):
       for name, final in self.units.densities(target, like).items()
     }
 
+  def _checked_scores(self, trainable: Tree, signals: dict[str, Tree]) -> Tree:
+    """Returns `scores`. Raises UserError for other leaves or shapes than those of the weights.
+
+    Scores that broadcast would rank weights, but not as their author meant.
+    """
+    scores = self.scores(trainable, signals)
+    have, want = tree.named(scores), tree.named(trainable['params'])
+    for path in {**want, **have}:
+      found, valid = (jnp.shape(one[path]) if path in one else None for one in (have, want))
+      if found != valid:
+        name = type(self).__name__
+        raise UserError(f'{name}.scores gives {path} the shape {found}; valid: {valid}, its own')
+    return scores
+
   def _choose(self, trainable: Tree, sparse: Sparse, step: Array) -> tuple[Tree, Tree, Tree]:
     """Returns masks, factors of the kept weights (`None` = 1) and scores, for the prunable leaves."""
     params = restrict_to(trainable['params'], sparse.target)
-    scores = self.scores(trainable | {'params': params}, {})
+    scores = self._checked_scores(trainable | {'params': params}, {})
     units = self.units.pool(jax.lax.stop_gradient(scores))
     keeps = self.units.select(units, self._densities(sparse.target, params, step), params)
     masks = self.units.expand(keeps, params)

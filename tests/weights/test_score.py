@@ -47,6 +47,16 @@ class Saliency(ScoredMethod):
     return jax.tree.map(lambda w, g: jnp.abs(w * g), trainable['params'], signals['grads'])
 
 
+@dataclasses.dataclass(frozen=True)
+class OfOutputs(ScoredMethod):
+  """A score for each output, which lacks the axis of the inputs."""
+
+  traits: ClassVar[Traits] = Traits()
+
+  def scores(self, trainable, signals):
+    return jax.tree.map(lambda w: jnp.abs(w).sum(axis=0), trainable['params'])
+
+
 def largest(scores, count):
   order = np.argsort(-np.asarray(scores), axis=None, kind='stable')
   mask = np.zeros(scores.size, bool)
@@ -161,6 +171,17 @@ def test_a_ramp_at_once_is_dense_before_its_start_and_at_the_target_after_it(app
       trainable, sparse = change.trainable, change.sparse
   first = 11 if apply == 'masked' else 10  # an update shows in the step after it
   assert held == pytest.approx([1.0] * first + [0.4] * (40 - first))
+
+
+@pytest.mark.parametrize('apply', ['masked', 'soft'])
+def test_scores_of_another_shape_are_refused_by_the_path_of_the_weights(apply):
+  method = OfOutputs(total_steps=100, apply=apply, **AT_ONCE)
+  trainable, sparse = method.init(KEY, PARAMS, TARGET)
+  step = jnp.int32(0)
+  with pytest.raises(UserError, match=r'OfOutputs\.scores.*w.*\(5,\); valid: \(6, 5\)'):
+    if apply == 'masked':
+      method.update(trainable, sparse, {}, step, KEY)
+    method.effective(trainable, sparse, 'train', step, None)
 
 
 def test_scores_may_be_negative():
