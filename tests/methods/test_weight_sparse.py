@@ -168,7 +168,7 @@ def test_a_stopped_run_ends_as_an_undisturbed_one_and_decodes_packed_as_it_was_t
 
 
 @pytest.mark.parametrize(('fields', 'words'), [
-  ({'weight__sparsity': 0.9}, ["config.weight.pattern 'floor:4'", '26 of 256', '64 in total', 'at most 0.75']),
+  ({'weight__sparsity': 0.9}, ["pattern 'floor:4'", '26 of 256', '64 in total', 'at most 0.75']),
   ({'weight__start': 0.6}, ['config.weight.end=0.5', '0.6 or more']),
   ({'weight__pattern': 'neuron'}, ["config.weight.pattern='neuron'", 'cannot grow from zero']),
 ])  # fmt: skip
