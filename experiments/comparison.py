@@ -86,7 +86,7 @@ class Comparison:
   def report(self, lines: list[results.Line], folder: pathlib.Path) -> str:
     """Writes the table and a figure of validation loss against sparsity; returns the table."""
     baseline = {'method': next(iter(self.dense))}
-    columns = [table.column(c) if isinstance(c, str) else c for c in self.columns]
+    columns = [table.column(c) for c in self.columns]
     frame = table.summarise(lines, ['method', 'sparsity'], columns, baseline)
     sparsity = table.Column('sparsity', 'sparsity', '.0f', '%', 100)
     figure = plot.curves(lines, sparsity, 'val_loss', 'method', {'sparsity': 0.0})

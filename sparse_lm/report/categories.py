@@ -31,7 +31,7 @@ def bars(
     low, high: the metrics at the ends of the error bars: the quartiles of the ratio.
     group: the label with one colour for each value.
   """
-  label = column(label) if isinstance(label, str) else label
+  label = column(label)
   rows = list(dict.fromkeys(line['labels'][label.metric] for line in lines))
   groups = list(dict.fromkeys(line['labels'][group] for line in lines))
   in_row = {row: [i for i in lines if i['labels'][label.metric] == row] for row in rows}
@@ -95,9 +95,10 @@ def dots(
       differ in more than their seed.
   """
   asked = [x] if isinstance(x, str | Column) else x
-  xs = [column(axis) if isinstance(axis, str) else axis for axis in asked]
+  xs = [column(axis) for axis in asked]
   for axis in xs:
-    dense, rest = plot.split(lines, axis, baseline)
+    results.check_metric(lines, axis.metric)
+  dense, rest = plot.split(lines, baseline)
   names = [panel, series, category] if panel else [series, category]
   groups = {key[-3:]: members for key, members in results.group(rest, names).items()}
   groups = {key if panel else (None, *key): members for key, members in groups.items()}

@@ -67,8 +67,9 @@ def curves(
     UserError: a label or metric is unknown, a value of `x` is not a number, no run has the labels of the
       baseline, or the runs of a point differ in more than their seed.
   """
-  x, y = (column(axis) if isinstance(axis, str) else axis for axis in (x, y))
-  dense, rest = split(lines, y, baseline)
+  x, y = column(x), column(y)
+  results.check_metric(lines, y.metric)
+  dense, rest = split(lines, baseline)
   found = _series(rest, x, y, series)
   with matplotlib.rc_context(style.RC):
     if len(found) <= len(style.SERIES):
@@ -102,10 +103,9 @@ def save(figure: Figure, folder: str | pathlib.Path, name: str) -> list[pathlib.
 
 
 def split(
-  lines: Sequence[results.Line], y: Column, baseline: Mapping[str, Json] | None
+  lines: Sequence[results.Line], baseline: Mapping[str, Json] | None
 ) -> tuple[list[results.Line], list[results.Line]]:
   """Splits lines into those of the baseline and all others."""
-  results.check_metric(lines, y.metric)
   dense = [line for line in lines if baseline and results.matches(line, baseline)]
   if baseline and not dense:
     raise UserError(f'no run has the labels of the baseline {dict(baseline)}')

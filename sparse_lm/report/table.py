@@ -153,8 +153,10 @@ COLUMNS = (
 )
 
 
-def column(metric: str) -> Column:
-  """Returns the column of a known metric, or a column with default formatting."""
+def column(metric: str | Column) -> Column:
+  """Returns the column of a known metric, or one with default formatting; a `Column` as it is."""
+  if isinstance(metric, Column):
+    return metric
   return next((known for known in COLUMNS if known.metric == metric), Column(metric))
 
 

@@ -35,7 +35,7 @@ def figure(log: pd.DataFrame, names: Sequence[str]) -> Figure:
   for name in names:
     if not isinstance(name, str) or name not in log.columns:
       raise unknown('metric', name, log.columns)
-    own = next((column for column in LOGGED if column.metric == name), column(name))
+    own = next((known for known in LOGGED if known.metric == name), column(name))
     panels.setdefault(own.unit or own.metric, []).append(own)
   parts = [
     columns[i : i + len(style.SERIES)]

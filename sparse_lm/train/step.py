@@ -61,7 +61,7 @@ class Program:
 
   @property
   def model(self) -> LM:
-    """The model."""
+    """The model that the objective trains."""
     return self.objective.model
 
   @property
