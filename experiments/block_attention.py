@@ -83,9 +83,7 @@ def report(lines: list[results.Line], folder: pathlib.Path) -> str:
   columns = [
     table.Column('full_ms', 'full attention', '.2f', 'ms/token'),
     table.Column('blocks_ms', 'MoBA', '.2f', 'ms/token'),
-    table.Column('speedup', 'speed-up', '.2f', '×'),
-    table.Column('speedup_low', 'lower quartile', '.2f', '×'),
-    table.Column('speedup_high', 'upper quartile', '.2f', '×'),
+    *table.ratio('speedup', 'speed-up', '.2f'),
     table.Column('full_cache_bytes', 'cache read by full attention', '.2f', 'MB/token', 1e-6),
     table.Column('blocks_cache_bytes', 'cache read by MoBA', '.2f', 'MB/token', 1e-6),
   ]

@@ -104,9 +104,7 @@ def report(lines: list[results.Line], folder: pathlib.Path) -> str:
   columns = [
     table.Column('ms', 'component', '.2f', 'ms'),
     table.Column('reference_ms', 'reference', '.1f', 'ms'),
-    table.Column('ratio', 'reference / component', '.1f', '×'),
-    table.Column('ratio_low', 'lower quartile', '.1f', '×'),
-    table.Column('ratio_high', 'upper quartile', '.1f', '×'),
+    *table.ratio('ratio', 'reference / component', '.1f'),
   ]
   frame = table.summarise(lines, ['component', 'reference'], columns)
   caption = (

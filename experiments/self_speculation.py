@@ -113,9 +113,7 @@ def report(lines: list[results.Line], folder: pathlib.Path) -> str:
   columns = [
     table.Column('ms', 'speculative decoding', '.2f', 'ms/token'),
     table.Column('plain_ms', 'plain decoding', '.2f', 'ms/token'),
-    table.Column('ratio', 'speed-up', '.2f', '×'),
-    table.Column('ratio_low', 'lower quartile', '.2f', '×'),
-    table.Column('ratio_high', 'upper quartile', '.2f', '×'),
+    *table.ratio('ratio', 'speed-up', '.2f'),
     table.Column('accepted', 'accepted drafts', '.1f', '%', 100),
     table.Column('tokens_a_round', 'tokens per verification', '.2f'),
     table.Column('close', f'near ties among {PROMPTS * TOKENS} tokens', '.0f'),

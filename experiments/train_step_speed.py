@@ -130,9 +130,7 @@ def report(lines: list[results.Line], folder: pathlib.Path) -> str:
   columns = [
     table.Column('step_ms', 'step', '.0f', 'ms'),
     table.Column('reference_ms', 'reference', '.0f', 'ms'),
-    table.Column('ratio', 'step / reference', '.3f', '×'),
-    table.Column('ratio_low', 'lower quartile', '.3f', '×'),
-    table.Column('ratio_high', 'upper quartile', '.3f', '×'),
+    *table.ratio('ratio', 'step / reference', '.3f'),
     table.Column('fraction_of_peak', 'dense FLOP/s / matmul peak', '.2f', '×'),
     table.Column('peak_gflops', 'matmul peak', '.0f', 'GFLOP/s'),
     table.Column('peak_memory', 'peak memory of the step', ',.0f', 'MB', 1e-6),

@@ -95,6 +95,15 @@ class Column:
     return f'not shown: needs {most if math.isinf(seeds) else f"{seeds:.0f}"} seeds'
 
 
+def ratio(metric: str, title: str, format: str) -> tuple[Column, Column, Column]:
+  """Returns the columns of a median ratio and of its lower and upper quartile."""
+  return (
+    Column(metric, title, format, '×'),
+    Column(f'{metric}_low', 'lower quartile', format, '×'),
+    Column(f'{metric}_high', 'upper quartile', format, '×'),
+  )
+
+
 def speedup(metric: str, what: str, short: str = '') -> list[Column]:
   """Returns columns of a ratio of times, `what: dense / packed`, and of its lower and upper quartile."""
   return [
