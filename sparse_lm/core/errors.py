@@ -12,7 +12,7 @@ class UserError(Exception):
 
 
 class Diverged(UserError):
-  """The loss or a gradient of a run is no longer finite. Training the run again would not help."""
+  """The loss, a gradient or a score of a run is not finite. Training the run again would not help."""
 
 
 def unknown(what: str, name: object, valid: Iterable[str]) -> UserError:

@@ -23,6 +23,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 
+from flax.errors import NameInUseError
 from ml_collections import ConfigDict
 
 from sparse_lm.core import discovery
@@ -171,7 +172,14 @@ class MethodConfig:
         'inner': functools.partial(self.inner.make, supplied | {'name': 'inner'})
       }
     wanted = {field.name for field in dataclasses.fields(self.cls)}
-    return self.cls(**dict(self.fields), **{k: v for k, v in supplied.items() if k in wanted})
+    try:
+      return self.cls(**dict(self.fields), **{k: v for k, v in supplied.items() if k in wanted})
+    except NameInUseError as error:
+      name = supplied['name']
+      raise UserError(
+        f'{str(error).partition(": ")[0]}, because it has one already; valid: one call of '
+        f'self.{name}(), whose result is kept: {name} = self.{name}()'
+      ) from error
 
   def check(self, spec: Spec) -> None:
     """Raises a UserError if the method's fields do not fit each other or the model."""

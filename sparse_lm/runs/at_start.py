@@ -6,7 +6,7 @@ from sparse_lm.core import rng, tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.runs.setup import Setup
 from sparse_lm.train.states import TrainState
-from sparse_lm.weights import parts
+from sparse_lm.weights import checks, parts
 
 
 def prune_at_start(run: Setup, state: TrainState) -> TrainState:
@@ -15,7 +15,7 @@ def prune_at_start(run: Setup, state: TrainState) -> TrainState:
   The methods read signals from the first training batches. Training reads these batches again, because
   it has its own iterator. Everything else in the state stays as it is. The argument `state` is donated.
 
-  Raises UserError if every signal of a parameter that is to be pruned is zero.
+  Raises UserError if every signal of a parameter that is to be pruned is zero, or a score is not finite.
   """
   program = run.program
   wanted = parts.at_start(program.method)
@@ -28,7 +28,8 @@ def prune_at_start(run: Setup, state: TrainState) -> TrainState:
     taught = None if run.teacher is None else run.teacher.readout(tokens_BxL1[:, :-1])
     names = tuple(name for name, most in wanted.items() if number < most)
     collected = program.collect_at_start(state, collected, tokens_BxL1, taught, number, names)
-  state, silent = program.update_at_start(state, collected)
+  state, silent, non_finite = program.update_at_start(state, collected)
+  checks.raise_for(program.method, jax.device_get(non_finite), 'before step 0')
   target = jax.device_get(tree.named(run.target))
   if missed := [path for path, flag in jax.device_get(silent).items() if flag and target[path] < 1]:
     raise UserError(

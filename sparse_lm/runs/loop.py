@@ -108,6 +108,7 @@ class _Loop:
       for note in notes(self.setup):
         self.console.say(note)
       self.console.warn_once('plan', self.record.compare_plans(first))
+      self._check_scores(state)
       for done in range(first + 1, every.steps + 1):
         state = self._step(state, next(batches), done)
         # Read once: a signal that comes later waits for the next step, which is saved.
@@ -182,7 +183,13 @@ class _Loop:
       best = record.at_final_density(step) and record.best.offer(self.program, state, loss, work)
       self.console.say(f'step {step:,}: validation loss {loss:.4f}{" (the best)" if best else ""}')
 
+  def _check_scores(self, state: TrainState) -> None:
+    """Raises Diverged for NaN or infinite scores of masks that every step chooses."""
+    flags = jax.device_get(self.program.non_finite(state))
+    self.record.check_scores(flags, int(state.step))
+
   def _measure(self, state: TrainState) -> Evaluated:
+    self._check_scores(state)
     params, masks = self.program.finalize(state)
     return Evaluated(evaluate(self.setup, params, state.model_state), masks)
 

@@ -150,6 +150,7 @@ class _PackLoop:
         self.console.warn_once('plan', record.compare_plans(first))
       self._prepare(first)
       stacked, done = packed.stack(states), first
+      self._check_scores(stacked, first)
       while done < config.train.steps and len(self.lost) < len(self.records):
         stacked, done = self._advance(stacked, done)
         # Read once: a signal that comes later waits for the next steps, which are saved.
@@ -219,6 +220,7 @@ class _PackLoop:
   def _evaluate(self, states: TrainState, step: int) -> None:
     """Logs each run's validation loss and the changes of its masks, and keeps its best state."""
     self.console.status('evaluating')
+    self._check_scores(states, step)
     found, masks = self._measure(states)
     moved = observe.connections_of_each(masks, self.masks, len(self.records))
     self.masks, better, losses = masks, [], []
@@ -237,6 +239,13 @@ class _PackLoop:
         state, loss = tree.at_index(host, number), found[number].values['val_loss']
         self.kept[number] = _Kept(state, loss, self.records[number].history.work)
     self.console.say(f'step {step:,}: {_span("validation loss", losses)} of {len(losses)} runs')
+
+  def _check_scores(self, states: TrainState, step: int) -> None:
+    """Ends the runs with NaN or infinite scores of masks that every step chooses."""
+    flags = jax.device_get(self.pack.program.non_finite(states))
+    for number, record in self._alive():
+      with self._noting(number):
+        record.check_scores(tree.at_index(flags, number), step)
 
   def _measure(self, states: TrainState) -> tuple[list[Evaluated], Tree]:
     """Returns the evaluation of each run, and the masks of all runs."""

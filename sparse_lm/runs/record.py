@@ -25,7 +25,7 @@ from sparse_lm.runs.setup import Setup
 from sparse_lm.runs.workdir import Workdir
 from sparse_lm.train import states
 from sparse_lm.train.states import TrainState
-from sparse_lm.weights import parts
+from sparse_lm.weights import checks, parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,10 +99,14 @@ class Record:
     )
 
   def add(self, step: int, metrics: dict[str, float]) -> None:
-    """Adds the metrics of a step, counted from 1. Raises Diverged if loss or gradient is not finite."""
-    self.newest = metrics
+    """Adds the metrics of a step, counted from 1.
+
+    Raises Diverged if the loss, the gradient or a score is not finite.
+    """
+    self.newest, flags = checks.split(metrics)
     for name in ('loss', 'gradient_norm'):
       self.check_finite(name, self.newest[name], step)
+    checks.raise_for(self.setup.program.method, flags, f'at step {step}')
     self.history.add_loss(self.newest['loss'])
     flops = self._meter.step(step - 1, self.newest['flops_pass'])
     self.history.work = self.history.work.plus(flops)
@@ -125,6 +129,10 @@ class Record:
     self.check_finite('validation loss', found.values['val_loss'], step)
     self.folder.log(step, found.values | moved)
     self.history.masks = found.masks
+
+  def check_scores(self, non_finite: Mapping[str, bool], step: int) -> None:
+    """Raises Diverged if a score of masks that every step chooses is not finite after `step`."""
+    checks.raise_for(self.setup.program.method, non_finite, f'after step {step}')
 
   def at_final_density(self, step: int) -> bool:
     """True if the model has its final sparsity. A denser model is never kept as the best state."""

@@ -1,6 +1,8 @@
-"""Compiles functions that run only once for the host's CPU."""
+"""Compiles functions that run only once for the host's CPU, and traces without garbage collection."""
 
-from collections.abc import Callable
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 
 import jax
@@ -50,3 +52,15 @@ def host_device() -> jax.Device | None:
     return jax.local_devices(backend='cpu')[0]
   except RuntimeError:  # JAX_PLATFORMS names only other devices
     return None
+
+
+@contextlib.contextmanager
+def no_garbage_collected() -> Iterator[None]:
+  """Pauses Python's garbage collector, because tracing makes many objects and would often trigger it."""
+  enabled = gc.isenabled()
+  gc.disable()
+  try:
+    yield
+  finally:
+    if enabled:
+      gc.enable()

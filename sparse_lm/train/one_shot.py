@@ -19,9 +19,9 @@ from sparse_lm.model.plans import plan_of
 from sparse_lm.plan import sites
 from sparse_lm.signals import from_calibration, from_training
 from sparse_lm.train.step import Program
-from sparse_lm.weights import collect, parts
+from sparse_lm.weights import checks, collect, parts
 from sparse_lm.weights.collect import Collected, Gradients
-from sparse_lm.weights.method import Sparse, WeightMethod
+from sparse_lm.weights.method import MaskUpdate, Sparse, WeightMethod
 
 Array = jax.Array
 
@@ -46,14 +46,13 @@ def prune(
     seed: seed of the run.
 
   Raises:
-    UserError: a kernel gets no signal (raised before pruning), or all calibration tokens skip a layer.
+    UserError: a kernel gets no signal (raised before pruning), all calibration tokens skip a layer, or a
+      score is NaN or infinite.
   """
   method = program.method
   own = {name: parts.own(method, name, target) for name in method.parts}
   batches = [tokens_NxL[i : i + batch] for i in range(0, len(tokens_NxL), batch)]
-  update = functools.partial(
-    method.update_parts, step=jnp.int32(method.total_steps), key=rng.stream(seed, 'steps')
-  )
+  update = functools.partial(_updated, method, rng.stream(seed, 'steps'))
   trainable, sparse = method.init(rng.stream(seed, 'masks'), params, target)
   gradients = {
     name: _gradient_signals(program, part, params, model_state, own[name], batches)
@@ -100,6 +99,21 @@ def calibration(tokens: np.ndarray, segments: int, context: int, seed: int) -> n
     )
   places = np.random.default_rng(seed).choice(room, segments, replace=False)
   return np.stack([tokens[p * context : (p + 1) * context] for p in places]).astype(np.int32)
+
+
+def _updated(
+  method: WeightMethod,
+  key: Array,
+  names: tuple[str, ...],
+  trainable: Tree,
+  sparse: Sparse,
+  signals: dict[str, dict[str, Tree]],
+) -> MaskUpdate:
+  """Returns the last update of these parts. Raises Diverged if a score is NaN or infinite."""
+  step = jnp.int32(method.total_steps)
+  change = method.update_parts(names, trainable, sparse, signals, step, key)
+  checks.raise_for(method, jax.device_get(change.non_finite), 'on the calibration text')
+  return change
 
 
 def _gradient_signals(

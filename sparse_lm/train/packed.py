@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.stages import Wrapped
 
 from sparse_lm.core.aot import AotFunction
 from sparse_lm.core.tree import Tree
@@ -121,6 +122,11 @@ class PackedProgram:
       return method.finalize(state.evaluated, state.sparse, state.step)
 
     return AotFunction(jax.vmap(one))
+
+  @functools.cached_property
+  def non_finite(self) -> Wrapped:
+    """`states -> flags by path`, bool `[N]`; see `Program.non_finite`."""
+    return jax.jit(jax.vmap(self.program.non_finite))
 
 
 @functools.cache

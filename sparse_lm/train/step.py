@@ -7,11 +7,9 @@ defines it. So there is a single backward pass and no branch on the method.
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +24,7 @@ from sparse_lm.layers.after_step import updated
 from sparse_lm.model.lm import LM
 from sparse_lm.train import states
 from sparse_lm.train.objective import Batch, EffectiveParams, Metrics, Objective
-from sparse_lm.train.on_host import OnHost, host_device
+from sparse_lm.train.on_host import OnHost, host_device, no_garbage_collected
 from sparse_lm.train.optim import (
   Optimizer,
   update_unless_resting,
@@ -34,7 +32,7 @@ from sparse_lm.train.optim import (
 )
 from sparse_lm.train.pass_costs import PassCosts
 from sparse_lm.train.states import TrainState
-from sparse_lm.weights import collect, parts
+from sparse_lm.weights import checks, collect, parts
 from sparse_lm.weights.collect import Collected, Gradients
 from sparse_lm.weights.method import Sparse, WeightMethod, apply_masks
 
@@ -102,7 +100,7 @@ class Program:
     device = jax.local_devices()[0]
     if device == host_device():
       return self.init(seed, target)
-    with concurrent.futures.ThreadPoolExecutor() as pool, _no_garbage_collected():
+    with concurrent.futures.ThreadPoolExecutor() as pool, no_garbage_collected():
       outputs, state = self.init.later(pool, seed, target)
       # The state will be committed to the device. The shape structs must be, too, or JAX would compile
       # each step again. Tokens come from the host.
@@ -160,6 +158,11 @@ class Program:
   def finalize(self) -> Wrapped:
     """`state -> (params, masks)` as they are evaluated, reported and exported."""
     return jax.jit(lambda s: self.method.finalize(s.evaluated, s.sparse, s.step))
+
+  @functools.cached_property
+  def non_finite(self) -> Wrapped:
+    """`state -> flags by path`: `WeightMethod.non_finite` of the scores that `finalize` ranks."""
+    return jax.jit(lambda s: self.method.non_finite(s.evaluated, s.sparse, s.step))
 
   def step(self, step: int) -> Wrapped:
     """Returns the compiled step for optimizer step `step`."""
@@ -265,8 +268,7 @@ class Program:
     grads, model_state, metrics = self._gradients(effective, state, batch, key_model)
     (trainable_grads,) = pull_back(grads)
     metrics['gradient_norm'] = optax.tree.norm(trainable_grads)
-    control = state.control
-    if control is not None:
+    if (control := state.control) is not None:
       control = self.objective.budget.update(control, metrics['flops_fraction'])
       metrics |= {'budget/price': control.price, 'budget/measured': control.measured}
 
@@ -286,7 +288,8 @@ class Program:
       signals = parts.signals(method, collected, read, sparse.target, updates)
       update = method.update_parts(updates, trainable, sparse, signals, step, key_update)
       trainable, sparse = update.trainable, update.sparse
-      toggled = toggled | {'params': update.toggled}
+      metrics |= checks.as_metrics(update.non_finite)
+      toggled |= {'params': update.toggled}
       opt_state = zero_moments(self.tx, opt_state, toggled)
       collected = parts.forget(collected, updates)
     after = state.replace(
@@ -329,11 +332,12 @@ class Program:
 
   def transition_at_start(
     self, state: TrainState, collected: dict[str, Collected]
-  ) -> tuple[TrainState, dict[str, Array]]:
+  ) -> tuple[TrainState, dict[str, Array], dict[str, Array]]:
     """Updates the masks before step 0, uncompiled.
 
     Returns:
-      The new state; and for each parameter with signals, by path, whether all of them are zero (bool).
+      The new state; for each parameter with signals, by path, whether all of them are zero (bool); and
+      `MaskUpdate.non_finite`.
     """
     updates = tuple(parts.at_start(self.method))
     signals = {name: collect.means(collected[name]) for name in updates}
@@ -346,7 +350,8 @@ class Program:
       for path, values in tree.named(found).items():
         silent[path] = silent.get(path, True) & ~jnp.any(values != 0)
     ema = states.first_average(self.optimizer, update.trainable)
-    return state.replace(trainable=update.trainable, sparse=update.sparse, ema=ema), silent
+    after = state.replace(trainable=update.trainable, sparse=update.sparse, ema=ema)
+    return after, silent, update.non_finite
 
   def _average(
     self, ema: Tree, trainable: Tree, sparse: Sparse, toggled: Tree, frozen: Tree
@@ -367,18 +372,6 @@ class Program:
       lambda w, flag: jnp.where(flag, 0, w), mixed, toggled, dense=lambda w: w
     )
     return mixed | {'params': apply_masks(mixed['params'], sparse.masks)}
-
-
-@contextlib.contextmanager
-def _no_garbage_collected() -> Iterator[None]:
-  """Pauses Python's garbage collector, because tracing makes many objects and would often trigger it."""
-  enabled = gc.isenabled()
-  gc.disable()
-  try:
-    yield
-  finally:
-    if enabled:
-      gc.enable()
 
 
 def _resting_or_frozen(resting: Tree, frozen: Tree) -> Tree:

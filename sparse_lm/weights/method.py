@@ -51,11 +51,13 @@ class MaskUpdate(struct.PyTreeNode):
     sparse: the state of the weight method after the update.
     toggled: bool like the parameters, `None` = dense. True for weights that the update dropped or set to
       zero; their moments and averages are reset to zero.
+    non_finite: for each matrix that the update scored, by path, whether a score is NaN or infinite, bool.
   """
 
   trainable: Tree
   sparse: Sparse
   toggled: Tree
+  non_finite: dict[str, Array] = struct.field(default_factory=dict)
 
 
 def restrict_to(leaves: Tree, like: Tree) -> Tree:
@@ -246,6 +248,10 @@ class WeightMethod:
     """Calls `update` of each of these parts, with its signals."""
     (name,) = updates
     return self.update(trainable, sparse, signals[name], step, key)
+
+  def non_finite(self, trainable: Tree, sparse: Sparse, step: Array) -> dict[str, Array]:
+    """Like `MaskUpdate.non_finite`, for masks that every step chooses anew; empty for stored masks."""
+    return {}
 
   def density(self, target: float, step: int) -> float:
     """Returns the density at `step` of a leaf with the final density `target`. Cost reports use it."""

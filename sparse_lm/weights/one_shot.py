@@ -14,6 +14,7 @@ from sparse_lm.core import tree
 from sparse_lm.core.tree import Tree
 from sparse_lm.core.units import Pattern
 from sparse_lm.kernels.topk import topk_mask
+from sparse_lm.weights.checks import DeclaredSignals
 from sparse_lm.weights.method import (
   Array,
   MaskUpdate,
@@ -46,8 +47,9 @@ class OneShot(PatternMethod):
   ) -> MaskUpdate:
     """Prunes the leaves that have signals; the others do not change."""
     params, present = trainable['params'], next(iter(signals.values()))
+    declared = DeclaredSignals(signals, f'{type(self).__name__}.prune', self.traits.needs)
     weights, masks = self.prune(
-      restrict_to(params, present), signals, restrict_to(sparse.target, present)
+      restrict_to(params, present), declared, restrict_to(sparse.target, present)
     )
     kept = tree.merge(sparse.masks, masks)
     changed = jax.tree.map(lambda old, new: old != new, sparse.masks, kept)

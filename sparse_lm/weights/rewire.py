@@ -11,6 +11,7 @@ from sparse_lm.core.ranges import ranged
 from sparse_lm.core.tree import Tree
 from sparse_lm.core.units import Pattern, Units
 from sparse_lm.kernels.topk import topk_masks
+from sparse_lm.weights.checks import DeclaredSignals, non_finite
 from sparse_lm.weights.method import (
   Array,
   MaskUpdate,
@@ -132,12 +133,13 @@ class Rewiring(PatternMethod):
     }
     keys = jax.vmap(jax.random.split)(path_keys(key, alive))
     noise = uniform(keys[:, 0], alive)
-    growth = self.growth(signalled, uniform(keys[:, 1], alive))
+    declared = DeclaredSignals(signalled, f'{type(self).__name__}.growth', self.traits.needs)
+    growth = self.growth(declared, uniform(keys[:, 1], alive))
     rewired, survived = drop_and_grow(alive, pooled, growth, fractions, noise, units)
     masks = units.expand(rewired, magnitudes)
-    if self.regrown_at_zero:
-      return exchange_masks(trainable, sparse, masks, units.expand(survived, magnitudes))
-    return exchange_masks(trainable, sparse, masks)
+    kept = units.expand(survived, magnitudes) if self.regrown_at_zero else None
+    change = exchange_masks(trainable, sparse, masks, kept)
+    return change.replace(non_finite=non_finite(growth))
 
   @property
   def _last(self) -> int:

@@ -190,7 +190,7 @@ class Rules(WeightMethod):
     """Updates the masks of these rules, one after the other; other masks do not change."""
     params, learned = trainable['params'], dict(trainable['learned'])
     masks, extra = sparse.masks, dict(sparse.extra)
-    toggled = jax.tree.map(lambda _: None, params)
+    toggled, non_finite = jax.tree.map(lambda _: None, params), {}
     for rule in self.rules:
       if rule.name not in updates:
         continue
@@ -199,8 +199,17 @@ class Rules(WeightMethod):
       params, learned[rule.name] = change.trainable['params'], change.trainable['learned']
       masks, extra[rule.name] = tree.merge(masks, change.sparse.masks), change.sparse.extra
       toggled = joined(params, toggled, change.toggled)
+      non_finite |= change.non_finite
     new = Sparse(masks, sparse.target, extra)
-    return MaskUpdate(trainable | {'params': params, 'learned': learned}, new, toggled)
+    return MaskUpdate(trainable | {'params': params, 'learned': learned}, new, toggled, non_finite)
+
+  def non_finite(self, trainable: Tree, sparse: Sparse, step: Array) -> dict[str, Array]:
+    """Returns the flags of all methods, each for its own weights."""
+    found = {}
+    for rule in self.rules:
+      own = self._state(rule, trainable, trainable['params'], sparse)
+      found |= rule.method.non_finite(*own, step)
+    return found
 
   def finalize(self, trainable: Tree, sparse: Sparse, step: Array) -> tuple[Tree, Tree]:
     """Returns final parameters and masks, each from its own method."""

@@ -18,6 +18,7 @@ from sparse_lm.core.ranges import ranged
 from sparse_lm.core.tree import Tree
 from sparse_lm.core.units import Units, per_matrix
 from sparse_lm.signals import from_calibration, from_training
+from sparse_lm.weights.checks import DeclaredSignals, non_finite
 from sparse_lm.weights.method import (
   Array,
   MaskUpdate,
@@ -78,6 +79,8 @@ class ScoredMethod(PatternMethod):
 
   def scores(self, trainable: Tree, signals: dict[str, Tree]) -> Tree:
     """Returns the score of every weight, float, like the parameters; the largest scores are kept.
+
+    Scores are finite. NaN or infinite scores end the run with an error.
 
     Args:
       trainable: `params` holds the prunable leaves, and `None` for all others, so
@@ -195,7 +198,15 @@ class ScoredMethod(PatternMethod):
     new = self.units.expand(subset, scores)
     if self.shuffle:
       new = shuffled(key, new)
-    return exchange_masks(trainable, sparse, tree.merge(sparse.masks, new))
+    change = exchange_masks(trainable, sparse, tree.merge(sparse.masks, new))
+    return change.replace(non_finite=non_finite(tree.named(scores)))
+
+  def non_finite(self, trainable: Tree, sparse: Sparse, step: Array) -> dict[str, Array]:
+    """Returns for each matrix whether a score is NaN or infinite, if masks are not stored."""
+    if self._stored:
+      return {}
+    _, _, scores = self._choose(trainable, sparse, step)
+    return non_finite(tree.named(scores))
 
   def density(self, target: float, step: int) -> float:
     """Returns the ramp's density at the last mask update, or at `step` if masks are not stored."""
@@ -245,13 +256,13 @@ class ScoredMethod(PatternMethod):
 
     Scores that broadcast would rank weights, but not as their author meant.
     """
-    scores = self.scores(trainable, signals)
+    reader = f'{type(self).__name__}.scores'
+    scores = self.scores(trainable, DeclaredSignals(signals, reader, self.traits.needs))
     have, want = tree.named(scores), tree.named(trainable['params'])
     for path in {**want, **have}:
       found, valid = (jnp.shape(one[path]) if path in one else None for one in (have, want))
       if found != valid:
-        name = type(self).__name__
-        raise UserError(f'{name}.scores gives {path} the shape {found}; valid: {valid}, its own')
+        raise UserError(f'{reader} gives {path} the shape {found}; valid: {valid}, its own')
     return scores
 
   def _choose(self, trainable: Tree, sparse: Sparse, step: Array) -> tuple[Tree, Tree, Tree]:

@@ -315,3 +315,35 @@ def test_a_method_file_with_two_classes_is_a_mistake_of_its_author(method):
   method('mlp', 'double', 'class A: pass\nclass B: pass\nclass _Hidden: pass\n')
   with pytest.raises(TypeError, match='one public class, not 2'):
     slots.method('mlp', 'double')
+
+
+TWICE = '''
+"""Two MLPs in one."""
+
+from flax import linen as nn
+
+from sparse_lm.layers.method import LayerMethod, Traits
+
+
+class Twice(LayerMethod):
+  """Applies the activation twice, each time as a new module."""
+
+  activation: object
+
+  @property
+  def traits(self):
+    return Traits(paper='none', saves='nothing')
+
+  @nn.compact
+  def __call__(self, x_BxLxD, mode):
+    return self.activation()(self.activation()(x_BxLxD, mode), mode)
+'''
+
+
+def test_a_second_activation_in_one_mlp_is_refused_in_one_line(method):
+  method('mlp', 'twice', TWICE)
+  with pytest.raises(UserError) as refused:
+    plans.plan_of(lm.from_config(configs.load('configs/tiny.py', {'mlp.name': 'twice'}), vocab=11))
+  message = str(refused.value)
+  assert '"activation" in Module Twice, because it has one' in message and '\n' not in message
+  assert 'one call of self.activation()' in message
