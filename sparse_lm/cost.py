@@ -75,6 +75,21 @@ def summary(report: dict[str, float]) -> str:
   return tabulate(rows, ('', 'this config', 'dense twin'), tablefmt='github', disable_numparse=True)
 
 
+def budget(program: Program, target: Tree) -> str:
+  """Returns a sentence on what `config.budget` changes in the tables, or '' without a budget."""
+  own = program.objective.budget
+  if own is None:
+    return ''
+  densities = {path: float(density) for path, density in tree.named(target).items()}
+  dense = program.costs.dense
+  most = cost.forward_flops(program.costs.ledger, densities) / dense
+  return (
+    f'config.budget.target={own.target:g}: training moves the learned gates or masks until the forward '
+    f'FLOPs are {own.target:g} of those of the dense twin, {own.target * dense:,.0f} per token. The '
+    f'tables above are without the budget, at {most:.4f} of the dense twin.'
+  )
+
+
 def predict(config: ConfigDict) -> tuple[Program, Tree, dict[str, float]]:
   """Returns the program of a config, its final densities, and its predicted costs.
 
@@ -94,12 +109,14 @@ def predict(config: ConfigDict) -> tuple[Program, Tree, dict[str, float]]:
 def main() -> None:
   """Prints the predicted costs of a config.
 
-  Gates are charged as the config plans them. A gate whose rate is learned is charged as always open.
+  Gates are charged as the config plans them. A gate whose rate is learned is charged as always open, and
+  the last line says at how many FLOPs a budget holds it.
   """
   parser = Parser('python -m sparse_lm.cost')
   _, config = from_command_line(parser)
   program, target, report = predict(config)
-  print(matmuls(program, target), summary(report), sep='\n\n')
+  found = matmuls(program, target), summary(report), budget(program, target)
+  print(*filter(None, found), sep='\n\n')
 
 
 if __name__ == '__main__':

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparse_lm.core.errors import UserError
 from sparse_lm.layers.sow import SOWN
 from sparse_lm.model import lm, slots
 from sparse_lm.runs import configs
@@ -107,3 +108,15 @@ def test_docstring_says_command_time_and_metric(name):
   metric = r'(loss|perplexity|bits per byte|accuracy)\D{0,60}\d+\.\d+'
   reverse = r'\d+\.\d+\D{0,30}(loss|perplexity|nats|bits per byte)'
   assert re.search(f'{metric}|{reverse}', text), 'no expected metric'
+
+
+def test_the_name_of_a_config_where_a_method_is_expected_points_to_the_config():
+  with pytest.raises(UserError) as refused:
+    configs.load('configs/tiny.py', {'weight.name': 'ste'})
+  message = str(refused.value)
+  assert "config.weight.name='ste' is not a method" in message and len(message) < 290
+  assert '--config=configs/ste.py, whose config.weight has' in message
+  own = configs.load('configs/ste.py').weight
+  assert all(f'{key}={own[key]!r}' in message for key in ('name', 'sparsity', 'apply', 'schedule'))
+  with pytest.raises(UserError, match=r"^unknown config\.mlp\.name 'ste'"):  # it sets no MLP
+    configs.load('configs/tiny.py', {'mlp.name': 'ste'})

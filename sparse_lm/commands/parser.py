@@ -10,9 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
-from sparse_lm.core.errors import UserError, unknown
-
-LONGEST_LINE = 300  # characters
+from sparse_lm.core.errors import LONGEST_LINE, UserError, unknown
 
 
 class Parser(argparse.ArgumentParser):

@@ -13,7 +13,7 @@ import math
 import jax.numpy as jnp
 
 from sparse_lm.core import tree
-from sparse_lm.core.errors import UserError, unknown
+from sparse_lm.core.errors import UserError, listed, unknown
 from sparse_lm.core.units import Pattern
 
 DISTRIBUTIONS = ('uniform', 'er', 'erk')
@@ -90,7 +90,7 @@ def _mapped(
     if not found:
       raise UserError(
         f'config.weight.distribution entry {entry.strip()!r} matches no prunable parameter; valid: '
-        'an expression that matches one of ' + ', '.join(shapes)
+        f'an expression that matches one of {listed(list(shapes), expression)}'
       )
     densities |= {path: 1 - share for path in found if path not in claimed}
     claimed.update(found)

@@ -4,7 +4,9 @@ import contextlib
 import difflib
 import pathlib
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+
+LONGEST_LINE = 300  # characters of a message that a command prints
 
 
 class UserError(Exception):
@@ -16,12 +18,39 @@ class Diverged(UserError):
 
 
 def unknown(what: str, name: object, valid: Iterable[str]) -> UserError:
-  """Returns a `UserError` for a name that is not among `valid`; it suggests the nearest match."""
+  """Returns a `UserError` for a name that is not among `valid`; it suggests the nearest match.
+
+  If a line has no room for all valid names, the error shows the closest ones and counts the others.
+  """
   valid = sorted(valid)
   near = [long for long in valid if _abbreviated(long) == name]
   near += difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
   hint = f'did you mean {near[0]!r}? ' if near else ''
-  return UserError(f'unknown {what} {name!r}: {hint}valid: {", ".join(valid)}')
+  message = f'unknown {what} {name!r}: {hint}valid: '
+  room = LONGEST_LINE - len('error: ') - len(message)
+  return UserError(message + listed(valid, str(name), room))
+
+
+def listed(names: Sequence[str], near: str = '', room: int = LONGEST_LINE // 2) -> str:
+  """Joins names by commas, in their order. A long list is cut to some names and the number of the others.
+
+  Args:
+    names: the names.
+    near: the name that was given; the names of a cut list are those closest to it.
+    room: characters that a list may have; a cut list has at least one name.
+  """
+  whole = ', '.join(names)
+  if len(whole) <= room:
+    return whole
+  closest = sorted(
+    names, key=lambda name: difflib.SequenceMatcher(None, near, name).ratio(), reverse=True
+  )
+  for count in range(len(names) - 1, 0, -1):
+    shown = set(closest[:count])
+    text = ', '.join(name for name in names if name in shown) + f' and {len(names) - count} more'
+    if len(text) <= room or count == 1:
+      return text
+  return whole
 
 
 def _abbreviated(name: str) -> str:

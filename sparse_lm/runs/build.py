@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from sparse_lm.core import tree
-from sparse_lm.core.errors import UserError
+from sparse_lm.core.errors import UserError, listed
 from sparse_lm.core.tree import Tree
 from sparse_lm.layers.spec import Spec
 from sparse_lm.model import lm, slots
@@ -77,7 +77,7 @@ def _check_floor(objective: Objective, target: Tree) -> None:
   if not gates and not objective.method.traits.controlled:
     raise UserError(
       f'{field} needs a learned gate or mask, whose compute the controller can change (fixed capacities '
-      f'and random gates have fixed rates); valid: {", ".join(_controlled(objective.model.spec))}'
+      f'and random gates have fixed rates); valid: {listed(_controlled(objective.model.spec))}'
     )
   floor = cost.flops_range(ledger, density)[0] / dense
   if objective.budget.target < floor:

@@ -17,11 +17,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from ml_collections import ConfigDict
 
 from sparse_lm.core import ranges
-from sparse_lm.core.errors import UserError, located, require, unknown
+from sparse_lm.core.errors import UserError, listed, located, require, unknown
 from sparse_lm.core.ranges import FieldValue
 from sparse_lm.core.records import Json, JsonObject
 from sparse_lm.core.version import VERSION
 from sparse_lm.model import slots
+from sparse_lm.runs.config_names import instead_of_method
 from sparse_lm.runs.run_folder import folder_of, read_config
 
 BASE = pathlib.Path(__file__).parents[2] / 'configs' / 'base.py'
@@ -344,8 +345,12 @@ def _read(path: str) -> ConfigDict:
 
 def _merge_defaults(config: ConfigDict, group: str, name: str, path: str) -> None:
   """Adds the fields of the method `name` to `config`, a group such as 'mlp' or 'mlp.fallback'."""
-  slot = group.partition('.')[0]
-  defaults = slots.defaults(slot, name, f'config.{group}.name')
+  slot, field = group.partition('.')[0], f'config.{group}.name'
+  if name not in (valid := slots.names(slot)) and (BASE.parent / f'{name}.py').is_file():
+    given, default = _read(str(BASE.parent / f'{name}.py')), _read(str(BASE))
+    if error := instead_of_method(field, name, valid, given[slot], default[slot]):
+      raise error
+  defaults = slots.defaults(slot, name, field)
   config.name = name
   for key in slots.fields(config):
     if key not in defaults:
@@ -367,7 +372,7 @@ def _override(config: ConfigDict, field: str, value: object) -> None:
       raise unknown('field', f'config.{field}', known)
     node = node[key] if depth < len(parents) else node
   if isinstance(node[last], ConfigDict):
-    raise UserError(f'config.{field} is a group of fields; valid: {", ".join(flat(node[last]))}')
+    raise UserError(f'config.{field} is a group of fields; valid: {listed([*flat(node[last])])}')
   node[last] = _convert(field, value, node[last])
 
 

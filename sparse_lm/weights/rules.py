@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from sparse_lm.core import tree
-from sparse_lm.core.errors import UserError
+from sparse_lm.core.errors import UserError, listed
 from sparse_lm.core.tree import Tree
 from sparse_lm.weights.method import Array, MaskUpdate, Sparse, WeightMethod
 from sparse_lm.weights.traits import Traits
@@ -281,7 +281,7 @@ def _owns_nothing(
     wrong = f'matches only parameters of earlier rules ({earlier}): {_listed(list(taken))}'
   else:
     wrong = 'matches no prunable parameter'
-  return f'{field}={match} {wrong}; prunable parameters: {", ".join(paths)}'
+  return f'{field}={match} {wrong}; prunable parameters: {listed(paths, "".join(match))}'
 
 
 def _listed(paths: list[str]) -> str:

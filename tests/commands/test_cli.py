@@ -234,3 +234,16 @@ def test_cost_prints_without_training(call, small, tmp_path, monkeypatch):
   # 4 attention matrices of 16 × 16 and 2 of 16 × 32, at 2 FLOPs a weight.
   assert float(rows['block_0/mlp/up/linear'].replace(',', '')) == 2 * 16 * 32
   assert float(rows['block_0/attention/query/linear'].replace(',', '')) == 2 * 16 * 16
+
+
+def test_cost_says_what_a_budget_changes(call, small):
+  gates = {'config.depth.name': 'token_gate', 'config.budget.target': 0.7}
+  given = [a for a in arguments(small, '', **gates) if not a.startswith('--workdir')]
+  code, out, _ = call(cost_command, given)
+  rows = [[cell.strip() for cell in row.split('|')] for row in out.splitlines() if '|' in row]
+  found = {row[1]: row[2:4] for row in rows}
+  last = out.splitlines()[-1]
+  dense = float(found['forward FLOPs per token'][1].replace(',', ''))
+  assert code == 0 and last.startswith('config.budget.target=0.7:')
+  assert f'{0.7 * dense:,.0f} per token' in last
+  assert f'at {found["forward FLOPs / dense twin"][0]} of' in last

@@ -192,3 +192,25 @@ def test_writing_names_the_path():
   with pytest.raises(UserError, match=r'/w/x cannot be written \(No space left on device\)'):  # noqa: SIM117
     with errors.writing('/w/x'):
       raise OSError(errno.ENOSPC, 'No space left on device')
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+  st.lists(st.text('abcdef._', min_size=1, max_size=12), unique=True, min_size=1), st.text('abc')
+)
+def test_a_list_of_names_is_whole_or_says_how_many_more_there_are(names, near):
+  text = errors.listed(names, near, room=50)
+  shown, _, more = text.partition(' and ')
+  shown = shown.split(', ')
+  assert [name for name in names if name in shown] == shown
+  assert int(more.partition(' ')[0] or 0) == len(names) - len(shown)
+  assert len(text) <= 50 or len(shown) == 1
+  assert not more or len(', '.join(names)) > 50
+
+
+def test_a_long_list_of_names_shows_those_closest_to_what_was_given():
+  names = [f'config.model.field_{number}' for number in range(100)]
+  message = str(errors.unknown('field', 'config.model.field_77x', names))
+  assert 'config.model.field_77' in message.split('valid: ')[1]
+  assert len(f'error: {message}') <= LONGEST_LINE and shortened(message) == message
+  assert message.endswith(f'and {100 - message.split("valid: ")[1].count("config")} more')
