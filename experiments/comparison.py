@@ -24,13 +24,15 @@ from sparse_lm.core.errors import require
 from sparse_lm.core.records import Json
 from sparse_lm.report import plot, results, table
 
+LOSS = 'val_loss'  # the metric that figures show and that `margin` is about
 # Metrics of a table, if the study names none.
 COLUMNS = (
-  'val_loss',
+  LOSS,
   'sparsity_prunable',
   'flops_forward_ratio',
   'flops_training_ratio',
   'stored_bytes',
+  'train_step_ms',
 )
 
 
@@ -49,6 +51,8 @@ class Comparison:
       differences.
     common: fields that all runs set.
     columns: metrics of the table; a `table.Column` also gives heading, unit and format.
+    margin: margin of the equivalence test of the validation loss, in nats per token (see
+      `table.Column`); 0 means no test.
   """
 
   config: str
@@ -59,6 +63,7 @@ class Comparison:
   dense: Mapping[str, Overrides] = dataclasses.field(default_factory=lambda: {'dense': {}})
   common: Overrides = dataclasses.field(default_factory=dict)
   columns: Sequence[str | table.Column] = COLUMNS
+  margin: float = 0.0
 
   def __post_init__(self) -> None:
     for field in ('methods', 'sparsities', 'seeds', 'dense', 'columns'):
@@ -66,6 +71,10 @@ class Comparison:
       require(bool(value), field, value, 'at least one')
     for value in self.sparsities:
       require(0 < value < 1, 'sparsities', value, 'numbers above 0 and below 1')
+    require(self.margin >= 0, 'margin', self.margin, 'at least 0')
+    if self.margin:
+      known = [table.column(c).metric for c in self.columns]
+      require(LOSS in known, 'margin', self.margin, f'0, or columns with {LOSS!r}')
     for name in self.methods:
       require(name not in self.dense, 'methods', name, 'names that no dense model has')
 
@@ -86,12 +95,16 @@ class Comparison:
   def report(self, lines: list[results.Line], folder: pathlib.Path) -> str:
     """Writes the table and a figure of validation loss against sparsity; returns the table."""
     baseline = {'method': next(iter(self.dense))}
-    columns = [table.column(c) for c in self.columns]
+    columns = [self._tested(table.column(c)) for c in self.columns]
     frame = table.summarise(lines, ['method', 'sparsity'], columns, baseline)
     sparsity = table.Column('sparsity', 'sparsity', '.0f', '%', 100)
-    figure = plot.curves(lines, sparsity, 'val_loss', 'method', {'sparsity': 0.0})
+    figure = plot.curves(lines, sparsity, LOSS, 'method', {'sparsity': 0.0})
     plot.save(figure, folder, folder.name)
     return table.write(frame, folder, self.caption, reproduce(lines, folder))
+
+  def _tested(self, column: table.Column) -> table.Column:
+    """Returns the column, with the equivalence test if it is that of the validation loss."""
+    return table.with_margin(column, self.margin) if column.metric == LOSS else column
 
 
 def with_metric(

@@ -33,6 +33,7 @@ STUDY = Comparison(
     'sparsity_prunable',
     'flops_forward_ratio',
     'flops_training_ratio',
+    'packed_step_ms',
   ),
 )
 runs, report = STUDY.runs, STUDY.report

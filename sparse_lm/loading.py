@@ -218,6 +218,7 @@ class Run:
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    interventions: Mapping[str, Intervention] | None = None,
   ) -> str:
     """Returns a continuation of the prompt, without the prompt.
 
@@ -228,9 +229,11 @@ class Run:
       top_k: only the k largest logits may be drawn; 0 = all.
       top_p: only the fewest likeliest tokens with at least this total probability may be drawn; 1 = all.
       seed: seed of the random draws.
+      interventions: see `logits`. The functions are called with the activations of the prompt, and then
+        with those of each new token (L = 1).
 
     Raises UserError for a prompt that does not fit the context or the tokenizer, for an option outside
-    its range, and for a model that cannot decode.
+    its range, for a model that cannot decode, and for interventions as `logits` does.
     """
     if not isinstance(prompt, str):
       raise UserError(f'prompt of type {type(prompt).__name__}; valid: a text')
@@ -251,12 +254,16 @@ class Run:
     TOP_P.require('top_p', top_p)
     Range(int, '[0, 2^31)').require('seed', seed)
     sampling = Sampling(float(temperature), top_k, top_p)
-    made = self._decoder.generate([ids_L], count, sampling, seed)
+    decoder = self._decoder if interventions is None else self._changed(_checked(interventions))
+    made = decoder.generate([ids_L], count, sampling, seed)
     return self.tokenizer.decode([int(token_B[0]) for token_B in made])
 
   @functools.cached_property
   def _decoder(self) -> Decoder:
     return Decoder(self.model, self.variables)
+
+  def _changed(self, interventions: Mapping[str, Intervention]) -> Decoder:
+    return Decoder(_without_remat(self.model), self.variables, interventions)
 
   def evaluate(
     self, *tasks: str | Evaluation, split: str = 'validation', batch: int | None = None
@@ -364,6 +371,11 @@ def _checked(interventions: Mapping[str, Intervention]) -> Mapping[str, Interven
   )
 
 
+def _without_remat(model: LM) -> LM:
+  """Returns the model without rematerialisation, which would trace the interventions."""
+  return model.clone(spec=dataclasses.replace(model.spec, remat=NO_REMAT))
+
+
 def _forward(
   model: LM,
   variables: Tree,
@@ -371,8 +383,8 @@ def _forward(
   read: tuple[str, ...],
   replace: Mapping[str, Intervention],
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Returns logits and activations; without rematerialisation, which would trace the interventions."""
-  model = model.clone(spec=dataclasses.replace(model.spec, remat=NO_REMAT))
+  """Returns logits and activations."""
+  model = _without_remat(model)
   return sites.run(model, variables, tokens_BxL, read=read, replace=replace, mode='eval')
 
 

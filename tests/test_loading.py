@@ -195,6 +195,21 @@ def test_an_unknown_site_is_named_with_the_nearest(unknown, run):
   refused(lambda: run.activations('the', None), 'sites=None is not valid')
 
 
+def test_a_continuation_under_interventions_follows_the_logits_under_them(run):
+  seen = []
+
+  def turned(value):
+    seen.append(value.shape[1])
+    return -np.asarray(value)
+
+  made = run.generate('the cat', 2, temperature=0, interventions={'residual_2': turned})
+  assert seen == [7, 1]  # the prompt, and then each new token but the last
+  assert made != run.generate('the cat', 2, temperature=0)
+  logits = run.logits('the cat' + made, {'residual_2': lambda value: -value})
+  assert made == run.tokenizer.decode(logits[0, 6:8].argmax(axis=-1).tolist())
+  refused(lambda: run.generate('the', 1, interventions={'residual_0': 0}), 'is not a dict from')
+
+
 def test_sampling_follows_the_logits(run, reference):
   text = 'the cat'
   for _ in range(5):

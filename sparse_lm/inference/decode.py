@@ -1,7 +1,7 @@
 """Prefill and decoding: two compiled functions with a cache that is allocated once."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ from sparse_lm.core.tree import Tree
 from sparse_lm.inference.sample import Sampling
 from sparse_lm.model import lm
 from sparse_lm.model.lm import LM
+from sparse_lm.plan import sites
+from sparse_lm.plan.sites import Replacement
 
 Array = jax.Array
 
@@ -30,11 +32,16 @@ class Decoder:
   Attributes:
     model: the model.
     variables: all collections except the cache.
+    replace: functions of the activations at sites, see `plan.sites.run`. They are called with the
+      activations of the prompt, and then with those of each new token. With them nothing is compiled and
+      prompts are not padded, so the functions may use NumPy.
   """
 
-  def __init__(self, model: LM, variables: Tree) -> None:
+  def __init__(
+    self, model: LM, variables: Tree, replace: Mapping[str, Replacement] | None = None
+  ) -> None:
     lm.check_decodes(model)
-    self.model, self.variables = model, variables
+    self.model, self.variables, self.replace = model, variables, replace or {}
 
   def cache(self, batch: int, together: int = 1) -> Tree:
     """Returns an empty cache.
@@ -52,32 +59,35 @@ class Decoder:
 
     Sequences are padded on the right; tokens beyond `length_B` are ignored.
     """
-
-    def run(variables: Tree, cache: Tree, tokens_BxL: Array, length_B: Array) -> tuple[Array, Tree]:
-      place_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
-      valid_BxL = place_BxL < length_B[:, None]
-      given = {'tokens_BxL': tokens_BxL, 'positions_BxL': place_BxL, 'valid_BxL': valid_BxL}
-      logits_BxLxV, cache = self.apply(variables, cache, **given)
-      last_Bx1x1 = (length_B - 1)[:, None, None]
-      return jnp.take_along_axis(logits_BxLxV, last_Bx1x1, axis=1)[:, 0], cache
-
-    return jax.jit(run, donate_argnums=1)
+    return jax.jit(self._prefill, donate_argnums=1)
 
   @functools.cached_property
   def decode(self) -> Wrapped:
     """`(variables, cache, token_B, position_B) -> (logits_BxV, cache)`, one token per sequence."""
+    return jax.jit(self._decode, donate_argnums=1)
 
-    def run(variables: Tree, cache: Tree, token_B: Array, position_B: Array) -> tuple[Array, Tree]:
-      given = {'tokens_BxL': token_B[:, None], 'positions_BxL': position_B[:, None]}
-      logits, cache = self.apply(variables, cache, **given)
-      return logits[:, 0], cache
+  def _prefill(
+    self, variables: Tree, cache: Tree, tokens_BxL: Array, length_B: Array
+  ) -> tuple[Array, Tree]:
+    place_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
+    valid_BxL = place_BxL < length_B[:, None]
+    given = {'tokens_BxL': tokens_BxL, 'positions_BxL': place_BxL, 'valid_BxL': valid_BxL}
+    logits_BxLxV, cache = self.apply(variables, cache, **given)
+    last_Bx1x1 = (length_B - 1)[:, None, None]
+    return jnp.take_along_axis(logits_BxLxV, last_Bx1x1, axis=1)[:, 0], cache
 
-    return jax.jit(run, donate_argnums=1)
+  def _decode(
+    self, variables: Tree, cache: Tree, token_B: Array, position_B: Array
+  ) -> tuple[Array, Tree]:
+    given = {'tokens_BxL': token_B[:, None], 'positions_BxL': position_B[:, None]}
+    logits, cache = self.apply(variables, cache, **given)
+    return logits[:, 0], cache
 
   def apply(self, variables: Tree, cache: Tree, **given: Array | int | bool) -> tuple[Array, Tree]:
     """Calls the model in mode 'decode'; returns its output and the new cache."""
     before = {**variables, 'cache': cache}
-    out, changed = self.model.apply(before, mode='decode', mutable=['cache'], **given)
+    with sites.replacing(self.replace):
+      out, changed = self.model.apply(before, mode='decode', mutable=['cache'], **given)
     return out, changed['cache']
 
   def begin(
@@ -96,12 +106,15 @@ class Decoder:
     """
     self.check_prompts(prompts)
     length_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    room = min(self.model.spec.context, 1 << int(length_B.max() - 1).bit_length())
+    longest = int(length_B.max())
+    padded = min(self.model.spec.context, 1 << (longest - 1).bit_length())
+    room = longest if self.replace else padded
     tokens_BxL = np.zeros((len(prompts), room), np.int32)
     for row, prompt in zip(tokens_BxL, prompts):
       row[: len(prompt)] = prompt
     cache = self.cache(len(prompts), together)
-    logits, cache = self.prefill(self.variables, cache, tokens_BxL, length_B)
+    prefill = self._prefill if self.replace else self.prefill
+    logits, cache = prefill(self.variables, cache, tokens_BxL, length_B)
     return logits, cache, length_B
 
   def check_prompts(self, prompts: Sequence[np.ndarray]) -> None:
@@ -134,9 +147,9 @@ class Decoder:
     sampling.check(self.model.spec.vocab)
     self.check_room(prompts, tokens)
     logits, cache, position_B = self.begin(prompts)
-    key = jax.random.key(seed)
+    key, decode = jax.random.key(seed), self._decode if self.replace else self.decode
     for i in range(tokens):
       token_B = _draw(sampling, logits, key, i)
       yield np.asarray(token_B)
       if i + 1 < tokens:
-        logits, cache = self.decode(self.variables, cache, token_B, position_B + i)
+        logits, cache = decode(self.variables, cache, token_B, position_B + i)

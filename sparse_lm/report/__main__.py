@@ -5,7 +5,6 @@ python -m sparse_lm.report results/a results/b
 """
 
 import argparse
-import dataclasses
 import pathlib
 import shlex
 import sys
@@ -32,7 +31,7 @@ def main() -> None:
     _names(arguments.columns) or [c.metric for c in table.COLUMNS if c.metric in present] or present
   )
   margins = _margins(arguments.margin, columns, baseline)
-  chosen = [_with_margin(table.column(name), margins.get(name, 0.0)) for name in columns]
+  chosen = [table.with_margin(table.column(name), margins.get(name, 0.0)) for name in columns]
   frame = table.summarise(lines, rows, chosen, baseline)
   if arguments.figure:
     _draw(arguments, lines, baseline)
@@ -142,11 +141,6 @@ def _margins(text: str, columns: Sequence[str], baseline: JsonObject | None) -> 
   if margins and baseline is None:
     raise UserError('--margin needs a --baseline=label=value to compare with')
   return margins
-
-
-def _with_margin(column: table.Column, margin: float) -> table.Column:
-  """Returns the column, with an equivalence test if the margin is not zero."""
-  return dataclasses.replace(column, paired=True, margin=margin) if margin else column
 
 
 if __name__ == '__main__':

@@ -159,6 +159,7 @@ COLUMNS = (
   Column('max_violation', 'load violation', '.2f'),
   Column('stored_bytes', 'stored', ',.1f', 'kB', 1e-3),
   Column('train_step_ms', 'training step', '.1f', 'ms'),
+  Column('packed_step_ms', 'training step of all packed runs', '.2f', 'ms'),
 )
 
 
@@ -167,6 +168,11 @@ def column(metric: str | Column) -> Column:
   if isinstance(metric, Column):
     return metric
   return next((known for known in COLUMNS if known.metric == metric), Column(metric))
+
+
+def with_margin(column: Column, margin: float) -> Column:
+  """Returns the column, with an equivalence test if the margin is not zero."""
+  return dataclasses.replace(column, paired=True, margin=margin) if margin else column
 
 
 def summarise(

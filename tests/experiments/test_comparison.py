@@ -45,6 +45,8 @@ def test_it_plans_each_row_over_the_seeds_dense_models_first():
     ({'sparsities': (0.5, 90)}, 'sparsities=90 is not valid; valid: numbers above 0 and below 1'),
     ({'sparsities': (0.0,)}, 'sparsities=0.0'),
     ({'methods': {'dense': {}}}, "methods='dense'"),
+    ({'margin': -1.0}, 'margin=-1.0 is not valid; valid: at least 0'),
+    ({'margin': 0.1, 'columns': ('stored_bytes',)}, "valid: 0, or columns with 'val_loss'"),
   ],
 )
 def test_a_comparison_that_cannot_be_made_is_refused(fields, message):
@@ -129,6 +131,29 @@ def test_a_study_outside_is_interrupted_continued_and_reported(
   assert {path.name for path in folder.glob('*.*')} >= {
     *('table.md', 'table.tex', 'table.csv', 'moving.png', 'moving.pdf', 'loss_and_bytes.png')
   }
+
+
+def test_a_margin_adds_the_equivalence_test_and_the_default_columns_show_time(tmp_path):
+  noise = np.random.default_rng(0)
+  lines = [
+    {
+      'run': f'{run.labels}-{number}',
+      'labels': run.labels,
+      'seed': run.overrides['seed'],
+      'metrics': {
+        **dict.fromkeys(('sparsity_prunable', 'flops_forward_ratio', 'flops_training_ratio'), 0.5),
+        'val_loss': 2.0 + 1e-3 * noise.normal(),
+        'stored_bytes': 1000,
+        'train_step_ms': 12.3,
+      },
+    }
+    for number, run in enumerate(dataclasses.replace(STUDY, seeds=(0, 1, 2)).runs())
+  ]
+  plain, tested = (
+    dataclasses.replace(STUDY, margin=margin).report(lines, tmp_path) for margin in (0.0, 0.05)
+  )
+  assert 'training step (ms)' in plain and '12.3 |' in plain
+  assert 'yes (p' not in plain and tested.count('yes (p') == 5  # each row but the baseline
 
 
 def test_a_metric_is_added_to_each_line_and_nan_stays_nan():
