@@ -7,7 +7,7 @@ from experiments.study import Study
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.records import Json, JsonObject
 from sparse_lm.report import formats, results, statistics, table
-from sparse_lm.report.names import label_text
+from sparse_lm.report.names import display, label_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +89,10 @@ class Findings:
     """The value of the label `by` whose row has the highest mean, among the rows with `labels`."""
     rows = self.rows(metric, by, **labels)
     return max(rows, key=rows.__getitem__)
+
+  def names(self, label: str) -> list[str]:
+    """The display names of a label's values, in the order of the table."""
+    return list(dict.fromkeys(display(line['labels'].get(label)) for line in self.lines))
 
   def spread(self, metric: str) -> float:
     """The largest standard deviation over seeds of any row."""

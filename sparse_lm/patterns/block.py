@@ -7,6 +7,8 @@ from typing import ClassVar
 from sparse_lm.core.groups import Group
 from sparse_lm.core.tiles import Tiles
 
+DISPLAY_NAME = 'blocks of {}'
+
 
 @dataclasses.dataclass(frozen=True)
 class Block(Tiles):

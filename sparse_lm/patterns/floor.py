@@ -14,6 +14,8 @@ from sparse_lm.core.groups import Group
 from sparse_lm.core.units import Array, Pattern, Shapes, is_matrix
 from sparse_lm.kernels.topk import topk_mask, topk_rows
 
+DISPLAY_NAME = 'at least {} for each channel'
+
 
 @dataclasses.dataclass(frozen=True)
 class Floor(Pattern):

@@ -1,7 +1,7 @@
 """A summary (see `table.summarise`) as LaTeX that fits one column of a paper.
 
-The document needs booktabs and no other package. Columns that do not fit beside each other go to further
-`table` floats with the same rows.
+The document needs booktabs and no other package. Columns that do not fit beside each other, and rows that
+do not fit on a page, go to further `table` floats, with the same labels and the same heading.
 """
 
 import re
@@ -18,6 +18,9 @@ INDENT = 6  # points by which the rows of a group are indented
 LABELS = 0.5  # of the width: the most that the labels of rows take
 NARROWEST = 34  # points: headings are broken into lines of at least this width
 BOLD = 1.18  # width of bold letters over that of others
+PAGE = 520  # points: the height of a page of LaTeX's article class
+LINE, SMALL_LINE = 9.5, 8.0  # points: heights of a line of a table and of its notes
+SMALL = 0.8  # width of a letter of the notes over that of a letter of the table
 # Widths of letters in Computer Modern of 8 points, in units of its 8.5 points; all others take 0.55.
 _EM = {
   **dict.fromkeys("ijl.,:;'!|[] ", 0.3),
@@ -27,6 +30,8 @@ _EM = {
   **dict.fromkeys('ABCDEFGHIJKLNOPQRSTUVXYZΔ±×+−=<>', 0.8),
 }
 
+_BREAK = r' \\ '  # between the lines of a cell
+
 
 class _Column(NamedTuple):
   """A column of a LaTeX table, with one cell for each row."""
@@ -34,6 +39,10 @@ class _Column(NamedTuple):
   head: str
   cells: list[str]
   width: float
+
+  def rows(self, first: int, end: int) -> '_Column':
+    """Returns the column with only these rows."""
+    return self._replace(cells=self.cells[first:end])
 
 
 def latex(frame: pd.DataFrame, caption: str, command: str, label: str) -> str:
@@ -58,20 +67,31 @@ def latex(frame: pd.DataFrame, caption: str, command: str, label: str) -> str:
     for name in printed
     if name not in names
   ]
+  groups = list(printed[names[0]]) if grouped else []
+  notes = _notes(frame)
+  room_for_rows = PAGE - LINE * len(_lines(f'{caption} (part 10 of 10, continued)', COLUMN))
+  notes_height = SMALL_LINE * len(_lines(notes + command, COLUMN / SMALL))
   parts = list(_parts(values, room))
+  tabulars = [
+    found
+    for part in parts
+    for found in _tabulars(
+      labels, part, groups, room_for_rows, notes_height if part is parts[-1] else 0
+    )
+  ]
+  below = f'{tex.escaped(notes)} Reproduce: {tex.command(command)}'
   key = 'tab:' + re.sub(r'[^A-Za-z0-9_.:-]+', '-', label)
   floats = []
-  for i, part in enumerate(parts):
-    which = f' (part {i + 1} of {len(parts)})' if len(parts) > 1 else ''
+  for i, (continued, tabular) in enumerate(tabulars):
+    which = f'part {i + 1} of {len(tabulars)}' + ', continued' * continued
     floats += [
       '\\begin{table}[t]\n\\centering\\footnotesize',
       f'\\setlength{{\\tabcolsep}}{{{SEPARATION}pt}}',
-      f'\\caption{{{tex.escaped(caption)}{which}.}}',
+      f'\\caption{{{tex.escaped(caption)}{f" ({which})" if len(tabulars) > 1 else ""}.}}',
       f'\\label{{{key}{f"-{i + 1}" if i else ""}}}',
-      _tabular(labels, part, list(printed[names[0]]) if grouped else []),
+      tabular,
     ]
-    if part is parts[-1]:
-      below = f'{tex.escaped(_notes(frame))} Reproduce: {tex.command(command)}'
+    if i + 1 == len(tabulars):
       floats.append(
         f'\\par\\vspace{{2pt}}\\parbox{{\\linewidth}}{{\\scriptsize\\raggedright {below}}}'
       )
@@ -128,8 +148,70 @@ def _parts(columns: Sequence[_Column], room: float) -> Iterator[list[_Column]]:
   yield part
 
 
+def _tabulars(
+  labels: Sequence[_Column],
+  values: Sequence[_Column],
+  groups: Sequence[str],
+  room: float,
+  notes: float,
+) -> Iterator[tuple[bool, str]]:
+  """Yields a `tabular` for each page, and whether rows of it are on an earlier page.
+
+  Args:
+    labels, values, groups: as in `_tabular`, for all rows.
+    room: points for a page's rows and heading.
+    notes: points that the notes take on the last page.
+  """
+  columns = [*labels, *values]
+  room -= LINE * (max(_height(column.head) for column in columns) + 3)
+  for first, end in _pages(_heights(columns, groups), room, room - notes):
+    rows = [[column.rows(first, end) for column in own] for own in (labels, values)]
+    yield first > 0, _tabular(*rows, groups[first:end])
+
+
+def _height(cell: str) -> int:
+  """Returns the number of lines of a cell."""
+  return cell.count(_BREAK) + 1
+
+
+def _heights(columns: Sequence[_Column], groups: Sequence[str]) -> list[float]:
+  """Returns the height of each row in points, with the heading of the group that it begins."""
+  heights = []
+  for i in range(len(columns[0].cells)):
+    begins = bool(groups) and (i == 0 or groups[i] != groups[i - 1])
+    lines = max(_height(column.cells[i]) for column in columns)
+    heights.append(LINE * (lines + begins) + 2 * begins)
+  return heights
+
+
+def _pages(heights: Sequence[float], whole: float, last: float) -> Iterator[tuple[int, int]]:
+  """Yields the first row of each page and the row after its last one.
+
+  Args:
+    heights: height of each row.
+    whole: height of the rows of a page.
+    last: height of the rows of the last page, which also has the notes.
+  """
+  first, used = 0, 0.0
+  for i, height in enumerate(heights):
+    rest = sum(heights[i:])
+    full = used + height > whole
+    ends = used + rest <= whole and used + rest > last and rest <= last
+    if i > first and (full or ends):
+      yield first, i
+      first, used = i, 0.0
+    used += height
+  yield first, len(heights)
+
+
 def _tabular(labels: Sequence[_Column], values: Sequence[_Column], groups: Sequence[str]) -> str:
-  """Returns a `tabular`; `groups` has the heading of each row's group, or is empty."""
+  """Returns a `tabular`.
+
+  Args:
+    labels: columns of labels.
+    values: columns of numbers.
+    groups: the heading of each row's group, or nothing.
+  """
   columns = [*labels, *values]
   start = rf'@{{\hspace{{{INDENT}pt}}}}' if groups else '@{}'
   lines = [
@@ -150,7 +232,7 @@ def _stacked(lines: Sequence[str], position: str, side: str) -> str:
   """Returns lines of text as LaTeX; several lines are stacked in a `tabular`."""
   if len(lines) == 1:
     return tex.escaped(lines[0])
-  body = r' \\ '.join(map(tex.escaped, lines))
+  body = _BREAK.join(map(tex.escaped, lines))
   return rf'\begin{{tabular}}[{position}]{{@{{}}{side}@{{}}}}{body}\end{{tabular}}'
 
 

@@ -1,7 +1,8 @@
-"""Display names of methods, estimators and other values of labels in tables and figures.
+"""Display names of methods, patterns, formats and other values of labels in tables and figures.
 
-A method's file may declare a display name: `DISPLAY_NAME = 'RigL'`. By default, the display name is the
-method's name with spaces instead of underscores.
+The file of a method, pattern or packed format may declare a display name: `DISPLAY_NAME = 'RigL'`. By
+default, the display name is the name with spaces instead of underscores. A pair of braces stands for what
+follows the name after a colon: with `'blocks of {}'` in block.py, 'block:16' is shown as 'blocks of 16'.
 """
 
 import functools
@@ -11,7 +12,9 @@ import re
 from sparse_lm.core.records import Json
 
 ABSENT = '—'
-METHODS = pathlib.Path(__file__).resolve().parents[1] / 'methods'
+PACKAGE = pathlib.Path(__file__).resolve().parents[1]
+# The files that may declare a display name.
+FILES = ('methods/[a-z]*/[a-z]*.py', 'patterns/[a-z]*.py', 'inference/formats/[a-z]*.py')
 # Display names of terms that are not methods: estimators, and magnitude pruning with straight-through.
 TERMS = {
   'gumbel_sigmoid': 'Gumbel-sigmoid',
@@ -37,16 +40,26 @@ def display(value: Json) -> str:
   """Returns a label's value as tables and figures show it.
 
   `'hybrid: rigl + token_gate'` becomes `'hybrid: RigL + token gate'`: each part between commas, colons
-  and plus signs that names a method or a term is replaced by the display name.
+  and plus signs that names a method, pattern, format or term is replaced by the display name.
   """
-  parts = _BETWEEN.split(label_text(value))
-  return ''.join(_display_names().get(part, part) for part in parts)
+  return ''.join(map(_part, _BETWEEN.split(label_text(value))))
+
+
+def _part(text: str) -> str:
+  """Returns the display name of a part, or the part itself if there is none."""
+  name, colon, argument = text.partition(':')
+  shown = _display_names().get(name)
+  if shown is None:
+    return text
+  if '{}' in shown:
+    return shown.format(argument) if colon else name
+  return text if colon else shown
 
 
 @functools.cache
 def _display_names() -> dict[str, str]:
   found = dict(TERMS)
-  for file in METHODS.glob('[a-z]*/[a-z]*.py'):
+  for file in (file for files in FILES for file in sorted(PACKAGE.glob(files))):
     name = file.stem.rstrip('_')
     declared = _DECLARED.search(file.read_text(encoding='utf-8'))
     found[name] = declared[1] if declared else name.replace('_', ' ')

@@ -59,13 +59,14 @@ def test_tex_compiles_the_table_and_prints_the_labels(tex, tmp_path):
   assert (compiled(tex, tmp_path) / 'table.pdf').stat().st_size > 5000
 
 
-def compiled(tex, folder):
+def compiled(tex, folder, height='50cm'):
   """The folder with the PDF of a document in columns of 3.3 inches; it must not be overfull."""
   if shutil.which('pdflatex') is None:
     if os.environ.get('CI'):
       pytest.fail('CI has no pdflatex; .ci/run installs it')
     pytest.skip('no pdflatex: install texlive-latex-base and texlive-latex-recommended (booktabs)')
-  head = '\\documentclass{article}\\usepackage{booktabs}\\textheight=50cm\\textwidth=3.3in'
+  head = '\\documentclass{article}\\usepackage{booktabs}\\textwidth=3.3in'
+  head += f'\\textheight={height}'
   page = f'{head}\\begin{{document}}\n{tex}\\end{{document}}\n'
   (folder / 'table.tex').write_text(page)
   command = ['pdflatex', '-halt-on-error', '-interaction=nonstopmode', 'table.tex']
@@ -114,6 +115,29 @@ def test_a_wide_table_fits_a_column_in_several_floats(wide, tmp_path):
     rows = [row for row in part.splitlines() if row.startswith('0')]
     assert [row.split(' & ')[0] for row in rows] == ['0', '0.5', '0.9', '0.5', '0.9']
   assert wide.count('Reproduce') == parts[-1].count('Reproduce') == 1
+
+
+@pytest.mark.parametrize('count, pages', [(22, 1), (45, 2), (110, 3)])
+def test_a_long_table_is_continued_on_further_pages(count, pages, tmp_path):
+  losses = [
+    (method, round(i / count, 3), (2.0 + 0.01 * i, 2.1))
+    for method in ('dense', 'rigl')
+    for i in range(count // 2)
+  ]
+  lines = list(study(losses))
+  columns = [table.column('val_loss')]
+  frame = table.summarise(lines, ['method', 'sparsity'], columns, {'method': 'dense'})
+  shown = latex.latex(frame, 'A caption of a usual length. ' * 8, 'python -m x', 'long')
+  parts = shown.split('\\end{table}')[:-1]
+  assert len(parts) == pages == shown.count(r'\toprule')
+  rows = re.findall(r'^(0[\d.]*) & ', shown, re.MULTILINE)
+  assert rows == [f'{sparsity:g}' for _, sparsity, _ in losses]
+  continued = [f'(part {i + 1} of {pages}, continued)' in part for i, part in enumerate(parts)]
+  assert continued == [False] + [True] * (pages - 1)
+  # Each page begins with the heading of the group that its first row belongs to.
+  assert all('multicolumn' in part.partition('midrule')[2].splitlines()[1] for part in parts)
+  folder = compiled(shown, tmp_path, height='550pt')  # as in the article class
+  assert 'Float too large' not in (folder / 'table.log').read_text(errors='replace')
 
 
 def test_a_loss_and_its_difference_stand_beside_each_other(tmp_path):

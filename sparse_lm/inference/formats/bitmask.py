@@ -7,6 +7,8 @@ from flax import struct
 
 from sparse_lm.core.format import Array, Format
 
+DISPLAY_NAME = 'bit mask'
+
 
 class Bitmask(Format):
   """The kept weights and a bit mask, for storage. The model runs the dense kernel, so no time is saved.

@@ -10,6 +10,8 @@ from sparse_lm.core.format import Array, Format
 from sparse_lm.kernels import device
 from sparse_lm.kernels.matmul import matmul
 
+DISPLAY_NAME = 'blocks of {}'
+
 SIZES = (128, 64, 32, 16)
 
 

@@ -6,6 +6,8 @@ from flax import struct
 
 from sparse_lm.core.format import Array, Format
 
+DISPLAY_NAME = 'kept channels'
+
 
 class Channels(Format):
   """The inputs and outputs of a kernel that have kept weights, as a smaller dense kernel.

@@ -6,6 +6,8 @@ import numpy as np
 
 from sparse_lm.core.format import InputMajor
 
+DISPLAY_NAME = 'dense, stored by input'
+
 MOST_INPUTS = 511
 
 

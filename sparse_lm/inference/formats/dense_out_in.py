@@ -8,6 +8,8 @@ import numpy as np
 
 from sparse_lm.core.format import Array, Format, rows
 
+DISPLAY_NAME = 'dense, stored by output'
+
 LANES = 32
 
 

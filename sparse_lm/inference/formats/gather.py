@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 from sparse_lm.core.format import Array, InputMajor, rows
 
+DISPLAY_NAME = 'gathered rows'
+
 ROWS = 16
 
 

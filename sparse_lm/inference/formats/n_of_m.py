@@ -7,6 +7,8 @@ from flax import struct
 
 from sparse_lm.core.format import Array, Format
 
+DISPLAY_NAME = 'N:M'
+
 GROUPS = (4, 8, 16, 32)
 
 
