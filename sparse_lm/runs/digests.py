@@ -14,7 +14,8 @@ Leaf = jax.Array | np.ndarray
 
 def of_leaf(path: str, leaf: Leaf) -> int:
   """Returns the CRC of a leaf's path and bytes."""
-  return zlib.crc32(np.ascontiguousarray(leaf).tobytes(), zlib.crc32(path.encode()))
+  flat = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
+  return zlib.crc32(flat, zlib.crc32(path.encode()))
 
 
 def of_leaves(leaves: Mapping[str, Leaf]) -> dict[str, int]:

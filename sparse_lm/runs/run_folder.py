@@ -10,6 +10,7 @@ from sparse_lm.core.version import VERSION, WRITTEN_BY, format_mismatch
 
 CONFIG, LOG = 'config.json', 'metrics.jsonl'
 CHECKPOINTS, BEST = 'checkpoints', 'best'
+WEIGHTS = 'weights'  # an imported or pruned model has this folder instead of checkpoints
 # The version of the config's keys. It is raised when a key is renamed, moved or dropped.
 FORMAT = 3
 

@@ -3,8 +3,10 @@
 import dataclasses
 import functools
 import pathlib
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.stages import Wrapped
 from ml_collections import ConfigDict
@@ -21,8 +23,17 @@ from sparse_lm.plan import cost
 from sparse_lm.runs import best, configs, cost_report
 from sparse_lm.runs.build import build
 from sparse_lm.runs.checkpoint import EVALUATED, Checkpoints
-from sparse_lm.runs.run_folder import BEST, CONFIG, folder_of, read_config
+from sparse_lm.runs.run_folder import (
+  BEST,
+  CHECKPOINTS,
+  CONFIG,
+  WEIGHTS,
+  folder_of,
+  read_config,
+)
+from sparse_lm.runs.weight_files import WeightFiles
 from sparse_lm.runs.workdir import read_json
+from sparse_lm.train.states import TrainState
 from sparse_lm.train.step import Program
 from sparse_lm.train.work import Work
 from sparse_lm.weights.method import densities
@@ -30,7 +41,7 @@ from sparse_lm.weights.method import densities
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Trained:
-  """The model of a workdir's newest intact checkpoint, or of its best checkpoint.
+  """The model of a workdir's newest intact checkpoint, of its best checkpoint, or of its weight files.
 
   Attributes:
     workdir: the path that was loaded, a run's folder or its `best/`.
@@ -144,12 +155,12 @@ def load(workdir: str) -> Trained:
   """Loads the model of a workdir, without the state of its optimizer.
 
   Args:
-    workdir: a run's folder (its newest intact checkpoint), or `<workdir>/best` (the checkpoint of lowest
-      validation loss).
+    workdir: a run's folder (its newest intact checkpoint, or its weight files), or `<workdir>/best` (the
+      checkpoint of lowest validation loss).
 
   Raises:
-    UserError: the folder holds no run, a packed model, or no intact checkpoint, or its config or
-      tokenizer was changed since the weights were saved.
+    UserError: the folder holds no run, a packed model, or no intact checkpoint or weight files, or its
+      config or tokenizer was changed since the weights were saved.
   """
   folder, kind = folder_of(workdir)
   if (folder / 'packed.json').exists():
@@ -159,12 +170,35 @@ def load(workdir: str) -> Trained:
     )
   if not (folder / CONFIG).exists():
     missing = f'no {CONFIG}' if folder.is_dir() else 'there is no such folder'
-    valid = 'a folder that train, prune or pack wrote'
+    valid = 'a folder that train, prune, pack or convert wrote'
     raise UserError(f'workdir {workdir or "."} holds no run ({missing}); valid: {valid}')
   config = configs.of_run(read_config(folder), folder / CONFIG)
   tokenizer = tokenizers.from_json(read_json(folder / 'tokenizer.json'))
   program, target = build(config, tokenizer.vocab_size)
-  template = jax.eval_shape(program.init, config.seed, target)
+  if kind == CHECKPOINTS and (folder / WEIGHTS).is_dir():
+    found = _from_files(folder, program)
+  else:
+    found = _from_checkpoint(workdir, program, jax.eval_shape(program.init, config.seed, target))
+  return Trained(
+    workdir=workdir, config=config, program=program, tokenizer=tokenizer, **found._asdict()
+  )
+
+
+class _Found(NamedTuple):
+  """The attributes of `Trained` that are read from the weights' folder."""
+
+  source: str
+  target: Tree
+  params: Tree
+  masks: Tree
+  model_state: Tree
+  step: int
+  work: Work
+
+
+def _from_checkpoint(workdir: str, program: Program, template: TrainState) -> _Found:
+  """Reads the newest intact checkpoint, or the best one from `<workdir>/best`."""
+  folder, kind = folder_of(workdir)
   if not (folder / kind).is_dir():
     raise _no_checkpoint(workdir)
   checkpoints = Checkpoints(folder, kind)
@@ -176,19 +210,29 @@ def load(workdir: str) -> Trained:
   if state is None:
     raise _no_checkpoint(workdir)
   params, masks = program.finalize(state.replace(opt_state=None))
-  return Trained(
-    workdir,
-    _source(folder, kind, int(state.step)),
-    config,
-    program,
-    tokenizer,
-    state.sparse.target,
-    params,
-    masks,
-    state.model_state,
-    int(state.step),
-    work,
-  )
+  step, target = int(state.step), state.sparse.target
+  return _Found(_source(folder, kind, step), target, params, masks, state.model_state, step, work)
+
+
+def _from_files(folder: pathlib.Path, program: Program) -> _Found:
+  """Reads the folder `weights/`.
+
+  Raises UserError if a file is damaged, or if the parameters are not those of the config.
+  """
+  files, model = WeightFiles(folder / WEIGHTS), plan_of(program.model).params
+  params, masks = files.read_all()
+  there, here = tree.named(params), tree.named(model)
+  for path in sorted({*there, *here}):
+    shapes = [str(found[path].shape) if path in found else 'missing' for found in (there, here)]
+    if shapes[0] != shapes[1]:
+      raise UserError(
+        f'{files.folder} does not fit {folder / CONFIG}: {path} is {shapes[0]} there and {shapes[1]} in '
+        'the model of this config; valid: the folder as convert or prune wrote it'
+      )
+  params = jax.tree.map(lambda like, leaf: jnp.asarray(leaf, like.dtype), model, params)
+  masks = jax.tree.map(jnp.asarray, masks)
+  source = f'{folder}: {files.source}'
+  return _Found(source, densities(masks), params, masks, {}, files.step, files.work)
 
 
 def _no_checkpoint(workdir: str) -> UserError:
