@@ -62,6 +62,7 @@ MEANS_SOMETHING_ELSE = {
   'sparse_lm/layers/spec.py': {'full': REMAT, 'none': REMAT},
   'sparse_lm/methods/mlp/gated.py': {'neuron': UNIT},
   'sparse_lm/methods/mlp/predictor_topk.py': {'neuron': UNIT},
+  'sparse_lm/methods/weight/alps.py': {'xtx': SIGNAL},
   'sparse_lm/methods/weight/movement_soft.py': {'movement': DISPLAY},
   'sparse_lm/methods/weight/rigl.py': {'grads': SIGNAL},
   'sparse_lm/methods/weight/snip.py': {'grads': SIGNAL},

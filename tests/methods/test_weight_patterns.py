@@ -119,10 +119,11 @@ PAIRS = [pair for pair in itertools.product(METHODS, PATTERNS) if accepted(*pair
 def test_every_method_takes_every_pattern_but_those_that_it_cannot_rank_or_grow():
   refused = {pair for pair in itertools.product(METHODS, PATTERNS) if pair not in PAIRS}
   several_layers = {('wanda', 'global'), ('wanda', 'layer')}
+  several_matrices = {('alps', p) for p in ('global', 'neuron', 'head', 'layer')}
   # What grows from zero in all of its matrices at once gets no gradient.
   growing = ('ac_dc', 'rigl', 'set', 'top_kast', 'weight_sparse')
   grown = set(itertools.product(growing, ('neuron', 'head', 'layer')))
-  assert refused == several_layers | grown | {
+  assert refused == several_layers | several_matrices | grown | {
     ('sparsegpt', p) for p in PATTERNS if p not in ('unstructured', '2:4')
   }
   with pytest.raises(UserError, match=r'config\.weight\.pattern=.*neuron.*valid: .*single weights'):

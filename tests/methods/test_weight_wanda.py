@@ -1,4 +1,4 @@
-"""Wanda against its definition in NumPy, and what both one-shot methods do to a tree of leaves."""
+"""Wanda against its definition in NumPy, and what all one-shot methods do to a tree of leaves."""
 
 import functools
 
@@ -15,7 +15,7 @@ from sparse_lm.model import slots
 from sparse_lm.patterns.n_of_m import NOfM
 from sparse_lm.weights.one_shot import prune_by_obs
 
-WANDA, SPARSEGPT = (slots.method('weight', name) for name in ('wanda', 'sparsegpt'))
+WANDA, SPARSEGPT, ALPS = (slots.method('weight', name) for name in ('wanda', 'sparsegpt', 'alps'))
 INPUTS, OUTPUTS = 12, 6
 SEEDS = st.integers(0, 2**31)
 STEP, KEY = jnp.int32(0), jax.random.key(0)
@@ -140,7 +140,7 @@ def test_sparsegpt_hands_its_fields_to_the_matrix_routine(method):
   assert method == SPARSEGPT(total_steps=1) or np.abs(new - default).max() > 1e-3
 
 
-@pytest.mark.parametrize('cls', [WANDA, SPARSEGPT])
+@pytest.mark.parametrize('cls', [WANDA, SPARSEGPT, ALPS])
 def test_an_update_changes_the_leaves_that_have_signals_and_no_other(cls):
   method = cls(total_steps=1)
   draws = [numbers(seed) for seed in range(3)]

@@ -291,7 +291,7 @@ def test_the_command_writes_a_run_of_exact_density(
 
 
 WANDA = {'weight__name': 'wanda', 'weight__sparsity': 0.5}
-ABLE = 'magnitude, snip, sparsegpt, wanda'
+ABLE = 'alps, magnitude, snip, sparsegpt, wanda'
 BAD = {
   'a field outside the weights': ({**WANDA, 'model__width': 32}, ['config.model.width']),
   'a method that trains': ({'weight__name': 'rigl', 'weight__sparsity': 0.5}, ["'rigl'", ABLE]),

@@ -44,7 +44,7 @@ def test_a_run_is_pruned_by_rules_and_loads(parent, tmp_path):
 
 @pytest.mark.parametrize(('fields', 'words'), [
   ({'weight.order': ('mlp',), 'weight.rules.mlp.name': 'rigl'},
-   ["config.weight.rules.mlp.name='rigl'", 'valid: magnitude, snip, sparsegpt, wanda']),
+   ["config.weight.rules.mlp.name='rigl'", 'valid: alps, magnitude, snip, sparsegpt, wanda']),
   ({'weight.order': ('mlp',), 'weight.rules.mlp.name': 'magnitude', 'weight.rules.mlp.apply': 'soft'},
    ["config.weight.rules.mlp.apply='soft'", 'valid: masked']),
   ({'weight.name': 'magnitude', 'weight.sparsity': 0.5, 'weight.apply': 'straight_through'},
