@@ -97,7 +97,7 @@ class SkipMLP(LearnedGate, kw_only=True):
     decision = self.decide(router(x_BxLxD), mode)
     with record.gated(self.path, self.traits.gating):
       y_BxLxD = self.inner()(x_BxLxD, mode)
-    return y_BxLxD * decision.weight.astype(y_BxLxD.dtype)
+    return y_BxLxD * decision.factor.astype(y_BxLxD.dtype)
 '''
 (folder / 'skip.py').write_text(source)
 sparse_lm.methods.mlp.__path__.append(str(folder))

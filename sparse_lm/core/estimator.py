@@ -44,7 +44,7 @@ class Decision(NamedTuple):
   """A gate's decisions; all arrays have the shape of the logits.
 
   Attributes:
-    weight: float32, the factor that the gated output is multiplied by.
+    factor: float32, the number that the gated output is multiplied by.
     open: bool, whether the gated output is computed.
     cost: float32, 1 where the deterministic gate is open, else 0. Its gradient is the gradient of the
       probability that the gate opens.
@@ -52,7 +52,7 @@ class Decision(NamedTuple):
     entropy: float32, entropy in nats of a sampled policy's distribution; `None` for other estimators.
   """
 
-  weight: Array
+  factor: Array
   open: Array
   cost: Array
   log_prob: Array | None = None
@@ -133,8 +133,8 @@ def _random(logits: Array, key: Array, sample: bool) -> Decision:
   # Draws without replacement, so the fraction of open gates is exactly the rate.
   rate = jnp.mean(jax.nn.sigmoid(jax.lax.stop_gradient(logits)))
   action = topk_mask(jax.random.uniform(key, logits.shape), jnp.round(rate * logits.size))
-  weight = action.astype(jnp.float32)
-  return Decision(weight, action, weight)
+  factor = action.astype(jnp.float32)
+  return Decision(factor, action, factor)
 
 
 @dataclasses.dataclass(frozen=True)

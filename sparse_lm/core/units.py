@@ -68,11 +68,11 @@ class Pattern:
     return cls() if name == cls.spelling else None
 
   @property
-  def lookahead(self) -> int | None:
-    """Number of consecutive inputs whose weights are selected together.
+  def inputs_per_group(self) -> int | None:
+    """Number of consecutive inputs among whose weights the pattern selects, for each output.
 
-    1 if weights are ranked one by one, and M for N:M. `None` if a unit contains weights of several
-    outputs: then a mask cannot be chosen input by input, as SparseGPT does.
+    1 if weights are ranked one by one, and M for N:M. `None` for all other patterns: their masks cannot
+    be chosen group by group, as SparseGPT does.
     """
     return None
 

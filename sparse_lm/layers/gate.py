@@ -73,7 +73,7 @@ class LearnedGate(LayerMethod):
     if decision.log_prob is not None:
       sow(self, 'policy', 'log_prob', jnp.sum(decision.log_prob, axis=-1))
       sow(self, 'policy', 'entropy', jnp.sum(decision.entropy, axis=-1))
-      sow(self, 'policy', 'open', jnp.mean(decision.weight, axis=-1))
+      sow(self, 'policy', 'open', jnp.mean(decision.factor, axis=-1))
     return decision
 
 

@@ -33,7 +33,7 @@ def observe(module: nn.Module, routing: Routing, plan: SlotPlan) -> None:
 
   - `load`: fraction of all choices that each expert gets, `[E]`.
   - `max_violation`: largest load divided by the mean load, minus 1; 0 if no token chose an expert.
-  - `closed`: 1 if no token chose an expert, else 0.
+  - `closed`: 1 if no token of the batch chose an expert, so that no expert of the layer runs; else 0.
   - `entropy`: mean entropy of the tokens' probabilities, in nats.
   - `drop_rate`: fraction of choices that were dropped.
   - `dead_experts`: fraction of experts that no token chose.

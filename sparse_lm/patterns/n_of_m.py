@@ -32,7 +32,7 @@ class NOfM(Pattern):
     return cls(n, m)
 
   @property
-  def lookahead(self) -> int:
+  def inputs_per_group(self) -> int:
     """M: the masks of a group are chosen together."""
     return self.m
 

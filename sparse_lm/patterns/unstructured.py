@@ -13,7 +13,7 @@ class Unstructured(Pattern):
   spelling: ClassVar[str] = 'unstructured'
 
   @property
-  def lookahead(self) -> int:
+  def inputs_per_group(self) -> int:
     """1: weights are ranked one by one."""
     return 1
 

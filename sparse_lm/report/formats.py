@@ -52,7 +52,7 @@ def notes(frame: pd.DataFrame) -> str:
     parts += _methods_of_comparison(frame)
   parts += dict.fromkeys(c.note for c in frame.attrs['columns'] if c.note)
   if any(c.is_time for c in frame.attrs['columns']):
-    parts.append('Times are as measured and, unless a run is packed, no claim of speed.')
+    parts.append('Times are as measured. Only the times of packed models are claims of speed.')
   if machines := frame.attrs['machines']:
     parts.append(f'Made on {"; and on ".join(machines)}.')
   return ' '.join(parts)

@@ -159,7 +159,7 @@ COLUMNS = (
   Column('max_violation', 'load violation', '.2f'),
   Column('stored_bytes', 'stored', ',.1f', 'kB', 1e-3),
   Column('train_step_ms', 'training step', '.1f', 'ms'),
-  Column('packed_step_ms', 'training step of all packed runs', '.2f', 'ms'),
+  Column('packed_step_ms', 'training step of a pack of runs', '.2f', 'ms'),
 )
 
 

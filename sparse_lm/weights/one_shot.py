@@ -89,7 +89,7 @@ def prune_by_obs(
   """
   inputs, outputs = weights.shape
   if groups:
-    block = groups.lookahead * max(1, block // groups.lookahead)
+    block = groups.inputs_per_group * max(1, block // groups.inputs_per_group)
   w = weights.astype(gram.dtype)
   u, dead = _inverse_factor(gram, damp)
   w = jnp.where(dead[:, None], 0, w)
@@ -129,8 +129,10 @@ def _sweep(
   diagonal = jnp.diagonal(factor)
 
   def regroup(j: Array, rows: Array, kept: Array) -> Array:
-    here = jax.lax.dynamic_slice_in_dim(rows, j, groups.lookahead)
-    scores = jnp.square(here / jax.lax.dynamic_slice_in_dim(diagonal, j, groups.lookahead)[:, None])
+    here = jax.lax.dynamic_slice_in_dim(rows, j, groups.inputs_per_group)
+    scores = jnp.square(
+      here / jax.lax.dynamic_slice_in_dim(diagonal, j, groups.inputs_per_group)[:, None]
+    )
     chosen = groups.top(
       scores, jnp.round(density * scores.size)
     )  # all weights of a group if the density is 1
@@ -140,7 +142,7 @@ def _sweep(
     rows, kept, errors = carry
     if groups is not None:
       kept = jax.lax.cond(
-        j % groups.lookahead == 0, lambda k: regroup(j, rows, k), lambda k: k, kept
+        j % groups.inputs_per_group == 0, lambda k: regroup(j, rows, k), lambda k: k, kept
       )
     error = jnp.where(kept[j], 0, rows[j]) / diagonal[j]
     # U is upper triangular: its row is zero before j.

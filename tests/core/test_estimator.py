@@ -166,12 +166,12 @@ def test_evaluation_is_deterministic_and_costs_what_it_runs(name, logits):
   assume(np.abs(edge - 1).min() > 1e-3 and np.abs(edge - 121).min() > 1e-1)
   got = decided(name, False)(logits, KEY)
   weight, slope = in_evaluation(name, logits)
-  assert_allclose(got.weight, weight, atol=1e-6)
+  assert_allclose(got.factor, weight, atol=1e-6)
   assert_array_equal(got.open, weight > 0)
   assert_allclose(got.cost, weight > 0, atol=1e-6)
-  assert_allclose(slopes(name, False, 'weight')(logits, KEY), slope, atol=1e-6)
+  assert_allclose(slopes(name, False, 'factor')(logits, KEY), slope, atol=1e-6)
   assert_allclose(slopes(name, False, 'cost')(logits, KEY), price_slope(name, logits), atol=1e-6)
-  assert {a.dtype for a in (got.weight, got.cost)} == {jnp.dtype('float32')}
+  assert {a.dtype for a in (got.factor, got.cost)} == {jnp.dtype('float32')}
   for again in (decided(name, False)(logits, jax.random.key(9)), decided(name, False)(logits, KEY)):
     jax.tree.map(assert_array_equal, again, got)
 
@@ -195,19 +195,19 @@ def test_without_sampling_a_gate_depends_only_on_its_logit(name, logits):
   logits = np.array(logits, np.float32)
   got = decided(name, True)(logits, KEY)
   fires = logits > 0
-  assert_allclose(got.weight, expit(np.float64(logits)) if name == 'soft' else fires, rtol=1e-5)
+  assert_allclose(got.factor, expit(np.float64(logits)) if name == 'soft' else fires, rtol=1e-5)
   assert_array_equal(got.open, np.ones(6) if name == 'soft' else fires)
-  assert_allclose(slopes(name, True, 'weight')(logits, KEY), bump(logits), atol=1e-6)
+  assert_allclose(slopes(name, True, 'factor')(logits, KEY), bump(logits), atol=1e-6)
 
 
 @pytest.mark.parametrize('logit', [-2.0, 0.0, 1.5])
 def test_gumbel_gates_open_where_logit_plus_logistic_noise_is_above_zero(logit):
   got = at_one_logit('gumbel_sigmoid', logit)
   opened = np.asarray(got.open)
-  assert_array_equal(got.weight, opened)
+  assert_array_equal(got.factor, opened)
   assert as_frequent(opened, expit(logit))
   # The slope s (1 - s) tells the noisy logit, up to the sign that the decision tells.
-  slope = slopes('gumbel_sigmoid', True, 'weight')(jnp.full(DRAWS, logit), KEY)
+  slope = slopes('gumbel_sigmoid', True, 'factor')(jnp.full(DRAWS, logit), KEY)
   slope = np.asarray(slope, np.float64)
   small = 2 * slope / (1 + np.sqrt(np.maximum(1 - 4 * slope, 0)))
   noisy = -np.log(small / (1 - small)) * np.where(opened, 1, -1)
@@ -222,7 +222,7 @@ def test_hard_concrete_probability_is_that_of_the_paper():
 @pytest.mark.parametrize('logit', [-2.0, 0.0, 2.0])
 def test_sampled_hard_concrete_gates_follow_their_distribution(logit):
   got = at_one_logit('hard_concrete', logit)
-  weight = np.asarray(got.weight, np.float64)
+  weight = np.asarray(got.factor, np.float64)
   assert weight.min() == 0 and weight.max() == 1
   assert_array_equal(got.open, weight > 0)
   assert as_frequent(weight > 0, float(hard_concrete_probability(jnp.float32(logit))))
@@ -247,14 +247,14 @@ def test_deterministic_gates_open_above_a_probability_of_a_half_or_of_hard_concr
 
 def test_slopes_of_sampled_hard_concrete_gates_are_finite_differences_at_their_noise():
   logits = np.linspace(-3, 3, 999).astype(np.float32)
-  weight = np.asarray(decided('hard_concrete', True)(logits, KEY).weight, np.float64)
+  weight = np.asarray(decided('hard_concrete', True)(logits, KEY).factor, np.float64)
   inside = (weight > 0.01) & (weight < 0.99)
   assert inside.sum() > 300 and (~inside).sum() > 100
   s = (weight[inside] - GAMMA) / (ZETA - GAMMA)
   at = np.float64(logits[inside])
   noise = BETA * np.log(s / (1 - s)) - at
   want = finite_difference(lambda l: stretched(expit((l + noise) / BETA)), at)
-  got = np.asarray(slopes('hard_concrete', True, 'weight')(logits, KEY))
+  got = np.asarray(slopes('hard_concrete', True, 'factor')(logits, KEY))
   assert_allclose(got[inside], want, rtol=1e-3)
   clipped = (weight == 0) | (weight == 1)
   assert clipped.sum() > 100 and not got[clipped].any()
@@ -264,13 +264,13 @@ def test_slopes_of_sampled_hard_concrete_gates_are_finite_differences_at_their_n
 def test_a_policy_draws_its_actions_by_their_probability(logit):
   got = at_one_logit('reinforce', logit)
   action, p = np.asarray(got.open), expit(logit)
-  assert_array_equal(got.weight, action)
+  assert_array_equal(got.factor, action)
   assert as_frequent(action, p)
   assert_allclose(got.log_prob, np.where(action, np.log(p), np.log(1 - p)), rtol=1e-5)
   assert_allclose(got.entropy, stats.bernoulli(p).entropy(), rtol=1e-5)
   slope = slopes('reinforce', True, 'log_prob')(jnp.full(DRAWS, logit), KEY)
   assert_allclose(slope, action - p, atol=1e-6)
-  assert not slopes('reinforce', True, 'weight')(jnp.full(DRAWS, logit), KEY).any()
+  assert not slopes('reinforce', True, 'factor')(jnp.full(DRAWS, logit), KEY).any()
 
 
 def test_a_certain_policy_has_finite_log_probabilities_and_no_entropy():
@@ -292,7 +292,7 @@ def test_random_gates_open_an_exact_share_whatever_the_logits(shape, rate, seed)
   for sample in (True, False):
     got = decided('random', sample)(jnp.full(shape, logit(rate), jnp.float32), key)
     assert int(got.open.sum()) == round(rate * size)
-    assert_array_equal(got.weight, got.open)
+    assert_array_equal(got.factor, got.open)
     assert_array_equal(got.cost, got.open)
   # The same rate from logits that disagree: the draw alone says which.
   apart = np.where(np.arange(size) % 2, 30, -30).reshape(shape).astype(np.float32)
@@ -308,5 +308,5 @@ def test_random_gates_differ_from_key_to_key_and_have_no_gradient():
   assert (first != second).any()
   opened = sum(decided('random', True)(logits, jax.random.key(s)).open for s in range(100))
   assert np.abs(np.asarray(opened) - 50).max() < 5 * 5  # of 100 draws at 1/2, deviation 5
-  for field in ('weight', 'cost'):
+  for field in ('factor', 'cost'):
     assert not slopes('random', True, field)(logits, KEY).any()

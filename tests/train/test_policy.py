@@ -208,7 +208,7 @@ def test_the_mean_over_the_estimators_own_draws_is_the_exact_gradient():
       l = logits[start : start + size].reshape(case.batch, positions, units)
       made = ESTIMATORS['reinforce'].decide(l, own, True)
       policies[name] = policy.Policy(
-        made.log_prob.sum(-1), made.entropy.sum(-1), made.weight.mean(-1)
+        made.log_prob.sum(-1), made.entropy.sum(-1), made.factor.mean(-1)
       )
       actions.append(made.open.ravel())
       start += size

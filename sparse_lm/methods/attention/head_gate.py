@@ -52,4 +52,4 @@ class HeadGate(LearnedGate, AttentionMethod, kw_only=True):
     decision = self.decide(logits_BxLxH, mode)
     with record.gated(self.path, self.traits.gating):
       out_BxLxHxK = self.inner()(tokens, q_BxLxHxK, keys, mode)
-    return out_BxLxHxK * decision.weight[..., None].astype(out_BxLxHxK.dtype)
+    return out_BxLxHxK * decision.factor[..., None].astype(out_BxLxHxK.dtype)

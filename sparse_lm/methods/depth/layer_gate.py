@@ -47,4 +47,4 @@ class LayerGate(LearnedGate, kw_only=True):
       if mode != 'train':  # in training the gradient of a closed gate needs the layer's output
         entering = tokens.only(decision.open[..., 0])
       added = run_routed(block, entering, mode)
-    return tokens.x + decision.weight.astype(tokens.x.dtype) * added
+    return tokens.x + decision.factor.astype(tokens.x.dtype) * added

@@ -37,4 +37,4 @@ class TokenGate(LearnedGate, kw_only=True):
     decision = self.decide(router(normalised(tokens.x)), mode)
     with record.gated(self.path, self.traits.gating):
       added = run_routed(block, tokens.only(decision.open[..., 0]), mode)
-    return tokens.x + decision.weight.astype(tokens.x.dtype) * added
+    return tokens.x + decision.factor.astype(tokens.x.dtype) * added

@@ -43,9 +43,9 @@ class MoEReLU(SharedMixture):
   Training adds `price * E * sum_e mean(gate_e) * f_e / k` to the loss. f_e is the fraction of the
   microbatch's tokens that visit expert e; no gradient flows through it. The price is state. It starts so
   low that it has no effect. After each optimizer step it is multiplied by `factor` if fewer than 1 - k/E
-  of all gates of all layers were closed, and divided by `factor` if more were. A layer may close
-  completely: then it adds only the output of its shared experts, and its router gets no gradient any
-  more. The statistic `closed` reports such layers.
+  of all gates of all layers were closed, and divided by `factor` if more were. All gates of a layer may
+  close for all tokens. Then the layer adds only the output of its shared experts, and its router gets no
+  gradient any more. The statistic `closed` is 1 for such a layer.
 
   Training computes every expert for every token and is charged for all of them. Evaluation is charged for
   the measured fraction of open gates. Decoding one sequence reads only the experts with open gates.

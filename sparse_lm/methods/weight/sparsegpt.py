@@ -38,7 +38,7 @@ class SparseGPT(OneShot):
   def check(self) -> None:
     """Raises UserError unless the pattern ranks single weights, all together or in N:M groups."""
     require(
-      self.units.lookahead is not None,
+      self.units.inputs_per_group is not None,
       'config.weight.pattern',
       self.pattern,
       'one that ranks single weights, all at once or within N:M groups of inputs',
@@ -46,7 +46,7 @@ class SparseGPT(OneShot):
 
   def prune(self, params: Tree, signals: dict[str, Tree], target: Tree) -> tuple[Tree, Tree]:
     """Returns new weights and masks; `xtx` is the mean outer product `[in, in]` of a kernel's inputs."""
-    groups = self.units if self.units.lookahead > 1 else None
+    groups = self.units if self.units.inputs_per_group > 1 else None
     pairs = jax.tree.map(
       lambda w, gram, density: prune_by_obs(w, gram, density, groups, self.damp, self.block),
       params,
