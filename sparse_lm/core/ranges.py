@@ -173,8 +173,8 @@ _AMOUNT = Range(float, '[0, inf)')
 BASE_FIELDS = {
   'seed': Range(int, '[0, 2^31)'),
   'data.split': _FRACTION,
-  # At least the 256 bytes and one merge; tokens are stored in 16 bits.
-  'data.vocab_size': Range(int, '[257, 65535]'),
+  # At least the 256 bytes and one merge. Only tokenizers of imported models may have more than 65535.
+  'data.vocab_size': Range(int, '[257, 2^24]'),
   'data.context': Range(int, '[1, 2^24]'),
   'data.batch': Range(int, '[1, 2^24]'),
   'model.layers': Range(int, '[1, 256]'),

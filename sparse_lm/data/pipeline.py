@@ -187,7 +187,7 @@ class Data:
   """A tokenized corpus.
 
   Attributes:
-    tokens: 1-D uint8 or uint16 tokens by split.
+    tokens: 1-D tokens by split, in the tokenizer's unsigned integer type.
     tokenizer: the tokenizer.
     card: the corpus' card plus `tokenizer` (its name), `tokenizer_sha256`, `vocab_size`, and by split
       `tokens` and `bytes_per_token` (missing for an empty split). Bits per byte are

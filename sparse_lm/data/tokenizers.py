@@ -1,4 +1,4 @@
-"""Tokenizers: bytes (the default), characters as in nanoGPT, and byte-level BPE.
+"""Tokenizers: bytes (the default), characters as in nanoGPT, byte-level BPE, and those of Hugging Face.
 
 All encode text (a string or UTF-8 bytes) to a 1-D array of the smallest unsigned integer type that holds
 the vocabulary, so tokens take no more memory than the text. The zero byte between documents is always the
@@ -10,7 +10,6 @@ import functools
 import itertools
 import json
 import re
-import types
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar, TypedDict
 
@@ -20,11 +19,13 @@ from tqdm import tqdm
 from sparse_lm.core import records
 from sparse_lm.core.errors import UserError, require, unknown
 from sparse_lm.data.corpus import Corpus
+from sparse_lm.data.hf_tokenizer import KIND, HuggingFace
+from sparse_lm.data.tokenizer_base import SavedTokenizer, as_bytes, as_utf8, library
 
 if TYPE_CHECKING:
   import tokenizers
 
-NAMES = ('bytes', 'bpe', 'chars')
+NAMES = ('bytes', 'bpe', 'chars')  # kinds that `build` makes from text
 _CODE_POINTS = 0x110000  # number of code points in Unicode
 _UNSEEN = 0xFFFF
 _LARGEST_VOCABULARY = 0xFFFF  # an id must fit in uint16 and differ from _UNSEEN
@@ -35,20 +36,8 @@ _PIECE = 4096  # length of a piece in characters, extended to the next end of a 
 _PIECES = 128  # pieces that are encoded at once (half a megabyte), to limit memory
 
 
-class _Json:
-  """Base class of tokenizers with `to_json`."""
-
-  @functools.cached_property
-  def digest(self) -> str:
-    """Digest of the canonical JSON; equal digests mean equal token ids."""
-    return records.digest(self.to_json())
-
-  def __repr__(self) -> str:
-    return f'{type(self).__name__}({self.vocab_size} tokens)'
-
-
 @dataclasses.dataclass(frozen=True)
-class Bytes(_Json):
+class Bytes(SavedTokenizer):
   """The token id of a byte is its value."""
 
   vocab_size: ClassVar[int] = 256
@@ -59,7 +48,7 @@ class Bytes(_Json):
     Raises:
       UserError: `text` is a string that UTF-8 cannot encode.
     """
-    return np.frombuffer(_bytes(text), np.uint8)
+    return np.frombuffer(as_bytes(text), np.uint8)
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """Returns the text of 1-D `ids`; invalid UTF-8 becomes U+FFFD. Raises ValueError for an id > 255."""
@@ -70,7 +59,7 @@ class Bytes(_Json):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Chars(_Json):
+class Chars(SavedTokenizer):
   """The token id of a character is its index in `chars`, which is sorted and has no repeats.
 
   The zero byte between documents is a character, too. The constructor raises a `UserError` if there are
@@ -96,7 +85,7 @@ class Chars(_Json):
     Raises:
       UserError: `text` is not UTF-8 or has a character outside the vocabulary.
     """
-    codes = _code_points(_utf8(text))
+    codes = _code_points(as_utf8(text))
     ids = self._id_of_code[codes]
     if (ids == _UNSEEN).any():
       first = chr(codes[np.argmax(ids == _UNSEEN)])
@@ -122,7 +111,7 @@ class Chars(_Json):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Bpe(_Json):
+class Bpe(SavedTokenizer):
   """Byte-level BPE with GPT-2's splitting into words, computed by Hugging Face `tokenizers`.
 
   The vocabulary consists of the 256 bytes, in the order of the characters that represent them, followed
@@ -147,12 +136,12 @@ class Bpe(_Json):
       vocab_size,
       f'257 (the bytes and a merge) to {_LARGEST_VOCABULARY}',
     )
-    library = _library()
-    model = _byte_level(library.models.BPE())
-    trainer = library.trainers.BpeTrainer(
+    package = library('bpe')
+    model = _byte_level(package.models.BPE())
+    trainer = package.trainers.BpeTrainer(
       vocab_size=vocab_size, initial_alphabet=_alphabet(), show_progress=False
     )
-    model.train_from_iterator(_pieces(_utf8(text)), trainer)
+    model.train_from_iterator(_pieces(as_utf8(text)), trainer)
     return cls('\n'.join(map(' '.join, json.loads(model.to_str())['model']['merges'])))
 
   @functools.cached_property
@@ -161,7 +150,7 @@ class Bpe(_Json):
 
   def encode(self, text: str | bytes) -> np.ndarray:
     """Returns uint16 tokens. Raises a `UserError` if `text` is not UTF-8."""
-    text = _utf8(text)
+    text = as_utf8(text)
     pieces, found = _pieces(text), [np.empty(0, np.uint16)]
     options = {'delay': 2, 'leave': False, 'unit_scale': True, 'disable': None}
     with tqdm(total=len(text), desc='encoding', **options) as bar:
@@ -191,10 +180,10 @@ class Bpe(_Json):
     pairs = [tuple(line.split(' ')) for line in self.merges.splitlines()]
     tokens = dict.fromkeys([*_alphabet(), *map(''.join, pairs)])
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    return _byte_level(_library().models.BPE(vocab=vocabulary, merges=pairs))
+    return _byte_level(library('bpe').models.BPE(vocab=vocabulary, merges=pairs))
 
 
-Tokenizer = Bytes | Chars | Bpe
+Tokenizer = Bytes | Chars | Bpe | HuggingFace
 
 
 def build(name: str, corpus: Corpus, vocab_size: int) -> Tokenizer:
@@ -204,15 +193,21 @@ def build(name: str, corpus: Corpus, vocab_size: int) -> Tokenizer:
   learned from the training split and has up to `vocab_size` tokens.
 
   Raises:
-    UserError: the name is unknown, or `Chars` or `Bpe.train` raised an error.
+    UserError: the name is unknown, only an imported model has such a tokenizer, or `Chars` or `Bpe.train`
+      raised an error.
   """
+  if name == KIND:
+    raise UserError(
+      f'config.data.tokenizer={name!r} is the tokenizer of an imported model; valid: config.init_from=W, '
+      'where python -m sparse_lm.convert --from=MODEL --out=W wrote W'
+    )
   if name == 'bytes':
     return Bytes()
   if name == 'chars':
-    return Chars(''.join(sorted(set().union(*map(_utf8, corpus.splits.values())))))
+    return Chars(''.join(sorted(set().union(*map(as_utf8, corpus.splits.values())))))
   if name == 'bpe':
     return Bpe.train(corpus.splits['train'], vocab_size)
-  raise unknown('config.data.tokenizer', name, NAMES)
+  raise unknown('config.data.tokenizer', name, (*NAMES, KIND))
 
 
 def from_json(saved: records.Json) -> Tokenizer:
@@ -224,8 +219,10 @@ def from_json(saved: records.Json) -> Tokenizer:
   try:
     records.check(saved, _Named)
     name = saved['name']
+    if name == KIND:
+      return HuggingFace.from_json(saved)
     if name not in NAMES:
-      raise unknown('tokenizer', name, NAMES)
+      raise unknown('tokenizer', name, (*NAMES, KIND))
     if name == 'bytes':
       return Bytes()
     if name == 'chars':
@@ -270,27 +267,16 @@ def _possible_merges(merges: str) -> str:
   return merges
 
 
-def _library() -> types.ModuleType:
-  try:
-    import tokenizers
-  except ImportError:
-    raise UserError(
-      "config.data.tokenizer='bpe' needs a package: pip install 'tokenizers>=0.22'; "
-      "valid without it: 'bytes', 'chars'"
-    ) from None
-  return tokenizers
-
-
 def _alphabet() -> list[str]:
   """Returns the printable characters that represent the 256 bytes in GPT-2."""
-  return sorted(_library().pre_tokenizers.ByteLevel.alphabet())
+  return sorted(library('bpe').pre_tokenizers.ByteLevel.alphabet())
 
 
 def _byte_level(model: 'tokenizers.models.Model') -> 'tokenizers.Tokenizer':
-  library = _library()
-  tokenizer = library.Tokenizer(model)
-  tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-  tokenizer.decoder = library.decoders.ByteLevel()
+  package = library('bpe')
+  tokenizer = package.Tokenizer(model)
+  tokenizer.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = package.decoders.ByteLevel()
   return tokenizer
 
 
@@ -308,32 +294,6 @@ def _pieces(text: str) -> Iterator[str]:
       stop = end.start() if end else len(document)
       yield document[start:stop]
       start = stop
-
-
-def _bytes(text: str | bytes) -> bytes:
-  if isinstance(text, bytes):
-    return text
-  if not isinstance(text, str):
-    raise UserError(
-      f'a tokenizer cannot encode {type(text).__name__}; valid: a string or UTF-8 bytes'
-    )
-  try:
-    return text.encode()
-  except UnicodeEncodeError as error:
-    raise UserError(
-      f'character {error.start} ({text[error.start]!r}) of the text cannot be encoded in UTF-8; valid: '
-      'text without lone surrogates'
-    ) from None
-
-
-def _utf8(text: str | bytes) -> str:
-  try:
-    return _bytes(text).decode()
-  except UnicodeDecodeError as error:
-    raise UserError(
-      f'config.data.tokenizer needs UTF-8 text, but byte {error.start} is not UTF-8; '
-      "valid: UTF-8, or config.data.tokenizer='bytes'"
-    ) from error
 
 
 def _code_points(text: str) -> np.ndarray:

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.tree import Tree
-from sparse_lm.data import pipeline
+from sparse_lm.data import pipeline, tokenizers
 from sparse_lm.data.pipeline import Data
 from sparse_lm.data.tokenizers import Tokenizer
 from sparse_lm.model import slots
@@ -184,13 +184,20 @@ def _check_memory(program: Program, data: Data, target: Tree) -> None:
     )
 
 
-def data_of(config: ConfigDict) -> Data:
+def data_of(config: ConfigDict, tokenizer: Tokenizer | None = None) -> Data:
   """Returns the tokenized text. It is cached, because the runs of a study share it.
 
   A run that starts from another run takes that run's tokenizer if the config names the same kind. A
   tokenizer that is trained again on other text would give other tokens.
+
+  Args:
+    config: the run's config.
+    tokenizer: the tokenizer of a model that was loaded. It is used if its kind cannot be made from text.
   """
-  tokenizer = inherited_tokenizer(config) if config.init_from else None
+  if config.data.tokenizer in tokenizers.NAMES:
+    tokenizer = None
+  if tokenizer is None and config.init_from:
+    tokenizer = inherited_tokenizer(config)
   return _load_data(json.dumps(configs.to_json(config.data)), tokenizer)
 
 

@@ -27,8 +27,9 @@ from sparse_lm.data.corpus import Card
 from sparse_lm.data.pipeline import Data
 from sparse_lm.runs import configs, lock
 from sparse_lm.runs.environment import environment
-from sparse_lm.runs.run_folder import CHECKPOINTS, CONFIG, LOG, read_config, with_format
+from sparse_lm.runs.run_folder import CHECKPOINTS, CONFIG, LOG, WEIGHTS, read_config, with_format
 
+DATA = 'data.json'  # the card of the text
 # Fields that may change when a run is continued: the number of steps and the intervals.
 FREE = ('train.steps', 'train.log_every', 'train.eval_every', 'train.checkpoint_every')
 
@@ -86,9 +87,12 @@ def read_log(path: pathlib.Path) -> list[tuple[bytes, dict[str, float]]]:
 
 
 def check_text(folder: pathlib.Path, data: Data, field: str) -> None:
-  """Raises UserError, with the name `field`, if a workdir's run was trained on other text or tokens."""
-  card = read_json(folder / 'data.json', Card)
-  if card['sha256'] != data.card['sha256']:
+  """Raises UserError, with the name `field`, if a workdir's run was trained on other text or tokens.
+
+  An imported model has no text, so only its tokenizer is compared.
+  """
+  imported = (folder / WEIGHTS).is_dir() and not (folder / DATA).exists()
+  if not imported and read_json(folder / DATA, Card)['sha256'] != data.card['sha256']:
     raise UserError(
       f'{field}={folder} holds a run on other text (its sha256 in data.json differs); valid: the same '
       'text, or another workdir'
@@ -179,7 +183,7 @@ class Workdir:
     self._compare()  # again: another process may have trained here since
     write_json(self.path / CONFIG, with_format(configs.to_json(self.config)))
     write_json(self.path / 'env.json', environment())
-    write_json(self.path / 'data.json', self.data.card)
+    write_json(self.path / DATA, self.data.card)
     write_json(self.path / 'tokenizer.json', self.data.tokenizer.to_json())
 
   def result(self, steps: int) -> JsonObject | None:

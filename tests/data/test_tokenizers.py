@@ -140,10 +140,10 @@ def test_bpe_reads_text_in_short_pieces_whatever_ends_its_lines(between):
   pieces = list(tokenizers._pieces(text))
   assert ''.join(pieces) == text
   assert max(map(len, pieces)) < tokenizers._PIECE + 10
-  whole = tokenizers._library().trainers.BpeTrainer(
+  whole = tokenizers.library('bpe').trainers.BpeTrainer(
     vocab_size=VOCABULARY, initial_alphabet=tokenizers._alphabet(), show_progress=False
   )
-  model = tokenizers._byte_level(tokenizers._library().models.BPE())
+  model = tokenizers._byte_level(tokenizers.library('bpe').models.BPE())
   model.train_from_iterator([text], whole)
   want = [' '.join(pair) for pair in json.loads(model.to_str())['model']['merges']]
   learned = tokenizers.Bpe.train(text.encode(), VOCABULARY)
