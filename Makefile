@@ -28,9 +28,9 @@ accelerator-quick: .venv/core
 	$(BIN)/python -m experiments.run accelerator_quick
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not fuzz'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not fuzz and not notebook'
 
-# What takes too long for every run of the tests: notebooks, a step of every config, steps without jit,
+# What takes too long for every run of the tests: guides, a step of every config, steps without jit,
 # and inputs of many megabytes.
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist load -m slow
@@ -39,9 +39,10 @@ test-slow: .venv/dev
 fuzz: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m fuzz tests/fuzz
 
-# The notebooks and the contract of the methods with the versions that Colab has.
+# The notebooks and the contract of the methods with the versions that Colab has. What is slow in the
+# contract is tested with the newest versions alone.
 test-colab: .venv-colab/dev
-	.venv-colab/bin/python -m pytest -n 2 --dist loadfile -o cache_dir=.venv-colab/pytest \
+	.venv-colab/bin/python -m pytest -n 2 --dist loadfile -o cache_dir=.venv-colab/pytest -m 'not slow' \
 	  tests/colab tests/test_contract.py tests/test_flops_contract.py
 
 lint: .venv/dev
@@ -70,12 +71,16 @@ clean:
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,docs,notebook]'
 	touch $@
 
-# What is there before a notebook starts, then what its first cell installs, then what tests need.
-.venv-colab/dev: colab/preinstalled.txt colab/install.sh requirements.txt pyproject.toml
+# What is there before a notebook starts, then what its first cell installs.
+.venv-colab/core: colab/preinstalled.txt colab/install.sh requirements.txt
 	rm -rf .venv-colab
 	$(PYTHON_COLAB) -m venv .venv-colab
 	.venv-colab/bin/pip install --quiet --disable-pip-version-check -r colab/preinstalled.txt
 	PATH="$$PWD/.venv-colab/bin:$$PATH" sh colab/install.sh
+	touch $@
+
+# What tests need besides.
+.venv-colab/dev: .venv-colab/core pyproject.toml
 	.venv-colab/bin/pip install --quiet --disable-pip-version-check -c colab/preinstalled.txt \
 	  -e '.[dev,notebook]'
 	touch $@

@@ -29,7 +29,7 @@ class Notebook:
   def path(self):
     return ROOT / 'colab' / f'{self.name}.ipynb'
 
-  @pytest.mark.slow
+  @pytest.mark.notebook
   def test_notebook_runs_and_draws(self):
     drawn = pictures(executed(self.path.with_suffix('.py')))
     assert len(drawn) >= 2

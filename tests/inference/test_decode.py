@@ -26,19 +26,30 @@ GATES = [
   for name in slots.names(slot)
   if 'estimator' in slots.defaults(slot, name)
 ]
-# Every method, one of each slot at a time; many experts take long to compile.
+# Every method, one of each slot at a time.
+COMPUTING = [slot for slot in slots.SLOTS if slot != 'weight']
 EVERY = [
-  {f'{slot}.name': name for slot, name in zip(lm.LAYER_SLOTS, methods) if name}
-  for methods in itertools.zip_longest(*(slots.names(slot) for slot in lm.LAYER_SLOTS))
+  {f'{slot}.name': name for slot, name in zip(COMPUTING, methods) if name}
+  for methods in itertools.zip_longest(*map(slots.names, COMPUTING))
 ]
-FEW_EXPERTS = {
-  name: {'mlp.experts': 4}
-  for name in slots.names('mlp')
-  if 'experts' in slots.defaults('mlp', name)
+# Fewer of what takes long to compile.
+FEW = {
+  name: {f'{slot}.{field}': value}
+  for slot, field, value in (
+    ('mlp', 'experts', 4),
+    ('site', 'where', ('block_*/mlp/hidden',)),
+  )
+  for name in slots.names(slot)
+  if field in slots.defaults(slot, name)
 }
 MOBA = {'attention.name': 'moba', 'attention.block': 2, 'attention.k': 2}
 CASES = {
-  **{'-'.join(own.values()): own | FEW_EXPERTS.get(own.get('mlp.name'), {}) for own in EVERY},
+  **{
+    '-'.join(own.values()): functools.reduce(
+      dict.__or__, (FEW.get(n, {}) for n in own.values()), own
+    )
+    for own in EVERY
+  },
   'plain': {},
   'depth-mixture_of_depths': {'depth.name': 'mixture_of_depths'},
   **{
@@ -69,7 +80,7 @@ CASES = {
   'few blocks of grouped queries': MOBA | {'model.kv_heads': 1},
   'blocks in a layer that tokens skip': MOBA | {'depth.name': 'mixture_of_depths'},
   'tied': {'model.tied': True, 'model.init': 'gpt2'},
-  'magnitudes at sites and bigrams': {'site.name': 'abs_topk', 'model.bigram': True},
+  'bigrams': {'model.bigram': True},
 }
 # Two layers where what one decides is what the next one reads.
 LAYERS = {name: 1 + ('depth.name' in fields) for name, fields in CASES.items()}

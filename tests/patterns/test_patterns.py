@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +22,23 @@ SEEDS = st.integers(0, 2**31)
 LEVELS = st.sampled_from([1, 3, 10_000])  # how many values: few of them make ties
 # Groups over one pair of matrices: 6 neurons, 3 heads of two columns, and two layers.
 PAIR = {'up': (8, 6), 'down': (6, 4)}
-DECLARED = (
-  Group('neuron', 'mlp', 6, (Member('up', -1), Member('down', -2))),
-  Group('head', 'mlp', 3, (Member('up', -1), Member('down', -2))),
-  Group('layer', '', 2, (Member('up', None, 0), Member('down', None, 1))),
-)
-EVERY = ['unstructured', 'per_output', '2:4', 'block:2', 'row', 'column', 'global', 'floor:2']
-EVERY += ['neuron', 'head', 'layer']
+
+
+def declared(neurons):
+  """Groups over the pair `up` and `down`: neurons, three heads of as many neurons, and two layers."""
+  members = (Member('up', -1), Member('down', -2))
+  return (
+    Group('neuron', 'mlp', neurons, members),
+    Group('head', 'mlp', 3, members),
+    Group('layer', '', 2, (Member('up', None, 0), Member('down', None, 1))),
+  )
+
+
+DECLARED = declared(6)
+# A pair with several units of every spelling in sparse_lm/patterns/: each file there is tested.
+LARGE = {'up': (32, 48), 'down': (48, 32)}
+EVERY = pytest.mark.parametrize('name', spellings())
+WIDER = [n for n in spellings() if (u := pattern(n, DECLARED)).spans_layers or u.spans_matrices]
 
 
 def count_for(size, density):
@@ -76,13 +85,6 @@ def test_kept_counts_large_leaves_to_the_weight(size):
     assert int(kept_count(size, np.float32(count / size))) == count
 
 
-def test_every_pattern_is_tested_here():
-  def kind(name):
-    return re.sub(r'\d+', '#', name)
-
-  assert sorted(map(kind, EVERY)) == sorted(map(kind, spellings()))
-
-
 @pytest.mark.parametrize('name', ['unstructured', 'block:1'])
 @given(*CASES)
 @settings(deadline=None, max_examples=40)
@@ -103,10 +105,12 @@ def test_a_vector_counts_as_one_matrix(density):
   )
 
 
-def test_a_leading_axis_is_batch_even_where_one_slice_has_all_the_large_scores():
-  scores = np.stack([np.full((4, 4), 9.0), np.full((4, 4), 0.1)]).astype(np.float32)
-  for name in ('unstructured', 'per_output', '1:4', 'block:2', 'row', 'column'):
-    assert masks_of(name)(scores, 0.25).sum(axis=(1, 2)).tolist() == [4, 4], name
+@pytest.mark.parametrize('name', [n for n in spellings() if n not in WIDER])
+def test_a_leading_axis_is_batch_even_where_one_slice_has_all_the_large_scores(name):
+  units = pattern(name, declared(48))
+  scores = np.stack([np.full(LARGE['up'], 9.0), np.full(LARGE['up'], 0.1)]).astype(np.float32)
+  mask = units.masks({'w': scores}, {'w': np.float32(0.5)})['w']
+  assert mask.sum(axis=(1, 2)).tolist() == [768, 768]
 
 
 @given(st.sampled_from(SHAPES), st.data(), SEEDS, LEVELS)
@@ -233,32 +237,33 @@ def test_global_ties_go_to_the_earlier_leaf_and_zeros_come_last():
   assert_array_equal(got['b'].ravel(), np.arange(24) < 20)
 
 
-@pytest.mark.parametrize('name', EVERY)
+@EVERY
 def test_units_that_masks_keep_are_those_that_were_selected(name):
-  units = pattern(name, DECLARED)
+  units = pattern(name, declared(48))
   draw = np.random.default_rng(0)
-  scores = {path: draw.random(shape).astype('f') for path, shape in PAIR.items() if shape[0] == 8}
-  if name in ('neuron', 'head', 'layer'):
-    scores['down'] = draw.random(PAIR['down']).astype('f')
+  scores = {path: draw.random(shape).astype('f') for path, shape in LARGE.items()}
   pooled = jax.jit(units.pool)(scores)
-  flags = {key: draw.random(array.shape) < 0.5 for key, array in pooled.items()}
+  flags = {
+    key: draw.permutation(array.size).reshape(array.shape) < (array.size + 1) // 2
+    for key, array in pooled.items()
+  }
   alive = units.alive(units.expand(flags, scores))
   for key, flag in flags.items():
     assert flag.any() and not flag.all()
     assert_array_equal(alive[key], flag)
 
 
-@pytest.mark.parametrize('name', EVERY)
+@EVERY
 def test_one_executable_serves_every_density(name):
   traces = []
 
   def choose(scores, density):
     traces.append(1)
-    return pattern(name, DECLARED).masks(scores, dict.fromkeys(scores, density))
+    return pattern(name, declared(48)).masks(scores, dict.fromkeys(scores, density))
 
   choose = jax.jit(choose)
-  paths = PAIR if name in ('neuron', 'head', 'layer') else ['up']
-  scores = {path: np.random.default_rng(0).random(PAIR[path]).astype('f') for path in paths}
+  draw = np.random.default_rng(0)
+  scores = {path: draw.random(shape).astype('f') for path, shape in LARGE.items()}
   kept_weights = [
     sum(int(mask.sum()) for mask in choose(scores, np.float32(d)).values()) for d in (0.5, 0.75, 1)
   ]
@@ -322,12 +327,11 @@ def test_a_sparsity_that_units_can_express_is_accepted(name, shapes, density):
   assert found == pytest.approx(whole, rel=1e-12)
 
 
-@pytest.mark.parametrize('name', EVERY)
+@EVERY
 def test_density_one_is_expressed_by_every_pattern(name):
-  units = pattern(name, DECLARED)
-  shapes = PAIR if name in ('neuron', 'head', 'layer') else {'w': (8, 6), 'v': (3, 4, 2)}
-  units.check(shapes)
-  assert units.round_to_units(shapes, dict.fromkeys(shapes, 1.0)) == dict.fromkeys(shapes, 1.0)
+  units = pattern(name, declared(48))
+  units.check(LARGE)
+  assert units.round_to_units(LARGE, dict.fromkeys(LARGE, 1.0)) == dict.fromkeys(LARGE, 1.0)
 
 
 @given(st.floats(0.001, 1))
@@ -386,7 +390,7 @@ def test_an_unknown_pattern_is_one_line_with_the_nearest_name(name, words):
   assert all(word in str(refused.value) for word in words), refused.value
 
 
-@pytest.mark.parametrize('name', ['neuron', 'head', 'layer'])
+@pytest.mark.parametrize('name', [group.kind for group in DECLARED])
 def test_units_that_the_model_does_not_declare_are_refused(name):
   others = tuple(group for group in DECLARED if group.kind != name)
   with pytest.raises(
