@@ -25,9 +25,13 @@ def plan_of(model: LM) -> ModelPlan:
   Raises:
     UserError: `plan.read` raises it, or the site method names a site that the model does not have.
   """
-  tokens_BxL = jnp.zeros((1, model.spec.context), jnp.int32)
-  init = functools.partial(model.init_with_output, mode='eval')
-  plan = read(lambda key: init(key, tokens_BxL), tokens_BxL.size, SOWN)
+  context = model.spec.context
+
+  def init(key: jax.Array) -> tuple[Tree, Tree]:
+    # The tokens are made inside the trace, because outside it they would be a compiled program.
+    return model.init_with_output(key, jnp.zeros((1, context), jnp.int32), mode='eval')
+
+  plan = read(init, context, SOWN)
   sites.check(model.site.module(model.spec).where, plan.sites, f'{model.site.group}.where')
   return plan
 

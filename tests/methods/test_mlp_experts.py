@@ -287,6 +287,21 @@ def test_jitter_scales_the_routers_inputs_in_training_only():
   assert drawn.std() == pytest.approx(0.5 / 12**0.5, rel=0.1)  # of the uniform distribution
 
 
+def test_jittered_inputs_are_rounded_to_the_compute_dtype_and_routed_in_float32():
+  mlp = module('bfloat16', jitter=0.01)
+  variables, x = numbers(mlp, 11)
+  variables['params']['router']['kernel'] = np.eye(WIDTH, EXPERTS, dtype=np.float32)
+  x = jnp.asarray(x, jnp.bfloat16)
+  _, seen = mlp.apply(
+    variables, x, 'train', rngs={'gates': jax.random.key(0)}, capture_intermediates=True
+  )
+  logits = seen['intermediates']['router']['__call__'][0]
+  assert logits.dtype == jnp.float32
+  assert_array_equal(logits, logits.astype(jnp.bfloat16).astype(jnp.float32))
+  ratio = logits.reshape(LENGTH, BATCH, EXPERTS).transpose(1, 0, 2) / x[..., :EXPERTS]
+  assert 0.003 < np.abs(ratio - 1).max() <= 0.01 + 2**-8 * 1.01
+
+
 def test_the_ledger_counts_k_experts_a_token_whatever_the_empty_slots():
   variables, x = numbers(TOP2, 12)
   notes = executed.trace(lambda x: TOP2.apply(variables, x, 'eval'), x).ledger

@@ -40,7 +40,8 @@ class MoETopK(MixtureOfExperts):
     balance: coefficient of the load-balancing loss; with uniform routing the loss equals it.
     z: coefficient of the mean squared log-partition function of the router (z-loss).
     jitter: training multiplies the router's inputs by uniform noise in 1 ± jitter. The deviation from 1
-      is drawn in the model's compute dtype, because in float32 it would be the largest array of a layer.
+      is drawn in the model's compute dtype, and the product is rounded to it, because in float32 these
+      would be the largest arrays of a layer.
     executor: 'sort', or 'einsum', which is a slow reference.
   """
 
@@ -80,11 +81,11 @@ class MoETopK(MixtureOfExperts):
 
   def route(self, x_TxD: jax.Array, mode: str) -> Routing:
     """Chooses the `k` most probable experts of each token."""
-    x_TxD = x_TxD.astype(jnp.float32)
     if mode == 'train' and self.jitter and self.has_rng('gates'):
       key, dtype = self.make_rng('gates'), self.spec.compute
       noise_TxD = jax.random.uniform(key, x_TxD.shape, dtype, -self.jitter, self.jitter)
-      x_TxD *= 1 + noise_TxD.astype(jnp.float32)
+      factor_TxD = 1 + noise_TxD.astype(jnp.float32)
+      x_TxD = (x_TxD.astype(jnp.float32) * factor_TxD).astype(x_TxD.dtype)
     logits_TxE = Router(self.spec, self.experts, scale=0.1**0.5, name='router')(x_TxD)
     probability_TxE = jax.nn.softmax(logits_TxE)
     weight_TxK, expert_TxK = top(probability_TxE, self.k)
