@@ -28,9 +28,8 @@ from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError, unknown
 from sparse_lm.core.ranges import Range
 from sparse_lm.core.tree import Tree
-from sparse_lm.data.corpus import SPLITS
 from sparse_lm.data.tokenizers import Tokenizer
-from sparse_lm.evals import Evaluation, Values
+from sparse_lm.evals import Evaluation, Values, Windows
 from sparse_lm.evals.loss import Loss
 from sparse_lm.inference.decode import Decoder
 from sparse_lm.inference.sample import TEMPERATURE, TOP_P, Sampling
@@ -40,6 +39,7 @@ from sparse_lm.model.plans import plan_of
 from sparse_lm.plan import record, sites
 from sparse_lm.report import training_log
 from sparse_lm.runs import runnable
+from sparse_lm.runs.configs import Overrides
 from sparse_lm.runs.run_folder import LOG
 from sparse_lm.runs.runnable import Runnable
 from sparse_lm.runs.trained import check_tokens
@@ -266,32 +266,33 @@ class Run:
     return Decoder(_without_remat(self.model), self.variables, interventions)
 
   def evaluate(
-    self, *tasks: str | Evaluation, split: str = 'validation', batch: int | None = None
+    self,
+    *tasks: str | Evaluation,
+    split: str = 'validation',
+    text: Overrides | None = None,
+    **windows: int | None,
   ) -> Values:
-    """Returns metrics by name, measured on the text that the model was trained on.
+    """Returns metrics by name, by default measured on the text that the model was trained on.
 
     Args:
       *tasks: names of evaluations (the files of `sparse_lm/evals/`), or evaluations with options of their
         own, such as `Energy(repeats=5)`; by default the loss.
       split: 'train', 'validation' or 'test'.
-      batch: sequences that are evaluated together, by default `config.data.batch`.
+      text: another text, such as `{'data.path': 'book.txt'}`; see `Runnable.data`.
+      **windows: `context`, `stride`, `max_tokens` and `batch`; see `evals.Windows`.
 
-    Raises UserError for an unknown evaluation or split, if the text has changed since, and if an
-    evaluation refuses the model or the text.
+    Raises UserError for unknown names, windows that the model cannot read, text that has changed since
+    training, and if an evaluation refuses the model or the text.
     """
     for task in tasks:
       if not isinstance(task, Evaluation) and task not in evals.names():
         raise unknown('evaluation', task, evals.names())
     chosen = [t if isinstance(t, Evaluation) else evals.evaluation(t)() for t in tasks] or [Loss()]
-    if split not in SPLITS:
-      raise unknown('split', split, SPLITS)
-    batch = _plain(batch)
-    if batch is not None:
-      Range(int, '[1, 2^24]').require('batch', batch)
-    model, data = self.loaded.eval_model(), self.loaded.eval_data(split, batch)
+    cut = Windows(**{name: _plain(value) for name, value in windows.items()})
     values: Values = {}
     for evaluation in chosen:
-      values |= evaluation.run(model, data)
+      data = self.loaded.eval_data(split if evaluation.reads_text else None, cut, text)
+      values |= evaluation.run(self.loaded.eval_model(), data)
     return values
 
   def costs(self) -> dict[str, float]:

@@ -19,6 +19,7 @@ from sparse_lm.core.errors import UserError, unknown
 from sparse_lm.core.records import JsonObject
 from sparse_lm.data import mixture, sources, tokenizers
 from sparse_lm.data.corpus import SEPARATOR
+from sparse_lm.data.one_pass import check_prediction, eval_batches
 
 
 def train_iterator(
@@ -154,34 +155,6 @@ def _stretches(tokens: int, context: int) -> int:
   return -(-(tokens - context) // context)
 
 
-def eval_batches(
-  tokens: np.ndarray, *, context: int, batch: int, split: str = 'validation'
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Yields one pass over 1-D `tokens`, in which each of the N - 1 predictions has weight 1 exactly once.
-
-  Yields `(tokens_BxL1, weight_BxL)`, int32 and float32. Windows have a stride of `context`. Padding of
-  the last window and the last batch has id 0 and weight 0.
-
-  Raises:
-    UserError: the tokens have no prediction (raised at the call); `split` is the name in the message.
-  """
-  _check_prediction(tokens, split)
-  return _eval_batches(tokens, context, batch)
-
-
-def _eval_batches(
-  tokens: np.ndarray, context: int, batch: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  step = batch * context
-  for begin in range(0, len(tokens) - 1, step):
-    chunk = tokens[begin : begin + step + 1]
-    padded = np.zeros(step + 1, np.int32)
-    padded[: len(chunk)] = chunk
-    windows = np.lib.stride_tricks.sliding_window_view(padded, context + 1)[::context]
-    weight = np.arange(step) < len(chunk) - 1
-    yield windows.copy(), weight.reshape(batch, context).astype(np.float32)
-
-
 @dataclasses.dataclass(frozen=True)
 class Data:
   """A tokenized corpus.
@@ -303,12 +276,15 @@ class Data:
     } or {'': (tokens, 1.0)}
 
 
-def load(config: ConfigDict, tokenizer: tokenizers.Tokenizer | None = None) -> Data:
+def load(
+  config: ConfigDict, tokenizer: tokenizers.Tokenizer | None = None, training: bool = True
+) -> Data:
   """Loads and tokenizes the data of a config.
 
   Args:
     config: `config.data`.
     tokenizer: a tokenizer to use instead of the one in the config.
+    training: whether the data are for training, which needs text in two splits.
 
   Raises:
     UserError: the source, path, split or tokenizer is not valid, or there is too little text for training
@@ -331,9 +307,10 @@ def load(config: ConfigDict, tokenizer: tokenizers.Tokenizer | None = None) -> D
   }
   spans = _spans(corpus.card.get('components', {}), tokens, tokenizer)
   data = Data(tokens, tokenizer, card, config.context, config.batch, spans)
-  for name, (ids, _) in data._shares().items():
-    _check_window(ids, config.context, config.batch, name)
-  _check_prediction(tokens['validation'], 'validation')
+  if training:
+    for name, (ids, _) in data._shares().items():
+      _check_window(ids, config.context, config.batch, name)
+    check_prediction(tokens['validation'], 'validation')
   return data
 
 
@@ -363,12 +340,4 @@ def _check_window(tokens: np.ndarray, context: int, batch: int, component: str) 
     raise UserError(
       f'config.data.context={context} needs {context + 1} training tokens, but there are {len(tokens)}'
       f'{where}; valid: config.data.context up to {max(len(tokens) - 1, 0)}, or more text'
-    )
-
-
-def _check_prediction(tokens: np.ndarray, split: str) -> None:
-  if len(tokens) < 2:
-    raise UserError(
-      f'the {split} split has {len(tokens)} tokens, too few for a prediction; '
-      'valid: a larger fraction for it in config.data.split, or more text'
     )

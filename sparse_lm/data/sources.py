@@ -18,6 +18,7 @@ from sparse_lm.data import mixture, prepared
 from sparse_lm.data.corpus import SPLITS, Corpus, join, why_not_text
 
 FRACTIONS = (0.9, 0.05, 0.05)  # train, validation, test
+TEST_ONLY = (0, 0, 1)
 
 _HELD_OUT_BYTES = 100_000  # size of each held-out split of the standard library
 _LARGEST_HELD_OUT_FILE = 50_000  # so that no single file dominates a held-out split
@@ -174,10 +175,10 @@ def _check_fractions(split: tuple[float, ...]) -> None:
     len(split) == 3
     and all(fraction >= 0 for fraction in split)
     and math.isclose(sum(split), 1, abs_tol=1e-9)
-    and split[0] > 0
-    and split[1] > 0
+    and ((split[0] > 0 and split[1] > 0) or tuple(split) == TEST_ONLY)
   ):
     raise UserError(
       f'config.data.split={split!r} is not valid; valid: three fractions (train, validation, test) that '
-      'sum to 1, the first two above 0, such as (0.9, 0.05, 0.05)'
+      'sum to 1, the first two above 0, such as (0.9, 0.05, 0.05); or (0, 0, 1), a text that is only '
+      'evaluated'
     )

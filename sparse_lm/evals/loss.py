@@ -13,7 +13,10 @@ from jax.stages import Wrapped
 
 from sparse_lm.core import tree
 from sparse_lm.core.aot import AotFunction, Call
+from sparse_lm.core.records import JsonObject
 from sparse_lm.core.tree import Tree
+from sparse_lm.data.corpus import SEPARATOR
+from sparse_lm.data.tokenizers import Tokenizer
 from sparse_lm.evals import EvalData, EvalModel, Evaluation, Values
 from sparse_lm.kernels.cross_entropy import cross_entropy
 from sparse_lm.layers.sow import SOWN
@@ -29,22 +32,74 @@ SHORT = {'validation': 'val'}  # names of splits in tables
 class Loss(Evaluation):
   """Computes the mean loss over all predictions of a split.
 
-  For the validation split, the metrics are `val_loss` in nats per token; `val_bits_per_byte`, if the
-  number of bytes is known; `val_loss/<name>` for each component of a mixture; and `val/<name>` for
-  statistics that modules sowed, averaged over full batches.
+  The metrics are those of `mean_losses` and:
+
+  - `perplexity`: the exponential of the loss in nats per token. It depends on the tokenizer.
+  - `word_perplexity`: the exponential of the loss in nats per word, if the tokens are text. Words are
+    separated by white space, and each end of a line counts as one more word, as in WikiText (Merity et
+    al. 2017). It can be compared between tokenizers.
   """
 
   def run(self, model: EvalModel, data: EvalData) -> Values:
     """Returns the metrics of the class. Raises a UserError if the split has no prediction."""
-    sums, step = _Sums(data), eval_step(model.model)
-    for name, tokens_BxL1, weight_BxL in data.passes():
-      summed, seen = jax.device_get(step(model.variables, tokens_BxL1, weight_BxL))
-      sums.add(name, weight_BxL, summed, seen)
-    return sums.values()
+    values = mean_losses(model, data)
+    loss = values[f'{_short(data)}_loss']
+    values['perplexity'] = _exp(loss)
+    if model.tokenizer is not None:
+      tokens, words = _sizes(data, model.tokenizer)
+      values['word_perplexity'] = _exp(loss * tokens / words) if words else None
+    return values
+
+  def card(self, model: EvalModel, data: EvalData) -> JsonObject:
+    """Returns the text, its windows, and the unit of each metric."""
+    short = _short(data)
+    units = {
+      f'{short}_loss': 'nats per token',
+      'perplexity': 'exp(nats per token)',
+      f'{short}_bits_per_byte': 'bits per byte of UTF-8 text',
+      'word_perplexity': 'exp(nats per word), words separated by white space and ends of lines',
+    }
+    return data.card | {'unit': units}
+
+
+def mean_losses(model: EvalModel, data: EvalData) -> Values:
+  """Returns the mean loss over all predictions of a split, as training measures it.
+
+  For the validation split, the metrics are `val_loss` in nats per token; `val_bits_per_byte`, if the
+  number of bytes is known; `val_loss/<name>` for each component of a mixture; and `val/<name>` for
+  statistics that modules sowed, averaged over full batches.
+
+  Raises a UserError if the split has no prediction.
+  """
+  sums, step = _Sums(data), eval_step(model.model)
+  for name, tokens_BxL1, weight_BxL in data.passes():
+    summed, seen = jax.device_get(step(model.variables, tokens_BxL1, weight_BxL))
+    sums.add(name, weight_BxL, summed, seen)
+  return sums.values()
+
+
+def _short(data: EvalData) -> str:
+  return SHORT.get(data.split, data.split)
+
+
+def _exp(nats: float) -> float:
+  """Returns the exponential, infinity if it is too large for a float."""
+  with np.errstate(over='ignore'):
+    return float(np.exp(nats))
+
+
+def _sizes(data: EvalData, tokenizer: Tokenizer) -> tuple[int, int]:
+  """Returns the number of tokens and of words (see `Loss`) that the data consist of."""
+  tokens = words = 0
+  for part in data.parts.values():
+    text = tokenizer.decode(part).replace(SEPARATOR.decode(), '\n')  # a document ends a line
+    tokens += len(part)
+    words += len(text.split()) + text.count('\n')
+  return tokens, words
 
 
 def run_packed(model: LM, variables: Tree, data: EvalData) -> list[Values]:
-  """Does the same as `Loss.run` for N models at once, which share each batch.
+  """Does the same as `mean_losses` for N models at once, which share each batch.
 
   Args:
     model: the model.
@@ -80,12 +135,12 @@ class _Sums:
     self._nats[name] += float(summed)
     self._tokens[name] += float(weight_BxL.sum())
     # Statistics of batches with padding are used only if there are no full batches.
-    (self._full if weight_BxL.all() else self._partly).append(scalars(seen))
+    (self._full if weight_BxL[:, -1].all() else self._partly).append(scalars(seen))
 
   def values(self) -> Values:
-    """Returns the metrics of `Loss` for all batches so far."""
+    """Returns the metrics of `mean_losses` for all batches so far."""
     nats, tokens, data = self._nats, self._tokens, self._data
-    split = SHORT.get(data.split, data.split)
+    split = _short(data)
     loss = nats.total() / tokens.total()
     values: Values = {f'{split}_loss': loss}
     if data.bytes_per_token:

@@ -5,7 +5,7 @@ from sparse_lm.core.records import JsonObject
 from sparse_lm.core.tree import Tree
 from sparse_lm.data.pipeline import Data
 from sparse_lm.evals import EvalData, EvalModel, Values
-from sparse_lm.evals.loss import Loss, packed_call, run_packed, separated
+from sparse_lm.evals.loss import mean_losses, packed_call, run_packed, separated
 from sparse_lm.measure import observe
 from sparse_lm.model import lm
 from sparse_lm.runs import configs, cost_report
@@ -16,9 +16,9 @@ from sparse_lm.train.work import Work
 
 
 def evaluate(run: Setup, params: Tree, model_state: Tree, split: str = 'validation') -> Values:
-  """Returns the values of `evals.loss.Loss` on a split of the run's data."""
+  """Returns the values of `evals.loss.mean_losses` on a split of the run's data."""
   model = EvalModel(run.program.model, {'params': params, **model_state})
-  return Loss().run(model, EvalData.of_split(run.data, split))
+  return mean_losses(model, EvalData.of_split(run.data, split))
 
 
 def evaluate_packed(run: Setup, params: Tree, model_state: Tree) -> list[Values]:

@@ -201,9 +201,14 @@ def data_of(config: ConfigDict, tokenizer: Tokenizer | None = None) -> Data:
   return _load_data(json.dumps(configs.to_json(config.data)), tokenizer)
 
 
+def text_of(config: ConfigDict, tokenizer: Tokenizer) -> Data:
+  """Returns a text that is only evaluated, as the tokens of a given tokenizer. It is cached."""
+  return _load_data(json.dumps(configs.to_json(config.data)), tokenizer, training=False)
+
+
 @functools.lru_cache(maxsize=4)
-def _load_data(config: str, tokenizer: Tokenizer | None) -> Data:
-  return pipeline.load(configs.from_json(json.loads(config)), tokenizer)
+def _load_data(config: str, tokenizer: Tokenizer | None, training: bool = True) -> Data:
+  return pipeline.load(configs.from_json(json.loads(config)), tokenizer, training)
 
 
 def _check_accumulation(config: ConfigDict) -> None:

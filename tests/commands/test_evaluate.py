@@ -1,6 +1,7 @@
 """`sparse_lm.evaluate`: the numbers of evaluations that are named, of trained and packed models."""
 
 import contextlib
+import hashlib
 import json
 import math
 
@@ -46,9 +47,14 @@ def meter(monkeypatch):
 
 def loss(config, workdir, split):
   """Mean nats per token over windows of a context, by a softmax in NumPy."""
-  tokens, trained, found = data_of(config).tokens[split], load(str(workdir)), []
-  for begin in range(0, len(tokens) - 1, CONTEXT):
-    window = tokens[begin : begin + CONTEXT + 1].astype(np.int32)
+  return mean(data_of(config).tokens[split], load(str(workdir)), CONTEXT)
+
+
+def mean(tokens, trained, context):
+  """The same of 1-D tokens."""
+  found = []
+  for begin in range(0, len(tokens) - 1, context):
+    window = tokens[begin : begin + context + 1].astype(np.int32)
     logits = np.asarray(trained.logits(window[None, :-1])[0], np.float64)
     found.extend(np.log(np.exp(logits).sum(axis=-1)) - logits[range(len(window) - 1), window[1:]])
   return np.mean(found)
@@ -72,6 +78,39 @@ def test_the_loss_is_that_of_numpy_and_of_the_training_run(call, run, packed, sp
   if split == 'validation':
     for printed in ('val_loss', 'val_bits_per_byte'):
       assert values[printed] == pytest.approx(metrics[printed], rel=1e-5 if packed else 1e-7)
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_another_text_in_other_windows(call, run, packed, tmp_path):
+  """The whole text is the test split; its first tokens are read, in shorter windows."""
+  _, *folders, _ = run
+  text = 'the dog runs\nover a tree\n' * 9
+  (tmp_path / 'other.txt').write_text(text)
+  given = [f'--workdir={folders[packed]}', '--task=loss', '--split=test', '--context=20', '--json']
+  given += ['--max_tokens=101', '--batch=3', f'--config.data.path={tmp_path}/other.txt']
+  code, out, err = call(evaluate_command, [*given, '--config.data.split=0,0,1'])
+  assert code == 0 and not err
+  found = json.loads(out)
+  values, card = found['values']['loss'], found['cards']['loss']
+  trained = load(str(folders[0]))
+  want = mean(trained.tokenizer.encode(text[:101]), trained, 20)
+  assert values['test_loss'] == pytest.approx(want, rel=1e-5)
+  assert values['perplexity'] == pytest.approx(math.exp(want), rel=1e-4)
+  assert values['test_bits_per_byte'] == pytest.approx(want / math.log(2), rel=1e-5)
+  words = len(text[:101].split()) + text[:101].count('\n')
+  assert values['word_perplexity'] == pytest.approx(math.exp(want * 101 / words), rel=1e-4)
+  statistics = {name for name in values if name.startswith('test/')}
+  assert card.pop('unit').keys() == values.keys() - statistics
+  assert card == {
+    'split': 'test',
+    'data_sha256': hashlib.sha256(text.encode()).hexdigest(),
+    'context': 20,
+    'stride': 20,
+    'tokens': 101,
+    'predictions': 100,
+    'tokenizer': 'chars',
+    'tokenizer_sha256': trained.tokenizer.digest,
+  }
 
 
 @pytest.mark.parametrize('packed', [False, True])
@@ -102,6 +141,18 @@ BAD = {
   'too little text': (['--task=energy', '--batch=1000'], '--batch=1000'),
   'workdir': (['--workdir=no/such/folder'], 'no/such/folder'),
   'batch': (['--batch=0'], '--batch'),
+  'context': (
+    ['--context=33'],
+    'context=33 is not valid; valid: 1 to 32, the positions of the model',
+  ),
+  'stride': (['--context=8', '--stride=9'], 'stride=9 is not valid; valid: 1 to 8, the context'),
+  'no prediction': (['--max_tokens=1'], '--max_tokens'),
+  'no file': (['--config.data.path=no/such.txt'], "config.data.path 'no/such.txt' matches no file"),
+  'not text': (
+    ['--config.data.tokenizer=bytes'],
+    "'config.data.tokenizer': did you mean 'config.data.source'?",
+  ),
+  'characters': (['--config.data.path=README.md'], 'has no token for'),
   'argument': (['--tasks=loss'], "did you mean '--task'"),
 }
 

@@ -1,5 +1,6 @@
 """The loss on a split, with the components of a mixture."""
 
+import dataclasses
 import math
 
 import jax
@@ -8,8 +9,9 @@ import pytest
 
 from sparse_lm import evals
 from sparse_lm.core.errors import UserError
+from sparse_lm.data.tokenizers import Chars
 from sparse_lm.evals import EvalData, EvalModel
-from sparse_lm.evals.loss import Loss, separated
+from sparse_lm.evals.loss import Loss, mean_losses, separated
 from sparse_lm.model import lm
 from sparse_lm.model.plans import plan_of
 
@@ -51,7 +53,8 @@ def test_a_mixture_has_a_loss_for_each_component_and_one_for_all(model):
   assert values['test_loss'] == pytest.approx(mean, rel=1e-5)
   assert values['test_bits_per_byte'] == pytest.approx(mean / math.log(2) / 2.5, rel=1e-5)
   numbers, observed = separated(values, 'test')
-  assert numbers.keys() == {'test_loss', 'test_bits_per_byte', 'test_loss/a', 'test_loss/b'}
+  losses = {'test_loss', 'test_bits_per_byte', 'test_loss/a', 'test_loss/b'}
+  assert numbers.keys() == losses | {'perplexity'}
   assert 0 < observed['block_0/mlp/active'] < 1
   assert values.keys() == numbers.keys() | {f'test/{name}' for name in observed}
 
@@ -59,7 +62,59 @@ def test_a_mixture_has_a_loss_for_each_component_and_one_for_all(model):
 def test_one_corpus_has_one_loss_and_tokens_without_text_have_no_bits(model):
   tokens = np.random.default_rng(2).integers(0, VOCAB, 40).astype(np.int32)
   numbers, _ = separated(Loss().run(model, EvalData(tokens, 16)))
-  assert numbers == {'val_loss': pytest.approx(nats(model, tokens).mean(), rel=1e-5)}
+  mean = nats(model, tokens).mean()
+  assert numbers == {
+    'val_loss': pytest.approx(mean, rel=1e-5),
+    'perplexity': pytest.approx(math.exp(mean), rel=1e-4),
+  }
+  assert separated(mean_losses(model, EvalData(tokens, 16)))[0] == {'val_loss': numbers['val_loss']}
+
+
+@pytest.mark.parametrize(
+  ('stride', 'batch', 'size'), [(5, 1, 60), (5, 3, 60), (16, 2, 60), (3, 2, 9)]
+)
+def test_with_a_stride_every_token_is_predicted_once_from_the_first_window_that_has_it(
+  model, stride, batch, size
+):
+  """A loop over windows in NumPy: a window predicts what no earlier one has predicted."""
+  tokens = np.random.default_rng(3).integers(0, VOCAB, size).astype(np.int32)
+  found, done = [], 0
+  for begin in range(0, size, stride):
+    end = min(begin + 16, size - 1)
+    logits = model.model.apply(model.variables, tokens[None, begin : begin + 16])[0]
+    logits = np.asarray(logits, np.float64)
+    for place in range(done, end):
+      row = logits[place - begin]
+      found.append(np.log(np.exp(row).sum()) - row[tokens[place + 1]])
+    done = max(done, end)
+  assert len(found) == size - 1
+  data = EvalData(tokens, 16, batch, stride=stride)
+  values = Loss().run(model, data)
+  assert values['val_loss'] == pytest.approx(np.mean(found), rel=1e-5)
+  # Statistics come from all windows but the last: with a stride, too, those are full.
+  assert 0 < values['val/block_0/mlp/active'] < 1
+
+
+def test_words_are_counted_as_in_wikitext(model):
+  """White space separates words, and the end of each line counts as a word."""
+  text = Chars(''.join(sorted('\0\n abcdefgh')))
+  assert text.vocab_size == VOCAB
+  tokens = text.encode(' a b\ncd ef gh\n\nabc\0de').astype(np.int32)
+  known = dataclasses.replace(model, tokenizer=text)
+  values = Loss().run(known, EvalData(tokens, 16))
+  words = 2 + 1 + 3 + 1 + 1 + 1 + 1 + 1
+  each = values['val_loss'] * len(tokens) / words
+  assert values['word_perplexity'] == pytest.approx(math.exp(each))
+  spaces = Loss().run(known, EvalData(np.full(4, 2, np.int32), 16))
+  assert spaces['word_perplexity'] is None
+
+
+def test_a_hopeless_model_has_an_infinite_perplexity(model):
+  scaled = jax.tree.map(lambda a: 1e4 * a, model.variables)
+  tokens = np.arange(VOCAB, dtype=np.int32)
+  assert Loss().run(dataclasses.replace(model, variables=scaled), EvalData(tokens, 16))[
+    'perplexity'
+  ]
 
 
 def test_a_split_without_a_prediction_is_named(model):
