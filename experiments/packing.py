@@ -6,10 +6,11 @@ import sys
 from collections.abc import Mapping, Sequence
 
 import jax
+from ml_collections import ConfigDict
 
 from experiments.sweep import Run
 from sparse_lm.core.errors import UserError
-from sparse_lm.runs import configs, packs, runtime
+from sparse_lm.runs import packs, runtime
 from sparse_lm.runs.pack_loop import Outcome, train_packed
 from sparse_lm.runs.setup import Setup, setup
 
@@ -47,20 +48,21 @@ class Job:
     return train_packed(setups, list(map(str, workdirs.values())))
 
 
-def plan(runs: Mapping[str, Run], most: int) -> list[Job]:
+def plan(runs: Mapping[str, Run], configs: Mapping[str, ConfigDict], most: int) -> list[Job]:
   """Divides runs into packs and runs that are executed alone, in the order of execution.
 
   The steps of all packs are compiled, because compilation tells how much memory a pack needs.
 
   Args:
     runs: the runs by id.
+    configs: their configs by id.
     most: the largest number of runs in a pack; `AUTO` = as many as fit the accelerator's memory.
 
   Raises:
     UserError: a config is wrong; a pack of `most` does not fit; or no two runs can be packed.
   """
   runtime.prepare()
-  setups = _setups(runs)
+  setups = _setups(runs, configs)
   if most == AUTO and jax.default_backend() == 'cpu':
     print(
       'no run is packed: on a CPU, packed runs take as long as runs one after the other; --pack=N packs '
@@ -86,13 +88,13 @@ def plan(runs: Mapping[str, Run], most: int) -> list[Job]:
   return jobs
 
 
-def _setups(runs: Mapping[str, Run]) -> dict[str, Setup]:
+def _setups(runs: Mapping[str, Run], configs: Mapping[str, ConfigDict]) -> dict[str, Setup]:
   """Sets up every run that trains a model. Raises UserError, naming the run, if a config is wrong."""
   found = {}
   for run_id, run in runs.items():
     if run.execute is None:
       try:
-        found[run_id] = setup(configs.load(run.config, run.overrides))
+        found[run_id] = setup(configs[run_id])
       except UserError as error:
         raise UserError(f'run {run_id}: {error}') from error
   return found

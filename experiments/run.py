@@ -53,7 +53,7 @@ def _list_missing(
   study: Study, runs: dict[str, Run], missing: dict[str, Run], pack: int | None
 ) -> None:
   """Prints the commands of the missing runs, grouped by pack; a wrong config is refused before."""
-  study.configs(missing)
+  configs = study.configs(missing)
   print(f'# {len(runs) - len(missing)} of {len(runs)} runs are finished; missing:')
   if pack is None:
     for run_id in missing:
@@ -61,7 +61,7 @@ def _list_missing(
     return
   from experiments import packing
 
-  for job in packing.plan(missing, pack):
+  for job in packing.plan(missing, configs, pack):
     print(f'# {job.title}')
     for run_id in job.runs:
       print(study.command(run_id))

@@ -7,7 +7,7 @@ import pathlib
 import shlex
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -116,7 +116,7 @@ class Study:
     """Loads the configs of runs, by id. Raises UserError, which names the run, if one is wrong."""
     loaded = {}
     for run_id, run in runs.items():
-      with _named(run_id):
+      with _named([run_id]):
         loaded[run_id] = _load(run)
     return loaded
 
@@ -136,8 +136,8 @@ class Study:
         finished runs are kept).
     """
     missing, skipped = self.missing(runs, again), 0
-    seeds = {run_id: config.seed for run_id, config in self.configs(missing).items()}
-    jobs = _jobs(missing, pack)
+    configs = self.configs(missing)
+    jobs = _jobs(missing, configs, pack)
     finished = len(runs) - len(missing)
     bar = tqdm(
       total=len(runs),
@@ -160,8 +160,8 @@ class Study:
             todo = self.missing({run_id: job[run_id] for run_id in taken}, again)
             if todo and bar.disable:
               print(f'run {finished + 1}/{len(runs)}: {name}', file=sys.stderr, flush=True)
-            for run_id, outcome in self._outcomes(todo, train_pack).items():
-              results.append(self.file, self._head(run_id, seeds[run_id]) | outcome)
+            for run_id, outcome in self._outcomes(todo, configs, train_pack).items():
+              results.append(self.file, self._head(run_id, configs[run_id].seed) | outcome)
         except lock.Held:
           skipped += len(taken)
         bar.update(len(job))
@@ -190,24 +190,27 @@ class Study:
     }
     return head | ({'study_file': self.path} if self.path else {})
 
-  def _outcomes(self, job: dict[str, Run], train_pack: TrainPack | None) -> dict[str, JsonObject]:
-    """Executes the runs of a job; several runs are trained by `train_pack`.
+  def _outcomes(
+    self, job: dict[str, Run], configs: Mapping[str, ConfigDict], train_pack: TrainPack | None
+  ) -> dict[str, JsonObject]:
+    """Executes the runs of a job, given their configs; several runs are trained by `train_pack`.
 
     Raises UserError if a run fails for another reason than divergence.
     """
     workdirs = {run_id: self.workdir(run_id) for run_id in job}
     try:
-      if len(job) > 1:
-        found = train_pack(workdirs)
-      else:
-        found = [(run.execute or _train)(run, workdirs[run_id]) for run_id, run in job.items()]
+      with _named(job):
+        if len(job) > 1:
+          found = train_pack(workdirs)
+        else:
+          found = [
+            run.execute(run, workdirs[run_id])
+            if run.execute
+            else _train(configs[run_id], workdirs[run_id])
+            for run_id, run in job.items()
+          ]
     except Diverged as error:
       found = [error]
-    except lock.Held:
-      raise
-    except UserError as error:
-      whose = f'run {next(iter(job))}' if len(job) == 1 else f'a pack of {len(job)} runs'
-      raise UserError(f'{whose}: {error}') from error
     return {
       run_id: results.diverged(str(outcome))
       if isinstance(outcome, Diverged)
@@ -257,12 +260,18 @@ def _checked(run_id: str, result: JsonObject) -> JsonObject:
 
 
 @contextlib.contextmanager
-def _named(run_id: str) -> Iterator[None]:
-  """Names the run in a `UserError` that is raised in the block."""
+def _named(run_ids: Collection[str]) -> Iterator[None]:
+  """Names the run, or the number of runs, in a `UserError` that is raised in the block.
+
+  A run that diverged or is locked is no error of the study, so these errors stay as they are.
+  """
   try:
     yield
+  except (Diverged, lock.Held):
+    raise
   except UserError as error:
-    raise UserError(f'run {run_id}: {error}') from error
+    whose = f'run {next(iter(run_ids))}' if len(run_ids) == 1 else f'a pack of {len(run_ids)} runs'
+    raise UserError(f'{whose}: {error}') from error
 
 
 def _load(run: Run) -> ConfigDict:
@@ -272,7 +281,9 @@ def _load(run: Run) -> ConfigDict:
   return config.load(run.config, run.overrides)
 
 
-def _jobs(runs: dict[str, Run], pack: int | None) -> list[tuple[dict[str, Run], TrainPack | None]]:
+def _jobs(
+  runs: dict[str, Run], configs: Mapping[str, ConfigDict], pack: int | None
+) -> list[tuple[dict[str, Run], TrainPack | None]]:
   """Returns groups of runs, each with the function that trains the group as a pack, or `None`.
 
   Without `pack`, each run is a group of its own.
@@ -280,31 +291,31 @@ def _jobs(runs: dict[str, Run], pack: int | None) -> list[tuple[dict[str, Run], 
   Raises UserError if a config is wrong.
   """
   if pack is None:
-    _check({run_id: run for run_id, run in runs.items() if run.execute is None})
+    _check({run_id: configs[run_id] for run_id, run in runs.items() if run.execute is None})
     return [({run_id: run}, None) for run_id, run in runs.items()]
   from experiments import packing
 
-  return [(dict(job.runs), job.train) for job in packing.plan(runs, pack)]
+  return [(dict(job.runs), job.train) for job in packing.plan(runs, configs, pack)]
 
 
-def _check(runs: dict[str, Run]) -> None:
+def _check(configs: Mapping[str, ConfigDict]) -> None:
   """Sets up one run of each config, whatever its seed. Raises UserError if a config is wrong."""
   from sparse_lm.runs.setup import setup
 
   seen = []
-  for run_id, run in runs.items():
-    what = (run.config, run.overrides | {'seed': 0})
+  for run_id, config in configs.items():
+    what = config.to_dict() | {'seed': 0}
     if what not in seen:
       seen.append(what)
-      with _named(run_id):
-        setup(_load(run))
+      with _named([run_id]):
+        setup(config)
 
 
-def _train(run: Run, workdir: pathlib.Path) -> JsonObject:
+def _train(config: ConfigDict, workdir: pathlib.Path) -> JsonObject:
   """Trains or continues a run and returns its result.json. Imports JAX here, as `_load` does."""
   from sparse_lm.runs import runtime
 
   runtime.prepare()
   from sparse_lm.runs.loop import train
 
-  return train(_load(run), str(workdir))
+  return train(config, str(workdir))

@@ -43,7 +43,6 @@ from sparse_lm.runs.configs import Overrides
 from sparse_lm.runs.run_folder import LOG
 from sparse_lm.runs.runnable import Runnable
 from sparse_lm.runs.trained import check_tokens
-from sparse_lm.runs.workdir import read_log
 
 # What `Run` accepts as input: texts, or token ids.
 Input = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
@@ -306,16 +305,7 @@ class Run:
 
     A metric that was not logged at a step is NaN there. Raises UserError if the folder has no log.
     """
-    file = self.loaded.origin.folder / LOG
-    if not file.is_file():
-      raise UserError(
-        f'{self.path} has no {LOG}; valid: a run that was trained (one-shot pruning logs no steps)'
-      )
-    lines = [values for _, values in read_log(file)]
-    if not lines:
-      raise UserError(f'{self.path}: {LOG} has no intact line; valid: the log of a run')
-    # A step's metrics and those of the evaluation after it are two lines of the file.
-    return pd.DataFrame(lines).groupby('step').last()
+    return training_log.read(self.loaded.origin.folder / LOG)
 
   def plot(self, *names: str) -> Figure:
     """Draws logged metrics over the steps; those of one unit share a panel.

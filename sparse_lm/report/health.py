@@ -7,17 +7,16 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from sparse_lm.core.errors import UserError
-from sparse_lm.report import style
-from sparse_lm.runs.workdir import read_log
+from sparse_lm.report import style, training_log
 
 # What training logs: the load of an expert of a layer.
 LOAD = re.compile(r'(?!val/)(.+)/load/(\d+)')
-Curve = tuple[list[int], list[float]]
 COLUMNS = 2
 
 
@@ -33,15 +32,15 @@ def router_health(metrics: str | pathlib.Path) -> Figure:
   Raises:
     UserError: the file is missing, or its model has no experts.
   """
-  curves = read(metrics)
-  layers: dict[str, dict[str, Curve]] = {}
-  for name, curve in curves.items():
+  log = training_log.read(pathlib.Path(metrics))
+  layers: dict[str, dict[str, pd.Series]] = {}
+  for name in log:
     if match := LOAD.fullmatch(name):
-      layers.setdefault(match[1], {})[f'expert {match[2]}'] = curve
+      layers.setdefault(match[1], {})[f'expert {match[2]}'] = log[name].dropna()
   if not layers:
     raise UserError(f'{metrics} has no logged load of experts; valid: a run with experts')
-  entropies = {layer: curves[f'{layer}/entropy'] for layer in layers}
-  most = max(max(values) for loads in layers.values() for _, values in loads.values())
+  entropies = {layer: log[f'{layer}/entropy'].dropna() for layer in layers}
+  most = max(load.max() for loads in layers.values() for load in loads.values())
   experts = max(map(len, layers.values()))
   rows = math.ceil(len(layers) / COLUMNS)
   with matplotlib.rc_context(style.RC | {'axes.grid': False}):
@@ -63,27 +62,12 @@ def router_health(metrics: str | pathlib.Path) -> Figure:
   return figure
 
 
-def read(metrics: str | pathlib.Path) -> dict[str, Curve]:
-  """Reads the steps and the values of every number that a run logged, by name."""
-  path = pathlib.Path(metrics)
-  if not path.is_file():
-    raise UserError(f'no file {path}; valid: the metrics.jsonl of a run')
-  curves: dict[str, Curve] = {}
-  for _, line in read_log(path):
-    for name, value in line.items():
-      if name != 'step':
-        steps, values = curves.setdefault(name, ([], []))
-        steps.append(line['step'])
-        values.append(value)
-  return curves
-
-
 def _draw(
-  axes: Axes, title: str, curves: Mapping[str, Curve], low: float | None, high: float
+  axes: Axes, title: str, curves: Mapping[str, pd.Series], low: float | None, high: float
 ) -> matplotlib.cm.ScalarMappable:
   """Draws a row of coloured cells for each curve, from top to bottom; each logged step is a cell."""
-  steps = next(iter(curves.values()))[0]
-  values = np.array([values for _, values in curves.values()])
+  steps = list(next(iter(curves.values())).index)
+  values = np.array(list(curves.values()))
   # Small values are light and large values dark, even in grey.
   mesh = axes.pcolormesh(_edges(steps), range(len(curves) + 1), values, cmap='cividis_r')
   mesh.set_clim(low, high)

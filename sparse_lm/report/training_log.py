@@ -1,14 +1,16 @@
-"""A figure of a run's training log: metrics over optimizer steps."""
+"""A run's training log as a table, and its figure: metrics over optimizer steps."""
 
+import pathlib
 from collections.abc import Sequence
 
 import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
-from sparse_lm.core.errors import unknown
+from sparse_lm.core.errors import UserError, unknown
 from sparse_lm.report import style
 from sparse_lm.report.table import Column, column
+from sparse_lm.runs.workdir import read_log
 
 # What the log holds besides the metrics of result tables.
 LOGGED = (
@@ -18,6 +20,24 @@ LOGGED = (
   Column('tokens_per_second', 'throughput', unit='tokens/s'),
 )
 LOSSES = ('loss', 'val_loss')
+
+
+def read(file: pathlib.Path) -> pd.DataFrame:
+  """Reads a run's metrics.jsonl: a row for each logged step, a column for each metric.
+
+  A metric that was not logged at a step is NaN there.
+
+  Raises UserError if there is no such file, or no intact line in it.
+  """
+  if not file.is_file():
+    raise UserError(
+      f'{file.parent} has no {file.name}; valid: a run that was trained (one-shot pruning logs no steps)'
+    )
+  lines = [values for _, values in read_log(file)]
+  if not lines:
+    raise UserError(f'{file.parent}: {file.name} has no intact line; valid: the log of a run')
+  # A step's metrics and those of the evaluation after it are two lines of the file.
+  return pd.DataFrame(lines).groupby('step').last()
 
 
 def figure(log: pd.DataFrame, names: Sequence[str]) -> Figure:

@@ -108,13 +108,13 @@ def test_a_pack_that_does_not_fit_names_the_number_that_does(study, command, mon
   assert not fake.file.exists()
   # Where as many as fit are asked for, there are two packs.
   monkeypatch.setattr(packing.jax, 'default_backend', lambda: 'gpu')
-  jobs = packing.plan(fake.runs, packing.AUTO)
+  jobs = packing.plan(fake.runs, fake.configs(fake.runs), packing.AUTO)
   assert [job.title for job in jobs] == [
     'alone: all packs of this program are full',
     'a pack of 2 runs',
   ]
   monkeypatch.setattr(packing.packs, 'fitting', lambda pack: 1)
-  titles = {job.title for job in packing.plan(fake.runs, packing.AUTO)}
+  titles = {job.title for job in packing.plan(fake.runs, fake.configs(fake.runs), packing.AUTO)}
   assert titles == {'alone: no two runs of this program fit the memory together'}
 
 
@@ -142,7 +142,7 @@ def test_without_a_number_nothing_is_packed_on_a_cpu(study, command):
   shown = command('--dry_run', '--pack')
   assert shown.out.count('# alone: the device is a CPU') == 3
   assert '--pack=N packs them on a CPU too' in shown.err
-  assert len(packing.plan(fake.runs, 2)) == 2
+  assert len(packing.plan(fake.runs, fake.configs(fake.runs), 2)) == 2
   study({'seed': 0}, {'data.path': 'nowhere'})
   shown = command('--dry_run', '--pack')
   assert shown.code == 2 and 'error: run number1-' in shown.err

@@ -334,3 +334,20 @@ def test_two_workers_run_nothing_twice(folder, tmp_path):
   assert all(worker.returncode == 0 for worker in workers), said
   assert sorted(executed(folder)) == ['none 0', 'none 1', 'static 0', 'static 1']
   assert len({line['run'] for line in written(tmp_path)}) == len(written(tmp_path)) == 4
+
+
+def test_a_study_loads_each_config_once(tmp_path, tiny_config, monkeypatch):
+  loaded = []
+
+  def load(run):
+    loaded.append(run)
+    return tiny_config(train__steps=2, seed=run.overrides['seed'])
+
+  monkeypatch.setattr(study_module, '_load', load)
+  runs = {
+    f'seed{seed}': Run('configs/tiny.py', {'seed': seed}, {'method': 'dense'}) for seed in (0, 1)
+  }
+  made = Study('once', types.ModuleType('once'), tmp_path / 'once', runs)
+  assert made.train(runs) == 0
+  assert loaded == list(runs.values())
+  assert [line['seed'] for line in made.finished().values()] == [0, 1]

@@ -55,5 +55,5 @@ def test_a_run_without_experts_is_refused(tmp_path):
   path.write_text(json.dumps({'step': 1, 'loss': 2.0}) + '\n')
   with pytest.raises(UserError, match='no logged load of experts'):
     health.router_health(path)
-  with pytest.raises(UserError, match='no file'):
+  with pytest.raises(UserError, match=r'has no other\.jsonl; valid: a run that was trained'):
     health.router_health(tmp_path / 'other.jsonl')
