@@ -104,7 +104,7 @@ def _weight() -> dict[str, Any]:
   return {
     'name': 'none',
     'sparsity': 0.0,  # fraction of all prunable weights that is zero in the end
-    'distribution': 'uniform',  # uniform | er | erk | a map such as 'attention=0.5,mlp=0.9'
+    'distribution': 'uniform',  # uniform | er | erk | owl | a map such as 'attention=0.5,mlp=0.9'
     'dense': (
       'embed',
       'head',

@@ -1,8 +1,10 @@
 """`python -m sparse_lm.prune --workdir=PARENT --out=CHILD`: prunes a trained run in one shot."""
 
 import contextlib
+import dataclasses
 import time
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from sparse_lm.commands.config_arguments import add_fields_to_help, overrides_from_args
@@ -10,21 +12,22 @@ from sparse_lm.commands.parser import Parser, local_path, one_line
 from sparse_lm.core import rng
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.ranges import Range
+from sparse_lm.core.tree import Tree
 from sparse_lm.model import slots
-from sparse_lm.runs import configs, runtime
+from sparse_lm.runs import configs, measured, runtime
 from sparse_lm.runs.build import build
 from sparse_lm.runs.checkpoint import Checkpoints
 from sparse_lm.runs.evaluate import evaluate, result_of
 from sparse_lm.runs.history import History
-from sparse_lm.runs.run_folder import folder_of
 from sparse_lm.runs.setup import Setup, data_of
-from sparse_lm.runs.trained import check_fits, load
+from sparse_lm.runs.trained import Trained, check_fits, load
 from sparse_lm.runs.weight import groups_of_parts
 from sparse_lm.runs.workdir import Workdir, check_new, check_text, whole_folder
-from sparse_lm.train import one_shot, states
+from sparse_lm.train import layerwise, one_shot, states
+from sparse_lm.train.layerwise import InMemory
 from sparse_lm.train.states import TrainState
 from sparse_lm.train.work import Work
-from sparse_lm.weights.method import WeightMethod
+from sparse_lm.weights.method import Sparse, WeightMethod
 
 
 def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
@@ -46,28 +49,66 @@ def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
   """
   check_new(out, '--out')
   trained = load(parent)
-  config = configs.derive(trained.config, overrides, allowed=('weight',))
+  asked = configs.derive(trained.config, overrides, allowed=('weight',))
+  run = _setup(trained, measured.uniform(asked))
+  tokens_NxL = layerwise.calibration(
+    run.data.tokens['train'], segments, run.config.data.context, run.config.seed
+  )
+  begin = time.perf_counter()
+  run = _with_measured(run, asked, trained, tokens_NxL)
+  trainable, sparse = one_shot.prune(
+    run.program,
+    trained.params,
+    trained.model_state,
+    run.target,
+    tokens_NxL,
+    run.config.data.batch,
+    run.config.seed,
+  )
+  seconds = time.perf_counter() - begin
+  state = _state(run, trained, trainable, sparse)
+  pruned, masks = run.program.finalize(state)
+  found = evaluate(run, pruned, state.model_state)
+  numbers = found | {'prune_seconds': seconds, 'segments': segments}
+  work = Work(ancestors=trained.work.total)
+  groups = groups_of_parts(asked.weight).values()
+  result = result_of(run, state, masks, numbers, work) | {
+    'parent': parent,
+    'pruned_from': trained.source,
+    'distribution': {group: fields.distribution for group, fields in groups},
+  }
+  _write(out, run, state, History(masks, run.config.train.steps, work), result)
+  return result
+
+
+def _setup(trained: Trained, config: ConfigDict) -> Setup:
+  """Returns the setup of the pruned run, after checks that it fits the trained run."""
   data = data_of(config)
   program, target = build(config, data.tokenizer.vocab_size)
   check_fits(trained, '--workdir', program, data.tokenizer)
-  check_text(folder_of(parent)[0], data, '--workdir')
+  check_text(trained.folder, data, '--workdir')
   _check_method(program.method, config.weight)
-  tokens_NxL = one_shot.calibration(
-    data.tokens['train'], segments, config.data.context, config.seed
-  )
-  begin = time.perf_counter()
-  trainable, sparse = one_shot.prune(
-    program,
-    trained.params,
-    trained.model_state,
-    target,
-    tokens_NxL,
-    config.data.batch,
-    config.seed,
-  )
-  seconds = time.perf_counter() - begin
-  run = Setup(config, data, program, target)
-  state = program.init(config.seed, target)
+  return Setup(config, data, program, target)
+
+
+def _with_measured(
+  run: Setup, asked: ConfigDict, trained: Trained, tokens_NxL: np.ndarray
+) -> Setup:
+  """Returns the setup with the measured distributions that the config asks for, if any."""
+  if not measured.asked(asked):
+    return run
+  measured.check(asked, run.program, run.target)
+  parts = InMemory(trained.params, trained.masks)
+  batches = one_shot.in_batches(tokens_NxL, run.config.data.batch)
+  config = measured.as_maps(asked, run.program, run.target, parts, trained.model_state, batches)
+  program, target = build(config, run.data.tokenizer.vocab_size)
+  return dataclasses.replace(run, config=config, program=program, target=target)
+
+
+def _state(run: Setup, trained: Trained, trainable: Tree, sparse: Sparse) -> TrainState:
+  """Returns the state of the pruned run."""
+  program = run.program
+  state = program.init(run.config.seed, run.target)
   state = state.replace(
     step=state.step + trained.step,
     trainable=trainable,
@@ -77,16 +118,7 @@ def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
     model_state=trained.model_state,
   )
   states.check_masks(program.method, state)
-  pruned, masks = program.finalize(state)
-  found = evaluate(run, pruned, state.model_state)
-  measured = found | {'prune_seconds': seconds, 'segments': segments}
-  work = Work(ancestors=trained.work.total)
-  result = result_of(run, state, masks, measured, work) | {
-    'parent': parent,
-    'pruned_from': trained.source,
-  }
-  _write(out, run, state, History(masks, config.train.steps, work), result)
-  return result
+  return state
 
 
 def _check_method(method: WeightMethod, weight: ConfigDict) -> None:

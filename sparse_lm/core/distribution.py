@@ -6,9 +6,15 @@
   are equal for matrices, and a transformer has no other kernels.
 - a map, for example `'attention=0.5,mlp=0.9'`: each entry gives a sparsity to the parameters whose path
   matches its regular expression. The first match wins. Other parameters get the target sparsity.
+- `owl`: layers with more outliers stay denser (OWL, Yin et al. 2023). `owl:M:LAMBDA` sets the multiple of
+  the mean that counts as an outlier (5), and half the range of the sparsities (0.08). Only one-shot
+  pruning of a trained model can measure outliers; it writes the result into the config as a map.
 """
 
+import dataclasses
 import math
+import re
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 
@@ -17,6 +23,7 @@ from sparse_lm.core.errors import UserError, listed, unknown
 from sparse_lm.core.units import Pattern
 
 DISTRIBUTIONS = ('uniform', 'er', 'erk')
+OUTLIERS = 'owl'
 # How far rounding to whole units may move a density, as a fraction of that density.
 MAX_ROUNDING_ERROR = 0.1
 
@@ -42,11 +49,86 @@ def unrounded_densities(
     return dict.fromkeys(shapes, 1 - sparsity)
   if distribution in ('er', 'erk'):
     return _erdos_renyi(shapes, 1 - sparsity)
+  if distribution.partition(':')[0] == OUTLIERS:
+    raise UserError(
+      f'config.weight.distribution={distribution!r} measures the inputs of a trained model, which only '
+      f'python -m sparse_lm.prune does; valid: {", ".join(DISTRIBUTIONS)}, or a map'
+    )
   raise unknown(
     'config.weight.distribution',
     distribution,
-    [*DISTRIBUTIONS, 'a map such as attention=0.5,mlp=0.9'],
+    [*DISTRIBUTIONS, OUTLIERS, 'a map such as attention=0.5,mlp=0.9'],
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class Outliers:
+  """The distribution 'owl' (Yin et al. 2023, Outlier Weighed Layerwise Sparsity).
+
+  Attributes:
+    multiple: a weight is an outlier if `|weight| * norm(input)` exceeds this multiple of the mean over
+      its layer.
+    spread: half the range of the densities.
+  """
+
+  multiple: float = 5.0
+  spread: float = 0.08
+
+  @classmethod
+  def parse(cls, distribution: str) -> 'Outliers | None':
+    """Recognises 'owl' and 'owl:M:LAMBDA'; `None` for other distributions.
+
+    Raises UserError for numbers out of range.
+    """
+    name, *numbers = distribution.split(':')
+    if name != OUTLIERS:
+      return None
+    match = re.fullmatch(r'(?::(\d+(?:\.\d+)?):(0?\.\d+))?', distribution.removeprefix(name))
+    found = match and (cls(*map(float, match.groups())) if numbers else cls())
+    if not found or found.multiple <= 0 or not 0 < found.spread < 0.5:
+      raise UserError(
+        f'config.weight.distribution={distribution!r}: valid: {OUTLIERS}, or {OUTLIERS}:M:LAMBDA with '
+        f'M > 0 and 0 < LAMBDA < 0.5, such as {OUTLIERS}:{cls.multiple:g}:{cls.spread:g}'
+      )
+    return found
+
+  def densities(
+    self, outliers: Mapping[str, float], sizes: Mapping[str, int], density: float
+  ) -> dict[str, float]:
+    """Returns the density of each layer.
+
+    The densities grow linearly with the fraction of outliers, over a range of `2 * spread`, and their
+    mean over all weights is `density`.
+
+    Args:
+      outliers: fraction of each layer's weights that are outliers, by the name of the layer.
+      sizes: number of prunable weights of each layer.
+      density: density of all these weights together.
+
+    Raises:
+      UserError: a layer would keep more than all of its weights, or none.
+    """
+    low, high = min(outliers.values()), max(outliers.values())
+    scale = 2 * self.spread / (high - low) if high > low else 0.0
+    raised = {name: scale * (share - low) for name, share in outliers.items()}
+    mean = sum(raised[name] * size for name, size in sizes.items()) / sum(sizes.values())
+    found = {name: density + up - mean for name, up in raised.items()}
+    for name, kept in found.items():
+      if not 0 < kept <= 1:
+        raise UserError(
+          f'config.weight.distribution={OUTLIERS!r} gives {name} a sparsity of {1 - kept:.4g}; valid: a '
+          f'smaller LAMBDA than {self.spread:g} in {OUTLIERS}:M:LAMBDA, or another config.weight.sparsity'
+        )
+    return found
+
+  def trial(self, sizes: Mapping[str, int], density: float) -> dict[str, float]:
+    """Returns densities over the whole range, to check that a pattern can express such densities."""
+    return self.densities({name: i % 2 for i, name in enumerate(sizes)}, sizes, density)
+
+
+def as_map(densities: Mapping[str, float]) -> str:
+  """Returns the map that gives the parameters of each layer their density, such as 'block_0/=0.5'."""
+  return ','.join(f'^{name}/={1 - density:.6f}' for name, density in densities.items())
 
 
 def _erdos_renyi(shapes: dict[str, tuple[int, ...]], density: float) -> dict[str, float]:

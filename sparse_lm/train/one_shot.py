@@ -10,14 +10,12 @@ from tqdm import tqdm
 
 from sparse_lm.core import rng, tree
 from sparse_lm.core.errors import UserError
-from sparse_lm.core.paths import Part, Place
 from sparse_lm.core.tree import Tree
 from sparse_lm.kernels.cross_entropy import cross_entropy
-from sparse_lm.layers.embed import Embed
-from sparse_lm.model.lm import LM, Layer
-from sparse_lm.model.plans import plan_of
-from sparse_lm.plan import sites
+from sparse_lm.model.lm import LM
 from sparse_lm.signals import from_calibration, from_training
+from sparse_lm.train import layerwise
+from sparse_lm.train.layerwise import InMemory, Layers, Parts, of_part
 from sparse_lm.train.step import Program
 from sparse_lm.weights import checks, collect, parts
 from sparse_lm.weights.collect import Collected, Gradients
@@ -50,79 +48,167 @@ def prune(
       score is NaN or infinite.
   """
   method = program.method
-  own = {name: parts.own(method, name, target) for name in method.parts}
-  batches = [tokens_NxL[i : i + batch] for i in range(0, len(tokens_NxL), batch)]
-  update = functools.partial(_updated, method, rng.stream(seed, 'steps'))
+  run = Pruning(program.model, method, target, model_state, in_batches(tokens_NxL, batch), seed)
   trainable, sparse = method.init(rng.stream(seed, 'masks'), params, target)
   gradients = {
-    name: _gradient_signals(program, part, params, model_state, own[name], batches)
+    name: _gradient_signals(run, part, params, parts.own(method, name, target))
     for name, part in method.parts.items()
   }
-  needs = {name: tuple(from_calibration(part.traits.needs)) for name, part in method.parts.items()}
-  layerwise = tuple(name for name in needs if needs[name])  # other parts prune all layers at once
-  if at_once := tuple(name for name in needs if not needs[name]):
-    change = update(at_once, trainable, sparse, {name: gradients[name] for name in at_once})
+  calibrated = run.calibrated  # the other parts prune all layers at once
+  if at_once := tuple(name for name in method.parts if name not in calibrated):
+    signals = {name: gradients[name] for name in at_once}
+    change = run.updated(at_once, trainable, sparse, signals)
     trainable, sparse = change.trainable, change.sparse
-  if not layerwise:
+  if not calibrated:
     return trainable, sparse
-  every = tuple(dict.fromkeys(need for name in layerwise for need in needs[name]))
-  layers = _Layers(program.model, every, model_state)
-  for name in layerwise:
-    layers.check_reached(own[name])
-  stream = layers.embed(params, batches)
-  numbers = range(program.model.spec.layers)
-  for layer in tqdm(numbers, 'pruning', unit='layer', dynamic_ncols=True, disable=None):
-    sums, counts = layers.sums(layer, trainable['params'], stream)
-    signals = {
-      name: _of_layer(
-        {need: sums[need] for need in needs[name]}, counts, gradients[name], own[name]
-      )
-      for name in layerwise
-    }
-    change = update(layerwise, trainable, sparse, signals)
-    trainable, sparse = change.trainable, change.sparse
-    stream = layers.run(layer, trainable['params'], stream)
-  return trainable, sparse
+  model = InMemory(trainable['params'], sparse.masks)
+  run.prune_layers(model, calibrated, gradients)
+  return trainable | {'params': model.params}, sparse.replace(masks=model.masks)
 
 
-def calibration(tokens: np.ndarray, segments: int, context: int, seed: int) -> np.ndarray:
-  """Draws `segments` disjoint sequences of `context` tokens, int32.
+def prune_files(run: 'Pruning', model: Parts) -> None:
+  """Prunes a model part by part; every part is written as soon as it is pruned.
+
+  Parts that an earlier process pruned are run, but not pruned again.
 
   Raises:
-    UserError: the text is too short.
+    UserError: a method reads gradients of the whole model or ranks units of several layers, or as `prune`
+      does.
   """
-  room = len(tokens) // context
-  if not 1 <= segments <= room:
-    raise UserError(
-      f'--segments={segments}: the training split has only {len(tokens)} tokens, too few for this many '
-      f'sequences of {context} tokens; valid: 1 to {room}'
-    )
-  places = np.random.default_rng(seed).choice(room, segments, replace=False)
-  return np.stack([tokens[p * context : (p + 1) * context] for p in places]).astype(np.int32)
+  for name, part in run.method.parts.items():
+    field = f'config.weight.rules.{name}' if name else 'config.weight'
+    if from_training(part.traits.needs) or part.units.spans_layers:
+      what = 'gradients of the whole model' if from_training(part.traits.needs) else 'all layers'
+      raise UserError(
+        f'{field}: {type(part).__name__} reads {what}, and this workdir is pruned one layer at a time; '
+        'valid: a method that reads the inputs of matrices or the weights alone, with a pattern whose '
+        'units each belong to one layer'
+      )
+  run.prune_layers(model, tuple(run.method.parts), {name: {} for name in run.method.parts})
 
 
-def _updated(
-  method: WeightMethod,
-  key: Array,
-  names: tuple[str, ...],
-  trainable: Tree,
-  sparse: Sparse,
-  signals: dict[str, dict[str, Tree]],
-) -> MaskUpdate:
-  """Returns the last update of these parts. Raises Diverged if a score is NaN or infinite."""
-  step = jnp.int32(method.total_steps)
-  change = method.update_parts(names, trainable, sparse, signals, step, key)
-  checks.raise_for(method, jax.device_get(change.non_finite), 'on the calibration text')
-  return change
+def in_batches(tokens_NxL: np.ndarray, batch: int) -> list[np.ndarray]:
+  """Splits sequences into batches."""
+  return [tokens_NxL[i : i + batch] for i in range(0, len(tokens_NxL), batch)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruning:
+  """One-shot pruning of a model.
+
+  Attributes:
+    model: the model.
+    method: its weight method, which prunes trained models.
+    target: final densities, `None` = dense.
+    model_state: the model's collections besides the parameters.
+    batches: calibration tokens, int32 `[B, L]` each.
+    seed: seed of the run.
+  """
+
+  model: LM
+  method: WeightMethod
+  target: Tree
+  model_state: Tree
+  batches: list[np.ndarray]
+  seed: int
+
+  @functools.cached_property
+  def needs(self) -> dict[str, tuple[str, ...]]:
+    """The signals that each part of the method reads from calibration text."""
+    return {
+      name: tuple(from_calibration(part.traits.needs)) for name, part in self.method.parts.items()
+    }
+
+  @property
+  def calibrated(self) -> tuple[str, ...]:
+    """The parts of the method that read calibration text."""
+    return tuple(name for name, needs in self.needs.items() if needs)
+
+  def updated(
+    self,
+    names: tuple[str, ...],
+    trainable: Tree,
+    sparse: Sparse,
+    signals: dict[str, dict[str, Tree]],
+  ) -> MaskUpdate:
+    """Returns the last update of these parts. Raises Diverged if a score is NaN or infinite."""
+    step, key = jnp.int32(self.method.total_steps), rng.stream(self.seed, 'steps')
+    change = self.method.update_parts(names, trainable, sparse, signals, step, key)
+    checks.raise_for(self.method, jax.device_get(change.non_finite), 'on the calibration text')
+    return change
+
+  def prune_layers(
+    self, model: Parts, names: tuple[str, ...], gradients: dict[str, dict[str, Tree]]
+  ) -> None:
+    """Prunes a model layer by layer with these parts of the method.
+
+    Args:
+      model: the weights.
+      names: the parts of the method.
+      gradients: signals from gradients by part, for all layers.
+    """
+    every = tuple(dict.fromkeys(need for name in names for need in self.needs[name]))
+    layers = Layers(self.model, every, self.model_state)
+    for name in names:
+      if self.needs[name]:
+        layers.check_reached(parts.own(self.method, name, self.target))
+    outside = model.pruned(None)
+    if outside is None:
+      free = tuple(name for name in names if not self.needs[name])
+      outside = self._prune_part(model, None, free, {name: {} for name in free})
+    stream = layers.embed(outside, self.batches) if every else []
+    del outside
+    numbers = range(self.model.spec.layers)
+    for layer in tqdm(numbers, 'pruning', unit='layer', dynamic_ncols=True, disable=None):
+      params = model.pruned(layer)
+      if params is None:
+        before, _ = model.read(layer)
+        sums, counts = layers.sums(layer, before, stream) if every else ({}, {})
+        signals = {name: self._signals(name, layer, sums, counts, gradients) for name in names}
+        params = self._prune_part(model, layer, names, signals)
+      if every and layer < numbers[-1]:
+        layers.run(layer, params, stream)
+
+  def _signals(
+    self,
+    name: str,
+    layer: int,
+    sums: dict[str, dict[str, Array]],
+    counts: dict[str, Array],
+    gradients: dict[str, dict[str, Tree]],
+  ) -> dict[str, Tree]:
+    """Returns the signals of a layer for one part of the method: trees like the layer's parameters."""
+    target = of_part(parts.own(self.method, name, self.target), layer)
+    own = {need: sums[need] for need in self.needs[name]}
+    found = layerwise.means(own, counts, target)
+    reached = [path for path in tree.named(target) if path in counts]
+    slopes = {
+      need: tree.only(reached, of_part(signal, layer)) for need, signal in gradients[name].items()
+    }
+    return found | slopes
+
+  def _prune_part(
+    self,
+    model: Parts,
+    part: int | None,
+    names: tuple[str, ...],
+    signals: dict[str, dict[str, Tree]],
+  ) -> Tree:
+    """Prunes and writes a part of the model; returns its parameters."""
+    params, masks = model.read(part)
+    params, target = jax.tree.map(jnp.asarray, params), of_part(self.target, part)
+    trainable, sparse = self.method.init(rng.stream(self.seed, 'masks'), params, target)
+    # Masks that other parts of the method have chosen already.
+    sparse = sparse.replace(masks=tree.merge(sparse.masks, masks))
+    if names:
+      change = self.updated(names, trainable, sparse, signals)
+      trainable, sparse = change.trainable, change.sparse
+    model.write(part, trainable['params'], sparse.masks)
+    return trainable['params']
 
 
 def _gradient_signals(
-  program: Program,
-  method: WeightMethod,
-  params: Tree,
-  model_state: Tree,
-  target: Tree,
-  batches: list[np.ndarray],
+  run: Pruning, method: WeightMethod, params: Tree, target: Tree
 ) -> dict[str, Tree]:
   """Returns the signals of a method that come from gradients, as means over the batches.
 
@@ -133,8 +219,8 @@ def _gradient_signals(
     return {}
 
   def nats(params: Tree, tokens_BxL: Array) -> Array:
-    variables = {'params': params, **model_state}
-    predicted = program.model.apply(variables, tokens_BxL[:, :-1], mode='eval', readout=True)
+    variables = {'params': params, **run.model_state}
+    predicted = run.model.apply(variables, tokens_BxL[:, :-1], mode='eval', readout=True)
     return cross_entropy(predicted, tokens_BxL[:, 1:])[0]
 
   @jax.jit
@@ -142,147 +228,6 @@ def _gradient_signals(
     return collect.add(collected, Gradients(params, jax.grad(nats)(params, tokens_BxL)))
 
   collected = collect.start(names, params, target)
-  for tokens_BxL in batches:
+  for tokens_BxL in run.batches:
     collected = add(collected, params, tokens_BxL)
   return collect.means(collected)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layers:
-  """Runs a model layer by layer.
-
-  Attributes:
-    model: the model.
-    needs: names of the signals that are computed from the inputs of kernels.
-    model_state: the model's collections besides the parameters.
-  """
-
-  model: LM
-  needs: tuple[str, ...]
-  model_state: Tree
-
-  def embed(self, params: Tree, batches: list[np.ndarray]) -> list[Array]:
-    """Returns the inputs of the first layer for each batch, `[B, L, D]`."""
-    embed = jax.jit(functools.partial(_embed, self.model))
-    return [embed(params['embed'], tokens_BxL) for tokens_BxL in batches]
-
-  @functools.cached_property
-  def sites(self) -> dict[str, str]:
-    """The site of each kernel's inputs, by the path of the kernel, for kernels in layers.
-
-    Omits stacked matrices, and matrices whose inputs are not one row per token in order.
-    """
-    plan = plan_of(self.model)
-    return {
-      path: site.name
-      for path, site in plan.inputs.items()
-      if Place.parse(path).layer is not None
-      and site.shape == (1, self.model.spec.context, *plan.shapes[path].shape[:-1])
-    }
-
-  def module(self, layer: int) -> Layer:
-    """Returns the module of a layer."""
-    return Layer(self.model.spec, self.model.slots, layer, self.model.site)
-
-  def sums(
-    self, layer: int, params: Tree, stream: list[Array]
-  ) -> tuple[dict[str, dict[str, Array]], dict[str, Array]]:
-    """Returns the result of `_signals` for a layer, summed over all batches of its inputs `stream`."""
-    module, total = self.module(layer), None
-    own = {path: name for path, name in self.sites.items() if Place.parse(path).layer == layer}
-    gather = jax.jit(functools.partial(_signals, module, self.needs, own))
-    for x_BxLxD in stream:
-      sums = gather(_variables(module, params, self.model_state), x_BxLxD)
-      total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-    return total
-
-  def run(self, layer: int, params: Tree, stream: list[Array]) -> list[Array]:
-    """Returns a layer's outputs for its inputs `stream`."""
-    module = self.module(layer)
-    apply = jax.jit(module.apply)
-    return [apply(_variables(module, params, self.model_state), x_BxLxD) for x_BxLxD in stream]
-
-  def check_reached(self, target: Tree) -> None:
-    """Raises a UserError if a kernel with a target gets no signal."""
-    missed = [path for path in tree.named(target) if path not in self.sites]
-    if missed:
-      raise UserError(
-        f'this method gets no calibration signal for {missed[0]} ({len(missed)} such parameters); valid: '
-        'keep them dense by config.weight.dense'
-      )
-
-
-def _embed(model: LM, params: Tree, tokens_BxL: Array) -> Array:
-  positions_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
-  return Embed(model.spec).apply({'params': params}, tokens_BxL, positions_BxL)
-
-
-def _variables(module: Layer, params: Tree, model_state: Tree) -> dict[str, Tree]:
-  """Returns the layer's part of each collection."""
-  return {
-    name: {key: value for key, value in tree_.items() if Place.parse(key).layer == module.layer}
-    for name, tree_ in ({'params': params} | model_state).items()
-  }
-
-
-def _signals(
-  module: Layer,
-  needs: tuple[str, ...],
-  sites_of: dict[str, str],
-  variables: Tree,
-  x_BxLxD: Array,
-) -> tuple[dict[str, dict[str, Array]], dict[str, Array]]:
-  """Returns the signals of each kernel, summed over the tokens that reach it, and the tokens' number.
-
-  Both are dicts by the kernel's path; the signals have one dict per name.
-
-  Kernels of the block are reached by the tokens that enter the layer, other kernels by all tokens. In
-  evaluation, a layer also computes tokens that skip it and drops their outputs.
-  """
-  enters = str(Place((Part.BLOCK.of(module.layer), 'valid')))
-  names = [enters, *sites_of.values()]
-  _, seen = sites.run(module, variables, x_BxLxD, read=names)
-  everyone_BxL = jnp.ones_like(seen[enters])
-  rows, counts = {}, {}
-  for path, name in sites_of.items():
-    reaches_BxL = seen[enters] if Place.parse(path).part is Part.BLOCK else everyone_BxL
-    x = seen[name]
-    rows[path] = jnp.where(reaches_BxL[..., None], x, 0).reshape(-1, x.shape[-1])
-    counts[path] = jnp.sum(reaches_BxL, dtype=jnp.int32)
-  sums = {
-    need: {path: signal.of_inputs(x.astype(jnp.float32)) for path, x in rows.items()}
-    for need, signal in from_calibration(needs).items()
-  }
-  return sums, counts
-
-
-def _of_layer(
-  sums: dict[str, dict[str, Array]],
-  counts: dict[str, Array],
-  gradients: dict[str, Tree],
-  target: Tree,
-) -> dict[str, Tree]:
-  """Returns the signals of a layer's kernels: trees like the parameters, with `None` for other leaves.
-
-  Args:
-    sums: first result of `_signals` for the layer.
-    counts: second result of `_signals`.
-    gradients: signals from gradients, for all layers.
-    target: target densities; leaves with a target are prunable.
-
-  Raises:
-    UserError: no token reached a kernel.
-  """
-  reached = [path for path in tree.named(target) if path in counts]
-  missed = [path for path in reached if not int(counts[path])]
-  if missed:
-    raise UserError(
-      f'all calibration tokens skip the layer of {missed[0]} ({len(missed)} such parameters); valid: '
-      'more --segments, or keep them dense by config.weight.dense'
-    )
-  here = tree.only(reached, target)
-  means = {
-    need: tree.map_named(lambda path, _, found=found: found[path] / counts[path], here)
-    for need, found in sums.items()
-  }
-  return means | {name: tree.only(reached, signal) for name, signal in gradients.items()}

@@ -250,3 +250,61 @@ def test_a_sparsity_that_needs_fractions_of_weights_is_refused_and_a_valid_one_s
     sizes.values()
   )
   assert kept_share == pytest.approx(1 - near, rel=0.1)
+
+
+OUTLIERS = st.lists(
+  st.tuples(st.floats(0, 0.2), st.integers(1, 10**6)), min_size=1, max_size=12
+).map(lambda pairs: {f'block_{i}': pair for i, pair in enumerate(pairs)})
+
+
+@given(OUTLIERS, st.floats(0.3, 0.7), st.floats(0.01, 0.14))
+@settings(deadline=None, max_examples=100)
+def test_owl_keeps_the_mean_and_gives_more_outliers_more_weights(found, density, spread):
+  shares = {name: share for name, (share, _) in found.items()}
+  sizes = {name: size for name, (_, size) in found.items()}
+  solved = distribution.Outliers(5, spread).densities(shares, sizes, density)
+  got = np.array(list(solved.values()))
+  np.testing.assert_allclose(np.average(got, weights=list(sizes.values())), density, rtol=1e-9)
+  assert all(np.diff(got[np.argsort(list(shares.values()))]) >= -1e-12)
+  spans = len({*shares.values()}) > 1
+  assert np.ptp(got) == pytest.approx(2 * spread if spans else 0, rel=1e-6, abs=1e-9)
+
+
+def test_owl_is_the_reference():
+  """`(D - min) * 2 lambda / (max - min)`, shifted to the mean; three layers of one size."""
+  shares = {'block_0': 0.01, 'block_1': 0.04, 'block_2': 0.02}
+  solved = distribution.Outliers().densities(shares, dict.fromkeys(shares, 7), 0.3)
+  raised = np.array([0, 0.16, 0.16 / 3])
+  np.testing.assert_allclose(list(solved.values()), 0.3 + raised - raised.mean())
+  text = distribution.as_map(solved)
+  shapes = {f'{name}/mlp/up': (2, 3) for name in shares} | {'block_10/mlp/up': (2, 2)}
+  found = distribution.unrounded_densities(shapes, 0.7, text)
+  np.testing.assert_allclose(list(found.values()), [*solved.values(), 0.3], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('name', 'expected'),
+  [('owl', (5, 0.08)), ('owl:3:0.1', (3, 0.1)), ('uniform', None), ('owlet=0.5', None)],
+)
+def test_owl_is_spelt_with_both_numbers_or_none(name, expected):
+  assert distribution.Outliers.parse(name) == (expected and distribution.Outliers(*expected))
+
+
+@pytest.mark.parametrize(
+  'name', ['owl:5', 'owl:0:0.08', 'owl:5:0.5', 'owl:5:1.5', 'owl:a:b', 'owl:']
+)
+def test_other_numbers_of_owl_are_one_line(name):
+  with pytest.raises(
+    UserError, match=rf"^config\.weight\.distribution='{name}': valid: owl, or owl:M"
+  ):
+    distribution.Outliers.parse(name)
+
+
+def test_owl_in_training_and_a_sparsity_near_one_are_one_line():
+  with pytest.raises(UserError, match=r"distribution='owl' .*sparse_lm\.prune.*valid: uniform, er"):
+    distribution.unrounded_densities({'a': (2, 2)}, 0.5, 'owl')
+  with pytest.raises(
+    UserError, match=r'gives block_0 a sparsity of 1\.\d+; valid: a smaller LAMBDA'
+  ):
+    shares = {'block_0': 0.0, 'block_1': 0.1}
+    distribution.Outliers().densities(shares, dict.fromkeys(shares, 7), 0.05)

@@ -26,7 +26,7 @@ from sparse_lm.runs.evaluate import evaluate
 from sparse_lm.runs.loop import train
 from sparse_lm.runs.setup import setup
 from sparse_lm.runs.trained import load
-from sparse_lm.train import one_shot
+from sparse_lm.train import layerwise, one_shot
 from sparse_lm.weights.traits import Traits
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -188,19 +188,19 @@ def test_signals_are_of_the_pruned_layers_before(trained, tokens, tiny_config):
 
 def test_calibration_cuts_distinct_segments_of_the_text():
   text = np.arange(1003, dtype=np.uint16)
-  got = one_shot.calibration(text, 30, 10, seed=4)
+  got = layerwise.calibration(text, 30, 10, seed=4)
   assert got.shape == (30, 10) and got.dtype == np.int32
   assert (np.diff(got, axis=1) == 1).all()  # consecutive tokens
   assert len(np.unique(got)) == 300  # that no two segments share
-  assert_array_equal(got, one_shot.calibration(text, 30, 10, seed=4))
-  assert (got != one_shot.calibration(text, 30, 10, seed=5)).any()
-  assert_array_equal(np.sort(one_shot.calibration(text, 100, 10, 0).ravel()), text[:1000])
+  assert_array_equal(got, layerwise.calibration(text, 30, 10, seed=4))
+  assert (got != layerwise.calibration(text, 30, 10, seed=5)).any()
+  assert_array_equal(np.sort(layerwise.calibration(text, 100, 10, 0).ravel()), text[:1000])
 
 
 @pytest.mark.parametrize('segments', [101, 0, -1])
 def test_more_segments_than_the_text_has_or_none_are_refused(segments):
   with pytest.raises(UserError) as refused:
-    one_shot.calibration(np.zeros(1003, np.uint8), segments, 10, seed=0)
+    layerwise.calibration(np.zeros(1003, np.uint8), segments, 10, seed=0)
   line = str(refused.value)
   assert f'--segments={segments}: ' in line and 'valid: 1 to 100' in line and '\n' not in line
 
