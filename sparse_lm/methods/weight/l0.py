@@ -69,7 +69,7 @@ class L0(UnitScores):
     gates, opened = self._evaluated(logits)
     if mode == 'train' and key is not None:
       gates = {
-        name: ESTIMATORS['hard_concrete'].decide(units, path_key(key, name), True).weight
+        name: ESTIMATORS['hard_concrete'].decide(units, path_key(key, name), True).factor
         for name, units in logits.items()
       }
     prunable = restrict_to(trainable['params'], sparse.target)
