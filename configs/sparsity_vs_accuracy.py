@@ -19,6 +19,6 @@ def get_config() -> ConfigDict:
   config.data.context = 32
   config.optimizer.update({'learning_rate': 1e-2, 'b2': 0.99, 'warmup': 0.1, 'final': 0.01})
   config.optimizer.ema = 0.99
-  config.model.layers = 1
+  config.model.update({'layers': 1, 'heads': 8, 'kv_heads': 8})
   config.train.update({'steps': 4000, 'eval_every': 4000, 'checkpoint_every': 4000})
   return config

@@ -25,7 +25,9 @@ CAPTION = (
 FIELDS = {
   'model.layers': 'layers',
   'model.width': 'width',
+  'model.hidden': 'hidden',
   'model.heads': 'heads',
+  'model.init': 'initialisation',
   'data.context': 'context (tokens)',
   'data.batch': 'batch (sequences)',
   'train.steps': 'steps',
@@ -44,12 +46,20 @@ TRIED = {
   'decay': (0.8, 0.95, 0.9),
   'one layer flat': (0.8, 0.95, 0.9),
   'one layer 4000': (0.8, 0.9),
+  'one layer heads': (0.8, 0.9),
+  'one layer heads gpt2': (0.8, 0.9),
+  'one layer heads batch 16': (0.8, 0.9),
+  'one layer heads 3000': (0.8, 0.9),
+  'one layer heads gpt2 3000': (0.8, 0.9),
+  'one layer heads gpt2 128': (0.8, 0.9),
 }
 _NARROW = {'model.width': 32, 'model.hidden': 128}
 _SHORT = {'data.context': 32}
 _STEADY = {'optimizer.b2': 0.99, 'optimizer.warmup': 0.1}
 _HEADS = {'model.heads': 8, 'model.kv_heads': 8}
 _FLAT = _STEADY | {'optimizer.final': 0.01}
+_ONE_HEADS = {'model.layers': 1} | _SHORT | _FLAT | _HEADS
+_GPT2 = {'model.init': 'gpt2'}
 
 
 def _setting(learning_rate: float, ema: float, steps: int) -> Overrides:
@@ -78,8 +88,18 @@ SETTINGS: dict[str, Overrides] = {
   'one layer 2000': _setting(1e-2, 0.99, 2000) | {'model.layers': 1} | _SHORT | _STEADY,
   'one layer flat': _setting(1e-2, 0.99, 2000) | {'model.layers': 1} | _SHORT | _FLAT,
   'one layer 4000': _setting(1e-2, 0.99, 4000) | {'model.layers': 1} | _SHORT | _FLAT,
+  'one layer heads': _setting(1e-2, 0.99, 4000) | _ONE_HEADS,
+  'one layer heads gpt2': _setting(1e-2, 0.99, 4000) | _ONE_HEADS | _GPT2,
+  'one layer heads batch 16': (
+    _setting(1e-2, 0.99, 4000) | _ONE_HEADS | {'data.context': 16, 'data.batch': 16}
+  ),
+  'one layer heads 3000': _setting(1e-2, 0.99, 3000) | _ONE_HEADS,
+  'one layer heads gpt2 3000': _setting(1e-2, 0.99, 3000) | _ONE_HEADS | _GPT2,
+  'one layer heads gpt2 128': (
+    _setting(1e-2, 0.99, 4000) | _ONE_HEADS | _GPT2 | {'model.hidden': 128}
+  ),
 }
-CHOSEN = 'one layer 4000'
+CHOSEN = 'one layer heads'
 
 
 def runs() -> list[Run]:

@@ -18,7 +18,7 @@ STUDY = Comparison(
     'STE': STE,
   },
   sparsities=(0.8, 0.9),
-  seeds=(10, 11, 12, 13),
+  seeds=(20, 21, 22, 23),
   caption=(
     'Weight sparsity against validation loss: 1 layer of width 64 on bytes of the Python standard '
     "library's source. The learning rate, the averaging of weights, the batch and the number of steps "
