@@ -1,12 +1,11 @@
 """How much validation loss does weight sparsity cost, and which method costs least?
 
 Dense models, one at equal parameter count to the sparsest models, against static masks, magnitude
-pruning, RigL and STE at two sparsities, over seeds that share initialisation and data.
+pruning and RigL at two sparsities, over seeds that share initialisation and data.
 `ablation_setting` says how the setting was chosen.
 """
 
 from experiments.comparison import Comparison
-from experiments.sweep import STE
 
 STUDY = Comparison(
   config='configs/sparsity_vs_accuracy.py',
@@ -15,7 +14,6 @@ STUDY = Comparison(
     'static': {'weight.name': 'static'},
     'magnitude': {'weight.name': 'magnitude'},
     'RigL': {'weight.name': 'rigl'},
-    'STE': STE,
   },
   sparsities=(0.8, 0.9),
   seeds=(20, 21, 22, 23),

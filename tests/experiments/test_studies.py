@@ -50,7 +50,7 @@ def test_each_method_meets_each_sparsity_on_the_same_seeds():
   seeds = {}
   for run in sparsity_vs_accuracy.runs():
     seeds.setdefault(tuple(run.labels.values()), set()).add(run.overrides['seed'])
-  assert len(seeds) == 2 + 4 * 2
+  assert len(seeds) == 2 + 3 * 2
   assert set(map(frozenset, seeds.values())) == {frozenset({20, 21, 22, 23})}
 
 
