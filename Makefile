@@ -33,7 +33,7 @@ test: .venv/dev
 # What takes too long for every run of the tests: guides, a step of every config, steps without jit,
 # and inputs of many megabytes.
 test-slow: .venv/dev
-	$(BIN)/python -m pytest -n 2 --dist load -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 # 500 random configs and 300 damaged files; a failure names the command that repeats it.
 fuzz: .venv/dev

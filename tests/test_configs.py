@@ -81,11 +81,11 @@ def leaks(model, mode):
     lambda a: jnp.asarray(rng.normal(0.5 * (a.ndim < 2), 0.3, a.shape), a.dtype), variables
   )
   rngs = {'dropout': jax.random.key(1), 'gates': jax.random.key(2)}
-  apply = jax.jit(lambda t: model.apply(variables, t, mode, rngs=rngs, mutable=True)[0])
+  run = jax.jit(lambda v, t: model.apply(v, t, mode, rngs=rngs, mutable=True)[0])
   half = model.spec.context // 2
   changed = tokens.copy()
   changed[:, half:] = (changed[:, half:] + 1) % model.spec.vocab
-  moved = np.abs(apply(changed) - apply(tokens)).max(axis=(0, 2))
+  moved = np.abs(run(variables, changed) - run(variables, tokens)).max(axis=(0, 2))
   return bool(moved[:half].max() > 1e-5) if moved[half:].max() > 1e-3 else None
 
 

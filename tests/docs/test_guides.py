@@ -14,7 +14,10 @@ GUIDES = sorted(str(path.relative_to(FOLDER).with_suffix('')) for path in FOLDER
 
 def run(path, folder, cache):
   command = [sys.executable, guide.__file__, str(path), str(folder)]
-  env = os.environ | {'JAX_COMPILATION_CACHE_DIR': str(cache / 'guides')}
+  env = os.environ | {
+    'JAX_COMPILATION_CACHE_DIR': str(cache / 'guides'),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2',
+  }
   return subprocess.run(command, capture_output=True, text=True, timeout=540, env=env, check=False)
 
 

@@ -28,10 +28,11 @@ def test_each_tokens_row_is_added_to_its_logits(models):
   model, plain, params = models
   table = params['embed']['bigrams']
   without = params | {'embed': {k: v for k, v in params['embed'].items() if k != 'bigrams'}}
-  want = plain.apply({'params': without}, TOKENS) + table[TOKENS]
-  assert_allclose(model.apply({'params': params}, TOKENS), want, rtol=1e-5, atol=1e-5)
+  want = jax.jit(plain.apply)({'params': without}, TOKENS) + table[TOKENS]
+  found = jax.jit(model.apply)({'params': params}, TOKENS)
+  assert_allclose(found, want, rtol=1e-5, atol=1e-5)
   # A row learns from its own token alone.
-  grad = jax.grad(lambda p: model.apply({'params': p}, TOKENS[:, :3]).sum())(params)
+  grad = jax.jit(jax.grad(lambda p: model.apply({'params': p}, TOKENS[:, :3]).sum()))(params)
   rows = np.asarray(grad['embed']['bigrams'])
   assert_array_equal(np.unique(np.nonzero(rows)[0]), np.unique(TOKENS[:, :3]))
 
@@ -56,4 +57,4 @@ def test_it_is_pruned_only_where_a_config_leaves_it_to_the_method(tiny_config):
 def test_embeddings_in_place_of_tokens_are_refused(models):
   model, _, params = models
   with pytest.raises(UserError, match='the bigram table needs tokens'):
-    model.apply({'params': params}, embeddings_BxLxD=np.zeros((1, 4, 16), 'f'))
+    jax.jit(model.apply)({'params': params}, embeddings_BxLxD=np.zeros((1, 4, 16), 'f'))

@@ -69,14 +69,17 @@ def inputs_of_entering(model, params, x_BxLxD, enters_BxL):
   supplied = {'spec': model.spec, 'name': 'mlp', 'activation': made['activation']}
   mlp = functools.partial(model.slots[2].at(0, 1).make, supplied)
   block = Block(model.spec, made['attention'], mlp)
+  read = [f'{name}/input' for name in PRUNED]
+  run = jax.jit(
+    lambda tokens: sites.run(block, {'params': params['block_0']}, tokens, 'eval', read=read)
+  )
   rows = {name: [] for name in PRUNED}
   for x_LxD, enters_L in zip(x_BxLxD, enters_BxL):
     if not enters_L.any():
       continue
     positions = np.flatnonzero(enters_L)[None]
     tokens = Tokens(x_LxD[enters_L][None], positions, np.ones_like(positions, bool))
-    variables = {'params': params['block_0']}
-    _, seen = sites.run(block, variables, tokens, 'eval', read=[f'{name}/input' for name in PRUNED])
+    _, seen = run(tokens)
     for name in PRUNED:
       rows[name].append(seen[f'{name}/input'][0])
   return {name: np.concatenate(found) for name, found in rows.items()}
