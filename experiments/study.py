@@ -1,5 +1,6 @@
 """A study on disk: the runs that it plans, the lines of those that have finished, and its report."""
 
+import collections
 import contextlib
 import dataclasses
 import os
@@ -137,7 +138,8 @@ class Study:
     """
     missing, skipped = self.missing(runs, again), 0
     configs = self.configs(missing)
-    jobs = _jobs(missing, configs, pack)
+    jobs = collections.deque(_jobs(missing, configs, pack))
+    forward = True
     finished = len(runs) - len(missing)
     bar = tqdm(
       total=len(runs),
@@ -148,7 +150,8 @@ class Study:
       file=sys.stderr,
     )
     with bar:
-      for job, train_pack in jobs:
+      while jobs:
+        job, train_pack = jobs.popleft() if forward else jobs.pop()
         first, *others = job
         name = f'{first} and {len(others)} more' if others else first
         bar.set_description(name)
@@ -156,6 +159,10 @@ class Study:
           with contextlib.ExitStack() as stack:
             taken = [run_id for run_id in job if self._take(run_id, stack)]
             skipped += len(job) - len(taken)
+            if not taken:
+              # Another process works here. The runs at the other end have other methods, so the two
+              # processes compile different programs.
+              forward = not forward
             # Another process may have finished some of them meanwhile.
             todo = self.missing({run_id: job[run_id] for run_id in taken}, again)
             if todo and bar.disable:

@@ -301,9 +301,9 @@ def test_a_second_worker_takes_other_runs(folder, command, tmp_path):
   study.workdir(first).mkdir(parents=True)
   with lock.held(study.workdir(first) / 'study.lock', 'x'):
     done = command('fake')
-  assert done.code == 0 and executed(folder) == ['none 1', 'static 0', 'static 1']
+  assert done.code == 0 and executed(folder) == ['static 1', 'static 0', 'none 1']  # from the end
   assert 'skipped 1 of 4 runs: other processes work on them' in done.err
-  assert 'run 2/4: none-seed1' in done.err and 'none-seed0' not in done.err
+  assert 'run 2/4: static-seed1' in done.err and 'none-seed0' not in done.err
   assert '1 of 4 runs are missing' in done.out
   # A run whose training another process has begun by hand is left as well.
   held = "from sparse_lm.runs import lock\nraise lock.Held('workdir w is in use')"
