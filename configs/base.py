@@ -79,16 +79,38 @@ def _model() -> dict[str, Any]:
     'hidden': 1024,  # width of the MLP
     'heads': 4,
     'kv_heads': 4,  # fewer than heads: grouped-query attention
+    'head_width': 0,  # width of each head; 0 = width / heads
     'norm': 'rmsnorm',  # rmsnorm | layernorm
+    'norm_epsilon': 1e-5,  # added to the mean square before the root, in every norm
+    # RMSNorm of queries and keys: none | head (each head by itself) | all (all heads together)
+    'query_key_norm': 'none',
     'positions': 'rotary',  # rotary | learned
+    'rope_base': 10_000.0,  # base of the wavelengths of rotary positions
+    'rope_fraction': 1.0,  # fraction of each head's width that is rotated
+    # Longer wavelengths, for contexts longer than the model was trained on: none | linear (all are
+    # multiplied by rope_factor) | llama3 (only the long ones are)
+    'rope_scaling': 'none',
+    'rope_factor': 1.0,
+    # llama3: wavelengths above rope_context / rope_low tokens are multiplied, those below rope_context /
+    # rope_high stay, and those between are interpolated.
+    'rope_low': 1.0,
+    'rope_high': 4.0,
+    'rope_context': 8192,  # context of the original model, in tokens
+    'parallel_residual': False,  # True: the MLP reads the layer's input, as attention does
     'init': 'fan_in',  # fan_in | gpt2
     'tied': False,  # True: the head shares the weights of the embedding
+    'embed_scale': 1.0,  # factor of the token embeddings
+    'logit_scale': 1.0,  # factor of the inputs of the head, and so of the logits
     'bigram': False,  # True: also learns a table [vocabulary, vocabulary] of logits
-    'bias': False,
+    'bias': False,  # True: all linear layers have a bias, and so has layernorm
+    # Linear layers that have a bias although `bias` is False, such as ('query', 'key', 'value'). 'norm'
+    # stands for every layernorm.
+    'biases': (),
     'dropout': 0.0,
     # Precision of the computation: float32 | bfloat16 | auto (bfloat16 on devices where it is faster).
-    # Weights, moments, averages, norms and losses are always float32.
+    # Moments, averages, norms and losses are always float32.
     'precision': 'auto',
+    'weights_dtype': 'float32',  # dtype of the weights in memory and on disk: float32 | bfloat16
     'attention_kernel': 'auto',  # einsum | cudnn (fused) | auto (cudnn where it can run)
     # Activations that the backward pass recomputes: none | full (all of a layer) | dots (all but the
     # results of matmuls) | dots_no_batch (all but the results of matmuls with weights)

@@ -114,8 +114,10 @@ def pack(model: LM, params: Tree, masks: Tree, state: Tree) -> PackedModel:
     one, *each = (str(Place.parse(layer) / KERNEL) for layer in (path, *parts))
     matrices = _fused(one, each, kernels, matrices)
     bias, *biases = (str(Place.parse(layer) / BIAS) for layer in (path, *parts))
-    if one in matrices and biases[0] in small:
-      small[bias] = np.concatenate([small.pop(part) for part in biases])
+    if one in matrices and any(part in small for part in biases):
+      widths = [kernels[kernel].weights.shape[-1] for kernel in each]
+      zeros = [np.zeros(width, model.spec.compute) for width in widths]
+      small[bias] = np.concatenate([small.pop(*pair) for pair in zip(biases, zeros)])
   return assemble(model, left, matrices, small, state)
 
 

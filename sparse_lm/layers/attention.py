@@ -14,10 +14,10 @@ from flax import linen as nn
 from sparse_lm.kernels.attention import KeyValues, Mask, Select, attention, computed_keys
 from sparse_lm.layers import cache
 from sparse_lm.layers.draws import Dropout
-from sparse_lm.layers.embed import rotate
-from sparse_lm.layers.linear import Linear, fused_projections
+from sparse_lm.layers.linear import Linear, Norm, fused_projections
 from sparse_lm.layers.method import LayerMethod
-from sparse_lm.layers.spec import Spec
+from sparse_lm.layers.rope import rotate
+from sparse_lm.layers.spec import OF_ALL, OF_HEAD, RMSNORM, Spec
 from sparse_lm.layers.tokens import Tokens
 from sparse_lm.plan import record
 
@@ -106,7 +106,9 @@ class AttentionLayer(nn.Module):
     method = self.method()
     gating = method.traits.gating
     chosen = gating is not None
-    record.units(self.path, 'head', self.spec.kv_heads, self.head_axes, dynamic=chosen)
+    # A norm of all heads together depends on the number of heads, so none can be removed.
+    fixed = chosen or self.spec.query_key_norm == OF_ALL
+    record.units(self.path, 'head', self.spec.kv_heads, self.head_axes, dynamic=fixed)
     q_BxLxHxK, keys = self.project(tokens, mode)
     out_BxLxHxK = method(tokens, q_BxLxHxK, keys, mode)
     with record.gated(method.path, gating):
@@ -125,19 +127,32 @@ class AttentionLayer(nn.Module):
     spec, (b, l, _) = self.spec, tokens.x.shape
     wide, narrow = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     features = {'query': wide, 'key': narrow, 'value': narrow}
-    projected = fused_projections(self, spec, tokens.x, features)
+    q_BxLxF, k_BxLxF, v_BxLxF = fused_projections(self, spec, tokens.x, features)
+    q_BxLxF, k_BxLxF = self._normed(OF_ALL, q_BxLxF, k_BxLxF)
     # Packing may have removed some heads.
-    q_BxLxHxK, k_BxLxGxK, v_BxLxGxK = (y.reshape(b, l, -1, spec.head_dim) for y in projected)
+    q_BxLxHxK, k_BxLxGxK, v_BxLxGxK = (
+      y.reshape(b, l, -1, spec.head_dim) for y in (q_BxLxF, k_BxLxF, v_BxLxF)
+    )
+    q_BxLxHxK, k_BxLxGxK = self._normed(OF_HEAD, q_BxLxHxK, k_BxLxGxK)
     if spec.positions == 'rotary':
       # Whole sequences share one table of angles.
       places = jnp.arange(l, dtype=jnp.int32)[None] if tokens.whole else tokens.positions
-      q_BxLxHxK, k_BxLxGxK = (rotate(a, places) for a in (q_BxLxHxK, k_BxLxGxK))
+      q_BxLxHxK, k_BxLxGxK = (rotate(spec, a, places) for a in (q_BxLxHxK, k_BxLxGxK))
     q_BxLxHxK = record.site(self, 'q', q_BxLxHxK)
     k_BxLxGxK, v_BxLxGxK = record.site(self, 'k', k_BxLxGxK), record.site(self, 'v', v_BxLxGxK)
     if self.caches(mode):
       keep = functools.partial(cache.extend, self, self.cache_size, tokens, block=self.block)
       return q_BxLxHxK, keep(k_BxLxGxK, v_BxLxGxK)
     return q_BxLxHxK, KeyValues(k_BxLxGxK, v_BxLxGxK, tokens.positions, tokens.valid, tokens.whole)
+
+  def _normed(self, what: str, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns queries and keys, normalised if `spec.query_key_norm` is `what`."""
+    if self.spec.query_key_norm != what:
+      return q, k
+    query_norm, key_norm = (
+      Norm(self.spec, RMSNORM, name=f'{name}_norm') for name in ('query', 'key')
+    )
+    return query_norm(q), key_norm(k)
 
   def merge(self, out_BxLxHxK: jax.Array) -> jax.Array:
     """Projects the heads' outputs `[B, L, H, K]` to `[B, L, D]`."""

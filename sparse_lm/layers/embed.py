@@ -22,19 +22,21 @@ class Embed(nn.Module):
     spec = self.spec
     # A tied table is also the head, so it gets the smaller initialisation.
     init = INITS['gpt2' if spec.tied else spec.init]('embed', spec.layers)
-    self.tokens = self.param('tokens', init, (spec.vocab, spec.width), jnp.float32)
+    self.tokens = self.param('tokens', init, (spec.vocab, spec.width), spec.stored)
     if spec.positions == 'learned':
       init = INITS['gpt2']('embed', spec.layers)
-      self.positions = self.param('positions', init, (spec.context, spec.width), jnp.float32)
+      self.positions = self.param('positions', init, (spec.context, spec.width), spec.stored)
     if not spec.tied:
       self.head = Linear(spec, spec.vocab, role='head')
     if spec.bigram:
       init = nn.initializers.uniform(0.02)
-      self.bigrams = self.param('bigrams', init, (spec.vocab, spec.vocab), jnp.float32)
+      self.bigrams = self.param('bigrams', init, (spec.vocab, spec.vocab), spec.stored)
 
   def __call__(self, tokens_BxL: jax.Array, positions_BxL: jax.Array | None) -> jax.Array:
     """Embeds int32 tokens `[B, L]`; returns `[B, L, D]`. `placed` documents the positions."""
     x_BxLxD = record.matmul(self.tokens[tokens_BxL], self.path, 'lookup', 0, kernel='tokens')
+    if self.spec.embed_scale != 1:
+      x_BxLxD = x_BxLxD.astype(jnp.float32) * self.spec.embed_scale
     return self.placed(x_BxLxD, positions_BxL)
 
   def placed(self, x_BxLxD: jax.Array, positions_BxL: jax.Array | None) -> jax.Array:
@@ -72,6 +74,8 @@ class Embed(nn.Module):
         'config.model.bigram=True: the bigram table needs tokens, but the model was called with '
         'embeddings or a residual stream; valid: False'
       )
+    if self.spec.logit_scale != 1:
+      x_BxLxD = (x_BxLxD.astype(jnp.float32) * self.spec.logit_scale).astype(x_BxLxD.dtype)
     head = self._head() if readout else None
     if head is not None:
       return self._readout(x_BxLxD, tokens_BxL, head)
@@ -116,16 +120,3 @@ class Embed(nn.Module):
       return Readout(x_BxLxD, head)
     x_BxLxD = record.matmul(x_BxLxD, self.path, 'lookup', 0, kernel='bigrams')
     return Readout(x_BxLxD, head, tokens_BxL)
-
-
-def rotate(x_BxLxHxK: jax.Array, positions_BxL: jax.Array) -> jax.Array:
-  """Rotary positions (Su et al. 2021): rotates pairs `(x[k], x[k + K/2])` by position / 10000^(2k/K).
-
-  Positions of shape `[1, L]` apply to all sequences.
-  """
-  half = x_BxLxHxK.shape[-1] // 2
-  frequency = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle = positions_BxL[:, :, None, None].astype(jnp.float32) * frequency
-  cos, sin = jnp.cos(angle), jnp.sin(angle)
-  a, b = jnp.split(x_BxLxHxK.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxLxHxK.dtype)

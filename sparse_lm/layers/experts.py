@@ -23,16 +23,18 @@ COPIES = 'copies of expert parameters for blocks of tokens'
 
 
 class Experts(nn.Module):
-  """`experts` plain MLPs of `hidden` units with kernels `[E, D, F]` and `[E, F, D]`.
+  """`experts` MLPs of `hidden` units with kernels `[E, D, F]` (up and gate) and `[E, F, D]` (down).
 
   Attributes:
     activation: constructor of the activation slot's module.
+    gated: whether an expert is a gated MLP, `down(activation(gate(x)) * up(x))`.
   """
 
   spec: Spec
   activation: Callable[[], nn.Module]
   experts: int
   hidden: int
+  gated: bool = False
 
   @nn.compact
   def __call__(
@@ -50,6 +52,7 @@ class Experts(nn.Module):
     activation = self.activation()
     run = functools.partial(self._run, activation, rows=rows, mode=mode)
     axes, dynamic = {'up': -1, 'down': -2}, selects(activation)
+    axes |= {'gate': -1} if self.gated else {}
     record.units(self.path, 'neuron', self.experts * self.hidden, axes, dynamic)
     if not self.has_variable('packed', 'kept'):
       return run(x_NxPxD, expert_N)
@@ -70,8 +73,13 @@ class Experts(nn.Module):
     rows: float,
     mode: str,
   ) -> jax.Array:
-    h_NxPxF = self._linear('up', 'in', self.hidden, x_NxPxD, expert_N, rows)
-    h_NxPxF = record.site(self, 'hidden', activation(h_NxPxF, mode))
+    up_NxPxF = self._linear('up', 'in', self.hidden, x_NxPxD, expert_N, rows)
+    if self.gated:
+      gate_NxPxF = self._linear('gate', 'in', self.hidden, x_NxPxD, expert_N, rows)
+      h_NxPxF = activation(gate_NxPxF, mode) * up_NxPxF
+    else:
+      h_NxPxF = activation(up_NxPxF, mode)
+    h_NxPxF = record.site(self, 'hidden', h_NxPxF)
     return self._linear('down', 'out', self.spec.width, h_NxPxF, expert_N, rows)
 
   def _linear(
@@ -96,19 +104,19 @@ class Experts(nn.Module):
       y = one_by_one(stored.of_expert, left, x_NxPxI, expert_N)
     else:
       record.packable(self.path, name, f'{name}_bias')
-      kernel = self.param(name, each, (self.experts, width, features), jnp.float32)
+      kernel = self.param(name, each, (self.experts, width, features), spec.stored)
       y = grouped_matmul(x_NxPxI, kernel, expert_N)
       row, slots = 2 * width * features, x_NxPxI.shape[0] * x_NxPxI.shape[1]
       y = record.matmul(y, self.path, 'linear', row * rows, kernel=name)
       y = record.uncharged(y, 'slots of experts beyond the charged visits', row * (slots - rows))
       y = record.uncharged(y, COPIES, copied_flops(x_NxPxI, kernel, expert_N))
     y = y.astype(spec.compute)
-    if spec.bias:
+    if spec.has_bias(name):
       if self.has_variable('packed', f'{name}_bias'):
         bias = self.get_variable('packed', f'{name}_bias')
       else:
         shape = (self.experts, features)
-        bias = self.param(f'{name}_bias', nn.initializers.zeros, shape, jnp.float32)
+        bias = self.param(f'{name}_bias', nn.initializers.zeros, shape, spec.stored)
         bias = record.matmul(bias, self.path, 'bias', 0, kernel=f'{name}_bias')
       bias_NxF = gather_groups(bias.astype(spec.compute), expert_N)
       y = y + record.uncharged(bias_NxF, COPIES, selection_flops(bias, expert_N))[:, None]

@@ -11,12 +11,12 @@ from sparse_lm.core.format import Format
 from sparse_lm.kernels.matmul import matmul
 from sparse_lm.kernels.scale import scaled
 from sparse_lm.layers.init import INITS
-from sparse_lm.layers.spec import Spec
+from sparse_lm.layers.spec import LAYERNORM, NORM, Spec
 from sparse_lm.plan import record
 
 
 class Linear(nn.Module):
-  """Computes `x @ kernel (+ bias)` in `spec.precision`; the kernel `[in, features]` is float32.
+  """Computes `x @ kernel (+ bias)` in `spec.precision`; the kernel `[in, features]` is `spec.stored`.
 
   Attributes:
     features: number of outputs, over all heads.
@@ -36,11 +36,11 @@ class Linear(nn.Module):
       return record.site(self, 'output', run(x))
     record.packable(self.path, 'kernel', 'bias')
     init = INITS[spec.init](self.role, spec.layers)
-    kernel = self.param('kernel', init, (x.shape[-1], self.features), jnp.float32)
+    kernel = self.param('kernel', init, (x.shape[-1], self.features), spec.stored)
     y = matmul(x, kernel.astype(spec.compute))
     y = record.matmul(y, self.path, 'linear', 2 * x.size * self.features, kernel='kernel')
-    if spec.bias:
-      bias = self.param('bias', nn.initializers.zeros, (self.features,), jnp.float32)
+    if spec.has_bias(self.name):
+      bias = self.param('bias', nn.initializers.zeros, (self.features,), spec.stored)
       y = y + bias.astype(spec.compute)
     return record.site(self, 'output', y)
 
@@ -49,7 +49,7 @@ class Linear(nn.Module):
     """The kernel and the bias (`None` without a bias); `None` if the weights are packed."""
     if not self.has_variable('params', 'kernel'):
       return None
-    bias = self.get_variable('params', 'bias') if self.spec.bias else None
+    bias = self.get_variable('params', 'bias') if self.spec.has_bias(self.name) else None
     return self.get_variable('params', 'kernel'), bias
 
   @property
@@ -63,7 +63,7 @@ class Linear(nn.Module):
     """Returns the layer with packed weights; `None` if the weights are not packed."""
     if not self.has_variable('packed', 'kernel'):
       return None
-    bias = self.get_variable('packed', 'bias') if self.spec.bias else None
+    bias = self.get_variable('packed', 'bias') if self.has_variable('packed', 'bias') else None
     return PackedLinear(self.get_variable('packed', 'kernel'), bias, self.spec.compute)
 
 
@@ -125,20 +125,25 @@ class PackedLinear:
 
 
 class Norm(nn.Module):
-  """RMSNorm or LayerNorm (`spec.norm`) over the last axis; statistics are computed in float32."""
+  """RMSNorm or LayerNorm over the last axis; statistics are computed in float32.
+
+  Attributes:
+    kind: one of `spec.NORMS`; '' means `spec.norm`.
+  """
 
   spec: Spec
+  kind: str = ''
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Normalises `[..., D]`; the result is in `spec.precision`."""
-    spec = self.spec
-    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],), jnp.float32)
-    y = x.astype(jnp.float32)
-    if spec.norm == 'layernorm':
+    spec, centred = self.spec, (self.kind or self.spec.norm) == LAYERNORM
+    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],), spec.stored)
+    y, scale = x.astype(jnp.float32), scale.astype(jnp.float32)
+    if centred:
       y = y - jnp.mean(y, axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-5)
-    if not (spec.norm == 'layernorm' and spec.bias):
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + spec.norm_epsilon)
+    if not (centred and spec.has_bias(NORM)):
       return scaled(y, scale, spec.compute)
-    y = y * scale + self.param('bias', nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+    y = y * scale + self.param('bias', nn.initializers.zeros, (x.shape[-1],), spec.stored)
     return y.astype(spec.compute)

@@ -30,6 +30,7 @@ class MixtureOfExperts(LayerMethod):
     executor: 'sort', or 'einsum' for the slow reference.
     by_position: whether slots are assigned position by position instead of sequence by sequence, so that
       no token loses its slot to a later one.
+    gated: whether the experts are gated MLPs (`Experts`).
   """
 
   spec: Spec
@@ -38,6 +39,7 @@ class MixtureOfExperts(LayerMethod):
   hidden: int = ranged(0, '[0, 2^24]')
   executor: str = 'sort'
   by_position: ClassVar[bool] = False
+  gated: ClassVar[bool] = False
 
   def check(self) -> None:
     """Raises a UserError if the executor is unknown."""
@@ -78,7 +80,8 @@ class MixtureOfExperts(LayerMethod):
   def _run(
     self, x_TxD: jax.Array, routed: Routing, plan: dispatch.SlotPlan, mode: str, few: bool
   ) -> jax.Array:
-    experts = Experts(self.spec, self.activation, self.count, self.units, name='experts')
+    shape = self.count, self.units, self.gated
+    experts = Experts(self.spec, self.activation, *shape, name='experts')
     visits = x_TxD.shape[0] * routed.visits
     if few and routed.expert_TxJ.size <= self.count:
       run = lambda x_NxPxD, expert_N: experts(x_NxPxD, expert_N, visits, mode)  # noqa: E731

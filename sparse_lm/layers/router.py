@@ -29,11 +29,11 @@ class Router(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns float32 logits `[..., features]` for `[..., D]`."""
     init = nn.initializers.normal(self.scale * x.shape[-1] ** -0.5)
-    kernel = self.param('kernel', init, (x.shape[-1], self.features), jnp.float32)
+    kernel = self.param('kernel', init, (x.shape[-1], self.features), self.spec.stored)
     x = record.site(self, 'input', x.astype(jnp.float32), kernel='kernel')
     logits = matmul(x, kernel.astype(jnp.float32))
     logits = record.matmul(logits, self.path, 'linear', 2 * x.size * self.features, kernel='kernel')
     if self.bias is not None:
       start = nn.initializers.constant(self.bias)
-      logits += self.param('bias', start, (self.features,), jnp.float32)
+      logits += self.param('bias', start, (self.features,), self.spec.stored)
     return record.site(self, 'output', logits)

@@ -14,7 +14,7 @@ from sparse_lm.plan import record
 
 
 class Block(nn.Module):
-  """Pre-norm attention and MLP.
+  """Pre-norm attention and MLP. With `spec.parallel_residual` both read the layer's input (GPT-NeoX).
 
   Attributes:
     spec: the model's dimensions.
@@ -37,6 +37,7 @@ class Block(nn.Module):
     a_BxLxD = record.site(self, 'attention/input', Norm(spec, name='norm_1')(x_BxLxD))
     a_BxLxD = attention(tokens.replace(x=a_BxLxD), mode)
     a_BxLxD = record.site(self, 'attention/output', dropout(a_BxLxD))
-    m_BxLxD = record.site(self, 'mlp/input', Norm(spec, name='norm_2')(x_BxLxD + a_BxLxD))
+    r_BxLxD = x_BxLxD if spec.parallel_residual else x_BxLxD + a_BxLxD
+    m_BxLxD = record.site(self, 'mlp/input', Norm(spec, name='norm_2')(r_BxLxD))
     m_BxLxD = self.mlp()(m_BxLxD, mode)
     return a_BxLxD + record.site(self, 'mlp/output', dropout(m_BxLxD))

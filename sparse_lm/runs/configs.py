@@ -5,8 +5,6 @@ slot depend on its method. So the names of methods are overridden first, then th
 methods are merged, and then all other overrides are applied. `config_flags` cannot do this in one pass.
 """
 
-import ast
-import contextlib
 import functools
 import importlib.util
 import json
@@ -23,6 +21,7 @@ from sparse_lm.core.records import Json, JsonObject
 from sparse_lm.core.version import VERSION
 from sparse_lm.model import slots
 from sparse_lm.runs.config_names import instead_of_method
+from sparse_lm.runs.config_values import convert, wrong_type
 from sparse_lm.runs.run_folder import folder_of, read_config
 
 BASE = pathlib.Path(__file__).parents[2] / 'configs' / 'base.py'
@@ -89,7 +88,7 @@ def _inherit_data(config: ConfigDict, overrides: Overrides) -> None:
   for field, value in _saved_data(parent).items():
     told = field in TEXT and config.data.get(field) != default[field]
     if field in config.data and not told and f'data.{field}' not in overrides:
-      config.data[field] = _convert(f'data.{field}', value, config.data[field])
+      config.data[field] = convert(f'data.{field}', value, config.data[field])
 
 
 def _saved_data(workdir: str) -> JsonObject:
@@ -267,11 +266,12 @@ def from_json(values: JsonObject) -> ConfigDict:
 def of_run(values: JsonObject, path: pathlib.Path) -> ConfigDict:
   """Returns the config of a run from the values of its config.json at `path`.
 
-  Raises UserError if the file lacks a field of this version, or if a value has the wrong type or lies
-  outside its range, because another version wrote the file.
+  Fields that are missing take their defaults, as in `completed`. Raises UserError if the file lacks the
+  name of a method, or if a value has the wrong type or lies outside its range, because another version
+  wrote the file.
   """
-  config = from_json(values)
   try:
+    config = from_json(completed(values))
     _check_types(config, _shared_defaults())
     for slot, group, node in _methods(config):
       own = slots.defaults(slot, node.name, f'config.{group}.name')
@@ -284,6 +284,27 @@ def of_run(values: JsonObject, path: pathlib.Path) -> ConfigDict:
   except UserError as error:
     raise UserError(f'{path} does not fit this version, sparse_lm {VERSION}: {error}') from None
   return config
+
+
+def completed(values: JsonObject) -> JsonObject:
+  """Returns the values of a config.json with the defaults of fields that joined after it was written.
+
+  A field of `configs/base.py`, or of a method's class, whose group the file has takes its default. So
+  the default of a new field must change nothing. The names of methods and all other fields of a slot
+  (`slots.SLOT_KEYS`) must be there.
+  """
+  config = ConfigDict(values)
+  for field, default in _shared_defaults().items():
+    group, _, last = field.rpartition('.')
+    if group.partition('.')[0] not in slots.SLOTS:
+      node = config.get(group) if group else config
+      if isinstance(node, ConfigDict) and last not in node:
+        node[last] = default
+  for slot, group, node in _methods(config):
+    for key, default in slots.defaults(slot, node.name, f'config.{group}.name').items():
+      if key not in node:
+        node[key] = default
+  return to_json(config)
 
 
 def _shared_defaults() -> dict[str, FieldValue]:
@@ -302,8 +323,8 @@ def _check_types(config: ConfigDict, defaults: dict[str, FieldValue]) -> None:
     if field not in fields:
       raise _missing(field)
     if isinstance(fields[field], str) != isinstance(default, str):
-      raise _wrong_type(field, fields[field], default)
-    _convert(field, fields[field], default)
+      raise wrong_type(field, fields[field], default)
+    convert(field, fields[field], default)
 
 
 def flat(values: JsonObject | ConfigDict, prefix: str = '') -> dict[str, Json | FieldValue]:
@@ -358,7 +379,7 @@ def _merge_defaults(config: ConfigDict, group: str, name: str, path: str) -> Non
       raise unknown(f'field of method {name!r} in {path}: config.{group}', key, valid)
   with config.unlocked(), config.ignore_type():
     for key, value in defaults.items():
-      config[key] = _convert(f'{group}.{key}', config.get(key, value), value)
+      config[key] = convert(f'{group}.{key}', config.get(key, value), value)
 
 
 def _override(config: ConfigDict, field: str, value: object) -> None:
@@ -373,28 +394,4 @@ def _override(config: ConfigDict, field: str, value: object) -> None:
     node = node[key] if depth < len(parents) else node
   if isinstance(node[last], ConfigDict):
     raise UserError(f'config.{field} is a group of fields; valid: {listed([*flat(node[last])])}')
-  node[last] = _convert(field, value, node[last])
-
-
-def _convert(field: str, value: object, default: FieldValue) -> FieldValue:
-  """Converts `value` to the type of `default`. An int is a valid float, and a list a valid tuple."""
-  if isinstance(value, str) and not isinstance(default, str):
-    text = {'true': 'True', 'false': 'False'}.get(value.lower(), value)
-    try:
-      value = ast.literal_eval(text)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-      raise _wrong_type(field, value, default) from None
-  if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-    with contextlib.suppress(OverflowError):  # an int beyond the largest float is refused below
-      value = float(value)
-  if isinstance(default, tuple) and isinstance(value, list | tuple):
-    value = tuple(_convert(field, item, default[0]) if default else item for item in value)
-  if type(value) is not type(default):
-    raise _wrong_type(field, value, default)
-  return value
-
-
-def _wrong_type(field: str, value: object, default: object) -> UserError:
-  return UserError(
-    f'config.{field}={ranges.shown(value)} is not of type {type(default).__name__}, such as {default!r}'
-  )
+  node[last] = convert(field, value, node[last])

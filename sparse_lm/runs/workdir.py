@@ -147,6 +147,16 @@ def whole_folder(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _only_fields_of(old: JsonObject, new: JsonObject) -> JsonObject:
+  """Returns `new` without the fields that `old` does not have."""
+  kept = {}
+  for key, value in new.items():
+    if key in old:
+      nested = isinstance(value, dict) and isinstance(old[key], dict)
+      kept[key] = _only_fields_of(old[key], value) if nested else value
+  return kept
+
+
 class Workdir:
   """The folder of a run.
 
@@ -181,10 +191,20 @@ class Workdir:
       self.path.mkdir(parents=True, exist_ok=True)
     self._lock.enter_context(lock.held(self.path / 'lock', f'workdir {self.path}'))
     self._compare()  # again: another process may have trained here since
-    write_json(self.path / CONFIG, with_format(configs.to_json(self.config)))
+    write_json(self.path / CONFIG, with_format(self._written()))
     write_json(self.path / 'env.json', environment())
     write_json(self.path / DATA, self.data.card)
     write_json(self.path / 'tokenizer.json', self.data.tokenizer.to_json())
+
+  def _written(self) -> JsonObject:
+    """Returns the values of config.json. A run that an older version began keeps the fields it has.
+
+    Checkpoints hold a digest of them, and fields that joined since have their defaults.
+    """
+    values = configs.to_json(self.config)
+    if not (self.path / CONFIG).exists():
+      return values
+    return _only_fields_of(read_config(self.path), values)
 
   def result(self, steps: int) -> JsonObject | None:
     """Returns the contents of result.json if the run has finished `steps` steps, otherwise `None`.
@@ -195,7 +215,7 @@ class Workdir:
     result = read_json(file, Result) if file.exists() else None
     if not result or result['metrics']['steps'] != steps:
       return None
-    if fixed(result['config']) != fixed(configs.to_json(self.config)):
+    if fixed(configs.completed(result['config'])) != fixed(configs.to_json(self.config)):
       raise UserError(
         f'{file} is of a run with another config; valid: the file of this run, or remove it'
       )
@@ -259,7 +279,7 @@ class Workdir:
   def _compare(self) -> None:
     if not (self.path / CONFIG).exists():
       return
-    old = configs.flat(read_config(self.path))
+    old = configs.flat(configs.completed(read_config(self.path)))
     new = configs.flat(configs.to_json(self.config))
     # Names of methods come first, because they explain why other fields differ too.
     for field in sorted({*old, *new} - set(FREE), key=lambda f: (not f.endswith('name'), f)):

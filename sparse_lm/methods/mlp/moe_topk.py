@@ -23,7 +23,8 @@ class MoETopK(MixtureOfExperts):
   """Each token visits the `k` experts with the largest router probabilities.
 
   With k = 1 the output of an expert is weighted by its probability (Switch). With a larger k the weights
-  are the chosen probabilities, normalised to sum to 1. An expert without free slots drops further tokens.
+  are the chosen probabilities, which `normalise` divides by their sum (Mixtral, Jiang et al. 2024); OLMoE
+  (Muennighoff et al. 2024) does not. An expert without free slots drops further tokens.
   Slots are filled in the order of positions (then of sequences, then of choices), so no token is dropped
   because of a later one.
 
@@ -38,6 +39,8 @@ class MoETopK(MixtureOfExperts):
     capacity: slots of an expert in training, divided by its even share of the tokens; 0 = no limit.
     eval_capacity: the same in evaluation; decoding drops no token.
     balance: coefficient of the load-balancing loss; with uniform routing the loss equals it.
+    gated: True gives each expert a third matrix: `down(activation(gate(x)) * up(x))`.
+    normalise: with k > 1, True divides the weights of a token's chosen experts by their sum.
     z: coefficient of the mean squared log-partition function of the router (z-loss).
     jitter: training multiplies the router's inputs by uniform noise in 1 ± jitter. The deviation from 1
       is drawn in the model's compute dtype, and the product is rounded to it, because in float32 these
@@ -49,6 +52,8 @@ class MoETopK(MixtureOfExperts):
   capacity: float = ranged(1.25, '[0, inf)')
   eval_capacity: float = ranged(0.0, '[0, inf)')
   balance: float = ranged(0.01, '[0, inf)')
+  gated: bool = False
+  normalise: bool = True
   z: float = ranged(0.001, '[0, inf)')
   jitter: float = ranged(0.01, '[0, 1)')
   by_position: ClassVar[bool] = True
@@ -62,7 +67,7 @@ class MoETopK(MixtureOfExperts):
       paper='Switch (Fedus et al. 2021) and top-2 (Shazeer et al. 2017, GShard 2020); z-loss of ST-MoE '
       '(Zoph et al. 2022)',
       saves='the experts that a token does not visit',
-      twin='dense',
+      twin='gated' if self.gated else 'dense',
       gating=Gating(),
       couples=tuple(mode for mode in ('train', 'eval') if self._factor(mode) > 0),
     )
@@ -89,7 +94,7 @@ class MoETopK(MixtureOfExperts):
     logits_TxE = Router(self.spec, self.experts, scale=0.1**0.5, name='router')(x_TxD)
     probability_TxE = jax.nn.softmax(logits_TxE)
     weight_TxK, expert_TxK = top(probability_TxE, self.k)
-    if self.k > 1:
+    if self.k > 1 and self.normalise:
       weight_TxK = weight_TxK / jnp.sum(weight_TxK, axis=-1, keepdims=True)
     if mode == 'train':
       square = jnp.mean(jnp.square(jax.nn.logsumexp(logits_TxE, axis=-1)))
