@@ -48,6 +48,7 @@ KEY = "a key of a method's config"
 DISPLAY = 'a part of the name that tables and figures show'
 METRIC = 'a number that a training step gives, by its name in logs'
 ABSENT = 'nothing, to a reader or to Matplotlib'
+TWIN = 'the dense twin of the method, which depends on its fields'
 REMAT = 'what the backward pass of a layer computes again'
 MEANS_SOMETHING_ELSE = {
   'sparse_lm/data/prepared.py': {'none': ABSENT},
@@ -59,8 +60,9 @@ MEANS_SOMETHING_ELSE = {
   'sparse_lm/layers/experts.py': {'neuron': UNIT},
   'sparse_lm/layers/feed_forward.py': {'neuron': UNIT},
   'sparse_lm/layers/init.py': {'head': PARAMETER},
-  'sparse_lm/layers/spec.py': {'full': REMAT, 'none': REMAT},
+  'sparse_lm/layers/spec.py': {'full': REMAT, 'none': ABSENT, 'head': PARAMETER},
   'sparse_lm/methods/mlp/gated.py': {'neuron': UNIT},
+  'sparse_lm/methods/mlp/moe_topk.py': {'dense': TWIN, 'gated': TWIN},
   'sparse_lm/methods/mlp/predictor_topk.py': {'neuron': UNIT},
   'sparse_lm/methods/weight/alps.py': {'xtx': SIGNAL},
   'sparse_lm/methods/weight/movement_soft.py': {'movement': DISPLAY},

@@ -18,7 +18,8 @@ def rotate(spec: Spec, x_BxLxHxK: jax.Array, positions_BxL: jax.Array) -> jax.Ar
     x_BxLxHxK: queries or keys.
     positions_BxL: int32; `[1, L]` applies to all sequences.
   """
-  angle = positions_BxL[:, :, None, None].astype(jnp.float32) * _frequencies(spec)
+  frequency = _frequencies(spec)
+  angle = positions_BxL[:, :, None, None].astype(jnp.float32) * frequency
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   whole = spec.rotated == x_BxLxHxK.shape[-1]
   turned = x_BxLxHxK if whole else x_BxLxHxK[..., : spec.rotated]

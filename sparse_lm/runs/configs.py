@@ -266,15 +266,20 @@ def from_json(values: JsonObject) -> ConfigDict:
 def of_run(values: JsonObject, path: pathlib.Path) -> ConfigDict:
   """Returns the config of a run from the values of its config.json at `path`.
 
-  Fields that are missing take their defaults, as in `completed`. Raises UserError if the file lacks the
-  name of a method, or if a value has the wrong type or lies outside its range, because another version
-  wrote the file.
+  A field that joined `configs/base.py` or the class of a method after the file was written takes its
+  default, which therefore must change nothing. Only the keys of slots (`slots.SLOT_KEYS`) must be there.
+
+  Raises UserError if one of them is missing, or if a value has the wrong type or lies outside its range,
+  because another version wrote the file.
   """
+  config = from_json(values).unlock()
   try:
-    config = from_json(completed(values))
-    _check_types(config, _shared_defaults())
+    shared = _shared_defaults()
+    _complete(config, {f: v for f, v in shared.items() if f.partition('.')[0] not in slots.SLOTS})
+    _check_types(config, shared)
     for slot, group, node in _methods(config):
       own = slots.defaults(slot, node.name, f'config.{group}.name')
+      _complete(config, {f'{group}.{key}': default for key, default in own.items()})
       if _is_rule(group):
         own |= {
           key: config[slot].get(key, ('',)) for key in slots.RULE_KEYS[slot] if key != 'inner'
@@ -283,28 +288,18 @@ def of_run(values: JsonObject, path: pathlib.Path) -> ConfigDict:
     check(config)
   except UserError as error:
     raise UserError(f'{path} does not fit this version, sparse_lm {VERSION}: {error}') from None
-  return config
+  return config.lock()
 
 
-def completed(values: JsonObject) -> JsonObject:
-  """Returns the values of a config.json with the defaults of fields that joined after it was written.
-
-  A field of `configs/base.py`, or of a method's class, whose group the file has takes its default. So
-  the default of a new field must change nothing. The names of methods and all other fields of a slot
-  (`slots.SLOT_KEYS`) must be there.
-  """
-  config = ConfigDict(values)
-  for field, default in _shared_defaults().items():
-    group, _, last = field.rpartition('.')
-    if group.partition('.')[0] not in slots.SLOTS:
-      node = config.get(group) if group else config
-      if isinstance(node, ConfigDict) and last not in node:
-        node[last] = default
-  for slot, group, node in _methods(config):
-    for key, default in slots.defaults(slot, node.name, f'config.{group}.name').items():
-      if key not in node:
-        node[key] = default
-  return to_json(config)
+def _complete(config: ConfigDict, defaults: dict[str, FieldValue]) -> None:
+  """Adds the fields that are missing in a group of the config."""
+  for field, default in defaults.items():
+    *groups, last = field.split('.')
+    node = config
+    for group in groups:
+      node = node.get(group) if isinstance(node, ConfigDict) else None
+    if isinstance(node, ConfigDict) and last not in node:
+      node[last] = default
 
 
 def _shared_defaults() -> dict[str, FieldValue]:

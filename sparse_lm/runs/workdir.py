@@ -147,6 +147,11 @@ def whole_folder(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _complete(config: JsonObject, path: pathlib.Path) -> JsonObject:
+  """Returns the `fixed` fields of a config.json, with those that joined since it was written."""
+  return fixed(configs.to_json(configs.of_run(config, path)))
+
+
 def _only_fields_of(old: JsonObject, new: JsonObject) -> JsonObject:
   """Returns `new` without the fields that `old` does not have."""
   kept = {}
@@ -215,7 +220,7 @@ class Workdir:
     result = read_json(file, Result) if file.exists() else None
     if not result or result['metrics']['steps'] != steps:
       return None
-    if fixed(configs.completed(result['config'])) != fixed(configs.to_json(self.config)):
+    if _complete(result['config'], file) != fixed(configs.to_json(self.config)):
       raise UserError(
         f'{file} is of a run with another config; valid: the file of this run, or remove it'
       )
@@ -279,7 +284,7 @@ class Workdir:
   def _compare(self) -> None:
     if not (self.path / CONFIG).exists():
       return
-    old = configs.flat(configs.completed(read_config(self.path)))
+    old = _complete(read_config(self.path), self.path / CONFIG)
     new = configs.flat(configs.to_json(self.config))
     # Names of methods come first, because they explain why other fields differ too.
     for field in sorted({*old, *new} - set(FREE), key=lambda f: (not f.endswith('name'), f)):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from configs import base
 from sparse_lm.kernels.attention import KeyValues
-from sparse_lm.layers.embed import rotate
+from sparse_lm.layers.rope import rotate
 from sparse_lm.layers.tokens import Tokens
 from sparse_lm.model import lm, slots
 from sparse_lm.model.plans import plan_of
@@ -116,7 +116,8 @@ def test_gqa_equals_mha_with_repeated_key_and_value_heads(kv_heads):
 def test_rotate_turns_pairs_by_their_angle():
   rng = np.random.default_rng(0)
   x, positions = rng.standard_normal((1, 3, 2, 6)), np.array([[0, 2, 9]])
-  found = np.asarray(rotate(jnp.asarray(x, jnp.float32), positions))
+  spec = model_of(head_width=6).spec
+  found = np.asarray(rotate(spec, jnp.asarray(x, jnp.float32), positions))
   for t, position in enumerate(positions[0]):
     for j in range(3):
       # A pair as a complex number, multiplied by exp(i position 10000^(-2j/6)).

@@ -11,6 +11,7 @@ from sparse_lm.commands.config_arguments import from_command_line, overrides_fro
 from sparse_lm.commands.parser import one_line
 from sparse_lm.core import records
 from sparse_lm.core.errors import UserError
+from sparse_lm.model import slots
 from sparse_lm.runs import configs
 from sparse_lm.runs.run_folder import with_format
 
@@ -294,13 +295,15 @@ def test_a_parent_without_a_config_changes_nothing(text, tmp_path, write):
 
 
 def test_a_saved_config_of_another_version_is_one_line():
-  """Without any one field, or with a value of another type in it."""
+  """Without the name of a method, or with a value of another type in any field."""
   config = configs.load('configs/rigl.py')
   path = pathlib.Path('run/config.json')
   assert configs.of_run(configs.to_json(config), path) == config
   for field in configs.flat(config):
     *groups, last = field.split('.')
-    for change in ('missing', 'null', 'group'):
+    of_slot = bool(groups) and groups[0] in slots.SLOTS
+    required = of_slot and last in slots.SLOT_KEYS[groups[0]]
+    for change in ('null', 'group', *(('missing',) if required else ())):
       values = node = configs.to_json(config)
       for group in groups:
         node = node[group]
@@ -313,6 +316,32 @@ def test_a_saved_config_of_another_version_is_one_line():
       ) as refused:
         configs.of_run(values, path)
       assert '\n' not in str(refused.value)
+
+
+def test_fields_that_a_saved_config_lacks_take_their_defaults():
+  """Every field that is not a key of a slot, one at a time: of `base.py`, or of a method's class."""
+  config = configs.load('configs/rigl.py')
+  rest, lacking = configs.flat(config), []
+  default = configs.flat(base.get_config()) | {
+    f'{group}.{key}': value
+    for slot in slots.SLOTS
+    for group, node in slots.groups(slot, config)
+    for key, value in slots.defaults(slot, node.name).items()
+  }
+  for field in rest:
+    *groups, last = field.split('.')
+    if groups and groups[0] in slots.SLOTS and last in slots.SLOT_KEYS[groups[0]]:
+      continue
+    values = node = configs.to_json(config)
+    for group in groups:
+      node = node[group]
+    del node[last]
+    found = configs.flat(configs.of_run(values, pathlib.Path('run/config.json')))
+    assert found == rest | {field: default[field]}
+    lacking.append(field)
+  assert {'seed', 'model.norm_epsilon', 'model.biases', 'weight.period', 'data.context'} <= {
+    *lacking
+  }
 
 
 def test_deriving_a_config_leaves_the_first_as_it_was(tiny_config):
