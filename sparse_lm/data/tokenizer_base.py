@@ -12,6 +12,7 @@ from sparse_lm.core.errors import UserError
 class SavedTokenizer:
   """Base class of tokenizers with `to_json`, `encode` and `vocab_size`."""
 
+  bos: int | None = None  # the token that begins a text; `None` if there is none
   eos: int | None = None  # the token that ends a text; `None` if there is none
 
   @functools.cached_property

@@ -71,7 +71,7 @@ class Runnable:
     """
     if text:
       return text_of(self._other(text), self.tokenizer)
-    data = data_of(self.config)
+    data = data_of(self.config, self.tokenizer)
     if self.packed is None:
       check_text(self.origin.folder, data, '--workdir')
     elif data.tokenizer.digest != self.tokenizer.digest:

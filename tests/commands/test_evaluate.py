@@ -124,13 +124,27 @@ def test_evaluations_that_accept_the_model_are_printed(call, run, meter, packed)
   assert values['energy', 'joules_per_token'] == f'{100 / (15 * 2 * DECODED):.6g}'
   assert float(values['loss', 'val_loss']) == pytest.approx(run[3]['val_loss'], rel=1e-5)
   assert out.splitlines()[-1].endswith('; validation split')
+  needs_a_file = {'blimp'}
   left_out = set(evals.names()) - {task for task, _ in values}
   assert {line.split(' (')[0] for line in err.splitlines()} == {f'left out: {x}' for x in left_out}
   if packed:
-    assert not left_out
+    assert left_out == needs_a_file
     assert values['speed', 'read_bytes'] == '-'  # two sequences share what they read
   else:
-    assert left_out == {'speed'} and 'valid: a packed model' in err
+    assert left_out == {'speed'} | needs_a_file and 'valid: a packed model' in err
+
+
+def test_minimal_pairs_need_no_text(call, run, tmp_path):
+  """The text of training may be gone; options are arguments of the command."""
+  pairs = [
+    {'task': 't', 'field': 'f', 'good': 'the dog', 'bad': bad} for bad in ('the the', 'gggg')
+  ]
+  file = tmp_path / 'pairs.jsonl'
+  file.write_text('\n'.join(map(json.dumps, pairs)))
+  given = [f'--workdir={run[1]}', '--task=blimp', f'--pairs_file={file}', '--pairs=1']
+  code, out, err = call(evaluate_command, given)
+  assert code == 0 and not err
+  assert '| blimp  | blimp/f/t |' in out and 'pairs 1, tasks 1' in out
 
 
 BAD = {
@@ -146,6 +160,11 @@ BAD = {
     'context=33 is not valid; valid: 1 to 32, the positions of the model',
   ),
   'stride': (['--context=8', '--stride=9'], 'stride=9 is not valid; valid: 1 to 8, the context'),
+  'whose option': (
+    ['--task=loss', '--pairs=2'],
+    '--pairs=2 is an option of blimp; valid: --task=blimp',
+  ),
+  'no pairs': (['--task=blimp'], "--pairs_file='' names no file"),
   'no prediction': (['--max_tokens=1'], '--max_tokens'),
   'no file': (['--config.data.path=no/such.txt'], "config.data.path 'no/such.txt' matches no file"),
   'not text': (
@@ -180,6 +199,6 @@ def test_another_text_is_refused(packed, call, run, monkeypatch, text_file, tmp_
   config = run[0].copy_and_resolve_references().unlock()
   config.data.path = str(other)
   changed = data_of(config.lock())
-  monkeypatch.setattr(runnable, 'data_of', lambda _: changed)
+  monkeypatch.setattr(runnable, 'data_of', lambda *_: changed)
   code, _, err = call(evaluate_command, [f'--workdir={run[1 + packed]}', '--task=loss'])
   assert code == 2 and f'--workdir={run[1 + packed]}' in err and err.count('\n') == 1
