@@ -10,36 +10,42 @@ from ml_collections import ConfigDict
 from sparse_lm.commands.config_arguments import add_fields_to_help, overrides_from_args
 from sparse_lm.commands.parser import Parser, local_path, one_line
 from sparse_lm.core import rng
-from sparse_lm.core.errors import UserError
+from sparse_lm.core.errors import require
 from sparse_lm.core.ranges import Range
 from sparse_lm.core.tree import Tree
-from sparse_lm.model import slots
 from sparse_lm.runs import configs, measured, runtime
 from sparse_lm.runs.build import build
 from sparse_lm.runs.checkpoint import Checkpoints
 from sparse_lm.runs.evaluate import evaluate, result_of
 from sparse_lm.runs.history import History
+from sparse_lm.runs.prune_files import prune_files
+from sparse_lm.runs.run_folder import WEIGHTS, folder_of
 from sparse_lm.runs.setup import Setup, data_of
 from sparse_lm.runs.trained import Trained, check_fits, load
-from sparse_lm.runs.weight import groups_of_parts
+from sparse_lm.runs.weight import check_one_shot, groups_of_parts
 from sparse_lm.runs.workdir import Workdir, check_new, check_text, whole_folder
 from sparse_lm.train import layerwise, one_shot, states
 from sparse_lm.train.layerwise import InMemory
 from sparse_lm.train.states import TrainState
 from sparse_lm.train.work import Work
-from sparse_lm.weights.method import Sparse, WeightMethod
+from sparse_lm.weights.method import Sparse
 
 
-def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
-  """Prunes a trained run in one shot and writes the result as a new workdir.
+def prune(
+  parent: str, out: str, overrides: dict, segments: int = 128, context: int | None = None
+) -> dict:
+  """Prunes a trained run or an imported model in one shot and writes the result as a new workdir.
 
-  The workdir can be loaded like that of any run, and other runs can start from it.
+  The workdir can be loaded like that of any run, and other runs can start from it. A workdir with weight
+  files is pruned with one layer in memory at a time, and is not evaluated (`runs/prune_files.py`).
 
   Args:
-    parent: workdir of the trained run.
+    parent: workdir of the trained run or the imported model.
     out: the new workdir.
-    overrides: values of `config.weight` by dotted name.
-    segments: number of calibration sequences of `config.data.context` tokens, from the training text.
+    overrides: values of `config.weight` by dotted name; for weight files, the calibration text too.
+    segments: number of calibration sequences, from the training text.
+    context: tokens of a calibration sequence; default: those of training, or at most 2048 for weight
+      files.
 
   Returns:
     The contents of result.json.
@@ -47,13 +53,16 @@ def prune(parent: str, out: str, overrides: dict, segments: int = 128) -> dict:
   Raises:
     UserError: invalid input, before anything is written.
   """
+  if (folder_of(parent)[0] / WEIGHTS).is_dir():
+    return prune_files(parent, out, overrides, segments, context)
   check_new(out, '--out')
   trained = load(parent)
   asked = configs.derive(trained.config, overrides, allowed=('weight',))
   run = _setup(trained, measured.uniform(asked))
-  tokens_NxL = layerwise.calibration(
-    run.data.tokens['train'], segments, run.config.data.context, run.config.seed
-  )
+  most = run.config.data.context
+  length = most if context is None else context
+  require(1 <= length <= most, '--context', length, f'1 to {most}, the tokens of training')
+  tokens_NxL = layerwise.calibration(run.data.tokens['train'], segments, length, run.config.seed)
   begin = time.perf_counter()
   run = _with_measured(run, asked, trained, tokens_NxL)
   trainable, sparse = one_shot.prune(
@@ -87,7 +96,7 @@ def _setup(trained: Trained, config: ConfigDict) -> Setup:
   program, target = build(config, data.tokenizer.vocab_size)
   check_fits(trained, '--workdir', program, data.tokenizer)
   check_text(trained.folder, data, '--workdir')
-  _check_method(program.method, config.weight)
+  check_one_shot(program.method, config.weight)
   return Setup(config, data, program, target)
 
 
@@ -121,18 +130,6 @@ def _state(run: Setup, trained: Trained, trainable: Tree, sparse: Sparse) -> Tra
   return state
 
 
-def _check_method(method: WeightMethod, weight: ConfigDict) -> None:
-  """Raises UserError if a method cannot prune trained models with these fields."""
-  for part, (group, fields) in groups_of_parts(weight).items():
-    if not method.parts[part].one_shot:
-      classes = {other: slots.method('weight', other) for other in slots.names('weight')}
-      able = [other for other, cls in classes.items() if cls(total_steps=1).one_shot]
-      raise UserError(
-        f'{group}.name={fields.name!r} does not prune trained models; valid: {", ".join(able)}'
-      )
-  method.check_one_shot()
-
-
 def _write(out: str, run: Setup, state: TrainState, history: History, result: dict) -> None:
   """Writes the workdir of the pruned run."""
   with (
@@ -149,25 +146,35 @@ def _write(out: str, run: Setup, state: TrainState, history: History, result: di
 
 @one_line
 def main() -> None:
-  """Prunes a trained run and prints its validation loss after pruning."""
+  """Prunes a trained run or an imported model; prints the validation loss after pruning of a run."""
   parser = Parser('python -m sparse_lm.prune')
-  parser.add_argument('--workdir', type=local_path, required=True, help='workdir of the run')
+  parser.add_argument(
+    '--workdir', type=local_path, required=True, help='workdir of a run or of an imported model'
+  )
   parser.add_argument(
     '--out', type=local_path, required=True, help='new workdir for the pruned run'
   )
   parser.add_argument(
     '--segments', type=Range(int, '[1, 2^31)'), default=128, help='calibration sequences'
   )
+  parser.add_argument(
+    '--context',
+    type=Range(int, '[1, 2^31)'),
+    help='tokens of a calibration sequence; default: those of training, at most 2048 if imported',
+  )
   add_fields_to_help(parser, ('weight',))
   arguments, rest = parser.parse_known_args()
   runtime.prepare()
   overrides = overrides_from_args(rest)
-  result = prune(arguments.workdir, arguments.out, overrides, arguments.segments)
+  out, given = arguments.out, (arguments.segments, arguments.context)
+  result = prune(arguments.workdir, out, overrides, *given)
   metrics = result['metrics']
   print(f'pruned from {result["pruned_from"]}')
+  loss = (
+    f'validation loss {metrics["val_loss"]:.4f} nats per token; ' if 'val_loss' in metrics else ''
+  )
   print(
-    f'{arguments.out}: validation loss {metrics["val_loss"]:.4f} nats per token; '
-    f'{metrics["sparsity_prunable"]:.1%} of the prunable weights dropped in '
+    f'{out}: {loss}{metrics["sparsity_prunable"]:.1%} of the prunable weights dropped in '
     f'{metrics["prune_seconds"]:.1f} s'
   )
 

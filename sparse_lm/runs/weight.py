@@ -54,6 +54,18 @@ def weight_method(weight: ConfigDict, plan: ModelPlan, steps: int) -> tuple[Weig
   return Rules(steps, tuple(made), notes, groups=plan.units), target
 
 
+def check_one_shot(method: WeightMethod, weight: ConfigDict) -> None:
+  """Raises UserError if a method cannot prune trained models with these fields."""
+  for part, (group, fields) in groups_of_parts(weight).items():
+    if not method.parts[part].one_shot:
+      classes = {other: slots.method('weight', other) for other in slots.names('weight')}
+      able = [other for other, cls in classes.items() if cls(total_steps=1).one_shot]
+      raise UserError(
+        f'{group}.name={fields.name!r} does not prune trained models; valid: {", ".join(able)}'
+      )
+  method.check_one_shot()
+
+
 def _method(node: ConfigDict, plan: ModelPlan, steps: int) -> WeightMethod:
   """Builds the method that `config.weight`, or one of its rules, names."""
   method = slots.method('weight', node.name)(

@@ -66,25 +66,18 @@ def prune(
   return trainable | {'params': model.params}, sparse.replace(masks=model.masks)
 
 
-def prune_files(run: 'Pruning', model: Parts) -> None:
-  """Prunes a model part by part; every part is written as soon as it is pruned.
-
-  Parts that an earlier process pruned are run, but not pruned again.
-
-  Raises:
-    UserError: a method reads gradients of the whole model or ranks units of several layers, or as `prune`
-      does.
-  """
-  for name, part in run.method.parts.items():
+def check_layerwise(method: WeightMethod) -> None:
+  """Raises UserError unless the method can prune a model that is read one layer at a time."""
+  for name, part in method.parts.items():
     field = f'config.weight.rules.{name}' if name else 'config.weight'
-    if from_training(part.traits.needs) or part.units.spans_layers:
-      what = 'gradients of the whole model' if from_training(part.traits.needs) else 'all layers'
+    gradients = bool(from_training(part.traits.needs))
+    if gradients or part.units.spans_layers:
+      what = 'reads gradients of the whole model' if gradients else 'ranks units of several layers'
       raise UserError(
-        f'{field}: {type(part).__name__} reads {what}, and this workdir is pruned one layer at a time; '
-        'valid: a method that reads the inputs of matrices or the weights alone, with a pattern whose '
-        'units each belong to one layer'
+        f'{field}: {type(part).__name__} {what}, but the weights of this workdir are read one layer at a '
+        'time; valid: a method that reads weights and inputs alone, with a pattern whose units each '
+        'belong to one layer'
       )
-  run.prune_layers(model, tuple(run.method.parts), {name: {} for name in run.method.parts})
 
 
 def in_batches(tokens_NxL: np.ndarray, batch: int) -> list[np.ndarray]:
@@ -142,6 +135,9 @@ class Pruning:
   ) -> None:
     """Prunes a model layer by layer with these parts of the method.
 
+    Each layer is written as soon as it is pruned. Layers that an earlier process pruned are run, but not
+    pruned again.
+
     Args:
       model: the weights.
       names: the parts of the method.
@@ -155,17 +151,19 @@ class Pruning:
     outside = model.pruned(None)
     if outside is None:
       free = tuple(name for name in names if not self.needs[name])
-      outside = self._prune_part(model, None, free, {name: {} for name in free})
+      outside, masks = self._prune_part(None, *model.read(None), free, {name: {} for name in free})
+      model.write(None, outside, masks)
     stream = layers.embed(outside, self.batches) if every else []
     del outside
     numbers = range(self.model.spec.layers)
     for layer in tqdm(numbers, 'pruning', unit='layer', dynamic_ncols=True, disable=None):
       params = model.pruned(layer)
       if params is None:
-        before, _ = model.read(layer)
+        before, masks = model.read(layer)
         sums, counts = layers.sums(layer, before, stream) if every else ({}, {})
         signals = {name: self._signals(name, layer, sums, counts, gradients) for name in names}
-        params = self._prune_part(model, layer, names, signals)
+        params, masks = self._prune_part(layer, before, masks, names, signals)
+        model.write(layer, params, masks)
       if every and layer < numbers[-1]:
         layers.run(layer, params, stream)
 
@@ -189,22 +187,28 @@ class Pruning:
 
   def _prune_part(
     self,
-    model: Parts,
     part: int | None,
+    params: Tree,
+    masks: Tree,
     names: tuple[str, ...],
     signals: dict[str, dict[str, Tree]],
-  ) -> Tree:
-    """Prunes and writes a part of the model; returns its parameters."""
-    params, masks = model.read(part)
-    params, target = jax.tree.map(jnp.asarray, params), of_part(self.target, part)
+  ) -> tuple[Tree, Tree]:
+    """Prunes a part of the model; returns its parameters and masks.
+
+    Args:
+      part: number of the layer, or `None`.
+      params: the part's parameters.
+      masks: masks that other parts of the method have chosen already.
+      names: the parts of the method that prune now.
+      signals: their signals.
+    """
+    target = of_part(self.target, part)
     trainable, sparse = self.method.init(rng.stream(self.seed, 'masks'), params, target)
-    # Masks that other parts of the method have chosen already.
     sparse = sparse.replace(masks=tree.merge(sparse.masks, masks))
     if names:
       change = self.updated(names, trainable, sparse, signals)
       trainable, sparse = change.trainable, change.sparse
-    model.write(part, trainable['params'], sparse.masks)
-    return trainable['params']
+    return trainable['params'], sparse.masks
 
 
 def _gradient_signals(

@@ -1,0 +1,260 @@
+"""One-shot pruning of a workdir with weight files: one layer in memory at a time, resumable.
+
+The new workdir is complete when its `pruning.json` is gone. Until then, the same command continues it.
+"""
+
+import dataclasses
+import pathlib
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from sparse_lm.core import tree
+from sparse_lm.core.errors import UserError, require, writing
+from sparse_lm.core.records import JsonObject
+from sparse_lm.core.tree import Tree
+from sparse_lm.data import tokenizers
+from sparse_lm.model import lm
+from sparse_lm.model.plans import plan_of
+from sparse_lm.runs import configs, digests, lock, measured
+from sparse_lm.runs.build import build
+from sparse_lm.runs.configs import Overrides
+from sparse_lm.runs.environment import environment
+from sparse_lm.runs.run_folder import CONFIG, WEIGHTS, folder_of, read_config, with_format
+from sparse_lm.runs.runnable import OTHER_TEXT
+from sparse_lm.runs.setup import text_of
+from sparse_lm.runs.weight import check_one_shot, groups_of_parts
+from sparse_lm.runs.weight_files import INDEX, WeightFiles
+from sparse_lm.runs.workdir import check_new, read_json, write_json
+from sparse_lm.signals import from_calibration
+from sparse_lm.train import layerwise, one_shot
+from sparse_lm.train.layerwise import of_part
+from sparse_lm.train.one_shot import Pruning
+from sparse_lm.train.step import Program
+from sparse_lm.train.work import Work
+
+PLAN = 'pruning.json'
+TOGETHER = 2048  # tokens that run together
+LONGEST = (
+  2048  # the default of `context`, if the model reads more tokens: that of SparseGPT and Wanda
+)
+
+
+class _Text(NamedTuple):
+  """Calibration sequences, int32 `[N, L]`, and the card of their text; `None` if none is read."""
+
+  tokens_NxL: np.ndarray
+  card: JsonObject | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Files:
+  """The parts of a model: read from one folder of weight files, and written to another."""
+
+  parent: WeightFiles
+  child: WeightFiles
+  like: Tree
+
+  def read(self, part: int | None) -> tuple[Tree, Tree]:
+    """Returns the unpruned parameters of a part, and no masks."""
+    return self._as_model(part, self.parent.read(part)[0]), {}
+
+  def pruned(self, part: int | None) -> Tree | None:
+    """Returns the parameters of a part that is written already, or `None`."""
+    if part in self.child.missing():
+      return None
+    return self._as_model(part, self.child.read(part)[0])
+
+  def write(self, part: int | None, params: Tree, masks: Tree) -> None:
+    """Writes the file of a part."""
+    self.child.write(part, params, masks)
+
+  def _as_model(self, part: int | None, params: Tree) -> Tree:
+    cast = lambda like, leaf: jnp.asarray(leaf, like.dtype)  # noqa: E731
+    return jax.tree.map(cast, of_part(self.like, part), params)
+
+
+def prune_files(
+  parent: str, out: str, overrides: Overrides, segments: int, context: int | None = None
+) -> JsonObject:
+  """Prunes a workdir with weight files in one shot and writes the result as a new workdir.
+
+  If a process was killed, the same call continues with the first layer that is not yet written.
+
+  Args:
+    parent: a workdir with the folder `weights/`.
+    out: the new workdir.
+    overrides: values of `config.weight` by dotted name, and of `OTHER_TEXT` for the calibration text.
+    segments: number of calibration sequences, from the training split of the text.
+    context: tokens of a sequence; by default those of the model, at most `LONGEST`.
+
+  Returns:
+    The contents of result.json.
+
+  Raises:
+    UserError: invalid input, before anything is written.
+  """
+  folder = folder_of(parent)[0]
+  config = configs.of_run(read_config(folder), folder / CONFIG)
+  tokenizer = tokenizers.from_json(read_json(folder / 'tokenizer.json'))
+  text = {field: value for field, value in overrides.items() if field in OTHER_TEXT}
+  asked = configs.derive(
+    config, {f: value for f, value in overrides.items() if f not in text}, allowed=('weight',)
+  )
+  program, target = build(measured.uniform(asked), tokenizer.vocab_size)
+  check_one_shot(program.method, asked.weight)
+  one_shot.check_layerwise(program.method)
+  measured.check(asked, program, target)
+  source = WeightFiles(folder / WEIGHTS)
+  _check_shapes(source, program, folder)
+  read = _calibration(config, text, asked, program, tokenizer, segments, context)
+  plan = {
+    'config': configs.to_json(asked),
+    'parent': digests.of_json(read_json(source.folder / INDEX)),
+    'calibration': digests.of_json(read.tokens_NxL.tolist()),
+  }
+  path = pathlib.Path(out).expanduser()
+  _check_out(path, out, plan)
+  with writing(path):
+    path.mkdir(parents=True, exist_ok=True)
+  with lock.held(path / 'lock', f'workdir {out}'):
+    begin = time.perf_counter()
+    final = _prune(path, plan, asked, program, target, source, read)
+    numbers = {'prune_seconds': time.perf_counter() - begin, 'segments': len(read.tokens_NxL)}
+    return _finish(path, parent, asked, final, source, tokenizer, read, program, numbers)
+
+
+def _calibration(
+  config: ConfigDict,
+  text: Overrides,
+  asked: ConfigDict,
+  program: Program,
+  tokenizer: tokenizers.Tokenizer,
+  segments: int,
+  context: int | None,
+) -> _Text:
+  """Returns the calibration text; an empty one if the method reads none."""
+  most = program.model.spec.context
+  length = min(most, LONGEST) if context is None else context
+  require(1 <= length <= most, '--context', length, f'1 to {most}, the positions of the model')
+  needs = [from_calibration(part.traits.needs) for part in program.method.parts.values()]
+  if not any(needs) and not measured.asked(asked):
+    return _Text(np.zeros((0, length), np.int32), None)
+  files = {'data.source': 'files'} if 'data.path' in text else {}
+  data = text_of(configs.derive(config, files | dict(text), allowed=('data',)), tokenizer)
+  tokens = layerwise.calibration(data.tokens['train'], segments, length, config.seed)
+  return _Text(tokens, data.card)
+
+
+def _check_shapes(source: WeightFiles, program: Program, folder: pathlib.Path) -> None:
+  """Raises UserError if the parameters of the files are not those of the config."""
+  there = {}
+  for file in source.index['files'].values():
+    there |= {name: tuple(shape) for name, shape in file['shapes'].items()}
+  for path, leaf in plan_of(program.model).shapes.items():
+    if there.get(path) != leaf.shape:
+      raise UserError(
+        f'{source.folder} does not fit {folder / CONFIG}: {path} is {there.get(path, "missing")} there '
+        f'and {leaf.shape} in the model of this config; valid: the folder as convert or prune wrote it'
+      )
+
+
+def _check_out(path: pathlib.Path, out: str, plan: JsonObject) -> None:
+  """Raises UserError unless `out` is a new folder, or an unfinished one of the same command."""
+  if not (path / PLAN).exists():
+    check_new(out, '--out')
+    return
+  found = read_json(path / PLAN)
+  old, new = (configs.flat(values['config']) for values in (found, plan))
+  for field in sorted({*old, *new}, key=lambda name: (not name.endswith('name'), name)):
+    if old.get(field) != new.get(field):
+      raise UserError(
+        f'--out={out} holds an unfinished pruning with config.{field}={old.get(field)!r}, not '
+        f'{new.get(field)!r}; valid: that value, or a new folder'
+      )
+  for key, what in (('parent', 'of other weights'), ('calibration', 'on other calibration text')):
+    if found.get(key) != plan[key]:
+      raise UserError(
+        f'--out={out} holds an unfinished pruning {what}; valid: the same --workdir, --segments, '
+        '--context and text, or a new folder'
+      )
+
+
+def _prune(
+  path: pathlib.Path,
+  plan: JsonObject,
+  asked: ConfigDict,
+  program: Program,
+  target: Tree,
+  source: WeightFiles,
+  read: _Text,
+) -> ConfigDict:
+  """Prunes the parts that are not yet written; returns the config of the pruned model."""
+  child = WeightFiles(path / WEIGHTS, program.model.spec.layers)
+  files = _Files(source, child, plan_of(program.model).params)
+  batch = max(1, TOGETHER // read.tokens_NxL.shape[1])
+  batches = one_shot.in_batches(read.tokens_NxL, batch)
+  final = read_json(path / PLAN).get('final') if (path / PLAN).exists() else None
+  if final is None:
+    write_json(path / PLAN, plan)
+    config = asked
+    if measured.asked(asked):
+      config = measured.as_maps(asked, program, target, files, {}, batches)
+    write_json(path / PLAN, plan | {'final': configs.to_json(config)})
+  else:
+    config = configs.from_json(final)
+  program, target = build(config, program.model.spec.vocab)
+  method = program.method
+  run = Pruning(program.model, method, target, {}, batches, config.seed)
+  if child.missing():
+    run.prune_layers(files, tuple(method.parts), {name: {} for name in method.parts})
+  return config
+
+
+def _finish(
+  path: pathlib.Path,
+  parent: str,
+  asked: ConfigDict,
+  config: ConfigDict,
+  source: WeightFiles,
+  tokenizer: tokenizers.Tokenizer,
+  read: _Text,
+  program: Program,
+  numbers: JsonObject,
+) -> JsonObject:
+  """Writes all files but the weights, and removes the plan; returns the contents of result.json."""
+  child = WeightFiles(path / WEIGHTS, source.layers)
+  methods = ', '.join(fields.name for _, fields in groups_of_parts(config.weight).values())
+  child.finish(
+    f'{source.source}, pruned by {methods}', source.step, Work(ancestors=source.work.total)
+  )
+  groups = groups_of_parts(asked.weight).values()
+  result = {
+    'config': configs.to_json(config),
+    'env': environment(),
+    'calibration': read.card,
+    'causal': lm.causal(program.model),
+    'metrics': {'steps': source.step, 'sparsity_prunable': _sparsity(child), **numbers},
+    'parent': parent,
+    'pruned_from': source.source,
+    'distribution': {group: fields.distribution for group, fields in groups},
+  }
+  write_json(path / 'env.json', environment())
+  write_json(path / 'tokenizer.json', tokenizer.to_json())
+  write_json(path / CONFIG, with_format(configs.to_json(config)))
+  write_json(path / 'result.json', result)
+  (path / PLAN).unlink()
+  return result
+
+
+def _sparsity(files: WeightFiles) -> float:
+  """Returns the fraction of the weights with a mask that are dropped."""
+  kept = total = 0
+  for part in files.parts:
+    for mask in tree.named(files.read(part)[1]).values():
+      kept, total = kept + int(mask.sum()), total + mask.size
+  return 1 - kept / max(total, 1)
