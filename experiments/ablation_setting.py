@@ -52,6 +52,8 @@ TRIED = {
   'one layer heads 3000': (0.8, 0.9),
   'one layer heads gpt2 3000': (0.8, 0.9),
   'one layer heads gpt2 128': (0.8, 0.9),
+  'one layer heads gpt2 48': (0.8, 0.9),
+  'one layer heads gpt2 3500': (0.8, 0.9),
 }
 _NARROW = {'model.width': 32, 'model.hidden': 128}
 _SHORT = {'data.context': 32}
@@ -98,6 +100,10 @@ SETTINGS: dict[str, Overrides] = {
   'one layer heads gpt2 128': (
     _setting(1e-2, 0.99, 4000) | _ONE_HEADS | _GPT2 | {'model.hidden': 128}
   ),
+  'one layer heads gpt2 48': (
+    _setting(1e-2, 0.99, 4000) | _ONE_HEADS | _GPT2 | {'model.width': 48, 'model.hidden': 192}
+  ),
+  'one layer heads gpt2 3500': _setting(1e-2, 0.99, 3500) | _ONE_HEADS | _GPT2,
 }
 CHOSEN = 'one layer heads'
 

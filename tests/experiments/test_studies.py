@@ -113,8 +113,8 @@ def test_a_format_pays_up_to_the_largest_density_at_which_it_is_faster(tmp_path)
   shown = break_even.report(lines, tmp_path).splitlines()
   rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in shown if '768x' in line]
   assert len(rows) == (4 * 3 + 1) * 2
-  assert {row[4] for row in rows if row[0] != 'gather'} == {'0.50'}
-  assert {row[4] for row in rows if row[0] == 'gather'} == {'0.00'}
+  assert {row[4] for row in rows if row[0] != 'gathered rows'} == {'0.50'}
+  assert {row[4] for row in rows if row[0] == 'gathered rows'} == {'0.00'}
   assert (tmp_path / 'break_even.png').exists()
 
 
