@@ -14,7 +14,7 @@ from configs import ablation
 
 
 def get_config() -> ConfigDict:
-  """1 layer of width 64 with 8 heads, 4000 steps of 256 bytes: the setting that `ablation_setting` chose."""
+  """1 layer of width 64, 8 heads, 4000 steps of 256 bytes: the choice of `ablation_setting`."""
   config = ablation.get_config()
   config.data.context = 32
   config.optimizer.update({'learning_rate': 1e-2, 'b2': 0.99, 'warmup': 0.1, 'final': 0.01})
