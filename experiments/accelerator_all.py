@@ -25,7 +25,7 @@ SIZE = accelerator.SIZE | {'model.layers': 4, 'model.norm': 'rmsnorm', 'model.po
 BENCH = Bench('configs/base.py', SIZE, 50304, 5, 9, 8192, 2_000_000_000)
 CONFIGS = ROOT / 'configs'
 # Configs of other models, or of runs that start from the weights of another run.
-LEFT_OUT = ('base', 'tiny', 'ablation', 'fine_tune')
+LEFT_OUT = ('base', 'tiny', 'ablation', 'sparsity_vs_accuracy', 'fine_tune')
 # At this vocabulary the head alone takes 0.53 of the FLOPs, more than two budgets, and a table of bigrams
 # has 2.5 billion weights, which do not fit a GPU with their moments.
 EASED = {
