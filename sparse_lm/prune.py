@@ -13,7 +13,7 @@ from sparse_lm.core import rng
 from sparse_lm.core.errors import require
 from sparse_lm.core.ranges import Range
 from sparse_lm.core.tree import Tree
-from sparse_lm.runs import configs, measured, runtime
+from sparse_lm.runs import configs, measured, runtime, smaller
 from sparse_lm.runs.build import build
 from sparse_lm.runs.checkpoint import Checkpoints
 from sparse_lm.runs.evaluate import evaluate, result_of
@@ -162,11 +162,27 @@ def main() -> None:
     type=Range(int, '[1, 2^31)'),
     help='tokens of a calibration sequence; default: those of training, at most 2048 if imported',
   )
+  parser.add_argument(
+    '--shrink',
+    help='sizes of a smaller model in place of masks, such as layers:22,hidden:1024; of layers, width, '
+    'hidden and heads',
+  )
   add_fields_to_help(parser, ('weight',))
   arguments, rest = parser.parse_known_args()
   runtime.prepare()
   overrides = overrides_from_args(rest)
   out, given = arguments.out, (arguments.segments, arguments.context)
+  if arguments.shrink is not None:
+    result = smaller.shrink(
+      arguments.workdir, out, smaller.parse(arguments.shrink), overrides, *given
+    )
+    metrics = result['metrics']
+    print(f'shrunk from {result["pruned_from"]}')
+    print(
+      f'{out}: {metrics["params"]:,} of {metrics["parent_params"]:,} parameters, in '
+      f'{metrics["shrink_seconds"]:.1f} s'
+    )
+    return
   result = prune(arguments.workdir, out, overrides, *given)
   metrics = result['metrics']
   print(f'pruned from {result["pruned_from"]}')

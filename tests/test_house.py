@@ -81,6 +81,7 @@ MEANS_SOMETHING_ELSE = {
   'sparse_lm/runs/record.py': {'loss': METRIC},
   'sparse_lm/train/objective.py': {'loss': METRIC},
   'sparse_lm/train/one_shot.py': {'layer': 'the unit of a progress bar'},
+  'sparse_lm/train/importance.py': {'head': UNIT, 'layer': UNIT, 'neuron': UNIT, 'x_sq': SIGNAL},
   'sparse_lm/train/outliers.py': {'layer': 'the unit of a progress bar', 'x_sq': SIGNAL},
   'sparse_lm/weights/one_shot.py': {'block': KEY},
   'sparse_lm/weights/random_start.py': {'layer': KEY, 'none': KEY},

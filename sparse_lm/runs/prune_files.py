@@ -18,7 +18,9 @@ from sparse_lm.core.errors import UserError, require, writing
 from sparse_lm.core.records import JsonObject
 from sparse_lm.core.tree import Tree
 from sparse_lm.data import tokenizers
+from sparse_lm.data.tokenizers import Tokenizer
 from sparse_lm.model import lm
+from sparse_lm.model.lm import LM
 from sparse_lm.model.plans import plan_of
 from sparse_lm.runs import configs, digests, lock, measured
 from sparse_lm.runs.build import build
@@ -44,15 +46,27 @@ LONGEST = (
 )
 
 
-class _Text(NamedTuple):
+class Text(NamedTuple):
   """Calibration sequences, int32 `[N, L]`, and the card of their text; `None` if none is read."""
 
   tokens_NxL: np.ndarray
   card: JsonObject | None
 
 
+class Source(NamedTuple):
+  """A workdir with weight files: its config, its tokenizer and its weights."""
+
+  config: ConfigDict
+  tokenizer: Tokenizer
+  files: WeightFiles
+
+  def parts(self, like: Tree) -> 'Files':
+    """Returns the weights in the dtypes of the model, whose parameters are like `like`; only to read."""
+    return Files(self.files, self.files, like)
+
+
 @dataclasses.dataclass(frozen=True)
-class _Files:
+class Files:
   """The parts of a model: read from one folder of weight files, and written to another."""
 
   parent: WeightFiles
@@ -98,9 +112,7 @@ def prune_files(
   Raises:
     UserError: invalid input, before anything is written.
   """
-  folder = folder_of(parent)[0]
-  config = configs.of_run(read_config(folder), folder / CONFIG)
-  tokenizer = tokenizers.from_json(read_json(folder / 'tokenizer.json'))
+  config, tokenizer, source = opened(parent)
   text = {field: value for field, value in overrides.items() if field in OTHER_TEXT}
   asked = configs.derive(
     config, {f: value for f, value in overrides.items() if f not in text}, allowed=('weight',)
@@ -109,9 +121,12 @@ def prune_files(
   check_one_shot(program.method, asked.weight)
   one_shot.check_layerwise(program.method)
   measured.check(asked, program, target)
-  source = WeightFiles(folder / WEIGHTS)
-  _check_shapes(source, program, folder)
-  read = _calibration(config, text, asked, program, tokenizer, segments, context)
+  most = program.model.spec.context
+  needs = [from_calibration(part.traits.needs) for part in program.method.parts.values()]
+  if any(needs) or measured.asked(asked):
+    read = calibration_text(config, text, tokenizer, most, segments, context)
+  else:
+    read = Text(np.zeros((0, most), np.int32), None)
   plan = {
     'config': configs.to_json(asked),
     'parent': digests.of_json(read_json(source.folder / INDEX)),
@@ -128,34 +143,56 @@ def prune_files(
     return _finish(path, parent, asked, final, source, tokenizer, read, program, numbers)
 
 
-def _calibration(
+def opened(parent: str) -> Source:
+  """Opens a workdir with weight files, without reading the weights.
+
+  Raises UserError if the folder holds no such model, or if its files do not fit its config.
+  """
+  folder = folder_of(parent)[0]
+  config = configs.of_run(read_config(folder), folder / CONFIG)
+  tokenizer = tokenizers.from_json(read_json(folder / 'tokenizer.json'))
+  if not (folder / WEIGHTS).is_dir():
+    raise UserError(
+      f'--workdir={parent} holds no folder {WEIGHTS}; valid: an imported model, which convert wrote'
+    )
+  files = WeightFiles(folder / WEIGHTS)
+  _check_shapes(files, lm.from_config(config, tokenizer.vocab_size), folder)
+  return Source(config, tokenizer, files)
+
+
+def calibration_text(
   config: ConfigDict,
   text: Overrides,
-  asked: ConfigDict,
-  program: Program,
-  tokenizer: tokenizers.Tokenizer,
+  tokenizer: Tokenizer,
+  most: int,
   segments: int,
   context: int | None,
-) -> _Text:
-  """Returns the calibration text; an empty one if the method reads none."""
-  most = program.model.spec.context
+) -> Text:
+  """Returns calibration sequences from the training split of a text.
+
+  Args:
+    config: the model's config, which may name a text.
+    text: fields of `config.data` that name another text.
+    tokenizer: the model's tokenizer.
+    most: the positions of the model.
+    segments: number of sequences.
+    context: tokens of a sequence; by default `most`, but at most `LONGEST`.
+
+  Raises UserError if the text cannot be read or is too short.
+  """
   length = min(most, LONGEST) if context is None else context
   require(1 <= length <= most, '--context', length, f'1 to {most}, the positions of the model')
-  needs = [from_calibration(part.traits.needs) for part in program.method.parts.values()]
-  if not any(needs) and not measured.asked(asked):
-    return _Text(np.zeros((0, length), np.int32), None)
   files = {'data.source': 'files'} if 'data.path' in text else {}
   data = text_of(configs.derive(config, files | dict(text), allowed=('data',)), tokenizer)
-  tokens = layerwise.calibration(data.tokens['train'], segments, length, config.seed)
-  return _Text(tokens, data.card)
+  return Text(layerwise.calibration(data.tokens['train'], segments, length, config.seed), data.card)
 
 
-def _check_shapes(source: WeightFiles, program: Program, folder: pathlib.Path) -> None:
+def _check_shapes(source: WeightFiles, model: LM, folder: pathlib.Path) -> None:
   """Raises UserError if the parameters of the files are not those of the config."""
   there = {}
   for file in source.index['files'].values():
     there |= {name: tuple(shape) for name, shape in file['shapes'].items()}
-  for path, leaf in plan_of(program.model).shapes.items():
+  for path, leaf in plan_of(model).shapes.items():
     if there.get(path) != leaf.shape:
       raise UserError(
         f'{source.folder} does not fit {folder / CONFIG}: {path} is {there.get(path, "missing")} there '
@@ -191,11 +228,11 @@ def _prune(
   program: Program,
   target: Tree,
   source: WeightFiles,
-  read: _Text,
+  read: Text,
 ) -> ConfigDict:
   """Prunes the parts that are not yet written; returns the config of the pruned model."""
   child = WeightFiles(path / WEIGHTS, program.model.spec.layers)
-  files = _Files(source, child, plan_of(program.model).params)
+  files = Files(source, child, plan_of(program.model).params)
   batch = max(1, TOGETHER // read.tokens_NxL.shape[1])
   batches = one_shot.in_batches(read.tokens_NxL, batch)
   final = read_json(path / PLAN).get('final') if (path / PLAN).exists() else None
@@ -221,8 +258,8 @@ def _finish(
   asked: ConfigDict,
   config: ConfigDict,
   source: WeightFiles,
-  tokenizer: tokenizers.Tokenizer,
-  read: _Text,
+  tokenizer: Tokenizer,
+  read: Text,
   program: Program,
   numbers: JsonObject,
 ) -> JsonObject:
