@@ -67,7 +67,7 @@ def shrink(
 
   Layers are ranked by block influence (ShortGPT, Men et al. 2024), other units by the norms of their
   activations (Minitron, Muralidharan et al. 2024). A key head is kept together with the query heads that
-  share it. One layer is in memory at a time.
+  share it.
 
   Args:
     parent: a workdir with weight files.
@@ -77,17 +77,13 @@ def shrink(
     segments: number of calibration sequences.
     context: tokens of a sequence; by default those of the model, at most 2048.
 
-  Returns:
-    The contents of result.json.
-
-  Raises:
-    UserError: invalid input, before anything is written.
+  Returns the contents of result.json. Raises UserError for invalid input, before anything is written.
   """
   check_new(out, '--out')
   source = opened(parent)
+  _check_dense(source.files, parent)
   model = lm.from_config(source.config, source.tokenizer.vocab_size)
   smaller = _Smaller.of(source.config, model, sizes)
-  _check_dense(source.files, parent)
   read = calibration_text(
     source.config, text, source.tokenizer, model.spec.context, segments, context
   )
@@ -97,16 +93,17 @@ def shrink(
   found = importance.importances(model, parts, batches, smaller.reads_width(model))
   kept = smaller.chosen(found)
   after, before = smaller.counts
-  numbers = {'params': after, 'parent_params': before, 'segments': segments}
+  numbers = {
+    'params': after,
+    'parent_params': before,
+    'segments': segments,
+    'shrink_seconds': time.perf_counter() - begin,
+  }
   result = {
     'config': configs.to_json(smaller.config),
     'env': environment(),
     'calibration': read.card,
-    'metrics': {
-      'steps': source.files.step,
-      **numbers,
-      'shrink_seconds': time.perf_counter() - begin,
-    },
+    'metrics': {'steps': source.files.step, **numbers},
     'parent': parent,
     'pruned_from': source.files.source,
     'sizes': dict(sizes),
