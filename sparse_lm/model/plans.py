@@ -7,6 +7,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from sparse_lm.core.errors import UserError
+from sparse_lm.core.paths import BIAS, Place
 from sparse_lm.core.tree import Tree
 from sparse_lm.layers.sow import SOWN
 from sparse_lm.layers.spec import NO_REMAT
@@ -33,7 +35,20 @@ def plan_of(model: LM) -> ModelPlan:
 
   plan = read(init, context, SOWN)
   sites.check(model.site.module(model.spec).where, plan.sites, f'{model.site.group}.where')
+  _check_biases(model, plan)
   return plan
+
+
+def _check_biases(model: LM, plan: ModelPlan) -> None:
+  """Raises a UserError if a name in `config.model.biases` gives no layer a bias."""
+  biases = [place for place in map(Place.parse, plan.shapes) if place.is_bias]
+  layers = {(b.module.name if b.name == BIAS else b.name.removesuffix(f'_{BIAS}')) for b in biases}
+  for name in model.spec.biases:
+    if name not in {layer.rstrip('_0123456789') for layer in layers}:
+      raise UserError(
+        f'config.model.biases={model.spec.biases}: no layer of this model is named {name!r}; valid: '
+        'names of its layers'
+      )
 
 
 def ledger(model: LM, length: int, mode: str = 'eval') -> Ledger:
