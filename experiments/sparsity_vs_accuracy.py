@@ -7,9 +7,12 @@ pruning and RigL at two sparsities, over seeds that share initialisation and dat
 
 from experiments.comparison import Comparison
 
+# Half of the width with half of the heads, so that its heads are as wide as those of the large model.
+SMALL = {'model.width': 32, 'model.hidden': 270, 'model.heads': 4, 'model.kv_heads': 4}
+
 STUDY = Comparison(
   config='configs/sparsity_vs_accuracy.py',
-  dense={'dense': {}, 'small dense': {'model.width': 32, 'model.hidden': 270}},
+  dense={'dense': {}, 'small dense': SMALL},
   methods={
     'static': {'weight.name': 'static'},
     'magnitude': {'weight.name': 'magnitude'},
