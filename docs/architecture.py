@@ -12,7 +12,12 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / 'sparse_lm'
 # The modules that `python -m` runs: those at the top of the package, and these.
 ENTRIES = 'entry points'
-INNER_ENTRIES = ('sparse_lm.data.prepare', 'sparse_lm.train.__main__', 'sparse_lm.report.__main__')
+INNER_ENTRIES = (
+  'sparse_lm.convert.__main__',
+  'sparse_lm.data.prepare',
+  'sparse_lm.train.__main__',
+  'sparse_lm.report.__main__',
+)
 WIDTH, HEIGHT, GAP_X, GAP_Y = 1.55, 0.62, 0.3, 0.62
 
 

@@ -21,7 +21,7 @@ TYPED = [path for path in FILES if path.startswith(('sparse_lm/', 'experiments/'
 KERNELS = ('top_k', 'approx_max_k', 'ragged_dot', 'dot_product_attention')
 LONGEST_FILE, LONGEST_FUNCTION, MEDIAN_FILE = 400, 60, 100
 
-# Folders whose files are found by name: methods, patterns, signals, formats, evaluations.
+# Folders whose files are found by name: methods, patterns, signals, formats, evaluations, families.
 PACKAGES = (
   *(
     f'sparse_lm.methods.{path.name}'
@@ -31,6 +31,7 @@ PACKAGES = (
   'sparse_lm.signals',
   'sparse_lm.inference.formats',
   'sparse_lm.evals',
+  'sparse_lm.convert.families',
 )
 # Names that are English words or NumPy's: these are sought as whole strings, in quotes, and behind
 # `name=`; all others anywhere in a string.
@@ -47,19 +48,30 @@ SIGNAL = 'a signal that the method needs, and reads by its name'
 KEY = "a key of a method's config"
 DISPLAY = 'a part of the name that tables and figures show'
 METRIC = 'a number that a training step gives, by its name in logs'
+INITIALISATION = 'how weights are initialised'
+FOREIGN = "another library's name of an activation, a tokenizer or a field"
+IMPORTED = 'a method that the configs of imported models name'
 ABSENT = 'nothing, to a reader or to Matplotlib'
 TWIN = 'the dense twin of the method, which depends on its fields'
 REMAT = 'what the backward pass of a layer computes again'
 MEANS_SOMETHING_ELSE = {
+  'sparse_lm/convert/families/gpt_neox.py': {'gelu': FOREIGN},
+  'sparse_lm/convert/families/mixtral.py': {'sliding_window': FOREIGN},
+  'sparse_lm/convert/gguf_tokenizer.py': {'gpt2': FOREIGN, 'qwen2': FOREIGN},
+  'sparse_lm/convert/importing.py': {'layer': 'the unit of a progress bar'},
+  'sparse_lm/convert/llama_like.py': {'silu': FOREIGN, 'sliding_window': FOREIGN},
+  'sparse_lm/convert/methods.py': dict.fromkeys(
+    ('dense', 'gated', 'gelu', 'moe_topk', 'relu', 'relu2', 'silu'), IMPORTED
+  ),
   'sparse_lm/data/prepared.py': {'none': ABSENT},
   'sparse_lm/inference/pack.py': {'neuron': UNIT},
   'sparse_lm/inference/shrink.py': {'layer': UNIT},
   'sparse_lm/inference/time_formats.py': {'dense': 'what a packed kernel is timed beside'},
   'sparse_lm/layers/attention.py': {'head': UNIT},
-  'sparse_lm/layers/embed.py': {'head': PARAMETER},
+  'sparse_lm/layers/embed.py': {'head': PARAMETER, 'gpt2': INITIALISATION},
   'sparse_lm/layers/experts.py': {'neuron': UNIT},
   'sparse_lm/layers/feed_forward.py': {'neuron': UNIT},
-  'sparse_lm/layers/init.py': {'head': PARAMETER},
+  'sparse_lm/layers/init.py': {'head': PARAMETER, 'gpt2': INITIALISATION},
   'sparse_lm/layers/spec.py': {'full': REMAT, 'none': ABSENT, 'head': PARAMETER},
   'sparse_lm/methods/mlp/gated.py': {'neuron': UNIT},
   'sparse_lm/methods/mlp/moe_topk.py': {'dense': TWIN, 'gated': TWIN},
@@ -79,6 +91,7 @@ MEANS_SOMETHING_ELSE = {
   'sparse_lm/report/training_log.py': {'loss': METRIC},
   'sparse_lm/runs/console.py': {'dense': LABEL},
   'sparse_lm/runs/record.py': {'loss': METRIC},
+  'sparse_lm/runs/at_start.py': {'gpt2': INITIALISATION},
   'sparse_lm/train/objective.py': {'loss': METRIC},
   'sparse_lm/train/one_shot.py': {'layer': 'the unit of a progress bar'},
   'sparse_lm/train/importance.py': {'head': UNIT, 'layer': UNIT, 'neuron': UNIT, 'x_sq': SIGNAL},

@@ -31,6 +31,7 @@ ROOMS = (
   'inference',
   'evals',
   'runs',
+  'convert',
   'report',
   'commands',
   '',  # entry points at the top of the package
@@ -54,6 +55,7 @@ NOT = {
 }
 # Modules that `python -m` runs may use what commands share.
 ENTRIES = (
+  'sparse_lm/convert/__main__.py',
   'sparse_lm/data/prepare.py',
   'sparse_lm/train/__main__.py',
   'sparse_lm/report/__main__.py',

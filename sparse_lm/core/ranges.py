@@ -173,8 +173,8 @@ _AMOUNT = Range(float, '[0, inf)')
 BASE_FIELDS = {
   'seed': Range(int, '[0, 2^31)'),
   'data.split': _FRACTION,
-  # At least the 256 bytes and one merge. Only tokenizers of imported models may have more than 65535.
-  'data.vocab_size': Range(int, '[257, 2^24]'),
+  # bpe needs 257 to 65535, the bytes and a merge; an imported model has any number.
+  'data.vocab_size': Range(int, '[1, 2^24]'),
   'data.context': Range(int, '[1, 2^24]'),
   'data.batch': Range(int, '[1, 2^24]'),
   'model.layers': Range(int, '[1, 256]'),
