@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Sequence
 
@@ -24,6 +25,7 @@ _HELP = {
   'max_tokens': 'only the first tokens of the split; default: all',
   'batch': 'windows that are evaluated together; default: that of training',
 }
+_LAYER = re.compile(r'block_\d+')  # in names of metrics
 _TEXT_HELP = (
   '--config.data.path=FILES evaluates another text; its split is a part of it, by --config.data.split '
   '(train, validation, test): with --config.data.split=0,0,1 the whole text is the test split'
@@ -93,8 +95,16 @@ def _named(task: str | Evaluation) -> tuple[str, Evaluation]:
 
 
 def table(values: dict[str, Values]) -> str:
-  """Returns a Markdown table with a row for each metric."""
-  rows = [(task, name, _text(x)) for task, found in values.items() for name, x in found.items()]
+  """Returns a Markdown table with a row for each metric, and for the mean of a metric over layers."""
+  rows = []
+  for task, found in values.items():
+    alike: dict[str, list[float | int | None]] = {}
+    for name, x in found.items():
+      alike.setdefault(_LAYER.sub('block_*', name), []).append(x)
+    for name, each in alike.items():
+      known = [x for x in each if x is not None]
+      mean = f'{_text(sum(known) / len(known))} (mean of {len(known)})' if len(known) > 1 else ''
+      rows.append((task, name, mean or _text(each[0])))
   return tabulate(rows, ('task', 'metric', 'value'), tablefmt='github', disable_numparse=True)
 
 

@@ -115,4 +115,6 @@ def _read(file: str) -> tuple[list[tuple[str, str, str, str]], str]:
       raise UserError(f'--pairs_file={file!r}: pair {number} lacks a text; {_VALID}')
   if not rows:
     raise UserError(f'--pairs_file={file!r} holds no pair; {_VALID}')
+  # BLiMP writes one field both as syntax/semantics and as syntax_semantics.
+  rows = [row | {'field': row['field'].replace('/', '_')} for row in rows]
   return [tuple(row[key] for key in _KEYS) for row in rows], hashlib.sha256(text).hexdigest()

@@ -124,14 +124,14 @@ def test_evaluations_that_accept_the_model_are_printed(call, run, meter, packed)
   assert values['energy', 'joules_per_token'] == f'{100 / (15 * 2 * DECODED):.6g}'
   assert float(values['loss', 'val_loss']) == pytest.approx(run[3]['val_loss'], rel=1e-5)
   assert out.splitlines()[-1].endswith('; validation split')
-  needs_a_file = {'blimp'}
+  needs_options = {'blimp', 'lm_eval'}
   left_out = set(evals.names()) - {task for task, _ in values}
   assert {line.split(' (')[0] for line in err.splitlines()} == {f'left out: {x}' for x in left_out}
   if packed:
-    assert left_out == needs_a_file
+    assert left_out == needs_options
     assert values['speed', 'read_bytes'] == '-'  # two sequences share what they read
   else:
-    assert left_out == {'speed'} | needs_a_file and 'valid: a packed model' in err
+    assert left_out == {'speed'} | needs_options and 'valid: a packed model' in err
 
 
 def test_minimal_pairs_need_no_text(call, run, tmp_path):
@@ -182,6 +182,15 @@ def test_bad_input_is_one_line(case, call, run):
   code, out, err = call(evaluate_command, [f'--workdir={run[1]}', *given])
   assert code == 2 and not out
   assert err.startswith('error: ') and err.count('\n') == 1 and expected in err, err
+
+
+def test_a_table_has_one_row_for_a_number_of_every_layer():
+  values = {'val/block_0/mlp/active': 0.25, 'val_loss': 2.0, 'val/block_11/mlp/active': 0.75}
+  lines = evaluate_command.table({'loss': values}).splitlines()[2:]
+  assert [[cell.strip() for cell in line.split('|')[2:-1]] for line in lines] == [
+    ['val/block_*/mlp/active', '0.5 (mean of 2)'],
+    ['val_loss', '2'],
+  ]
 
 
 def test_a_workdir_is_needed(call):

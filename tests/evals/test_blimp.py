@@ -23,7 +23,7 @@ PAIRS = [
   ('agree', 'syntax', 'dogs run here', 'dogs runs her'),
   ('agree', 'syntax', 'the cat', 'the cats walk'),
   ('agree', 'syntax', 'the cat', 'the cat'),
-  ('plural', 'meaning', 'two dogs!!!', 'two dog'),
+  ('plural', 'form/meaning', 'two dogs!!!', 'two dog'),
 ]
 
 
@@ -66,13 +66,15 @@ def test_the_share_of_pairs_is_that_of_a_loop(model, file, name):
   values = Blimp(file(name=name)).run(model, NONE)
   right = {}
   for task, field, good, bad in PAIRS:
-    right.setdefault((field, task), []).append(log_p(model, good) > log_p(model, bad))
+    right.setdefault((field.replace('/', '_'), task), []).append(
+      log_p(model, good) > log_p(model, bad)
+    )
   tasks = {f'blimp/{field}/{task}': np.mean(each) for (field, task), each in right.items()}
   assert {key: x for key, x in values.items() if key.count('/') == 2} == tasks
   assert values['blimp'] == pytest.approx(np.mean(list(tasks.values())))
   syntax = [x for key, x in tasks.items() if '/syntax/' in key]
   assert values['blimp/syntax'] == pytest.approx(np.mean(syntax))
-  assert values['blimp/meaning'] == tasks['blimp/meaning/plural']
+  assert values['blimp/form_meaning'] == tasks['blimp/form_meaning/plural']
   assert 0 < values['blimp'] < 1
 
 
