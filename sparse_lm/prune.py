@@ -165,7 +165,7 @@ def main() -> None:
   parser.add_argument(
     '--shrink',
     help='sizes of a smaller model in place of masks, such as layers:22,hidden:1024; of layers, width, '
-    'hidden and heads',
+    'hidden, heads and experts',
   )
   add_fields_to_help(parser, ('weight',))
   arguments, rest = parser.parse_known_args()

@@ -1,4 +1,4 @@
-"""Smaller models from trained ones: fewer layers, hidden units, heads and channels.
+"""Smaller models from trained ones: fewer layers, hidden units, heads, channels and experts.
 
 Activations on calibration text decide which of them stay.
 
@@ -34,7 +34,9 @@ from sparse_lm.train import importance, one_shot
 from sparse_lm.train.importance import HEAD, NEURON, Importances
 from sparse_lm.train.work import Work
 
-LAYERS, WIDTH, HIDDEN, HEADS = SIZES = ('layers', 'width', 'hidden', 'heads')
+LAYERS, WIDTH, HIDDEN, HEADS = ('layers', 'width', 'hidden', 'heads')
+EXPERTS = 'experts'
+SIZES = (LAYERS, WIDTH, HIDDEN, HEADS, EXPERTS)
 # Axes of each parameter by path.
 Axes = Mapping[str, tuple[int, ...]]
 
@@ -66,13 +68,13 @@ def shrink(
   """Keeps the most important units of a trained model and writes the smaller model as a new workdir.
 
   Layers are ranked by block influence (ShortGPT, Men et al. 2024), other units by the norms of their
-  activations (Minitron, Muralidharan et al. 2024). A key head is kept together with the query heads that
-  share it.
+  activations (Minitron, Muralidharan et al. 2024), and experts by the norms of their weighted outputs
+  (REAP, Lasby et al. 2025). A key head is kept together with the query heads that share it.
 
   Args:
     parent: a workdir with weight files.
     out: the new workdir.
-    sizes: new values of fields of `config.model`, by names of `SIZES`.
+    sizes: new values of fields of `config.model` (and `config.mlp.experts`), by names of `SIZES`.
     text: fields of `config.data` that name the calibration text.
     segments: number of calibration sequences.
     context: tokens of a sequence; by default those of the model, at most 2048.
@@ -90,7 +92,9 @@ def shrink(
   begin = time.perf_counter()
   batches = one_shot.in_batches(read.tokens_NxL, max(1, TOGETHER // read.tokens_NxL.shape[1]))
   parts = source.parts(plan_of(model).params)
-  found = importance.importances(model, parts, batches, smaller.reads_width(model))
+  found = importance.importances(
+    model, parts, batches, smaller.reads_width(model), EXPERTS in sizes
+  )
   kept = smaller.chosen(found)
   after, before = smaller.counts
   numbers = {
@@ -116,11 +120,12 @@ def shrink(
 
 
 class _Kept(NamedTuple):
-  """Ascending indices of the kept layers and channels, and of the kept units of each group."""
+  """Ascending indices of the kept layers and channels, the units of each group, and experts by layer."""
 
   layers: np.ndarray
   width: np.ndarray
   units: dict[str, np.ndarray]
+  experts: list[np.ndarray]
 
 
 class _Smaller(NamedTuple):
@@ -143,6 +148,13 @@ class _Smaller(NamedTuple):
     """Returns the smaller model. Raises UserError for sizes that the model cannot have."""
     spec, vocab = model.spec, model.spec.vocab
     now = {LAYERS: spec.layers, WIDTH: spec.width, HIDDEN: spec.hidden, HEADS: spec.heads}
+    now[EXPERTS] = config.mlp.get(EXPERTS, 0)
+    require(
+      EXPERTS not in sizes or now[EXPERTS] > 0,
+      f'--shrink={EXPERTS}',
+      sizes.get(EXPERTS),
+      f'a model with experts, or sizes among {", ".join(SIZES[:-1])}',
+    )
     shared = spec.heads // spec.kv_heads
     for name, size in sizes.items():
       step = shared if name == HEADS else 1
@@ -151,16 +163,17 @@ class _Smaller(NamedTuple):
     # What follows from other sizes by default stays as it is.
     own = {'model.head_width': spec.head_dim, 'model.hidden': spec.hidden}
     own |= {'model.heads': spec.heads, 'model.kv_heads': spec.kv_heads}
-    changes = {name: {f'model.{name}': size} for name, size in sizes.items()}
+    group = {EXPERTS: 'mlp'}
+    changes = {name: {f'{group.get(name, "model")}.{name}': size} for name, size in sizes.items()}
     if HEADS in sizes:
       changes[HEADS]['model.kv_heads'] = sizes[HEADS] // shared
     axes = {}
     for name in changes:
-      one = configs.derive(config, own | changes[name], allowed=('model',))
+      one = configs.derive(config, own | changes[name], allowed=('model', 'mlp'))
       if name != LAYERS:
         axes[name] = _changed(model, lm.from_config(one, vocab))
         stacked = any(len(plan_of(model).shapes[path].shape) > 2 for path in axes[name])
-        if sizes[name] < now[name] and (not axes[name] or (stacked and name != WIDTH)):
+        if sizes[name] < now[name] and (not axes[name] or (stacked and name == HIDDEN)):
           raise UserError(
             f'--shrink={name}:{sizes[name]}: the MLPs of this model are experts, or have another size; '
             'valid: other sizes'
@@ -174,7 +187,7 @@ class _Smaller(NamedTuple):
           'model of equal layers, or other sizes'
         )
     every = own | {field: value for change in changes.values() for field, value in change.items()}
-    final = configs.derive(config, every, allowed=('model',))
+    final = configs.derive(config, every, allowed=('model', 'mlp'))
     return cls(final, lm.from_config(final, vocab), model, axes)
 
   @property
@@ -189,7 +202,7 @@ class _Smaller(NamedTuple):
     shapes = []
     for one in (width, width + 2):
       sizes = {'model.width': one, 'model.layers': layers}
-      config = configs.derive(self.config, sizes, allowed=('model',))
+      config = configs.derive(self.config, sizes, allowed=('model', 'mlp'))
       shapes.append(lm.from_config(config, model.spec.vocab))
     return {path for path, axes in _changed(*shapes).items() if axes == (0,)}
 
@@ -205,6 +218,7 @@ class _Smaller(NamedTuple):
       importance.largest(found.influence_L, spec.layers),
       importance.largest(found.width_D, spec.width),
       units,
+      [importance.largest(scores, self.config.mlp[EXPERTS]) for scores in found.experts],
     )
 
   def cut(self, path: str, leaf: np.ndarray, kept: _Kept) -> np.ndarray:
@@ -217,6 +231,8 @@ class _Smaller(NamedTuple):
         index = kept.width if group is None else kept.units[group.name]
         total = spec.width if group is None else group.units
         leaf = importance.sliced(leaf, {axis: index}, {axis: total})
+    for axis in self.axes.get(EXPERTS, {}).get(path, ()):
+      leaf = np.take(leaf, kept.experts[place.layer], axis)
     return leaf
 
 

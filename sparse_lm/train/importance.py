@@ -13,6 +13,7 @@ from sparse_lm.core.paths import Place
 from sparse_lm.core.tree import Tree
 from sparse_lm.model.lm import LM
 from sparse_lm.model.plans import plan_of
+from sparse_lm.train import expert_use
 from sparse_lm.train.layerwise import Layers, Parts
 
 NEURON, HEAD, SIGNAL = 'neuron', 'head', 'x_sq'
@@ -23,16 +24,18 @@ class Importances(NamedTuple):
 
   Attributes:
     width_D: the root mean square of each channel of the residual stream as layers read it, after their
-      norms, summed over the layers (Minitron, Muralidharan et al. 2024, equation 3).
+      norms, summed over the layers (Minitron, Muralidharan et al. 2024).
     units: mean squared activations of the units of each group (hidden units; heads before the output
       projection), by the name of the group.
     influence_L: the block influence of each layer: 1 minus the mean cosine similarity of its input and
-      its output (ShortGPT, Men et al. 2024, equation 1).
+      its output (ShortGPT, Men et al. 2024).
+    experts: contributions of the experts of each layer (`train/expert_use.py`), if they were asked for.
   """
 
   width_D: np.ndarray
   units: dict[str, np.ndarray]
   influence_L: np.ndarray
+  experts: list[np.ndarray]
 
 
 def importances(
@@ -40,6 +43,7 @@ def importances(
   parts: Parts,
   batches: list[np.ndarray],
   reads_width: Collection[str],
+  experts: bool = False,
 ) -> Importances:
   """Runs a dense model on calibration text, one layer in memory at a time.
 
@@ -48,11 +52,12 @@ def importances(
     parts: its weights.
     batches: calibration tokens, int32 `[B, L]` each.
     reads_width: paths of the kernels whose inputs are the channels of the residual stream.
+    experts: whether to measure the experts of mixtures.
   """
   layers = Layers(model, (SIGNAL,), {})
   groups = [group for group in plan_of(model).units if group.kind in (NEURON, HEAD)]
   stream = layers.embed(parts.read(None)[0], batches)
-  width_D, units, influence = np.zeros(model.spec.width), {}, []
+  width_D, units, influence, used = np.zeros(model.spec.width), {}, [], []
   bar = tqdm(range(model.spec.layers), 'measuring', unit='layer', dynamic_ncols=True, disable=None)
   for layer in bar:
     params = jax.tree.map(jnp.asarray, parts.read(layer)[0])
@@ -61,12 +66,14 @@ def importances(
     readers = {str(Place.parse(path).module.module): path for path in means if path in reads_width}
     width_D += sum(np.sqrt(means[path]) for path in readers.values())
     units |= _of_groups([g for g in groups if Place.parse(g.path).layer == layer], means)
+    if experts:
+      used.append(expert_use.contributions(layers, layer, params, stream))
     before = list(stream)
     layers.run(layer, params, stream)
     similar = [float(_mean_cosine(*pair)) for pair in zip(before, stream)]
     tokens = [x.shape[0] for x in before]
     influence.append(1 - np.average(similar, weights=tokens))
-  return Importances(width_D, units, np.array(influence))
+  return Importances(width_D, units, np.array(influence), used)
 
 
 def _of_groups(groups: list[Group], means: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

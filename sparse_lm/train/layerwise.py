@@ -150,7 +150,7 @@ class Layers:
       (path, name) for path, name in self.sites.items() if Place.parse(path).layer == module.layer
     )
     gather = _compiled_signals(module, self.needs, own)
-    variables = self._variables(module, layer, params)
+    variables = self.variables(module, layer, params)
     for x_BxLxD in stream:
       sums = gather(variables, x_BxLxD)
       total = sums if total is None else jax.tree.map(jnp.add, total, sums)
@@ -161,7 +161,7 @@ class Layers:
   def run(self, layer: int, params: Tree, stream: list[Array]) -> None:
     """Replaces the inputs `stream` of a layer by its outputs."""
     module = self.module(layer)
-    apply, variables = _compiled_pass(module), self._variables(module, layer, params)
+    apply, variables = _compiled_pass(module), self.variables(module, layer, params)
     for i, x_BxLxD in enumerate(stream):
       stream[i] = apply(variables, x_BxLxD)
 
@@ -174,8 +174,8 @@ class Layers:
         'keep them dense by config.weight.dense'
       )
 
-  def _variables(self, module: Layer, layer: int, params: Tree) -> dict[str, Tree]:
-    """Returns the layer's part of each collection, under the names of `module`."""
+  def variables(self, module: Layer, layer: int, params: Tree) -> dict[str, Tree]:
+    """Returns the layer's part of each collection, under the names that `module` gives them."""
     return {
       name: _moved(of_part(values, layer), module.layer)
       for name, values in ({'params': params} | self.model_state).items()

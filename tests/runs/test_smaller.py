@@ -15,7 +15,8 @@ from sparse_lm.runs.setup import data_of
 from sparse_lm.runs.trained import load
 from sparse_lm.runs.weight_files import WeightFiles
 from sparse_lm.runs.workdir import write_json
-from sparse_lm.train.layerwise import of_part
+from sparse_lm.train import expert_use
+from sparse_lm.train.layerwise import Layers, of_part
 
 LAYERS, WIDTH, HIDDEN, HEADS, KEY_HEADS, SEGMENTS = 4, 16, 20, 4, 2, 6
 MODEL = {
@@ -29,6 +30,7 @@ MODEL = {
   'model__norm_epsilon': 1e-9,
   'model__query_key_norm': 'head',
   'mlp__name': 'gated',
+  'activation__name': 'relu2',
 }
 # What is made to contribute nothing.
 IDLE_UNITS, IDLE_KEY_HEAD, IDLE_LAYER, IDLE_CHANNELS = [0, 7, 19], 1, 2, [3, 15]
@@ -100,19 +102,40 @@ def idle_channels(path, leaf):
   return leaf
 
 
+MOE = {'mlp__name': 'moe_topk', 'mlp__experts': 5, 'mlp__k': 2, 'mlp__gated': True}
+IDLE_EXPERT = 3
+
+
+def idle_expert(path, leaf):
+  """No token visits the expert: with a positive first channel, its logits are far below the others'."""
+  if path.endswith('router/kernel'):
+    leaf[:, IDLE_EXPERT] = 0
+    leaf[0, IDLE_EXPERT] = -1e4
+  if path.startswith('embed/tokens'):
+    leaf[..., 0] = 10
+  if path.split('/')[-2] in ('out', 'experts') and path.endswith(('kernel', 'down', 'bias')):
+    leaf[..., 0] = 0
+  if path.endswith('norm_2/scale'):
+    leaf[0] = 1
+  return leaf
+
+
 CASES = {
   'hidden': (idle_units, {'hidden': HIDDEN - len(IDLE_UNITS)}),
   'heads': (idle_head, {'heads': HEADS // 2}),
   'layers': (idle_layer, {'layers': LAYERS - 1}),
+  'experts': (idle_expert, {'experts': 4}),
 }
 
 
 @pytest.mark.parametrize('case', CASES)
 def test_what_contributes_nothing_is_removed_and_the_function_stays(case, write, tmp_path):
   change, sizes = CASES[case]
-  whole, small, result = shrunk(write(change), tmp_path / 'out', **sizes)
+  fields = MOE if case == 'experts' else {}
+  whole, small, result = shrunk(write(change, **fields), tmp_path / 'out', **sizes)
   close(whole, small)
-  assert {name: small.config.model[name] for name in sizes} == sizes
+  group = small.config.mlp if case == 'experts' else small.config.model
+  assert {name: group[name] for name in sizes} == sizes
   count = sum(leaf.size for leaf in jax.tree.leaves(small.params))
   assert result['metrics']['params'] == count < result['metrics']['parent_params']
   if case == 'layers':
@@ -149,6 +172,31 @@ def test_all_sizes_together_and_the_same_sizes(write, tmp_path):
   jax.tree.map(assert_array_equal, whole.params, small.params)
 
 
+def test_contributions_are_weights_times_norms_of_outputs(write):
+  trained = load(str(write(**MOE)))
+  model, params = trained.program.model, trained.params['block_0']['mlp']
+  x = np.random.default_rng(2).normal(size=(2, 12, WIDTH)).astype(np.float32)
+  layers = Layers(model, (), {})
+  own = of_part(trained.params, 0)
+  got = expert_use.contributions(layers, 0, own, [x[:1], x[1:]])
+  _, seen = layers.module(0).apply(
+    {'params': own}, x, capture_intermediates=True, mutable=['intermediates']
+  )
+  (rows,) = tree.named(seen['intermediates'])['block_0/norm_2/__call__/0'].reshape(1, -1, WIDTH)
+  rows, experts = np.asarray(rows, np.float64), params['experts']
+  probability = np.asarray(jax.nn.softmax(rows @ params['router']['kernel']))
+  total, visits = np.zeros(5), np.zeros(5)
+  for row, p in zip(rows, probability):
+    chosen = np.argsort(-p)[:2]
+    for e in chosen:
+      up, gate = (row @ experts[n][e] + experts[f'{n}_bias'][e] for n in ('up', 'gate'))
+      out = (np.square(np.maximum(gate, 0)) * up) @ experts['down'][e] + experts['down_bias'][e]
+      total[e] += p[e] / p[chosen].sum() * np.linalg.norm(out)
+      visits[e] += 1
+  assert visits.min() > 0
+  assert_allclose(got, total / visits, rtol=1e-4)
+
+
 def test_the_command_prints_the_parameters_that_are_left(write, call, tmp_path):
   arguments = [f'--workdir={write()}', f'--out={tmp_path / "out"}', '--shrink=layers:3']
   code, out, err = call(command, [*arguments, f'--segments={SEGMENTS}', '--context=8'])
@@ -167,6 +215,7 @@ def test_the_command_prints_the_parameters_that_are_left(write, call, tmp_path):
     ('layer:3', ["'layer'", "did you mean 'layers'?"]),
     ('layers:0', ['--shrink=layers=0', '1 to 4']),
     ('heads:3', ['--shrink=heads=3', 'a multiple of 2']),
+    ('experts:3', ['--shrink=experts=3', 'a model with experts']),
     ('hidden:21', ['--shrink=hidden=21', '1 to 20']),
   ],
 )
