@@ -49,6 +49,7 @@ KEY = "a key of a method's config"
 DISPLAY = 'a part of the name that tables and figures show'
 METRIC = 'a number that a training step gives, by its name in logs'
 INITIALISATION = 'how weights are initialised'
+PROGRESS = 'the unit of a progress bar'
 FOREIGN = "another library's name of an activation, a tokenizer or a field"
 IMPORTED = 'a method that the configs of imported models name'
 ABSENT = 'nothing, to a reader or to Matplotlib'
@@ -58,7 +59,8 @@ MEANS_SOMETHING_ELSE = {
   'sparse_lm/convert/families/gpt_neox.py': {'gelu': FOREIGN},
   'sparse_lm/convert/families/mixtral.py': {'sliding_window': FOREIGN},
   'sparse_lm/convert/gguf_tokenizer.py': {'gpt2': FOREIGN, 'qwen2': FOREIGN},
-  'sparse_lm/convert/importing.py': {'layer': 'the unit of a progress bar'},
+  'sparse_lm/convert/importing.py': {'layer': PROGRESS},
+  'sparse_lm/convert/upcycling.py': {'layer': PROGRESS},
   'sparse_lm/convert/llama_like.py': {'silu': FOREIGN, 'sliding_window': FOREIGN},
   'sparse_lm/convert/methods.py': dict.fromkeys(
     ('dense', 'gated', 'gelu', 'moe_topk', 'relu', 'relu2', 'silu'), IMPORTED

@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sparse_lm.convert.fields import Fields
-from sparse_lm.convert.methods import Overrides
+from sparse_lm.convert.methods import GATED_MLP, Overrides
 from sparse_lm.core import discovery
 from sparse_lm.core.errors import unknown
 from sparse_lm.core.records import JsonObject
@@ -97,11 +97,15 @@ class Family(abc.ABC):
     architecture: the class in the library transformers.
     prefix: begins the names of tensors in most files; some leave it out.
     buffers: regular expressions of tensors that are not parameters.
+    heads: names of tensors of the head, which never have the prefix.
+    mlps: names of the MLP methods of its models.
     gguf_permutes: whether GGUF files of this family permute the rows of queries and keys.
   """
 
   architecture: ClassVar[str]
   prefix: ClassVar[str]
+  heads: ClassVar[tuple[str, ...]] = ('lm_head.weight',)
+  mlps: ClassVar[tuple[str, ...]] = (GATED_MLP,)
   buffers: ClassVar[tuple[str, ...]] = (r'rotary_emb\.inv_freq$',)
   gguf_permutes: ClassVar[bool | None] = None
 

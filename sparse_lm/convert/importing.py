@@ -96,9 +96,7 @@ def prepare(path: str, dtype: str = '', context: int = 0) -> Imported:
   for group in groups:
     empty = [np.broadcast_to(np.False_, shapes[path].shape) for path in group.ours]
     expected |= {n: array.shape for n, array in zip(group.theirs, group.outward(empty))}
-  foreign.check(
-    expected, unused=('lm_head.weight', 'embed_out.weight') if config.model.tied else ()
-  )
+  foreign.check(expected, unused=foreign.family.heads if config.model.tied else ())
   return Imported(foreign, config, shapes, _by_part(groups, shapes))
 
 

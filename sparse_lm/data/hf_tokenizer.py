@@ -148,12 +148,22 @@ class HuggingFace(SavedTokenizer):
       raise UserError('the tokenizer has no chat template; valid: a prompt without one')
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals['raise_exception'] = _refuse
-    names = {'bos_token': self._text(self.bos), 'eos_token': self._text(self.eos)}
+    names = {'bos_token': self.bos_text, 'eos_token': self.eos_text}
     try:
       template = environment.from_string(self.chat_template)
       return template.render(messages=list(messages), add_generation_prompt=True, **names)
     except TemplateError as error:
       raise UserError(f'the chat template fails ({error}); valid: other messages') from None
+
+  @property
+  def bos_text(self) -> str:
+    """The text of the token `bos`, '' without one."""
+    return self._text(self.bos)
+
+  @property
+  def eos_text(self) -> str:
+    """The text of the token `eos`, '' without one."""
+    return self._text(self.eos)
 
   def _text(self, token: int | None) -> str:
     return '' if token is None else self._model.id_to_token(token) or ''

@@ -4,7 +4,9 @@ Run it where torch and transformers are installed (`pip install -e '.[oracle]'`)
 
     python tests/convert/oracle.py tests/convert/models
 
-`test_families.py` compares with what it wrote, so the tests need neither library.
+`test_families.py` compares with what it wrote, so tests need neither library. With a second folder, it
+compares the models in that folder, which `sparse_lm.convert --to=hf` wrote under the same names,
+with the stored logits.
 """
 
 import pathlib
@@ -99,13 +101,27 @@ def tokenizer():
   )
 
 
+def loaded(name, folder):
+  """The model in a folder, computing in float32."""
+  kind = _class(name, 'LMHeadModel' if MODELS[name][0] == 'GPT2' else 'ForCausalLM')
+  model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation='eager')
+  if 'num_experts_per_tok' in MODELS[name][1]:
+    model.set_experts_implementation('eager')  # the other ones need widths that divide by 4
+  return model
+
+
+def logits_of(model, tokens):
+  with torch.no_grad():
+    return model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+
+
+def _class(name, kind):
+  return getattr(transformers, MODELS[name][0] + kind)
+
+
 def write(name, folder):
-  family, fields = MODELS[name]
-  config = getattr(transformers, f'{family}Config')(**fields)
-  kind = getattr(
-    transformers, f'{family}LMHeadModel' if family == 'GPT2' else f'{family}ForCausalLM'
-  )
-  model = kind(config).eval()
+  config = _class(name, 'Config')(**MODELS[name][1])
+  model = _class(name, 'LMHeadModel' if MODELS[name][0] == 'GPT2' else 'ForCausalLM')(config).eval()
   randomise(model)
   if name == BFLOAT16:
     model = model.to(torch.bfloat16)
@@ -113,14 +129,21 @@ def write(name, folder):
   model.save_pretrained(folder, max_shard_size='9KB' if name == SHARDED else '1GB')
   tokenizer().save_pretrained(folder)
   tokens = np.random.default_rng(0).integers(0, VOCAB, (2, 24)).astype(np.int32)
-  model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation='eager')
-  if 'num_experts_per_tok' in fields:
-    model.set_experts_implementation('eager')  # the other ones need widths that divide by 4
-  with torch.no_grad():
-    logits = model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-  np.savez(folder / 'logits.npz', tokens=tokens, logits=logits)
+  np.savez(folder / 'logits.npz', tokens=tokens, logits=logits_of(loaded(name, folder), tokens))
+
+
+def check(name, folder, stored):
+  found = np.load(stored / 'logits.npz')
+  error = np.abs(logits_of(loaded(name, folder), found['tokens']) - found['logits']).max()
+  print(f'{name}: {error / np.abs(found["logits"]).max():.1e} of the largest logit')
+  assert error <= 1e-5 * np.abs(found['logits']).max(), name
+  transformers.AutoTokenizer.from_pretrained(folder)
 
 
 if __name__ == '__main__':
+  models, *written = map(pathlib.Path, sys.argv[1:])
   for one in MODELS:
-    write(one, pathlib.Path(sys.argv[1]) / one)
+    if written:
+      check(one, written[0] / one, models / one)
+    else:
+      write(one, models / one)

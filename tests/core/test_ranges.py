@@ -206,12 +206,13 @@ def test_a_width_of_many_divisors_is_answered_at_once(tiny_config):
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 NUMBERS = {
+  'convert/__main__': ('--context',),
   'generate': (
     *('--tokens', '--temperature', '--top_k', '--top_p', '--seed'),
     *('--speculate', '--exit_layer'),
   ),
   'speed': ('--batch', '--repeats'),
-  'prune': ('--segments',),
+  'prune': ('--segments', '--context'),
   'format_costs': ('--repeats',),
 }
 
@@ -224,9 +225,8 @@ def test_numbers_of_a_command_line_have_ranges():
     found = re.findall(
       r"add_argument\(\s*'(--\w+)',\s*type=[A-Z]", source
     )  # Range(...), or one's name
-    assert tuple(found) == (
-      NUMBERS.get(file.stem, ()) if file.parent.name == 'sparse_lm' else ()
-    ), file
+    name = file.relative_to(ROOT / 'sparse_lm').with_suffix('').as_posix()
+    assert tuple(found) == NUMBERS.get(name, ()), file
 
 
 @pytest.mark.parametrize('text', ['-1', 'nan', 'inf', '1e39', 'x', '', '9' * 400])

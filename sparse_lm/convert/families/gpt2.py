@@ -19,6 +19,7 @@ class GPT2(Family):
 
   architecture = 'GPT2LMHeadModel'
   prefix = 'transformer.'
+  mlps = (PLAIN_MLP,)
   buffers = (r'\.attn\.(masked_)?bias$',)
 
   def read(self, fields: Fields) -> Overrides:

@@ -22,6 +22,8 @@ class GPTNeoX(Family):
 
   architecture = 'GPTNeoXForCausalLM'
   prefix = 'gpt_neox.'
+  heads = ('embed_out.weight',)
+  mlps = (PLAIN_MLP,)
   buffers = (r'rotary_emb\.inv_freq$', r'\.attention\.(masked_)?bias$')
 
   def read(self, fields: Fields) -> Overrides:

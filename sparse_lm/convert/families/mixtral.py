@@ -17,6 +17,7 @@ class Mixtral(LlamaLike):
   """Mixtral (Jiang et al. 2024): gated experts whose chosen probabilities are divided by their sum."""
 
   architecture = 'MixtralForCausalLM'
+  mlps = (MIXTURE,)
 
   def read(self, fields: Fields) -> Overrides:
     """Returns the fields of this project's config."""
@@ -32,8 +33,8 @@ class Mixtral(LlamaLike):
   def written(self, config: ConfigDict) -> JsonObject:
     """Returns the foreign config."""
     own = {
-      'num_local_experts': config.mlp.get('experts'),
-      'num_experts_per_tok': config.mlp.get('k'),
+      'num_local_experts': config.mlp.experts,
+      'num_experts_per_tok': config.mlp.k,
     }
     return super().written(config) | own | {'sliding_window': None}
 

@@ -16,6 +16,7 @@ class Olmoe(LlamaLike):
   """OLMoE (Muennighoff et al. 2024): gated experts, and RMSNorm of all queries and of all keys."""
 
   architecture = 'OlmoeForCausalLM'
+  mlps = (MIXTURE,)
 
   def read(self, fields: Fields) -> Overrides:
     """Returns the fields of this project's config."""
@@ -34,9 +35,9 @@ class Olmoe(LlamaLike):
     """Returns the foreign config."""
     mlp = config.mlp
     return super().written(config) | {
-      'num_experts': mlp.get('experts'),
-      'num_experts_per_tok': mlp.get('k'),
-      'norm_topk_prob': mlp.get('normalise'),
+      'num_experts': mlp.experts,
+      'num_experts_per_tok': mlp.k,
+      'norm_topk_prob': mlp.normalise,
     }
 
   def mlp(self, config: ConfigDict, there: str, here: str) -> Iterator[Tensors]:
