@@ -13,6 +13,7 @@ from jax.stages import Wrapped
 
 from sparse_lm.core import tree
 from sparse_lm.core.aot import AotFunction, Call
+from sparse_lm.core.errors import UserError
 from sparse_lm.core.records import JsonObject
 from sparse_lm.core.tree import Tree
 from sparse_lm.data.corpus import SEPARATOR
@@ -20,6 +21,7 @@ from sparse_lm.data.tokenizers import Tokenizer
 from sparse_lm.evals import EvalData, EvalModel, Evaluation, Values
 from sparse_lm.kernels.token_losses import token_losses
 from sparse_lm.layers.sow import SOWN
+from sparse_lm.measure import device, machine
 from sparse_lm.measure.observe import scalars
 from sparse_lm.model import plans
 from sparse_lm.model.lm import LM
@@ -37,11 +39,16 @@ class Loss(Evaluation):
   - `perplexity`: the exponential of the loss in nats per token. It depends on the tokenizer.
   - `word_perplexity`: the exponential of the loss in nats per word, if the tokens are text. Words are
     separated by white space, and each end of a line counts as one more word, as in WikiText (Merity et
-    al. 2017). It can be compared between tokenizers.
+    al. 2017). They are counted in the text that the tokenizer decodes. The number can be compared between
+    tokenizers.
   """
 
   def run(self, model: EvalModel, data: EvalData) -> Values:
-    """Returns the metrics of the class. Raises a UserError if the split has no prediction."""
+    """Returns the metrics of the class.
+
+    Raises a UserError if the split has no prediction, and if a batch does not fit in memory.
+    """
+    _check_memory(model, data)
     values = mean_losses(model, data)
     loss = values[f'{_short(data)}_loss']
     values['perplexity'] = _exp(loss)
@@ -76,6 +83,24 @@ def mean_losses(model: EvalModel, data: EvalData) -> Values:
     summed, seen = jax.device_get(step(model.variables, tokens_BxL1, weight_BxL))
     sums.add(name, weight_BxL, summed, seen)
   return sums.values()
+
+
+def _check_memory(model: EvalModel, data: EvalData) -> None:
+  """Raises a UserError if a batch of windows does not fit in memory, before the first one runs."""
+  spec, room = model.model.spec, device.memory()
+  scores = 4 * data.batch * spec.heads * data.context**2  # bytes, if a layer stores them
+  if 8 * scores < room:
+    return
+  shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), model.variables)
+  tokens_BxL1 = jax.ShapeDtypeStruct((data.batch, data.context + 1), np.int32)
+  weight_BxL = jax.ShapeDtypeStruct((data.batch, data.context), np.float32)
+  step = eval_step(model.model).lower(shapes, tokens_BxL1, weight_BxL)
+  needed = machine.peak_memory(step.compile()) or 0
+  if needed > room:
+    raise UserError(
+      f'context={data.context} and batch={data.batch} take {needed / 2**30:,.1f} GiB of '
+      f'{room / 2**30:,.1f} GiB of memory; valid: a smaller --context or --batch'
+    )
 
 
 def _short(data: EvalData) -> str:

@@ -1,5 +1,6 @@
-"""Names of the device: the accelerator, or the processor and its vector instructions."""
+"""Memory and names of the device: the accelerator, or the processor and its vector instructions."""
 
+import os
 import pathlib
 import platform
 import re
@@ -14,6 +15,12 @@ INSTRUCTION_SETS = {
   'sve': 'SVE',
   'asimd': 'NEON',
 }
+
+
+def memory() -> int:
+  """Returns the bytes of memory for arrays: those of the accelerator, or of the machine on a CPU."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  return stats.get('bytes_limit') or os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
 
 def processor(cpuinfo: str | None = None) -> dict[str, str]:

@@ -9,13 +9,9 @@ import pathlib
 
 import jax
 
+from sparse_lm.measure.device import memory as memory  # also for the modules of this room
+
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # glibc's malloc.h
-
-
-def memory() -> int:
-  """Returns the bytes of memory for arrays: those of the accelerator, or of the machine on a CPU."""
-  stats = jax.local_devices()[0].memory_stats() or {}
-  return stats.get('bytes_limit') or os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
 
 def prepare() -> None:

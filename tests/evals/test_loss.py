@@ -12,6 +12,7 @@ from sparse_lm.core.errors import UserError
 from sparse_lm.data.tokenizers import Chars
 from sparse_lm.evals import EvalData, EvalModel
 from sparse_lm.evals.loss import Loss, mean_losses, separated
+from sparse_lm.measure import device
 from sparse_lm.model import lm
 from sparse_lm.model.plans import plan_of
 
@@ -120,6 +121,13 @@ def test_a_hopeless_model_has_an_infinite_perplexity(model):
 def test_a_split_without_a_prediction_is_named(model):
   with pytest.raises(UserError, match='the test split has 1 tokens'):
     Loss().run(model, EvalData(np.zeros(1, np.int32), 16, split='test'))
+
+
+def test_a_batch_that_does_not_fit_in_memory_is_refused(model, monkeypatch):
+  monkeypatch.setattr(device, 'memory', lambda: 5000)
+  tokens = np.arange(VOCAB, dtype=np.int32)
+  with pytest.raises(UserError, match=r'context=16 and batch=8 take .* valid: a smaller --context'):
+    Loss().run(model, EvalData(tokens, 16, 8))
 
 
 def test_every_evaluation_is_found_by_name():
