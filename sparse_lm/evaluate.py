@@ -13,7 +13,7 @@ from sparse_lm import evals
 from sparse_lm.commands.config_arguments import overrides_from_args
 from sparse_lm.commands.parser import Parser, local_path, one_line
 from sparse_lm.core.errors import UserError, unknown
-from sparse_lm.core.records import JsonObject
+from sparse_lm.core.records import Json, JsonObject
 from sparse_lm.data.corpus import SPLITS
 from sparse_lm.evals import DEFAULT, SIZES, Evaluation, Option, Values, Windows
 from sparse_lm.runs import runnable, runtime
@@ -115,17 +115,17 @@ def _text(value: float | int | None) -> str:
 
 
 def _measured_on(cards: dict[str, JsonObject]) -> list[str]:
-  """Returns a line for each evaluation whose card says more than its metrics' names."""
+  """Returns a line for each evaluation with a card, without units and with shortened digests."""
   return [
-    f'{task}: ' + ', '.join(f'{key} {_shown(value)}' for key, value in card.items())
+    f'{task}: ' + ', '.join(f'{key} {_shown(key, x)}' for key, x in card.items() if key != 'unit')
     for task, card in cards.items()
     if card
   ]
 
 
-def _shown(value: object) -> str:
-  if isinstance(value, dict):
-    return '; '.join(f'{key}: {_shown(inner)}' for key, inner in value.items())
+def _shown(key: str, value: Json) -> str:
+  if key.endswith('_sha256'):
+    return str(value)[:12]
   return f'{value:,}' if isinstance(value, int) else str(value)
 
 
