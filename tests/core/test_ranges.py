@@ -236,8 +236,9 @@ def test_numbers_of_a_command_line_have_ranges():
 def test_a_number_of_a_command_line_is_refused_before_anything_is_read(
   command, argument, text, monkeypatch, capsys
 ):
-  module = importlib.import_module(f'sparse_lm.{command}')
+  module = importlib.import_module(f'sparse_lm.{command}'.replace('/', '.'))
   needed = {
+    'convert/__main__': ['--from=nowhere', '--out=nowhere/else'],
     'generate': ['--workdir=nowhere', '--prompt=a'],
     'speed': ['--workdir=nowhere'],
     'prune': ['--workdir=nowhere', '--out=nowhere/else'],
