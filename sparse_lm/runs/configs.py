@@ -30,7 +30,7 @@ TEXT = ('source', 'path', 'split', 'tokenizer', 'vocab_size')
 # Fields of former versions, and the fields that replaced them.
 REPLACED = {
   'model.dtype': 'config.model.precision',
-  'model.param_dtype': 'config.model.precision; weights are float32 with every precision',
+  'model.param_dtype': 'config.model.weights_dtype; config.model.precision is that of the computation',
 }
 
 # Values by dotted name, such as {'weight.sparsity': 0.9}. Strings are converted to the field's type.

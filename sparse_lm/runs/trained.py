@@ -279,7 +279,7 @@ def check_fits(
       f'{field}={trained.workdir!r} was trained on other tokens; valid: a run with this tokenizer'
     )
   shapes = [
-    {path: (leaf.shape, str(leaf.dtype)) for path, leaf in tree.named(params).items()}
+    {path: leaf.shape for path, leaf in tree.named(params).items()}
     for params in (trained.params, plan_of(program.model).params)
   ]
   for path in sorted({*shapes[0], *shapes[1]}):

@@ -12,6 +12,7 @@ from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError, require, unknown
 from sparse_lm.core.ranges import traced
 from sparse_lm.core.tree import Tree
+from sparse_lm.train import rounding
 
 SCHEDULES = ('cosine', 'linear', 'constant')
 LEARNED = 'learned/'  # prefix of the paths of the weight method's own parameters
@@ -190,8 +191,8 @@ class Optimizer:
   def transform(self) -> optax.GradientTransformationExtraArgs:
     """Returns the Optax transformation: clipping or normalization, the optimizer, and a final decay.
 
-    State and updates are float32, like the parameters. `update` takes a `rate_factor`, by which the
-    learning rate of the step is multiplied; `None` means 1.
+    State and updates are float32, whatever the dtype of the parameters. `update` takes a `rate_factor`,
+    by which the learning rate of the step is multiplied; `None` means 1.
     """
     make = {**TESTED, **DENSE_ONLY}[self.name]
     first = optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()
@@ -202,7 +203,23 @@ class Optimizer:
       undecayed = dataclasses.replace(self, weight_decay=0.0)
       stages[1] = make(self.rate(), undecayed)
       stages.append(_decay_last(self.weight_decay, self.rate()))
-    return optax.chain(*stages)
+    return _in_float32(optax.chain(*stages))
+
+
+def _in_float32(
+  tx: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+  """Gives a transformation float32 parameters and gradients, so that its state is float32 too."""
+
+  def update(
+    updates: Tree, state: Tree, params: Tree, *, rate_factor: jax.Array | None = None
+  ) -> tuple[Tree, Tree]:
+    updates, params = rounding.in_float32(updates), rounding.in_float32(params)
+    return tx.update(updates, state, params, rate_factor=rate_factor)
+
+  return optax.GradientTransformationExtraArgs(
+    lambda params: tx.init(rounding.in_float32(params)), update
+  )
 
 
 def zero_moments(tx: optax.GradientTransformation, opt_state: Tree, changed: Tree) -> Tree:

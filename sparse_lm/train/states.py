@@ -10,6 +10,7 @@ from sparse_lm.core import rng, tree
 from sparse_lm.core.tree import Tree
 from sparse_lm.layers.sow import SOWN
 from sparse_lm.model.lm import LM
+from sparse_lm.train import rounding
 from sparse_lm.train.control import Budget, Control
 from sparse_lm.train.optim import Optimizer
 from sparse_lm.weights import parts
@@ -22,10 +23,11 @@ class TrainState(struct.PyTreeNode):
 
   Attributes:
     step: int32, number of completed optimizer steps.
-    trainable: `{'params': parameters of the model, 'learned': parameters of the weight method}`, float32.
+    trainable: `{'params': parameters of the model, 'learned': parameters of the weight method}`. The
+      parameters are in the dtype of `config.model.weights_dtype`.
     sparse: masks, target densities and other state of the weight method.
     opt_state: the optimizer's state for `trainable`.
-    ema: moving average of `trainable`, or `None`.
+    ema: moving average of `trainable`, float32, or `None`.
     model_state: the model's collections besides the parameters (running thresholds, router biases).
     control: state of the budget controller, or `None`.
     key: key of the run's random numbers; each step folds in its number.
@@ -45,7 +47,7 @@ class TrainState(struct.PyTreeNode):
   @property
   def evaluated(self) -> Tree:
     """The trainable tree for evaluation and export: the moving average, if there is one."""
-    return self.trainable if self.ema is None else self.ema
+    return self.trainable if self.ema is None else rounding.like(self.ema, self.trainable)
 
 
 class Start(NamedTuple):
@@ -101,7 +103,8 @@ def restart(
 ) -> TrainState:
   """Returns `state`, which is at step 0, with the weights and optionally the masks of a trained model."""
   target = state.sparse.target
-  trainable, sparse = method.init(rng.stream(seed, 'masks'), start.params, target)
+  params = rounding.like(start.params, state.trainable['params'])
+  trainable, sparse = method.init(rng.stream(seed, 'masks'), params, target)
   if start.masks is not None:
     given = tree.where_sparse(
       lambda w, _, mask: jnp.ones(w.shape, bool) if mask is None else mask,
@@ -111,7 +114,7 @@ def restart(
       dense=lambda _: None,
     )
     sparse = sparse.replace(masks=given, target=densities(given))
-    trainable = trainable | {'params': start.params}
+    trainable = trainable | {'params': params}
   # Router biases and thresholds are taken over only if the routers are of the same kind.
   theirs, fresh = (jax.tree.map(jnp.shape, s) for s in (start.model_state, state.model_state))
   started = state.replace(
@@ -126,8 +129,8 @@ def restart(
 
 
 def first_average(optimizer: Optimizer, trainable: Tree) -> Tree:
-  """Returns the initial moving average, which is `trainable` itself; `None` without an average."""
-  return trainable if optimizer.ema else None
+  """Returns the initial moving average, `trainable` in float32; `None` without an average."""
+  return rounding.in_float32(trainable) if optimizer.ema else None
 
 
 def check_masks(method: WeightMethod, state: TrainState) -> None:

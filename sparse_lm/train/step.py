@@ -22,7 +22,7 @@ from sparse_lm.kernels import device
 from sparse_lm.kernels.cross_entropy import Readout
 from sparse_lm.layers.after_step import updated
 from sparse_lm.model.lm import LM
-from sparse_lm.train import states
+from sparse_lm.train import rounding, states
 from sparse_lm.train.objective import Batch, EffectiveParams, Metrics, Objective
 from sparse_lm.train.on_host import OnHost, host_device, no_garbage_collected
 from sparse_lm.train.optim import (
@@ -233,13 +233,13 @@ class Program:
       total = jax.tree.map(jnp.add, total, grads)
       return (total, aux.model_state), (aux.updates, aux.metrics)
 
-    zeros = jax.tree.map(jnp.zeros_like, effective)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), effective)
     (total, model_state), (updates, metrics) = jax.lax.scan(
       microbatch,
       (zeros, state.model_state),
       (batch.microbatches(self.accumulation), jax.random.split(key, self.accumulation)),
     )
-    mean = jax.tree.map(lambda g: g / self.accumulation, total)
+    mean = rounding.like(jax.tree.map(lambda g: g / self.accumulation, total), effective)
     model_state = updated(model_state, jax.tree.map(lambda u: jnp.sum(u, axis=0), updates))
     return mean, model_state, jax.tree.map(lambda m: jnp.mean(m, axis=0), metrics)
 
@@ -266,7 +266,7 @@ class Program:
     effective, pull_back = self._effective(state, key_mask)
     batch = Batch(tokens_BxL1, teacher)
     grads, model_state, metrics = self._gradients(effective, state, batch, key_model)
-    (trainable_grads,) = pull_back(grads)
+    trainable_grads = rounding.in_float32(*pull_back(grads))
     metrics['gradient_norm'] = optax.tree.norm(trainable_grads)
     if (control := state.control) is not None:
       control = self.objective.budget.update(control, metrics['flops_fraction'])
@@ -280,7 +280,7 @@ class Program:
       change, opt_state = update_unless_resting(
         self.tx, trainable_grads, opt_state, trainable, resting, factor
       )
-      trainable = method.constrain(optax.apply_updates(trainable, change), sparse)
+      trainable = method.constrain(rounding.add_updates(trainable, change, key_update), sparse)
     read = Gradients(effective.params, grads.params)
     collected = parts.add(state.signals, read, collects)
     toggled = jax.tree.map(lambda x: None, trainable)
@@ -359,7 +359,8 @@ class Program:
     """Returns the moving average after a step. It restarts at 0 where `toggled` (bool) is true."""
     if ema is None:
       return None
-    mixed = optax.incremental_update(trainable, ema, 1 - self.optimizer.ema)
+    new = rounding.in_float32(trainable)
+    mixed = optax.incremental_update(new, ema, 1 - self.optimizer.ema)
     params = tree.where_sparse(
       lambda new, rests, old: jnp.where(rests, old, new),
       mixed['params'],
