@@ -42,7 +42,9 @@ def plan_of(model: LM) -> ModelPlan:
 def _check_biases(model: LM, plan: ModelPlan) -> None:
   """Raises a UserError if a name in `config.model.biases` gives no layer a bias."""
   biases = [place for place in map(Place.parse, plan.shapes) if place.is_bias]
-  layers = {(b.module.name if b.name == BIAS else b.name.removesuffix(f'_{BIAS}')) for b in biases}
+  # 'block_0/mlp/up/bias' and 'block_0/mlp/experts/up_bias' are biases of layers named 'up'.
+  names = ['/'.join(place.names).removesuffix(BIAS)[:-1] for place in biases]
+  layers = {name.rpartition('/')[2] for name in names}
   for name in model.spec.biases:
     if name not in {layer.rstrip('_0123456789') for layer in layers}:
       raise UserError(
