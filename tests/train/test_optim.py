@@ -47,6 +47,7 @@ class ToySpec:
   context: int = 6
   layers: int = 1
   vocab: int = 7
+  biases: tuple[str, ...] = ()
 
 
 class Toy(nn.Module):
