@@ -10,7 +10,8 @@ import numpy as np
 from sparse_lm.commands.parser import Parser, local_path, one_line
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.ranges import Range
-from sparse_lm.inference.decode import Decoder
+from sparse_lm.data.hf_tokenizer import HuggingFace
+from sparse_lm.inference.decode import Decoder, shortened
 from sparse_lm.inference.sample import TEMPERATURE, TOP_P, Sampling
 from sparse_lm.inference.speculate import SelfSpeculation, check_greedy
 from sparse_lm.measure import energy
@@ -31,6 +32,8 @@ def generate(
 ) -> Iterator[list[str]]:
   """Yields the continuations of all prompts so far, after each new token.
 
+  A continuation ends before the token that ends a text, if the tokenizer has one.
+
   Args:
     run: a model, from `runs.runnable.load`.
     prompts: texts, which may differ in length.
@@ -43,17 +46,27 @@ def generate(
   Raises:
     UserError: a prompt that does not fit the context or the tokenizer, or an option outside its range.
   """
-  encoded = [np.asarray(run.tokenizer.encode(_utf8(prompt))) for prompt in prompts]
+  encoded = [np.asarray(run.tokenizer.encode_prompt(_utf8(prompt))) for prompt in prompts]
+  asked = tokens
   tokens = tokens or max(run.model.spec.context - max(map(len, encoded)), 1)
   made: list[list[int]] = [[] for _ in prompts]
   texts, open_ = [''] * len(prompts), [True] * len(prompts)
   if speculation is None:
-    made_BxT = Decoder(run.model, run.variables).generate(encoded, tokens, sampling, seed)
+    decoder = Decoder(run.model, run.variables)
+    decoder.check_prompts(encoded)
+    if asked:
+      decoder.check_room(encoded, asked)
+      room = max(map(len, encoded)) + asked
+      decoder = Decoder(shortened(run.model, room), run.variables)
+    made_BxT = decoder.generate(encoded, tokens, sampling, seed)
   else:
     check_greedy(sampling.temperature, prompts)
     made_BxT = (np.array([token]) for token in speculation.generate(encoded[0], tokens))
   for token_B in made_BxT:
     for row in np.flatnonzero(open_):
+      if token_B[row] == run.tokenizer.eos:
+        open_[row] = False
+        continue
       made[row].append(int(token_B[row]))
       text = run.tokenizer.decode(made[row])
       open_[row] = not (stop and stop in text)
@@ -70,6 +83,15 @@ def _utf8(prompt: str) -> bytes:
     raise UserError(f'--prompt={prompt!r} is not UTF-8; valid: UTF-8 text') from None
 
 
+def _chats(run: Runnable, prompts: Sequence[str]) -> list[str]:
+  """Returns each prompt as the first message of a conversation."""
+  if not isinstance(run.tokenizer, HuggingFace):
+    raise UserError(
+      '--chat needs the tokenizer of an imported model with a chat template; valid: without --chat'
+    )
+  return [run.tokenizer.chat([{'role': 'user', 'content': prompt}]) for prompt in prompts]
+
+
 def _arguments() -> argparse.Namespace:
   parser = Parser('python -m sparse_lm.generate')
   parser.add_argument('--workdir', type=local_path, required=True, help='workdir or packed folder')
@@ -84,6 +106,9 @@ def _arguments() -> argparse.Namespace:
     '--top_k', type=Range(int, '[0, 2^31)'), default=0, help='draw from the k largest; 0 = all'
   )
   parser.add_argument('--top_p', type=TOP_P, default=1.0, help='nucleus sampling; 1 = off')
+  parser.add_argument(
+    '--chat', action='store_true', help="each prompt is a message, in the tokenizer's chat template"
+  )
   parser.add_argument('--stop', default='', help='text that ends the continuation')
   parser.add_argument('--seed', type=Range(int, '[0, 2^31)'), default=0)
   parser.add_argument(
@@ -122,6 +147,7 @@ def main() -> None:
   arguments = _arguments()
   runtime.prepare()
   run = load(arguments.workdir)
+  prompts = _chats(run, arguments.prompt) if arguments.chat else arguments.prompt
   sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
   speculation = None
   if arguments.speculate or arguments.exit_layer:
@@ -132,7 +158,7 @@ def main() -> None:
 
   def counted() -> Iterator[list[str]]:
     nonlocal count
-    options = arguments.prompt, arguments.tokens, sampling, arguments.stop, arguments.seed
+    options = prompts, arguments.tokens, sampling, arguments.stop, arguments.seed
     texts = generate(run, *options, speculation)
     for text in texts:
       if not count and len(text) == 1:  # all input has been checked by now

@@ -13,6 +13,7 @@ A `Run` is the model of a workdir or of a packed folder, with everything that an
 import collections
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -238,7 +239,7 @@ class Run:
       raise UserError(f'prompt of type {type(prompt).__name__}; valid: a text')
     context = self.model.spec.context
     vocab = self.model.spec.vocab
-    ids_L = self.tokenizer.encode(prompt)
+    ids_L = self.tokenizer.encode_prompt(prompt)
     if not 1 <= len(ids_L) < context:
       raise UserError(
         f'prompt of {len(ids_L)} tokens; valid: 1 to {context - 1} (config.data.context={context}, and '
@@ -254,8 +255,9 @@ class Run:
     Range(int, '[0, 2^31)').require('seed', seed)
     sampling = Sampling(float(temperature), top_k, top_p)
     decoder = self._decoder if interventions is None else self._changed(_checked(interventions))
-    made = decoder.generate([ids_L], count, sampling, seed)
-    return self.tokenizer.decode([int(token_B[0]) for token_B in made])
+    made = (int(token_B[0]) for token_B in decoder.generate([ids_L], count, sampling, seed))
+    end = self.tokenizer.eos
+    return self.tokenizer.decode(list(itertools.takewhile(lambda token: token != end, made)))
 
   @functools.cached_property
   def _decoder(self) -> Decoder:

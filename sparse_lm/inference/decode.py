@@ -1,5 +1,6 @@
 """Prefill and decoding: two compiled functions with a cache that is allocated once."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -11,17 +12,31 @@ from jax.stages import Wrapped
 from sparse_lm.core.errors import UserError
 from sparse_lm.core.tree import Tree
 from sparse_lm.inference.sample import Sampling
+from sparse_lm.layers.spec import ROTARY
 from sparse_lm.model import lm
 from sparse_lm.model.lm import LM
 from sparse_lm.plan import sites
 from sparse_lm.plan.sites import Replacement
 
 Array = jax.Array
+_ROUNDED = 64  # so that few lengths must be compiled
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _draw(sampling: Sampling, logits_BxV: Array, key: Array, place: int) -> Array:
   return sampling.draw(logits_BxV, jax.random.fold_in(key, place))
+
+
+def shortened(model: LM, tokens: int) -> LM:
+  """Returns the model with a context of `tokens`, rounded up, so that its cache is small.
+
+  A model with learned positions keeps its context.
+  """
+  spec = model.spec
+  room = -(-tokens // _ROUNDED) * _ROUNDED
+  if spec.positions != ROTARY or room >= spec.context:
+    return model
+  return model.clone(spec=dataclasses.replace(spec, context=room))
 
 
 class Decoder:

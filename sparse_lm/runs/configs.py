@@ -22,11 +22,9 @@ from sparse_lm.core.version import VERSION
 from sparse_lm.model import slots
 from sparse_lm.runs.config_names import instead_of_method
 from sparse_lm.runs.config_values import convert, wrong_type
-from sparse_lm.runs.run_folder import folder_of, read_config
+from sparse_lm.runs.inherited import inherit
 
 BASE = pathlib.Path(__file__).parents[2] / 'configs' / 'base.py'
-# The fields of `config.data` that choose the text and its tokenizer.
-TEXT = ('source', 'path', 'split', 'tokenizer', 'vocab_size')
 # Fields of former versions, and the fields that replaced them.
 REPLACED = {
   'model.dtype': 'config.model.precision',
@@ -40,7 +38,7 @@ Group = dict[str, 'FieldValue | Group | None']
 
 
 def load(path: str, overrides: Overrides | None = None) -> ConfigDict:
-  """Loads a config file as a locked config. With `init_from` it inherits that run's data.
+  """Loads a config file as a locked config. With `init_from` it inherits fields (`inherited.py`).
 
   Args:
     path: the Python file. A relative path that does not exist in the working folder is looked up in the
@@ -53,7 +51,7 @@ def load(path: str, overrides: Overrides | None = None) -> ConfigDict:
       or lies outside its range.
   """
   config, overrides = _read(path), dict(overrides or {})
-  _inherit_data(config, overrides)
+  inherit(config, overrides, _read(str(BASE)))
   return _overridden(config, overrides, path)
 
 
@@ -73,30 +71,6 @@ def derive(config: ConfigDict, overrides: Overrides, allowed: tuple[str, ...]) -
       for key in slots.fields(node):
         del node[key]
   return _overridden(config, dict(overrides), 'the run')
-
-
-def _inherit_data(config: ConfigDict, overrides: Overrides) -> None:
-  """Copies `config.data` from the run of `init_from`, so that both read the same tokens.
-
-  Fields that an override sets stay as they are, and so do fields of `TEXT` that the config file changes
-  from `configs/base.py`. If that run has no config, its setup reports what is missing.
-  """
-  parent = overrides.get('init_from', config.get('init_from', ''))
-  if not (parent and isinstance(parent, str) and isinstance(config.get('data'), ConfigDict)):
-    return  # `_overridden` reports what is wrong
-  default = _read(str(BASE)).data
-  for field, value in _saved_data(parent).items():
-    told = field in TEXT and config.data.get(field) != default[field]
-    if field in config.data and not told and f'data.{field}' not in overrides:
-      config.data[field] = convert(f'data.{field}', value, config.data[field])
-
-
-def _saved_data(workdir: str) -> JsonObject:
-  try:
-    data = read_config(folder_of(workdir)[0]).get('data')
-  except UserError:
-    return {}
-  return data if isinstance(data, dict) else {}
 
 
 def _overridden(config: ConfigDict, overrides: Overrides, path: str) -> ConfigDict:

@@ -1,0 +1,77 @@
+"""What a config takes over from the run that `config.init_from` names."""
+
+from ml_collections import ConfigDict
+
+from sparse_lm.core.errors import UserError
+from sparse_lm.core.ranges import FieldValue
+from sparse_lm.core.records import Json, JsonObject
+from sparse_lm.data.hf_tokenizer import KIND
+from sparse_lm.model import slots
+from sparse_lm.runs.config_values import convert
+from sparse_lm.runs.run_folder import folder_of, read_config
+
+# The fields of `config.data` that choose the text and its tokenizer.
+TEXT = ('source', 'path', 'split', 'tokenizer', 'vocab_size')
+
+# Fields of `config.model` that each run chooses by itself.
+_OWN = ('dropout', 'precision', 'attention_kernel', 'remat', 'scan_layers')
+
+
+def inherit(config: ConfigDict, overrides: dict[str, FieldValue], default: ConfigDict) -> None:
+  """Copies fields from the config of the run that `init_from` names.
+
+  A run inherits `config.data`, so that both read the same tokens. From an imported model, or a run that
+  descends from one, it also inherits `config.model` and the methods of the layers, because they differ
+  from the defaults in fields that no shape shows, such as `rope_base`.
+
+  Fields that an override sets stay as they are, and so do fields that the config file changes from
+  `configs/base.py` (of `config.data`, those of `TEXT`). If that run has no config, its setup reports what
+  is missing.
+
+  Args:
+    config: the config of the file, which is changed.
+    overrides: values by dotted name, which are not applied yet.
+    default: the config of `configs/base.py`.
+  """
+  parent = overrides.get('init_from', config.get('init_from', ''))
+  if not (parent and isinstance(parent, str) and isinstance(config.get('data'), ConfigDict)):
+    return  # what is wrong is reported when the overrides are applied
+  saved = _saved(parent)
+  data = saved.get('data')
+  if not isinstance(data, dict):
+    return
+  for field, value in data.items():
+    told = field in TEXT and config.data.get(field) != default.data[field]
+    if field in config.data and not told and f'data.{field}' not in overrides:
+      config.data[field] = convert(f'data.{field}', value, config.data[field])
+  if data.get('tokenizer') == KIND and isinstance(saved.get('model'), dict):
+    _inherit_model(config, overrides, default, saved)
+
+
+def _inherit_model(
+  config: ConfigDict, overrides: dict[str, FieldValue], default: ConfigDict, saved: JsonObject
+) -> None:
+  """Copies `config.model` and the layer slots, except what the file or an override chooses."""
+  for field, value in saved['model'].items():
+    untold = field in config.model and config.model[field] == default.model[field]
+    if untold and field not in _OWN and f'model.{field}' not in overrides:
+      config.model[field] = convert(f'model.{field}', value, config.model[field])
+  for slot in slots.LAYER_SLOTS:
+    theirs, given = saved.get(slot), config.get(slot)
+    untold = isinstance(given, ConfigDict) and given == default[slot]
+    if untold and isinstance(theirs, dict) and f'{slot}.name' not in overrides:
+      config[slot] = ConfigDict(_plain(theirs))
+
+
+def _saved(workdir: str) -> JsonObject:
+  try:
+    return read_config(folder_of(workdir)[0])
+  except UserError:
+    return {}
+
+
+def _plain(value: Json) -> Json | tuple[Json, ...]:
+  """Returns a value of a config.json with tuples in place of lists."""
+  if isinstance(value, list):
+    return tuple(_plain(item) for item in value)
+  return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else value
