@@ -15,6 +15,7 @@ from sparse_lm.core.ranges import Range
 from sparse_lm.core.tree import Tree
 from sparse_lm.runs import configs, measured, runtime, smaller
 from sparse_lm.runs.build import build
+from sparse_lm.runs.calibrate import GROUPS, calibrate, described
 from sparse_lm.runs.checkpoint import Checkpoints
 from sparse_lm.runs.evaluate import evaluate, result_of
 from sparse_lm.runs.history import History
@@ -144,9 +145,21 @@ def _write(out: str, run: Setup, state: TrainState, history: History, result: di
     folder.write_result(result)
 
 
+def _print_shrunk(out: str, result: dict) -> None:
+  metrics = result['metrics']
+  print(f'shrunk from {result["pruned_from"]}')
+  print(
+    f'{out}: {metrics["params"]:,} of {metrics["parent_params"]:,} parameters, in '
+    f'{metrics["shrink_seconds"]:.1f} s'
+  )
+
+
 @one_line
 def main() -> None:
-  """Prunes a trained run or an imported model; prints the validation loss after pruning of a run."""
+  """Prunes a trained run or an imported model, or calibrates its thresholds if a method has some.
+
+  Prints the validation loss afterwards, if the model is a run.
+  """
   parser = Parser('python -m sparse_lm.prune')
   parser.add_argument(
     '--workdir', type=local_path, required=True, help='workdir of a run or of an imported model'
@@ -167,21 +180,17 @@ def main() -> None:
     help='sizes of a smaller model in place of masks, such as layers:22,hidden:1024; of layers, width, '
     'hidden, heads and experts',
   )
-  add_fields_to_help(parser, ('weight',))
+  add_fields_to_help(parser, ('weight', *GROUPS))
   arguments, rest = parser.parse_known_args()
   runtime.prepare()
   overrides = overrides_from_args(rest)
   out, given = arguments.out, (arguments.segments, arguments.context)
   if arguments.shrink is not None:
-    result = smaller.shrink(
-      arguments.workdir, out, smaller.parse(arguments.shrink), overrides, *given
-    )
-    metrics = result['metrics']
-    print(f'shrunk from {result["pruned_from"]}')
-    print(
-      f'{out}: {metrics["params"]:,} of {metrics["parent_params"]:,} parameters, in '
-      f'{metrics["shrink_seconds"]:.1f} s'
-    )
+    sizes = smaller.parse(arguments.shrink)
+    _print_shrunk(out, smaller.shrink(arguments.workdir, out, sizes, overrides, *given))
+    return
+  if any(field.partition('.')[0] in GROUPS for field in overrides):
+    print(f'{out}: {described(calibrate(arguments.workdir, out, overrides, *given))}')
     return
   result = prune(arguments.workdir, out, overrides, *given)
   metrics = result['metrics']

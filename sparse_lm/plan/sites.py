@@ -24,6 +24,8 @@ from sparse_lm.plan import record
 
 READ = 'sites'  # the collection that sites are sown into
 Replacement = Callable[[jax.Array], jax.Array]
+# The same, given the module of the site and the site's name in it.
+ReplacementIn = Callable[[nn.Module, str, jax.Array], jax.Array]
 
 
 def run(
@@ -86,17 +88,13 @@ def replacing(replace: Mapping[str, Replacement]) -> Iterator[None]:
 
 
 def acting(
-  patterns: tuple[str, ...], function: Replacement
+  patterns: tuple[str, ...], function: ReplacementIn
 ) -> contextlib.AbstractContextManager[None]:
   """Replaces floating-point activations at matching sites in the calls of this context.
 
   Patterns without a matching site are ignored; `check` reports them for a whole model.
   """
-
-  def replace(value: jax.Array) -> jax.Array:
-    return function(value) if jnp.issubdtype(value.dtype, jnp.floating) else value
-
-  return record.acting(_Replacer(dict.fromkeys(patterns, replace), alike=alike(patterns)))
+  return record.acting(_Method(dict.fromkeys(patterns), alike(patterns), function=function))
 
 
 def alike(patterns: tuple[str, ...]) -> bool:
@@ -172,6 +170,25 @@ class _Replacer(_Matcher):
       if _matches(pattern, path):
         return _checked(path, value, function(value))
     return value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Method(_Matcher):
+  """Replaces floating-point activations at its sites by the result of one function.
+
+  Attributes:
+    function: returns the new activations.
+  """
+
+  function: ReplacementIn
+
+  def act(
+    self, module: nn.Module, name: str, path: str, value: jax.Array, branch: bool
+  ) -> jax.Array:
+    self.passed[path] = None
+    if not (self.wants(path) and jnp.issubdtype(value.dtype, jnp.floating)):
+      return value
+    return _checked(path, value, self.function(module, name, value))
 
 
 def _checked(path: str, old: jax.Array, new: object) -> jax.Array:

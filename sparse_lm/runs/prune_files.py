@@ -113,6 +113,7 @@ def prune_files(
     UserError: invalid input, before anything is written.
   """
   config, tokenizer, source = opened(parent)
+  check_no_state(source, parent)
   text = {field: value for field, value in overrides.items() if field in OTHER_TEXT}
   asked = configs.derive(
     config, {f: value for f, value in overrides.items() if f not in text}, allowed=('weight',)
@@ -158,6 +159,15 @@ def opened(parent: str) -> Source:
   files = WeightFiles(folder / WEIGHTS)
   _check_shapes(files, lm.from_config(config, tokenizer.vocab_size), folder)
   return Source(config, tokenizer, files)
+
+
+def check_no_state(files: WeightFiles, parent: str) -> None:
+  """Raises UserError if the model has calibrated thresholds, which belong to its weights."""
+  if files.model_state:
+    raise UserError(
+      f'--workdir={parent} holds calibrated thresholds, which are those of its weights; valid: the '
+      'workdir that they were calibrated from (change the weights first, and calibrate then)'
+    )
 
 
 def calibration_text(

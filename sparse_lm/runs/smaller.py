@@ -26,7 +26,7 @@ from sparse_lm.model.plans import plan_of
 from sparse_lm.runs import configs
 from sparse_lm.runs.configs import Overrides
 from sparse_lm.runs.environment import environment
-from sparse_lm.runs.prune_files import TOGETHER, Source, calibration_text, opened
+from sparse_lm.runs.prune_files import TOGETHER, Source, calibration_text, check_no_state, opened
 from sparse_lm.runs.run_folder import CONFIG, WEIGHTS, with_format
 from sparse_lm.runs.weight_files import WeightFiles
 from sparse_lm.runs.workdir import check_new, whole_folder, write_json
@@ -248,7 +248,8 @@ def _changed(one: LM, other: LM) -> Axes:
 
 
 def _check_dense(files: WeightFiles, parent: str) -> None:
-  """Raises UserError if the model has masks, which belong to the shapes of its matrices."""
+  """Raises UserError if the model has masks or thresholds, which belong to its matrices as they are."""
+  check_no_state(files, parent)
   names = (name for file in files.index['files'].values() for name in file['shapes'])
   if any(':' in name for name in names):
     raise UserError(

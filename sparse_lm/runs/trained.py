@@ -232,7 +232,8 @@ def _from_files(folder: pathlib.Path, program: Program) -> _Found:
   params = jax.tree.map(lambda like, leaf: jnp.asarray(leaf, like.dtype), model, params)
   masks = jax.tree.map(jnp.asarray, masks)
   source = f'{folder}: {files.source}'
-  return _Found(source, densities(masks), params, masks, {}, files.step, files.work)
+  state = jax.tree.map(jnp.asarray, files.model_state)
+  return _Found(source, densities(masks), params, masks, state, files.step, files.work)
 
 
 def _no_checkpoint(workdir: str) -> UserError:

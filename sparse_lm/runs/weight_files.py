@@ -2,6 +2,7 @@
 
 - `layer_000.safetensors`, `layer_001.safetensors`, ...: the parameters of each layer.
 - `outside.safetensors`: the other parameters: embeddings, the last norm and the head.
+- `state.safetensors`: the model's other collections (calibrated thresholds), if it has any.
 - `index.json`: what each file holds, with digests. It is written last, so a folder without it is not
   complete.
 
@@ -33,6 +34,7 @@ from sparse_lm.train.work import Work
 
 FORMAT = 1
 INDEX = 'index.json'
+STATE = 'state.safetensors'
 _MASK = ':mask'
 _DIGESTS = 'digests'  # key of a file's metadata: the digest of each array, as JSON
 
@@ -147,7 +149,7 @@ class WeightFiles:
 
     Raises UserError if the file is missing or damaged.
     """
-    file = self._open(part)
+    file = self._open(_name(part))
     arrays = {name: a for name, a in file.arrays.items() if not name.endswith(_MASK)}
     bits = {name: file.arrays.get(name + _MASK) for name in arrays}
     masks = {name: _unpacked(b, arrays[name].shape) for name, b in bits.items()}
@@ -160,6 +162,16 @@ class WeightFiles:
       found = self.read(part)
       params, masks = params | found[0], masks | found[1]
     return params, masks
+
+  @property
+  def model_state(self) -> Tree:
+    """The model's collections besides the parameters. Raises UserError if their file is damaged."""
+    return nested(self._open(STATE).arrays) if STATE in self.index['files'] else {}
+
+  def write_state(self, model_state: Tree) -> None:
+    """Writes the model's collections besides the parameters, all at once."""
+    arrays = {path: _plain(leaf) for path, leaf in tree.named(model_state).items()}
+    self._save(STATE, arrays)
 
   def write(self, part: int | None, params: Tree, masks: Tree) -> None:
     """Writes the file of a part. The file appears whole or not at all.
@@ -176,8 +188,10 @@ class WeightFiles:
       raise ValueError(f'{wrong[0]} does not belong to part {part}')
     for path, mask in tree.named(masks).items():
       arrays[path + _MASK] = np.packbits(np.asarray(mask))
-    found = json.dumps(digests.of_leaves(arrays))
-    target = self.folder / _name(part)
+    self._save(_name(part), arrays)
+
+  def _save(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+    found, target = json.dumps(digests.of_leaves(arrays)), self.folder / name
     with writing(target):
       self.folder.mkdir(parents=True, exist_ok=True)
       temporary = target.with_name(target.name + '.tmp')
@@ -197,10 +211,11 @@ class WeightFiles:
     if missing := self.missing():
       raise ValueError(f'parts {missing} are not written')
     files: dict[str, _File] = {}
-    for part in self.parts:
-      file = open_tensors(self.folder / _name(part))
+    names = [_name(part) for part in self.parts]
+    for own in (*names, STATE) if (self.folder / STATE).exists() else names:
+      file = open_tensors(self.folder / own)
       shapes = {name: list(array.shape) for name, array in file.arrays.items()}
-      files[_name(part)] = {'shapes': shapes, 'digest': _digest(file)}
+      files[own] = {'shapes': shapes, 'digest': _digest(file)}
     index: _Index = {
       'format': FORMAT,
       'layers': self.layers,
@@ -211,9 +226,9 @@ class WeightFiles:
     }
     write_json(self.folder / INDEX, index | {WRITTEN_BY: VERSION})
 
-  def _open(self, part: int | None) -> TensorFile:
-    """Returns the file of a part after a check of all its digests."""
-    path = self.folder / _name(part)
+  def _open(self, name: str) -> TensorFile:
+    """Returns a file after a check of all its digests."""
+    path = self.folder / name
     file = open_tensors(path)
     try:
       found = records.parse(file.metadata.get(_DIGESTS, '').encode(), dict[str, int])

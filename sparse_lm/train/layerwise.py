@@ -155,8 +155,8 @@ class Layers:
       sums = gather(variables, x_BxLxD)
       total = sums if total is None else jax.tree.map(jnp.add, total, sums)
     signals, counts = total
-    signals = {need: _moved(by_path, layer) for need, by_path in signals.items()}
-    return signals, _moved(counts, layer)
+    signals = {need: moved(by_path, layer) for need, by_path in signals.items()}
+    return signals, moved(counts, layer)
 
   def run(self, layer: int, params: Tree, stream: list[Array]) -> None:
     """Replaces the inputs `stream` of a layer by its outputs."""
@@ -177,7 +177,7 @@ class Layers:
   def variables(self, module: Layer, layer: int, params: Tree) -> dict[str, Tree]:
     """Returns the layer's part of each collection, under the names that `module` gives them."""
     return {
-      name: _moved(of_part(values, layer), module.layer)
+      name: moved(of_part(values, layer), module.layer)
       for name, values in ({'params': params} | self.model_state).items()
     }
 
@@ -187,7 +187,7 @@ def _embed(model: LM, params: Tree, tokens_BxL: Array) -> Array:
   return Embed(model.spec).apply({'params': params}, tokens_BxL, positions_BxL)
 
 
-def _moved(by_path: dict[str, Tree], layer: int) -> dict[str, Tree]:
+def moved(by_path: dict[str, Tree], layer: int) -> dict[str, Tree]:
   """Returns the values under the paths that they have in another layer."""
   places = {path: Place.parse(path) for path in by_path}
   return {

@@ -1,0 +1,47 @@
+"""Inputs of linear layers below a calibrated threshold are zero (TEAL)."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from sparse_lm.core.ranges import ranged
+from sparse_lm.layers.linear import Linear
+from sparse_lm.layers.method import Traits
+from sparse_lm.layers.site import SiteMethod
+from sparse_lm.layers.threshold import below
+
+DISPLAY_NAME = 'TEAL'
+
+
+class Teal(SiteMethod):
+  """Zeroes the inputs of linear layers whose magnitude is below a threshold of their matrix.
+
+  Each matrix has one threshold for all tokens and inputs. `python -m sparse_lm.prune` calibrates the
+  thresholds on text, without training. Before that they are 0, and the model is dense. In a layer with
+  full attention and a gated MLP, the default sites are the inputs of all seven matrices. Routers and
+  experts are not changed.
+
+  Differs from the paper: every matrix has the same density, where the paper allocates sparsities within a
+  layer by a greedy search; and all tokens of a prompt are treated alike, where the paper keeps the first
+  half of them dense.
+
+  Attributes:
+    density: fraction of each matrix's inputs that is kept on the calibration text.
+  """
+
+  where: tuple[str, ...] = ('block_*/attention/*/input', 'block_*/mlp/*/input')
+  density: float = ranged(0.5, '(0, 1]')
+
+  @property
+  def traits(self) -> Traits:
+    """The traits of the method."""
+    return Traits(
+      paper='TEAL (Liu et al. 2024)',
+      saves='nothing: zeros are multiplied like all other activations',
+    )
+
+  def act_in(self, module: nn.Module, name: str, value: jax.Array) -> jax.Array:
+    """Maps the inputs `[..., in]` of a linear layer to the same shape; other sites stay as they are."""
+    if not isinstance(module, Linear):
+      return value
+    return jnp.where(below(module, name, value), 0, value)
