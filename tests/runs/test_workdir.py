@@ -7,9 +7,11 @@ import pytest
 
 from sparse_lm.core.errors import UserError
 from sparse_lm.data import pipeline
-from sparse_lm.runs import lock
+from sparse_lm.runs import configs, lock, trained
 from sparse_lm.runs import workdir as workdirs
-from sparse_lm.runs.workdir import Workdir, check_new, whole_folder
+from sparse_lm.runs.loop import train
+from sparse_lm.runs.run_folder import read_config, with_format
+from sparse_lm.runs.workdir import Workdir, check_new, read_log, whole_folder, write_json
 
 
 @pytest.fixture
@@ -90,3 +92,22 @@ def test_a_full_disk_at_a_line_of_the_log_is_one_line(folder, monkeypatch):
     with pytest.raises(UserError, match=r'metrics\.jsonl cannot be written'):
       run.log(3, {'loss': 1.0})
   run.close()
+
+
+def test_a_run_that_an_older_version_began_is_continued(tiny_config, tmp_path):
+  """Its config.json lacks fields that joined since, and stays so: checkpoints have its digest."""
+  config = tiny_config(train__steps=2)
+  values = with_format(configs.to_json(config))
+  joined = [values['model'].pop(field) for field in ('norm_epsilon', 'biases')]
+  assert joined == [1e-5, []]
+  write_json(tmp_path / 'config.json', values)
+  for steps in (2, 4):
+    train(tiny_config(train__steps=steps), str(tmp_path), progress=False)
+  found = read_config(tmp_path)
+  assert found['train']['steps'] == 4 and not {'norm_epsilon', 'biases'} & {*found['model']}
+  assert trained.load(str(tmp_path)).step == 4
+  logged = [values['step'] for _, values in read_log(tmp_path / 'metrics.jsonl')]
+  assert logged == sorted(logged) and {*logged} == {1, 2, 3, 4}
+  changed = tiny_config(train__steps=4, model__norm_epsilon=1e-6)
+  with pytest.raises(UserError, match=r'config\.model\.norm_epsilon=1e-05, not 1e-06'):
+    train(changed, str(tmp_path), progress=False)
