@@ -17,6 +17,7 @@ from sparse_lm.core import discovery, tree
 from sparse_lm.core.paths import Place
 from sparse_lm.core.records import JsonObject
 from sparse_lm.data.hf_tokenizer import HuggingFace
+from sparse_lm.data.tokenizers import Bpe, Tokenizer
 from sparse_lm.model import lm
 from sparse_lm.model.plans import plan_of
 from sparse_lm.runs.workdir import check_new, whole_folder
@@ -32,7 +33,7 @@ class Exported:
     family: the name of the family.
     source: where the weights come from, in words.
     parameters: number of parameters.
-    tokenizer: whether the folder has the tokenizer, which only Hugging Face's kind can have.
+    tokenizer: whether the folder has the tokenizer, which must be of Hugging Face's kind or a BPE.
   """
 
   family: str
@@ -59,16 +60,25 @@ def export(workdir: str, out: str) -> Exported:
   dtype = config.model.weights_dtype
   fields = {'model_type': name, 'architectures': [found.architecture], 'torch_dtype': dtype}
   special = {'bos_token_id': None, 'eos_token_id': None}
-  if isinstance(model.tokenizer, HuggingFace):
-    special = {'bos_token_id': model.tokenizer.bos, 'eos_token_id': model.tokenizer.eos}
+  tokenizer = _of_hugging_face(model.tokenizer)
+  if tokenizer is not None:
+    special = {'bos_token_id': tokenizer.bos, 'eos_token_id': tokenizer.eos}
   with whole_folder(out) as folder:
     _write_json(folder / hf_folder.CONFIG, fields | found.written(config) | special)
     _write_json(folder / hf_folder.GENERATION, {k: v for k, v in special.items() if v is not None})
     _write_tensors(folder, model, found, shapes)
-    if isinstance(model.tokenizer, HuggingFace):
-      _write_tokenizer(folder, model.tokenizer)
+    if tokenizer is not None:
+      _write_tokenizer(folder, tokenizer)
   count = sum(leaf.size for leaf in shapes.values())
-  return Exported(name, model.source, count, isinstance(model.tokenizer, HuggingFace))
+  return Exported(name, model.source, count, tokenizer is not None)
+
+
+def _of_hugging_face(tokenizer: Tokenizer) -> HuggingFace | None:
+  """Returns the same tokenizer as one of Hugging Face; `None` if the library has no such kind."""
+  if isinstance(tokenizer, Bpe):
+    (separator,) = tokenizer.encode('\0').tolist()  # the token between documents
+    return HuggingFace(tokenizer.contents, tokenizer.vocab_size, eos=separator)
+  return tokenizer if isinstance(tokenizer, HuggingFace) else None
 
 
 def _write_json(path: pathlib.Path, values: JsonObject) -> None:

@@ -175,6 +175,11 @@ class Bpe(SavedTokenizer):
   def to_json(self) -> dict[str, str]:
     return {'name': 'bpe', 'merges': self.merges}
 
+  @property
+  def contents(self) -> str:
+    """The JSON text of the library `tokenizers`, as in the tokenizer.json of a model of Hugging Face."""
+    return self._model.to_str()
+
   @functools.cached_property
   def _model(self) -> 'tokenizers.Tokenizer':
     pairs = [tuple(line.split(' ')) for line in self.merges.splitlines()]

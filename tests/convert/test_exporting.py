@@ -5,6 +5,7 @@ import pathlib
 
 import numpy as np
 import pytest
+import tokenizers
 from numpy.testing import assert_array_equal
 from safetensors.numpy import load_file
 
@@ -84,6 +85,19 @@ def test_dropped_weights_are_exact_zeros(tmp_path):
   export(str(tmp_path / 'in'), str(tmp_path / 'out'))
   found = tensors(tmp_path / 'out')['model.layers.1.mlp.up_proj.weight']
   assert_array_equal(found == 0, ~mask.T)
+
+
+def test_a_bpe_is_written_as_a_tokenizer_of_hugging_face(tiny_config, tmp_path):
+  llama = {'mlp__name': 'gated', 'activation__name': 'silu'}
+  bpe = {'data__tokenizer': 'bpe', 'data__vocab_size': 280}
+  train(tiny_config(train__steps=1, **llama, **bpe), str(tmp_path / 'run'), progress=False)
+  assert export(str(tmp_path / 'run'), str(tmp_path / 'out')).tokenizer
+  library = tokenizers.Tokenizer.from_file(str(tmp_path / 'out' / 'tokenizer.json'))
+  convert(str(tmp_path / 'out'), str(tmp_path / 'again'))
+  ours, again = (load(str(tmp_path / name)).tokenizer for name in ('run', 'again'))
+  text = 'def f(x):\n  return x  # größer\0\nimport numpy'
+  assert_array_equal(ours.encode(text), library.encode(text).ids)
+  assert_array_equal(ours.encode(text), again.encode(text))
 
 
 def test_a_trained_run_is_written_if_a_family_computes_it(tiny_config, tmp_path, call):
