@@ -18,6 +18,7 @@ from sparse_lm.model import lm
 from sparse_lm.model.lm import LM
 from sparse_lm.model.plans import plan_of
 from sparse_lm.plan import cost
+from sparse_lm.plan.plan import ModelPlan
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -109,9 +110,12 @@ def pack(model: LM, params: Tree, masks: Tree, state: Tree) -> PackedModel:
     if path not in small
   }
   sizes = {path: math.prod(leaf.shape) for path, leaf in plan.shapes.items()}
-  matrices = _chosen(plan.units, kernels, cost.read_shares(plan.ledger, sizes))
+  gated = _with_gated_inputs(plan)
+  matrices = _chosen(plan.units, kernels, cost.read_shares(plan.ledger, sizes), gated)
   for path, parts in plan.fused.items():
     one, *each = (str(Place.parse(layer) / KERNEL) for layer in (path, *parts))
+    if gated.intersection(each):  # each has its own nonzero inputs
+      continue
     matrices = _fused(one, each, kernels, matrices)
     bias, *biases = (str(Place.parse(layer) / BIAS) for layer in (path, *parts))
     if one in matrices and any(part in small for part in biases):
@@ -121,23 +125,35 @@ def pack(model: LM, params: Tree, masks: Tree, state: Tree) -> PackedModel:
   return assemble(model, left, matrices, small, state)
 
 
+def _with_gated_inputs(plan: ModelPlan) -> set[str]:
+  """Returns the kernels of linear layers that are charged for the nonzero ones of their inputs."""
+  linear = [m for m in plan.ledger.values() if m.kernel is not None]
+  layer_of = lambda m: str(Place.parse(m.kernel).module)  # noqa: E731
+  return {m.kernel for m in linear if any(gate.path == layer_of(m) for gate in m.gates)}
+
+
 def _is_kernel(path: str, shape: tuple[int, ...]) -> bool:
   """Returns whether a packable parameter is a matrix or stacked matrices, and not (stacked) biases."""
   return len(shape) >= 2 and not Place.parse(path).is_bias
 
 
 def _chosen(
-  groups: Iterable[Group], kernels: dict[str, Kernel], fractions: dict[str, float]
+  groups: Iterable[Group],
+  kernels: dict[str, Kernel],
+  fractions: dict[str, float],
+  gated: set[str],
 ) -> dict[str, Matrix]:
   """Chooses the format of each kernel.
 
   If a method selects hidden units, down-projections are chosen first: the up-projection can compute only
   the selected outputs if the down-projection's format can read only the selected inputs.
   """
-  chosen: dict[str, Matrix] = {}
+  chosen = {
+    path: choose(path, kernels[path], {-2: fractions[path]}) for path in kernels if path in gated
+  }
   for group in groups:
     if group.kind == 'neuron' and group.dynamic:
-      members = [member for member in group.members if member.path in kernels]
+      members = [m for m in group.members if m.path in kernels and m.path not in gated]
       down, up = ([m.path for m in members if m.axis == axis] for axis in (-2, -1))
       chosen |= {path: choose(path, kernels[path], {-2: fractions[path]}) for path in down}
       gathers = all(chosen[path].runs.selects == -2 for path in down)

@@ -1,17 +1,12 @@
 """Decodes one token by reading only the weights of its active hidden units."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
-from sparse_lm.kernels.topk import true_indices
+from sparse_lm.layers.chunks import in_chunks
 from sparse_lm.layers.linear import Linear
 from sparse_lm.layers.method import LayerMethod
-
-# One chunk holds this factor times the planned number of units, so usually one chunk suffices.
-SPARE = 1.15
-LANES = 32
+from sparse_lm.plan import record
 
 
 def selects(activation: LayerMethod) -> bool:
@@ -24,20 +19,25 @@ def one_token(x_BxLxD: jax.Array, mode: str) -> bool:
   return mode == 'decode' and x_BxLxD.size == x_BxLxD.shape[-1]
 
 
+def _acted_on(*layers: Linear) -> bool:
+  """Returns whether the inputs or outputs of a layer are read or replaced, so that all are needed."""
+  return any(record.wanted(layer, name) for layer in layers for name in ('input', 'output'))
+
+
 def project(down: Linear, h_BxLxF: jax.Array, activation: LayerMethod, mode: str) -> jax.Array:
   """Returns `down(h)`.
 
   If one token is decoded, the weights are packed and the activation selects units, only the weights of
   nonzero units are read.
   """
-  if not down.gathers or not selects(activation) or not one_token(h_BxLxF, mode):
+  if not (down.gathers and selects(activation) and one_token(h_BxLxF, mode)) or _acted_on(down):
     return down(h_BxLxF)
   run = down.packed()
 
   def some(index_K: jax.Array, live_K: jax.Array) -> jax.Array:
     return run.of_inputs(jnp.where(live_K, h_BxLxF[..., index_K], 0), index_K)
 
-  return run.add_bias(_in_chunks(h_BxLxF.reshape(-1) != 0, activation.traits.gating.planned, some))
+  return run.add_bias(in_chunks(h_BxLxF.reshape(-1) != 0, activation.traits.gating.planned, some))
 
 
 def up_and_down(
@@ -61,9 +61,10 @@ def up_and_down(
     mode: 'train', 'eval' or 'decode'.
 
   Returns:
-    `[B, L, D]`, or `None` if there are several tokens or the packed format cannot read single units.
+    `[B, L, D]`, or `None` if there are several tokens, the packed format cannot read single units, or an
+    actor needs all inputs or outputs of a projection.
   """
-  if not down.gathers or not one_token(x_BxLxD, mode):
+  if not down.gathers or not one_token(x_BxLxD, mode) or _acted_on(up, down):
     return None
   run_up, run_down = up.packed(), down.packed()
 
@@ -71,27 +72,4 @@ def up_and_down(
     gate = jnp.where(live_K, gate_BxLxF[..., index_K], 0)
     return run_down.of_inputs(gate * run_up.of_outputs(x_BxLxD, index_K), index_K)
 
-  return run_down.add_bias(_in_chunks(chosen_BxLxF.reshape(-1), planned, some))
-
-
-def _in_chunks(
-  chosen_F: jax.Array, planned: float, some: Callable[[jax.Array, jax.Array], jax.Array]
-) -> jax.Array:
-  """Returns the sum of `some(index_K, live_K)` over chunks of the chosen units.
-
-  `live_K` is false for the padding of the last chunk.
-  """
-  units = chosen_F.size
-  wanted = max(1, min(units, round(SPARE * planned * units)))
-  room = -(-wanted // LANES) * LANES
-  count = jnp.sum(chosen_F, dtype=jnp.int32)
-
-  def add(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    first, total = carry
-    index_K = true_indices(chosen_F, room, first)
-    return first + room, total + some(index_K, first + jnp.arange(room) < count)
-
-  index, live = jax.ShapeDtypeStruct((room,), jnp.int32), jax.ShapeDtypeStruct((room,), bool)
-  out = jax.eval_shape(some, index, live)
-  start = jnp.int32(0), jnp.zeros(out.shape, out.dtype)
-  return jax.lax.while_loop(lambda carry: carry[0] < count, add, start)[1]
+  return run_down.add_bias(in_chunks(chosen_BxLxF.reshape(-1), planned, some))

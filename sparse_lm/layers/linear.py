@@ -10,6 +10,7 @@ from flax import linen as nn
 from sparse_lm.core.format import Format
 from sparse_lm.kernels.matmul import matmul
 from sparse_lm.kernels.scale import scaled
+from sparse_lm.layers.chunks import in_chunks
 from sparse_lm.layers.init import INITS
 from sparse_lm.layers.spec import LAYERNORM, NORM, Spec
 from sparse_lm.plan import record
@@ -32,13 +33,16 @@ class Linear(nn.Module):
     """Maps `[..., in]` to `[..., features]`."""
     spec = self.spec
     x = record.site(self, 'input', x.astype(spec.compute), kernel='kernel')
+    gating = record.gating(self, 'input')
     if run := self.packed():
-      return record.site(self, 'output', run(x))
+      few = gating is not None and self.gathers and x.size == x.shape[-1]
+      return record.site(self, 'output', run.of_nonzero(x, gating.planned) if few else run(x))
     record.packable(self.path, 'kernel', 'bias')
     init = INITS[spec.init](self.role, spec.layers)
     kernel = self.param('kernel', init, (x.shape[-1], self.features), spec.stored)
     y = matmul(x, kernel.astype(spec.compute))
-    y = record.matmul(y, self.path, 'linear', 2 * x.size * self.features, kernel='kernel')
+    with record.gated(self.path, gating):
+      y = record.matmul(y, self.path, 'linear', 2 * x.size * self.features, kernel='kernel')
     if spec.has_bias(self.name):
       bias = self.param('bias', nn.initializers.zeros, (self.features,), spec.stored)
       y = y + bias.astype(spec.compute)
@@ -109,6 +113,19 @@ class PackedLinear:
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps `[..., in]` to `[..., features]`."""
     return self.add_bias(self.kernel.matmul(x))
+
+  def of_nonzero(self, x: jax.Array, planned: float) -> jax.Array:
+    """Does the same as a call for one token, and reads only the weights of its nonzero inputs.
+
+    Args:
+      x: the inputs of one token.
+      planned: expected fraction of nonzero inputs.
+    """
+
+    def some(index_K: jax.Array, live_K: jax.Array) -> jax.Array:
+      return self.of_inputs(jnp.where(live_K, x[..., index_K], 0), index_K)
+
+    return self.add_bias(in_chunks(x.reshape(-1) != 0, planned, some))
 
   def add_bias(self, y: jax.Array) -> jax.Array:
     """Adds the bias, if there is one, to outputs `[..., features]` and casts them to `dtype`."""

@@ -35,7 +35,7 @@ def _with_sites(call: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
   @functools.wraps(call)
   def run(self: 'LM | Layer', *arguments: Tree, **keywords: Tree) -> jax.Array:
     method = self.site.module(self.spec)
-    with sites.acting(method.where, method.act_in):
+    with sites.acting(method.where, method.act_in, method.traits.gating):
       return call(self, *arguments, **keywords)
 
   return run

@@ -84,6 +84,11 @@ class Actor(abc.ABC):
     """Whether it acts on the same sites in every layer, so that layers can be scanned."""
     return False
 
+  @property
+  def gates(self) -> Gating | None:
+    """Which fraction of the activations at its sites it keeps, if it sets the others to zero."""
+    return None
+
   @abc.abstractmethod
   def wants(self, path: str) -> bool:
     """Returns whether it acts on the site of this name."""
@@ -288,6 +293,12 @@ def wanted(module: nn.Module, name: str) -> bool:
   """Returns whether an actor reads or replaces the activations at a site of a module."""
   path = '/'.join((*module.path, name))
   return any(actor.wants(path) for actor in _scope.get().actors)
+
+
+def gating(module: nn.Module, name: str) -> Gating | None:
+  """Returns which fraction of the activations at a site an actor keeps, so that others cost nothing."""
+  path = '/'.join((*module.path, name))
+  return next((a.gates for a in _scope.get().actors if a.gates and a.wants(path)), None)
 
 
 def in_branch() -> contextlib.AbstractContextManager[None]:

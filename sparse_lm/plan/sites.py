@@ -21,6 +21,7 @@ from sparse_lm.core.errors import UserError, unknown
 from sparse_lm.core.paths import Place
 from sparse_lm.core.tree import Tree
 from sparse_lm.plan import record
+from sparse_lm.plan.cost import Gating
 
 READ = 'sites'  # the collection that sites are sown into
 Replacement = Callable[[jax.Array], jax.Array]
@@ -88,13 +89,16 @@ def replacing(replace: Mapping[str, Replacement]) -> Iterator[None]:
 
 
 def acting(
-  patterns: tuple[str, ...], function: ReplacementIn
+  patterns: tuple[str, ...], function: ReplacementIn, gates: Gating | None = None
 ) -> contextlib.AbstractContextManager[None]:
   """Replaces floating-point activations at matching sites in the calls of this context.
 
+  `gates` says which fraction of them is not set to zero.
   Patterns without a matching site are ignored; `check` reports them for a whole model.
   """
-  return record.acting(_Method(dict.fromkeys(patterns), alike(patterns), function=function))
+  return record.acting(
+    _Method(dict.fromkeys(patterns), alike(patterns), function=function, gates=gates)
+  )
 
 
 def alike(patterns: tuple[str, ...]) -> bool:
@@ -178,9 +182,11 @@ class _Method(_Matcher):
 
   Attributes:
     function: returns the new activations.
+    gates: as in `record.Actor`.
   """
 
   function: ReplacementIn
+  gates: Gating | None = None
 
   def act(
     self, module: nn.Module, name: str, path: str, value: jax.Array, branch: bool

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_lm.layers import active
+from sparse_lm.layers import chunks
 
 UNITS = 100
 ROWS = np.random.default_rng(0).normal(size=(UNITS, 5)).astype('f')
@@ -19,7 +19,7 @@ def summed(chosen, planned):
   def some(index, live):
     return jnp.sum(jnp.where(live[:, None], jnp.asarray(ROWS)[index], 0), axis=0)
 
-  return active._in_chunks(chosen, planned, some)
+  return chunks.in_chunks(chosen, planned, some)
 
 
 @settings(max_examples=40, deadline=None)

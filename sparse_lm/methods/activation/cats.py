@@ -35,7 +35,7 @@ class Cats(LayerMethod):
     """The traits of the method."""
     return Traits(
       paper='CATS (Lee et al. 2024)',
-      saves='the down-projection of the other units (up and gate run in full)',
+      saves='the down- and, in a gated MLP, the up-projection of the other units',
       twin='relu2',
       gating=Gating(planned=self.density),
     )

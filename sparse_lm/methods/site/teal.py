@@ -5,10 +5,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from sparse_lm.core.ranges import ranged
+from sparse_lm.layers import sow
 from sparse_lm.layers.linear import Linear
 from sparse_lm.layers.method import Traits
 from sparse_lm.layers.site import SiteMethod
 from sparse_lm.layers.threshold import below
+from sparse_lm.plan.cost import Gating
 
 DISPLAY_NAME = 'TEAL'
 
@@ -37,11 +39,15 @@ class Teal(SiteMethod):
     """The traits of the method."""
     return Traits(
       paper='TEAL (Liu et al. 2024)',
-      saves='nothing: zeros are multiplied like all other activations',
+      saves='the weights of inputs that are zero, when one token is decoded',
+      twin='none',
+      gating=Gating(planned=self.density),
     )
 
   def act_in(self, module: nn.Module, name: str, value: jax.Array) -> jax.Array:
     """Maps the inputs `[..., in]` of a linear layer to the same shape; other sites stay as they are."""
     if not isinstance(module, Linear):
       return value
-    return jnp.where(below(module, name, value), 0, value)
+    small = below(module, name, value)
+    sow.sow_open(module, jnp.mean(~small, axis=-1))
+    return jnp.where(small, 0, value)
