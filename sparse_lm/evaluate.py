@@ -43,8 +43,8 @@ def evaluate(
 
   Args:
     workdir: a workdir or a packed folder.
-    tasks: names of evaluations, or evaluations with options of their own. By default all that accept the
-      model and the text.
+    tasks: names of evaluations, or evaluations with options of their own. By default all that read the
+      text and accept the model.
     split: 'train', 'validation' or 'test'.
     windows: how much of the split is read, and in which windows.
     text: fields of `config.data` that name another text, such as `{'data.path': 'other.txt'}`.
@@ -59,7 +59,8 @@ def evaluate(
       read, or text that cannot be read or has changed since training; also if an evaluation of `tasks`,
       or every evaluation, refuses the model or the text.
   """
-  found = dict(map(_named, tasks or evals.names()))
+  by_default = [name for name in evals.names() if evals.evaluation(name).reads_text]
+  found = dict(map(_named, tasks or by_default))
   if split not in SPLITS:
     raise unknown('--split', split, SPLITS)
   run = runnable.load(workdir)
@@ -164,7 +165,7 @@ def _parser() -> Parser:
   parser.epilog = _TEXT_HELP
   parser.add_argument('--workdir', type=local_path, required=True, help='workdir or packed folder')
   tasks = ','.join(evals.names())
-  parser.add_argument('--task', help=f'some of {tasks}; default: all that apply')
+  parser.add_argument('--task', help=f'some of {tasks}; default: all that read the text and apply')
   parser.add_argument('--split', default='validation', help=', '.join(SPLITS))
   for name, meaning in _HELP.items():
     parser.add_argument(f'--{name}', type=SIZES[name], help=meaning)

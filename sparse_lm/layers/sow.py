@@ -77,7 +77,7 @@ def observe_hidden_units(
   if mode != 'train':
     fires = h_BxLxF != 0
     sow(module, 'stats', 'active', jnp.mean(fires, dtype=jnp.float32))
-    sow(module, 'stats', 'dead', 1 - jnp.mean(jnp.any(fires, axis=(0, 1)), dtype=jnp.float32))
+    sow(module, 'stats', 'dead', jnp.mean(~jnp.any(fires, axis=(0, 1)), dtype=jnp.float32))
     for chunk in CHUNKS:
       sow(module, 'stats', f'union_{chunk}', _union(fires, chunk))
   if activation is None:
