@@ -252,20 +252,26 @@ def ledger_of(model):
 
 
 @pytest.mark.parametrize('name', CLAIMS)
-@pytest.mark.parametrize(('mlp', 'others'), [('dense', 1), ('gated', 2)])
-def test_the_down_projection_costs_what_is_active_and_the_others_all(name, mlp, others):
+@pytest.mark.parametrize(('mlp', 'selected'), [('dense', ('down',)), ('gated', ('up', 'down'))])
+def test_projections_of_selected_units_cost_what_is_active_and_the_other_one_all(
+  name, mlp, selected
+):
   model = lm.from_config(
     config_of(activation={'name': name, **CLAIMS[name]}, mlp={'name': mlp}), VOCAB
   )
-  notes, whole = ledger_of(model), others + 1
+  notes, few = ledger_of(model), len(selected)
   gates = {path: matmul.gates for path, matmul in notes.items()}
-  assert gates.pop('block_0/mlp/down/linear') == (cost.Gate(path=GATE, planned=0.25),)
-  assert len(gates) == others and not any(gates.values())
+  for projection in selected:
+    own = gates.pop(f'block_0/mlp/{projection}/linear')
+    assert own == (cost.Gate(path=GATE, planned=0.25),)
+  assert len(gates) == 1 and not any(gates.values())
   matrix = 2 * WIDTH * HIDDEN
   for fraction in (0.25, 0.05):
     flops = cost.forward_flops(notes, {}, {GATE: fraction} if fraction < 0.25 else {})
-    assert flops == pytest.approx(matrix * (others + fraction))
-  assert cost.forward_flops(ledger_of(lm.dense_twin(model)), {}) == pytest.approx(matrix * whole)
+    assert flops == pytest.approx(matrix * (1 + few * fraction))
+  assert cost.forward_flops(ledger_of(lm.dense_twin(model)), {}) == pytest.approx(
+    matrix * (1 + few)
+  )
   # What is measured replaces what is planned, and is found under the gate's path.
   rng = np.random.default_rng(8)
   shapes = plan_of(model).params
@@ -273,9 +279,9 @@ def test_the_down_projection_costs_what_is_active_and_the_others_all(name, mlp, 
   tokens = rng.integers(0, VOCAB, (2, LENGTH))
   run = jax.jit(lambda p, t: model.apply({'params': p}, t, mutable=['gates', 'stats'])[1])
   sown = run(params, tokens)
-  (selected,) = (value for path, value in tree.named(sown['gates']).items())
-  assert selected.shape == tokens.shape
-  active = cost.open_fractions(notes, {GATE: selected})[GATE]
+  (fraction,) = (value for path, value in tree.named(sown['gates']).items())
+  assert fraction.shape == tokens.shape
+  active = cost.open_fractions(notes, {GATE: fraction})[GATE]
   assert active == 0.25 if name == 'topk' else 0.01 < active < 0.4
   # A selected unit may be zero all the same: that is observed, and nothing follows from it.
   assert sown['stats']['block_0']['mlp']['active'] <= active
