@@ -1,4 +1,5 @@
-"""Pretrained models of other libraries, both ways: Hugging Face folders, and GGUF files inwards.
+"""Imports Hugging Face folders and GGUF files as workdirs, and exports workdirs as Hugging Face folders.
 
-`families/` has one file for each model family: its config, its names of tensors, and their layouts.
+`families/` has one file for each model family, which converts its config and the names and layouts of its
+tensors.
 """

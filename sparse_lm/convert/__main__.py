@@ -1,4 +1,4 @@
-"""`python -m sparse_lm.convert`: pretrained models of other libraries in, models of this project out.
+"""`python -m sparse_lm.convert`: imports a pretrained model, exports a workdir, or upcycles its MLPs.
 
 python -m sparse_lm.convert --from=FOLDER_OR_GGUF --out=WORKDIR
 python -m sparse_lm.convert --workdir=WORKDIR --to=hf --out=FOLDER

@@ -1,4 +1,4 @@
-"""Writing the model of a workdir as a folder that the library transformers loads."""
+"""Exports the model of a workdir as a Hugging Face folder, which the library transformers loads."""
 
 import dataclasses
 import json
@@ -27,13 +27,13 @@ SHARD = 2**30  # bytes of tensors in a file, unless a layer is larger
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-  """What was written.
+  """A summary of an exported model.
 
   Attributes:
     family: the name of the family.
     source: where the weights come from, in words.
     parameters: number of parameters.
-    tokenizer: whether the folder has the tokenizer, which must be of Hugging Face's kind or a BPE.
+    tokenizer: whether the folder has the tokenizer; only Hugging Face tokenizers and BPEs are written.
   """
 
   family: str
@@ -43,13 +43,13 @@ class Exported:
 
 
 def export(workdir: str, out: str) -> Exported:
-  """Writes a folder of Hugging Face. Dropped weights are exact zeros.
+  """Writes a model as a Hugging Face folder. Weights that a mask drops are exact zeros.
 
   Args:
     workdir: the workdir of a run, or of an imported or pruned model.
     out: the new folder.
 
-  Raises UserError, before anything is written, if no family computes what the model does.
+  Raises UserError, before anything is written, if no family has models that compute the same function.
   """
   check_new(out, '--out')
   model = open_workdir(workdir)
@@ -74,7 +74,7 @@ def export(workdir: str, out: str) -> Exported:
 
 
 def _of_hugging_face(tokenizer: Tokenizer) -> HuggingFace | None:
-  """Returns the same tokenizer as one of Hugging Face; `None` if the library has no such kind."""
+  """Returns the tokenizer as a Hugging Face tokenizer, or `None` for a kind that has no counterpart."""
   if isinstance(tokenizer, Bpe):
     (separator,) = tokenizer.encode('\0').tolist()  # the token between documents
     return HuggingFace(tokenizer.contents, tokenizer.vocab_size, eos=separator)
@@ -88,7 +88,7 @@ def _write_json(path: pathlib.Path, values: JsonObject) -> None:
 def _write_tensors(
   folder: pathlib.Path, model: ModelParts, found: Family, shapes: dict[str, jax.ShapeDtypeStruct]
 ) -> None:
-  """Writes the tensors in shards of whole parts, and their index if there are several."""
+  """Writes the tensors. A shard holds one or more whole parts; several shards get an index file."""
   groups: dict[int | None, list[Tensors]] = {part: [] for part in model.parts}
   for group in found.tensors(model.config):
     groups[Place.parse(group.ours[0]).layer].append(group)
@@ -121,7 +121,7 @@ def _nbytes(shapes: dict[str, jax.ShapeDtypeStruct], groups: list[Tensors]) -> i
 
 
 def _full(found: Family, name: str) -> str:
-  """Returns a tensor's name in a file. The head is outside the module that the prefix names."""
+  """Returns the name of a tensor in a file. Tensors of the head have no prefix, and all others do."""
   return name if name in found.heads else found.prefix + name
 
 

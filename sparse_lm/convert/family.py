@@ -1,4 +1,4 @@
-"""What a family of pretrained models is, and the layouts of tensors."""
+"""The base class of model families, and the conversions between layouts of tensors."""
 
 import abc
 import dataclasses
@@ -20,13 +20,13 @@ Arrays = Sequence[np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Tensors:
-  """Foreign tensors and the parameters of this project that hold the same numbers.
+  """A group of foreign tensors, and the parameters of this project that hold the same numbers.
 
   Attributes:
-    theirs: names of the foreign tensors, without the family's prefix if they have it.
+    theirs: names of the foreign tensors, without the family's prefix.
     ours: paths of the parameters.
     inward: a function from arrays of `theirs` to arrays of `ours`.
-    outward: its inverse.
+    outward: the inverse of `inward`.
   """
 
   theirs: tuple[str, ...]
@@ -36,12 +36,12 @@ class Tensors:
 
 
 def same(theirs: str, ours: str) -> Tensors:
-  """A tensor that is stored as it is here."""
+  """Returns a group of one tensor and one parameter with the same layout."""
   return Tensors((theirs,), (ours,), list, list)
 
 
 def transposed(theirs: str, ours: str) -> Tensors:
-  """The weight of a linear layer: `[out, in]` there, `[in, out]` here."""
+  """Converts the weight of a linear layer: `[out, in]` in the file, `[in, out]` here."""
 
   def turn(arrays: Arrays) -> Arrays:
     return [array.T for array in arrays]
@@ -50,7 +50,7 @@ def transposed(theirs: str, ours: str) -> Tensors:
 
 
 def stacked(theirs: Sequence[str], ours: str) -> Tensors:
-  """The weights of all experts: E tensors `[out, in]` there, one `[E, in, out]` here."""
+  """Converts the weights of E experts: E tensors `[out, in]` in the file, one `[E, in, out]` here."""
 
   def inward(arrays: Arrays) -> Arrays:
     return [np.stack([array.T for array in arrays])]
@@ -62,7 +62,7 @@ def stacked(theirs: Sequence[str], ours: str) -> Tensors:
 
 
 def columns(theirs: str, ours: Sequence[str]) -> Tensors:
-  """One tensor there whose last axis holds several parameters of equal size here."""
+  """Splits the last axis of a fused tensor into several parameters of equal size."""
 
   def inward(arrays: Arrays) -> Arrays:
     return np.split(arrays[0], len(ours), axis=-1)
@@ -74,9 +74,10 @@ def columns(theirs: str, ours: Sequence[str]) -> Tensors:
 
 
 def by_head(theirs: str, ours: Sequence[str], heads: int) -> Tensors:
-  """One tensor there whose first axis holds, head by head, several parameters here.
+  """Splits the first axis of a fused tensor, which is ordered by head, into several parameters.
 
-  `[H * n * K, D]` there and n times `[D, H * K]` here; without D for biases.
+  The tensor is `[H * n * K, D]`, for n parameters of H heads of width K, and each parameter is
+  `[D, H * K]`. Biases have no axis D.
   """
 
   def inward(arrays: Arrays) -> Arrays:
@@ -94,12 +95,13 @@ class Family(abc.ABC):
   """A family of pretrained models. Its file has the name of `model_type` in their config.json.
 
   Attributes:
-    architecture: the class in the library transformers.
-    prefix: begins the names of tensors in most files; some leave it out.
-    buffers: regular expressions of tensors that are not parameters.
+    architecture: name of the model's class in the library transformers.
+    prefix: the first part of tensor names in most files; some files leave it out.
+    buffers: regular expressions for the names of tensors that are not parameters.
     heads: names of tensors of the head, which never have the prefix.
     mlps: names of the MLP methods of its models.
-    gguf_permutes: whether GGUF files of this family permute the rows of queries and keys.
+    gguf_permutes: whether GGUF files of this family permute the rows of queries and keys; `None` means
+      that GGUF files of this family are not supported.
   """
 
   architecture: ClassVar[str]
@@ -113,20 +115,21 @@ class Family(abc.ABC):
   def read(self, fields: Fields) -> Overrides:
     """Returns the fields of this project's config for a foreign config.
 
-    The fields are those that differ from `configs/base.py`, by dotted name, with `data.context` and
-    `data.vocab_size`. Raises UserError for values that this project does not compute.
+    The result has all fields that differ from `configs/base.py`, by dotted name, and always
+    `data.context` and `data.vocab_size`. Raises UserError for values that this project does not support.
     """
 
   @abc.abstractmethod
   def written(self, config: ConfigDict) -> JsonObject:
     """Returns the foreign config for a config of this project.
 
-    It need not check that the config fits: the caller compares `read(written(config))` with it.
+    It need not check that the family can express the config, because the caller compares
+    `read(written(config))` with the config.
     """
 
   @abc.abstractmethod
   def tensors(self, config: ConfigDict) -> Iterator[Tensors]:
-    """Yields all tensors of a model with this config of this project."""
+    """Yields the groups of all tensors of a model, given its config in this project."""
 
 
 def names() -> list[str]:

@@ -1,4 +1,4 @@
-"""Reading a foreign config field by field, so that no field that changes the model is overlooked."""
+"""Reads a foreign config field by field, and refuses fields that no code has read."""
 
 import dataclasses
 import fnmatch
@@ -8,7 +8,7 @@ from sparse_lm.core import records
 from sparse_lm.core.errors import UserError, require
 from sparse_lm.core.records import Json, JsonObject
 
-# Fields, by shell patterns, that do not change the function of a model in evaluation.
+# Shell patterns of fields that do not change what a model computes in evaluation.
 HARMLESS = (
   *('architectures', 'model_type', 'torch_dtype', 'dtype', 'transformers_version', '_*'),
   *('use_cache', 'return_dict*', 'output_*', 'torchscript', 'gradient_checkpointing'),
@@ -36,9 +36,9 @@ class Fields:
   _read: set[str] = dataclasses.field(default_factory=set)
 
   def take(self, name: str, kind: type[T], default: T | object = _MISSING) -> T:
-    """Returns a field of a type. Without a default, the field must be there.
+    """Returns the value of a field, or the default if the field is missing or null.
 
-    A field that is null counts as missing. Raises UserError if the field is missing or of another type.
+    Raises UserError if the value is not of type `kind`, or if it is missing and has no default.
     """
     self._read.add(name)
     value = self.values.get(name)
@@ -62,15 +62,15 @@ class Fields:
     )
 
   def skip(self, *names: str) -> None:
-    """Marks fields that other fields have switched off."""
+    """Marks fields as read, so that `finish` accepts them."""
     self._read.update(names)
 
   def inner(self, name: str) -> 'Fields':
-    """Returns the fields of a nested object, none if it is missing."""
+    """Returns the fields of a nested object; if the object is missing, there are no fields."""
     return Fields(self.take(name, dict, {}), f'{self.where}: {name}')
 
   def finish(self) -> None:
-    """Raises UserError if a field was not read, unless it is off or harmless."""
+    """Raises UserError for fields that were not read, except empty, zero, False and `HARMLESS` ones."""
     for name, value in self.values.items():
       known = name in self._read or any(fnmatch.fnmatch(name, one) for one in HARMLESS)
       if not known and value not in (None, False, '', [], {}):

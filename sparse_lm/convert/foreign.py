@@ -1,4 +1,4 @@
-"""A pretrained model as it is found on disk, before it becomes one of this project."""
+"""A pretrained model of another library on disk, before its conversion."""
 
 import dataclasses
 import pathlib
@@ -15,7 +15,7 @@ from sparse_lm.data.hf_tokenizer import HuggingFace
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-  """A tensor on disk, which is read when it is needed."""
+  """A tensor on disk. Its array is in memory only after a call of `read`."""
 
   shape: tuple[int, ...]
   dtype: np.dtype
@@ -32,7 +32,7 @@ class Foreign:
     family: its family.
     config: its config, with the fields of Hugging Face.
     stored: its tensors by name.
-    tokenizer: a function from the number of rows of the embedding to its tokenizer.
+    tokenizer: creates its tokenizer, given the number of rows of its embedding.
   """
 
   path: pathlib.Path

@@ -1,4 +1,4 @@
-"""Reading GGUF files of llama.cpp, whose weights the package `gguf` turns into float32."""
+"""Reads GGUF files of llama.cpp. The package `gguf` converts quantised weights to float32."""
 
 import functools
 import pathlib
@@ -18,7 +18,7 @@ from sparse_lm.core.records import Json, JsonObject
 if TYPE_CHECKING:
   import gguf
 
-# Keys of the metadata, without the architecture, and fields of config.json.
+# Fields of config.json, by the key of the metadata without the architecture's name before it.
 _FIELDS = {
   'context_length': 'max_position_embeddings',
   'block_count': 'num_hidden_layers',
@@ -30,7 +30,7 @@ _FIELDS = {
   'attention.layer_norm_rms_epsilon': 'rms_norm_eps',
   'rope.freq_base': 'rope_theta',
 }
-# Keys that repeat what others say.
+# Keys whose values follow from those of other keys.
 _REPEATED = ('vocab_size', 'rope.dimension_count', 'attention.value_length')
 _TENSORS = {
   'token_embd': 'embed_tokens',
@@ -112,7 +112,7 @@ def _config(values: dict[str, Json], reader: 'gguf.GGUFReader', path: pathlib.Pa
 
 
 def _name(name: str) -> str:
-  """Returns the tensor's name in Hugging Face, or the name itself if it has none."""
+  """Returns the Hugging Face name of a tensor, or `name` itself if there is none."""
   if found := _LAYER.fullmatch(name):
     layer, module, part = found.groups()
     return f'model.layers.{layer}.{_OF_LAYER[module]}.{part}' if module in _OF_LAYER else name

@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file, as a tokenizer of Hugging Face."""
+"""Converts the tokenizer inside a GGUF file to a Hugging Face tokenizer."""
 
 import json
 
@@ -6,7 +6,7 @@ from sparse_lm.core.errors import UserError, unknown
 from sparse_lm.core.records import Json, JsonObject
 from sparse_lm.data.hf_tokenizer import HuggingFace
 
-BYTE_LEVEL = 'gpt2'  # the kind of tokenizer with merges of bytes
+BYTE_LEVEL = 'gpt2'  # GGUF's name of byte-level BPE tokenizers
 CONTROL, USER_DEFINED = 3, 4  # types of tokens that are never split
 _GPT2 = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
 _BYTES = _GPT2 | {'use_regex': False}
@@ -22,7 +22,7 @@ def _split(pattern: str) -> JsonObject:
   return {'type': 'Sequence', 'pretokenizers': [rule, _BYTES]}
 
 
-# How a text is split into words, by `tokenizer.ggml.pre`.
+# The rule that splits a text into words, by the value of `tokenizer.ggml.pre`.
 _PRE: dict[str, JsonObject] = {
   'gpt-2': _GPT2,
   'smollm': {
@@ -90,7 +90,7 @@ def _added(content: str, token: int, special: bool) -> JsonObject:
 
 
 def _begin_with(content: str, token: int) -> JsonObject:
-  """Returns a post-processor that begins a prompt with a token."""
+  """Returns a post-processor that puts a token before each prompt."""
   one = {'id': content, 'ids': [token], 'tokens': [content]}
   first, text = (
     {'SpecialToken': {'id': content, 'type_id': 0}},

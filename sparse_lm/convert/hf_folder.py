@@ -1,4 +1,4 @@
-"""Reading the folder of a model of Hugging Face: config.json, safetensors, tokenizer.json."""
+"""Reads a Hugging Face folder: config.json, safetensors files and tokenizer.json."""
 
 import functools
 import json
@@ -25,7 +25,7 @@ class _Index(TypedDict):
 
 
 def read_plain_json(path: pathlib.Path, schema: records.Schema = records.OBJECT) -> JsonObject:
-  """Returns a JSON file that another program wrote. Raises UserError if it cannot be read."""
+  """Returns the contents of another program's JSON file. Raises UserError if it cannot be read."""
   try:
     return records.parse(path.read_bytes(), schema)
   except OSError as error:
@@ -114,7 +114,7 @@ def _ids(contents: JsonObject, vocabulary: object) -> dict[str, int]:
 def _special(
   name: str, options: JsonObject, tokens: dict[str, int], config: JsonObject
 ) -> int | None:
-  """Returns the id of a special token. tokenizer_config.json comes first, then config.json."""
+  """Returns the id of a special token, from tokenizer_config.json or else from config.json."""
   value = options.get(name)
   text = value.get('content') if isinstance(value, dict) else value
   if text in tokens:

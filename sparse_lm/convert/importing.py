@@ -1,4 +1,4 @@
-"""Turning a pretrained model into a workdir of this project."""
+"""Converts a pretrained model of another library to a workdir."""
 
 import dataclasses
 import pathlib
@@ -28,20 +28,20 @@ from sparse_lm.runs.weight_files import WeightFiles
 from sparse_lm.runs.workdir import check_new, whole_folder, write_json
 
 BFLOAT16 = 'bfloat16'
-BATCH = 8  # sequences of `config.data.batch` of an imported model
-# What the workdir says about its text: nothing yet.
+BATCH = 8  # the value of `config.data.batch` of an imported model
+# The fields of `config.data` of an imported model, which names no text.
 _NO_TEXT = {'data.source': 'files', 'data.path': '', 'data.tokenizer': 'hf', 'data.batch': BATCH}
 
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-  """A pretrained model, and what it becomes here.
+  """A pretrained model with its config, parameter shapes and tensors in this project.
 
   Attributes:
     foreign: the model on disk.
-    config: its config here.
-    shapes: the shape structs of its parameters here, by path.
-    tensors: the groups of foreign tensors that become each part (`WeightFiles.parts`).
+    config: its config in this project.
+    shapes: the shape structs of its parameters in this project, by path.
+    tensors: for each part of the model (`WeightFiles.parts`), its groups of foreign tensors.
   """
 
   foreign: Foreign
@@ -60,7 +60,7 @@ def convert(path: str, out: str, dtype: str = '', context: int = 0) -> Imported:
       are stored in it, else float32.
     context: `config.data.context`; 0 means as many tokens as the model has positions.
 
-  Raises UserError, before anything is written, if the model is not one that this project computes.
+  Raises UserError, before anything is written, if the model is not supported.
   """
   check_new(out, '--out')
   imported = prepare(path, dtype, context)
@@ -111,7 +111,7 @@ def _read(path: pathlib.Path) -> Foreign:
 
 
 def _context(overrides: Overrides, asked: int) -> Overrides:
-  """Returns the context. A model with learned positions keeps all of them."""
+  """Returns `data.context`. A model with learned positions keeps its context."""
   positions = overrides['data.context']
   learned = overrides.get('model.positions') == LEARNED
   if asked > positions or (learned and asked not in (0, positions)):

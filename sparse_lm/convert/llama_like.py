@@ -1,4 +1,4 @@
-"""What Llama and its relatives share: RMSNorm, rotary positions, gated MLPs without fused tensors."""
+"""The base class of Llama and similar families: RMSNorm, rotary positions, gated MLPs."""
 
 from collections.abc import Iterator
 from typing import ClassVar
@@ -15,7 +15,7 @@ from sparse_lm.runs import configs
 
 ATTENTION = {'query': 'q_proj', 'key': 'k_proj', 'value': 'v_proj', 'out': 'o_proj'}
 MLP = {'gate': 'gate_proj', 'up': 'up_proj', 'down': 'down_proj'}
-# The fields of `rope_parameters` or `rope_scaling`, and of `config.model`.
+# For each scaling: fields of `config.model`, by the field of `rope_parameters` or `rope_scaling`.
 _ROPE = {
   LINEAR: {'factor': 'rope_factor'},
   LLAMA3: {
@@ -28,10 +28,10 @@ _ROPE = {
 
 
 class LlamaLike(Family):
-  """The base class of families with Llama's names of fields and tensors."""
+  """The base class of families whose fields and tensors have the same names as those of Llama."""
 
   prefix = 'model.'
-  default_head_width: ClassVar[int] = 0  # what a config without `head_dim` means; 0 = width / heads
+  default_head_width: ClassVar[int] = 0  # if the config has no `head_dim`; 0 = width / heads
 
   def read(self, fields: Fields) -> Overrides:
     """Returns the fields that all of these families share."""
@@ -75,7 +75,7 @@ class LlamaLike(Family):
     }
 
   def tensors(self, config: ConfigDict) -> Iterator[Tensors]:
-    """Yields the tensors of all layers and those outside them."""
+    """Yields the tensors of all layers, and the tensors outside the layers."""
     yield same('embed_tokens.weight', 'embed/tokens')
     yield same('norm.weight', 'norm/scale')
     if not config.model.tied:
@@ -91,7 +91,7 @@ class LlamaLike(Family):
       yield from self.mlp(config, there, f'{here}/mlp')
 
   def mlp(self, config: ConfigDict, there: str, here: str) -> Iterator[Tensors]:
-    """Yields the tensors of a layer's MLP; `there` is the layer and `here` the MLP."""
+    """Yields the tensors of an MLP: `there` is the foreign name of its layer, `here` its own path."""
     yield from _linear(config, f'{there}.mlp', here, MLP)
 
 
@@ -105,9 +105,9 @@ def _linear(
 
 
 def full_attention(fields: Fields) -> None:
-  """Raises UserError if a layer reads a window of tokens only."""
+  """Raises UserError if a layer's attention is limited to a sliding window."""
   fields.only('use_sliding_window', False, False)
-  fields.skip('sliding_window', 'max_window_layers')  # without a window they have no effect
+  fields.skip('sliding_window', 'max_window_layers')  # no effect without a sliding window
   kinds = fields.take('layer_types', list, [])
   if wrong := [kind for kind in kinds if kind != 'full_attention']:
     raise UserError(
@@ -116,7 +116,10 @@ def full_attention(fields: Fields) -> None:
 
 
 def rotary(fields: Fields, fraction: bool = False) -> Overrides:
-  """Returns the fields of rotary positions; `rope_parameters` is what newer versions write.
+  """Returns the fields of rotary positions.
+
+  Newer versions of transformers write `rope_parameters`; older ones write `rope_theta` and
+  `rope_scaling`.
 
   Args:
     fields: the foreign config.

@@ -1,4 +1,4 @@
-"""Finding the family of foreign models that a config of this project describes."""
+"""Finds a family of foreign models that computes the same function as a model of this project."""
 
 from ml_collections import ConfigDict
 
@@ -47,7 +47,7 @@ def matching(config: ConfigDict, paths: set[str]) -> Family:
 
 
 def _differences(found: Family, config: ConfigDict, paths: set[str]) -> list[str]:
-  """Returns what a family cannot express of a config, in words."""
+  """Returns the fields and parameters that a family cannot express, in words."""
   own = _compared(config)
   if differing := _methods(found, config):
     return differing
@@ -64,7 +64,7 @@ def _differences(found: Family, config: ConfigDict, paths: set[str]) -> list[str
 
 
 def _methods(found: Family, config: ConfigDict) -> list[str]:
-  """Returns the slots whose method is another than the family's, before its fields are read."""
+  """Returns the MLP method, in words, if it is none of the family's; otherwise an empty list."""
   mlp = config.mlp.name
   return [] if mlp in found.mlps else [f'config.mlp.name={mlp!r} ({" or ".join(found.mlps)} there)']
 

@@ -1,4 +1,4 @@
-"""Names of this project's methods in the configs of imported models. Families refer to them from here."""
+"""Names of methods in the configs of imported models. Only this file of `convert` spells them."""
 
 from sparse_lm.core.errors import UserError, unknown
 from sparse_lm.core.ranges import FieldValue
@@ -7,7 +7,7 @@ Overrides = dict[str, FieldValue]
 
 GATED_MLP, PLAIN_MLP, MIXTURE = 'gated', 'dense', 'moe_topk'
 
-# Names of activations in foreign configs, and what they are here.
+# Fields of `config.activation`, by the name of the activation in foreign configs.
 _ACTIVATIONS: dict[str, Overrides] = {
   'silu': {'activation.name': 'silu'},
   'swish': {'activation.name': 'silu'},
@@ -32,7 +32,7 @@ def foreign_activation(fields: Overrides) -> str:
   Args:
     fields: the fields of `config.activation` by dotted name; others are not read.
 
-  Raises UserError if no foreign name means this activation.
+  Raises UserError if the activation has no foreign name.
   """
   for name, own in _ACTIVATIONS.items():
     if all(fields.get(field) == value for field, value in own.items()):

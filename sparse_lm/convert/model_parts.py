@@ -1,4 +1,4 @@
-"""The model of a workdir, read part by part if it has weight files."""
+"""Opens the model of a workdir; weight files are read one part at a time."""
 
 import dataclasses
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A mixture of experts from a dense model (sparse upcycling, Komatsuzaki et al. 2022)."""
+"""Makes a dense model a mixture of experts (sparse upcycling, Komatsuzaki et al. 2022)."""
 
 import dataclasses
 
@@ -19,7 +19,8 @@ from sparse_lm.runs.run_folder import CONFIG, WEIGHTS, with_format
 from sparse_lm.runs.weight_files import WeightFiles
 from sparse_lm.runs.workdir import check_new, whole_folder, write_json
 
-_ROUTER_SCALE = 0.1**0.5  # of the router's normal initialisation, as in `methods/mlp/moe_topk.py`
+# Standard deviation of the router's initial weights times sqrt(width), as in `methods/mlp/moe_topk.py`.
+_ROUTER_SCALE = 0.1**0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +29,9 @@ class Upcycling:
 
   Attributes:
     experts: number of experts, all of which begin as copies of the dense MLP.
-    k: experts that a token visits. With k >= 2 their weights sum to 1, so the mixture begins as the dense
-      model. With k = 1 an expert is weighted by its probability, so it would not.
+    k: number of experts that a token visits, at least 2. Their weights sum to 1, so the mixture computes
+      the same as the dense model before training. With k = 1 the weight of an expert would be its
+      probability, and the mixture would compute something else.
   """
 
   experts: int
@@ -89,7 +91,7 @@ def upcycle(workdir: str, out: str, size: Upcycling) -> ModelParts:
 
 
 def _copied(found: Tree, experts: int) -> dict[str, np.ndarray]:
-  """Returns arrays by path, those of an MLP repeated for each expert."""
+  """Returns all arrays by path. The arrays of an MLP are repeated once for each expert."""
   arrays = {}
   for path, array in tree.named(found).items():
     layer, _, rest = path.partition('/mlp/')

@@ -61,13 +61,14 @@ class EvalModel:
 
 
 class Windows(NamedTuple):
-  """How much of a split is read, and in which windows. `None` stands for the default.
+  """The part of a split that is read, and the windows that it is cut into; `None` = the default.
 
   Attributes:
     context: tokens per window; by default `config.data.context`.
-    stride: distance between the starts of windows in tokens; by default `context`. A smaller stride
-      gives every prediction but those of the first window at least `context - stride` tokens of context.
-    max_tokens: the split ends after this many tokens, or each component of a mixture; by default all.
+    stride: distance between the starts of windows in tokens; by default `context`. After the first
+      window, every prediction reads more than `context - stride` tokens.
+    max_tokens: number of tokens that are read from the beginning of the split, or of each component of a
+      mixture; by default all.
     batch: windows that are evaluated together; by default `config.data.batch`.
   """
 
@@ -78,7 +79,7 @@ class Windows(NamedTuple):
 
 
 DEFAULT = Windows()
-# The valid sizes of windows, as far as they depend on no model.
+# The ranges of the fields of `Windows`, which a model may limit further.
 SIZES = {
   'context': Range(int, '[1, 2^24]'),
   'stride': Range(int, '[1, 2^24]'),
@@ -145,7 +146,7 @@ class EvalData:
     return self.components or {'': self.tokens}
 
   def passes(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yields batches with every prediction once: component ('' outside mixtures), tokens, weights.
+    """Yields batches that have every prediction once: component ('' if no mixture), tokens, weights.
 
     `data.one_pass.eval_batches` documents the two arrays and the errors.
     """
@@ -171,7 +172,7 @@ class Evaluation(abc.ABC):
   """The base class of all evaluations.
 
   Attributes:
-    reads_text: whether `run` reads the text of the data. Without it, the data may have no tokens.
+    reads_text: whether `run` reads the text of the data; if it is False, the data may have no tokens.
   """
 
   reads_text: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""Minimal pairs of sentences: how often a model finds the grammatical one likelier.
+"""Measures how often the grammatical sentence of a minimal pair is likelier than the other one.
 
 Warstadt et al. 2020, "BLiMP: The Benchmark of Linguistic Minimal Pairs for English".
 """
@@ -31,9 +31,9 @@ _VALID = (
 class Blimp(Evaluation):
   """Computes the share of minimal pairs whose good sentence has the larger log-probability.
 
-  A sentence is the beginning of a text: its tokens follow the token that begins texts (see
-  `likelihood.beginning`), and its log-probability is the sum over its tokens. Chance is 0.5, and a pair
-  of equal sentences counts as wrong. The metrics are `blimp` (mean over the tasks), `blimp/<field>` (mean
+  The tokens of a sentence follow the token that begins a text (see `likelihood.beginning`), and the
+  log-probability of the sentence is the sum over its tokens. Chance is 0.5, and a pair counts as wrong if
+  both log-probabilities are equal. The metrics are `blimp` (mean over all tasks), `blimp/<field>` (mean
   over the tasks of a field of linguistics) and `blimp/<field>/<task>`.
 
   Attributes:
@@ -70,7 +70,7 @@ class Blimp(Evaluation):
     return values | {f'blimp/{field}/{task}': x for (field, task), x in tasks.items()}
 
   def card(self, model: EvalModel, data: EvalData) -> JsonObject:
-    """Returns the file's hash, the numbers of pairs and tasks, how sentences begin, and the unit."""
+    """Returns the file's hash, the numbers of pairs and tasks, the name of the first token, the unit."""
     tokenizer = _tokenizer(model)
     pairs, digest = self._read()
     return {

@@ -1,4 +1,4 @@
-"""Energy per decoded token."""
+"""Measures the energy per decoded token."""
 
 import dataclasses
 

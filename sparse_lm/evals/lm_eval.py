@@ -1,4 +1,4 @@
-"""Benchmarks of the Language Model Evaluation Harness (Gao et al.), with its own prompts and metrics."""
+"""Runs benchmarks of the Language Model Evaluation Harness (Gao et al.), with its prompts and metrics."""
 
 import dataclasses
 import functools
@@ -28,12 +28,13 @@ _NEW_TOKENS = 256  # the harness's own default for generated text
 class LmEval(Evaluation):
   """Runs tasks of lm-eval. Its metrics are `lm_eval/<task>/<metric>`.
 
-  Texts begin as `likelihood.beginning` says, no chat template is applied, and contexts that are too long
-  lose their first tokens. The harness may download the data of a task.
+  The token of `likelihood.beginning` is put before a text that has no context, and before no other text.
+  No chat template is applied. If a context is too long, its first tokens are left out. The harness may
+  download the data of a task.
 
   Attributes:
     benchmarks: names of tasks or paths of their YAML files, separated by commas.
-    limit: examples of each task; 0 = all.
+    limit: number of examples of each task; 0 = all.
   """
 
   reads_text = False
@@ -70,7 +71,7 @@ class LmEval(Evaluation):
     }
 
   def card(self, model: EvalModel, data: EvalData) -> JsonObject:
-    """Returns the version of the harness, the tasks, and how texts begin."""
+    """Returns the version of the harness, the tasks, and the name of the token that begins a text."""
     return {
       'lm_eval': _library().__version__,
       'benchmarks': self.benchmarks,
@@ -81,7 +82,7 @@ class LmEval(Evaluation):
 
 
 class _Scorer:
-  """What the harness asks of a model, in its types.
+  """Answers the requests of the harness: log-likelihoods and continuations.
 
   Raises UserError if the model has no tokenizer, or its tokenizer no token that begins a text.
   """
@@ -101,7 +102,7 @@ class _Scorer:
     return self.tokenizer.encode(text).tolist()
 
   def likelihoods(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-    """Returns for each (context, continuation) its log-probability, and whether it is the likeliest."""
+    """Returns each continuation's log-probability, and whether each of its tokens is the likeliest."""
     sequences = [np.array((before + after)[-self.context - 1 :]) for before, after in pairs]
     for _, after in pairs:
       if len(after) > self.context:
@@ -117,7 +118,7 @@ class _Scorer:
     ]
 
   def continuations(self, requests: Sequence[tuple[str, dict]]) -> list[str]:
-    """Returns a continuation of each prompt, up to the first stop text."""
+    """Returns a continuation of each prompt, which ends before the first stop text."""
     return [self._continuation(prompt, dict(options)) for prompt, options in requests]
 
   def _continuation(self, prompt: str, options: dict) -> str:
@@ -143,7 +144,7 @@ class _Scorer:
 
 
 def _adapter(scorer: _Scorer) -> 'TemplateLM':
-  """Returns a scorer as a model of the harness, whose classes can be imported only if it is installed."""
+  """Returns a model of the harness that calls a scorer. The harness must be installed."""
   from lm_eval.api.model import TemplateLM
   from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 

@@ -1,4 +1,4 @@
-"""Cross-entropy on a split, and statistics of gates and hidden units."""
+"""Measures the cross-entropy on a split, and statistics of gates and hidden units."""
 
 import collections
 import dataclasses
@@ -39,7 +39,7 @@ class Loss(Evaluation):
   - `perplexity`: the exponential of the loss in nats per token. It depends on the tokenizer.
   - `word_perplexity`: the exponential of the loss in nats per word, if the tokens are text. Words are
     separated by white space, and each end of a line counts as one more word, as in WikiText (Merity et
-    al. 2017). They are counted in the text that the tokenizer decodes. The number can be compared between
+    al. 2017). Words are counted in the decoded text. Word perplexities can be compared between
     tokenizers.
   """
 
@@ -58,7 +58,7 @@ class Loss(Evaluation):
     return values
 
   def card(self, model: EvalModel, data: EvalData) -> JsonObject:
-    """Returns the text, its windows, and the unit of each metric."""
+    """Returns the card of the text and its windows, and the unit of each metric."""
     short = _short(data)
     units = {
       f'{short}_loss': 'nats per token',
@@ -108,13 +108,13 @@ def _short(data: EvalData) -> str:
 
 
 def _exp(nats: float) -> float:
-  """Returns the exponential, infinity if it is too large for a float."""
+  """Returns the exponential, or infinity if it is too large for a float."""
   with np.errstate(over='ignore'):
     return float(np.exp(nats))
 
 
 def _sizes(data: EvalData, tokenizer: Tokenizer) -> tuple[int, int]:
-  """Returns the number of tokens and of words (see `Loss`) that the data consist of."""
+  """Returns the number of tokens and the number of words (see `Loss`) of the data."""
   tokens = words = 0
   for part in data.parts.values():
     text = tokenizer.decode(part).replace(SEPARATOR.decode(), '\n')  # a document ends a line
@@ -124,7 +124,7 @@ def _sizes(data: EvalData, tokenizer: Tokenizer) -> tuple[int, int]:
 
 
 def run_packed(model: LM, variables: Tree, data: EvalData) -> list[Values]:
-  """Does the same as `mean_losses` for N models at once, which share each batch.
+  """Returns the metrics of `mean_losses` for N models, which are evaluated at once on the same batches.
 
   Args:
     model: the model.
@@ -178,7 +178,7 @@ class _Sums:
 
 
 def separated(values: Values, split: str = 'validation') -> tuple[Values, dict[str, float]]:
-  """Separates metrics for tables from statistics of modules, whose prefix is removed."""
+  """Returns the metrics for tables, and the statistics of modules without their prefix."""
   prefix = f'{SHORT.get(split, split)}/'
   seen = {name.removeprefix(prefix): x for name, x in values.items() if name.startswith(prefix)}
   return {name: x for name, x in values.items() if not name.startswith(prefix)}, seen

@@ -1,4 +1,4 @@
-"""Multi-query associative recall: a sequence names pairs of tokens, and later asks for them.
+"""Multi-query associative recall: a sequence shows keys with values, and later repeats the keys.
 
 Arora et al. 2023, "Zoology: Measuring and Improving Recall in Efficient Language Models".
 """
@@ -12,7 +12,7 @@ from sparse_lm.core.records import JsonObject
 from sparse_lm.evals import EvalData, EvalModel, Evaluation, Values
 from sparse_lm.inference.likelihood import likelihoods
 
-_LONGEST = 256  # length by default, if the context allows it
+_LONGEST = 256  # default length in tokens, unless the context is shorter
 _TOKENS_PER_PAIR = 16  # as in the paper: 4 pairs in 64 tokens, 8 in 128, 16 in 256
 _POWER = 0.01  # the paper's exponent of the power law of gaps before a query
 
@@ -21,10 +21,10 @@ _POWER = 0.01  # the paper's exponent of the power law of gaps before a query
 class Mqar(Evaluation):
   """Measures associative recall on random tokens of the model's vocabulary, without training on the task.
 
-  A sequence begins with pairs of a key and a value. Each key follows once more, after a gap whose length
-  has a power law, and the model has to predict its value as the next token. Keys come from the lower half
-  of the vocabulary, values and the tokens in between from the upper half. Unlike in the paper, the value
-  follows its key in the second part, too, and no key occurs by chance.
+  A sequence begins with pairs of a key and a value. Later each key occurs once more (a query), after a
+  gap whose length is drawn from a power law, and the model has to predict the value as the next token.
+  Keys are drawn from the lower half of the vocabulary, values and the tokens in between from the upper
+  half. Differs from the paper: a query is also followed by its value, and no key occurs a third time.
 
   The metrics are `mqar_accuracy`, the share of queries whose value is the likeliest token (chance is
   1 / vocabulary), and `mqar_loss`, nats per query.

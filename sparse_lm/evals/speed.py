@@ -1,4 +1,4 @@
-"""Prefill and decoding speed of packed models and their dense twins, timed in turns in one process."""
+"""Times prefill and decoding of packed models and their dense twins, in turns in one process."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ ROLES = ('', 'dense_')  # prefixes of metrics of the packed model and of its den
 
 @dataclasses.dataclass(frozen=True)
 class Speed(Evaluation):
-  """Times a packed model and its dense twin on real text, which decides which gates open.
+  """Times a packed model and its dense twin on real text, because the text decides which gates open.
 
   Attributes:
     repeats: number of measured turns.
@@ -42,9 +42,9 @@ class Speed(Evaluation):
     - `weights_bytes`: bytes of the stored weights.
     - `kept_weights`: fraction of the kernels' weights that are kept. Packing also removes units that
       masks disconnect.
-    - `read_bytes`: bytes of weights that a token reads, with gates as measured on the text; only for
-      batch 1.
-    - `cache_bytes`: bytes that a token reads from the cache.
+    - `read_bytes`: bytes of weights that are read to decode one token, with the gates as measured on the
+      text; only for batch 1.
+    - `cache_bytes`: bytes that are read from the cache to decode one token.
     - `bandwidth`: bandwidth of reading weights, as a fraction of the machine's measured bandwidth.
 
     The twin has the same metrics with the prefix `dense_`. `decode_speedup` and `prefill_speedup` are

@@ -11,7 +11,7 @@ from sparse_lm.layers.spec import LINEAR, LLAMA3, Spec
 def rotate(spec: Spec, x_BxLxHxK: jax.Array, positions_BxL: jax.Array) -> jax.Array:
   """Rotates pairs `(x[k], x[k + R/2])` by `position * frequency[k]` (Su et al. 2021).
 
-  R is `spec.rotated`; the other dimensions of a head stay as they are.
+  R is `spec.rotated`, the number of dimensions of a head that are rotated. The others stay unchanged.
 
   Args:
     spec: the model's dimensions.
@@ -31,9 +31,10 @@ def rotate(spec: Spec, x_BxLxHxK: jax.Array, positions_BxL: jax.Array) -> jax.Ar
 def _frequencies(spec: Spec) -> jax.Array:
   """Returns the frequency of each pair in radians per token, float32 `[R / 2]`.
 
-  Without scaling it is `rope_base^(-2k / R)`. With 'linear' all frequencies are divided by
-  `rope_factor`. With 'llama3' only low ones are, and those between are interpolated
-  (meta-llama/llama-models, `apply_scaling`).
+  Without scaling, the frequency of pair k is `rope_base^(-2k / R)`. With 'linear' all frequencies are
+  divided by `rope_factor`. With 'llama3' only frequencies of at most `rope_low` turns in `rope_context`
+  tokens are divided by it. Those of at least `rope_high` turns stay unchanged, and between the two limits
+  the result is interpolated (meta-llama/llama-models, `apply_scaling`).
   """
   half = spec.rotated // 2
   frequency = spec.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)

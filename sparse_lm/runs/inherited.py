@@ -1,4 +1,4 @@
-"""What a config takes over from the run that `config.init_from` names."""
+"""Copies fields to a config from the config of its parent, the run that `config.init_from` names."""
 
 from ml_collections import ConfigDict
 
@@ -13,20 +13,20 @@ from sparse_lm.runs.run_folder import folder_of, read_config
 # The fields of `config.data` that choose the text and its tokenizer.
 TEXT = ('source', 'path', 'split', 'tokenizer', 'vocab_size')
 
-# Fields of `config.model` that each run chooses by itself.
+# Fields of `config.model` that are not inherited.
 _OWN = ('dropout', 'precision', 'attention_kernel', 'remat', 'scan_layers')
 
 
 def inherit(config: ConfigDict, overrides: dict[str, FieldValue], default: ConfigDict) -> None:
-  """Copies fields from the config of the run that `init_from` names.
+  """Copies fields to a config from the config of its parent.
 
-  A run inherits `config.data`, so that both read the same tokens. From an imported model, or a run that
-  descends from one, it also inherits `config.model` and the methods of the layers, because they differ
-  from the defaults in fields that no shape shows, such as `rope_base`.
+  A run inherits `config.data`, so that it reads the same tokens as its parent. If the parent is an
+  imported model or descends from one, the run also inherits `config.model` and the methods of the layers:
+  some of their fields, such as `rope_base`, change the function of a model but no shape of a parameter.
 
-  Fields that an override sets stay as they are, and so do fields that the config file changes from
-  `configs/base.py` (of `config.data`, those of `TEXT`). If that run has no config, its setup reports what
-  is missing.
+  A field is not inherited if an override sets it, or if the config file changes it from
+  `configs/base.py`; in `config.data` the second rule holds only for the fields of `TEXT`. If the parent
+  has no config, nothing is copied, and an error is raised when the run is set up.
 
   Args:
     config: the config of the file, which is changed.
@@ -35,7 +35,7 @@ def inherit(config: ConfigDict, overrides: dict[str, FieldValue], default: Confi
   """
   parent = overrides.get('init_from', config.get('init_from', ''))
   if not (parent and isinstance(parent, str) and isinstance(config.get('data'), ConfigDict)):
-    return  # what is wrong is reported when the overrides are applied
+    return  # errors are raised when the overrides are applied
   saved = _saved(parent)
   data = saved.get('data')
   if not isinstance(data, dict):
@@ -51,7 +51,7 @@ def inherit(config: ConfigDict, overrides: dict[str, FieldValue], default: Confi
 def _inherit_model(
   config: ConfigDict, overrides: dict[str, FieldValue], default: ConfigDict, saved: JsonObject
 ) -> None:
-  """Copies `config.model` and the layer slots, except what the file or an override chooses."""
+  """Copies `config.model` and the layer slots, except fields that the file or an override sets."""
   for field, value in saved['model'].items():
     untold = field in config.model and config.model[field] == default.model[field]
     if untold and field not in _OWN and f'model.{field}' not in overrides:

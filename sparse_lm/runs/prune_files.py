@@ -41,13 +41,12 @@ from sparse_lm.train.work import Work
 
 PLAN = 'pruning.json'
 TOGETHER = 2048  # tokens that run together
-LONGEST = (
-  2048  # the default of `context`, if the model reads more tokens: that of SparseGPT and Wanda
-)
+# The default of `context` in tokens for models with a longer context, as in SparseGPT and Wanda.
+LONGEST = 2048
 
 
 class Text(NamedTuple):
-  """Calibration sequences, int32 `[N, L]`, and the card of their text; `None` if none is read."""
+  """Calibration sequences, int32 `[N, L]`, and the card of their text, `None` if no text is read."""
 
   tokens_NxL: np.ndarray
   card: JsonObject | None
@@ -61,7 +60,7 @@ class Source(NamedTuple):
   files: WeightFiles
 
   def parts(self, like: Tree) -> 'Files':
-    """Returns the weights in the dtypes of the model, whose parameters are like `like`; only to read."""
+    """Returns the weights for reading, in the dtypes of `like`, a tree like the parameters."""
     return Files(self.files, self.files, like)
 
 
@@ -102,9 +101,9 @@ def prune_files(
   Args:
     parent: a workdir with the folder `weights/`.
     out: the new workdir.
-    overrides: values of `config.weight` by dotted name, and of `OTHER_TEXT` for the calibration text.
+    overrides: values of `config.weight` and, for the calibration text, of `OTHER_TEXT`, by dotted name.
     segments: number of calibration sequences, from the training split of the text.
-    context: tokens of a sequence; by default those of the model, at most `LONGEST`.
+    context: tokens of a sequence; by default the model's context, but at most `LONGEST`.
 
   Returns:
     The contents of result.json.
@@ -162,7 +161,7 @@ def opened(parent: str) -> Source:
 
 
 def check_no_state(files: WeightFiles, parent: str) -> None:
-  """Raises UserError if the model has calibrated thresholds, which belong to its weights."""
+  """Raises UserError if the model has calibrated thresholds, which fit only its present weights."""
   if files.model_state:
     raise UserError(
       f'--workdir={parent} holds calibrated thresholds, which are those of its weights; valid: the '
@@ -184,7 +183,7 @@ def calibration_text(
     config: the model's config, which may name a text.
     text: fields of `config.data` that name another text.
     tokenizer: the model's tokenizer.
-    most: the positions of the model.
+    most: the model's context in tokens.
     segments: number of sequences.
     context: tokens of a sequence; by default `most`, but at most `LONGEST`.
 
@@ -299,7 +298,7 @@ def _finish(
 
 
 def _sparsity(files: WeightFiles) -> float:
-  """Returns the fraction of the weights with a mask that are dropped."""
+  """Returns the fraction of dropped weights among all weights that have a mask."""
   kept = total = 0
   for part in files.parts:
     for mask in tree.named(files.read(part)[1]).values():

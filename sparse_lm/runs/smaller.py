@@ -1,6 +1,6 @@
-"""Smaller models from trained ones: fewer layers, hidden units, heads, channels and experts.
+"""Makes a trained model smaller: fewer layers, hidden units, heads, channels or experts.
 
-Activations on calibration text decide which of them stay.
+Their importances, measured on calibration text, decide which ones stay (`train/importance.py`).
 
 The result is a workdir of a dense model with a smaller `config.model`. It trains, evaluates, decodes and
 converts like any other.
@@ -37,7 +37,7 @@ from sparse_lm.train.work import Work
 LAYERS, WIDTH, HIDDEN, HEADS = ('layers', 'width', 'hidden', 'heads')
 EXPERTS = 'experts'
 SIZES = (LAYERS, WIDTH, HIDDEN, HEADS, EXPERTS)
-# Axes of each parameter by path.
+# Some axes of each parameter, by its path.
 Axes = Mapping[str, tuple[int, ...]]
 
 
@@ -74,10 +74,10 @@ def shrink(
   Args:
     parent: a workdir with weight files.
     out: the new workdir.
-    sizes: new values of fields of `config.model` (and `config.mlp.experts`), by names of `SIZES`.
+    sizes: new sizes by the names in `SIZES`, which are fields of `config.model` and `config.mlp.experts`.
     text: fields of `config.data` that name the calibration text.
     segments: number of calibration sequences.
-    context: tokens of a sequence; by default those of the model, at most 2048.
+    context: tokens of a sequence; by default the model's context, but at most 2048.
 
   Returns the contents of result.json. Raises UserError for invalid input, before anything is written.
   """
@@ -120,7 +120,7 @@ def shrink(
 
 
 class _Kept(NamedTuple):
-  """Ascending indices of the kept layers and channels, the units of each group, and experts by layer."""
+  """Ascending indices of the kept layers, channels, units (by group) and experts (by layer)."""
 
   layers: np.ndarray
   width: np.ndarray
@@ -134,8 +134,8 @@ class _Smaller(NamedTuple):
   Attributes:
     config: its config.
     model: the smaller model.
-    whole: the model that it is cut from.
-    axes: for each size that changes (but layers), the axes of each parameter that it changes.
+    whole: the model before shrinking.
+    axes: for each given size except the number of layers, the axes of parameters that change with it.
   """
 
   config: ConfigDict
@@ -160,7 +160,7 @@ class _Smaller(NamedTuple):
       step = shared if name == HEADS else 1
       valid = f'{step} to {now[name]}' + (f', a multiple of {step}' if step > 1 else '')
       require(step <= size <= now[name] and size % step == 0, f'--shrink={name}', size, valid)
-    # What follows from other sizes by default stays as it is.
+    # Sizes that follow from other sizes by default keep their present values.
     own = {'model.head_width': spec.head_dim, 'model.hidden': spec.hidden}
     own |= {'model.heads': spec.heads, 'model.kv_heads': spec.kv_heads}
     group = {EXPERTS: 'mlp'}
@@ -237,7 +237,7 @@ class _Smaller(NamedTuple):
 
 
 def _changed(one: LM, other: LM) -> Axes:
-  """Returns for each parameter the axes on which its sizes in two models differ."""
+  """Returns the axes of each parameter that differ in size between two models, by path."""
   shapes = [plan_of(model).shapes for model in (one, other)]
   found = {}
   for path, leaf in shapes[0].items():
@@ -248,7 +248,7 @@ def _changed(one: LM, other: LM) -> Axes:
 
 
 def _check_dense(files: WeightFiles, parent: str) -> None:
-  """Raises UserError if the model has masks or thresholds, which belong to its matrices as they are."""
+  """Raises UserError if the model has masks or thresholds, which fit only its present matrices."""
   check_no_state(files, parent)
   names = (name for file in files.index['files'].values() for name in file['shapes'])
   if any(':' in name for name in names):

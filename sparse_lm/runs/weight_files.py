@@ -71,12 +71,12 @@ class WeightFiles:
   """The weights of a model, in one file for each layer and one for the rest.
 
   A part is the number of a layer, or `None` for the parameters outside the layers. To write a folder,
-  give the number of layers, write every part of `missing()` in any order, and call `finish`. A process
-  that was killed continues with the parts that are still missing.
+  give the number of layers, write every part of `missing()` in any order, and call `finish`. After an
+  interruption, write the parts that are still missing.
 
   Attributes:
     folder: the folder `weights/`.
-    planned: number of layers of a folder that is being written; `None` reads a complete folder.
+    planned: number of layers, if the folder is being written; `None` for a complete folder.
   """
 
   folder: pathlib.Path
@@ -138,14 +138,14 @@ class WeightFiles:
     return [part for part in self.parts if not (self.folder / _name(part)).exists()]
 
   def read(self, part: int | None) -> tuple[Tree, Tree]:
-    """Returns the parameters and masks of a part, by memory map.
+    """Returns the parameters and masks of a part; the arrays of parameters are memory maps.
 
     Args:
       part: number of the layer, or `None` for the parameters outside the layers.
 
     Returns:
-      The subtree of the model's parameters, whose arrays are read from the file when they are used, and a
-      tree like it of bool masks, `None` = dense.
+      The subtree of the model's parameters, and a tree like it of bool masks, `None` = dense. A parameter
+      is read from the file when it is used.
 
     Raises UserError if the file is missing or damaged.
     """
@@ -169,7 +169,7 @@ class WeightFiles:
     return nested(self._open(STATE).arrays) if STATE in self.index['files'] else {}
 
   def write_state(self, model_state: Tree) -> None:
-    """Writes the model's collections besides the parameters, all at once."""
+    """Writes the model's collections besides the parameters to one file."""
     arrays = {path: _plain(leaf) for path, leaf in tree.named(model_state).items()}
     self._save(STATE, arrays)
 
@@ -227,7 +227,7 @@ class WeightFiles:
     write_json(self.folder / INDEX, index | {WRITTEN_BY: VERSION})
 
   def _open(self, name: str) -> TensorFile:
-    """Returns a file after a check of all its digests."""
+    """Returns a file, after all its digests were checked."""
     path = self.folder / name
     file = open_tensors(path)
     try:

@@ -1,4 +1,4 @@
-"""How much the experts of a trained mixture contribute on calibration text (REAP)."""
+"""Scores of the experts of a trained mixture on calibration text (REAP)."""
 
 import functools
 from collections.abc import Callable
@@ -22,7 +22,7 @@ Array = jax.Array
 
 
 def contributions(layers: Layers, layer: int, params: Tree, stream: list[Array]) -> np.ndarray:
-  """Returns the mean of `weight * norm(output)` of each expert over the tokens that visit it, `[E]`.
+  """Returns, for each expert, the mean of `weight * norm(output)` over the tokens that visit it, `[E]`.
 
   This is the score of REAP (Lasby et al. 2025). It is 0 for an expert that no token visits.
 
@@ -46,7 +46,7 @@ def _compiled(module: Layer) -> Wrapped:
 
 
 def _sums(module: Layer, variables: Tree, x_BxLxD: Array) -> Array:
-  """Returns for each expert the sum of `weight * norm(output)`, and the number of visits, `[2, E]`."""
+  """Returns `[2, E]`: for each expert, the sum of `weight * norm(output)` and the number of visits."""
   mixtures: list[tuple[MixtureOfExperts, Routing]] = []
   outputs: list[Array] = []
 
@@ -69,7 +69,7 @@ def _sums(module: Layer, variables: Tree, x_BxLxD: Array) -> Array:
   block = block_rows((mixture.count, x_BxLxD.shape[-1], mixture.units))
   plan = dispatch.assign_slots(routed.expert_TxJ, mixture.count, routed.capacity, block)
   norm_S = jnp.linalg.norm(y_NxPxD.astype(jnp.float32), axis=-1).ravel()
-  # The slot of a dropped choice, and the expert of a choice without one, lie behind the last.
+  # A dropped choice has slot S, and a choice without an expert has expert E: one more entry for each.
   norm_TxJ = jnp.append(norm_S, 0.0)[plan.slot_TxJ]
   each = jnp.stack([routed.weight_TxJ * norm_TxJ, plan.served_TxJ.astype(jnp.float32)])
   return jnp.zeros((2, mixture.count + 1)).at[:, routed.expert_TxJ].add(each)[:, :-1]

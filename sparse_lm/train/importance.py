@@ -1,4 +1,4 @@
-"""How much a trained model uses its hidden units, heads, channels and layers on calibration text."""
+"""Importances of the hidden units, heads, channels and layers of a model on calibration text."""
 
 from collections.abc import Collection
 from typing import NamedTuple
@@ -23,10 +23,10 @@ class Importances(NamedTuple):
   """Importances of the units of a model; larger means more important.
 
   Attributes:
-    width_D: the root mean square of each channel of the residual stream as layers read it, after their
-      norms, summed over the layers (Minitron, Muralidharan et al. 2024).
-    units: mean squared activations of the units of each group (hidden units; heads before the output
-      projection), by the name of the group.
+    width_D: for each channel of the residual stream, the root mean square of the normalised inputs of
+      attention and MLPs, summed over all of these modules (Minitron, Muralidharan et al. 2024).
+    units: by the name of each group of hidden units or heads, the mean squared activation of each unit.
+      Activations of heads are the inputs of the output projection.
     influence_L: the block influence of each layer: 1 minus the mean cosine similarity of its input and
       its output (ShortGPT, Men et al. 2024).
     experts: contributions of the experts of each layer (`train/expert_use.py`), if they were asked for.
@@ -45,14 +45,14 @@ def importances(
   reads_width: Collection[str],
   experts: bool = False,
 ) -> Importances:
-  """Runs a dense model on calibration text, one layer in memory at a time.
+  """Measures the importances of a dense model, with one layer in memory at a time.
 
   Args:
     model: the model.
     parts: its weights.
     batches: calibration tokens, int32 `[B, L]` each.
     reads_width: paths of the kernels whose inputs are the channels of the residual stream.
-    experts: whether to measure the experts of mixtures.
+    experts: whether to measure experts; every layer must then have a mixture of experts.
   """
   layers = Layers(model, (SIGNAL,), {})
   groups = [group for group in plan_of(model).units if group.kind in (NEURON, HEAD)]
@@ -104,7 +104,8 @@ def sliced(leaf: np.ndarray, axes: dict[int, np.ndarray], units: dict[int, int])
   Args:
     leaf: a parameter.
     axes: indices of the kept units, by axis.
-    units: number of units that each of these axes consists of; a unit is a run of equal length.
+    units: number of units along each of these axes. A unit is a block of consecutive entries, and all
+      units of an axis have the same length.
   """
   for axis, kept in axes.items():
     size = leaf.shape[axis] // units[axis]

@@ -1,4 +1,4 @@
-"""Outliers of each layer of a trained model, for the distribution 'owl' (`core/distribution.py`)."""
+"""Fractions of outliers in the layers of a model, for the distribution 'owl' (`core/distribution.py`)."""
 
 import jax
 import jax.numpy as jnp
@@ -25,20 +25,20 @@ def fractions(
 ) -> dict[str, dict[str, float]]:
   """Returns the fraction of outliers in each block of a dense model, for several sets of matrices.
 
-  A weight is an outlier if `|weight| * norm(input)` exceeds a multiple of the mean over all weights of
-  the set in the block.
+  A weight is an outlier if its `|weight| * norm(input)` exceeds a multiple of the mean of this product
+  over all weights of the set in the block.
 
   Args:
     model: the model.
     parts: its weights.
     model_state: its other collections.
-    targets: trees like the parameters for each set, by name; leaves that are not `None` belong to it.
-    multiples: the multiple of each set.
+    targets: for each set, by its name, a tree like the parameters; leaves that are not `None` are in it.
+    multiples: the multiple for each set, by its name.
     batches: calibration tokens, int32 `[B, L]` each.
 
   Returns:
-    Fractions by the name of the set, and by the name of the block. Blocks without such a matrix are left
-    out.
+    For each set, by its name, the fraction of each block by the name of the block. Blocks without a
+    matrix of the set are left out.
 
   Raises:
     UserError: a matrix gets no signal.
@@ -65,7 +65,7 @@ def fractions(
 
 
 def _scores(params: Tree, squares: dict[str, jax.Array]) -> jax.Array:
-  """Returns `|weight| * norm(input)` of all weights of these matrices, `[N]`."""
+  """Returns `|weight| * norm(input)` for all weights of the matrices in `squares`, `[N]`."""
   named = tree.named(params)
   return jnp.concatenate(
     [(jnp.abs(named[path]) * jnp.sqrt(square)[:, None]).ravel() for path, square in squares.items()]

@@ -1,4 +1,4 @@
-"""Weights that are held in bfloat16 while moments and updates are float32."""
+"""Adds float32 updates to bfloat16 weights, with stochastic rounding."""
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +21,14 @@ def like(values: Tree, stored: Tree) -> Tree:
 def add_updates(trainable: Tree, updates: Tree, key: jax.Array) -> Tree:
   """Returns `trainable + updates` in the dtypes of `trainable`.
 
-  Sums are rounded to bfloat16 at random, up or down with probabilities that keep their mean. Rounded to
-  the nearest, most updates of a small learning rate would be lost: bfloat16 numbers are 0.4 to 0.8 %
-  apart (Gupta et al. 2015; Zamirai et al. 2020).
+  Sums are rounded to bfloat16 at random, up or down, so that the expected value of the result is the sum
+  (Gupta et al. 2015; Zamirai et al. 2020). Neighbouring bfloat16 numbers differ by 0.4 to 0.8 %, so
+  rounding to the nearest would lose most updates of a small learning rate.
 
   Args:
     trainable: the trainable tree.
     updates: float32 updates.
-    key: key of the random numbers; unused if `trainable` is float32.
+    key: key of the random numbers, which only bfloat16 leaves use.
   """
 
   def add(path: str, leaf: jax.Array, update: jax.Array) -> jax.Array:
@@ -41,7 +41,7 @@ def add_updates(trainable: Tree, updates: Tree, key: jax.Array) -> Tree:
 
 
 def _stochastic(x: jax.Array, key: jax.Array) -> jax.Array:
-  """Rounds float32 to bfloat16, up with the probability of the fraction of the way up."""
+  """Rounds float32 to bfloat16, up or down at random, with the input as the expected value."""
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
   noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
   rounded = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)

@@ -28,7 +28,7 @@ class GPT2(Family):
     context = fields.take('n_positions', int, 1024)
     fields.only('n_ctx', context, context)
     fields.only('scale_attn_weights', True, True)
-    fields.skip('reorder_and_upcast_attn')  # rounds differently, and computes the same
+    fields.skip('reorder_and_upcast_attn')  # changes only the rounding
     return {
       'data.vocab_size': fields.take('vocab_size', int, 50257),
       'data.context': context,

@@ -49,7 +49,7 @@ class GPTNeoX(Family):
     }
 
   def _rotary(self, fields: Fields) -> Overrides:
-    """Returns the fields of rotary positions, which older files call by other names."""
+    """Returns the fields of rotary positions, which have other names in older files."""
     fraction = fields.take('rotary_pct', float, 0.25)
     base = fields.take('rotary_emb_base', float, 10_000.0)
     older = {'partial_rotary_factor': fraction, 'rope_theta': base}

@@ -1,4 +1,4 @@
-"""Llama 1 to 3, and models of its shape: TinyLlama, SmolLM2."""
+"""Llama 1 to 3, and models with the same architecture, such as TinyLlama and SmolLM2."""
 
 from ml_collections import ConfigDict
 

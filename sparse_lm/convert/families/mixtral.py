@@ -14,7 +14,7 @@ _EXPERT = {'gate': 'w1', 'up': 'w3', 'down': 'w2'}
 
 
 class Mixtral(LlamaLike):
-  """Mixtral (Jiang et al. 2024): gated experts whose chosen probabilities are divided by their sum."""
+  """Mixtral (Jiang et al. 2024): gated experts; the weights of a token's experts sum to 1."""
 
   architecture = 'MixtralForCausalLM'
   mlps = (MIXTURE,)

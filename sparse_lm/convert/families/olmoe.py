@@ -13,7 +13,7 @@ from sparse_lm.layers.spec import OF_ALL
 
 
 class Olmoe(LlamaLike):
-  """OLMoE (Muennighoff et al. 2024): gated experts, and RMSNorm of all queries and of all keys."""
+  """OLMoE (Muennighoff et al. 2024): gated experts, RMSNorm over all heads of queries and of keys."""
 
   architecture = 'OlmoeForCausalLM'
   mlps = (MIXTURE,)

@@ -1,4 +1,4 @@
-"""Hidden units below a calibrated threshold are zero (CATS)."""
+"""Sets small hidden units to zero, below calibrated thresholds (CATS)."""
 
 from collections.abc import Callable
 
@@ -17,14 +17,15 @@ DISPLAY_NAME = 'CATS'
 
 
 class Cats(LayerMethod):
-  """Applies another activation, and zeroes its results whose magnitude is below the layer's threshold.
+  """Applies an inner activation, and sets results to zero if their magnitude is below a threshold.
 
-  `python -m sparse_lm.prune` calibrates the thresholds on text, without training. Before that they are 0,
-  and the model is dense. In a gated MLP with SiLU, the units `silu(gate(x))` are zeroed, as in the paper.
+  Each layer has one threshold. `python -m sparse_lm.prune` calibrates the thresholds on text, without
+  training. Before calibration they are 0, and the model is dense. In a gated MLP with SiLU, they apply to
+  `silu(gate(x))`, as in the paper.
 
   Attributes:
-    inner: creates the activation that is applied, `config.activation.inner`.
-    density: fraction of each layer's units that is kept on the calibration text.
+    inner: creates the inner activation, `config.activation.inner`.
+    density: fraction of each layer's units that are kept on the calibration text.
   """
 
   inner: Callable[[], nn.Module]
@@ -42,7 +43,7 @@ class Cats(LayerMethod):
 
   @nn.compact
   def __call__(self, h: jax.Array, mode: str) -> jax.Array:
-    """Maps `[..., F]` to `[..., F]`."""
+    """Returns the activations of `h`, with the same shape `[..., F]`."""
     value = record.site(self, 'value', self.inner()(h, mode))
     small = below(self, 'value', value)
     sow.sow_selected(self, ~small, mode)

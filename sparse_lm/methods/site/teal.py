@@ -1,4 +1,4 @@
-"""Inputs of linear layers below a calibrated threshold are zero (TEAL)."""
+"""Sets small inputs of linear layers to zero, below calibrated thresholds (TEAL)."""
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +16,19 @@ DISPLAY_NAME = 'TEAL'
 
 
 class Teal(SiteMethod):
-  """Zeroes the inputs of linear layers whose magnitude is below a threshold of their matrix.
+  """Sets an input of a linear layer to zero if its magnitude is below the threshold of the matrix.
 
   Each matrix has one threshold for all tokens and inputs. `python -m sparse_lm.prune` calibrates the
-  thresholds on text, without training. Before that they are 0, and the model is dense. In a layer with
-  full attention and a gated MLP, the default sites are the inputs of all seven matrices. Routers and
-  experts are not changed.
+  thresholds on text, without training. Before calibration they are 0, and the model is dense. In a layer
+  with full attention and a gated MLP, the default sites are the inputs of all seven matrices. The inputs
+  of routers and experts are not changed.
 
-  Differs from the paper: every matrix has the same density, where the paper allocates sparsities within a
-  layer by a greedy search; and all tokens of a prompt are treated alike, where the paper keeps the first
-  half of them dense.
+  Differs from the paper: every matrix has the same density, but the paper chooses the densities within a
+  layer by a greedy search. Here all tokens of a prompt are sparse, but the paper keeps the first half of
+  them dense.
 
   Attributes:
-    density: fraction of each matrix's inputs that is kept on the calibration text.
+    density: fraction of each matrix's inputs that are kept on the calibration text.
   """
 
   where: tuple[str, ...] = ('block_*/attention/*/input', 'block_*/mlp/*/input')
@@ -45,7 +45,10 @@ class Teal(SiteMethod):
     )
 
   def act_in(self, module: nn.Module, name: str, value: jax.Array) -> jax.Array:
-    """Maps the inputs `[..., in]` of a linear layer to the same shape; other sites stay as they are."""
+    """Returns the inputs of a linear layer, `[..., in]`, with zeros for small ones.
+
+    Activations of sites that are not in a linear layer are returned unchanged.
+    """
     if not isinstance(module, Linear):
       return value
     small = below(module, name, value)

@@ -17,26 +17,26 @@ from sparse_lm.weights.one_shot import OneShot
 from sparse_lm.weights.traits import Traits
 
 DISPLAY_NAME = 'ALPS'
-# Every `CHECK` iterations, the penalty is multiplied by the factor of the first of these shares that the
-# change of the support exceeds. The iterations end when the support has not changed.
+# Pairs of a limit and a factor. Every `CHECK` iterations, the penalty is multiplied by the factor of the
+# first limit that the changed fraction of the mask exceeds. ADMM ends when the mask has not changed.
 CHECK = 3
 FACTORS = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 
 
 @dataclasses.dataclass(frozen=True)
 class ALPS(OneShot):
-  """Chooses the weights that best reproduce the outputs of each matrix, and fits them to these outputs.
+  """Chooses the weights of each matrix that keep its outputs best, and fits them to the dense outputs.
 
   ADMM alternates between the weights that minimise the squared error of the outputs and the nearest
   weights that the pattern and the density allow. Then conjugate gradients minimise the error over the
-  kept weights. The pattern may be any whose units lie in one matrix.
+  kept weights. Every pattern whose units each lie in one matrix is valid.
 
   Differs from the paper: ADMM starts from the trained weights without restarts, and each output has its
   own step size in the conjugate gradients.
 
   Attributes:
-    damp: number added to the diagonal of the Gram matrix, divided by the diagonal's mean.
-    penalty: first penalty of ADMM, relative to a Gram matrix of unit diagonal (rho in the paper).
+    damp: number that is added to the diagonal of the Gram matrix, as a multiple of the diagonal's mean.
+    penalty: penalty of ADMM at the start (rho in the paper), for a Gram matrix of unit diagonal.
     iterations: maximum number of ADMM iterations.
     fits: iterations of conjugate gradients.
   """
@@ -81,7 +81,17 @@ class ALPS(OneShot):
 
 
 class _State(NamedTuple):
-  """The state of ADMM: D, V and the penalty of the paper, the support of D and the one `CHECK` before."""
+  """The state of ADMM.
+
+  Attributes:
+    sparse: D in the paper, `[in, out]`.
+    dual: V in the paper, `[in, out]`.
+    penalty: rho in the paper, scalar.
+    support: the mask of D, bool `[in, out]`.
+    checked: the mask at the last check, bool `[in, out]`.
+    iteration: number of iterations so far, int32.
+    moving: False if the mask did not change between the last two checks.
+  """
 
   sparse: Array
   dual: Array
@@ -130,7 +140,7 @@ def prune_by_admm(
 
 
 def _nearest(weights: Array, density: Array, units: tuple[str, Pattern]) -> Array:
-  """Returns the mask of the allowed weights that are nearest to `weights`: of the largest squares."""
+  """Returns the mask that the pattern and the density allow and that keeps the largest squares."""
   path, pattern = units
   masks = pattern.masks({path: jnp.square(weights)}, {path: density})
   return masks[path]
@@ -178,7 +188,7 @@ def _support(
 
 
 def _checked(state: _State) -> _State:
-  """Raises the penalty by the change of the support since the last check."""
+  """Raises the penalty, by how much the mask changed since the last check, and notes if it changed."""
   changed = jnp.sum(state.support != state.checked) / jnp.maximum(jnp.sum(state.support), 1)
   factors = [factor for _, factor in FACTORS]
   factor = jnp.select([changed > share for share, _ in FACTORS], factors, 1.0)
@@ -192,7 +202,8 @@ def _checked(state: _State) -> _State:
 def _fit(start: Array, h: Array, wanted: Array, kept: Array, iterations: int) -> Array:
   """Minimises the error over the kept weights by conjugate gradients (algorithm 2 of the paper).
 
-  The diagonal of `h` is one, so it is its own Jacobi preconditioner. Each output is a problem of its own.
+  The diagonal of `h` is one, so a Jacobi preconditioner would change nothing. Each output is a separate
+  problem.
   """
 
   def step(_: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -209,5 +220,5 @@ def _fit(start: Array, h: Array, wanted: Array, kept: Array, iterations: int) ->
 
 
 def _ratio(above: Array, below: Array) -> Array:
-  """Returns the ratio, or zero where an output is solved and both are zero."""
+  """Returns the ratio, or zero where the denominator is zero because the output is solved."""
   return jnp.where(below > 0, above / jnp.where(below > 0, below, 1), 0)
