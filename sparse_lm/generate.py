@@ -29,6 +29,7 @@ def generate(
   stop: str = '',
   seed: int = 0,
   speculation: SelfSpeculation | None = None,
+  rendered: bool = False,
 ) -> Iterator[list[str]]:
   """Yields the continuations of all prompts so far, after each new token.
 
@@ -42,11 +43,14 @@ def generate(
     stop: text that ends a continuation. It is not part of the continuation. '' = none.
     seed: seed of the draws.
     speculation: self-speculative decoding of a single prompt, greedy only; `None` = token by token.
+    rendered: whether the prompts spell out their special tokens, as chat templates do. Otherwise the
+      tokenizer adds those that begin a text.
 
   Raises:
     UserError: a prompt that does not fit the context or the tokenizer, or an option outside its range.
   """
-  encoded = [np.asarray(run.tokenizer.encode_prompt(_utf8(prompt))) for prompt in prompts]
+  encode = run.tokenizer.encode if rendered else run.tokenizer.encode_prompt
+  encoded = [np.asarray(encode(_utf8(prompt))) for prompt in prompts]
   asked = tokens
   tokens = tokens or max(run.model.spec.context - max(map(len, encoded)), 1)
   made: list[list[int]] = [[] for _ in prompts]
@@ -159,7 +163,7 @@ def main() -> None:
   def counted() -> Iterator[list[str]]:
     nonlocal count
     options = prompts, arguments.tokens, sampling, arguments.stop, arguments.seed
-    texts = generate(run, *options, speculation)
+    texts = generate(run, *options, speculation, rendered=arguments.chat)
     for text in texts:
       if not count and len(text) == 1:  # all input has been checked by now
         print(arguments.prompt[0], end='', flush=True)

@@ -12,7 +12,7 @@ import numpy as np
 from sparse_lm.convert import gguf_tokenizer
 from sparse_lm.convert.family import Family, family, names
 from sparse_lm.convert.foreign import Foreign, Stored
-from sparse_lm.core.errors import UserError, unknown
+from sparse_lm.core.errors import UserError, require, unknown
 from sparse_lm.core.records import Json, JsonObject
 
 if TYPE_CHECKING:
@@ -106,8 +106,13 @@ def _config(values: dict[str, Json], reader: 'gguf.GGUFReader', path: pathlib.Pa
     if key.startswith(prefix) and name not in _REPEATED:
       config[_FIELDS.get(name, name)] = value
   config['vocab_size'] = len(values.get('tokenizer.ggml.tokens') or ())
-  if 'num_attention_heads' not in config:
-    raise UserError(f'{path} has no {prefix}attention.head_count; valid: the file of a whole model')
+  for key in ('attention.head_count', 'embedding_length'):
+    if not config.get(_FIELDS[key]):
+      raise UserError(f'{path} has no {prefix}{key}; valid: the file of a whole model')
+  whole = config.get('head_dim') or config['hidden_size'] // config['num_attention_heads']
+  rotated = values.get(f'{prefix}rope.dimension_count', whole)
+  valid = f'{whole}, the width of a head'
+  require(rotated == whole, f'{path}: {prefix}rope.dimension_count', rotated, valid)
   return config
 
 

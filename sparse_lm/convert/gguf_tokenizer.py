@@ -8,6 +8,7 @@ from sparse_lm.data.hf_tokenizer import HuggingFace
 
 BYTE_LEVEL = 'gpt2'  # GGUF's name of byte-level BPE tokenizers
 CONTROL, USER_DEFINED = 3, 4  # types of tokens that are never split
+LLAMA_3 = 'llama-bpe'  # keeps words that are tokens whole, and begins texts with `bos` by default
 _GPT2 = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
 _BYTES = _GPT2 | {'use_regex': False}
 _LLAMA3 = (
@@ -29,7 +30,7 @@ _PRE: dict[str, JsonObject] = {
     'type': 'Sequence',
     'pretokenizers': [{'type': 'Digits', 'individual_digits': True}, _GPT2],
   },
-  'llama-bpe': _split(_LLAMA3),
+  LLAMA_3: _split(_LLAMA3),
   'qwen2': _split(_QWEN2),
 }
 
@@ -65,10 +66,11 @@ def read(values: dict[str, Json], where: str, rows: int) -> HuggingFace:
     'vocab': {token: i for i, token in enumerate(tokens)},
     'merges': merges,
     **dict.fromkeys(('dropout', 'unk_token', 'continuing_subword_prefix', 'end_of_word_suffix')),
-    **dict.fromkeys(('fuse_unk', 'byte_fallback', 'ignore_merges'), False),
+    **dict.fromkeys(('fuse_unk', 'byte_fallback'), False),
+    'ignore_merges': pre == LLAMA_3,
   }
   bos, eos = (values.get(f'tokenizer.ggml.{name}_token_id') for name in ('bos', 'eos'))
-  first = bos if values.get('tokenizer.ggml.add_bos_token') else None
+  first = bos if values.get('tokenizer.ggml.add_bos_token', pre == LLAMA_3) else None
   contents = {
     'version': '1.0',
     'truncation': None,

@@ -20,6 +20,11 @@ TOKENIZER, TOKENIZER_CONFIG = 'tokenizer.json', 'tokenizer_config.json'
 CHAT_TEMPLATE, GENERATION = 'chat_template.jinja', 'generation_config.json'
 
 
+class _Added(TypedDict):
+  id: int
+  content: str
+
+
 class _Index(TypedDict):
   weight_map: dict[str, str]
 
@@ -95,20 +100,25 @@ def _tokenizer(folder: pathlib.Path, config: JsonObject, rows: int) -> HuggingFa
   options = (
     read_plain_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
   )
-  tokens = _ids(contents, vocabulary)
+  added = contents.get('added_tokens') or []
+  try:
+    records.check(added, list[_Added], 'added_tokens')
+  except ValueError as error:
+    raise UserError(
+      f'{folder / TOKENIZER} is damaged ({error}); valid: a whole tokenizer'
+    ) from None
+  tokens = _ids(vocabulary) | {one['content']: one['id'] for one in added}
   special = [_special(f'{name}_token', options, tokens, config) for name in ('bos', 'eos')]
   return HuggingFace(
     json.dumps(contents, ensure_ascii=False), rows, *special, _template(folder, options)
   )
 
 
-def _ids(contents: JsonObject, vocabulary: object) -> dict[str, int]:
+def _ids(vocabulary: object) -> dict[str, int]:
   """Returns the id of each token. Vocabularies of unigram models are lists of pairs."""
   if isinstance(vocabulary, dict):
-    tokens = dict(vocabulary)
-  else:
-    tokens = {pair[0]: i for i, pair in enumerate(vocabulary)}
-  return tokens | {one['content']: one['id'] for one in contents.get('added_tokens') or []}
+    return dict(vocabulary)
+  return {pair[0]: i for i, pair in enumerate(vocabulary)}
 
 
 def _special(

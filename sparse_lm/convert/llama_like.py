@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from sparse_lm.convert.family import Family, Tensors, same, transposed
 from sparse_lm.convert.fields import Fields
 from sparse_lm.convert.methods import GATED_MLP, Overrides, activation, foreign_activation
-from sparse_lm.core.errors import UserError, listed
+from sparse_lm.core.errors import UserError, listed, require
 from sparse_lm.core.records import JsonObject
 from sparse_lm.layers.spec import LINEAR, LLAMA3, NO_NORM
 from sparse_lm.runs import configs
@@ -31,7 +31,11 @@ class LlamaLike(Family):
   """The base class of families whose fields and tensors have the same names as those of Llama."""
 
   prefix = 'model.'
-  default_head_width: ClassVar[int] = 0  # if the config has no `head_dim`; 0 = width / heads
+  # Values of fields that a config may leave out, as transformers has them.
+  default_head_width: ClassVar[int] = 0  # 0 = width / heads
+  default_kv_heads: ClassVar[int] = 0  # 0 = as many as query heads
+  default_epsilon: ClassVar[float] = 1e-6
+  default_base: ClassVar[float] = 10_000.0
 
   def read(self, fields: Fields) -> Overrides:
     """Returns the fields that all of these families share."""
@@ -46,13 +50,13 @@ class LlamaLike(Family):
       'model.width': width,
       'model.hidden': fields.take('intermediate_size', int),
       'model.heads': heads,
-      'model.kv_heads': fields.take('num_key_value_heads', int, heads),
+      'model.kv_heads': fields.take('num_key_value_heads', int, self.default_kv_heads or heads),
       'model.head_width': 0 if head_width * heads == width else head_width,
-      'model.norm_epsilon': fields.take('rms_norm_eps', float, 1e-6),
+      'model.norm_epsilon': fields.take('rms_norm_eps', float, self.default_epsilon),
       'model.tied': fields.take('tie_word_embeddings', bool, False),
       'mlp.name': GATED_MLP,
       **activation(f'{fields.where}: hidden_act', fields.take('hidden_act', str, 'silu')),
-      **rotary(fields),
+      **rotary(fields, self.default_base),
     }
 
   def written(self, config: ConfigDict) -> JsonObject:
@@ -104,6 +108,13 @@ def _linear(
       yield same(f'{there}.{theirs}.bias', f'{here}/{ours}/bias')
 
 
+def several(fields: Fields, k: int) -> int:
+  """Returns `k`, the experts of a token, if their weights can be normalised; raises UserError for 1."""
+  valid = '2 or more, because this project does not normalise the weight of a single expert'
+  require(k > 1, f'{fields.where}: num_experts_per_tok', k, valid)
+  return k
+
+
 def full_attention(fields: Fields) -> None:
   """Raises UserError if a layer's attention is limited to a sliding window."""
   fields.only('use_sliding_window', False, False)
@@ -115,7 +126,7 @@ def full_attention(fields: Fields) -> None:
     )
 
 
-def rotary(fields: Fields, fraction: bool = False) -> Overrides:
+def rotary(fields: Fields, base: float, fraction: bool = False) -> Overrides:
   """Returns the fields of rotary positions.
 
   Newer versions of transformers write `rope_parameters`; older ones write `rope_theta` and
@@ -123,12 +134,13 @@ def rotary(fields: Fields, fraction: bool = False) -> Overrides:
 
   Args:
     fields: the foreign config.
+    base: the base if the config has none.
     fraction: whether the family rotates a part of each head (`partial_rotary_factor`).
   """
   name = 'rope_parameters' if fields.values.get('rope_parameters') else 'rope_scaling'
   fields.skip('rope_parameters', 'rope_scaling')
   rope = fields.inner(name)
-  base = fields.take('rope_theta', float, 10_000.0)
+  base = fields.take('rope_theta', float, base)
   found: Overrides = {'model.rope_base': rope.take('rope_theta', float, base)}
   if fraction:
     whole = fields.take('partial_rotary_factor', float, 1.0)

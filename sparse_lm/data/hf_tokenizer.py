@@ -181,14 +181,20 @@ class HuggingFace(SavedTokenizer):
 
   @functools.cached_property
   def _model(self) -> 'tokenizers.Tokenizer':
-    return library(KIND).Tokenizer.from_str(self.contents)
+    model = library(KIND).Tokenizer.from_str(self.contents)
+    # A file may hold the limits of a former use, which would cut or pad texts.
+    model.no_truncation()
+    model.no_padding()
+    return model
 
   @functools.cached_property
   def _cuts(self) -> bool:
     """Whether a document may be cut at some line breaks: its words are those of a byte-level BPE."""
     saved = json.loads(self.contents)
     normalizer = saved.get('normalizer') or {'type': 'NFC'}
-    return normalizer.get('type') == 'NFC' and 'ByteLevel' in json.dumps(saved.get('pre_tokenizer'))
+    words = json.dumps(saved.get('pre_tokenizer'))
+    adds_space = '"add_prefix_space": true' in words  # at the beginning of every piece
+    return normalizer.get('type') == 'NFC' and 'ByteLevel' in words and not adds_space
 
   def _pieces(self, document: str) -> Iterator[str]:
     """Yields pieces of a document whose tokens together are those of the document."""

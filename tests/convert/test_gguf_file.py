@@ -151,6 +151,22 @@ def test_other_types_become_the_nearest_dtype_here(tmp_path, kind, error):
   assert_allclose(np.asarray(got, np.float32), want, rtol=error)
 
 
+def test_llama_3_keeps_words_that_are_tokens_and_begins_texts_by_default():
+  tokens = ['<s>', *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), 'ab', 'abc']
+  values = {
+    'tokenizer.ggml.model': 'gpt2',
+    'tokenizer.ggml.tokens': tokens,
+    'tokenizer.ggml.token_type': [3] + [1] * (len(tokens) - 1),
+    'tokenizer.ggml.merges': ['a b'],
+    'tokenizer.ggml.bos_token_id': 0,
+  }
+  words = {}
+  for pre in ('llama-bpe', 'qwen2'):
+    found = gguf_tokenizer.read(values | {'tokenizer.ggml.pre': pre}, 'a file', len(tokens))
+    words[pre] = [tokens[i] for i in found.encode_prompt('abc')]
+  assert words == {'llama-bpe': ['<s>', 'abc'], 'qwen2': ['ab', 'c']}
+
+
 @pytest.mark.parametrize('pre', ['gpt-2', 'smollm', 'llama-bpe', 'qwen2'])
 def test_words_are_split_as_by_these_tokenizers(pre):
   """Each byte is a token, and digits, spaces and line breaks are split as they are there."""

@@ -60,6 +60,8 @@ FIELDS = [
   ('qwen3', {'layer_types': ['full_attention', 'sliding_attention']}, "'sliding_attention'"),
   ('mixtral', {'sliding_window': 16}, 'sliding_window=16'),
   ('olmoe', {'clip_qkv': 8.0}, r'clip_qkv=8\.0'),
+  ('mixtral', {'num_experts_per_tok': 1}, 'num_experts_per_tok=1 .* 2 or more'),
+  ('olmoe', {'num_experts_per_tok': 1, 'norm_topk_prob': True}, 'num_experts_per_tok=1'),
   ('gpt2', {'scale_attn_by_inverse_layer_idx': True}, 'scale_attn_by_inverse_layer_idx=True'),
   ('gpt2', {'scale_attn_weights': False}, 'scale_attn_weights=False'),
 ]
@@ -141,3 +143,30 @@ def test_arguments(call, tmp_path, arguments, message):
   code, out, err = call(convert_command, [*arguments, f'--out={tmp_path / "out"}'])
   assert code == 2 and not out and re.search(message, err), err
   assert err.count('\n') == 1 and not (tmp_path / 'out').exists()
+
+
+def test_a_damaged_special_token_is_refused(folder):
+  path = folder()
+  change(path / 'tokenizer.json', added_tokens=[{'content': '<s>'}])
+  refused(path, r"tokenizer\.json is damaged \(added_tokens\[0\] has no 'id'\)")
+
+
+@pytest.mark.parametrize(
+  ('name', 'left_out', 'field', 'default'),
+  [
+    ('mixtral', 'rms_norm_eps', 'norm_epsilon', 1e-5),
+    ('olmoe', 'rms_norm_eps', 'norm_epsilon', 1e-5),
+    ('llama3', 'rms_norm_eps', 'norm_epsilon', 1e-6),
+    ('mixtral', 'rope_theta', 'rope_base', 1e6),
+  ],
+)
+def test_a_field_that_is_left_out_has_the_default_of_its_family(
+  folder, name, left_out, field, default
+):
+  path = folder(name)
+  config = json.loads((path / 'config.json').read_text())
+  for fields in (config, config.get('rope_parameters') or {}):
+    fields.pop(left_out, None)
+  (path / 'config.json').write_text(json.dumps(config))
+  made = convert(str(path), str(path.parent / 'out'))
+  assert made.config.model[field] == default

@@ -123,3 +123,12 @@ def test_errors(imported, bpe):
   with pytest.raises(IndexError):
     imported.decode([imported.vocab_size])
   assert imported.decode([imported.vocab_size - 1]) == ''  # a row of padding
+
+
+def test_limits_of_a_former_use_neither_cut_nor_pad_a_text(imported, model):
+  limited = library.Tokenizer.from_str(model.to_str())
+  limited.enable_truncation(4)
+  limited.enable_padding(length=500)
+  saved = HuggingFace(limited.to_str(), imported.vocab_size, imported.bos, imported.eos)
+  assert_array_equal(saved.encode(PROSE), imported.encode(PROSE))
+  assert_array_equal(saved.encode_prompt(PROSE), imported.encode_prompt(PROSE))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from sparse_lm.convert.family import Family, Tensors, columns, same
+from sparse_lm.convert.family import Family, Tensors, columns, same, transposed
 from sparse_lm.convert.fields import Fields
 from sparse_lm.convert.methods import PLAIN_MLP, Overrides, activation, foreign_activation
 from sparse_lm.core.records import JsonObject
@@ -67,6 +67,8 @@ class GPT2(Family):
     """Yields all tensors."""
     yield same('wte.weight', 'embed/tokens')
     yield same('wpe.weight', 'embed/positions')
+    if not config.model.tied:
+      yield transposed('lm_head.weight', 'embed/head/kernel')
     yield from _norm('ln_f', 'norm')
     for layer in range(config.model.layers):
       there, here = f'h.{layer}', f'block_{layer}'

@@ -55,7 +55,7 @@ class GPTNeoX(Family):
     older = {'partial_rotary_factor': fraction, 'rope_theta': base}
     named = Fields(older | fields.values, fields.where)
     fields.skip(*older, 'rope_parameters', 'rope_scaling')
-    return rotary(named, fraction=True)
+    return rotary(named, 10_000.0, fraction=True)
 
   def written(self, config: ConfigDict) -> JsonObject:
     """Returns the foreign config."""

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from sparse_lm.convert.family import Tensors, stacked, transposed
 from sparse_lm.convert.fields import Fields
-from sparse_lm.convert.llama_like import LlamaLike
+from sparse_lm.convert.llama_like import LlamaLike, several
 from sparse_lm.convert.methods import MIXTURE, Overrides
 from sparse_lm.core.records import JsonObject
 
@@ -18,6 +18,9 @@ class Mixtral(LlamaLike):
 
   architecture = 'MixtralForCausalLM'
   mlps = (MIXTURE,)
+  default_epsilon = 1e-5
+  default_base = 1e6
+  default_kv_heads = 8
 
   def read(self, fields: Fields) -> Overrides:
     """Returns the fields of this project's config."""
@@ -26,7 +29,7 @@ class Mixtral(LlamaLike):
       'mlp.name': MIXTURE,
       'mlp.gated': True,
       'mlp.experts': fields.take('num_local_experts', int, 8),
-      'mlp.k': fields.take('num_experts_per_tok', int, 2),
+      'mlp.k': several(fields, fields.take('num_experts_per_tok', int, 2)),
       'mlp.normalise': True,
     }
 

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from sparse_lm.convert.family import Tensors, stacked, transposed
 from sparse_lm.convert.fields import Fields
-from sparse_lm.convert.llama_like import MLP, LlamaLike
+from sparse_lm.convert.llama_like import MLP, LlamaLike, several
 from sparse_lm.convert.methods import MIXTURE, Overrides
 from sparse_lm.core.records import JsonObject
 from sparse_lm.layers.spec import OF_ALL
@@ -17,18 +17,21 @@ class Olmoe(LlamaLike):
 
   architecture = 'OlmoeForCausalLM'
   mlps = (MIXTURE,)
+  default_epsilon = 1e-5
 
   def read(self, fields: Fields) -> Overrides:
     """Returns the fields of this project's config."""
     fields.only('clip_qkv', None, None)
     fields.only('attention_bias', False, False)
+    normalise = fields.take('norm_topk_prob', bool, False)
+    k = fields.take('num_experts_per_tok', int, 8)
     return super().read(fields) | {
       'model.query_key_norm': OF_ALL,
       'mlp.name': MIXTURE,
       'mlp.gated': True,
       'mlp.experts': fields.take('num_experts', int, 64),
-      'mlp.k': fields.take('num_experts_per_tok', int, 8),
-      'mlp.normalise': fields.take('norm_topk_prob', bool, False),
+      'mlp.k': several(fields, k) if normalise else k,
+      'mlp.normalise': normalise,
     }
 
   def written(self, config: ConfigDict) -> JsonObject:
