@@ -19,7 +19,7 @@ from sparse_lm.runs.calibrate import GROUPS, calibrate, described
 from sparse_lm.runs.checkpoint import Checkpoints
 from sparse_lm.runs.evaluate import evaluate, result_of
 from sparse_lm.runs.history import History
-from sparse_lm.runs.prune_files import prune_files
+from sparse_lm.runs.prune_files import check_no_thresholds, prune_files
 from sparse_lm.runs.run_folder import WEIGHTS, folder_of
 from sparse_lm.runs.setup import Setup, data_of
 from sparse_lm.runs.trained import Trained, check_fits, load
@@ -58,6 +58,7 @@ def prune(
     return prune_files(parent, out, overrides, segments, context)
   check_new(out, '--out')
   trained = load(parent)
+  check_no_thresholds(trained.model_state, parent)
   asked = configs.derive(trained.config, overrides, allowed=('weight',))
   run = _setup(trained, measured.uniform(asked))
   most = run.config.data.context
@@ -93,7 +94,7 @@ def prune(
 
 def _setup(trained: Trained, config: ConfigDict) -> Setup:
   """Returns the setup of the pruned run, after checks that it fits the trained run."""
-  data = data_of(config)
+  data = data_of(config, trained.tokenizer)
   program, target = build(config, data.tokenizer.vocab_size)
   check_fits(trained, '--workdir', program, data.tokenizer)
   check_text(trained.folder, data, '--workdir')

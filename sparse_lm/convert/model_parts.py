@@ -24,6 +24,7 @@ class ModelParts:
     tokenizer: its tokenizer.
     parts: the numbers of its layers, and `None` for the parameters outside them.
     read: a function from a part to its parameters and masks.
+    model_state: its other collections, such as calibrated thresholds.
     source: where the weights come from, in words.
     step: optimizer steps that the weights had been trained for.
     work: FLOPs that training had spent.
@@ -33,6 +34,7 @@ class ModelParts:
   tokenizer: tokenizers.Tokenizer
   parts: list[int | None]
   read: Callable[[int | None], tuple[Tree, Tree]]
+  model_state: Tree
   source: str
   step: int
   work: Work
@@ -45,7 +47,8 @@ def open_workdir(workdir: str) -> ModelParts:
     config = configs.of_run(read_config(folder), folder / CONFIG)
     tokenizer = tokenizers.from_json(read_json(folder / 'tokenizer.json'))
     files = WeightFiles(folder / WEIGHTS)
-    source = files.parts, files.read, f'{folder}: {files.source}', files.step, files.work
+    weights = files.parts, files.read, files.model_state
+    source = f'{folder}: {files.source}', files.step, files.work
   else:
     run = trained.load(workdir)
     config, tokenizer = run.config, run.tokenizer
@@ -53,10 +56,11 @@ def open_workdir(workdir: str) -> ModelParts:
     def read(part: int | None) -> tuple[Tree, Tree]:
       return _only(part, run.params), _only(part, run.masks)
 
-    source = [None, *range(config.model.layers)], read, run.source, run.step, run.work
+    weights = [None, *range(config.model.layers)], read, run.model_state
+    source = run.source, run.step, run.work
   config = config.copy_and_resolve_references().unlock()
   config.data.vocab_size = tokenizer.vocab_size
-  return ModelParts(config.lock(), tokenizer, *source)
+  return ModelParts(config.lock(), tokenizer, *weights, *source)
 
 
 def _only(part: int | None, tree: Tree) -> Tree:

@@ -58,7 +58,8 @@ def upcycle(workdir: str, out: str, size: Upcycling) -> ModelParts:
     out: the new workdir.
     size: the size of the mixture.
 
-  Returns the dense model. Raises UserError if its MLP is not dense.
+  Returns the dense model. Raises UserError if its MLP is not dense, or if it has collections besides the
+  parameters.
   """
   check_new(out, '--out')
   model = open_workdir(workdir)
@@ -67,6 +68,12 @@ def upcycle(workdir: str, out: str, size: Upcycling) -> ModelParts:
     raise UserError(
       f'--upcycle needs one dense MLP in every layer, and {workdir} has config.mlp.name={mlp.name!r} in '
       f'the layers {mlp.layers!r}; valid: {GATED_MLP} or {PLAIN_MLP} in all layers'
+    )
+  if model.model_state:
+    raise UserError(
+      f'--upcycle copies parameters alone, and {workdir} also holds the collections '
+      f'{", ".join(sorted(model.model_state))}; valid: a model without them (upcycle first, and '
+      'calibrate thresholds then)'
     )
   fields = {'mlp.name': MIXTURE, 'mlp.experts': size.experts, 'mlp.k': size.k}
   fields |= {'mlp.gated': mlp.name == GATED_MLP, 'mlp.normalise': True}

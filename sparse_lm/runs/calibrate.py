@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from sparse_lm.core import rng
 from sparse_lm.core.errors import require
 from sparse_lm.core.records import JsonObject
-from sparse_lm.model import lm
+from sparse_lm.model import lm, slots
 from sparse_lm.model.plans import plan_of
 from sparse_lm.runs import configs
 from sparse_lm.runs.build import build
@@ -57,7 +57,7 @@ def calibrate(
     return _of_files(parent, out, overrides, segments, context)
   trained = load(parent)
   config = _derived(trained.config, overrides)
-  data = data_of(config)
+  data = data_of(config, trained.tokenizer)
   program, target = build(config, data.tokenizer.vocab_size)
   check_fits(trained, '--workdir', program, data.tokenizer)
   check_text(trained.folder, data, '--workdir')
@@ -93,8 +93,12 @@ def calibrate(
 
 def _derived(config: ConfigDict, overrides: Overrides) -> ConfigDict:
   """Returns the config with overrides; by default, an activation wraps that of the trained model."""
-  if overrides.get('activation.name', config.activation.name) != config.activation.name:
-    overrides = {'activation.inner.name': config.activation.name, **overrides}
+  own = config.activation
+  if overrides.get('activation.name', own.name) != own.name:
+    overrides = {'activation.inner.name': own.name, **overrides}
+    if overrides['activation.inner.name'] == own.name:
+      fields = slots.fields(own)
+      overrides = {f'activation.inner.{field}': fields[field] for field in fields} | overrides
   return configs.derive(config, overrides, allowed=GROUPS)
 
 

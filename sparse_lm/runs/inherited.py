@@ -21,8 +21,9 @@ def inherit(config: ConfigDict, overrides: dict[str, FieldValue], default: Confi
   """Copies fields to a config from the config of its parent.
 
   A run inherits `config.data`, so that it reads the same tokens as its parent. If the parent is an
-  imported model or descends from one, the run also inherits `config.model` and the methods of the layers:
-  some of their fields, such as `rope_base`, change the function of a model but no shape of a parameter.
+  imported model or descends from one, the run also inherits `config.model` and the methods of the layers
+  and sites: some of their fields, such as `rope_base`, change the function of a model but no shape of a
+  parameter.
 
   A field is not inherited if an override sets it, or if the config file changes it from
   `configs/base.py`; in `config.data` the second rule holds only for the fields of `TEXT`. If the parent
@@ -51,12 +52,12 @@ def inherit(config: ConfigDict, overrides: dict[str, FieldValue], default: Confi
 def _inherit_model(
   config: ConfigDict, overrides: dict[str, FieldValue], default: ConfigDict, saved: JsonObject
 ) -> None:
-  """Copies `config.model` and the layer slots, except fields that the file or an override sets."""
+  """Copies all but `config.data`, except fields that the file or an override sets."""
   for field, value in saved['model'].items():
     untold = field in config.model and config.model[field] == default.model[field]
     if untold and field not in _OWN and f'model.{field}' not in overrides:
       config.model[field] = convert(f'model.{field}', value, config.model[field])
-  for slot in slots.LAYER_SLOTS:
+  for slot in (*slots.LAYER_SLOTS, 'site'):
     theirs, given = saved.get(slot), config.get(slot)
     untold = isinstance(given, ConfigDict) and given == default[slot]
     if untold and isinstance(theirs, dict) and f'{slot}.name' not in overrides:

@@ -34,7 +34,8 @@ def uniform(config: ConfigDict) -> ConfigDict:
 
 
 def check(config: ConfigDict, program: Program, target: Tree) -> None:
-  """Raises UserError if a pattern cannot express the densities of a measured distribution.
+  """Raises UserError if a pattern cannot express the densities of a measured distribution, or if no
+  outliers can be measured in a matrix.
 
   Args:
     config: the config with measured distributions.
@@ -42,6 +43,7 @@ def check(config: ConfigDict, program: Program, target: Tree) -> None:
   """
   trials = {}
   for name, one in asked(config).items():
+    outliers.check_reached(program.model, method_parts.own(program.method, name, target))
     sizes = _sizes(program, target, name)
     trials[name] = as_map(one.trial(sizes, 1 - _sparsity(config, name)))
   build(_with(config, trials), program.model.spec.vocab)

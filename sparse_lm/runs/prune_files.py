@@ -19,6 +19,7 @@ from sparse_lm.core.records import JsonObject
 from sparse_lm.core.tree import Tree
 from sparse_lm.data import tokenizers
 from sparse_lm.data.tokenizers import Tokenizer
+from sparse_lm.layers.threshold import THRESHOLDS
 from sparse_lm.model import lm
 from sparse_lm.model.lm import LM
 from sparse_lm.model.plans import plan_of
@@ -112,7 +113,8 @@ def prune_files(
     UserError: invalid input, before anything is written.
   """
   config, tokenizer, source = opened(parent)
-  check_no_state(source, parent)
+  check_no_thresholds(source.model_state, parent)
+  check_unpruned(source, parent, 'the dense model that it was pruned from')
   text = {field: value for field, value in overrides.items() if field in OTHER_TEXT}
   asked = configs.derive(
     config, {f: value for f, value in overrides.items() if f not in text}, allowed=('weight',)
@@ -121,6 +123,7 @@ def prune_files(
   check_one_shot(program.method, asked.weight)
   one_shot.check_layerwise(program.method)
   measured.check(asked, program, target)
+  Pruning(program.model, program.method, target, {}, [], asked.seed).check_reached()
   most = program.model.spec.context
   needs = [from_calibration(part.traits.needs) for part in program.method.parts.values()]
   if any(needs) or measured.asked(asked):
@@ -160,13 +163,19 @@ def opened(parent: str) -> Source:
   return Source(config, tokenizer, files)
 
 
-def check_no_state(files: WeightFiles, parent: str) -> None:
+def check_no_thresholds(model_state: Tree, parent: str) -> None:
   """Raises UserError if the model has calibrated thresholds, which fit only its present weights."""
-  if files.model_state:
+  if THRESHOLDS in model_state:
     raise UserError(
       f'--workdir={parent} holds calibrated thresholds, which are those of its weights; valid: the '
       'workdir that they were calibrated from (change the weights first, and calibrate then)'
     )
+
+
+def check_unpruned(files: WeightFiles, parent: str, valid: str) -> None:
+  """Raises UserError if the model has masks; `valid` is the end of the message."""
+  if any(':' in name for file in files.index['files'].values() for name in file['shapes']):
+    raise UserError(f'--workdir={parent} holds a pruned model; valid: {valid}')
 
 
 def calibration_text(

@@ -14,7 +14,9 @@ from sparse_lm.core.tree import Tree
 from sparse_lm.data import pipeline, tokenizers
 from sparse_lm.data.pipeline import Data
 from sparse_lm.data.tokenizers import Tokenizer
+from sparse_lm.layers.threshold import THRESHOLDS
 from sparse_lm.model import slots
+from sparse_lm.model.plans import plan_of
 from sparse_lm.runs import arithmetic, configs, runtime
 from sparse_lm.runs.build import build, check_costs
 from sparse_lm.runs.trained import Trained, check_fits, inherited_tokenizer, load
@@ -104,6 +106,7 @@ def setup(config: ConfigDict) -> Setup:
   run = Setup(config, data, program, target, **related, kernels=kernels, notes=tuple(notes))
   if run.parent is not None:
     _check_masks(run.parent, program, target, config)
+    _check_thresholds(run.parent, program)
   return run
 
 
@@ -164,6 +167,19 @@ def _check_masks(parent: Trained, program: Program, target: Tree, config: Config
     raise UserError(
       f'config.weight.dense={tuple(config.weight.dense)} names {lost[0]}, which config.init_from='
       f'{parent.workdir!r} has pruned; valid: the value of that run, {tuple(parent.config.weight.dense)}'
+    )
+
+
+def _check_thresholds(parent: Trained, program: Program) -> None:
+  """Raises UserError if the model has not all thresholds that the parent's model has."""
+  there = tree.named(parent.model_state.get(THRESHOLDS, {}))
+  here = tree.named(plan_of(program.model).variables.get(THRESHOLDS, {}))
+  if there and there.keys() != here.keys():
+    saved = parent.config
+    raise UserError(
+      f'config.init_from={parent.workdir!r} holds calibrated thresholds, which this model lacks; valid: '
+      f'config.site.name={saved.site.name!r} and config.activation.name={saved.activation.name!r} as '
+      'there, or the workdir that they were calibrated from'
     )
 
 

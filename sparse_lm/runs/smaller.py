@@ -26,7 +26,14 @@ from sparse_lm.model.plans import plan_of
 from sparse_lm.runs import configs
 from sparse_lm.runs.configs import Overrides
 from sparse_lm.runs.environment import environment
-from sparse_lm.runs.prune_files import TOGETHER, Source, calibration_text, check_no_state, opened
+from sparse_lm.runs.prune_files import (
+  TOGETHER,
+  Source,
+  calibration_text,
+  check_no_thresholds,
+  check_unpruned,
+  opened,
+)
 from sparse_lm.runs.run_folder import CONFIG, WEIGHTS, with_format
 from sparse_lm.runs.weight_files import WeightFiles
 from sparse_lm.runs.workdir import check_new, whole_folder, write_json
@@ -249,12 +256,8 @@ def _changed(one: LM, other: LM) -> Axes:
 
 def _check_dense(files: WeightFiles, parent: str) -> None:
   """Raises UserError if the model has masks or thresholds, which fit only its present matrices."""
-  check_no_state(files, parent)
-  names = (name for file in files.index['files'].values() for name in file['shapes'])
-  if any(':' in name for name in names):
-    raise UserError(
-      f'--workdir={parent} holds a pruned model; valid: a dense one (shrink it first, and prune then)'
-    )
+  check_no_thresholds(files.model_state, parent)
+  check_unpruned(files, parent, 'a dense one (shrink it first, and prune then)')
 
 
 def _write(

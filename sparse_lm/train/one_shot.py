@@ -117,6 +117,12 @@ class Pruning:
     """The parts of the method that read calibration text."""
     return tuple(name for name, needs in self.needs.items() if needs)
 
+  def check_reached(self) -> None:
+    """Raises UserError if a parameter gets no signal that its part of the method reads from text."""
+    for name in self.calibrated:
+      layers = Layers(self.model, self.needs[name], self.model_state)
+      layers.check_reached(parts.own(self.method, name, self.target))
+
   def updated(
     self,
     names: tuple[str, ...],
@@ -145,9 +151,7 @@ class Pruning:
     """
     every = tuple(dict.fromkeys(need for name in names for need in self.needs[name]))
     layers = Layers(self.model, every, self.model_state)
-    for name in names:
-      if self.needs[name]:
-        layers.check_reached(parts.own(self.method, name, self.target))
+    self.check_reached()
     outside = model.pruned(None)
     if outside is None:
       free = tuple(name for name in names if not self.needs[name])

@@ -45,7 +45,7 @@ def fractions(
   """
   layers = Layers(model, (SIGNAL,), model_state)
   for target in targets.values():
-    layers.check_reached(target)
+    check_reached(model, target)
   stream = layers.embed(parts.read(None)[0], batches)
   found: dict[str, dict[str, float]] = {name: {} for name in targets}
   for layer in tqdm(
@@ -62,6 +62,11 @@ def fractions(
         found[name][Part.BLOCK.of(layer)] = float(jnp.mean(scores > limit))
     layers.run(layer, params, stream)
   return found
+
+
+def check_reached(model: LM, target: Tree) -> None:
+  """Raises UserError if a matrix gets no signal; the leaves of `target` that are not `None` name them."""
+  Layers(model, (SIGNAL,), {}).check_reached(target)
 
 
 def _scores(params: Tree, squares: dict[str, jax.Array]) -> jax.Array:

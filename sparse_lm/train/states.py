@@ -115,14 +115,15 @@ def restart(
     )
     sparse = sparse.replace(masks=given, target=densities(given))
     trainable = trainable | {'params': params}
-  # Router biases and thresholds are taken over only if the routers are of the same kind.
+  # Router biases are taken over only if the routers are of the same kind.
   theirs, fresh = (jax.tree.map(jnp.shape, s) for s in (start.model_state, state.model_state))
+  same = {name for name in fresh if theirs.get(name) == fresh[name]}
   started = state.replace(
     trainable=trainable,
     sparse=sparse,
     opt_state=optimizer.transform().init(trainable),
     ema=first_average(optimizer, trainable),
-    model_state=start.model_state if theirs == fresh else state.model_state,
+    model_state=state.model_state | {name: start.model_state[name] for name in same},
   )
   # Steps donate their state, so it must not share buffers with the parent or contain a buffer twice.
   return jax.tree.map(jnp.copy, started)

@@ -1,6 +1,7 @@
 """What an imported model can do in the other commands: train, generate, prune and pack."""
 
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -15,7 +16,9 @@ from sparse_lm.core.errors import UserError
 from sparse_lm.inference.decode import Decoder, shortened
 from sparse_lm.inference.sample import Sampling
 from sparse_lm.pack import pack
+from sparse_lm.prune import prune
 from sparse_lm.runs import configs, runnable
+from sparse_lm.runs.calibrate import calibrate
 from sparse_lm.runs.loop import train
 from sparse_lm.runs.trained import load
 
@@ -53,6 +56,29 @@ def test_a_run_that_starts_from_it_has_its_model_tokenizer_and_methods(workdir, 
   assert again.model == config.model and again.mlp == config.mlp
   other = configs.load('configs/base.py', given | {'model.rope_base': 7.0, 'mlp.name': 'dense'})
   assert other.model.rope_base == 7.0 and other.mlp.name == 'dense'
+
+
+@pytest.mark.slow
+def test_a_run_without_its_parent_is_pruned_and_calibrated(workdir, text, tmp_path):
+  parent = shutil.copytree(workdir, tmp_path / 'parent')
+  given = TRAINING | {'init_from': str(parent), 'data.path': text, 'weight.name': 'none'}
+  train(configs.load('configs/base.py', given), str(tmp_path / 'run'), progress=False)
+  shutil.rmtree(parent)
+  prune(str(tmp_path / 'run'), str(tmp_path / 'pruned'), {'weight.name': 'magnitude'}, 1)
+  calibrate(str(tmp_path / 'run'), str(tmp_path / 'teal'), {'site.name': 'teal'}, 1)
+  tokens = load(str(tmp_path / 'run')).tokenizer
+  assert (
+    load(str(tmp_path / 'pruned')).tokenizer == load(str(tmp_path / 'teal')).tokenizer == tokens
+  )
+
+
+def test_a_run_inherits_the_thresholds_of_an_imported_model(workdir, text, tmp_path):
+  calibrate(workdir, str(tmp_path / 'teal'), {'site.name': 'teal', 'data.path': text}, 1, 8)
+  given = TRAINING | {'init_from': str(tmp_path / 'teal'), 'data.path': text}
+  config = configs.load('configs/base.py', given)
+  assert config.site == load(str(tmp_path / 'teal')).config.site
+  other = configs.load('configs/base.py', given | {'site.name': 'none'})
+  assert other.site.name == 'none'
 
 
 def test_without_text_one_line_says_what_to_set(workdir):

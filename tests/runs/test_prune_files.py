@@ -160,6 +160,17 @@ BAD = {
     ['Magnitude ranks units of several layers'],
   ),
   'a method that trains': ({'weight.name': 'rigl', 'weight.sparsity': 0.5}, {}, ["'rigl'", 'alps']),
+  'no signal': (
+    WANDA | {'weight.dense': ('norm',), 'weight.pattern': 'unstructured'},
+    {'text': True},
+    ['signal for embed/'],
+  ),
+  'no outliers': (
+    {'weight.name': 'magnitude', 'weight.sparsity': 0.5, 'weight.dense': ('norm',)}
+    | {'weight.distribution': 'owl:2:0.1'},
+    {'text': True},
+    ['signal for embed/'],
+  ),
   'another field': (WANDA | {'model.width': 32}, {}, ['config.model.width']),
 }
 
@@ -176,6 +187,14 @@ def test_bad_input_is_one_line_and_leaves_no_folder(case, imported, text, call, 
   assert code == 2 and not out and err.count('\n') == 1, err
   assert all(word in err for word in words), err
   assert not list(tmp_path.iterdir())
+
+
+def test_a_pruned_model_is_not_pruned_again(imported, tmp_path):
+  fields = {'weight.name': 'magnitude', 'weight.sparsity': 0.5}
+  prune(str(imported), str(tmp_path / 'once'), fields)
+  with pytest.raises(UserError, match='holds a pruned model; valid: the dense model that it was'):
+    prune(str(tmp_path / 'once'), str(tmp_path / 'twice'), fields)
+  assert not (tmp_path / 'twice').exists()
 
 
 def test_files_of_another_model_are_refused(imported, text, tmp_path):

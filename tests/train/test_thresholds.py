@@ -10,6 +10,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from sparse_lm import prune as command
+from sparse_lm.convert.upcycling import Upcycling, upcycle
 from sparse_lm.core import tree
 from sparse_lm.core.errors import UserError
 from sparse_lm.layers.threshold import THRESHOLDS
@@ -19,7 +20,7 @@ from sparse_lm.runs import configs
 from sparse_lm.runs.calibrate import calibrate
 from sparse_lm.runs.loop import train
 from sparse_lm.runs.run_folder import CONFIG, WEIGHTS, with_format
-from sparse_lm.runs.setup import data_of
+from sparse_lm.runs.setup import data_of, setup
 from sparse_lm.runs.trained import load
 from sparse_lm.runs.weight_files import STATE, WeightFiles
 from sparse_lm.runs.workdir import write_json
@@ -182,6 +183,45 @@ def test_weight_files_get_the_same_thresholds(imported, calibrated, text_file, t
   path.write_bytes(path.read_bytes()[:-2] + b'\x00\x01')
   with pytest.raises(UserError, match=r'state\.safetensors is damaged'):
     load(str(out))
+
+
+@BOTH
+def test_what_would_lose_the_thresholds_is_refused_in_one_line(
+  name, calibrated, tiny_config, tmp_path
+):
+  parent = calibrated[name].workdir
+  out = tmp_path / 'out'
+  with pytest.raises(UserError, match=r'also holds the collections thresholds; valid: '):
+    upcycle(parent, str(out), Upcycling(3, 2))
+  with pytest.raises(UserError, match='holds calibrated thresholds'):
+    prune(parent, str(out), {'weight.name': 'magnitude', 'weight.sparsity': 0.5}, 1)
+  with pytest.raises(
+    UserError, match=r'config\.init_from=.* holds calibrated thresholds'
+  ) as refused:
+    setup(tiny_config(init_from=parent, **GATED))
+  assert '\n' not in str(refused.value) and f"'{name}'" in str(refused.value)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_run_of_the_same_model_starts_with_the_thresholds_of_its_parent(calibrated, tiny_config):
+  run = calibrated['teal']
+  config = tiny_config(init_from=run.workdir, site__name='teal', **GATED)
+  jax.tree.map(assert_array_equal, setup(config).start().model_state, run.model_state)
+
+
+def test_upcycling_refuses_weight_files_with_thresholds(imported, text_file, tmp_path):
+  calibrate(str(imported), str(tmp_path / 'teal'), TEAL | {'data.path': str(text_file)}, 1, 8)
+  with pytest.raises(UserError, match='also holds the collections thresholds'):
+    upcycle(str(tmp_path / 'teal'), str(tmp_path / 'out'), Upcycling(3, 2))
+  assert not (tmp_path / 'out').exists()
+
+
+def test_cats_keeps_the_fields_of_the_activation_that_it_wraps(tiny_config, tmp_path):
+  fields = GATED | {'activation__name': 'gelu', 'activation__approximate': True}
+  train(tiny_config(train__steps=1, **fields), str(tmp_path / 'run'), progress=False)
+  calibrate(str(tmp_path / 'run'), str(tmp_path / 'out'), CATS, 1, 8)
+  inner = load(str(tmp_path / 'out')).config.activation.inner
+  assert (inner.name, inner.approximate) == ('gelu', True)
 
 
 def test_command_prints_one_line_and_refuses_a_method_without_thresholds(trained, call, tmp_path):
