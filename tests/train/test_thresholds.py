@@ -24,7 +24,7 @@ from sparse_lm.runs.setup import data_of, setup
 from sparse_lm.runs.trained import load
 from sparse_lm.runs.weight_files import STATE, WeightFiles
 from sparse_lm.runs.workdir import write_json
-from sparse_lm.train import layerwise, thresholds
+from sparse_lm.train import layerwise, states, thresholds
 from sparse_lm.train.layerwise import InMemory, of_part
 
 SPARSITY, SEGMENTS, CONTEXT = 0.4, 24, 16
@@ -186,21 +186,41 @@ def test_weight_files_get_the_same_thresholds(imported, calibrated, text_file, t
 
 
 @BOTH
-def test_what_would_lose_the_thresholds_is_refused_in_one_line(
-  name, calibrated, tiny_config, tmp_path
-):
-  parent = calibrated[name].workdir
-  out = tmp_path / 'out'
-  with pytest.raises(UserError, match=r'also holds the collections thresholds; valid: '):
-    upcycle(parent, str(out), Upcycling(3, 2))
+def test_a_run_with_thresholds_is_not_upcycled(name, calibrated, tmp_path):
+  with pytest.raises(UserError, match='also holds the collections thresholds; valid: '):
+    upcycle(calibrated[name].workdir, str(tmp_path / 'out'), Upcycling(3, 2))
+  assert not list(tmp_path.iterdir())
+
+
+@BOTH
+def test_a_run_with_thresholds_is_not_pruned(name, calibrated, tmp_path):
+  fields = {'weight.name': 'magnitude', 'weight.sparsity': 0.5}
   with pytest.raises(UserError, match='holds calibrated thresholds'):
-    prune(parent, str(out), {'weight.name': 'magnitude', 'weight.sparsity': 0.5}, 1)
+    prune(calibrated[name].workdir, str(tmp_path / 'out'), fields, 1)
+  assert not list(tmp_path.iterdir())
+
+
+@BOTH
+def test_a_model_without_the_thresholds_of_its_parent_is_refused(name, calibrated, tiny_config):
+  parent = calibrated[name].workdir
   with pytest.raises(
     UserError, match=r'config\.init_from=.* holds calibrated thresholds'
   ) as refused:
     setup(tiny_config(init_from=parent, **GATED))
   assert '\n' not in str(refused.value) and f"'{name}'" in str(refused.value)
-  assert not list(tmp_path.iterdir())
+
+
+def test_thresholds_are_kept_by_a_run_with_another_kind_of_router(tiny_config):
+  fields = {'site__name': 'teal', 'site__where': ('*/attention/*/input',)}
+  one = setup(tiny_config(mlp__name='moe_topk', **fields))
+  two = setup(tiny_config(mlp__name='moe_balanced', mlp__shared=0, **fields))
+  theirs, fresh = one.start(), two.start()
+  assert fresh.model_state.keys() > theirs.model_state.keys() == {THRESHOLDS}
+  calibrated = jax.tree.map(lambda t: t + 0.25, theirs.model_state)
+  start = states.Start(theirs.trainable['params'], None, calibrated)
+  found = states.restart(two.program.method, two.program.optimizer, 0, fresh, start).model_state
+  want = fresh.model_state | calibrated
+  jax.tree.map(assert_array_equal, found, want)
 
 
 def test_a_run_of_the_same_model_starts_with_the_thresholds_of_its_parent(calibrated, tiny_config):
