@@ -19,7 +19,7 @@ from sparse_lm.core.tree import Tree
 from sparse_lm.data.corpus import SEPARATOR
 from sparse_lm.data.tokenizers import Tokenizer
 from sparse_lm.evals import EvalData, EvalModel, Evaluation, Values
-from sparse_lm.kernels.token_losses import token_losses
+from sparse_lm.kernels.token_losses import token_nats
 from sparse_lm.layers.sow import SOWN
 from sparse_lm.measure import device, machine
 from sparse_lm.measure.observe import scalars
@@ -221,7 +221,7 @@ def _of_batch(
     predicted, sown = model.apply(
       variables, tokens_BxL1[:, :-1], mode='eval', readout=True, mutable=SOWN
     )
-    nats_BxL = token_losses(predicted, tokens_BxL1[:, 1:]).nats
+    nats_BxL = token_nats(predicted, tokens_BxL1[:, 1:])
     return jnp.sum(nats_BxL * weight_BxL), observed(plans.ledger(model, model.spec.context), sown)
 
   return run

@@ -54,6 +54,13 @@ def token_losses(predicted: Readout | Array, targets_BxL: Array) -> TokenLosses:
   return TokenLosses(*(a.reshape(targets_BxL.shape) for a in losses))
 
 
+def token_nats(predicted: Readout | Array, targets_BxL: Array) -> Array:
+  """Returns the cross-entropies of predictions, float32 `[B, L]`: the `nats` of `token_losses` alone."""
+  if _chunk(predicted, targets_BxL.size) is None:
+    return cross_entropy(predicted, targets_BxL)[1].nats
+  return token_losses(predicted, targets_BxL).nats
+
+
 def _vocabulary(head: Head) -> int:
   return head.kernel_DxV.shape[1] if head.table_VxD is None else head.table_VxD.shape[0]
 

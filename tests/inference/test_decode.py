@@ -37,10 +37,10 @@ FEW = {
   name: {f'{slot}.{field}': value}
   for slot, field, value in (
     ('mlp', 'experts', 4),
-    ('site', 'where', ('block_*/mlp/hidden',)),
+    ('site', 'where', ('block_*/mlp/input',)),
   )
   for name in slots.names(slot)
-  if field in slots.defaults(slot, name)
+  if slots.defaults(slot, name).get(field)
 }
 MOBA = {'attention.name': 'moba', 'attention.block': 2, 'attention.k': 2}
 CASES = {

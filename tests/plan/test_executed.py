@@ -15,6 +15,7 @@ from sparse_lm.core.errors import UserError
 from sparse_lm.layers.linear import Linear
 from sparse_lm.layers.spec import Spec
 from sparse_lm.plan import cost, executed, record
+from sparse_lm.runs import configs
 
 N = 4
 SQUARE = jax.ShapeDtypeStruct((N, N), jnp.float32)
@@ -150,26 +151,16 @@ def test_loops_without_a_fixed_number_of_steps_are_refused():
     flops(jax.ffi.ffi_call('no_such_target', SQUARE), SQUARE)
 
 
-SPEC = Spec(
-  vocab=11,
-  context=8,
-  layers=1,
-  width=8,
-  hidden=12,
-  heads=2,
-  kv_heads=2,
-  norm='rmsnorm',
-  positions='rotary',
-  init='fan_in',
-  tied=False,
-  bigram=False,
-  bias=False,
-  dropout=0.0,
-  precision='float32',
-  attention_kernel='einsum',
-  remat=False,
-  scan_layers='auto',
-)
+MODEL = {
+  'model.layers': 1,
+  'model.width': 8,
+  'model.hidden': 12,
+  'model.heads': 2,
+  'model.kv_heads': 2,
+  'model.precision': 'float32',
+  'model.attention_kernel': 'einsum',
+}
+SPEC = Spec.from_config(configs.load('configs/base.py', MODEL).model, 11, 8)
 DEPTH = 4
 
 

@@ -15,29 +15,21 @@ from sparse_lm.model import lm, plans
 from sparse_lm.model.plans import plan_of
 from sparse_lm.plan import cost, record
 from sparse_lm.plan.plan import read
+from sparse_lm.runs import configs
 from sparse_lm.runs.build import build, check_costs
 
 DEPTH, WIDTH, HIDDEN = 4, 8, 12
-SPEC = Spec(
-  vocab=11,
-  context=8,
-  layers=DEPTH,
-  width=WIDTH,
-  hidden=HIDDEN,
-  heads=2,
-  kv_heads=2,
-  norm='rmsnorm',
-  positions='rotary',
-  init='fan_in',
-  tied=False,
-  bigram=False,
-  bias=True,
-  dropout=0.0,
-  precision='float32',
-  attention_kernel='einsum',
-  remat='none',
-  scan_layers='auto',
-)
+MODEL = {
+  'model.layers': DEPTH,
+  'model.width': WIDTH,
+  'model.hidden': HIDDEN,
+  'model.heads': 2,
+  'model.kv_heads': 2,
+  'model.bias': True,
+  'model.precision': 'float32',
+  'model.attention_kernel': 'einsum',
+}
+SPEC = Spec.from_config(configs.load('configs/base.py', MODEL).model, 11, 8)
 
 
 class Cell(nn.Module):
