@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from sparse_lm.core import records
 from sparse_lm.core.errors import UserError
-from sparse_lm.data.tokenizer_base import SavedTokenizer, as_utf8, library
+from sparse_lm.data.tokenizer_base import SavedTokenizer, as_utf8, in_vocabulary, library
 
 if TYPE_CHECKING:
   import tokenizers
@@ -131,10 +131,7 @@ class HuggingFace(SavedTokenizer):
     Raises:
       IndexError: an id is outside the vocabulary.
     """
-    ids = np.asarray(ids, int)
-    if ((ids < 0) | (ids >= self.vocab_size)).any():
-      raise IndexError(f'ids {ids.min()} to {ids.max()}, vocabulary {self.vocab_size}')
-    return self._model.decode(ids.tolist(), skip_special_tokens=False)
+    return self._model.decode(in_vocabulary(ids, self.vocab_size), skip_special_tokens=False)
 
   def chat(self, messages: Sequence[dict[str, str]]) -> str:
     """Returns the prompt for the next message of a conversation, special tokens included.

@@ -2,6 +2,7 @@
 
 import functools
 import types
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -38,6 +39,14 @@ def library(kind: str) -> types.ModuleType:
       "valid without it: 'bytes', 'chars'"
     ) from None
   return tokenizers
+
+
+def in_vocabulary(ids: Sequence[int] | np.ndarray, size: int) -> list[int]:
+  """Returns 1-D `ids` as a list. Raises an IndexError for an id outside a vocabulary of `size` tokens."""
+  ids = np.asarray(ids, int)
+  if ((ids < 0) | (ids >= size)).any():
+    raise IndexError(f'ids {ids.min()} to {ids.max()}, vocabulary {size}')
+  return ids.tolist()
 
 
 def as_bytes(text: str | bytes) -> bytes:

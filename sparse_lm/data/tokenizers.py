@@ -20,7 +20,7 @@ from sparse_lm.core import records
 from sparse_lm.core.errors import UserError, require, unknown
 from sparse_lm.data.corpus import Corpus
 from sparse_lm.data.hf_tokenizer import KIND, HuggingFace
-from sparse_lm.data.tokenizer_base import SavedTokenizer, as_bytes, as_utf8, library
+from sparse_lm.data.tokenizer_base import SavedTokenizer, as_bytes, as_utf8, in_vocabulary, library
 
 if TYPE_CHECKING:
   import tokenizers
@@ -167,10 +167,7 @@ class Bpe(SavedTokenizer):
     Raises:
       IndexError: an id is outside the vocabulary.
     """
-    ids = np.asarray(ids, int)
-    if ((ids < 0) | (ids >= self.vocab_size)).any():
-      raise IndexError(f'ids {ids.min()} to {ids.max()}, vocabulary {self.vocab_size}')
-    return self._model.decode(ids.tolist())
+    return self._model.decode(in_vocabulary(ids, self.vocab_size))
 
   def to_json(self) -> dict[str, str]:
     return {'name': 'bpe', 'merges': self.merges}
