@@ -6,6 +6,7 @@ import importlib
 import os
 import pathlib
 import random
+import shutil
 import signal
 import sys
 import textwrap
@@ -32,6 +33,10 @@ from sparse_lm.inference import costs, formats
 from sparse_lm.kernels import device
 from sparse_lm.runs import configs, runtime
 from sparse_lm.runs.loop import train
+from sparse_lm.runs.run_folder import CONFIG, WEIGHTS, with_format
+from sparse_lm.runs.weight_files import WeightFiles
+from sparse_lm.runs.workdir import write_json
+from sparse_lm.train.layerwise import of_part
 from sparse_lm.train.step import Program
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -59,6 +64,25 @@ def pytest_collection_finish():
   gc.collect()
   gc.freeze()
   gc.set_threshold(50_000, 10, 10)
+
+
+@pytest.fixture(scope='session')
+def without_text():
+  """`without_text(trained, folder)`: the model as a workdir with weight files, as by convert."""
+
+  def write(trained, folder):
+    files = WeightFiles(folder / WEIGHTS, trained.config.model.layers)
+    for part in files.parts:
+      params = of_part(trained.params, part)
+      files.write(part, params, jax.tree.map(lambda _: None, params))
+    files.finish('a test')
+    text = {'data.source': 'files', 'data.path': ''}
+    config = configs.derive(trained.config, text, allowed=('data',))
+    write_json(folder / CONFIG, with_format(configs.to_json(config)))
+    shutil.copy(trained.folder / 'tokenizer.json', folder)
+    return folder
+
+  return write
 
 
 @pytest.fixture(scope='module')

@@ -4,7 +4,6 @@ import json
 import pathlib
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
@@ -17,13 +16,12 @@ from sparse_lm.runs import configs, prune_files
 from sparse_lm.runs.build import build
 from sparse_lm.runs.loop import train
 from sparse_lm.runs.prune_files import PLAN
-from sparse_lm.runs.run_folder import CONFIG, WEIGHTS, with_format
+from sparse_lm.runs.run_folder import CONFIG, WEIGHTS
 from sparse_lm.runs.setup import setup
 from sparse_lm.runs.trained import load
 from sparse_lm.runs.weight_files import WeightFiles
 from sparse_lm.runs.workdir import write_json
 from sparse_lm.train import layerwise, one_shot
-from sparse_lm.train.layerwise import of_part
 
 SEGMENTS, CONTEXT, LAYERS = 6, 16, 3
 WANDA = {'weight.name': 'wanda', 'weight.sparsity': 0.5}
@@ -38,19 +36,9 @@ def trained(tiny_config, tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def imported(trained, tmp_path_factory):
+def imported(trained, without_text, tmp_path_factory):
   """The same model as a workdir with weight files and no text, as convert writes it."""
-  folder = tmp_path_factory.mktemp('imported')
-  files = WeightFiles(folder / WEIGHTS, LAYERS)
-  for part in files.parts:
-    params = of_part(trained.params, part)
-    files.write(part, params, jax.tree.map(lambda _: None, params))
-  files.finish('a test')
-  text = {'data.source': 'files', 'data.path': ''}
-  config = configs.derive(trained.config, text, allowed=('data',))
-  write_json(folder / CONFIG, with_format(configs.to_json(config)))
-  shutil.copy(trained.folder / 'tokenizer.json', folder)
-  return folder
+  return without_text(trained, tmp_path_factory.mktemp('imported'))
 
 
 @pytest.fixture(scope='module')

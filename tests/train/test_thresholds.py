@@ -1,7 +1,6 @@
 """Calibrated thresholds of activations (TEAL, CATS) against NumPy, for runs and imported models."""
 
 import dataclasses
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +15,14 @@ from sparse_lm.core.errors import UserError
 from sparse_lm.layers.threshold import THRESHOLDS
 from sparse_lm.plan import sites
 from sparse_lm.prune import prune
-from sparse_lm.runs import configs
 from sparse_lm.runs.calibrate import calibrate
 from sparse_lm.runs.loop import train
-from sparse_lm.runs.run_folder import CONFIG, WEIGHTS, with_format
+from sparse_lm.runs.run_folder import WEIGHTS
 from sparse_lm.runs.setup import data_of, setup
 from sparse_lm.runs.trained import load
-from sparse_lm.runs.weight_files import STATE, WeightFiles
-from sparse_lm.runs.workdir import write_json
+from sparse_lm.runs.weight_files import STATE
 from sparse_lm.train import layerwise, states, thresholds
-from sparse_lm.train.layerwise import InMemory, of_part
+from sparse_lm.train.layerwise import InMemory
 
 SPARSITY, SEGMENTS, CONTEXT = 0.4, 24, 16
 TEAL = {'site.name': 'teal', 'site.density': 1 - SPARSITY}
@@ -152,19 +149,9 @@ def test_threshold_is_the_quantile_of_a_sort():
 
 
 @pytest.fixture
-def imported(trained, tmp_path):
+def imported(trained, without_text, tmp_path):
   """The same model as a workdir with weight files and no text, as convert writes it."""
-  folder = tmp_path / 'imported'
-  files = WeightFiles(folder / WEIGHTS, 2)
-  for part in files.parts:
-    params = of_part(trained.params, part)
-    files.write(part, params, jax.tree.map(lambda _: None, params))
-  files.finish('a test')
-  text = {'data.source': 'files', 'data.path': ''}
-  config = configs.derive(trained.config, text, allowed=('data',))
-  write_json(folder / CONFIG, with_format(configs.to_json(config)))
-  shutil.copy(trained.folder / 'tokenizer.json', folder)
-  return folder
+  return without_text(trained, tmp_path / 'imported')
 
 
 def test_weight_files_get_the_same_thresholds(imported, calibrated, text_file, tmp_path):
